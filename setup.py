@@ -1,0 +1,58 @@
+"""Packaging of jaxalign; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "jaxalign/__init__.py").read_text())[1]
+README = ROOT / "README.md"
+
+REQUIRED = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8; python_version<'3.12'",
+    "flax>=0.12.9; python_version>='3.12'",  # 0.12.8 breaks with jax >= 0.11.1
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12,<0.13",
+    "transformers>=5.0",
+    "tokenizers>=0.22",
+    "jinja2>=3.1",
+    "huggingface-hub>=1.0",
+    "tensorflow-datasets>=4.9.10",
+    "grain>=0.2.17",
+    "array-record>=0.8",
+    "pyarrow>=15",
+    "safetensors>=0.7",
+    "jaxtyping>=0.3",
+    "tyro>=1.0",
+    "rich>=13",
+    "tensorboardX>=2.6.5",
+    "matplotlib>=3.8",
+    "numpy>=2.0",
+]
+TEST = ["pytest>=8", "beartype>=0.20", "hypothesis>=6"]
+EXTRAS = {
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "wandb": ["wandb>=0.20"],
+    "hub": ["datasets>=4"],
+    "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
+    "test": TEST,
+    "dev": [*TEST, "ruff==0.17.5", "pyright==1.1.414", "import-linter==2.16"],
+}
+
+setup(
+    name="jaxalign",
+    version=VERSION,
+    description="Aligning language models with preferences, in JAX",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxalign", "jaxalign.*"]),
+    package_data={"jaxalign": ["py.typed"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["jaxalign=jaxalign.cli:main"]},
+)
