@@ -1,0 +1,169 @@
+"""Laws that hold for every row of the table: a new loss is tested the moment it is listed."""
+
+import inspect
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, PairLogProbs
+
+every_loss = pytest.mark.parametrize(
+    "loss", PREFERENCE_LOSSES.values(), ids=PREFERENCE_LOSSES.keys()
+)
+alone = {name: loss for name, loss in PREFERENCE_LOSSES.items() if name not in BATCH_COUPLED}
+coupled = {name: loss for name, loss in PREFERENCE_LOSSES.items() if name in BATCH_COUPLED}
+
+
+def random_pairs(rng, pairs=7, dtype=np.float32):
+    def log_probs():
+        return jnp.asarray(-rng.gamma(4.0, 3.0, size=pairs), dtype)
+
+    def lengths():
+        return jnp.asarray(rng.integers(1, 30, size=pairs), jnp.int32)
+
+    return PairLogProbs(
+        chosen=log_probs(),
+        rejected=log_probs(),
+        reference_chosen=log_probs(),
+        reference_rejected=log_probs(),
+        chosen_length=lengths(),
+        rejected_length=lengths(),
+    )
+
+
+def rows(pairs, index):
+    return jax.tree.map(lambda field: field[index], pairs)
+
+
+def hyperparameters(loss):
+    """Name and parameter of everything after the pairs."""
+    return list(inspect.signature(loss).parameters.items())[1:]
+
+
+def extreme_pairs():
+    """Every combination of log-probs in {0, -1e-3, -1, -1e4} and of lengths in {1, 1000}."""
+    ends = [0.0, -1e-3, -1.0, -1e4]
+    grid = np.array(np.meshgrid(ends, ends, ends, ends, [1, 1000], [1, 1000])).reshape(6, -1)
+    log_probs = [jnp.asarray(row, jnp.float32) for row in grid[:4]]
+    lengths = [jnp.asarray(row, jnp.int32) for row in grid[4:]]
+    return PairLogProbs(
+        chosen=log_probs[0],
+        rejected=log_probs[1],
+        reference_chosen=log_probs[2],
+        reference_rejected=log_probs[3],
+        chosen_length=lengths[0],
+        rejected_length=lengths[1],
+    )
+
+
+@pytest.mark.parametrize("loss", alone.values(), ids=alone.keys())
+def test_each_pair_is_alone(loss, rng):
+    """Neither the order of a batch nor the company in it changes a pair's loss."""
+    pairs = random_pairs(rng)
+    order = rng.permutation(7)
+    np.testing.assert_allclose(loss(rows(pairs, order)), loss(pairs)[order], rtol=1e-6)
+    np.testing.assert_allclose(loss(rows(pairs, slice(3))), loss(pairs)[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
+def test_a_coupled_pair_depends_on_the_company_but_not_on_the_order(loss, rng):
+    pairs = random_pairs(rng)
+    pairs = replace(pairs, chosen=pairs.chosen + 20)  # KTO's estimate of the divergence is above 0
+    order = rng.permutation(7)
+    np.testing.assert_allclose(loss(rows(pairs, order)), loss(pairs)[order], rtol=1e-5)
+    assert not np.allclose(loss(rows(pairs, slice(3))), loss(pairs)[:3])
+
+
+@every_loss
+def test_jit_changes_nothing(loss, rng):
+    pairs = random_pairs(rng)
+    np.testing.assert_allclose(jax.jit(loss)(pairs), loss(pairs), rtol=1e-5)
+
+
+@every_loss
+def test_one_float_per_pair(loss, rng):
+    value = loss(random_pairs(rng, pairs=5))
+    assert value.shape == (5,)
+    assert value.dtype == jnp.float32
+
+
+@every_loss
+def test_gradient_against_finite_differences(loss, rng):
+    with jax.enable_x64(True):
+        pairs = random_pairs(rng, dtype=np.float64)
+
+        def total(chosen, rejected):  # check_grads probes with NumPy arrays
+            moved = replace(pairs, chosen=jnp.asarray(chosen), rejected=jnp.asarray(rejected))
+            return loss(moved).sum()
+
+        check_grads(total, (pairs.chosen, pairs.rejected), order=1, modes=["rev"], rtol=1e-5)
+
+
+@every_loss
+def test_every_hyperparameter_moves_the_loss(loss, rng):
+    pairs = random_pairs(rng)
+    for name, parameter in hyperparameters(loss):
+        moved = loss(pairs, **{name: moved_value(parameter, pairs)})
+        assert not np.allclose(moved, loss(pairs)), f"{loss.__name__} ignores {name}"
+
+
+def moved_value(parameter, pairs):
+    if parameter.default is None:  # a batch statistic
+        return jnp.asarray(3.0)
+    return parameter.default * 1.5 + 0.05
+
+
+@every_loss
+def test_hyperparameters_are_keyword_only_and_have_defaults(loss):
+    first, *rest = inspect.signature(loss).parameters.values()
+    assert first.name == "pairs"
+    for parameter in rest:
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is not parameter.empty
+
+
+@every_loss
+def test_docstring_states_formula_shapes_and_source(loss):
+    documentation = inspect.getdoc(loss)
+    for part in (".. math::", "Args:", "[pairs]", "Returns:", "Slopes:", "References:", "arXiv:"):
+        assert part in documentation, f"{loss.__name__}: docstring lacks {part!r}"
+    for name, _ in hyperparameters(loss):
+        assert f"{name}:" in documentation, f"{loss.__name__}: {name} is undocumented"
+
+
+@every_loss
+def test_extremes_keep_value_and_slope_finite(loss):
+    pairs = extreme_pairs()
+
+    def each(chosen, rejected):
+        value = loss(replace(pairs, chosen=chosen, rejected=rejected))
+        return value.sum(), value
+
+    slopes, value = jax.grad(each, argnums=(0, 1), has_aux=True)(pairs.chosen, pairs.rejected)
+    assert np.isfinite(value).all()
+    assert np.isfinite(slopes[0]).all()
+    assert np.isfinite(slopes[1]).all()
+
+
+@every_loss
+def test_empty_rows_that_fill_up_a_batch_stay_finite(loss):
+    zero, none = jnp.zeros(3), jnp.zeros(3, jnp.int32)
+
+    def total(chosen, rejected):
+        return loss(
+            PairLogProbs(
+                chosen=chosen,
+                rejected=rejected,
+                reference_chosen=zero,
+                reference_rejected=zero,
+                chosen_length=none,
+                rejected_length=none,
+            )
+        ).sum()
+
+    value, slopes = jax.value_and_grad(total, argnums=(0, 1))(zero, zero)
+    assert np.isfinite([value, *np.ravel(slopes)]).all()
