@@ -1,0 +1,17 @@
+"""Decoders and encoder-decoders that load, run and save Hugging Face folders.
+
+Parameters travel as nested dicts of arrays; the nnx modules are the shells that users hold.
+"""
+
+from jaxalign.models.config import DecoderConfig, Rope
+from jaxalign.models.decoder import Decoder, init_model
+from jaxalign.models.weights import load_pretrained, save_pretrained
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Rope",
+    "init_model",
+    "load_pretrained",
+    "save_pretrained",
+]

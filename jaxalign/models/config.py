@@ -1,0 +1,137 @@
+"""What a decoder is made of, as plain values: every family is one setting of these."""
+
+import dataclasses
+import json
+from typing import Any
+
+from jaxalign.errors import UserError
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "norm_placement": ("pre", "post", "sandwich", "parallel"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "position_kind": ("rope", "learned"),
+    "qk_norm": (None, "head", "width"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions: base, scaling and the rotated part of each head.
+
+    Attributes:
+      theta: base of the geometric row of wavelengths.
+      kind: one of `ROPE_KINDS`; the other fields belong to the kinds that read them.
+      rotated: fraction of the head width that is rotated, in (0, 1].
+      factor: how far the context is stretched (linear, dynamic, llama3, yarn, longrope).
+      original_context: length the model was pretrained at (llama3, yarn, longrope).
+      attention_factor: factor on cosines and sines; None takes the kind's own formula.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    rotated: float = 1.0
+    factor: float | None = None
+    original_context: int | None = None
+    attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise UserError(f"rope kind: {self.kind!r} is not one of {', '.join(ROPE_KINDS)}")
+        if not 0 < self.rotated <= 1:
+            raise UserError(f"rope rotated fraction: {self.rotated} is not in (0, 1]")
+        needs = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_context",),
+            "longrope": ("original_context", "short_factor", "long_factor"),
+        }
+        for field in needs.get(self.kind, ()):
+            if getattr(self, field) is None:
+                raise UserError(f"rope kind {self.kind!r} needs {field}, which is missing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One decoder-only transformer; hashable, so it can be a static argument of `jax.jit`.
+
+    Attributes:
+      family: the name in the table of families (Hugging Face's `model_type`).
+      norm_offset: added to the stored scale of an RMS norm (1 in Gemma, else 0).
+      norm_placement: "pre" normalises a branch's input, "post" its output (OLMo 2), "sandwich"
+        both (Gemma 2 and 3), "parallel" feeds attention and MLP from the same residual (NeoX).
+      local_rope: rotary positions of sliding-window layers where they differ (Gemma 3).
+      qk_norm: None, "head" (per head: Qwen3, Gemma 3) or "width" (all heads at once: OLMo 2).
+      window: number of tokens a sliding-window layer sees, itself included.
+      windowed: per layer, whether it is a sliding-window layer; empty means none is.
+      query_scale: factor on query-key products; None is head_width ** -0.5.
+      source: the JSON text this config was read from, kept so that saving loses no field.
+    """
+
+    family: str = "llama"
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    context_length: int
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    norm_eps: float = 1e-6
+    norm_placement: str = "pre"
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    position_kind: str = "rope"
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    qk_norm: str | None = None
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    logit_scale: float | None = None
+    embedding_scale: float | None = None
+    query_scale: float | None = None
+    tied: bool = False
+    initializer_range: float = 0.02
+    source: str = dataclasses.field(default="", compare=False, repr=False)
+
+    def __post_init__(self):
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise UserError(f"{field}: {getattr(self, field)!r} is not one of {choices}")
+        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}: {getattr(self, field)} is not positive")
+        if self.heads % self.kv_heads:
+            raise UserError(f"heads: {self.heads} is no multiple of kv_heads {self.kv_heads}")
+        if self.windowed and len(self.windowed) != self.layers:
+            raise UserError(f"windowed: {len(self.windowed)} entries for {self.layers} layers")
+        if any(self.windowed) and not self.window:
+            raise UserError("window: missing, but some layers are sliding-window layers")
+
+    @property
+    def scale(self) -> float:
+        """The factor on query-key products."""
+        return self.head_width**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def source_fields(self) -> dict[str, Any]:
+        """The fields of the Hugging Face config this one was read from; empty if none."""
+        return json.loads(self.source) if self.source else {}

@@ -1,0 +1,378 @@
+"""The shared decoder: parameters as a nested dict, the forward pass as a pure function."""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxalign.errors import UserError
+from jaxalign.models.config import DecoderConfig
+from jaxalign.models.layers import (
+    ACTIVATIONS,
+    attention,
+    dense,
+    layer_norm,
+    precision,
+    rms_norm,
+    softcap,
+)
+from jaxalign.models.rope import rope_angles, rotate
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+}
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The shape of every parameter, in the nested dict's own form."""
+    width, heads = config.width, config.heads * config.head_width
+    kv, bias = config.kv_heads * config.head_width, config.norm == "layer"
+
+    def norm(*size: int) -> dict[str, tuple[int, ...]]:
+        return {"scale": size, "bias": size} if bias else {"scale": size}
+
+    def kernel(inputs: int, outputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
+        shapes = {"kernel": (config.layers, inputs, outputs)}
+        return shapes | ({"bias": (config.layers, outputs)} if has_bias else {})
+
+    layers: dict[str, Any] = {
+        "q": kernel(width, heads, config.qkv_bias),
+        "k": kernel(width, kv, config.qkv_bias),
+        "v": kernel(width, kv, config.qkv_bias),
+        "o": kernel(heads, width, config.output_bias),
+        "up": kernel(width, config.mlp_width, config.mlp_bias),
+        "down": kernel(config.mlp_width, width, config.mlp_bias),
+    }
+    if config.gated:
+        layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
+    if config.norm_placement != "post":
+        layers |= {name: norm(config.layers, width) for name in ("attention_norm", "mlp_norm")}
+    if config.norm_placement in ("post", "sandwich"):
+        names = ("post_attention_norm", "post_mlp_norm")
+        layers |= {name: norm(config.layers, width) for name in names}
+    if config.qk_norm is not None:
+        sizes = (heads, kv) if config.qk_norm == "width" else (config.head_width,) * 2
+        layers["q_norm"] = {"scale": (config.layers, sizes[0])}
+        layers["k_norm"] = {"scale": (config.layers, sizes[1])}
+    shapes: dict[str, Any] = {
+        "embed": {"embedding": (config.vocab_size, width)},
+        "layers": layers,
+        "final_norm": norm(width),
+    }
+    if config.position_kind == "learned":
+        shapes["positions"] = {"embedding": (config.context_length, width)}
+    if not config.tied:
+        shapes["unembed"] = {"kernel": (width, config.vocab_size)}
+    return shapes
+
+
+def init_params(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> dict:
+    """Random parameters: normal matrices, norms that do nothing, biases of zero.
+
+    Matrices that write into the residual stream are scaled by (2 layers) ** -0.5 (GPT-2 paper,
+    section 2.3).
+
+    Args:
+      config: the decoder.
+      key: one PRNG key.
+      dtype: of the parameters.
+
+    Returns:
+      The nested dict of arrays that `parameter_shapes` describes.
+    """
+
+    def leaf(path, shape):
+        names = [entry.key for entry in path]
+        if names[-1] == "bias":
+            return jnp.zeros(shape, dtype)
+        if names[-1] == "scale":
+            return jnp.full(shape, 1.0 - config.norm_offset, dtype)
+        scale = config.initializer_range
+        if names[-2] in ("o", "down"):
+            scale /= (2 * config.layers) ** 0.5
+        # The leaf's name decides its key: adding a leaf changes no other.
+        own = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
+        return (scale * jax.random.normal(own, shape, jnp.float32)).astype(dtype)
+
+    shapes = parameter_shapes(config)
+    return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
+    if config.norm == "layer":
+        return layer_norm(x, params["scale"], params.get("bias"), eps=config.norm_eps)
+    return rms_norm(x, params["scale"], eps=config.norm_eps, offset=config.norm_offset)
+
+
+def _positions(length, attention_mask, segment_ids):
+    """Positions count from the first real token of each row, or of each packed segment."""
+    places = jnp.arange(length)[None, :]
+    if segment_ids is not None:
+        before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+        starts = jnp.where(segment_ids != before, places, 0)
+        return places - jax.lax.cummax(starts, axis=1)
+    if attention_mask is not None:
+        leading = jnp.argmax(attention_mask != 0, axis=1)[:, None]
+        return jnp.maximum(places - leading, 0)
+    return places
+
+
+def _attention_branch(x, layer, adapters, scale, is_windowed, angles, segments, config, how):
+    """Queries, keys and values; norms and rotation; attention; the output matrix."""
+    batch, length, _ = x.shape
+
+    def project(name: str, heads: int) -> jax.Array:
+        y = dense(x, layer[name], adapters.get(name), scale)
+        norm = f"{name}_norm"
+        if norm in layer and config.qk_norm == "width":
+            y = _norm(y, layer[norm], config)
+        y = y.reshape(batch, length, heads, config.head_width)
+        return _norm(y, layer[norm], config) if norm in layer and config.qk_norm == "head" else y
+
+    q = project("q", config.heads)
+    k, v = project("k", config.kv_heads), project("v", config.kv_heads)
+    if angles is not None:
+        cosines, sines = angles[0]
+        if config.local_rope is not None:
+            cosines, sines = (
+                jnp.where(is_windowed, local, full)
+                for local, full in zip(angles[1], angles[0], strict=True)
+            )
+        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+    attend = functools.partial(
+        attention,
+        scale=config.scale,
+        segment_ids=segments,
+        cap=config.attention_softcap,
+        implementation=how,
+    )
+    if config.windowed and all(config.windowed):
+        mixed = attend(q, k, v, window=config.window)
+    elif any(config.windowed):
+        narrow = functools.partial(attend, window=config.window)
+        mixed = jax.lax.cond(is_windowed, narrow, attend, q, k, v)
+    else:
+        mixed = attend(q, k, v)
+    mixed = checkpoint_name(mixed, "attention_output")
+    return dense(mixed.reshape(batch, length, -1), layer["o"], adapters.get("o"), scale)
+
+
+def _mlp_branch(x, layer, adapters, scale, config):
+    activation = ACTIVATIONS[config.activation]
+    y = dense(x, layer["up"], adapters.get("up"), scale)
+    if config.gated:
+        y = activation(dense(x, layer["gate"], adapters.get("gate"), scale)) * y
+    else:
+        y = activation(y)
+    return dense(y, layer["down"], adapters.get("down"), scale)
+
+
+def _block(x, layer, attend, mlp, config):
+    """One layer: the two branches, with norms where the config puts them."""
+
+    def before(name, y):
+        return y if config.norm_placement == "post" else _norm(y, layer[name], config)
+
+    def after(name, y):
+        placed = config.norm_placement in ("post", "sandwich")
+        return _norm(y, layer[name], config) if placed else y
+
+    attended = after("post_attention_norm", attend(before("attention_norm", x)))
+    if config.norm_placement == "parallel":
+        return x + attended + mlp(before("mlp_norm", x))
+    x = x + attended
+    return x + after("post_mlp_norm", mlp(before("mlp_norm", x)))
+
+
+def hidden_states(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    *,
+    attention_mask: Array | None = None,
+    positions: Int[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float | Float[Array, ""] = 1.0,
+    remat: str = "none",
+    dtype: Any = None,
+    attention_kind: str = "auto",
+) -> Float[Array, "batch length width"]:
+    """The decoder's last hidden states, after the final norm.
+
+    Layers run under `jax.lax.scan`, so that one block is compiled whatever the depth. Rows padded
+    on the right need no mask: causality hides the padding from every real token, and on a GPU
+    the fused kernel is then used.
+
+    Args:
+      params: nested dict of arrays; leaves under "layers" are stacked, [layers, ...].
+      config: the decoder.
+      tokens: [batch, length], ids below `config.vocab_size`.
+      attention_mask: [batch, length], nonzero at real tokens; padding on either side.
+      positions: [batch, length]; by default counted from each row's first real token, or from
+        the first token of each segment.
+      segment_ids: [batch, length]; packed documents 1, 2, ...; 0 is padding. A token sees its own
+        document alone.
+      adapters: low-rank updates {"layers": {"q": {"a": [layers, in, rank], "b": [layers, rank,
+        out]}, ...}}, or None for the weights alone.
+      adapter_scale: factor on the updates, alpha / rank.
+      remat: what the backward pass computes again: "none", "full" (whole layers), "dots" (all but
+        matrix products), "attention" (all but attention outputs).
+      dtype: of the computation; None is the parameters' own.
+      attention_kind: "auto", or the implementation that `layers.attention` should use.
+
+    Returns:
+      [batch, length, width] in `dtype`.
+
+    Raises:
+      UserError: if `remat` is unknown or the rows are longer than learned positions reach.
+    """
+    if remat != "none" and remat not in REMAT_POLICIES:
+        raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
+    length = tokens.shape[1]
+    if config.position_kind == "learned" and length > config.context_length:
+        raise UserError(
+            f"length: {length} tokens, but {config.family} has learned positions for "
+            f"{config.context_length}; shorten the rows"
+        )
+    if positions is None:
+        positions = _positions(length, attention_mask, segment_ids)
+    segments = segment_ids
+    if attention_mask is not None:
+        real = (attention_mask != 0).astype(jnp.int32)
+        segments = real if segment_ids is None else segment_ids * real
+
+    embedding = params["embed"]["embedding"]
+    dtype = embedding.dtype if dtype is None else dtype
+    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, dtype)
+    angles = None
+    if config.position_kind == "learned":
+        learned = jnp.take(params["positions"]["embedding"], positions, axis=0)
+        x = x + jnp.broadcast_to(learned.astype(dtype), x.shape)
+    else:
+        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+        sizes = config.head_width, config.context_length
+        angles = [rope_angles(rope, *sizes, positions) for rope in ropes]
+
+    def block(x, inputs):
+        layer, updates, is_windowed = inputs
+
+        def attend(y):
+            branch = is_windowed, angles, segments, config, attention_kind
+            return _attention_branch(y, layer, updates, adapter_scale, *branch)
+
+        def mlp(y):
+            return _mlp_branch(y, layer, updates, adapter_scale, config)
+
+        return _block(x, layer, attend, mlp, config), None
+
+    if remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    windowed = jnp.asarray(config.windowed or (False,) * config.layers)
+    updates = {} if adapters is None else adapters["layers"]
+    x, _ = jax.lax.scan(block, x, (params["layers"], updates, windowed))
+    return _norm(x, params["final_norm"], config)
+
+
+def unembedding(
+    params: Mapping[str, Any], config: DecoderConfig
+) -> tuple[Float[Array, "width vocabulary"], Float[Array, " vocabulary"] | None]:
+    """The matrix from hidden states to logits and its bias (None where there is none)."""
+    if config.tied:
+        return params["embed"]["embedding"].T, None
+    return params["unembed"]["kernel"], params["unembed"].get("bias")
+
+
+def logits(
+    params: Mapping[str, Any], config: DecoderConfig, tokens: Int[Array, "batch length"], **options
+) -> Float[Array, "batch length vocabulary"]:
+    """Float32 logits at every position; for training use log-probs without logits instead.
+
+    Args:
+      params: nested dict of arrays.
+      config: the decoder.
+      tokens: [batch, length].
+      **options: those of `hidden_states`.
+
+    Returns:
+      [batch, length, vocabulary], float32.
+    """
+    hidden = hidden_states(params, config, tokens, **options)
+    kernel, bias = unembedding(params, config)
+    out = jnp.matmul(
+        hidden,
+        kernel.astype(hidden.dtype),
+        precision=precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+        out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
+    if config.logit_scale is not None:
+        out = out * config.logit_scale
+    return softcap(out, config.logit_softcap)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat", "dtype"))
+def _compiled_logits(params, config, tokens, attention_mask, positions, segment_ids, remat, dtype):
+    return logits(
+        params,
+        config,
+        tokens,
+        attention_mask=attention_mask,
+        positions=positions,
+        segment_ids=segment_ids,
+        remat=remat,
+        dtype=dtype,
+    )
+
+
+class Decoder(nnx.Module):
+    """A decoder with its parameters: what a user holds; training works on `params`.
+
+    Args:
+      config: the decoder's description.
+      params: nested dict of arrays, as `init_params` makes it.
+      dtype: of the computation; None is the parameters' own.
+    """
+
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any], *, dtype: Any = None):
+        self.config = config
+        self.dtype = dtype
+        self.weights = nnx.data(jax.tree.map(nnx.Param, params))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as a plain nested dict of arrays (no copies)."""
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        return jax.tree.map(lambda x: x.get_value(), self.weights, is_leaf=is_variable)
+
+    def __call__(
+        self,
+        tokens,
+        attention_mask=None,
+        *,
+        positions=None,
+        segment_ids=None,
+        remat: str = "none",
+    ) -> Float[Array, "batch length vocabulary"]:
+        """Float32 logits, [batch, length, vocabulary], of int32 tokens, [batch, length]."""
+        arrays = [
+            None if x is None else jnp.asarray(x)
+            for x in (tokens, attention_mask, positions, segment_ids)
+        ]
+        return _compiled_logits(self.params, self.config, *arrays, remat, self.dtype)
+
+
+def init_model(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> Decoder:
+    """A decoder with random parameters."""
+    return Decoder(config, init_params(config, key, dtype=dtype))

@@ -1,0 +1,171 @@
+"""What every family file is written with: entries of a weight table, and fields of a config."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxalign.errors import UserError
+from jaxalign.models.config import Rope
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+HF_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One Hugging Face tensor and the leaves of ours that it holds.
+
+    Attributes:
+      name: its name in the file; "{layer}" stands for the layer's number.
+      paths: our leaves, such as "layers/q/kernel"; several where the file fuses them.
+      split: the file's tensor -> one array per path (one layer's, without the layers axis).
+      join: the reverse.
+      transposed: whether the single leaf is the plain transpose; lets slices be read alone.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    join: Callable[..., np.ndarray]
+    transposed: bool | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such tensor for every layer."""
+        return "{layer}" in self.name
+
+
+def same(name: str, path: str) -> Weight:
+    """A tensor stored as we hold it."""
+    return Weight(
+        name=name, paths=(path,), split=lambda x: (x,), join=lambda x: x, transposed=False
+    )
+
+
+def transposed(name: str, path: str) -> Weight:
+    """A `torch.nn.Linear` weight, [outputs, inputs]."""
+    return Weight(
+        name=name, paths=(path,), split=lambda x: (x.T,), join=lambda x: x.T, transposed=True
+    )
+
+
+def linear(name: str, path: str, *, bias: bool) -> list[Weight]:
+    """A `torch.nn.Linear`: the transposed weight, and the bias where there is one."""
+    kernel = transposed(f"{name}.weight", f"{path}/kernel")
+    return [kernel, same(f"{name}.bias", f"{path}/bias")] if bias else [kernel]
+
+
+def fused(name: str, paths: tuple[str, ...], sizes: tuple[int, ...], *, axis: int) -> Weight:
+    """Several leaves behind one another along the file's output axis.
+
+    Args:
+      name: the tensor's name.
+      paths: our leaves.
+      sizes: how much of the axis each leaf takes.
+      axis: 0 for a `torch.nn.Linear` weight, which is transposed too; -1 for vectors and GPT-2's
+        `Conv1D`, which are not.
+    """
+    ends = np.cumsum(sizes)[:-1]
+
+    def split(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        parts = np.split(x, ends, axis=axis)
+        return tuple(part.T for part in parts) if axis == 0 else tuple(parts)
+
+    def join(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate([p.T for p in parts] if axis == 0 else list(parts), axis=axis)
+
+    return Weight(name=name, paths=paths, split=split, join=join)
+
+
+def activation(hf: Mapping[str, Any], field: str) -> str:
+    """Our name of the activation that a config names in `field`."""
+    if hf[field] not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise UserError(f"config.json: {field}: {hf[field]!r} is not supported; it has {known}")
+    return ACTIVATION_NAMES[hf[field]]
+
+
+def refuse(hf: Mapping[str, Any], field: str, *, unless: Any) -> None:
+    """Refuses a setting that this code does not compute."""
+    if hf.get(field, unless) != unless:
+        raise UserError(f"config.json: {field}: {hf[field]!r} is not supported, only {unless!r} is")
+
+
+def given(hf: Mapping[str, Any], field: str, otherwise: Any) -> Any:
+    """The field's value; `otherwise` where it is absent or null."""
+    value = hf.get(field)
+    return otherwise if value is None else value
+
+
+def rope(
+    hf: Mapping[str, Any],
+    parameters: Mapping[str, Any] | None,
+    *,
+    theta: float,
+    rotated: float = 1.0,
+) -> Rope:
+    """Rotary positions from a config's `rope_parameters` (new form) or `rope_scaling` (old).
+
+    Args:
+      hf: the whole config, for the context length.
+      parameters: the dict of the variant, or None for the plain one.
+      theta: base, where `parameters` has none.
+      rotated: rotated fraction of a head, where `parameters` has none.
+    """
+    fields = dict(parameters or {})
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    context = given(fields, "original_max_position_embeddings", hf["max_position_embeddings"])
+    # Phi-3 keeps the pretraining length beside the variant's dict, and transformers prefers it.
+    context = given(hf, "original_max_position_embeddings", context)
+
+    def numbers(field: str) -> tuple[float, ...] | None:
+        values = fields.get(field)
+        return None if values is None else tuple(float(x) for x in values)
+
+    return Rope(
+        theta=float(given(fields, "rope_theta", theta)),
+        kind=kind,
+        rotated=float(given(fields, "partial_rotary_factor", rotated)),
+        factor=fields.get("factor"),
+        original_context=context if kind in ("llama3", "yarn", "longrope") else None,
+        attention_factor=fields.get("attention_factor"),
+        low_freq_factor=fields.get("low_freq_factor"),
+        high_freq_factor=fields.get("high_freq_factor"),
+        beta_fast=fields.get("beta_fast"),
+        beta_slow=fields.get("beta_slow"),
+        mscale=fields.get("mscale"),
+        mscale_all_dim=fields.get("mscale_all_dim"),
+        truncate=bool(given(fields, "truncate", True)),
+        short_factor=numbers("short_factor"),
+        long_factor=numbers("long_factor"),
+    )
+
+
+def rope_scaling(rope: Rope) -> dict[str, Any] | None:
+    """The variant's dict in the old form, which every version of transformers reads."""
+    if rope.kind == "default":
+        return None
+    names = {"original_context": "original_max_position_embeddings"}
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    for field in dataclasses.fields(rope):
+        value = getattr(rope, field.name)
+        if field.name in ("theta", "kind", "rotated") or value is None or value is True:
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        scaling[names.get(field.name, field.name)] = value
+    return scaling

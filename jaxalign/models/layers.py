@@ -1,0 +1,190 @@
+"""The layers of the shared models: dense, norms, activations, attention; all pure functions."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Float32 means float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def dense(
+    x: Float[Array, "... inputs"],
+    params: Mapping[str, Any],
+    adapter: Mapping[str, Any] | None = None,
+    adapter_scale: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "... outputs"]:
+    r"""The one matrix product of all models: computed in the dtype of `x`.
+
+    .. math:: y = x W + b + s \, x A B
+
+    Args:
+      x: inputs, [..., inputs].
+      params: {"kernel": [inputs, outputs], "bias"?: [outputs]} in any float dtype.
+      adapter: low-rank update {"a": [inputs, rank], "b": [rank, outputs]}, or None.
+      adapter_scale: s, alpha / rank of the low-rank update.
+
+    Returns:
+      [..., outputs] in the dtype of `x`.
+    """
+    at = precision(x.dtype)
+    y = jnp.matmul(x, params["kernel"].astype(x.dtype), precision=at)
+    if "bias" in params:
+        y = y + jnp.broadcast_to(params["bias"].astype(x.dtype), y.shape)
+    if adapter is not None:
+        low = jnp.matmul(x, adapter["a"].astype(x.dtype), precision=at)
+        update = jnp.matmul(low, adapter["b"].astype(x.dtype), precision=at)
+        y = y + update * jnp.asarray(adapter_scale, x.dtype)
+    return y
+
+
+def rms_norm(
+    x: Float[Array, "... width"], scale: Float[Array, " width"], *, eps: float, offset: float = 0.0
+) -> Float[Array, "... width"]:
+    """Root-mean-square norm over the last axis, in float32; `offset` is added to the scale."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    weight = scale.astype(jnp.float32) + offset
+    return (y * jnp.broadcast_to(weight, y.shape)).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "... width"],
+    scale: Float[Array, " width"],
+    bias: Float[Array, " width"] | None,
+    *,
+    eps: float,
+) -> Float[Array, "... width"]:
+    """Layer norm over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return y.astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(x / cap)`; None leaves x as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attention(
+    q: Float[Array, "batch length heads head_width"],
+    k: Float[Array, "batch length kv_heads head_width"],
+    v: Float[Array, "batch length kv_heads head_width"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    implementation: str = "auto",
+    query_block: int = 512,
+) -> Float[Array, "batch length heads head_width"]:
+    """Causal attention that never forms a [length, length] array of scores for long sequences.
+
+    Args:
+      q: queries; heads is a multiple of kv_heads (grouped queries).
+      k: keys.
+      v: values.
+      scale: factor on query-key products.
+      segment_ids: a position sees its own segment alone (padding is one more segment). None
+        means one segment; rows padded on the right need none, since causality hides padding.
+      window: a position sees itself and the `window - 1` positions before it; None sees all.
+      cap: soft cap on scores (Gemma 2), or None.
+      implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
+        cap).
+      query_block: how many queries "blocked" treats at a time.
+
+    Returns:
+      [batch, length, heads, head_width] in the dtype of `q`.
+    """
+    if implementation == "auto":
+        plain = segment_ids is None and cap is None
+        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        on_gpu = jax.default_backend() == "gpu"
+        small = q.shape[-1] <= 128
+        implementation = "cudnn" if on_gpu and plain and fits and small else "blocked"
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    return _blocked_attention(q, k, v, scale, segment_ids, window, cap, query_block)
+
+
+def _blocked_attention(q, k, v, scale, segment_ids, window, cap, block):
+    """Exact attention, one block of queries at a time; windows read only the keys they see."""
+    batch, length, heads, width = q.shape
+    if segment_ids is None:
+        segment_ids = jnp.ones((1, length), jnp.int32)
+    if length <= block:
+        places = jnp.arange(length)
+        return _attend(q, k, v, scale, segment_ids, segment_ids, places, places, window, cap)
+    padding = -length % block
+    blocks = (length + padding) // block
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(x.shape[0], blocks, block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    # A windowed block reads its own positions and the window - 1 positions before them.
+    span = length if window is None else min(length, block + window - 1)
+
+    @jax.checkpoint
+    def one_block(start, q_block, q_segments):
+        first = jnp.clip(start + block - span, 0, length - span)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) for x in (k, v))
+        key_segments = jax.lax.dynamic_slice_in_dim(segment_ids, first, span, axis=1)
+        q_places, k_places = start + jnp.arange(block), first + jnp.arange(span)
+        return _attend(
+            q_block, keys, values, scale, q_segments, key_segments, q_places, k_places, window, cap
+        )
+
+    def step(_, inputs):
+        return None, one_block(*inputs)
+
+    starts = jnp.arange(blocks) * block
+    _, out = jax.lax.scan(step, None, (starts, split(q), split(segment_ids)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, width)[:, :length]
+
+
+def _attend(q, k, v, scale, q_segments, k_segments, q_places, k_places, window, cap):
+    """Scores, softmax and mixture for a set of queries; softmax in float32."""
+    batch, queries, heads, width = q.shape
+    groups = heads // k.shape[2]
+    at = precision(q.dtype)
+    grouped = q.reshape(batch, queries, k.shape[2], groups, width)
+    scores = jnp.einsum(
+        "bqkgd,bskd->bkgqs", grouped, k, precision=at, preferred_element_type=jnp.float32
+    )
+    scores = softcap(scores * scale, cap)
+    distance = q_places[:, None] - k_places[None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=at)
+    return mixed.reshape(batch, queries, heads, width)

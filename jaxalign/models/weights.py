@@ -1,0 +1,458 @@
+"""Hugging Face folders in and out: safetensors streamed to and from the nested dict."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxalign.errors import UserError
+from jaxalign.models.families import FAMILIES
+from jaxalign.models.families.mapping import Weight
+
+# Buffers that old checkpoints carry and no model needs.
+HARMLESS = re.compile(
+    r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias"
+    r"|attention\.masked_bias|embed_positions\.weight)$"
+)
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
+
+
+def find_folder(path_or_hub_name: str | Path) -> Path:
+    """The local folder of that name, or the hub's snapshot of it (safetensors and JSON alone).
+
+    Raises:
+      UserError: if there is neither.
+    """
+    path = Path(path_or_hub_name).expanduser()
+    name = str(path_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{name}: no such folder here, and the hub did not give it ({reason}); "
+            "give a local folder or check the name and the connection"
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """Our description of the model in a folder, from its `config.json`.
+
+    Raises:
+      UserError: if the file is missing or broken, or the family is not supported.
+    """
+    file = folder / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        fields = json.loads(text)
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: missing; a model folder has config.json and safetensors"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: a JSON object is expected")
+    family = fields.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
+    if fields.get("quantization_config"):
+        raise UserError(f"{file}: quantization_config: quantised weights are not supported")
+    try:
+        config = FAMILIES[family].config(fields)
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: {type(error).__name__}: {error}") from None
+    return dataclasses.replace(config, source=text)
+
+
+class TensorFiles:
+    """The tensors of a folder's safetensors files, opened lazily and read one at a time."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(folder):
+            try:
+                opened = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                self.files[name] = opened
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor."""
+        return self.files[name].get_tensor(name)
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of one tensor, without reading the rest."""
+        if not index:
+            return self.read(name)
+        return self.files[name].get_slice(name)[index]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The single file, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: broken index ({type(error).__name__}: {error})") from None
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{index}: names {name}, which is not in the folder")
+        return [folder / name for name in names]
+    pickles = sorted(file.name for kind in PICKLES for file in folder.glob(kind))
+    if pickles:
+        raise UserError(
+            f"{folder}: only {pickles[0]} there; pickled weights can run code and are refused, "
+            "convert them to model.safetensors"
+        )
+    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def load_pretrained(
+    path_or_hub_name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rule: Rule | None = None,
+) -> Any:
+    """A model from a Hugging Face folder or hub name, its weights streamed into place.
+
+    Every leaf is read, converted and placed before the next one; with a mesh, each device's part
+    is read from the files by itself. So the host never holds the model twice.
+
+    Args:
+      path_or_hub_name: folder with config.json and safetensors, or a name such as "org/model".
+      dtype: of the parameters; None keeps the file's own.
+      mesh: devices to place the parameters on; None is the default device.
+      rule: path ("layers/q/kernel") and shape -> PartitionSpec; by default the largest axis that
+        the mesh's "fsdp" axis divides is split over it.
+
+    Returns:
+      A `Decoder` or `EncoderDecoder`.
+
+    Raises:
+      UserError: if the folder, its config or its weights cannot be used; the message says why.
+    """
+    folder = find_folder(path_or_hub_name)
+    config = read_config(folder)
+    family = FAMILIES[config.family]
+    files = TensorFiles(folder)
+    model_class, shapes = _model_class(config)
+    leaves = _flatten(shapes)
+    sources = _sources(files, family.weights(config), leaves, config, folder)
+    params: dict[str, Any] = {}
+    for path, shape in leaves.items():
+        sharding = _sharding(path, shape, mesh, rule)
+        _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
+    return model_class(config, params)
+
+
+def _model_class(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of the model that a config describes, and its parameters' shapes."""
+    from jaxalign.models.config import DecoderConfig
+
+    if isinstance(config, DecoderConfig):
+        from jaxalign.models.decoder import Decoder, parameter_shapes
+
+        return Decoder, parameter_shapes(config)
+    from jaxalign.models.encoder_decoder import EncoderDecoder, parameter_shapes
+
+    return EncoderDecoder, parameter_shapes(config)
+
+
+def _flatten(shapes: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    flat = {}
+    for name, value in shapes.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The file's names of a weight, one per layer where it has layers."""
+    if not weight.per_layer:
+        return [weight.name]
+    return [weight.name.format(layer=i) for i in range(leaves[weight.paths[0]][0])]
+
+
+def _sources(
+    files: TensorFiles,
+    table: Iterable[Weight],
+    leaves: Mapping[str, tuple[int, ...]],
+    config: Any,
+    folder: Path,
+) -> dict[str, tuple[Weight, int, list[str]]]:
+    """Per leaf: its weight, its number among the weight's leaves and the names to read.
+
+    Checks on the way that the files hold exactly the tensors of this config, in its shapes.
+    """
+    table = list(table)
+    renamed = _bare_names(files, table)
+    sources: dict[str, tuple[Weight, int, list[str]]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for weight in table:
+        names = _layer_names(weight, leaves)
+        shapes = [leaves[path][1:] if weight.per_layer else leaves[path] for path in weight.paths]
+        shape = weight.join(*(np.empty(s, np.bool_) for s in shapes)).shape
+        expected |= dict.fromkeys(names, shape)
+        for number, path in enumerate(weight.paths):
+            sources[path] = weight, number, [renamed.get(name, name) for name in names]
+    present = {name: renamed.get(name, name) for name in expected}
+    missing = [name for name in expected if present[name] not in files.shapes]
+    if missing:
+        raise UserError(f"{folder}: missing weights: {_some(missing)}")
+    extra = set(files.shapes) - set(present.values())
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tied else set()
+    surplus = sorted(name for name in extra - tied if not HARMLESS.search(name))
+    if surplus:
+        raise UserError(f"{folder}: weights that a {config.family} does not have: {_some(surplus)}")
+    for name, shape in expected.items():
+        if files.shapes[present[name]] != shape:
+            raise UserError(
+                f"{folder}: {name}: shape {list(files.shapes[present[name]])}, but config.json "
+                f"says {list(shape)}"
+            )
+    return sources
+
+
+def _bare_names(files: TensorFiles, table: list[Weight]) -> dict[str, str]:
+    """Names without their first part, for folders saved from the base model alone (GPT-2)."""
+    prefixes = {weight.name.split(".")[0] + "." for weight in table}
+    if any(name.startswith(tuple(prefixes)) for name in files.shapes):
+        return {}
+    names: dict[str, str] = {}
+    for name in files.shapes:
+        names |= {prefix + name: name for prefix in prefixes}
+    return names
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + rest
+
+
+def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh | None, rule: Rule | None) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    spec = rule(path, shape) if rule is not None else largest_axis(path, shape, mesh)
+    return NamedSharding(mesh, spec)
+
+
+def largest_axis(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Splits a leaf's largest divisible axis over "fsdp" (or over all, if there is no "fsdp")."""
+    names = ("fsdp",) if "fsdp" in mesh.axis_names else tuple(mesh.axis_names)
+    size = int(np.prod([mesh.shape[name] for name in names]))
+    first = 1 if path.startswith("layers/") else 0
+    axes = [axis for axis in range(first, len(shape)) if shape[axis] % size == 0]
+    spec: list[Any] = [None] * len(shape)
+    if axes and size > 1:
+        spec[max(axes, key=lambda axis: shape[axis])] = names
+    return PartitionSpec(*spec)
+
+
+def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
+    """One leaf on its devices; each device's part is read, converted and placed by itself."""
+    stored = files.read_slice(names[0], ()).dtype if dtype is None else np.dtype(dtype)
+
+    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if weight.transposed is None or not index:
+            return weight.split(files.read(name))[number][index]
+        if weight.transposed:
+            return files.read_slice(name, index[::-1]).T
+        return files.read_slice(name, index)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+        index = tuple(slice(start, stop) for start, stop, _ in bounds)
+        if not weight.per_layer:
+            return np.ascontiguousarray(part(names[0], index).astype(stored))
+        out = np.empty([s.stop - s.start for s in index], stored)
+        for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            out[i] = part(names[layer], index[1:])
+        return out
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def save_pretrained(
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    max_shard_size: int = 5 * 1000**3,
+) -> Path:
+    """Writes config.json and safetensors that transformers opens; the reverse of loading.
+
+    Tensors are taken from the devices layer by layer, and at most one shard is held at a time.
+
+    Args:
+      model: a `Decoder` or `EncoderDecoder`, or anything with its `config` and `params`.
+      folder: made if absent; weights that an earlier save left there are removed.
+      tokenizer: written beside the model with its own `save_pretrained`, if given.
+      dtype: of the file; None is the parameters' own.
+      max_shard_size: bytes of one file; more tensors go into several files and an index.
+
+    Returns:
+      The folder.
+    """
+    folder = Path(folder)
+    params = dict(_leaf_items(model.params))
+    shapes = {path: leaf.shape for path, leaf in params.items()}
+    plan = _save_plan(FAMILIES[model.config.family].weights(model.config), shapes)
+    writer = jax.process_index() == 0
+    target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
+
+    def tensor(weight: Weight, layer: int | None) -> np.ndarray:
+        parts = [_to_host(params[path], layer) for path in weight.paths]
+        joined = weight.join(*parts)
+        kept = joined.dtype if dtype is None else target
+        return np.ascontiguousarray(joined.astype(kept, copy=False))
+
+    def nbytes(weight: Weight) -> int:
+        items = [params[path] for path in weight.paths]
+        sizes = [x.size // (x.shape[0] if weight.per_layer else 1) for x in items]
+        return sum(sizes) * (items[0].dtype.itemsize if dtype is None else target.itemsize)
+
+    shards: list[list[tuple[str, Weight, int | None]]] = [[]]
+    filled = total = 0
+    for entry in plan:
+        size = nbytes(entry[1])
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled, total = filled + size, total + size
+    if writer:
+        folder.mkdir(parents=True, exist_ok=True)
+    files = [
+        "model.safetensors"
+        if len(shards) == 1
+        else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for file, entries in zip(files, shards, strict=True):
+        tensors = {name: tensor(weight, layer) for name, weight, layer in entries}
+        if writer:
+            from safetensors.numpy import save_file
+
+            partial = folder / f"{file}.partial"
+            save_file(tensors, partial, metadata={"format": "pt"})
+            partial.replace(folder / file)
+    if writer:
+        _remove_old_weights(folder, keep=files)
+        if len(shards) > 1:
+            where = {
+                name: file
+                for file, entries in zip(files, shards, strict=True)
+                for name, _, _ in entries
+            }
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / "config.json", hf_config(model.config, dtype=target))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return folder
+
+
+def hf_config(config: Any, *, dtype: Any) -> dict[str, Any]:
+    """The `config.json` of a config: what it was read from, where it still says the same.
+
+    Otherwise the family writes its fields anew, and those that do not shape the model (token
+    ids) are kept.
+    """
+    family, fields = FAMILIES[config.family], config.source_fields
+    if not (fields and family.config(fields) == config):
+        kept = {
+            key: value
+            for key, value in fields.items()
+            if key not in ("rope_parameters", "layer_types")
+        }
+        fields = kept | family.hf_config(config)
+    fields |= {"model_type": config.family, "architectures": [family.ARCHITECTURE]}
+    fields.pop("torch_dtype", None)
+    fields.pop("dtype", None)
+    return fields | {"torch_dtype": np.dtype(dtype).name}
+
+
+def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaf_items(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _save_plan(table, shapes) -> list[tuple[str, Weight, int | None]]:
+    """Every tensor to write, in the order of layers."""
+    outer: list[tuple[str, Weight, int | None]] = [
+        (w.name, w, None) for w in table if not w.per_layer
+    ]
+    layered: list[tuple[str, Weight, int]] = [
+        (name, w, layer)
+        for w in table
+        if w.per_layer
+        for layer, name in enumerate(_layer_names(w, shapes))
+    ]
+    return outer + [*sorted(layered, key=lambda entry: entry[2])]
+
+
+def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+    part = leaf if layer is None else leaf[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
+    """Weights of an earlier save, which loading would otherwise prefer or mix in."""
+    pattern = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    for file in folder.iterdir():
+        if pattern.fullmatch(file.name) and file.name not in keep:
+            file.unlink()
+
+
+def _write_json(file: Path, value: Any) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
