@@ -1,0 +1,30 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Each makes its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/bin/jaxalign: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/bin/jaxalign
+	$(VENV)/bin/jaxalign train experiments/quickstart.py
+
+test: $(VENV)/bin/jaxalign
+	$(VENV)/bin/python -m pytest -m "not network and not accelerator and not slow"
+
+test-slow: $(VENV)/bin/jaxalign
+	$(VENV)/bin/python -m pytest -m "slow and not network and not accelerator"
+
+lint: $(VENV)/bin/jaxalign
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info

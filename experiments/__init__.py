@@ -1,0 +1,1 @@
+"""Experiments: modules whose config() returns a TrainConfig."""

@@ -1,0 +1,83 @@
+"""From an experiment's name and flags to its config."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from jaxalign.config import TrainConfig
+from jaxalign.errors import UserError
+
+SCALES = ("tiny", "paper")
+
+
+def _module(name: str) -> ModuleType:
+    """A module from a file's path or a dotted name."""
+    path = Path(name)
+    if name.endswith(".py") or path.exists():
+        if not path.is_file():
+            raise UserError(f"{name}: no such experiment file; give a Python file or a module")
+        spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"{name}: not a Python file; give a .py file or a module")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise
+        raise UserError(f"{name}: neither a Python file nor a module") from error
+
+
+def load_config(name: str, scale: str) -> TrainConfig:
+    """The config that the experiment's `config()` or `config(scale)` returns."""
+    module = _module(name)
+    function = getattr(module, "config", None)
+    if not callable(function):
+        raise UserError(f"{name}: has no function config() that returns a TrainConfig")
+    takes_scale = "scale" in inspect.signature(function).parameters
+    config = function(scale=scale) if takes_scale else function()
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{name}: config() returned {type(config).__name__}, not a TrainConfig")
+    return config
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """`EXPERIMENT [--scale tiny|paper] [--field value ...]` -> the config of this run.
+
+    Raises:
+      UserError: the experiment cannot be found or returns no config.
+      SystemExit: with status 2 where a flag is unknown or has a wrong value; 0 for --help.
+    """
+    import tyro
+
+    rest = list(arguments)
+    if not rest or rest[0].startswith("-"):
+        if rest and rest[0] not in ("-h", "--help"):
+            raise UserError(f"EXPERIMENT comes first, before {rest[0]}; see jaxalign train --help")
+        config = TrainConfig()
+        rest = ["--help"]
+    else:
+        experiment = rest.pop(0)
+        scale = "tiny"
+        if "--scale" in rest:
+            at = rest.index("--scale")
+            scale = rest[at + 1] if at + 1 < len(rest) else ""
+            if scale not in SCALES:
+                raise UserError(f"--scale: {scale!r} is not one of {', '.join(SCALES)}")
+            del rest[at : at + 2]
+        config = load_config(experiment, scale)
+    return tyro.cli(
+        TrainConfig,
+        default=config,
+        args=rest,
+        prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
+        description="Run an experiment; every field of its config can be set here.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )

@@ -1,0 +1,80 @@
+"""A run folder: config, versions, metrics, checkpoints, report; made anew or gone on with."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from jaxalign.config import TrainConfig, from_json, to_json
+from jaxalign.errors import UserError
+
+PACKAGES = (
+    "jaxalign",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """The folder output/name, made now or left by the same config.
+
+    Raises:
+      UserError: the folder holds a run of another config.
+    """
+    folder = Path(config.output) / config.name
+    written = folder / "config.json"
+    if written.exists():
+        before = from_json(written.read_text(encoding="utf-8"))
+        if before != config:
+            changed = [
+                name for name in vars(config) if getattr(before, name) != getattr(config, name)
+            ]
+            raise UserError(
+                f"{folder}: holds a run whose {', '.join(changed)} differ; "
+                "set --name to start another, or remove the folder"
+            )
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+    scratch = folder / "config.partial"
+    scratch.write_text(to_json(config) + "\n", encoding="utf-8")
+    scratch.replace(written)
+    return folder
+
+
+def _environment() -> dict:
+    """Versions, devices and git revision: what a reader needs to run it again."""
+    import jax
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_revision": revision,
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+    }

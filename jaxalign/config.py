@@ -1,0 +1,221 @@
+"""Configs: frozen dataclasses of plain values, checked when built, stored as JSON."""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxalign.errors import UserError
+from jaxalign.losses import PREFERENCE_LOSSES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimiser of optax and its schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "rmsprop", "sgd"] = "adamw"
+    """Update rule."""
+    learning_rate: float = 5e-7
+    """Peak learning rate; 5e-7 is the DPO repository's."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warm-up."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    final_fraction: float = 0.0
+    """Last learning rate as a fraction of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None does not clip."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    momentum: float | None = None
+    """Momentum of sgd and rmsprop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of a run: pretraining on text, supervised fine-tuning, or preferences."""
+
+    steps: int = 0
+    """Updates; 0 leaves the stage out."""
+    batch_size: int = 32
+    """Pairs (rows of text in pretraining) per update, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts in which a batch passes the device; the gradient is the whole batch's."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule and learning rate."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0: at the start and at the end alone."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end alone."""
+
+    def __post_init__(self):
+        for name in ("steps", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.micro_batches < 1 or self.batch_size < 1 or self.batch_size % self.micro_batches:
+            raise UserError(
+                f"batch_size: {self.batch_size} is not a multiple of "
+                f"micro_batches: {self.micro_batches}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArchitectureConfig:
+    """A Llama-shaped decoder to start from random weights, where no model is named."""
+
+    width: int = 128
+    """Width of the residual stream."""
+    layers: int = 4
+    """Number of blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 4
+    """Key and value heads."""
+    mlp_width: int = 384
+    """Inner width of the gated MLP."""
+    context: int = 256
+    """Longest sequence."""
+    vocabulary: int = 4096
+    """Size of the BPE vocabulary trained on the text, where no tokenizer is named."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters; rank 0 trains all parameters instead."""
+
+    rank: int = 0
+    """Rank of each adapter; 0: none."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Probability that an input feature of an adapter is dropped in training."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Names of the matrices that get an adapter; patterns with * are allowed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices in a grid; the product of the sizes is their number."""
+
+    data: int = -1
+    """Replicas; -1: what is left over."""
+    fsdp: int = 1
+    """Parts of parameters and optimiser state (ZeRO-3)."""
+    tensor: int = 1
+    """Parts of heads, MLP width and vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: optional pretraining, optional SFT, then a preference loss."""
+
+    name: str = "run"
+    """Name of the run; its folder is output/name."""
+    output: str = "runs"
+    """Folder in which run folders are made."""
+    model: str = "embedded"
+    """Hugging Face folder or hub name, or "embedded": random weights of `architecture`."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; by default the model's own."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    """The model that is made where `model` is "embedded"."""
+    data: str = "embedded"
+    """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or
+    "embedded"."""
+    eval_data: str | None = None
+    """Held-out pairs; by default `holdout` of the data's prompts."""
+    holdout: float = 0.1
+    """Share of prompts held out for evaluation where `eval_data` is not given."""
+    sft_data: str | None = None
+    """Prompt and response records for the SFT stage; by default the chosen responses."""
+    text: tuple[str, ...] = ()
+    """Text files for the pretraining stage."""
+    eval_text: tuple[str, ...] = ()
+    """Held-out text files for the pretraining stage."""
+    bad_records: Literal["error", "skip"] = "error"
+    """What a record that cannot be used does: stop with its line, or be skipped and counted."""
+    max_length: int = 256
+    """Longest prompt plus response in tokens; prompts lose their beginning."""
+    max_records: int | None = None
+    """Use at most this many training records."""
+    max_eval_records: int | None = 512
+    """Use at most this many held-out records."""
+    pretrain: StageConfig = StageConfig()
+    """Next-token prediction on packed text."""
+    sft: StageConfig = StageConfig()
+    """Next-token prediction on responses."""
+    preference: StageConfig = StageConfig()
+    """The preference loss."""
+    loss: str = "dpo"
+    """A row of the table of losses: `jaxalign losses`."""
+    loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
+    reference: Literal["live", "precomputed"] = "live"
+    """Reference log-probs: computed in each step, or once before the first one and stored."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters in the SFT and preference stages."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Computation dtype; parameters and optimiser state are float32."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes anew instead of keeping."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with the record numbers, or skip and count."""
+    export: bool = True
+    """Write a Hugging Face folder `export` at the end."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (extra `wandb`)."""
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+
+    def __post_init__(self):
+        if self.loss not in PREFERENCE_LOSSES:
+            raise UserError(
+                f"loss: {self.loss!r} is not one of {', '.join(sorted(PREFERENCE_LOSSES))}"
+            )
+        known = list(inspect.signature(PREFERENCE_LOSSES[self.loss]).parameters)[1:]
+        if unknown := sorted(set(self.loss_options) - set(known)):
+            raise UserError(
+                f"loss_options: {self.loss} has no {', '.join(unknown)}; it has {', '.join(known)}"
+            )
+        if not 0 <= self.holdout < 1:
+            raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
+        if self.max_length < 2:
+            raise UserError(f"max_length: {self.max_length} leaves no room for a response")
+
+
+def to_json(config: Any) -> str:
+    """The text stored in a run folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The config that `to_json` wrote."""
+    return _build(TrainConfig, json.loads(text), "config")
+
+
+def _build(cls: Any, value: Any, name: str) -> Any:
+    """A value of the annotated type from what JSON left of it."""
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        if unknown := sorted(set(value) - set(hints)):
+            raise UserError(f"{name}: unknown field {', '.join(unknown)}")
+        return typing.cast(Any, cls)(
+            **{key: _build(hints[key], item, f"{name}.{key}") for key, item in value.items()}
+        )
+    origin = typing.get_origin(cls)
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    if origin in (types.UnionType, typing.Union) and isinstance(value, Mapping):
+        return _build(typing.get_args(cls)[0], value, name)
+    return value

@@ -1,0 +1,11 @@
+"""Meshes, and the one table that says which mesh axis splits which axis of an array."""
+
+from jaxalign.sharding.mesh import make_mesh
+from jaxalign.sharding.rules import (
+    batch_sharding,
+    parameter_shardings,
+    place,
+    replicated,
+)
+
+__all__ = ["batch_sharding", "make_mesh", "parameter_shardings", "place", "replicated"]

@@ -1,0 +1,41 @@
+"""Device meshes with the axes data, fsdp and tensor."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxalign.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over the axes (data, fsdp, tensor); one size may be -1: what is left over.
+
+    Args:
+      data: replicas of the parameters; the batch is split over them.
+      fsdp: parts into which parameters and optimiser state are split (ZeRO-3); splits the batch.
+      tensor: parts into which heads, the MLP width and the vocabulary are split.
+      devices: the devices to use; all of them by default.
+
+    Returns:
+      A mesh whose axes are Auto: the compiler places what the rules leave open.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"mesh: {named}: each size is at least 1, and one of them may be -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise UserError(
+            f"mesh: {named} takes {known} devices, and there are {len(devices)}: "
+            "set the sizes so that their product is the number of devices, or one of them to -1"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)

@@ -1,0 +1,91 @@
+"""Which mesh axis splits which axis of a parameter: one table by the parameter's name."""
+
+import itertools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+LOGICAL_TO_MESH = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+    "layers": None,
+    "rank": None,
+}
+
+PARAMETER_AXES = {
+    ("embed", "embedding"): ("vocabulary", "width"),
+    ("unembed", "kernel"): ("width", "vocabulary"),
+    ("q", "kernel"): ("layers", "width", "heads"),
+    ("k", "kernel"): ("layers", "width", "heads"),
+    ("v", "kernel"): ("layers", "width", "heads"),
+    ("o", "kernel"): ("layers", "heads", "width"),
+    ("gate", "kernel"): ("layers", "width", "mlp"),
+    ("up", "kernel"): ("layers", "width", "mlp"),
+    ("down", "kernel"): ("layers", "mlp", "width"),
+}
+"""The last two names of a parameter's path -> the logical name of each of its axes."""
+
+
+def _names(path) -> list[str]:
+    return [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    ]
+
+
+def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The rule of the parameter whose name ends the path; axes that do not divide stay whole."""
+    names = _names(path)
+    logical = next(
+        (PARAMETER_AXES[pair] for pair in itertools.pairwise(names) if pair in PARAMETER_AXES),
+        None,
+    )
+    if logical is None or len(logical) != len(shape):
+        return P()  # vectors, adapters and statistics of unknown shape: small, replicated
+    axes = []
+    for name, size in zip(logical, shape, strict=True):
+        axis = LOGICAL_TO_MESH[name]
+        axes.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
+    return P(*axes)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of parameters, or of anything that mirrors them.
+
+    Optimiser moments carry their parameter's path as a suffix of their own, so that one table
+    serves parameters, moments and accumulated gradients.
+
+    Args:
+      tree: arrays or shape structs.
+      mesh: a mesh with the axes data, fsdp and tensor.
+
+    Returns:
+      The same tree with a `NamedSharding` at each leaf.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split on their first axis over data and fsdp."""
+    return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Copy every leaf to where the rules put it.
+
+    A copy even where the sharding is the same already: a leaf that shares its buffer with
+    another tree would vanish when that tree is donated.
+    """
+    shardings = parameter_shardings(tree, mesh)
+    return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to, may_alias=False), tree, shardings)

@@ -1,0 +1,1 @@
+"""Training: state, the compiled step, the loop, optimisers, checkpoints and metrics."""

@@ -1,0 +1,72 @@
+"""Checkpoints by Orbax: state, data iterator and position together, written in the background."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.sharding import parameter_shardings
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run, by step; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Start writing a checkpoint; a kill in the middle leaves the one before it.
+
+        Args:
+          step: updates done.
+          state: a pytree of arrays.
+          meta: plain values: the data iterator's state and whatever else the loop needs.
+        """
+        if step in self._manager.all_steps():
+            return
+        arguments = self._ocp.args
+        self._manager.save(
+            step,
+            args=arguments.Composite(
+                state=arguments.StandardSave(state), meta=arguments.JsonSave(dict(meta))
+            ),
+        )
+
+    def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+        """The state and meta of a step, laid out for the given mesh, whichever wrote it.
+
+        Args:
+          step: a step that was saved.
+          like: the state's shapes (arrays or shape structs).
+          mesh: where the arrays go, by the table of rules.
+        """
+        shardings = parameter_shardings(like, mesh)
+        target = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, shardings
+        )
+        arguments = self._ocp.args
+        restored = self._manager.restore(
+            step,
+            args=arguments.Composite(
+                state=arguments.StandardRestore(target), meta=arguments.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["meta"]
+
+    def wait(self) -> None:
+        """Until everything started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and let go of the folder."""
+        self._manager.close()

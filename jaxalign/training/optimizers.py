@@ -1,0 +1,107 @@
+"""Optimisers and learning-rate schedules from plain arguments, all of them optax's."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxalign.errors import UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "rmsprop", "sgd")
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    steps: int,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+) -> optax.Schedule:
+    """Linear warm-up, then constant, or a linear or cosine fall to a fraction of the peak.
+
+    Args:
+      learning_rate: the peak.
+      steps: updates of the whole run, warm-up included.
+      schedule: one of constant, linear, cosine.
+      warmup_steps: updates over which the rate rises from 0.
+      final_fraction: the last rate as a fraction of the peak (linear and cosine).
+    """
+    decay_steps = max(steps - warmup_steps, 1)
+    match schedule:
+        case "constant":
+            after = optax.constant_schedule(learning_rate)
+        case "linear":
+            after = optax.linear_schedule(
+                learning_rate, learning_rate * final_fraction, decay_steps
+            )
+        case "cosine":
+            after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final_fraction)
+        case _:
+            raise UserError(f"schedule: {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if not warmup_steps:
+        return after
+    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def decays(params: Any) -> Any:
+    """True for matrices (kernels, embeddings, adapters); norms and biases are not decayed."""
+    matrices = ("kernel", "embedding", "a", "b")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) in matrices, params
+    )
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: optax.Schedule | float,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float | None = None,
+) -> optax.GradientTransformation:
+    """A chain of global-norm clipping and one of optax's optimisers.
+
+    Args:
+      name: adamw, adafactor, lion, rmsprop or sgd.
+      learning_rate: a number or a schedule.
+      weight_decay: decoupled decay, of matrices alone (`decays`).
+      clip_norm: the gradient's largest global norm; None leaves it.
+      b1: decay of the first moment (adamw, lion).
+      b2: decay of the second moment (adamw, lion, rmsprop).
+      eps: added to the root of the second moment (adamw, rmsprop).
+      momentum: for sgd and rmsprop; None is none.
+
+    Raises:
+      UserError: the name is not known.
+    """
+    match name:
+        case "adamw":
+            rule = optax.adamw(
+                learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays
+            )
+        case "adafactor":
+            rule = optax.adafactor(
+                learning_rate,
+                multiply_by_parameter_scale=False,
+                weight_decay_rate=weight_decay or None,
+                weight_decay_mask=decays,
+            )
+        case "lion":
+            rule = optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
+        case "rmsprop" | "sgd":
+            rule = (
+                optax.rmsprop(learning_rate, decay=b2, eps=eps, momentum=momentum)
+                if name == "rmsprop"
+                else optax.sgd(learning_rate, momentum=momentum)
+            )
+            if weight_decay:
+                rule = optax.chain(optax.add_decayed_weights(weight_decay, mask=decays), rule)
+        case _:
+            raise UserError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    return rule if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), rule)

@@ -1,0 +1,66 @@
+"""Model FLOPs of an update and the FLOP/s that the devices could do."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PEAK_BFLOAT16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 FLOP/s of one device, from the makers' data sheets."""
+
+
+def matrix_parameters(params: Any) -> int:
+    """Number of parameters that a token is multiplied with: kernels, and a tied embedding."""
+    kernels = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if getattr(path[-1], "key", None) == "kernel"
+    )
+    tied = "unembed" not in params and "embed" in params
+    return kernels + (params["embed"]["embedding"].size if tied else 0)
+
+
+def flops_per_token(params: Any, *, live_reference: bool, adapters: bool = False) -> float:
+    """Model FLOPs of one update per token, attention's own products left out.
+
+    Forward 2, backward 4 (2 where only adapters are trained: no weight gradients), and 2 for a
+    reference computed in the step, per matrix parameter; recomputation does not count (the
+    definition of model FLOP utilisation, arXiv:2204.02311, appendix B).
+    """
+    passes = 2 + (2 if adapters else 4) + (2 if live_reference else 0)
+    return float(passes * matrix_parameters(params))
+
+
+def peak_flops() -> float:
+    """FLOP/s of all devices: the data sheet's, or on an unknown device a measured product's."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if kind in PEAK_BFLOAT16:
+        return PEAK_BFLOAT16[kind] * len(devices)
+    return _measured() * (1 if devices[0].platform == "cpu" else len(devices))
+
+
+def _measured(size: int = 1024, trials: int = 5) -> float:
+    """The best of a few float32 matrix products."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(trials):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

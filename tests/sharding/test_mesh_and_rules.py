@@ -1,0 +1,55 @@
+"""Meshes refuse what does not fit; rules split what divides and leave the rest whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.errors import UserError
+from jaxalign.sharding import make_mesh, parameter_shardings, place
+
+
+def test_one_size_may_be_what_is_left_over():
+    mesh = make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 0}, {"data": -1, "fsdp": -1}, {"tensor": 16}])
+def test_sizes_that_do_not_fit_are_named(sizes):
+    with pytest.raises(UserError, match=r"mesh: data="):
+        make_mesh(**sizes)
+
+
+def params():
+    return {
+        "embed": {"embedding": jnp.zeros((10, 8))},
+        "layers": {
+            "q": {"kernel": jnp.zeros((2, 8, 4))},
+            "o": {"kernel": jnp.zeros((2, 4, 8))},
+            "down": {"kernel": jnp.zeros((2, 7, 8))},
+            "attention_norm": {"scale": jnp.zeros((2, 8))},
+        },
+    }
+
+
+def test_axes_follow_the_table_and_optimizer_moments_follow_their_parameters():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    specs = jax.tree.map(lambda s: s.spec, parameter_shardings(params(), mesh))
+    assert specs["embed"]["embedding"] == P("tensor", "fsdp")
+    assert specs["layers"]["q"]["kernel"] == P(None, "fsdp", "tensor")
+    assert specs["layers"]["o"]["kernel"] == P(None, "tensor", "fsdp")
+    assert specs["layers"]["down"]["kernel"] == P(None, None, "fsdp")  # 7 does not divide by 2
+    assert specs["layers"]["attention_norm"]["scale"] == P()
+    moments = optax.adamw(1e-3).init(params())
+    mu = jax.tree.map(lambda s: s.spec, parameter_shardings(moments, mesh))[0].mu
+    assert mu == specs
+
+
+def test_a_placed_copy_outlives_the_donation_of_its_source():
+    mesh = make_mesh(data=8)
+    x = place({"embed": {"embedding": jnp.arange(16.0).reshape(2, 8)}}, mesh)
+    y = place(x, mesh)
+    jax.jit(lambda t: jax.tree.map(lambda a: a + 1, t), donate_argnums=0)(x)
+    np.testing.assert_array_equal(y["embed"]["embedding"], np.arange(16.0).reshape(2, 8))
