@@ -102,7 +102,7 @@ class WeightsAndBiases:
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], folder: Path):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] (an extra)
         except ModuleNotFoundError as error:
             raise UserError(
                 'wandb_project: wandb is not installed; pip install "jaxalign[wandb]"'

@@ -16,7 +16,9 @@ def test_one_size_may_be_what_is_left_over():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 0}, {"data": -1, "fsdp": -1}, {"tensor": 16}])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": 0}, {"data": -1, "fsdp": -1}, {"tensor": 16}]
+)
 def test_sizes_that_do_not_fit_are_named(sizes):
     with pytest.raises(UserError, match=r"mesh: data="):
         make_mesh(**sizes)

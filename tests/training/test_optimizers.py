@@ -21,7 +21,10 @@ def test_cosine_schedule_ends_at_its_fraction():
 
 
 def tree(value):
-    return {"q": {"kernel": jnp.full((2, 2), value)}, "attention_norm": {"scale": jnp.full(2, value)}}
+    return {
+        "q": {"kernel": jnp.full((2, 2), value)},
+        "attention_norm": {"scale": jnp.full(2, value)},
+    }
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "rmsprop"])
@@ -58,7 +61,7 @@ def test_every_optimizer_goes_down_a_parabola(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="adam.*is not one of adamw"):
+    with pytest.raises(UserError, match=r"adam.*is not one of adamw"):
         make_optimizer("adam", 0.1)
     with pytest.raises(UserError, match="schedule"):
         make_schedule(learning_rate=1.0, steps=2, schedule="cubic")
