@@ -4,52 +4,132 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
+from jaxalign.losses.alpha_dpo import alpha_dpo, alpha_dpo_statistics
+from jaxalign.losses.aot import aot, aot_statistics
+from jaxalign.losses.apo import apo_down, apo_zero
+from jaxalign.losses.bco import bco, bco_statistics
+from jaxalign.losses.beta_dpo import beta_dpo, beta_dpo_statistics
+from jaxalign.losses.cal_dpo import cal_dpo
 from jaxalign.losses.cpo import cpo
+from jaxalign.losses.discopop import discopop
 from jaxalign.losses.dpo import dpo, robust_dpo
 from jaxalign.losses.dpop import dpop
+from jaxalign.losses.exo import exo
 from jaxalign.losses.ipo import ipo, ipo_mean
-from jaxalign.losses.kto import kto, kto_kl, kto_unpaired
+from jaxalign.losses.kto import kto, kto_kl, kto_statistics, kto_unpaired
+from jaxalign.losses.nca import nca
 from jaxalign.losses.orpo import orpo
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.rdpo import rdpo
+from jaxalign.losses.rejected_weight import bdpo, dpo_shift, mappo, minor_dpo
+from jaxalign.losses.reward import bradley_terry, preference_model
 from jaxalign.losses.rpo import rpo
 from jaxalign.losses.rrhf import rrhf
+from jaxalign.losses.sigmoid_norm import sigmoid_norm
+from jaxalign.losses.simper import simper
 from jaxalign.losses.simpo import simpo
 from jaxalign.losses.slic import slic, slic_norm
 from jaxalign.losses.sppo import sppo
+from jaxalign.losses.supervised import sft_sequence_sum, sft_token_mean
+from jaxalign.losses.tdpo import tdpo1, tdpo2
+from jaxalign.losses.tokens import TokenLogProbs
 
 PreferenceLoss = Callable[..., Float[Array, " pairs"]]
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: a loss is listed here, or is not
-    loss.__name__: loss
-    for loss in (
-        dpo,
-        robust_dpo,
-        ipo,
-        ipo_mean,
-        slic,
-        slic_norm,
-        rdpo,
-        simpo,
-        cpo,
-        rrhf,
-        dpop,
-        kto,
-        sppo,
-        orpo,
-        rpo,
-    )
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
+    "dpo": dpo,
+    "robust_dpo": robust_dpo,
+    "ipo": ipo,
+    "ipo_mean": ipo_mean,
+    "slic": slic,
+    "slic_norm": slic_norm,
+    "rdpo": rdpo,
+    "simpo": simpo,
+    "cpo": cpo,
+    "rrhf": rrhf,
+    "dpop": dpop,
+    "kto": kto,
+    "sppo": sppo,
+    "orpo": orpo,
+    "rpo": rpo,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "exo": exo,
+    "nca": nca,
+    "bco": bco,
+    "discopop": discopop,
+    "cal_dpo": cal_dpo,
+    "dpo_shift": dpo_shift,
+    "minor_dpo": minor_dpo,
+    "bdpo": bdpo,
+    "mappo": mappo,
+    "simper": simper,
+    "beta_dpo": beta_dpo,
+    "alpha_dpo": alpha_dpo,
+    "aot": aot,
+    "sigmoid_norm": sigmoid_norm,
 }
 
-# A pair's value depends on its batch, through a statistic that may be given as an argument.
-BATCH_COUPLED = frozenset({"kto"})
+# On `TokenLogProbs` instead of `PairLogProbs`.
+TOKEN_LOSSES: dict[str, PreferenceLoss] = {"tdpo1": tdpo1, "tdpo2": tdpo2}
+
+# What a batch-coupled loss takes from its whole batch: `statistics(pairs, weight)` gives keyword
+# arguments of the loss, so that micro-batches add up to the batch that they are parts of. Values
+# of shape [pairs] go with their pairs.
+BATCH_STATISTICS: dict[str, Callable[..., dict[str, Array]]] = {
+    "alpha_dpo": alpha_dpo_statistics,
+    "aot": aot_statistics,
+    "bco": bco_statistics,
+    "beta_dpo": beta_dpo_statistics,
+    "kto": kto_statistics,
+}
+BATCH_COUPLED = frozenset(BATCH_STATISTICS)
 
 __all__ = [
     "BATCH_COUPLED",
+    "BATCH_STATISTICS",
     "PREFERENCE_LOSSES",
+    "TOKEN_LOSSES",
     "PairLogProbs",
     "PreferenceLoss",
+    "TokenLogProbs",
+    "alpha_dpo",
+    "aot",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bdpo",
+    "beta_dpo",
+    "bradley_terry",
+    "cal_dpo",
+    "cpo",
+    "discopop",
+    "dpo",
+    "dpo_shift",
+    "dpop",
+    "exo",
+    "ipo",
+    "ipo_mean",
+    "kto",
     "kto_kl",
     "kto_unpaired",
-    *PREFERENCE_LOSSES,
+    "mappo",
+    "minor_dpo",
+    "nca",
+    "orpo",
+    "preference_model",
+    "rdpo",
+    "robust_dpo",
+    "rpo",
+    "rrhf",
+    "sft_sequence_sum",
+    "sft_token_mean",
+    "sigmoid_norm",
+    "simper",
+    "simpo",
+    "slic",
+    "slic_norm",
+    "sppo",
+    "tdpo1",
+    "tdpo2",
 ]

@@ -49,7 +49,7 @@ def dpo(
 
 
 def robust_dpo(
-    pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.1
+    pairs: PairLogProbs, *, beta: float = 0.01, label_smoothing: float = 0.1
 ) -> Float[Array, " pairs"]:
     r"""Unbiased estimate of the DPO loss under labels flipped with a known probability.
 
@@ -61,9 +61,9 @@ def robust_dpo(
 
     Args:
       pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
-      beta: inverse temperature of the implicit reward, > 0. Default 0.1: DPO's.
-      label_smoothing: probability epsilon that a label is flipped, in [0, 0.5). Default 0.1, a
-        choice of ours: the rate is a property of the data. At 0 the loss is DPO's.
+      beta: inverse temperature of the implicit reward, > 0. Default 0.01: the paper's.
+      label_smoothing: probability epsilon that a label is flipped, in [0, 0.5): a property of
+        the data. Default 0.1: the paper's. At 0 the loss is DPO's.
 
     Returns:
       One loss per pair, [pairs], not reduced. At policy = reference it is log 2.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign.losses.domains import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.weighted import weighted_mean
 
 
 def kto(
@@ -28,7 +29,8 @@ def kto(
       lambda_desirable: weight lambda_D of chosen responses, >= 0. Default 1: the paper's.
       lambda_undesirable: weight lambda_U of rejected responses, >= 0. Default 1: the paper's.
       kl: zero point z_0 in nats, >= 0, a scalar without gradient. Default None: `kto_kl` of all
-        log-ratios of the pairs given, which makes a pair's loss depend on its batch.
+        log-ratios of the pairs given (`kto_statistics`), which makes a pair's loss depend on its
+        batch.
 
     Returns:
       One loss per pair, [pairs], not reduced. At policy = reference it is 1.
@@ -43,7 +45,7 @@ def kto(
     positive(beta=beta)
     non_negative(lambda_desirable=lambda_desirable, lambda_undesirable=lambda_undesirable)
     if kl is None:
-        kl = kto_kl(jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio]))
+        kl = kto_statistics(pairs)["kl"]
     desirable = jax.nn.sigmoid(-beta * (pairs.chosen_log_ratio - kl))
     undesirable = jax.nn.sigmoid(-beta * (kl - pairs.rejected_log_ratio))
     return lambda_desirable * desirable + lambda_undesirable * undesirable
@@ -69,9 +71,16 @@ def kto_kl(
     References:
       Ethayarajh et al., 2024, arXiv:2402.01306, section 4.
     """
-    weight = jnp.ones_like(log_ratios) if weight is None else weight
-    mean = jnp.sum(weight * log_ratios) / jnp.maximum(jnp.sum(weight), 1e-6)
-    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+    return jax.lax.stop_gradient(jnp.maximum(weighted_mean(log_ratios, weight), 0.0))
+
+
+def kto_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Zero point of the paired form: `kto_kl` over chosen and rejected responses alike."""
+    both = jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio])
+    doubled = None if weight is None else jnp.concatenate([weight, weight])
+    return {"kl": kto_kl(both, doubled)}
 
 
 def kto_unpaired(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, PairLogProbs
+from jaxalign.losses import BATCH_COUPLED, BATCH_STATISTICS, PREFERENCE_LOSSES, PairLogProbs
 
 every_loss = pytest.mark.parametrize(
     "loss", PREFERENCE_LOSSES.values(), ids=PREFERENCE_LOSSES.keys()
@@ -72,10 +72,50 @@ def test_each_pair_is_alone(loss, rng):
 @pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
 def test_a_coupled_pair_depends_on_the_company_but_not_on_the_order(loss, rng):
     pairs = random_pairs(rng)
-    pairs = replace(pairs, chosen=pairs.chosen + 20)  # KTO's estimate of the divergence is above 0
     order = rng.permutation(7)
     np.testing.assert_allclose(loss(rows(pairs, order)), loss(pairs)[order], rtol=1e-5)
-    assert not np.allclose(loss(rows(pairs, slice(3))), loss(pairs)[:3])
+    company = jnp.where(jnp.arange(7) < 3, 0.0, 100.0)  # the last four rows move far away
+    moved = replace(
+        pairs,
+        chosen=pairs.chosen + company,
+        reference_chosen=pairs.reference_chosen - company,
+    )
+    assert not np.allclose(loss(moved)[:3], loss(pairs)[:3])
+
+
+@pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
+def test_micro_batches_with_the_statistics_of_the_whole_batch_add_up_to_it(loss, rng):
+    pairs = random_pairs(rng)
+    statistics = BATCH_STATISTICS[loss.__name__](pairs)
+    np.testing.assert_allclose(loss(pairs, **statistics), loss(pairs), rtol=1e-6)
+    for part in (slice(0, 2), slice(2, 7)):
+        own = {name: x[part] if x.ndim else x for name, x in statistics.items()}
+        np.testing.assert_allclose(loss(rows(pairs, part), **own), loss(pairs)[part], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
+def test_rows_of_weight_zero_do_not_enter_the_statistics(loss, rng):
+    pairs = random_pairs(rng)
+    weight = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    kept = np.flatnonzero(weight)
+    statistics = BATCH_STATISTICS[loss.__name__](pairs, weight)
+    alone = loss(rows(pairs, kept))
+    np.testing.assert_allclose(loss(pairs, **statistics)[kept], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
+def test_no_gradient_flows_through_the_statistics(loss, rng):
+    """A pair's slope is that with the statistics held, and no pair moves another."""
+    pairs = random_pairs(rng)
+    statistics = BATCH_STATISTICS[loss.__name__](pairs)
+
+    def values(chosen, **given):
+        return loss(replace(pairs, chosen=chosen), **given)
+
+    free = jax.jacrev(values)(pairs.chosen)
+    held = jax.jacrev(lambda chosen: values(chosen, **statistics))(pairs.chosen)
+    np.testing.assert_allclose(free, held, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(free, np.diag(np.diag(free)), atol=1e-8)
 
 
 @every_loss
@@ -96,9 +136,18 @@ def test_gradient_against_finite_differences(loss, rng):
     with jax.enable_x64(True):
         pairs = random_pairs(rng, dtype=np.float64)
 
+        statistics = BATCH_STATISTICS.get(loss.__name__, lambda pairs: {})(pairs)
+
         def total(chosen, rejected):  # check_grads probes with NumPy arrays
-            moved = replace(pairs, chosen=jnp.asarray(chosen), rejected=jnp.asarray(rejected))
-            return loss(moved).sum()
+            chosen, rejected = jnp.asarray(chosen), jnp.asarray(rejected)
+            moved = replace(pairs, chosen=chosen, rejected=rejected)
+            if loss.__name__ == "alpha_dpo":  # its target is held: the reference moves along
+                moved = replace(
+                    moved,
+                    reference_chosen=pairs.reference_chosen + chosen - pairs.chosen,
+                    reference_rejected=pairs.reference_rejected + rejected - pairs.rejected,
+                )
+            return loss(moved, **statistics).sum()
 
         check_grads(total, (pairs.chosen, pairs.rejected), order=1, modes=["rev"], rtol=1e-5)
 
@@ -112,9 +161,10 @@ def test_every_hyperparameter_moves_the_loss(loss, rng):
 
 
 def moved_value(parameter, pairs):
-    if parameter.default is None:  # a batch statistic
-        return jnp.asarray(3.0)
-    return parameter.default * 1.5 + 0.05
+    if parameter.default is None:  # a batch statistic: a scalar, or one value per pair
+        per_pair = "pairs" in str(parameter.annotation)
+        return jnp.full_like(pairs.chosen, 3.0) if per_pair else jnp.asarray(3.0)
+    return parameter.default * 1.02 + 0.01
 
 
 @every_loss

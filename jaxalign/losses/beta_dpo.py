@@ -1,0 +1,62 @@
+"""DPO with a beta that follows the batch."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.weighted import weighted_mean
+
+MIN_BETA = 1e-3  # the authors' code clamps here
+
+
+def beta_dpo(
+    pairs: PairLogProbs,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.6,
+    threshold: float | Float[Array, ""] = 0.0,
+    mean_margin: Float[Array, ""] | None = None,
+) -> Float[Array, " pairs"]:
+    r"""DPO whose beta grows with how far the batch's mean margin is above its running mean.
+
+    .. math:: \ell = -\log\sigma(\beta_b h), \quad
+              \beta_b = \beta \bigl(1 + \alpha (\bar h - M_0)\bigr), \quad
+              h = (\log\pi_w - \log\pi^{ref}_w) - (\log\pi_l - \log\pi^{ref}_l)
+
+    The batch's beta carries no gradient and is held above 0.001.
+
+    Args:
+      pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
+      beta: beta of an average batch, > 0. Default 0.1: the paper's.
+      alpha: how fast beta follows, per nat of margin, >= 0. Default 0.6: the paper's. At 0 the
+        loss is DPO's.
+      threshold: M_0, the running mean of the margin over past batches, in nats; the authors decay
+        it by 0.9. Default 0: its value at the start, where policy = reference.
+      mean_margin: mean margin of the batch in nats, a scalar without gradient. Default None: that
+        of the pairs given (`beta_dpo_statistics`), which makes a pair's loss depend on its batch.
+
+    Returns:
+      One loss per pair, [pairs], not reduced. At policy = reference it is log 2.
+
+    Slopes:
+      d_w / d_l = 1
+
+    References:
+      Wu et al., 2024, arXiv:2407.08639, as in the authors' code, where the margin in beta_b is
+      not scaled by beta. The paper also drops the pairs whose margin is an outlier.
+    """
+    positive(beta=beta)
+    non_negative(alpha=alpha)
+    if mean_margin is None:
+        mean_margin = beta_dpo_statistics(pairs)["mean_margin"]
+    batch_beta = jnp.maximum(beta * (1 + alpha * (mean_margin - threshold)), MIN_BETA)
+    return -jax.nn.log_sigmoid(batch_beta * pairs.margin)
+
+
+def beta_dpo_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Mean margin of a batch, without gradient."""
+    return {"mean_margin": jax.lax.stop_gradient(weighted_mean(pairs.margin, weight))}
