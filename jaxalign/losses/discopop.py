@@ -11,7 +11,7 @@ from jaxalign.losses.pairs import PairLogProbs
 def discopop(
     pairs: PairLogProbs, *, beta: float = 0.05, tau: float = 0.05
 ) -> Float[Array, " pairs"]:
-    r"""Logistic loss below the target, exponential loss above it, mixed by the margin itself.
+    r"""Logistic loss at negative margins, exponential loss at positive ones, mixed by the margin.
 
     .. math:: \ell = -(1 - m) \log\sigma(\beta h) + m e^{-\beta h}, \quad
               m = \sigma(\beta h / \tau), \quad
