@@ -87,7 +87,7 @@ def _yarn(rope: Rope, width: int, context_length: int) -> tuple[jax.Array, float
         wavelength = context / (rotations * 2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    low, high = dimension(rope.beta_fast or 32.0), dimension(rope.beta_slow or 1.0)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)

@@ -19,7 +19,7 @@ from jaxalign.models.families.mapping import Weight
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
     r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias"
-    r"|attention\.masked_bias|embed_positions\.weight)$"
+    r"|attention\.masked_bias)$"
 )
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
@@ -225,7 +225,10 @@ def _sources(
     Checks on the way that the files hold exactly the tensors of this config, in its shapes.
     """
     table = list(table)
-    renamed = _bare_names(files, table)
+    aliases = getattr(FAMILIES[config.family], "ALIASES", {})
+    renamed = _bare_names(files, table) | {
+        name: alias for name, alias in aliases.items() if name not in files.shapes
+    }
     sources: dict[str, tuple[Weight, int, list[str]]] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for weight in table:
@@ -299,7 +302,8 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
             return files.read_slice(name, index[::-1]).T
         return files.read_slice(name, index)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         index = tuple(slice(start, stop) for start, stop, _ in bounds)
         if not weight.per_layer:
@@ -432,7 +436,7 @@ def _save_plan(table, shapes) -> list[tuple[str, Weight, int | None]]:
         if w.per_layer
         for layer, name in enumerate(_layer_names(w, shapes))
     ]
-    return outer + [*sorted(layered, key=lambda entry: entry[2])]
+    return [*outer, *sorted(layered, key=lambda entry: entry[2])]
 
 
 def _to_host(leaf: Any, layer: int | None) -> np.ndarray:

@@ -54,7 +54,7 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
 def plain_rope(hf: Mapping[str, Any], *, rotated: float = 1.0):
     """The one `Rope` of a family whose layers all rotate alike."""
     parameters = given(hf, "rope_scaling", hf.get("rope_parameters"))
-    return rope(hf, parameters, theta=given(hf, "rope_theta", 10_000.0), rotated=rotated)
+    return rope(hf, parameters, theta=float(given(hf, "rope_theta", 10_000.0)), rotated=rotated)
 
 
 def config(hf: Mapping[str, Any]) -> DecoderConfig:

@@ -24,6 +24,16 @@ HF_ACTIVATIONS = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
 }
+ROPE_NUMBERS = (
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +122,11 @@ def given(hf: Mapping[str, Any], field: str, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def number(value: Any) -> float | None:
+    """JSON writes whole floats as integers; None stays None."""
+    return None if value is None else float(value)
+
+
 def rope(
     hf: Mapping[str, Any],
     parameters: Mapping[str, Any] | None,
@@ -137,22 +152,16 @@ def rope(
         values = fields.get(field)
         return None if values is None else tuple(float(x) for x in values)
 
+    scalars = {name: number(fields.get(name)) for name in ROPE_NUMBERS}
     return Rope(
         theta=float(given(fields, "rope_theta", theta)),
         kind=kind,
         rotated=float(given(fields, "partial_rotary_factor", rotated)),
-        factor=fields.get("factor"),
         original_context=context if kind in ("llama3", "yarn", "longrope") else None,
-        attention_factor=fields.get("attention_factor"),
-        low_freq_factor=fields.get("low_freq_factor"),
-        high_freq_factor=fields.get("high_freq_factor"),
-        beta_fast=fields.get("beta_fast"),
-        beta_slow=fields.get("beta_slow"),
-        mscale=fields.get("mscale"),
-        mscale_all_dim=fields.get("mscale_all_dim"),
         truncate=bool(given(fields, "truncate", True)),
         short_factor=numbers("short_factor"),
         long_factor=numbers("long_factor"),
+        **scalars,
     )
 
 
@@ -169,3 +178,25 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
         value = list(value) if isinstance(value, tuple) else value
         scaling[names.get(field.name, field.name)] = value
     return scaling
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """The variant's dict in the new form, with its base inside."""
+    return {"rope_type": "default", "rope_theta": rope.theta} | (rope_scaling(rope) or {})
+
+
+def windowed(hf: Mapping[str, Any], otherwise: list[bool]) -> tuple[bool, ...]:
+    """Per layer, whether it sees a window: by `layer_types`, else by the family's pattern."""
+    types = hf.get("layer_types")
+    if types is not None:
+        for kind in types:
+            if kind not in ("sliding_attention", "full_attention"):
+                raise UserError(f"config.json: layer_types: {kind!r} is not supported")
+        otherwise = [kind == "sliding_attention" for kind in types]
+    return tuple(otherwise) if any(otherwise) else ()
+
+
+def layer_types(config: Any) -> list[str]:
+    """The reverse of `windowed`."""
+    local = config.windowed or (False,) * config.layers
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
