@@ -58,4 +58,4 @@ def sft_sequence_sum(log_probs: Float[Array, "rows tokens"], mask: Mask) -> Floa
 
 def _scored(log_probs: Float[Array, "rows tokens"], mask: Mask) -> Float[Array, "rows tokens"]:
     """Log-probs at scored tokens, 0 elsewhere: selected, for padding may hold -inf."""
-    return jnp.where(mask != 0, log_probs, 0.0)
+    return jnp.where(mask.astype(bool), log_probs, 0.0)

@@ -46,11 +46,18 @@ class LossRow:
     summary: str
     formula: str  # LaTeX, the loss alone
     definitions: str  # LaTeX, the symbols it uses
-    hyperparameters: dict[str, str]  # name -> default
+    defaults: dict[str, str]  # name of a hyperparameter -> default, empty for a statistic
     slopes: str  # d_w / d_l
-    references: str
+    source: str
     arxiv: tuple[str, ...]
     batch_coupled: bool
+
+    @property
+    def hyperparameters(self) -> str:
+        """Names and defaults, as one would type them."""
+        return ", ".join(
+            f"{name}={value}" if value else name for name, value in self.defaults.items()
+        )
 
 
 def losses_table() -> list[LossRow]:
@@ -62,20 +69,20 @@ def loss_row(name: str, loss: Callable) -> LossRow:
     """The row of one loss."""
     documentation = inspect.getdoc(loss) or ""
     formula, _, definitions = formula_of(documentation).partition(r", \quad ")
-    references = section(documentation, "References")
+    source = section(documentation, "References")
     return LossRow(
         name=name,
         summary=documentation.splitlines()[0] if documentation else "",
         formula=formula,
         definitions=definitions,
-        hyperparameters={
+        defaults={
             parameter.name: "" if parameter.default is None else f"{parameter.default:g}"
             for parameter in inspect.signature(loss).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
         },
         slopes=section(documentation, "Slopes").removeprefix("d_w / d_l = "),
-        references=references,
-        arxiv=tuple(re.findall(r"arXiv:(\d{4}\.\d{5})", references)),
+        source=source,
+        arxiv=tuple(re.findall(r"arXiv:(\d{4}\.\d{5})", source)),
         batch_coupled=name in BATCH_COUPLED,
     )
 
@@ -123,12 +130,8 @@ def markdown_line(row: LossRow) -> str:
     formula = f"${row.formula}$"
     if row.definitions:
         formula += "<br>" + ", ".join(f"${part}$" for part in row.definitions.split(r", \quad "))
-    defaults = ", ".join(
-        f"`{name}={value}`" if value else f"`{name}`" for name, value in row.hyperparameters.items()
-    )
-    source = re.sub(
-        r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", row.references
-    )
+    defaults = ", ".join(f"`{part}`" for part in row.hyperparameters.split(", ") if part)
+    source = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", row.source)
     name = f"`{row.name}`" + (" \\*" if row.batch_coupled else "")
     cells = (name, formula, defaults, row.slopes, f"{row.summary} {source}")
     return "| " + " | ".join(cells) + " |"

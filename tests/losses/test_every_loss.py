@@ -200,6 +200,19 @@ def test_extremes_keep_value_and_slope_finite(loss):
 
 
 @every_loss
+def test_extremes_in_float32_agree_with_float64(loss):
+    if loss.__name__ == "orpo":  # the odds of certainty end at the dtype's resolution
+        pytest.skip("certainty has larger odds in float64, on purpose")
+    single = loss(extreme_pairs())
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, extreme_pairs()
+        )
+        double = loss(wide)
+    np.testing.assert_allclose(single, double, rtol=3e-4, atol=1e-5)
+
+
+@every_loss
 def test_empty_rows_that_fill_up_a_batch_stay_finite(loss):
     zero, none = jnp.zeros(3), jnp.zeros(3, jnp.int32)
 

@@ -35,7 +35,8 @@ def test_dpo_reads_as_written():
         r"\ell = -(1-\epsilon) \log\sigma(\beta h) - \epsilon \log\sigma(-\beta h)"
     )
     assert row.definitions.startswith("h = ")
-    assert row.hyperparameters == {"beta": "0.1", "label_smoothing": "0"}
+    assert row.defaults == {"beta": "0.1", "label_smoothing": "0"}
+    assert row.hyperparameters == "beta=0.1, label_smoothing=0"
     assert row.slopes == "1"
     assert row.arxiv == ("2305.18290",)
 
