@@ -1,0 +1,64 @@
+"""Data: records from files, hubs and TFDS; exact tokenisation; Grain pipelines of batches."""
+
+from jaxalign.data.batches import PairBatch, TextBatch, pair_batches, text_batches
+from jaxalign.data.embedded import (
+    embedded_preferences,
+    embedded_responses,
+    embedded_texts,
+    embedded_tokenizer,
+)
+from jaxalign.data.reading import ReadReport
+from jaxalign.data.records import (
+    PreferenceRecord,
+    PromptResponseRecord,
+    TextRecord,
+    UnpairedRecord,
+)
+from jaxalign.data.sources import (
+    chosen_responses,
+    preference_records,
+    response_records,
+    split_holdout,
+    text_records,
+    unpaired_records,
+)
+from jaxalign.data.tokenize import (
+    TokenizedPairs,
+    TokenizedRows,
+    TokenizedTexts,
+    TokenizeReport,
+    load_tokenizer,
+    tokenize_pairs,
+    tokenize_responses,
+    tokenize_texts,
+)
+
+__all__ = [
+    "PairBatch",
+    "PreferenceRecord",
+    "PromptResponseRecord",
+    "ReadReport",
+    "TextBatch",
+    "TextRecord",
+    "TokenizeReport",
+    "TokenizedPairs",
+    "TokenizedRows",
+    "TokenizedTexts",
+    "UnpairedRecord",
+    "chosen_responses",
+    "embedded_preferences",
+    "embedded_responses",
+    "embedded_texts",
+    "embedded_tokenizer",
+    "load_tokenizer",
+    "pair_batches",
+    "preference_records",
+    "response_records",
+    "split_holdout",
+    "text_batches",
+    "text_records",
+    "tokenize_pairs",
+    "tokenize_responses",
+    "tokenize_texts",
+    "unpaired_records",
+]

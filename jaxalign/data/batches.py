@@ -1,0 +1,504 @@
+"""Batches of fixed shapes from tokenised records: shuffled, bucketed, sharded, resumable."""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
+from jaxalign.errors import UserError
+from jaxalign.records import record
+
+Iterations = Any
+"""A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
+
+FOREVER = 2**40  # batches
+ROUNDING = 8  # lengths are multiples of this: vector units and tiles like it
+
+
+@record
+class PairBatch:
+    """Preference pairs of one shape; axis `sides` is chosen, rejected."""
+
+    tokens: Int[Array | np.ndarray, "pairs sides length"]
+    """Prompt and response, then zeros."""
+    prompt_length: Int[Array | np.ndarray, "pairs sides"]
+    response_tokens: Int[Array | np.ndarray, "pairs sides response"]
+    """The response with its end-of-sequence token, then zeros."""
+    response_length: Int[Array | np.ndarray, "pairs sides"]
+    record_index: Int[Array | np.ndarray, " pairs"]
+    """Number of the record in its source, from 0."""
+    weight: Float[Array | np.ndarray, " pairs"]
+    """1; 0 for the copies that fill a last, partial batch."""
+
+
+@record
+class TextBatch:
+    """Rows of text of one length, each holding one or more documents."""
+
+    tokens: Int[Array | np.ndarray, "rows length"]
+    segment_ids: Int[Array | np.ndarray, "rows length"]
+    """1, 2, ... for the documents in a row; 0 is padding."""
+    positions: Int[Array | np.ndarray, "rows length"]
+    """From 0 in every document."""
+    target_mask: Int[Array | np.ndarray, "rows length"]
+    """1 where the token is scored, given those before it in its document."""
+    record_index: Int[Array | np.ndarray, " rows"]
+    """Number of the row's first document in its source, from 0."""
+    weight: Float[Array | np.ndarray, " rows"]
+    """1; 0 for the copies that fill a last, partial batch."""
+
+
+# ------------------------------------------------------------------------------ shapes
+
+
+def choose_buckets(
+    lengths: np.ndarray, *, most: int = 4, gain: float = 0.1, rounding: int = ROUNDING
+) -> tuple[int, ...]:
+    """Lengths to pad to, so that few programs are compiled and little is padded.
+
+    Args:
+      lengths: Int [examples], tokens.
+      most: largest number of buckets.
+      gain: share of padded tokens that one more bucket must save.
+      rounding: buckets are multiples of this.
+
+    Returns:
+      Ascending; the last holds the longest example. [5, 5, 5, 100] with most=2: (8, 104).
+    """
+    rounded = -(-np.maximum(lengths, 1) // rounding) * rounding
+    edges, counts = np.unique(rounded, return_counts=True)
+    while len(edges) > 256:  # neighbours together: the search below is quadratic
+        keep = np.arange(len(edges))[(len(edges) - 1) % 2 :: 2]
+        counts = np.add.reduceat(counts, np.concatenate([[0], keep[:-1] + 1]))
+        edges = edges[keep]
+    total = np.concatenate([[0], np.cumsum(counts)])
+    # cost[k][j]: least tokens of the examples up to edge j in k + 1 buckets, the last one j
+    cost = [edges * total[1:]]
+    back: list[np.ndarray] = []
+    for _ in range(1, min(most, len(edges))):
+        before = np.concatenate([[0], cost[-1]])
+        options = before[None, :-1] + edges[:, None] * (total[1:, None] - total[None, :-1])
+        options = np.where(
+            np.arange(len(edges))[None] <= np.arange(len(edges))[:, None],
+            options,
+            np.iinfo(np.int64).max,
+        )
+        back.append(options.argmin(1))
+        cost.append(options.min(1))
+    number = 0
+    while number + 1 < len(cost) and cost[number + 1][-1] < (1 - gain) * cost[number][-1]:
+        number += 1
+    chosen, at = [int(edges[-1])], len(edges) - 1
+    for k in range(number, 0, -1):
+        at = int(back[k - 1][at]) - 1
+        if at < 0:
+            break
+        chosen.append(int(edges[at]))
+    return tuple(reversed(chosen))
+
+
+def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int, ...]:
+    """Given lengths to pad to, checked, or at most so many chosen ones."""
+    if isinstance(buckets, int):
+        return choose_buckets(lengths, most=buckets)
+    edges = tuple(sorted(set(buckets)))
+    longest = int(lengths.max())
+    if not edges or edges[0] < 1 or edges[-1] < longest:
+        raise UserError(
+            f"buckets: {edges} do not hold the longest example, {longest} tokens; "
+            f"let the largest be at least {longest}"
+        )
+    return edges
+
+
+# ------------------------------------------------------------------------------ order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which examples make up which batch: a pure function of the batch's number.
+
+    Examples come in a stream, one permutation of all of them after the other (epoch by epoch).
+    A window of some batches is cut off the stream, its examples are sorted by length, cut into
+    batches, and the batches shuffled: each example comes once per epoch, and a batch holds
+    examples of like length.
+    """
+
+    lengths: np.ndarray
+    """Int [examples]: what to sort by."""
+    batch_size: int
+    seed: int
+    shuffle: bool
+    window: int
+    """Batches per window; 1 does not sort."""
+    epochs: int | None
+    drop_remainder: bool
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in all; None: no end."""
+        if self.epochs is None:
+            return None
+        examples = len(self.lengths) * self.epochs
+        whole = examples // self.batch_size
+        return whole if self.drop_remainder else -(-examples // self.batch_size)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Int [batch_size or fewer]: the examples of a batch."""
+        window, place = divmod(number, self.window)
+        return self._windows(window)[place]
+
+    @functools.cached_property
+    def _windows(self) -> Callable[[int], list[np.ndarray]]:
+        return functools.lru_cache(maxsize=4)(self._window)  # threads ask for neighbours
+
+    @functools.cached_property
+    def _epoch(self) -> Callable[[int], np.ndarray]:
+        return functools.lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.lengths))
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths))
+
+    def _window(self, window: int) -> list[np.ndarray]:
+        size, examples = self.window * self.batch_size, len(self.lengths)
+        start, stop = window * size, (window + 1) * size
+        if self.epochs is not None:
+            stop = min(stop, examples * self.epochs)
+        parts = []
+        for epoch in range(start // examples, -(-stop // examples)):
+            first = max(start - epoch * examples, 0)
+            parts.append(self._epoch(epoch)[first : stop - epoch * examples])
+        members = np.concatenate(parts)
+        if self.window > 1:
+            members = members[np.argsort(self.lengths[members], kind="stable")]
+        batches = [
+            members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)
+        ]
+        if self.drop_remainder and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, 1, window]).permutation(len(batches))
+            batches = [batches[at] for at in order]
+        return batches
+
+
+def _share(
+    order: Order, number: int, process_index: int, process_count: int
+) -> tuple[Any, Any, Any]:
+    """All examples of a batch, this process's share filled up with copies, and its weights."""
+    members = order.batch(number)
+    filled = np.concatenate(
+        [members, np.full(order.batch_size - len(members), members[0], members.dtype)]
+    )
+    weight = (np.arange(order.batch_size) < len(members)).astype(np.float32)
+    local = order.batch_size // process_count
+    share = slice(process_index * local, (process_index + 1) * local)
+    return members, filled[share], weight[share]
+
+
+def _iterate(
+    order: Order, make: Callable[[int], Any], process_count: int, prefetch: int
+) -> Iterations:
+    """A Grain iterator over `make(0)`, `make(1)`, ..., prepared by threads."""
+    import grain
+
+    if order.batch_size < 1 or order.batch_size % process_count:
+        raise UserError(
+            f"batch_size: {order.batch_size} is not a multiple of the {process_count} processes"
+        )
+    number = FOREVER if order.num_batches is None else order.num_batches
+    if number == 0:
+        raise UserError(
+            f"batch_size: {order.batch_size} is more than the {len(order.lengths)} "
+            "examples, and partial batches are dropped"
+        )
+    lock = threading.Lock()
+
+    def locked(at: Any) -> Any:
+        with lock:  # one window is planned once, not by every thread
+            order.batch(int(at))
+        return make(int(at))
+
+    options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(number).map(locked).to_iter_dataset(options))
+
+
+# ------------------------------------------------------------------------------ pairs
+
+
+def pair_batches(
+    pairs: TokenizedPairs,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    buckets: int | Sequence[int] = 4,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int = 16,
+    drop_remainder: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 8,
+) -> Iterations:
+    """Batches of pairs, in an order that the seed alone decides.
+
+    Args:
+      pairs: from `tokenize_pairs`.
+      batch_size: pairs per batch, over all processes.
+      seed: of the order.
+      buckets: lengths to pad to, or the largest number of lengths, chosen from the data. Each
+        length has one size of `response_tokens`: as many shapes as buckets.
+      epochs: passes over the data; None: no end.
+      shuffle: a new order in every epoch; off: as given.
+      window: batches within which pairs are sorted by length (the batches are then shuffled).
+      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
+      process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
+      process_count: processes that share each batch; all see the same shapes.
+      prefetch: batches prepared ahead, by threads.
+
+    Returns:
+      An iterator of `PairBatch` with `get_state` and `set_state`; its state is the number of the
+      next batch, as plain JSON values, whatever the number of processes.
+    """
+    length, response = pairs.length.max(1), pairs.response_length.max(1)
+    edges = bucket_edges(length, buckets)
+    response_of = _response_sizes(length, response, edges)
+    order = Order(
+        lengths=length,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+        epochs=epochs,
+        drop_remainder=drop_remainder,
+    )
+
+    def make(number: int) -> PairBatch:
+        members, mine, weight = _share(order, number, process_index, process_count)
+        bucket = int(np.searchsorted(edges, length[members].max()))
+        return _pair_batch(pairs, mine, weight, edges[bucket], response_of[bucket])
+
+    return _iterate(order, make, process_count, prefetch)
+
+
+def _response_sizes(
+    length: np.ndarray, response: np.ndarray, edges: Sequence[int]
+) -> tuple[int, ...]:
+    """For each bucket, a size that holds the responses of all examples in it or below."""
+    sizes = []
+    for edge in edges:
+        longest = int(response[length <= edge].max(initial=1))
+        sizes.append(min(-(-longest // ROUNDING) * ROUNDING, edge))
+    return tuple(sizes)
+
+
+def _pair_batch(
+    pairs: TokenizedPairs, members: np.ndarray, weight: np.ndarray, length: int, response: int
+) -> PairBatch:
+    """The named pairs, padded."""
+    size = len(members)
+    tokens = np.zeros((size, 2, length), np.int32)
+    responses = np.zeros((size, 2, response), np.int32)
+    prompt_length = pairs.prompt_length[members]
+    for row, member in enumerate(members):
+        for side in (0, 1):
+            ids = pairs.rows[2 * int(member) + side]
+            tokens[row, side, : len(ids)] = ids
+            answer = ids[prompt_length[row, side] :]
+            responses[row, side, : len(answer)] = answer
+    return PairBatch(
+        tokens=tokens,
+        prompt_length=prompt_length.astype(np.int32),
+        response_tokens=responses,
+        response_length=pairs.response_length[members].astype(np.int32),
+        record_index=pairs.record_index[members].astype(np.int32),
+        weight=weight,
+    )
+
+
+# ------------------------------------------------------------------------------ text
+
+
+def text_batches(
+    data: TokenizedRows | TokenizedTexts,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int = 0,
+    packed: bool = True,
+    buckets: int | Sequence[int] = 4,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int = 16,
+    drop_remainder: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 8,
+) -> Iterations:
+    """Batches of rows of text: packed documents, packed responses, or one response per row.
+
+    Documents (`TokenizedTexts`) form one stream that is cut into rows of `length`, each row
+    beginning with the last token of the row before, so that every token but a document's first
+    is scored exactly once. Prompts and responses (`TokenizedRows`) are never cut: several whole
+    ones share a row where they fit, and the responses' tokens alone are scored. What lies
+    together in a row stays together in all epochs; the rows' order changes.
+
+    Args:
+      data: from `tokenize_texts` or `tokenize_responses`.
+      batch_size: rows per batch, over all processes.
+      length: tokens per packed row; at least the longest of `TokenizedRows`.
+      seed: of the packing and the order.
+      packed: off: one example per row, padded to `buckets` (`TokenizedRows` only).
+      buckets: as for `pair_batches`; used where `packed` is off.
+      epochs: passes over the data; None: no end.
+      shuffle: documents and rows in random order; off: as given.
+      window: batches within which rows are sorted by length, where `packed` is off.
+      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
+      process_index: this process.
+      process_count: processes that share each batch.
+      prefetch: batches prepared ahead, by threads.
+
+    Returns:
+      An iterator of `TextBatch` with `get_state` and `set_state`.
+    """
+    if isinstance(data, TokenizedTexts):
+        rows = _Stream(data, length, np.random.default_rng([seed, 2]) if shuffle else None)
+        edges, window = (length,), 1
+    elif packed:
+        rows = _Groups(data, pack(data.length, length, seed=seed if shuffle else None))
+        edges, window = (length,), 1
+    else:
+        rows = _Groups(data, [np.array([at]) for at in range(len(data))])
+        edges = bucket_edges(data.length, buckets)
+    order = Order(
+        lengths=rows.lengths,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+        epochs=epochs,
+        drop_remainder=drop_remainder,
+    )
+
+    def make(number: int) -> TextBatch:
+        members, mine, weight = _share(order, number, process_index, process_count)
+        padded = edges[int(np.searchsorted(edges, rows.lengths[members].max()))]
+        return _text_batch(rows, mine, weight, padded)
+
+    return _iterate(order, make, process_count, prefetch)
+
+
+def _text_batch(
+    rows: "_Stream | _Groups", members: np.ndarray, weight: np.ndarray, length: int
+) -> TextBatch:
+    """The named rows, padded."""
+    fields = np.zeros((4, len(members), length), np.int32)
+    first = np.zeros(len(members), np.int32)
+    for at, member in enumerate(members):
+        first[at], values = rows.row(int(member))
+        fields[:, at, : values.shape[1]] = values
+    tokens, segment_ids, positions, target_mask = fields
+    return TextBatch(
+        tokens=tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        target_mask=target_mask,
+        record_index=first,
+        weight=weight,
+    )
+
+
+class _Stream:
+    """Documents one after the other, cut into rows that share one token with their neighbour."""
+
+    def __init__(self, data: TokenizedTexts, length: int, rng: np.random.Generator | None):
+        if length < 2:
+            raise UserError(f"length: {length} leaves nothing to predict; use 2 or more")
+        self._length = length
+        self._order = np.arange(len(data)) if rng is None else rng.permutation(len(data))
+        sizes = np.diff(data.offsets)[self._order]
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._flat = (
+            data.flat if rng is None else np.concatenate([data[int(at)] for at in self._order])
+        )
+        total = len(self._flat)
+        if total < 2:
+            raise UserError("the text is a single token; there is nothing to predict")
+        starts = np.arange(0, total - 1, length - 1)
+        self.lengths = np.minimum(total - starts, length)
+
+    def row(self, number: int) -> tuple[int, np.ndarray]:
+        """The first document's number; tokens, segment ids, positions and target mask."""
+        start = number * (self._length - 1)
+        stop = start + int(self.lengths[number])
+        place = np.arange(start, stop)
+        document = np.searchsorted(self._offsets, place, side="right") - 1
+        begin = np.maximum(self._offsets[document], start)
+        positions = place - begin
+        values = np.stack(
+            [self._flat[start:stop], document - document[0] + 1, positions, positions > 0]
+        )
+        return int(self._order[document[0]]), values
+
+
+class _Groups:
+    """Prompts and responses, some in each row, whole."""
+
+    def __init__(self, data: TokenizedRows, groups: Sequence[np.ndarray]):
+        self._data, self._groups = data, groups
+        self.lengths = np.array([int(data.length[group].sum()) for group in groups])
+
+    def row(self, number: int) -> tuple[int, np.ndarray]:
+        """The first record's number; tokens, segment ids, positions and target mask."""
+        data, parts = self._data, []
+        for segment, member in enumerate(self._groups[number], start=1):
+            ids = data[int(member)]
+            positions = np.arange(len(ids))
+            scored = positions >= data.prompt_length[member]
+            parts.append(np.stack([ids, np.full(len(ids), segment), positions, scored]))
+        return int(data.record_index[self._groups[number][0]]), np.concatenate(parts, axis=1)
+
+
+def pack(lengths: np.ndarray, length: int, *, seed: int | None = None) -> list[np.ndarray]:
+    """Which examples share a row: each into the fullest open row that has room (best fit).
+
+    Args:
+      lengths: Int [examples].
+      length: room of a row.
+      seed: examples come in a random order; None: as given.
+
+    Returns:
+      Groups of examples whose lengths sum to at most `length`; every example is in one group.
+    """
+    if len(lengths) and int(lengths.max()) > length:
+        raise UserError(
+            f"length: {length} is less than the longest example, {int(lengths.max())} tokens"
+        )
+    order = np.arange(len(lengths))
+    if seed is not None:
+        order = np.random.default_rng([seed, 2]).permutation(order)
+    groups: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]  # by room left
+    fullest = np.zeros(length + 1, bool)
+    for example in order:
+        need = int(lengths[example])
+        rooms = np.flatnonzero(fullest[need:])
+        if len(rooms):
+            room = need + int(rooms[0])
+            group = open_rows[room].pop()
+            fullest[room] = bool(open_rows[room])
+        else:
+            room, group = length, len(groups)
+            groups.append([])
+        groups[group].append(int(example))
+        left = room - need
+        open_rows[left].append(group)
+        fullest[left] = left > 0
+    return [np.array(group) for group in groups]

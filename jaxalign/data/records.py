@@ -1,0 +1,67 @@
+"""What a source yields: text with the place it came from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Text = str | Sequence[Message]
+"""Plain text, or the turns of a conversation that a chat template makes into text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceRecord:
+    """A prompt and two responses of which the first was preferred."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    source: str
+    """File or data set."""
+    line: int
+    """Line of a text file, else number of the record; from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptResponseRecord:
+    """A prompt and the response to imitate."""
+
+    prompt: Text
+    response: Text
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnpairedRecord:
+    """A prompt, one response, and whether it was liked."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRecord:
+    """A document."""
+
+    text: str
+    source: str
+    line: int
+
+
+def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of leading items (characters, turns) that two sequences share."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

@@ -1,0 +1,336 @@
+"""Records of preferences, responses, labelled completions and texts, whatever they lie in."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jaxalign.data.embedded import embedded_preferences, embedded_responses, embedded_texts
+from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, read_rows, refuse
+from jaxalign.data.records import (
+    Message,
+    PreferenceRecord,
+    PromptResponseRecord,
+    Text,
+    TextRecord,
+    UnpairedRecord,
+    shared_length,
+)
+from jaxalign.errors import UserError
+
+R = TypeVar("R")
+P = TypeVar("P", PreferenceRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
+
+ASSISTANT = "\n\nAssistant:"  # HH-RLHF's mark of an assistant turn
+
+
+def preference_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> Iterator[PreferenceRecord]:
+    r"""Preference pairs of a source, in order.
+
+    Three forms are told apart row by row: prompt, chosen and rejected as text; conversations
+    (lists of {role, content}) whose prompt is given or is what chosen and rejected share; and
+    HH-RLHF's two transcripts, whose prompt is the longest common prefix that ends at an
+    assistant turn ("\n\nAssistant:" included).
+
+    Args:
+      source: a file (.jsonl, .json, .parquet; .gz, .xz), a folder, `tfds:NAME`, a hub name, each
+        with an optional `#train[:90%]`; or "embedded".
+      bad_records: "error" stops at a row that cannot be used, "skip" counts it.
+      report: filled while reading.
+
+    Raises:
+      UserError: names the file and line of the first bad record, or a missing source.
+    """
+    if source == "embedded":
+        return iter(embedded_preferences())
+    return _records(source, _preference, bad_records, report)
+
+
+def response_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> Iterator[PromptResponseRecord]:
+    """Prompts and responses to imitate: {prompt, response} or {prompt, completion}, {messages}
+    whose last turn is the response, or preference pairs, whose chosen response is taken.
+
+    Args:
+      source: as for `preference_records`.
+      bad_records: "error" or "skip".
+      report: filled while reading.
+    """  # noqa: D205
+    if source == "embedded":
+        return iter(embedded_responses())
+    return _records(source, _response, bad_records, report)
+
+
+def unpaired_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> Iterator[UnpairedRecord]:
+    """Labelled completions: {prompt, completion, label} with a label true or false.
+
+    Args:
+      source: as for `preference_records`; pairs give one liked and one disliked record each.
+      bad_records: "error" or "skip".
+      report: filled while reading.
+    """
+    if source == "embedded":
+        return _as_unpaired(embedded_preferences())
+    return _records(source, _unpaired, bad_records, report)
+
+
+def text_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> Iterator[TextRecord]:
+    """Documents: {text} rows, JSON strings, or whole text files.
+
+    Args:
+      source: as for `preference_records`, or a .txt file (one document).
+      bad_records: "error" or "skip".
+      report: filled while reading.
+    """
+    if source == "embedded":
+        return iter(embedded_texts())
+    return _records(source, _text, bad_records, report)
+
+
+def chosen_responses(records: Iterable[PreferenceRecord]) -> Iterator[PromptResponseRecord]:
+    """The preferred halves of pairs, for supervised fine-tuning."""
+    for record in records:
+        yield PromptResponseRecord(
+            prompt=record.prompt, response=record.chosen, source=record.source, line=record.line
+        )
+
+
+def split_holdout(
+    records: Iterable[P], fraction: float, *, seed: int = 0
+) -> tuple[list[P], list[P]]:
+    """Training and held-out records; all records of one prompt are on the same side.
+
+    A prompt is held out where its hash falls under the fraction: adding or removing records moves
+    no other record to the other side.
+
+    Args:
+      records: preference, response, unpaired or text records.
+      fraction: share of prompts to hold out, in [0, 1).
+      seed: another seed, another choice of prompts.
+
+    Returns:
+      (training records, held-out records), each in the order given.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"holdout: {fraction} is not in [0, 1)")
+    sides: tuple[list[P], list[P]] = ([], [])
+    for record in records:
+        prompt = record.text if isinstance(record, TextRecord) else record.prompt
+        content = json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False).encode("utf-8")
+        value = int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
+        sides[value < fraction].append(record)
+    return sides
+
+
+def _records(
+    source: str,
+    make: Callable[[Row], R | list[R]],
+    bad_records: BadRecords,
+    report: ReadReport | None,
+) -> Iterator[R]:
+    """Rows through `make`; a fault stops or is counted."""
+    report = ReadReport() if report is None else report
+    for row in read_rows(source):
+        report.read += 1
+        try:
+            if row.fault is not None:
+                raise row.fault
+            made = make(row)
+        except BadRecordError as fault:
+            refuse(row, fault, bad_records, report)
+            continue
+        yield from made if isinstance(made, list) else [made]
+    if report.read == 0:
+        raise UserError(f"{source}: no records in it")
+
+
+def _fields(row: Row) -> Mapping[str, Any]:
+    """The row as a mapping; a builder of ours keeps conversations as JSON."""
+    if not isinstance(row.value, Mapping):
+        raise BadRecordError(
+            "wrong type", f"the record is a {type(row.value).__name__}, not an object with fields"
+        )
+    if row.value.get("form") == "messages":
+        return {
+            key: json.loads(value) if key in ("prompt", "chosen", "rejected") and value else value
+            for key, value in row.value.items()
+        }
+    return row.value
+
+
+def _string(value: Any, name: str) -> str:
+    """Text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise BadRecordError("wrong type", f"{name} is a {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecordError("invalid UTF-8", f"{name} holds a lone surrogate") from None
+    return value
+
+
+def _messages(value: Sequence[Any], name: str) -> list[Message]:
+    """Turns of a conversation; other keys than role and content are dropped."""
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        where = f"turn {number} of {name}"
+        if not isinstance(turn, Mapping):
+            raise BadRecordError("wrong type", f"{where} is not an object with role and content")
+        for key in ("role", "content"):
+            if turn.get(key) is None:
+                raise BadRecordError("missing field", f"{where} has no {key}")
+        turns.append(
+            Message(
+                role=_string(turn["role"], f"role of {where}"),
+                content=_string(turn["content"], f"content of {where}"),
+            )
+        )
+    return turns
+
+
+def _either(value: Any, name: str) -> Text:
+    if isinstance(value, list | tuple):
+        return _messages(value, name)
+    return _string(value, name)
+
+
+def _required(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of the named fields that is there."""
+    for name in names:
+        if fields.get(name) is not None:
+            return fields[name]
+    present = ", ".join(map(str, fields)) or "none"
+    raise BadRecordError("missing field", f"no {' or '.join(names)}; its fields are {present}")
+
+
+def _response_text(value: Text, name: str) -> Text:
+    """A response that says something."""
+    content = value if isinstance(value, str) else "".join(turn["content"] for turn in value)
+    if not content.strip():
+        raise BadRecordError("empty response", f"{name} is empty")
+    return value
+
+
+def _preference(row: Row) -> PreferenceRecord:
+    fields = _fields(row)
+    chosen = _either(_required(fields, "chosen"), "chosen")
+    rejected = _either(_required(fields, "rejected"), "rejected")
+    prompt = fields.get("prompt")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRecordError("wrong type", "one of chosen and rejected is text, the other is turns")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None and ASSISTANT not in chosen:
+            _required(fields, "prompt")
+        if prompt is None:
+            prompt, chosen, rejected = split_transcripts(chosen, rejected)
+        prompt = _either(prompt, "prompt")
+    else:
+        prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
+    if chosen == rejected:
+        raise BadRecordError("identical responses", "chosen and rejected are the same")
+    return PreferenceRecord(
+        prompt=prompt,
+        chosen=_response_text(chosen, "chosen"),
+        rejected=_response_text(rejected, "rejected"),
+        source=row.source,
+        line=row.line,
+    )
+
+
+def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    r"""HH-RLHF's two dialogues as prompt and two responses.
+
+    Returns:
+      (prompt, chosen, rejected): the prompt is the longest common prefix that ends at an
+      assistant turn, "\n\nAssistant:" included; the responses begin with the space after it.
+    """
+    shared = chosen[: shared_length(chosen, rejected)]
+    end = shared.rfind(ASSISTANT)
+    if end < 0:
+        raise BadRecordError("no shared prompt", "chosen and rejected share no assistant turn")
+    end += len(ASSISTANT)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _split_conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+    """Prompt and responses of two conversations which may both begin with the prompt."""
+    shared = shared_length(chosen, rejected)
+    if isinstance(prompt, list | tuple):
+        given = _messages(prompt, "prompt")
+        if given == chosen[: len(given)] and given == rejected[: len(given)]:
+            return given, chosen[len(given) :], rejected[len(given) :]
+        return given, chosen, rejected
+    if shared == len(chosen) == len(rejected):
+        raise BadRecordError("identical responses", "chosen and rejected are the same")
+    if shared:
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    if prompt is None:
+        raise BadRecordError("no shared prompt", "chosen and rejected share no first turn")
+    return [Message(role="user", content=_string(prompt, "prompt"))], chosen, rejected
+
+
+def _response(row: Row) -> PromptResponseRecord:
+    fields = _fields(row)
+    if fields.get("messages") is not None:
+        turns = _either(fields["messages"], "messages")
+        if isinstance(turns, str) or len(turns) < 2:
+            raise BadRecordError("wrong type", "messages is not a list of two turns or more")
+        prompt, response = turns[:-1], turns[-1:]
+    elif "chosen" in fields:
+        pair = _preference(row)
+        prompt, response = pair.prompt, pair.chosen
+    else:
+        prompt = _either(_required(fields, "prompt"), "prompt")
+        response = _either(_required(fields, "response", "completion"), "response")
+    return PromptResponseRecord(
+        prompt=prompt,
+        response=_response_text(response, "response"),
+        source=row.source,
+        line=row.line,
+    )
+
+
+def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
+    for pair in pairs:
+        for completion, label in ((pair.chosen, True), (pair.rejected, False)):
+            yield UnpairedRecord(
+                prompt=pair.prompt,
+                completion=completion,
+                label=label,
+                source=pair.source,
+                line=pair.line,
+            )
+
+
+def _unpaired(row: Row) -> list[UnpairedRecord]:
+    fields = _fields(row)
+    if "chosen" in fields:
+        return list(_as_unpaired([_preference(row)]))
+    label = _required(fields, "label")
+    if label not in (True, False):
+        raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
+    completion = _either(_required(fields, "completion", "response"), "completion")
+    return [
+        UnpairedRecord(
+            prompt=_either(_required(fields, "prompt"), "prompt"),
+            completion=_response_text(completion, "completion"),
+            label=bool(label),
+            source=row.source,
+            line=row.line,
+        )
+    ]
+
+
+def _text(row: Row) -> TextRecord:
+    value = row.value if isinstance(row.value, str) else _required(_fields(row), "text")
+    text = _string(value, "text")
+    if not text.strip():
+        raise BadRecordError("empty text", "the text is empty")
+    return TextRecord(text=text, source=row.source, line=row.line)

@@ -1,0 +1,635 @@
+"""Text to tokens: exact prompt/response boundaries, chat templates, truncation that is counted."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxalign.data.records import (
+    PreferenceRecord,
+    PromptResponseRecord,
+    Text,
+    TextRecord,
+    shared_length,
+)
+from jaxalign.errors import UserError
+
+T = TypeVar("T")
+
+CHUNK = 2048  # texts per call of the tokenizer: bounds the memory of offsets
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
+SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # what may stand before a response that is alone
+TRANSCRIPT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
+    "{% else %}{{ message.content }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""HH-RLHF's transcript form as a chat template, for tokenizers that have none."""
+
+
+# ------------------------------------------------------------------------ tokenized records
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedRows:
+    """Prompts and responses as tokens: row i is `flat[offsets[i]:offsets[i + 1]]`, prompt first."""
+
+    flat: np.ndarray
+    """Int32, all rows one after the other."""
+    offsets: np.ndarray
+    """Int64 [rows + 1]."""
+    prompt_length: np.ndarray
+    """Int32 [rows], at least 1."""
+    record_index: np.ndarray
+    """Int64 [rows]: number of the record, from 0, in the order it was given."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def length(self) -> np.ndarray:
+        """Int64 [rows]: tokens of prompt and response."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPairs:
+    """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
+
+    rows: TokenizedRows
+
+    def __len__(self) -> int:
+        return len(self.rows) // 2
+
+    @property
+    def length(self) -> np.ndarray:
+        """Int64 [pairs, 2]."""
+        return self.rows.length.reshape(-1, 2)
+
+    @property
+    def prompt_length(self) -> np.ndarray:
+        """Int32 [pairs, 2]."""
+        return self.rows.prompt_length.reshape(-1, 2)
+
+    @property
+    def response_length(self) -> np.ndarray:
+        """Int64 [pairs, 2]."""
+        return self.length - self.prompt_length
+
+    @property
+    def record_index(self) -> np.ndarray:
+        """Int64 [pairs]."""
+        return self.rows.record_index[::2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedTexts:
+    """Documents as tokens, each with its beginning and end token."""
+
+    flat: np.ndarray
+    """Int32, all documents one after the other."""
+    offsets: np.ndarray
+    """Int64 [documents + 1]."""
+    characters: int
+    """Characters of all documents: for bits per character."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(kw_only=True)
+class TokenizeReport:
+    """What tokenisation did to the records."""
+
+    records: int = 0
+    straddling: int = 0
+    """Rows in which one token of the joint text lay on both sides of the boundary: prompt and
+    response were tokenised apart."""
+    template_differs: int = 0
+    """Rows whose chat template does not begin with the prompt's own text: the common part is the
+    prompt."""
+    truncated_prompts: int = 0
+    """Rows whose prompt lost its beginning."""
+    truncated_responses: int = 0
+    """Rows whose response lost its end, and with it the end-of-sequence token."""
+    identical: int = 0
+    """Pairs left out because both responses have the same tokens (after truncation)."""
+    tokens: int = 0
+    """Tokens kept."""
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.records} records, {self.tokens} tokens"]
+        for name in (
+            "truncated_prompts",
+            "truncated_responses",
+            "straddling",
+            "template_differs",
+            "identical",
+        ):
+            if count := getattr(self, name):
+                parts.append(f"{name.replace('_', ' ')}: {count}")
+        return "; ".join(parts)
+
+
+# ------------------------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(path_or_hub_name: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder or hub name; code in a repository is never run.
+
+    An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
+    <|endoftext|> and the like).
+
+    Raises:
+      UserError: there is no such folder or hub name, or no fast tokenizer in it.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    from transformers import AutoTokenizer
+
+    name = str(path_or_hub_name)
+    if Path(name).is_dir() and _only_sentencepiece(Path(name)):
+        return _sentencepiece_tokenizer(Path(name))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer {name}: cannot be loaded: {first}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {name}: it has no fast form (tokenizer.json), which knows "
+            "the place of each token in the text"
+        )
+    return with_end_token(tokenizer)
+
+
+def with_end_token(tokenizer: Any) -> Any:
+    """The tokenizer, its end-of-sequence token named where its vocabulary has a usual one."""
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        for token in END_TOKENS:
+            if token in vocabulary:
+                tokenizer.eos_token = token
+                if tokenizer.bos_token_id is None and token == "<|endoftext|>":
+                    tokenizer.bos_token = token  # GPT-2: one token begins and ends a document
+                break
+    return tokenizer
+
+
+def _only_sentencepiece(folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    return "spiece.model" in names and not names & {"tokenizer.json", "config.json"}
+
+
+def _sentencepiece_tokenizer(folder: Path) -> Any:
+    """A T5 folder that has nothing but spiece.model."""
+    from transformers import T5Tokenizer
+
+    try:
+        return T5Tokenizer.from_pretrained(str(folder))
+    except (ImportError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"tokenizer {folder}: spiece.model needs pip install "
+            f"'jaxalign[sentencepiece]' ({first})"
+        ) from None
+
+
+class _Encoder:
+    """A tokenizer's backend with true offsets, and the special tokens it puts around a text."""
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the tokenizer has no fast form (tokenizer.json)")
+        description = json.loads(backend.to_str())
+        description["truncation"] = description["padding"] = None
+        _keep_spaces_in_offsets(description)
+        self.backend = Tokenizer.from_str(json.dumps(description))
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sequence token; name eos_token in its "
+                "tokenizer_config.json"
+            )
+        self.eos = int(tokenizer.eos_token_id)
+        probe = backend.encode("a", add_special_tokens=True)
+        special = list(probe.special_tokens_mask)
+        begin = special.index(0) if 0 in special else 0
+        end = special[::-1].index(0) if 0 in special else 0
+        self.prefix: list[int] = list(probe.ids[:begin])
+        self.suffix: list[int] = list(probe.ids[len(special) - end :])
+        start = tokenizer.bos_token_id
+        self.start = self.prefix or [self.eos if start is None else int(start)]
+        """What begins a document, also where the tokenizer itself adds nothing."""
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings with offsets, no special tokens added."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """With the beginning token, unless the text brought it along."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """With the end-of-sequence token, unless the text brought it along."""
+        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+
+    def boundary(self, encoding: Any, character: int) -> int | None:
+        """Number of tokens that end at or before a character; None where one straddles it."""
+        if character == 0:
+            return 0
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return token if encoding.token_to_chars(token)[0] == character else None
+        for token, (start, end) in enumerate(encoding.offsets):
+            if start >= character and end > start:
+                return token
+            if end > character:
+                return None
+        return None
+
+    def alone(self, response: str) -> list[int]:
+        """Tokens of a response that does not begin a text: no space is put before it."""
+        for sentinel in SENTINELS:
+            encoding = self.encode([sentinel + response])[0]
+            cut = self.boundary(encoding, len(sentinel))
+            if cut is not None:
+                return list(encoding.ids[cut:])
+        return list(self.encode([response])[0].ids)
+
+    def joint(
+        self, texts: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[list[int], list[int], bool]]:
+        """(prompt tokens, response tokens, straddled) of each (prompt, response)."""
+        encodings = self.encode([prompt + response for prompt, response in texts])
+        for (prompt, response), encoding in zip(texts, encodings, strict=True):
+            cut = self.boundary(encoding, len(prompt))
+            if cut is not None:
+                ids = list(encoding.ids)
+                yield ids[:cut], ids[cut:], False
+            else:
+                yield list(self.encode([prompt])[0].ids), self.alone(response), True
+
+
+def _keep_spaces_in_offsets(description: Any) -> None:
+    """Set trim_offsets to false everywhere: a trimmed offset hides what a token covers."""
+    if isinstance(description, dict):
+        if "trim_offsets" in description:
+            description["trim_offsets"] = False
+        for value in description.values():
+            _keep_spaces_in_offsets(value)
+    elif isinstance(description, list):
+        for value in description:
+            _keep_spaces_in_offsets(value)
+
+
+# -------------------------------------------------------------------------- text of records
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextOf:
+    """How records become text: templates for conversations, a format for plain prompts."""
+
+    tokenizer: Any
+    prompt_format: str
+    chat_template: str | None
+    strings_as_chat: bool
+    special: frozenset[str]
+
+    def __call__(self, prompt: Text, response: Text, place: str) -> tuple[str, str, bool]:
+        """(prompt text, response text, whether the template differs)."""
+        if isinstance(prompt, str) and isinstance(response, str) and not self.strings_as_chat:
+            return self.prompt_format.replace("{prompt}", prompt), response, False
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        after = (
+            [{"role": "assistant", "content": response}]
+            if isinstance(response, str)
+            else list(response)
+        )
+        begun = self._apply(before, place, add_generation_prompt=True)
+        whole = self._apply(before + after, place, add_generation_prompt=False)
+        differs = not whole.startswith(begun)
+        cut = shared_length(begun, whole) if differs else len(begun)
+        return whole[:cut], self._without_trailing_space(whole[cut:]), differs
+
+    def _apply(self, messages: list[Any], place: str, **options: Any) -> str:
+        import jinja2
+
+        template = self.chat_template or self.tokenizer.chat_template
+        if template is None:
+            raise UserError(
+                f"{place}: a conversation, but the tokenizer has no chat template; "
+                "name one, or give prompt, chosen and rejected as text"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=template, **options
+            )
+        except jinja2.exceptions.TemplateError as error:
+            raise UserError(f"{place}: the chat template refuses it: {error}") from None
+
+    def _without_trailing_space(self, text: str) -> str:
+        """A turn's end mark is the end; templates often put a newline after it."""
+        stripped = text.rstrip()
+        return stripped if any(stripped.endswith(token) for token in self.special) else text
+
+
+def _text_of(
+    tokenizer: Any, prompt_format: str, chat_template: str | None, strings_as_chat: bool
+) -> _TextOf:
+    if "{prompt}" not in prompt_format:
+        raise UserError(f"prompt_format: {prompt_format!r} does not hold {{prompt}}")
+    return _TextOf(
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        chat_template=chat_template,
+        strings_as_chat=strings_as_chat,
+        special=frozenset(tokenizer.all_special_tokens) | {"<|im_end|>", "<end_of_turn>"},
+    )
+
+
+# ------------------------------------------------------------------------------ tokenisation
+
+
+def tokenize_pairs(
+    records: Iterable[PreferenceRecord],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    min_prompt_length: int | None = None,
+    prompt_format: str = "{prompt}",
+    chat_template: str | None = None,
+    strings_as_chat: bool = False,
+    encoder_decoder: bool = False,
+) -> tuple[TokenizedPairs, TokenizeReport]:
+    r"""Tokens of preference pairs, with the boundary between prompt and response exact.
+
+    The response's tokens are those of the joint text, from the first token whose characters lie in
+    the response. Where one token of the joint text holds characters of both, prompt and
+    response are tokenised apart (so that the prompt's tokens are those that a sampler would see)
+    and the row is counted. The end-of-sequence token follows every response that is not cut; a
+    beginning token stands where the tokenizer puts one, once.
+
+    Both responses of a pair keep the same end of the prompt: with chosen and rejected of at most
+    r tokens it keeps its last max(max_length - r, min_prompt_length); a response is cut at its
+    end where the room left is not enough.
+
+    Args:
+      records: pairs.
+      tokenizer: from `load_tokenizer`.
+      max_length: most tokens of prompt and response together.
+      min_prompt_length: tokens of the prompt that long responses do not displace; by default
+        half of `max_length`.
+      prompt_format: text around a plain prompt, e.g. "Question: {prompt}\nAnswer:".
+      chat_template: in place of the tokenizer's own, for conversations.
+      strings_as_chat: plain prompts are also put through the chat template, as a user's turn.
+      encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
+        response is a text of its own; no joint text exists.
+
+    Returns:
+      The pairs, those with the same tokens on both sides left out, and the counts.
+    """
+    report, text_of = (
+        TokenizeReport(),
+        _text_of(tokenizer, prompt_format, chat_template, strings_as_chat),
+    )
+    encoder = _Encoder(tokenizer)
+
+    def sides() -> Iterator[tuple[str, str]]:
+        for record in records:
+            place = f"{record.source}:{record.line}"
+            for response in (record.chosen, record.rejected):
+                prompt_text, response_text, differs = text_of(record.prompt, response, place)
+                report.template_differs += differs
+                yield prompt_text, response_text
+
+    rows = _RowWriter()
+    pairs = _encoded(sides(), encoder, report, encoder_decoder)
+    for index, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
+        report.records += 1
+        cut = _truncate([chosen, rejected], max_length, min_prompt_length, encoder, report)
+        if cut[0] == cut[1]:
+            report.identical += 1
+            continue
+        for prompt, response in cut:
+            rows.add(prompt, response, index)
+    report.tokens = rows.tokens
+    if not len(rows):
+        raise UserError(f"no pair is left of {report.records}: {report.summary()}")
+    return TokenizedPairs(rows=rows.finish()), report
+
+
+def tokenize_responses(
+    records: Iterable[PromptResponseRecord],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    min_prompt_length: int | None = None,
+    prompt_format: str = "{prompt}",
+    chat_template: str | None = None,
+    strings_as_chat: bool = False,
+    encoder_decoder: bool = False,
+) -> tuple[TokenizedRows, TokenizeReport]:
+    """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
+
+    Args:
+      records: prompts and responses.
+      tokenizer: from `load_tokenizer`.
+      max_length: most tokens of prompt and response together.
+      min_prompt_length: tokens of the prompt that a long response does not displace.
+      prompt_format: text around a plain prompt.
+      chat_template: in place of the tokenizer's own, for conversations.
+      strings_as_chat: plain prompts are also put through the chat template.
+      encoder_decoder: prompt and response are texts of their own.
+    """
+    report, text_of = (
+        TokenizeReport(),
+        _text_of(tokenizer, prompt_format, chat_template, strings_as_chat),
+    )
+    encoder = _Encoder(tokenizer)
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for record in records:
+            place = f"{record.source}:{record.line}"
+            prompt_text, response_text, differs = text_of(record.prompt, record.response, place)
+            report.template_differs += differs
+            yield prompt_text, response_text
+
+    rows = _RowWriter()
+    for index, encoded in enumerate(_encoded(texts(), encoder, report, encoder_decoder)):
+        report.records += 1
+        [(prompt, response)] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
+        rows.add(prompt, response, index)
+    report.tokens = rows.tokens
+    if not len(rows):
+        raise UserError("no records to tokenise")
+    return rows.finish(), report
+
+
+def tokenize_texts(
+    texts: Iterable[str | TextRecord], tokenizer: Any, *, cache: Path | None = None
+) -> TokenizedTexts:
+    """Documents as tokens, each begun and ended by the tokenizer's own marks.
+
+    Args:
+      texts: documents.
+      tokenizer: from `load_tokenizer`.
+      cache: a folder; tokens are kept there under a hash of texts and tokenizer, and read again.
+    """
+    encoder = _Encoder(tokenizer)
+    plain = (text.text if isinstance(text, TextRecord) else text for text in texts)
+    if cache is None:
+        return _tokenize_texts(plain, encoder)
+    documents = list(plain)
+    path = cache / f"{_fingerprint(documents, encoder)}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            return TokenizedTexts(
+                flat=stored["flat"],
+                offsets=stored["offsets"],
+                characters=int(stored["characters"]),
+            )
+    tokenized = _tokenize_texts(documents, encoder)
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(
+        scratch,
+        flat=tokenized.flat,
+        offsets=tokenized.offsets,
+        characters=tokenized.characters,
+    )
+    scratch.replace(path)
+    return tokenized
+
+
+def _tokenize_texts(texts: Iterable[str], encoder: _Encoder) -> TokenizedTexts:
+    flat: list[np.ndarray] = []
+    lengths: list[int] = []
+    characters = 0
+    for chunk in _chunks(texts, 256):
+        characters += sum(map(len, chunk))
+        for encoding in encoder.backend.encode_batch_fast(chunk, add_special_tokens=False):
+            ids = encoding.ids
+            if ids[: len(encoder.start)] != encoder.start:
+                ids = encoder.start + ids
+            flat.append(np.asarray(encoder.ended(ids), np.int32))
+            lengths.append(len(flat[-1]))
+    if not flat:
+        raise UserError("no texts to tokenise")
+    return TokenizedTexts(
+        flat=np.concatenate(flat),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        characters=characters,
+    )
+
+
+def _fingerprint(texts: Sequence[str], encoder: _Encoder) -> str:
+    import hashlib
+
+    digest = hashlib.sha256(encoder.backend.to_str().encode("utf-8"))
+    digest.update(json.dumps([encoder.start, encoder.eos]).encode("utf-8"))
+    for text in texts:
+        content = text.encode("utf-8")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _encoded(
+    texts: Iterable[tuple[str, str]], encoder: _Encoder, report: TokenizeReport, apart: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and response tokens, begun and ended."""
+    for chunk in _chunks(texts, CHUNK):
+        if apart:
+            prompts = encoder.encode([prompt for prompt, _ in chunk])
+            responses = encoder.encode([response for _, response in chunk])
+            for prompt, response in zip(prompts, responses, strict=True):
+                begun = encoder.begun(list(prompt.ids)) + encoder.suffix
+                yield begun or encoder.start, encoder.ended(list(response.ids))
+        else:
+            for prompt, response, straddled in encoder.joint(chunk):
+                report.straddling += straddled
+                yield encoder.begun(prompt) or encoder.start, encoder.ended(response)
+
+
+def _truncate(
+    responses: Sequence[tuple[list[int], list[int]]],
+    max_length: int,
+    min_prompt_length: int | None,
+    encoder: _Encoder,
+    report: TokenizeReport,
+) -> list[tuple[list[int], list[int]]]:
+    """Cut prompts at their beginning and responses at their end until all fit."""
+    floor = max_length // 2 if min_prompt_length is None else min_prompt_length
+    if max_length < 2 or not 0 < floor < max_length:
+        raise UserError(
+            f"max_length: {max_length} leaves no room for a prompt of {floor or 1} and a response"
+        )
+    longest = max(len(response) for _, response in responses)
+    room = max(max_length - longest, floor)
+    cut = []
+    for whole, response in responses:
+        prompt = whole
+        if len(whole) + longest > max_length and len(whole) > room:
+            report.truncated_prompts += 1
+            begin = encoder.prefix if len(encoder.prefix) < room else []
+            begin = begin if whole[: len(begin)] == begin else []
+            prompt = begin + whole[len(whole) - room + len(begin) :]
+        left = max_length - len(prompt)
+        report.truncated_responses += len(response) > left
+        cut.append((prompt, response[:left]))
+    return cut
+
+
+class _RowWriter:
+    """Collects rows into flat arrays."""
+
+    def __init__(self):
+        self._tokens: list[np.ndarray] = []
+        self._prompt: list[int] = []
+        self._record: list[int] = []
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, prompt: list[int], response: list[int], record: int) -> None:
+        self._tokens.append(np.asarray(prompt + response, np.int32))
+        self._prompt.append(len(prompt))
+        self._record.append(record)
+        self.tokens += len(prompt) + len(response)
+
+    def finish(self) -> TokenizedRows:
+        lengths = [len(row) for row in self._tokens]
+        return TokenizedRows(
+            flat=np.concatenate(self._tokens),
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            prompt_length=np.asarray(self._prompt, np.int32),
+            record_index=np.asarray(self._record, np.int64),
+        )
