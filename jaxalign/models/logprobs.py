@@ -4,7 +4,6 @@ Everything runs over blocks of tokens and of the vocabulary, forward and backwar
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,10 @@ from jaxtyping import Array, Float, Int
 from jaxalign.models.layers import precision
 from jaxalign.records import record
 
-TOKEN_BLOCK = 1024
-BLOCK_LOGITS = 2**22  # logits of one block: 16 MiB in float32
+# Tokens and logits of a block. On a CPU: about what a core's cache holds. On accelerators, per
+# device: rather narrow blocks than few tokens, since gradients of a block are summed over devices.
+CPU_BLOCK = (512, 2**20)
+ACCELERATOR_BLOCK = (2**15, 2**25)
 NEVER = -1e30  # the logit of a column that does not count: finite, so that 0 * NEVER is 0
 
 
@@ -82,12 +83,15 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
     for name, value in (("token_block", token_block), ("vocab_block", vocab_block)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not positive")
-    token_blocks = max(1, -(-tokens // (token_block or TOKEN_BLOCK)))
+    usual, block_logits = CPU_BLOCK
+    if jax.default_backend() != "cpu":
+        usual, block_logits = (size * jax.device_count() for size in ACCELERATOR_BLOCK)
+    token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)
     token_blocks = next(near, token_blocks)
     if vocab_block is None:
-        vocab_block = max(512, BLOCK_LOGITS // max(1, tokens // token_blocks))
+        vocab_block = max(1024, block_logits // max(1, tokens // token_blocks))
     vocab_blocks = -(-vocabulary // vocab_block)
     even = -(-vocabulary // vocab_blocks)
     if vocab_blocks > 1:  # lanes of an accelerator are 128 wide
@@ -104,7 +108,9 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
     )
 
 
-def _columns(plan: _Plan, kernel: Array, bias: Array | None, first: Array, dtype: Any):
+def _columns(
+    plan: _Plan, kernel: Array, bias: Array | None, first: Array, dtype: Any
+) -> tuple[Array, Array | None]:
     """One block of the unembedding, in the dtype of the computation."""
     start = plan.start(first)
     block = jax.lax.dynamic_slice_in_dim(kernel, start, plan.vocab_block, axis=1).astype(dtype)
@@ -138,12 +144,12 @@ def _at_targets(plan: _Plan, z: Array, targets: Array, first: Array) -> Array:
     return jnp.where(inside, jnp.take_along_axis(z, place[:, None], axis=1)[:, 0], 0.0)
 
 
-def _gradients(plan: _Plan, slope: Any, hidden, kernel, bias, rows):
+def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
     """Cotangents of hidden states, kernel and bias from a slope of the logits, block by block.
 
     Args:
       plan: blocks and the form of the logits.
-      slope: (z [size, vocab_block], first, rows of the block, its columns) -> cotangent of z.
+      slope_at: first column of a block -> (z [size, vocab_block], rows) -> cotangent of z.
       hidden: [tokens, width].
       kernel: [width, vocabulary].
       bias: [vocabulary] or None.
@@ -155,13 +161,15 @@ def _gradients(plan: _Plan, slope: Any, hidden, kernel, bias, rows):
     def vocabulary_step(carry, first):
         d_hiddens, d_kernel, d_bias = carry
         block, bias_block = _columns(plan, kernel, bias, first, hidden.dtype)
+        slope = slope_at(first)
 
         def token_step(sums, inputs):
             x, d_x, row = inputs
             z = _logits(plan, x, block, bias_block, first)
-            d_z = slope(z, first, row)
+            d_z = slope(z, row)
             if plan.softcap is not None:
-                d_z = d_z * (1.0 - jnp.square(z / plan.softcap))
+                # Columns that do not count lie far outside the cap: slope 0 and not infinity.
+                d_z = d_z * (1.0 - jnp.square(jnp.clip(z / plan.softcap, -1.0, 1.0)))
             if plan.scale is not None:
                 d_z = d_z * plan.scale
             d_z, d_bias_block = d_z.astype(x.dtype), jnp.sum(d_z, axis=0)
@@ -179,14 +187,15 @@ def _gradients(plan: _Plan, slope: Any, hidden, kernel, bias, rows):
             d_bias = _add_at(d_bias, d_bias_block, start, axis=0)
         return (d_hiddens, d_kernel, d_bias), None
 
-    carry = (
+    carry: Any = (
         jnp.zeros(hiddens.shape, jnp.float32),
         jnp.zeros(kernel.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
     (d_hiddens, d_kernel, d_bias), _ = jax.lax.scan(vocabulary_step, carry, plan.first_columns())
     d_hidden = plan.join(d_hiddens).astype(hidden.dtype)
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    if bias is not None:
+        d_bias = d_bias.astype(bias.dtype)
     return d_hidden, d_kernel.astype(kernel.dtype), d_bias
 
 
@@ -195,31 +204,24 @@ def _add_at(whole: Array, part: Array, start: Array, *, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=axis)
 
 
-def _accumulate(state, z: Array, *values: Array):
-    """Running maximum, sum of exponentials and sums of exponentials times `value - maximum`.
+def _accumulate(state, z: Array, value: Array | None = None):
+    """Running maximum, sum of exponentials, and the same sum weighted by value.
 
-    Only the first value is measured from the maximum; it must be z itself.
+    Without a value it is z - maximum.
     """
-    top, total, *sums = state
+    top, total, weighted = state
     new = jnp.maximum(top, jnp.max(z, axis=1))
-    shrink = jnp.exp(top - new)
-    weights = jnp.exp(z - new[:, None])
-    moved = [shrink * (sums[0] + (top - new) * total)]
-    moved[0] = moved[0] + jnp.sum(weights * (z - new[:, None]), axis=1)
-    for old, value in zip(sums[1:], values, strict=True):
-        moved.append(shrink * old + jnp.sum(weights * value, axis=1))
-    return (new, shrink * total + jnp.sum(weights, axis=1), *moved)
+    shrink, weights = jnp.exp(top - new), jnp.exp(z - new[:, None])
+    if value is None:
+        value, weighted = z - new[:, None], weighted + (top - new) * total
+    weighted = shrink * weighted + jnp.sum(weights * value, axis=1)
+    return new, shrink * total + jnp.sum(weights, axis=1), weighted
 
 
-def _start_state(plan: _Plan, size: int, sums: int):
-    shape = (plan.token_blocks, size)
-    return (jnp.full(shape, NEVER), *(jnp.zeros(shape) for _ in range(1 + sums)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _statistics(plan, entropy_gradient, hidden, kernel, bias, targets):
-    log_prob, entropy, _ = _statistics_forward(plan, hidden, kernel, bias, targets)
-    return log_prob, entropy
+def _nothing_yet(blocks: Array):
+    """The state of `_accumulate` before the first block, for tokens in [blocks, size, ...]."""
+    shape = blocks.shape[:2]
+    return jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros(shape)
 
 
 def _statistics_forward(plan, hidden, kernel, bias, targets):
@@ -236,7 +238,7 @@ def _statistics_forward(plan, hidden, kernel, bias, targets):
         _, state = jax.lax.scan(token_step, None, (hiddens, target_blocks, *state))
         return state, None
 
-    state = (_start_state(plan, hiddens.shape[1], 1), jnp.zeros(target_blocks.shape))
+    state = _nothing_yet(hiddens), jnp.zeros(target_blocks.shape)
     (sums, found), _ = jax.lax.scan(vocabulary_step, state, plan.first_columns())
     top, total, weighted = (plan.join(x) for x in sums)
     log_total = jnp.log(total)
@@ -255,19 +257,29 @@ def _statistics_bwd(plan, entropy_gradient, saved, cotangents):
     if entropy_gradient:
         rows |= {"entropy": entropy, "by_entropy": cotangents[1]}
 
-    def slope(z, first, row):
-        log_p = z - row["log_sum"][:, None]
-        p = jnp.exp(log_p)
+    def slope_at(first):
         column = plan.start(first) + jnp.arange(plan.vocab_block)
-        hit = (column[None] == row["target"][:, None]) & (column >= first)[None]
-        d_z = jnp.where(hit, 1.0 - p, -p) * row["by_log_prob"][:, None]
-        if entropy_gradient:
-            d_z = d_z - p * (log_p + row["entropy"][:, None]) * row["by_entropy"][:, None]
-        return d_z
+        fresh = jnp.where(column >= first, column, -1)  # no target is -1
 
-    return *_gradients(plan, slope, hidden, kernel, bias, rows), None
+        def slope(z, row):
+            log_p = z - row["log_sum"][:, None]
+            p = jnp.exp(log_p)
+            hit = fresh[None] == row["target"][:, None]
+            d_z = jnp.where(hit, 1.0 - p, -p) * row["by_log_prob"][:, None]
+            if entropy_gradient:
+                d_z = d_z - p * (log_p + row["entropy"][:, None]) * row["by_entropy"][:, None]
+            return d_z
+
+        return slope
+
+    return *_gradients(plan, slope_at, hidden, kernel, bias, rows), None
 
 
+def _statistics_primal(plan, entropy_gradient, hidden, kernel, bias, targets):
+    return _statistics_forward(plan, hidden, kernel, bias, targets)[:2]
+
+
+_statistics: Any = jax.custom_vjp(_statistics_primal, nondiff_argnums=(0, 1))
 _statistics.defvjp(_statistics_fwd, _statistics_bwd)
 
 
@@ -315,6 +327,113 @@ def token_log_probs(
     return TokenStatistics(log_prob=log_prob, entropy=entropy)
 
 
+def _divergence_fwd(plan, reverse, policy, reference):
+    """Each side is (hidden, kernel, bias)."""
+    sides = (policy, reference)
+    hiddens = tuple(plan.split(hidden) for hidden, _, _ in sides)
+
+    def vocabulary_step(states, first):
+        blocks = [_columns(plan, kernel, bias, first, x.dtype) for x, kernel, bias in sides]
+        (kernel_p, bias_p), (kernel_r, bias_r) = blocks
+
+        def token_step(_, inputs):
+            xs, (of_policy, of_reference) = inputs
+            z_p = _logits(plan, xs[0], kernel_p, bias_p, first)
+            z_r = _logits(plan, xs[1], kernel_r, bias_r, first)
+            gap = z_p - z_r
+            return None, (_accumulate(of_policy, z_p, gap), _accumulate(of_reference, z_r, -gap))
+
+        return jax.lax.scan(token_step, None, (hiddens, states))[1], None
+
+    states = tuple(_nothing_yet(x) for x in hiddens)
+    states, _ = jax.lax.scan(vocabulary_step, states, plan.first_columns())
+    states = jax.tree.map(plan.join, states)
+    log_sums = tuple(top + jnp.log(total) for top, total, _ in states)
+    means = tuple(weighted / total for _, total, weighted in states)
+    gap = log_sums[0] - log_sums[1]
+    divergence = means[1] + gap if reverse else means[0] - gap
+    return divergence, (policy, reference, log_sums, divergence)
+
+
+def _divergence_bwd(plan, reverse, saved, cotangent):
+    policy, reference, log_sums, divergence = saved
+    rows = {
+        "other": reference[0],
+        "log_sum": log_sums[0],
+        "other_log_sum": log_sums[1],
+        "divergence": divergence,
+        "by": cotangent,
+    }
+
+    def slope_at(first):
+        kernel, bias = _columns(plan, reference[1], reference[2], first, reference[0].dtype)
+
+        def slope(z, row):
+            log_p = z - row["log_sum"][:, None]
+            log_r = _logits(plan, row["other"], kernel, bias, first)
+            log_r = log_r - row["other_log_sum"][:, None]
+            if reverse:
+                return (jnp.exp(log_p) - jnp.exp(log_r)) * row["by"][:, None]
+            return (
+                jnp.exp(log_p) * (log_p - log_r - row["divergence"][:, None]) * row["by"][:, None]
+            )
+
+        return slope
+
+    hidden, kernel, bias = policy
+    to_policy = _gradients(plan, slope_at, hidden, kernel, bias, rows)
+    return to_policy, jax.tree.map(jnp.zeros_like, reference)
+
+
+def _divergence_primal(plan, reverse, policy, reference):
+    return _divergence_fwd(plan, reverse, policy, reference)[0]
+
+
+_divergence: Any = jax.custom_vjp(_divergence_primal, nondiff_argnums=(0, 1))
+_divergence.defvjp(_divergence_fwd, _divergence_bwd)
+
+
+def token_kl(
+    hidden: Float[Array, "tokens width"],
+    kernel: Float[Array, "width vocabulary"],
+    reference_hidden: Float[Array, "tokens reference_width"],
+    reference_kernel: Float[Array, "reference_width vocabulary"],
+    *,
+    bias: Float[Array, " vocabulary"] | None = None,
+    reference_bias: Float[Array, " vocabulary"] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    reverse: bool = False,
+    token_block: int | None = None,
+    vocab_block: int | None = None,
+) -> Float[Array, " tokens"]:
+    r"""Exact divergence between the policy's and the reference's next-token distributions.
+
+    .. math:: KL(\pi \| \pi_{ref}) = \sum_v \pi_v (\log \pi_v - \log \pi_{ref, v})
+
+    Gradients flow to the policy alone. Blocks are those of `token_log_probs`: no array of logits.
+
+    Args:
+      hidden: the policy's hidden states.
+      kernel: the policy's unembedding.
+      reference_hidden: the reference's hidden states at the same positions.
+      reference_kernel: the reference's unembedding.
+      bias: the policy's, or None.
+      reference_bias: the reference's, or None.
+      softcap: of both, as in `token_log_probs`.
+      scale: of both, as in `token_log_probs`.
+      reverse: KL(reference || policy) instead, the form in TDPO (arXiv:2404.11999).
+      token_block: as in `token_log_probs`.
+      vocab_block: as in `token_log_probs`.
+
+    Returns:
+      Float32, [tokens], in nats; 0 where the distributions are equal.
+    """
+    plan = _plan(hidden.shape[0], kernel.shape[1], token_block, vocab_block, softcap, scale)
+    reference = (reference_hidden, reference_kernel, reference_bias)
+    return _divergence(plan, reverse, (hidden, kernel, bias), jax.lax.stop_gradient(reference))
+
+
 def response_log_probs(
     params: Mapping[str, Any],
     config: Any,
@@ -344,7 +463,8 @@ def response_log_probs(
       entropy_gradient: as in `token_log_probs`.
       token_block: as in `token_log_probs`.
       vocab_block: as in `token_log_probs`.
-      **adapters: `adapters` and `adapter_scale`, as in `decoder.hidden_states`.
+      **adapters: `adapters`, `adapter_scale` as in `decoder.hidden_states`; `adapter_dropout` and
+        `dropout_key` as in `lora.with_dropout`.
 
     Returns:
       Float32 log-probs and entropies, [batch, response], 0 at padding.
@@ -358,7 +478,7 @@ def response_log_probs(
         response_length,
         remat=remat,
         dtype=dtype,
-        **adapters,
+        **_adapter_options(**adapters),
     )
     out = token_log_probs(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -376,6 +496,19 @@ def response_log_probs(
         return jnp.where(real, x.reshape(real.shape), 0.0)
 
     return ResponseLogProbs(log_prob=masked(out.log_prob), entropy=masked(out.entropy))
+
+
+def _adapter_options(
+    *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
+) -> dict[str, Any]:
+    """The models' own keywords; dropout travels inside the adapters."""
+    if adapters is None:
+        return {}
+    if adapter_dropout and dropout_key is not None:
+        from jaxalign.models.lora import with_dropout
+
+        adapters = with_dropout(adapters, dropout_key, rate=adapter_dropout)
+    return {"adapters": adapters, "adapter_scale": adapter_scale}
 
 
 def _response_states(
@@ -426,7 +559,8 @@ def text_log_probs(
       dtype: as in `decoder.hidden_states`.
       token_block: as in `token_log_probs`.
       vocab_block: as in `token_log_probs`.
-      **adapters: `adapters` and `adapter_scale`, as in `decoder.hidden_states`.
+      **adapters: `adapters`, `adapter_scale` as in `decoder.hidden_states`; `adapter_dropout` and
+        `dropout_key` as in `lora.with_dropout`.
 
     Returns:
       Float32, [rows, length], 0 where a token is not scored.
@@ -441,7 +575,7 @@ def text_log_probs(
         positions=positions,
         remat=remat,
         dtype=dtype,
-        **adapters,
+        **_adapter_options(**adapters),
     )
     kernel, bias = unembedding(params, config)
     # All positions rather than all but one: sizes stay round, and the last target is masked.
