@@ -145,6 +145,10 @@ class TrainConfig:
     """What a record that cannot be used does: stop with its line, or be skipped and counted."""
     max_length: int = 256
     """Longest prompt plus response in tokens; prompts lose their beginning."""
+    prompt_format: str = "{prompt}"
+    """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
+    strings_as_chat: bool = False
+    """Put plain prompts through the tokenizer's chat template, too."""
     max_records: int | None = None
     """Use at most this many training records."""
     max_eval_records: int | None = 512
@@ -190,6 +194,8 @@ class TrainConfig:
             )
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
+        if "{prompt}" not in self.prompt_format:
+            raise UserError(f"prompt_format: {self.prompt_format!r} does not hold {{prompt}}")
         if self.max_length < 2:
             raise UserError(f"max_length: {self.max_length} leaves no room for a response")
 

@@ -84,32 +84,35 @@ def read_config(folder: Path) -> Any:
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors files, opened lazily and read one at a time."""
+    """The tensors of a folder's safetensors files, read one at a time.
+
+    A file is opened for each read and closed after it: the pages of an open memory map count as
+    the process's own memory, and would add the whole model once more.
+    """
 
     def __init__(self, folder: Path):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        self.folder = folder
-        self.files: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in _weight_files(folder):
             try:
-                opened = safe_open(file, framework="numpy")
+                with self._open(file) as opened:
+                    for name in opened.keys():  # noqa: SIM118, it is no dict
+                        self.files[name] = file
+                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-            for name in opened.keys():  # noqa: SIM118, it is no dict
-                self.files[name] = opened
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        """One whole tensor."""
-        return self.files[name].get_tensor(name)
+    def _open(self, file: Path) -> Any:
+        from safetensors import safe_open
 
-    def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of one tensor, without reading the rest."""
-        if not index:
-            return self.read(name)
-        return self.files[name].get_slice(name)[index]
+        return safe_open(file, framework="numpy")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or the part of it that `index` names, without reading the rest."""
+        with self._open(self.files[name]) as opened:
+            return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -293,14 +296,12 @@ def largest_axis(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec
 
 def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
     """One leaf on its devices; each device's part is read, converted and placed by itself."""
-    stored = files.read_slice(names[0], ()).dtype if dtype is None else np.dtype(dtype)
+    stored = files.read(names[0]).dtype if dtype is None else np.dtype(dtype)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if weight.transposed is None or not index:
+        if weight.transposed is None:
             return weight.split(files.read(name))[number][index]
-        if weight.transposed:
-            return files.read_slice(name, index[::-1]).T
-        return files.read_slice(name, index)
+        return files.read(name, index[::-1]).T if weight.transposed else files.read(name, index)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None

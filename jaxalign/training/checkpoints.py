@@ -24,6 +24,10 @@ class Checkpoints:
         """The step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps that can be restored, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Start writing a checkpoint; a kill in the middle leaves the one before it.
 

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -48,6 +48,7 @@ def to_floats(means: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Takes the numbers of one step."""
 

@@ -1,0 +1,54 @@
+"""The door: `jaxalign train | convert | losses | report`, and one-line errors for users."""
+
+import sys
+from collections.abc import Sequence
+
+from jaxalign.errors import UserError
+
+USAGE = """usage: jaxalign COMMAND ...
+
+commands:
+  train EXPERIMENT [--field value ...]   run an experiment: a Python file or module with config()
+  convert SOURCE TARGET                  run folder or checkpoint -> Hugging Face folder and back
+  losses [NAME]                          the table of losses, or one loss's page
+  report RUN [RUN ...]                   tables and plots of runs, side by side
+
+jaxalign COMMAND --help tells more of each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 where the user can mend something, 143 after SIGTERM."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments else "--help"
+    try:
+        match command:
+            case "train":
+                from jaxalign.commands.train import main as run
+            case "convert":
+                from jaxalign.commands.convert import main as run
+            case "losses":
+                from jaxalign.commands.losses import main as run
+            case "report":
+                from jaxalign.commands.report import main as run
+            case "-h" | "--help":
+                print(USAGE)
+                return 0
+            case "--version":
+                from jaxalign import __version__
+
+                print(f"jaxalign {__version__}")
+                return 0
+            case _:
+                print(f"jaxalign: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
+                return 2
+        return run(arguments)
+    except UserError as error:
+        print(f"jaxalign {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"jaxalign {command}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

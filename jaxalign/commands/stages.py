@@ -1,0 +1,68 @@
+"""The stages of a run and what they leave in its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.config import TrainConfig, from_json
+from jaxalign.errors import UserError
+from jaxalign.models import Decoder, DecoderConfig
+from jaxalign.models.families import FAMILIES
+from jaxalign.models.weights import hf_config
+
+STAGES = ("pretrain", "sft", "preference")
+
+
+def stage_folder(folder: Path, name: str) -> Path:
+    """Where a stage's checkpoints lie."""
+    return folder / "checkpoints" / name
+
+
+def trained_stages(config: TrainConfig) -> list[str]:
+    """The stages that a config runs, in order."""
+    return [name for name in STAGES if getattr(config, name).steps]
+
+
+def write_model_config(folder: Path, model_config: Any) -> None:
+    """Keep the architecture in the run folder, as Hugging Face's config.json."""
+    fields = hf_config(model_config, dtype=jnp.dtype("float32"))
+    (folder / "model.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def read_model_config(folder: Path) -> Any:
+    """The architecture that a run folder keeps."""
+    fields = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    return FAMILIES[fields["model_type"]].config(fields)
+
+
+def read_run_config(folder: Path) -> TrainConfig:
+    """The config of a run folder.
+
+    Raises:
+      UserError: it is not one.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: not a run folder (config.json and checkpoints are missing)")
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def as_model(model_config: Any, params: Any) -> Any:
+    """The nnx module that holds parameters of an architecture."""
+    if isinstance(model_config, DecoderConfig):
+        return Decoder(model_config, params)
+    from jaxalign.models import EncoderDecoder
+
+    return EncoderDecoder(model_config, params)
+
+
+def parameter_structs(model_config: Any) -> Any:
+    """Shapes and types of the parameters, nothing computed."""
+    if isinstance(model_config, DecoderConfig):
+        from jaxalign.models.decoder import init_params
+    else:
+        from jaxalign.models.encoder_decoder import init_params
+    return jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))

@@ -1,0 +1,298 @@
+"""`jaxalign train EXPERIMENT`: from a config to a trained, exported and reported model."""
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.commands.experiment import parse
+from jaxalign.commands.report import print_table
+from jaxalign.commands.run_folder import open_run_folder
+from jaxalign.commands.stages import STAGES, as_model, stage_folder, write_model_config
+from jaxalign.commands.training_data import (
+    StageData,
+    count_tokens,
+    load_stages,
+    load_tokenizer_for,
+)
+from jaxalign.commands.updates import make_update_rule
+from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES
+from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
+from jaxalign.models.decoder import init_params
+from jaxalign.reporting import comparison, read_run, write_report
+from jaxalign.sharding import batch_sharding, make_mesh, place
+from jaxalign.training.checkpoints import Checkpoints
+from jaxalign.training.evaluation import evaluate_preferences, evaluate_supervised
+from jaxalign.training.loop import Stopped, Throughput, run_stage
+from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
+from jaxalign.training.objectives import (
+    Policy,
+    PreferenceObjective,
+    ReferencedBatch,
+    SupervisedObjective,
+)
+from jaxalign.training.progress import Progress
+from jaxalign.training.reference import precompute_reference
+from jaxalign.training.step import compile_step, initial_state, train_step
+from jaxalign.training.throughput import flops_per_token, peak_flops
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, train, report."""
+    config = parse(arguments)
+    try:
+        train(config)
+    except Stopped as stopped:
+        print(f"jaxalign train: {stopped}; the same command goes on", file=sys.stderr)
+        return 143
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What every stage of a run shares."""
+
+    config: TrainConfig
+    folder: Path
+    mesh: Mesh
+    model_config: Any
+    tokenizer: Any
+    data: Mapping[str, StageData]
+    writers: Sequence[Writer]
+
+
+def train(config: TrainConfig) -> Path:
+    """Run or resume the stages of a config; returns the run folder."""
+    enable_compilation_cache()
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    folder = open_run_folder(config)
+    tokenizer = load_tokenizer_for(config, folder)
+    model_config, params = initial_model(config, tokenizer, mesh)
+    write_model_config(folder, model_config)
+    data = load_stages(config, tokenizer, folder, model_config)
+    resume_metrics(config, folder)
+    world = World(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        data=data,
+        writers=make_writers(config, folder),
+    )
+    adapters = None
+    try:
+        for name in STAGES:
+            if getattr(config, name).steps:
+                params, adapters = run(world, name, params, adapters)
+    finally:
+        for writer in world.writers:
+            writer.close()
+    if config.export:
+        export(world, params, adapters)
+    finished = read_run(folder)
+    header, rows = comparison([finished])
+    path = write_report([finished], folder / "report")
+    if rows:
+        print_table(header, rows)
+    print(f"report: {path}")
+    return folder
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk, where the user has not said otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path.home() / ".cache" / "jaxalign" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The architecture and the parameters to start from, placed on the mesh in float32."""
+    if config.model != "embedded":
+        model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
+        return model.config, place(model.params, mesh)
+    shape = config.architecture
+    model_config = DecoderConfig(
+        family="llama",
+        vocab_size=len(tokenizer),
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.width // shape.heads,
+        mlp_width=shape.mlp_width,
+        context_length=shape.context,
+        tied=True,
+    )
+    params = init_params(model_config, jax.random.key(config.seed))
+    return model_config, place(params, mesh)
+
+
+def resume_metrics(config: TrainConfig, folder: Path) -> None:
+    """Cut the metrics file back to the newest checkpoint, so that later lines are written anew."""
+    keep = {}
+    for name in STAGES:
+        where = stage_folder(folder, name)
+        if where.is_dir():
+            checkpoints = Checkpoints(where)
+            latest = checkpoints.latest()
+            checkpoints.close()
+            if latest is not None:
+                keep[name] = latest
+    rewind(folder / "metrics.jsonl", keep)
+
+
+def make_writers(config: TrainConfig, folder: Path) -> list[Writer]:
+    """JSON Lines and TensorBoard always, Weights & Biases where asked; on process 0 alone."""
+    if jax.process_index() != 0:
+        return []
+    writers: list[Writer] = [
+        JsonLines(folder / "metrics.jsonl"),
+        TensorBoard(folder / "tensorboard"),
+    ]
+    if config.wandb_project:
+        values = json.loads((folder / "config.json").read_text())
+        writers.append(WeightsAndBiases(config.wandb_project, config.name, values, folder))
+    return writers
+
+
+def run(world: World, name: str, params: Any, adapters: Any) -> tuple[Any, Any]:
+    """One stage, from its newest checkpoint or from the start; returns parameters and adapters."""
+    config, mesh = world.config, world.mesh
+    stage: StageConfig = getattr(config, name)
+    lora = config.lora if config.lora.rank and name != "pretrain" else None
+    if lora is not None and adapters is None:
+        from jaxalign.models.lora import init_adapters
+
+        key = jax.random.key(config.seed + 1)
+        adapters = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
+    policy = Policy(
+        config=world.model_config,
+        adapter_scale=None if lora is None else lora.alpha / lora.rank,
+        adapter_dropout=0.0 if lora is None else lora.dropout,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+    optimizer, schedule = make_update_rule(stage)
+    trained = params if lora is None else adapters
+    fresh = functools.partial(initial_state, optimizer=optimizer, seed=config.seed)
+    checkpoints = Checkpoints(stage_folder(world.folder, name))
+    data = world.data[name]
+    batches = data.batches(stage.batch_size, seed=config.seed)
+    latest = checkpoints.latest()
+
+    is_preference = name == "preference"
+    frozen: dict[str, Any] = {"policy": params if lora is not None else None}
+    if is_preference:
+        # a copy: the policy's own buffers are donated to the first step
+        frozen["reference"] = params if lora is not None else place(params, mesh)
+    if latest is None:
+        state = place(fresh(trained), mesh)
+    else:
+        like = jax.eval_shape(fresh, trained)
+        state, meta = checkpoints.restore(latest, like, mesh)
+        batches.set_state(meta["iterator"])
+    objective, place_batch, precomputed = make_objective(world, name, policy, frozen)
+    evaluation = data.evaluation(stage.batch_size)
+    step = compile_step(
+        functools.partial(
+            train_step,
+            objective=objective,
+            optimizer=optimizer,
+            micro_batches=stage.micro_batches,
+        ),
+        state,
+        mesh,
+    )
+    live = is_preference and not precomputed
+    throughput = Throughput(
+        tokens=count_tokens,
+        flops_per_token=flops_per_token(params, live_reference=live, adapters=lora is not None),
+        peak_flops=peak_flops(),
+    )
+    evaluate_with = None
+    if evaluation:
+        evaluator = evaluate_preferences if is_preference else evaluate_supervised
+        evaluate_with = evaluator(objective, evaluation, mesh)
+    with Progress(name, stage.steps, start=int(state.step)) as progress:
+        state = run_stage(
+            name,
+            state=state,
+            frozen=frozen,
+            step=step,
+            batches=batches,
+            place_batch=place_batch,
+            describe=data.describe,
+            steps=stage.steps,
+            schedule=schedule,
+            evaluation=evaluate_with,
+            eval_every=stage.eval_every,
+            save_every=stage.save_every,
+            checkpoints=checkpoints,
+            writers=world.writers,
+            throughput=throughput,
+            nonfinite=config.nonfinite,
+            progress=progress,
+        )
+    checkpoints.close()
+    return (state.params, adapters) if lora is None else (params, state.params)
+
+
+def make_objective(
+    world: World, name: str, policy: Policy, frozen: Mapping[str, Any]
+) -> tuple[Any, Callable[[Any], Any], bool]:
+    """The objective, how batches reach the devices, and whether the reference is known."""
+    config, mesh, data = world.config, world.mesh, world.data[name]
+    sharding = batch_sharding(mesh)
+
+    def put(batch: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
+
+    if name != "preference":
+        return SupervisedObjective(policy=policy), put, False
+    objective = PreferenceObjective(
+        policy=policy,
+        loss=PREFERENCE_LOSSES[config.loss],
+        options=dict(config.loss_options),
+        coupled=config.loss in BATCH_COUPLED,
+    )
+    if config.reference == "live":
+        return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
+    table = precompute_reference(
+        objective,
+        frozen["reference"],
+        data.once(data.train, config.preference.batch_size),
+        put,
+        world.folder / "reference_log_probs.npz",
+    )
+    return (
+        objective,
+        lambda batch: put(ReferencedBatch(pairs=batch, reference=table[batch.record_index])),
+        True,
+    )
+
+
+def export(world: World, params: Any, adapters: Any) -> None:
+    """A Hugging Face folder with the weights (adapters merged in) and the tokenizer."""
+    config = world.config
+    if adapters is not None:
+        from jaxalign.models.lora import merge
+
+        params = merge(params, adapters, config.lora.alpha / config.lora.rank)
+    folder = world.folder / "export"
+    if folder.exists():
+        shutil.rmtree(folder)
+    save_pretrained(as_model(world.model_config, params), folder, tokenizer=world.tokenizer)

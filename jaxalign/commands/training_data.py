@@ -1,0 +1,227 @@
+"""The data of a run: read, split, tokenised and batched, with a report of what was left out."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.config import TrainConfig
+from jaxalign.data import (
+    PairBatch,
+    ReadReport,
+    TextBatch,
+    TokenizedPairs,
+    TokenizedRows,
+    TokenizedTexts,
+    chosen_responses,
+    embedded_tokenizer,
+    load_tokenizer,
+    pair_batches,
+    preference_records,
+    response_records,
+    split_holdout,
+    text_batches,
+    text_records,
+    tokenize_pairs,
+    tokenize_responses,
+    tokenize_texts,
+)
+from jaxalign.errors import UserError
+from jaxalign.models import DecoderConfig
+
+
+def load_tokenizer_for(config: TrainConfig, folder: Path) -> Any:
+    """The named tokenizer, the model's, or one trained for this run; kept in the run folder."""
+    kept = folder / "tokenizer"
+    if kept.is_dir():
+        return load_tokenizer(kept)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif config.model != "embedded":
+        tokenizer = load_tokenizer(config.model)
+    elif config.text:
+        from jaxalign.data.bpe import train_bpe
+
+        texts = (record.text for source in config.text for record in text_records(source))
+        tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
+    else:
+        tokenizer = embedded_tokenizer()
+    if jax.process_index() == 0:
+        tokenizer.save_pretrained(kept)
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageData:
+    """What one stage trains on and is evaluated on."""
+
+    train: TokenizedPairs | TokenizedRows | TokenizedTexts
+    held_out: TokenizedPairs | TokenizedRows | TokenizedTexts | None
+    places: Sequence[str]
+    """Where each training record came from, by its number; empty for text."""
+    length: int
+    """Tokens of a row of packed text."""
+
+    def batches(self, batch_size: int, *, seed: int) -> Any:
+        """The endless, checkpointable iterator of this process's training batches."""
+        mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        if isinstance(self.train, TokenizedPairs):
+            return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
+        return text_batches(
+            self.train, batch_size=batch_size, length=self.length, seed=seed, **mine
+        )
+
+    def once(self, data: Any, batch_size: int) -> list[Any]:
+        """Every example once, in order; the last batch is filled up with examples of weight 0."""
+        mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        fixed = {"epochs": 1, "shuffle": False} | mine
+        if isinstance(data, TokenizedPairs):
+            return list(pair_batches(data, batch_size=batch_size, **fixed))
+        return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
+
+    def evaluation(self, batch_size: int) -> list[Any]:
+        """The held-out batches; empty where nothing is held out."""
+        return [] if self.held_out is None else self.once(self.held_out, batch_size)
+
+    def describe(self, batch: PairBatch | TextBatch) -> list[str]:
+        """File and line of the records of a batch (of each row's first one, if packed)."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
+        if not self.places:
+            return [f"document {number + 1}" for number in numbers]
+        return [self.places[int(number)] for number in numbers]
+
+
+def count_tokens(batch: PairBatch | TextBatch) -> int:
+    """Tokens of a batch that are not padding."""
+    if isinstance(batch, PairBatch):
+        return int((batch.prompt_length + batch.response_length).sum())
+    return int((np.asarray(batch.segment_ids) > 0).sum())
+
+
+def load_stages(
+    config: TrainConfig, tokenizer: Any, folder: Path, model_config: Any
+) -> dict[str, StageData]:
+    """Read and tokenise what the stages of a config need; write `data.json` into the run folder.
+
+    Raises:
+      UserError: a record that cannot be used (where the config says so), or nothing to train on.
+    """
+    report: dict[str, Any] = {}
+    stages = {}
+    if config.pretrain.steps:
+        stages["pretrain"] = _text_stage(config, tokenizer, folder, report)
+    if config.sft.steps or config.preference.steps:
+        encoder_decoder = not isinstance(model_config, DecoderConfig)
+        options = {
+            "max_length": config.max_length,
+            "prompt_format": config.prompt_format,
+            "strings_as_chat": config.strings_as_chat,
+            "encoder_decoder": encoder_decoder,
+        }
+        pairs = _PreferenceData(config, tokenizer, options, report)
+        if config.sft.steps:
+            # an encoder-decoder has no packed form: it reads the chosen side of the pairs
+            stages["sft"] = pairs.stage() if encoder_decoder else pairs.supervised_stage()
+        if config.preference.steps:
+            stages["preference"] = pairs.stage()
+    if jax.process_index() == 0:
+        (folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return stages
+
+
+def _limit(records: list[Any], most: int | None) -> list[Any]:
+    return records if most is None else records[:most]
+
+
+def _place(record: Any) -> str:
+    return f"{record.source}:{record.line}"
+
+
+def _read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], name: str) -> list:
+    counted = ReadReport()
+    records = list(kind(source, bad_records=config.bad_records, report=counted))
+    report[name] = {"source": source} | dataclasses.asdict(counted)
+    if not records:
+        raise UserError(f"{source}: no usable record")
+    return records
+
+
+class _PreferenceData:
+    """The pairs of a run, read once for the SFT and the preference stage."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, options: dict, report: dict):
+        self._config, self._tokenizer, self._options = config, tokenizer, options
+        self._report = report
+        records = _read(preference_records, config.data, config, report, "data")
+        if config.eval_data is None:
+            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
+        else:
+            train = records
+            held_out = _read(preference_records, config.eval_data, config, report, "eval_data")
+        self.train = _limit(train, config.max_records)
+        self.held_out = _limit(held_out, config.max_eval_records)
+        if not self.train:
+            raise UserError(f"data: {config.data}: nothing is left to train on; lower --holdout")
+
+    def _tokenized(self, tokenize: Any, records: Iterable[Any], name: str) -> Any:
+        tokens, report = tokenize(records, self._tokenizer, **self._options)
+        self._report[name] = dataclasses.asdict(report)
+        return tokens
+
+    def stage(self) -> StageData:
+        """Pairs for a preference loss."""
+        held_out = self.held_out
+        return StageData(
+            train=self._tokenized(tokenize_pairs, self.train, "train_pairs"),
+            held_out=self._tokenized(tokenize_pairs, held_out, "held_out_pairs")
+            if held_out
+            else None,
+            places=[_place(record) for record in self.train],
+            length=self._config.max_length,
+        )
+
+    def supervised_stage(self) -> StageData:
+        """Prompts and responses to imitate: SFT data of their own, or the chosen responses."""
+        config = self._config
+        if config.sft_data is None:
+            train, held_out = map(list, map(chosen_responses, (self.train, self.held_out)))
+        else:
+            records = _read(response_records, config.sft_data, config, self._report, "sft_data")
+            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
+            train = _limit(train, config.max_records)
+            held_out = _limit(held_out, config.max_eval_records)
+        return StageData(
+            train=self._tokenized(tokenize_responses, train, "train_responses"),
+            held_out=self._tokenized(tokenize_responses, held_out, "held_out_responses")
+            if held_out
+            else None,
+            places=[_place(record) for record in train],
+            length=config.max_length,
+        )
+
+
+def _text_stage(
+    config: TrainConfig, tokenizer: Any, folder: Path, report: dict[str, Any]
+) -> StageData:
+    """Documents for next-token prediction."""
+    if not config.text:
+        raise UserError("text: the pretraining stage needs text files; set --text FILE [FILE ...]")
+
+    def read(sources: Sequence[str], name: str) -> list[str]:
+        return [
+            record.text
+            for source in sources
+            for record in _read(text_records, source, config, report, f"{name} {source}")
+        ]
+
+    train = tokenize_texts(read(config.text, "text"), tokenizer, cache=folder / "tokens")
+    held_out = None
+    if config.eval_text:
+        held_out = tokenize_texts(read(config.eval_text, "eval_text"), tokenizer)
+    report["pretrain"] = {"tokens": len(train.flat), "characters": train.characters}
+    return StageData(train=train, held_out=held_out, places=(), length=config.max_length)

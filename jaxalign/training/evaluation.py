@@ -1,0 +1,56 @@
+"""Held-out metrics during training: the objective's own, and the KL to the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.sharding import batch_sharding
+from jaxalign.training.loop import evaluate
+from jaxalign.training.objectives import (
+    PreferenceObjective,
+    ReferencedBatch,
+    SupervisedObjective,
+)
+
+
+def _put(batch: Any, mesh: Mesh) -> Any:
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def evaluate_supervised(
+    objective: SupervisedObjective, batches: Sequence[Any], mesh: Mesh
+) -> Callable[[Any, Any], dict[str, float]]:
+    """(params, frozen) -> mean loss of a held-out token."""
+
+    @jax.jit
+    def step(params: Any, frozen: Any, batch: Any) -> Any:
+        outputs = objective.forward(params, frozen, batch, None)
+        return objective.reduce(outputs, batch, objective.count(batch))[1]
+
+    def run(params: Any, frozen: Any) -> dict[str, float]:
+        return evaluate(step, params, frozen, [_put(batch, mesh) for batch in batches])
+
+    return run
+
+
+def evaluate_preferences(
+    objective: PreferenceObjective, batches: Sequence[Any], mesh: Mesh
+) -> Callable[[Any, Any], dict[str, float]]:
+    """(params, frozen) -> loss, log-probs, rewards, margin and accuracy on held-out pairs."""
+
+    @jax.jit
+    def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
+        outputs = objective.forward(params, frozen, batch, None)
+        return objective.reduce(outputs, batch, objective.count(batch))[1]
+
+    def run(params: Any, frozen: Any) -> dict[str, float]:
+        placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
+        return evaluate(step, params, frozen, placed)
+
+    return run

@@ -1,0 +1,185 @@
+"""The one loop: steps, evaluations, checkpoints and metrics of one stage of a run."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxalign.errors import UserError
+from jaxalign.training.checkpoints import Checkpoints
+from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
+from jaxalign.training.step import TrainState
+
+
+class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
+    """SIGTERM came; the state is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """What a batch costs, for tokens/s and model FLOP utilisation."""
+
+    tokens: Callable[[Any], int]
+    """Real (not padding) tokens of a batch."""
+    flops_per_token: float
+    """Model FLOPs per token and update, rematerialisation not counted."""
+    peak_flops: float
+    """FLOP/s of all devices together."""
+
+
+class _Terminated:
+    """Remembers SIGTERM instead of dying of it, for the time of a `with`."""
+
+    def __enter__(self):
+        self.asked = False
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._remember)
+        except ValueError:  # not the main thread: nobody sends it signals
+            self._before = None
+        return self
+
+    def _remember(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def evaluate(
+    step: Callable[[Any, Any, Any], Mapping[str, Mean]],
+    params: Any,
+    frozen: Any,
+    batches: Sequence[Any],
+) -> dict[str, float]:
+    """Metrics over all batches of a held-out set, every pair weighing the same."""
+    total: dict[str, Mean] | None = None
+    for batch in batches:
+        means = dict(step(params, frozen, batch))
+        total = means if total is None else add_means(total, means)
+    return {} if total is None else to_floats(jax.device_get(total))
+
+
+def run_stage(
+    name: str,
+    *,
+    state: TrainState,
+    frozen: Any,
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]],
+    batches: Any,
+    place_batch: Callable[[Any], Any],
+    describe: Callable[[Any], Sequence[str]],
+    steps: int,
+    schedule: Callable[[int], Any],
+    evaluation: Callable[[Any, Any], dict[str, float]] | None,
+    eval_every: int,
+    save_every: int,
+    checkpoints: Checkpoints,
+    writers: Sequence[Writer],
+    throughput: Throughput,
+    nonfinite: str,
+    progress: Callable[[int, Mapping[str, float]], None],
+) -> TrainState:
+    """Train from where the state is to `steps`.
+
+    The host prepares and dispatches step n + 1 while the device works on step n, whose metrics
+    are read one step late.
+
+    Args:
+      name: the stage, for metrics and messages.
+      state: where to start; donated.
+      frozen: what the step reads and never changes.
+      step: the compiled step.
+      batches: a checkpointable iterator (`get_state`) over host batches.
+      place_batch: host batch -> what the step takes.
+      describe: host batch -> where its records came from, for messages.
+      steps: updates in all.
+      schedule: learning rate by step, for the log.
+      evaluation: (params, frozen) -> metrics of the held-out set.
+      eval_every: steps between evaluations; 0: first and last alone.
+      save_every: steps between checkpoints; 0: last alone.
+      checkpoints: where they go.
+      writers: where metrics go.
+      throughput: what a batch costs.
+      nonfinite: "stop" or "skip".
+      progress: told of each finished step and its metrics.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: a loss or gradient was not finite and `nonfinite` is "stop".
+      Stopped: SIGTERM came; everything is saved.
+    """
+    done = int(state.step)
+    last_finish = time.perf_counter()
+
+    def write(split: str, at: int, values: Mapping[str, float]) -> None:
+        for writer in writers:
+            writer.write(name, split, at, values)
+
+    def evaluate_at(at: int) -> None:
+        if evaluation is not None:
+            write("eval", at, evaluation(state.params, frozen))
+
+    def save(at: int) -> None:
+        checkpoints.save(at, state, {"iterator": batches.get_state(), "step": at, "stage": name})
+
+    def finish(at: int, pending: tuple[Any, Any]) -> None:
+        """Read a dispatched step's metrics, check and record them."""
+        nonlocal last_finish
+        metrics, batch = pending
+        values = to_floats(jax.device_get(metrics))
+        now = time.perf_counter()
+        seconds, last_finish = now - last_finish, now
+        finite = values.pop("finite")
+        tokens = throughput.tokens(batch)
+        rate = tokens / seconds
+        values |= {
+            "learning_rate": float(schedule(at - 1)),
+            "tokens": tokens,
+            "tokens_per_second": rate,
+            "mfu": rate * throughput.flops_per_token / throughput.peak_flops,
+        }
+        if not finite and nonfinite == "stop":
+            records = ", ".join(describe(batch))
+            raise UserError(
+                f"{name} step {at}: loss {values['loss']:.6g}, gradient norm "
+                f"{values['grad_norm']:.6g}: not finite, on records {records}; the update was not "
+                "made. Look at these records, lower the learning rate, or set --nonfinite skip"
+            )
+        write("train", at, values)
+        progress(at, values)
+
+    with _Terminated() as terminated:
+        if done == 0:
+            evaluate_at(0)
+        pending = None
+        last_finish = time.perf_counter()
+        while done < steps:
+            batch = next(batches)
+            state, metrics = step(state, frozen, place_batch(batch))
+            done += 1
+            if pending is not None:
+                finish(done - 1, pending)
+            pending = (metrics, batch)
+            at_eval = done == steps or (eval_every and done % eval_every == 0)
+            at_save = done == steps or (save_every and done % save_every == 0)
+            if at_eval or at_save or terminated.asked:
+                finish(done, pending)
+                pending = None
+                if at_eval:
+                    evaluate_at(done)
+                if at_save or terminated.asked:
+                    save(done)
+                if terminated.asked and done < steps:
+                    checkpoints.wait()
+                    raise Stopped(f"{name}: stopped by SIGTERM at step {done}; all of it is saved")
+                last_finish = time.perf_counter()
+        if pending is not None:
+            finish(done, pending)
+    checkpoints.wait()
+    return state

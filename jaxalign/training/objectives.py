@@ -1,0 +1,269 @@
+"""What a step minimises: log-probs of a batch under the policy, reduced by a pure loss."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxalign.data.batches import PairBatch, TextBatch
+from jaxalign.losses import PairLogProbs
+from jaxalign.models.logprobs import response_log_probs, text_log_probs
+from jaxalign.records import record
+from jaxalign.training.metrics import Mean, mean_of
+
+Params = Any
+Batch = Any
+PreferenceLoss = Callable[..., Float[Array, " pairs"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How the trained and the frozen parameters make up the policy and its reference.
+
+    Without adapters the trained parameters are the policy's own. With adapters (LoRA) the trained
+    parameters are the adapters, the frozen ones the policy's weights, and the reference is the
+    same weights with the adapters off: no second copy.
+    """
+
+    config: Any
+    """The model's architecture."""
+    adapter_scale: float | None = None
+    """alpha / rank of the adapters; None: all parameters are trained."""
+    adapter_dropout: float = 0.0
+    """Probability that an adapter's input feature is dropped in training."""
+    remat: str = "none"
+    dtype: Any = None
+    """Computation dtype; None: that of the parameters."""
+
+    def policy(self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None) -> dict:
+        """The arguments that make the forward pass the policy's."""
+        if self.adapter_scale is None:
+            return {"params": trained}
+        dropout = {}
+        if self.adapter_dropout and key is not None:
+            dropout = {"adapter_dropout": self.adapter_dropout, "dropout_key": key}
+        scale = self.adapter_scale
+        return {"params": frozen, "adapters": trained, "adapter_scale": scale} | dropout
+
+    def log_probs(self, batch: PairBatch, params: Params, **adapters) -> Any:
+        """Token log-probs [pairs, 2, response] of chosen and rejected, 0 at padding."""
+        pairs, sides, _ = batch.tokens.shape
+
+        def rows(x: Array) -> Array:
+            return x.reshape(pairs * sides, *x.shape[2:])
+
+        out = response_log_probs(
+            params,
+            self.config,
+            rows(batch.tokens),
+            rows(batch.prompt_length),
+            rows(batch.response_tokens),
+            rows(batch.response_length),
+            remat=self.remat,
+            dtype=self.dtype,
+            **adapters,
+        )
+        return jax.tree.map(lambda x: x.reshape(pairs, sides, -1), out)
+
+    def text_log_probs(self, batch: TextBatch, params: Params, **adapters) -> Array:
+        """Token log-probs [rows, length], 0 where a token is not scored."""
+        out = text_log_probs(
+            params,
+            self.config,
+            batch.tokens,
+            batch.segment_ids,
+            batch.positions,
+            batch.target_mask,
+            remat=self.remat,
+            dtype=self.dtype,
+            **adapters,
+        )
+        return getattr(out, "log_prob", out)
+
+
+def reads_reference(loss: PreferenceLoss) -> bool:
+    """Whether a loss depends on the reference log-probs: a NaN there shows in what it returns."""
+    ones = jnp.ones(2)
+    fields = {"chosen": -2 * ones, "rejected": -3 * ones}
+    lengths = {name: jnp.full(2, 4, jnp.int32) for name in ("chosen_length", "rejected_length")}
+    nan = {f"reference_{name}": ones * jnp.nan for name in ("chosen", "rejected")}
+    return bool(jnp.isnan(loss(PairLogProbs(**fields, **nan, **lengths))).any())
+
+
+def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
+    """The factor of the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
+    parameters = inspect.signature(loss).parameters
+    for name in ("beta", "tau"):
+        if name in parameters:
+            return float(options.get(name, parameters[name].default))
+    return 1.0
+
+
+def pair_metrics(
+    pairs: PairLogProbs,
+    losses: Float[Array, " pairs"],
+    weight: Float[Array, " pairs"],
+    *,
+    scale: float,
+) -> dict[str, Mean]:
+    """The usual numbers of a batch of pairs, under TRL's names."""
+    chosen = scale * (pairs.chosen - pairs.reference_chosen)
+    rejected = scale * (pairs.rejected - pairs.reference_rejected)
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": jnp.where(chosen == rejected, 0.5, chosen > rejected),
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+        "logps/accuracies": jnp.where(
+            pairs.chosen == pairs.rejected, 0.5, pairs.chosen > pairs.rejected
+        ),
+    }
+    return {name: mean_of(value, weight) for name, value in values.items()}
+
+
+@record
+class ReferencedBatch:
+    """A batch of pairs with its log-probs under the reference, where they are known already."""
+
+    pairs: PairBatch
+    reference: Float[Array, "pairs 2"] | None
+
+
+@record
+class PairOutputs:
+    """What the networks say of a batch of pairs: all that a loss and its metrics read."""
+
+    policy: Float[Array, "pairs 2"]
+    reference: Float[Array, "pairs 2"]
+    entropy: Float[Array, " pairs"]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Forward pass and reduction of a batch, apart, so that micro-batches add up exactly."""
+
+    coupled: bool
+    """Whether a row's loss depends on the other rows of its batch."""
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        """What the sum of losses is divided by: weight of the whole batch."""
+        ...
+
+    def forward(self, trained: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> Any:
+        """Outputs whose leaves have the batch's rows as first axis."""
+        ...
+
+    def reduce(
+        self, outputs: Any, batch: Batch, count: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """The batch's share of the loss, and its metrics."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceObjective:
+    """A preference loss of the policy's and the reference's log-probs of chosen and rejected."""
+
+    policy: Policy
+    loss: PreferenceLoss
+    options: dict[str, Any]
+    coupled: bool = False
+
+    def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
+        return jnp.sum(batch.pairs.weight)
+
+    def forward(
+        self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
+    ) -> PairOutputs:
+        of_policy = self.policy.log_probs(
+            batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
+        )
+        reference = batch.reference
+        if reference is None:
+            reference = self.policy.log_probs(batch.pairs, frozen["reference"]).log_prob.sum(-1)
+        tokens = jnp.maximum(batch.pairs.response_length.sum(-1), 1)
+        return PairOutputs(
+            policy=of_policy.log_prob.sum(-1),
+            reference=jax.lax.stop_gradient(reference),
+            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
+        )
+
+    def reduce(
+        self, outputs: PairOutputs, batch: ReferencedBatch, count: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        pairs, weight = as_pairs(outputs.policy, outputs.reference, batch.pairs), batch.pairs.weight
+        losses = self.loss(pairs, **self.options)
+        scale = reward_scale(self.loss, self.options)
+        metrics = pair_metrics(pairs, losses, weight, scale=scale)
+        metrics["entropy"] = mean_of(outputs.entropy, weight)
+        return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedObjective:
+    """Minus the mean log-prob of a token: of the chosen responses, or of packed text."""
+
+    policy: Policy
+    coupled: bool = False
+
+    def _mask(self, batch: PairBatch | TextBatch) -> Float[Array, "rows length"]:
+        if isinstance(batch, TextBatch):
+            return batch.target_mask * batch.weight[:, None]
+        position = jnp.arange(batch.response_tokens.shape[-1])
+        scored = position[None] < batch.response_length[:, :1]
+        return scored * batch.weight[:, None]
+
+    def count(self, batch: PairBatch | TextBatch) -> Float[Array, ""]:
+        return jnp.sum(self._mask(batch)).astype(jnp.float32)
+
+    def forward(
+        self,
+        trained: Params,
+        frozen: Any,
+        batch: PairBatch | TextBatch,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "rows length"]:
+        arguments = self.policy.policy(trained, frozen["policy"], key)
+        if isinstance(batch, TextBatch):
+            return self.policy.text_log_probs(batch, **arguments)
+        chosen = PairBatch(
+            tokens=batch.tokens[:, :1],
+            prompt_length=batch.prompt_length[:, :1],
+            response_tokens=batch.response_tokens[:, :1],
+            response_length=batch.response_length[:, :1],
+            record_index=batch.record_index,
+            weight=batch.weight,
+        )
+        return self.policy.log_probs(chosen, **arguments).log_prob[:, 0]
+
+    def reduce(
+        self,
+        outputs: Float[Array, "rows length"],
+        batch: PairBatch | TextBatch,
+        count: Float[Array, ""],
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        mask = self._mask(batch)
+        total = -jnp.sum(outputs * mask)
+        tokens = jnp.sum(mask).astype(jnp.float32)
+        return total / count, {"loss": Mean(total=total, count=tokens)}
+
+
+def as_pairs(
+    policy: Float[Array, "pairs 2"], reference: Float[Array, "pairs 2"], batch: PairBatch
+) -> PairLogProbs:
+    """The record that every preference loss reads."""
+    return PairLogProbs(
+        chosen=policy[:, 0],
+        rejected=policy[:, 1],
+        reference_chosen=reference[:, 0],
+        reference_rejected=reference[:, 1],
+        chosen_length=batch.response_length[:, 0],
+        rejected_length=batch.response_length[:, 1],
+    )

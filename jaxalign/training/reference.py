@@ -1,0 +1,51 @@
+"""Reference log-probs of every training pair, computed once and kept in the run folder."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.data.batches import PairBatch
+from jaxalign.training.objectives import PreferenceObjective
+
+
+def precompute_reference(
+    objective: PreferenceObjective,
+    params: Any,
+    batches: Iterable[PairBatch],
+    put: Callable[[Any], Any],
+    path: Path,
+) -> np.ndarray:
+    """Log-probs of chosen and rejected under the reference, by record number.
+
+    Args:
+      objective: its policy describes the model.
+      params: the reference's parameters.
+      batches: every training pair once; filler pairs have weight 0.
+      put: host batch -> device batch.
+      path: an .npz file; read where it exists (a resumed run), written where not.
+
+    Returns:
+      [highest record number + 1, 2] in nats; NaN where no pair has that number.
+    """
+    if path.exists():
+        return np.load(path, allow_pickle=False)["log_probs"]
+
+    @jax.jit
+    def log_probs(params: Any, batch: PairBatch) -> jax.Array:
+        return objective.policy.log_probs(batch, params).log_prob.sum(-1)
+
+    numbers, values = [], []
+    for batch in batches:
+        kept = np.asarray(batch.weight) > 0
+        numbers.append(np.asarray(batch.record_index)[kept])
+        values.append(np.asarray(log_probs(params, put(batch)))[kept])
+    index = np.concatenate(numbers)
+    table = np.full((index.max() + 1, 2), np.nan, np.float32)
+    table[index] = np.concatenate(values)
+    scratch = path.with_suffix(".partial.npz")
+    np.savez(scratch, log_probs=table)
+    scratch.replace(path)
+    return table

@@ -1,0 +1,114 @@
+"""Attention by blocks = attention written out; norms and dense against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.models.layers import attention, dense, layer_norm, rms_norm, softcap
+
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 5},
+    "wide window": {"window": 100},
+    "cap": {"cap": 1.5},
+    "cap and window": {"cap": 1.5, "window": 7},
+}
+
+
+def draw(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def written_out(q, k, v, segments, *, scale, window=None, cap=None):
+    """The textbook's formula, one query and head at a time, in NumPy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    groups = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        first = 0 if window is None else max(0, t - window + 1)
+        seen = [s for s in range(first, t + 1) if segments[b][s] == segments[b][t]]
+        scores = scale * k[b, seen, h // groups] @ q[b, t, h]
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, seen, h // groups]
+    return out
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("block", [7, 64])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_is_the_textbooks(options, block, segmented, rng):
+    q, k, v = draw(rng, 2, 19, 4, 8), draw(rng, 2, 19, 2, 8), draw(rng, 2, 19, 2, 8)
+    segments = np.ones((2, 19), np.int32)
+    if segmented:
+        segments[0, 6:], segments[1, :3], segments[1, 14:] = 2, 0, 0
+    ids = jnp.asarray(segments) if segmented else None
+    run = jax.jit(functools.partial(attention, scale=0.4, query_block=block, **options))
+    out = run(q, k, v, segment_ids=ids)
+    expected = written_out(q, k, v, segments, scale=0.4, **options)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_blocks_change_no_gradient(rng):
+    arrays = draw(rng, 1, 19, 4, 8), draw(rng, 1, 19, 2, 8), draw(rng, 1, 19, 2, 8)
+
+    def loss(arrays, block):
+        return jnp.square(attention(*arrays, scale=0.4, window=6, query_block=block)).sum()
+
+    whole, blocked = (jax.grad(loss)(arrays, block) for block in (64, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), blocked, whole)
+
+
+def test_blocked_attention_never_holds_all_scores():
+    """Compiled temporaries of the gradient stay below one [heads, length, length] array."""
+    length, heads = 2048, 4
+    x = jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)
+    loss = lambda q, k, v: attention(q, k, v, scale=1.0, query_block=128).sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * heads * length * length * 4
+
+
+def test_dense_multiplies_adds_and_adapts(rng):
+    x, kernel, bias = draw(rng, 2, 3, 4), draw(rng, 4, 5), draw(rng, 5)
+    a, b = draw(rng, 4, 2), draw(rng, 2, 5)
+    out = dense(x, {"kernel": kernel, "bias": bias}, {"a": a, "b": b}, 0.5)
+    x_, kernel_, bias_, a_, b_ = (np.asarray(y, np.float64) for y in (x, kernel, bias, a, b))
+    np.testing.assert_allclose(out, x_ @ kernel_ + bias_ + 0.5 * (x_ @ a_ @ b_), atol=1e-5)
+    assert dense(x.astype(jnp.bfloat16), {"kernel": kernel}).dtype == jnp.bfloat16
+
+
+def test_norms_are_numpys(rng):
+    x, scale, bias = draw(rng, 2, 3, 16), draw(rng, 16), draw(rng, 16)
+    n, w, b = (np.asarray(y, np.float64) for y in (x, scale, bias))
+    expected = n / np.sqrt((n**2).mean(-1, keepdims=True) + 0.1) * (w + 1)
+    np.testing.assert_allclose(rms_norm(x, scale, eps=0.1, offset=1.0), expected, atol=1e-5)
+    centred = n - n.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.1) * w + b
+    np.testing.assert_allclose(layer_norm(x, scale, bias, eps=0.1), expected, atol=1e-5)
+
+
+def test_norms_are_computed_in_float32(rng):
+    x = 100 + draw(rng, 1, 1, 256).astype(jnp.bfloat16)
+    ones = jnp.ones(256)
+    exact = layer_norm(x.astype(jnp.float32), ones, None, eps=1e-6)
+    rough = layer_norm(x, ones, None, eps=1e-6)
+    np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.02)
+
+
+def test_softcap_bounds_and_keeps_small_values():
+    x = jnp.asarray([-1e4, -0.01, 0.0, 0.01, 1e4])
+    np.testing.assert_allclose(softcap(x, 3.0), [-3, -0.01, 0, 0.01, 3], atol=1e-6)
+    assert softcap(x, None) is x
+
+
+def test_float32_asks_for_full_precision(rng):
+    jaxpr = str(
+        jax.make_jaxpr(functools.partial(dense, params={"kernel": draw(rng, 4, 4)}))(
+            draw(rng, 2, 4)
+        )
+    )
+    assert "HIGHEST" in jaxpr
