@@ -34,7 +34,8 @@ def dense(
     Args:
       x: inputs, [..., inputs].
       params: {"kernel": [inputs, outputs], "bias"?: [outputs]} in any float dtype.
-      adapter: low-rank update {"a": [inputs, rank], "b": [rank, outputs]}, or None.
+      adapter: low-rank update {"a": [inputs, rank], "b": [rank, outputs]}, or None; with
+        "dropout_key" and "dropout_rate" its input is dropped (`lora.with_dropout`).
       adapter_scale: s, alpha / rank of the low-rank update.
 
     Returns:
@@ -45,10 +46,20 @@ def dense(
     if "bias" in params:
         y = y + jnp.broadcast_to(params["bias"].astype(x.dtype), y.shape)
     if adapter is not None:
+        if "dropout_key" in adapter:
+            x = dropout(x, adapter["dropout_key"], adapter["dropout_rate"])
         low = jnp.matmul(x, adapter["a"].astype(x.dtype), precision=at)
         update = jnp.matmul(low, adapter["b"].astype(x.dtype), precision=at)
         y = y + update * jnp.asarray(adapter_scale, x.dtype)
     return y
+
+
+def dropout(
+    x: Float[Array, "... width"], key: Array, rate: float | Float[Array, ""]
+) -> Float[Array, "... width"]:
+    """Each element is 0 with probability `rate`, else divided by 1 - rate: x in expectation."""
+    keep = 1.0 - jnp.asarray(rate, jnp.float32)
+    return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
 
 
 def rms_norm(

@@ -1,0 +1,194 @@
+"""Low-rank adapters: a tree of its own beside the parameters, trained, dropped out and merged.
+
+The forward pass is a pure function of plain trees, so adapters are one more argument of it: no
+module is wrapped, and the model without them is the same call without the argument.
+"""
+
+import fnmatch
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxalign.errors import UserError
+
+Adapter = Mapping[str, Any]
+Adapters = dict[str, Any]
+
+
+def matrix_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Path ("layers/q") -> [layers, inputs, outputs] of every matrix that can have an adapter.
+
+    These are the stacked kernels below a "layers" anywhere in the tree, encoder-decoders' too.
+    """
+    shapes: dict[str, tuple[int, int, int]] = {}
+
+    def walk(tree: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        for name, value in tree.items():
+            if isinstance(value, Mapping):
+                walk(value, (*names, name))
+            elif name == "kernel" and "layers" in names and len(value.shape) == 3:
+                shapes["/".join(names)] = value.shape
+
+    walk(params, ())
+    return shapes
+
+
+def items(adapters: Mapping[str, Any], prefix: str = "") -> dict[str, Adapter]:
+    """Path ("layers/q") -> {"a", "b"} of every adapter in a tree."""
+    flat: dict[str, Adapter] = {}
+    for name, value in adapters.items():
+        path = f"{prefix}{name}"
+        flat |= {path: value} if "a" in value else items(value, f"{path}/")
+    return flat
+
+
+def nested(flat: Mapping[str, Adapter]) -> Adapters:
+    """The reverse of `items`."""
+    tree: Adapters = {}
+    for path, adapter in flat.items():
+        *parents, name = path.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = adapter
+    return tree
+
+
+def _own_key(key: Array, path: str) -> Array:
+    """A key that depends on the path alone, not on what other adapters there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _selected(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The paths that a target names by their last name or as a whole.
+
+    Raises:
+      UserError: if a target names none.
+    """
+    chosen = []
+    for target in targets:
+        hits = [
+            path
+            for path in paths
+            if fnmatch.fnmatchcase(path.split("/")[-1], target) or fnmatch.fnmatchcase(path, target)
+        ]
+        if not hits:
+            there = ", ".join(sorted({path.split("/")[-1] for path in paths})) or "none"
+            raise UserError(
+                f"lora.targets: {target!r} names no matrix of the model; it has {there}"
+            )
+        chosen += hits
+    return sorted(set(chosen))
+
+
+def init_adapters(
+    params: Mapping[str, Any], key: Array, *, rank: int, targets: Sequence[str]
+) -> Adapters:
+    r"""Adapters that change nothing yet.
+
+    .. math:: A \sim U(-n^{-1/2}, n^{-1/2}), \quad B = 0, \quad n \text{ inputs}
+
+    This is the default of PEFT (`LoraLayer.reset_lora_parameters`, kaiming-uniform with
+    a = sqrt 5); arXiv:2106.09685, section 4.1, has a normal A.
+
+    Args:
+      params: the model's parameters, or their shapes.
+      key: one PRNG key; each matrix draws from a key of its own name.
+      rank: inner size of each adapter, at least 1.
+      targets: names of matrices ("q"), patterns ("*") or whole paths ("decoder/layers/q").
+
+    Returns:
+      A tree that mirrors the parameters' paths, {"layers": {"q": {"a": [layers, in, rank],
+      "b": [layers, rank, out]}, ...}}, in float32.
+
+    Raises:
+      UserError: if the rank is below 1, or there are no targets, or one names no matrix.
+    """
+    if rank < 1:
+        raise UserError(f"lora.rank: {rank} is not a rank; it is at least 1")
+    shapes = matrix_shapes(params)
+    paths = _selected(list(shapes), targets)
+    if not paths:
+        raise UserError("lora.targets: empty; name at least one matrix, or '*' for all")
+    flat: dict[str, Adapter] = {}
+    for path in paths:
+        layers, inputs, outputs = shapes[path]
+        bound = inputs**-0.5
+        a = jax.random.uniform(
+            _own_key(key, path), (layers, inputs, rank), jnp.float32, minval=-bound, maxval=bound
+        )
+        flat[path] = {"a": a, "b": jnp.zeros((layers, rank, outputs), jnp.float32)}
+    return nested(flat)
+
+
+def _each(change: Callable[[str, Adapter], Adapter], adapters: Mapping[str, Any]) -> dict[str, Any]:
+    return nested({path: change(path, adapter) for path, adapter in items(adapters).items()})
+
+
+def with_dropout(adapters: Mapping[str, Any], key: Array, *, rate: float) -> Adapters:
+    r"""Adapters whose inputs are dropped by themselves, as `layers.dense` reads them.
+
+    .. math:: y = x W + s \, (m \odot x / (1 - p)) A B, \quad m \sim \text{Bernoulli}(1 - p)
+
+    Each adapter of each layer gets a key, from which `dense` draws one m per token and feature;
+    the frozen path sees the whole of x. This is PEFT's `lora_dropout`, where queries, keys and
+    values of a fused matrix share their m, which here have one each.
+
+    Args:
+      adapters: as `init_adapters` makes them.
+      key: one PRNG key, of one step.
+      rate: p, in [0, 1).
+
+    Returns:
+      The adapters with "dropout_key" and "dropout_rate", [layers], beside each "a" and "b"; as
+      they are for a rate of 0.
+
+    Raises:
+      UserError: if the rate is not in [0, 1).
+    """
+    if not 0.0 <= rate < 1.0:
+        raise UserError(f"lora.dropout: {rate} is not in [0, 1)")
+    if rate == 0.0:
+        return dict(adapters)
+
+    def seeded(path: str, adapter: Adapter) -> Adapter:
+        layers = adapter["a"].shape[0]
+        keys = jax.random.split(_own_key(key, path), layers)
+        rates = jnp.full((layers,), rate, jnp.float32)
+        return {**adapter, "dropout_key": keys, "dropout_rate": rates}
+
+    return _each(seeded, adapters)
+
+
+def merge(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float | Float[Array, ""]
+) -> dict[str, Any]:
+    r"""Parameters that compute by themselves what they compute with the adapters on.
+
+    .. math:: W' = W + s A B
+
+    Args:
+      params: the model's parameters; not changed.
+      adapters: as `init_adapters` makes them.
+      scale: s, alpha / rank.
+
+    Returns:
+      The parameters, each adapted kernel in its own dtype (the sum is formed in float32), all
+      other leaves the very same arrays.
+    """
+    if "a" in adapters:
+        a, b = (jnp.asarray(adapters[name], jnp.float32) for name in ("a", "b"))
+        update = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+        kernel = jnp.asarray(params["kernel"])
+        summed = kernel.astype(jnp.float32) + update * jnp.asarray(scale, jnp.float32)
+        return {**params, "kernel": summed.astype(kernel.dtype)}
+    return {**params, **{name: merge(params[name], adapters[name], scale) for name in adapters}}
+
+
+def count(adapters: Mapping[str, Any]) -> int:
+    """How many numbers are trained."""
+    return sum(adapter[name].size for adapter in items(adapters).values() for name in ("a", "b"))
