@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxalign.errors import UserError
-from jaxalign.losses import PREFERENCE_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,11 +183,10 @@ class TrainConfig:
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self):
-        if self.loss not in PREFERENCE_LOSSES:
-            raise UserError(
-                f"loss: {self.loss!r} is not one of {', '.join(sorted(PREFERENCE_LOSSES))}"
-            )
-        known = list(inspect.signature(PREFERENCE_LOSSES[self.loss]).parameters)[1:]
+        losses = PREFERENCE_LOSSES | TOKEN_LOSSES
+        if self.loss not in losses:
+            raise UserError(f"loss: {self.loss!r} is not one of {', '.join(sorted(losses))}")
+        known = list(inspect.signature(losses[self.loss]).parameters)[1:]
         if unknown := sorted(set(self.loss_options) - set(known)):
             raise UserError(
                 f"loss_options: {self.loss} has no {', '.join(unknown)}; it has {', '.join(known)}"

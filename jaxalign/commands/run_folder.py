@@ -21,6 +21,8 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
+MAY_CHANGE = ("mesh", "output", "export", "wandb_project")
+"""Fields that a run may be gone on with in another form: they do not change what it computes."""
 
 
 def open_run_folder(config: TrainConfig) -> Path:
@@ -33,10 +35,12 @@ def open_run_folder(config: TrainConfig) -> Path:
     written = folder / "config.json"
     if written.exists():
         before = from_json(written.read_text(encoding="utf-8"))
-        if before != config:
-            changed = [
-                name for name in vars(config) if getattr(before, name) != getattr(config, name)
-            ]
+        changed = [
+            name
+            for name in vars(config)
+            if name not in MAY_CHANGE and getattr(before, name) != getattr(config, name)
+        ]
+        if changed:
             raise UserError(
                 f"{folder}: holds a run whose {', '.join(changed)} differ; "
                 "set --name to start another, or remove the folder"

@@ -26,7 +26,8 @@ from jaxalign.commands.training_data import (
 )
 from jaxalign.commands.updates import make_update_rule
 from jaxalign.config import StageConfig, TrainConfig
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES
+from jaxalign.errors import UserError
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.reporting import comparison, read_run, write_report
@@ -40,6 +41,7 @@ from jaxalign.training.objectives import (
     PreferenceObjective,
     ReferencedBatch,
     SupervisedObjective,
+    TokenPreferenceObjective,
 )
 from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
@@ -111,7 +113,7 @@ def train(config: TrainConfig) -> Path:
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, where the user has not said otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path.home() / ".cache" / "jaxalign" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -263,6 +265,16 @@ def make_objective(
 
     if name != "preference":
         return SupervisedObjective(policy=policy), put, False
+    if config.loss in TOKEN_LOSSES:
+        if config.reference != "live":
+            raise UserError(
+                f"reference: {config.loss} reads the reference's whole distribution at every "
+                "token; set --reference live"
+            )
+        objective = TokenPreferenceObjective(
+            policy=policy, loss=TOKEN_LOSSES[config.loss], options=dict(config.loss_options)
+        )
+        return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     objective = PreferenceObjective(
         policy=policy,
         loss=PREFERENCE_LOSSES[config.loss],

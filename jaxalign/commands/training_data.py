@@ -69,7 +69,10 @@ class StageData:
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
-        mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        mine: dict[str, Any] = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
         if isinstance(self.train, TokenizedPairs):
             return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
         return text_batches(
@@ -78,8 +81,11 @@ class StageData:
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
         """Every example once, in order; the last batch is filled up with examples of weight 0."""
-        mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        fixed = {"epochs": 1, "shuffle": False} | mine
+        mine: dict[str, Any] = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        fixed = mine | {"epochs": 1, "shuffle": False}
         if isinstance(data, TokenizedPairs):
             return list(pair_batches(data, batch_size=batch_size, **fixed))
         return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
 from jaxalign.errors import UserError
-from jaxalign.records import record
+from jaxalign.records import AnyArray, record
 
 Iterations = Any
 """A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
@@ -24,15 +24,15 @@ ROUNDING = 8  # lengths are multiples of this: vector units and tiles like it
 class PairBatch:
     """Preference pairs of one shape; axis `sides` is chosen, rejected."""
 
-    tokens: Int[Array | np.ndarray, "pairs sides length"]
+    tokens: Int[AnyArray, "pairs sides length"]
     """Prompt and response, then zeros."""
-    prompt_length: Int[Array | np.ndarray, "pairs sides"]
-    response_tokens: Int[Array | np.ndarray, "pairs sides response"]
+    prompt_length: Int[AnyArray, "pairs sides"]
+    response_tokens: Int[AnyArray, "pairs sides response"]
     """The response with its end-of-sequence token, then zeros."""
-    response_length: Int[Array | np.ndarray, "pairs sides"]
-    record_index: Int[Array | np.ndarray, " pairs"]
+    response_length: Int[AnyArray, "pairs sides"]
+    record_index: Int[AnyArray, " pairs"]
     """Number of the record in its source, from 0."""
-    weight: Float[Array | np.ndarray, " pairs"]
+    weight: Float[AnyArray, " pairs"]
     """1; 0 for the copies that fill a last, partial batch."""
 
 
@@ -40,16 +40,16 @@ class PairBatch:
 class TextBatch:
     """Rows of text of one length, each holding one or more documents."""
 
-    tokens: Int[Array | np.ndarray, "rows length"]
-    segment_ids: Int[Array | np.ndarray, "rows length"]
+    tokens: Int[AnyArray, "rows length"]
+    segment_ids: Int[AnyArray, "rows length"]
     """1, 2, ... for the documents in a row; 0 is padding."""
-    positions: Int[Array | np.ndarray, "rows length"]
+    positions: Int[AnyArray, "rows length"]
     """From 0 in every document."""
-    target_mask: Int[Array | np.ndarray, "rows length"]
+    target_mask: Int[AnyArray, "rows length"]
     """1 where the token is scored, given those before it in its document."""
-    record_index: Int[Array | np.ndarray, " rows"]
+    record_index: Int[AnyArray, " rows"]
     """Number of the row's first document in its source, from 0."""
-    weight: Float[Array | np.ndarray, " rows"]
+    weight: Float[AnyArray, " rows"]
     """1; 0 for the copies that fill a last, partial batch."""
 
 

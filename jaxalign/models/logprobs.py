@@ -498,6 +498,82 @@ def response_log_probs(
     return ResponseLogProbs(log_prob=masked(out.log_prob), entropy=masked(out.entropy))
 
 
+@record
+class ResponseComparison:
+    """The policy beside its reference at every response token, [batch, response]; 0 at padding."""
+
+    log_prob: Float[Array, "batch response"]
+    reference_log_prob: Float[Array, "batch response"]
+    kl: Float[Array, "batch response"]
+    """Divergence of the two next-token distributions, in nats."""
+
+
+def compare_responses(
+    params: Mapping[str, Any],
+    reference_params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    response_length: Int[Array, " batch"],
+    *,
+    reverse: bool = False,
+    remat: str = "none",
+    dtype: Any = None,
+    **adapters: Any,
+) -> ResponseComparison:
+    """Log-probs under policy and reference and their exact divergence, from one pass of each.
+
+    Args:
+      params: the policy's nested dict of arrays.
+      reference_params: the reference's; it runs without adapters. No gradient flows to it.
+      config: of both.
+      tokens: as in `response_log_probs`.
+      prompt_length: as in `response_log_probs`.
+      response_tokens: as in `response_log_probs`.
+      response_length: as in `response_log_probs`.
+      reverse: KL(reference || policy) instead of KL(policy || reference).
+      remat: as in `response_log_probs`.
+      dtype: as in `response_log_probs`.
+      **adapters: of the policy, as in `response_log_probs`.
+
+    Returns:
+      Float32, [batch, response], 0 at padding.
+    """
+    rows = (tokens, prompt_length, response_tokens, response_length)
+    how = {"remat": remat, "dtype": dtype}
+    policy = _response_states(params, config, *rows, **how, **_adapter_options(**adapters))
+    reference = jax.lax.stop_gradient(_response_states(reference_params, config, *rows, **how)[:3])
+    hidden, kernel, bias, form = policy
+    targets = response_tokens.reshape(-1)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1])
+
+    log_prob = token_log_probs(flat(hidden), kernel, targets, bias=bias, **form).log_prob
+    of_reference = token_log_probs(
+        flat(reference[0]), reference[1], targets, bias=reference[2], **form
+    ).log_prob
+    kl = token_kl(
+        flat(hidden),
+        kernel,
+        flat(reference[0]),
+        reference[1],
+        bias=bias,
+        reference_bias=reference[2],
+        reverse=reverse,
+        **form,
+    )
+    real = jnp.arange(response_tokens.shape[1])[None] < response_length[:, None]
+
+    def masked(x: Array) -> Array:
+        return jnp.where(real, x.reshape(real.shape), 0.0)
+
+    return ResponseComparison(
+        log_prob=masked(log_prob), reference_log_prob=masked(of_reference), kl=masked(kl)
+    )
+
+
 def _adapter_options(
     *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
 ) -> dict[str, Any]:
@@ -513,7 +589,7 @@ def _adapter_options(
 
 def _response_states(
     params, config, tokens, prompt_length, response_tokens, response_length, **options
-):
+) -> tuple[Array, Array, Array | None, dict[str, Any]]:
     """Hidden states that predict the response [batch, response, width]; how logits follow."""
     from jaxalign.models.config import DecoderConfig
 

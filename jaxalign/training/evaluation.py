@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.sharding import batch_sharding
 from jaxalign.training.loop import evaluate
+from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import (
     PreferenceObjective,
     ReferencedBatch,
     SupervisedObjective,
+    TokenPreferenceObjective,
 )
 
 
@@ -40,14 +43,24 @@ def evaluate_supervised(
 
 
 def evaluate_preferences(
-    objective: PreferenceObjective, batches: Sequence[Any], mesh: Mesh
+    objective: PreferenceObjective | TokenPreferenceObjective, batches: Sequence[Any], mesh: Mesh
 ) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> loss, log-probs, rewards, margin and accuracy on held-out pairs."""
+    """(params, frozen) -> loss, log-probs, rewards, margin, accuracy and KL on held-out pairs.
+
+    `kl` is the divergence KL(policy || reference) of the next-token distributions in nats per
+    token, exact at each position and averaged over the positions of the chosen responses: an
+    estimate of the policy's own KL, whose positions would be its own samples'.
+    """
 
     @jax.jit
     def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
-        outputs = objective.forward(params, frozen, batch, None)
-        return objective.reduce(outputs, batch, objective.count(batch))[1]
+        outputs: Any = objective.forward(params, frozen, batch, None)
+        metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
+        policy, weight = objective.policy, batch.pairs.weight
+        arguments = policy.policy(params, frozen["policy"])
+        kl = policy.compare(batch.pairs, frozen["reference"], **arguments).kl[:, 0].sum(-1)
+        tokens = jnp.sum(batch.pairs.response_length[:, 0] * weight).astype(jnp.float32)
+        return metrics | {"kl": Mean(total=jnp.sum(kl * weight), count=tokens)}
 
     def run(params: Any, frozen: Any) -> dict[str, float]:
         placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]

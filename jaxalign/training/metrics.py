@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
-from jaxalign.records import record
+from jaxalign.records import AnyArray, record
 
 
 @record
 class Mean:
     """A weighted mean kept as its sum and its weight, so that parts add up exactly."""
 
-    total: Float[Array, ""]
-    count: Float[Array, ""]
+    total: Float[AnyArray, ""]
+    count: Float[AnyArray, ""]
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(total=self.total + other.total, count=self.count + other.count)
 
-    def value(self) -> Float[Array, ""]:
+    def value(self) -> Any:
         """The mean; NaN where nothing was counted."""
         return self.total / self.count
 

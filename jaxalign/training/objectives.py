@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
-from jaxalign.losses import PairLogProbs
-from jaxalign.models.logprobs import response_log_probs, text_log_probs
-from jaxalign.records import record
+from jaxalign.losses import PairLogProbs, TokenLogProbs
+from jaxalign.models.logprobs import (
+    ResponseComparison,
+    compare_responses,
+    response_log_probs,
+    text_log_probs,
+)
+from jaxalign.records import AnyArray, record
 from jaxalign.training.metrics import Mean, mean_of
 
 Params = Any
@@ -68,6 +73,30 @@ class Policy:
             **adapters,
         )
         return jax.tree.map(lambda x: x.reshape(pairs, sides, -1), out)
+
+    def compare(
+        self, batch: PairBatch, reference: Params, *, reverse: bool = False, params, **adapters
+    ) -> ResponseComparison:
+        """Policy and reference at every response token, [pairs, 2, response], 0 at padding."""
+        out = compare_responses(
+            params,
+            reference,
+            self.config,
+            *(
+                x.reshape(-1, *x.shape[2:])
+                for x in (
+                    batch.tokens,
+                    batch.prompt_length,
+                    batch.response_tokens,
+                    batch.response_length,
+                )
+            ),
+            reverse=reverse,
+            remat=self.remat,
+            dtype=self.dtype,
+            **adapters,
+        )
+        return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
     def text_log_probs(self, batch: TextBatch, params: Params, **adapters) -> Array:
         """Token log-probs [rows, length], 0 where a token is not scored."""
@@ -133,7 +162,7 @@ class ReferencedBatch:
     """A batch of pairs with its log-probs under the reference, where they are known already."""
 
     pairs: PairBatch
-    reference: Float[Array, "pairs 2"] | None
+    reference: Float[AnyArray, "pairs 2"] | None
 
 
 @record
@@ -203,6 +232,44 @@ class PreferenceObjective:
         scale = reward_scale(self.loss, self.options)
         metrics = pair_metrics(pairs, losses, weight, scale=scale)
         metrics["entropy"] = mean_of(outputs.entropy, weight)
+        return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPreferenceObjective:
+    """A preference loss that reads every token: log-probs and divergences (TDPO)."""
+
+    policy: Policy
+    loss: PreferenceLoss
+    options: dict[str, Any]
+    coupled: bool = False
+
+    def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
+        return jnp.sum(batch.pairs.weight)
+
+    def forward(
+        self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
+    ) -> ResponseComparison:
+        arguments = self.policy.policy(trained, frozen["policy"], key)
+        return self.policy.compare(batch.pairs, frozen["reference"], reverse=True, **arguments)
+
+    def reduce(
+        self, outputs: ResponseComparison, batch: ReferencedBatch, count: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        weight = batch.pairs.weight
+        lengths = batch.pairs.response_length
+        real = jnp.arange(outputs.log_prob.shape[-1])[None, None] < lengths[..., None]
+        names = {"log_prob": "{}", "reference_log_prob": "reference_{}", "kl": "{}_kl"}
+        sides = {
+            name.format(side): getattr(outputs, field)[:, at]
+            for field, name in names.items()
+            for at, side in enumerate(("chosen", "rejected"))
+        }
+        tokens = TokenLogProbs(**sides, chosen_mask=real[:, 0], rejected_mask=real[:, 1])
+        losses = self.loss(tokens, **self.options)
+        pairs = as_pairs(outputs.log_prob.sum(-1), outputs.reference_log_prob.sum(-1), batch.pairs)
+        scale = reward_scale(self.loss, self.options)
+        metrics = pair_metrics(pairs, losses, weight, scale=scale)
         return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
 
 

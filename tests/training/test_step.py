@@ -9,15 +9,17 @@ import optax
 import pytest
 
 from jaxalign.data.batches import PairBatch
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import Decoder, DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.sharding import make_mesh, place
+from jaxalign.training.evaluation import evaluate_preferences
 from jaxalign.training.objectives import (
     Policy,
     PreferenceObjective,
     ReferencedBatch,
     SupervisedObjective,
+    TokenPreferenceObjective,
     reads_reference,
 )
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
@@ -192,3 +194,53 @@ def test_which_losses_read_the_reference():
     needs = {name for name, loss in PREFERENCE_LOSSES.items() if reads_reference(loss)}
     assert {"dpo", "ipo", "kto", "dpop"} <= needs
     assert not needs & {"simpo", "cpo", "orpo", "rrhf", "slic"}
+
+
+def dense_distributions(params, batch):
+    """Next-token log-probs [pairs, 2, LENGTH - 1, vocabulary] and the mask of response tokens."""
+    rows = batch.tokens.reshape(-1, LENGTH)
+    logps = jax.nn.log_softmax(Decoder(CONFIG, params)(rows))[:, :-1]
+    start = batch.prompt_length.reshape(-1, 1)
+    position = jnp.arange(1, LENGTH)[None]
+    scored = (position >= start) & (position < start + batch.response_length.reshape(-1, 1))
+    return logps.reshape(PAIRS, 2, LENGTH - 1, -1), scored.reshape(PAIRS, 2, LENGTH - 1)
+
+
+def test_tdpo_gradient_is_that_of_the_formula(world):
+    """Equation 12 of arXiv:2404.11999 over full logits, both forms; the filler pair left out."""
+    params, frozen, batch = world
+    reference, scored = dense_distributions(frozen["reference"], batch.pairs)
+    of_reference = dense_log_probs(frozen["reference"], batch.pairs)
+
+    def plain(params, name):
+        policy, _ = dense_distributions(params, batch.pairs)
+        kl = jnp.where(scored, (jnp.exp(reference) * (reference - policy)).sum(-1), 0).sum(-1)
+        ratio = dense_log_probs(params, batch.pairs) - of_reference
+        margin = ratio[:, 0] - ratio[:, 1]
+        if name == "tdpo1":
+            offset = kl[:, 1] - kl[:, 0]
+        else:
+            offset = 0.5 * (kl[:, 1] - jax.lax.stop_gradient(kl[:, 0]))
+        return jnp.log1p(jnp.exp(-0.1 * (margin - offset)))[:-1].mean()
+
+    for name, loss in TOKEN_LOSSES.items():
+        objective = TokenPreferenceObjective(policy=Policy(config=CONFIG), loss=loss, options={})
+        grads, metrics = gradients(objective, params, frozen, batch, jax.random.key(0))
+        value, expected = jax.value_and_grad(plain)(params, name)
+        np.testing.assert_allclose(metrics["loss"].value(), value, rtol=1e-5)
+        assert_trees_close(grads, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_reports_the_exact_divergence_per_chosen_token(world):
+    params, frozen, batch = world
+    evaluation = evaluate_preferences(objective_of("dpo"), [batch.pairs], make_mesh())
+    got = evaluation(params, frozen)
+    policy, scored = dense_distributions(params, batch.pairs)
+    reference, _ = dense_distributions(frozen["reference"], batch.pairs)
+    kl = (jnp.exp(policy) * (policy - reference)).sum(-1)[:-1, 0]
+    expected = jnp.where(scored[:-1, 0], kl, 0).sum() / scored[:-1, 0].sum()
+    np.testing.assert_allclose(got["kl"], expected, rtol=1e-4)
+    ratio = dense_log_probs(params, batch.pairs) - dense_log_probs(frozen["reference"], batch.pairs)
+    margin = 0.1 * (ratio[:-1, 0] - ratio[:-1, 1])
+    np.testing.assert_allclose(got["rewards/margins"], margin.mean(), rtol=1e-3)
+    np.testing.assert_allclose(got["rewards/accuracies"], (margin > 0).mean(), rtol=1e-6)

@@ -19,8 +19,8 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         **llama.sizes(hf),
         **qwen2.windows(hf),
         activation=activation(hf, "hidden_act"),
-        qkv_bias=hf["attention_bias"],
-        output_bias=hf["attention_bias"],
+        qkv_bias=bool(hf["attention_bias"]),
+        output_bias=bool(hf["attention_bias"]),
         qk_norm="head",
         rope=llama.plain_rope(hf),
     )

@@ -1,0 +1,1 @@
+"""A base model of our own, pretrained on real text."""
