@@ -169,17 +169,17 @@ def load_pretrained(
     config = read_config(folder)
     family = FAMILIES[config.family]
     files = TensorFiles(folder)
-    model_class, shapes = _model_class(config)
-    leaves = _flatten(shapes)
+    make, shapes = model_class(config)
+    leaves = flatten(shapes)
     sources = _sources(files, family.weights(config), leaves, config, folder)
     params: dict[str, Any] = {}
     for path, shape in leaves.items():
         sharding = _sharding(path, shape, mesh, rule)
         _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
-    return model_class(config, params)
+    return make(config, params)
 
 
-def _model_class(config: Any) -> tuple[Any, dict[str, Any]]:
+def model_class(config: Any) -> tuple[Any, dict[str, Any]]:
     """The class of the model that a config describes, and its parameters' shapes."""
     from jaxalign.models.config import DecoderConfig
 
@@ -192,11 +192,12 @@ def _model_class(config: Any) -> tuple[Any, dict[str, Any]]:
     return EncoderDecoder, parameter_shapes(config)
 
 
-def _flatten(shapes: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+def flatten(shapes: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Path ("layers/q/kernel") -> shape of every leaf."""
     flat = {}
     for name, value in shapes.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}/")
+            flat |= flatten(value, f"{prefix}{name}/")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -347,7 +348,7 @@ def save_pretrained(
     target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
 
     def tensor(weight: Weight, layer: int | None) -> np.ndarray:
-        parts = [_to_host(params[path], layer) for path in weight.paths]
+        parts = [to_host(params[path], layer) for path in weight.paths]
         joined = weight.join(*parts)
         kept = joined.dtype if dtype is None else target
         return np.ascontiguousarray(joined.astype(kept, copy=False))
@@ -391,8 +392,8 @@ def save_pretrained(
                 for name, _, _ in entries
             }
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            _write_json(folder / "model.safetensors.index.json", index)
-        _write_json(folder / "config.json", hf_config(model.config, dtype=target))
+            write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "config.json", hf_config(model.config, dtype=target))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return folder
@@ -440,7 +441,8 @@ def _save_plan(table, shapes) -> list[tuple[str, Weight, int | None]]:
     return [*outer, *sorted(layered, key=lambda entry: entry[2])]
 
 
-def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+def to_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of it, gathered from all devices and processes."""
     part = leaf if layer is None else leaf[layer]
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -457,7 +459,8 @@ def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
             file.unlink()
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
+    """Writes a file that is there as a whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)

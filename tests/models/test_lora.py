@@ -175,7 +175,7 @@ def test_gradients_are_those_through_the_merged_matrices(params, adapters, token
 
 
 def test_dropped_inputs_reach_the_adapter_alone(rng):
-    """y - x W is s times a row of x with zeros and doubled elements, through A B = identity."""
+    """The update is s times x with zeros and doubled elements, for A B = 1."""
     x = jnp.asarray(rng.normal(size=(50, 8)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
     eye = {"layers": {"q": {"a": jnp.eye(8)[None], "b": jnp.eye(8)[None]}}}
@@ -220,7 +220,7 @@ def test_no_dropout_is_no_change(adapters):
         jax.tree.structure(adapters)
     )
     for rate in (-0.1, 1.0):
-        with pytest.raises(UserError, match="lora.dropout"):
+        with pytest.raises(UserError, match=r"lora\.dropout"):
             with_dropout(adapters, jax.random.key(0), rate=rate)
 
 
