@@ -1,8 +1,10 @@
 """From an experiment's name and flags to its config."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,10 @@ SCALES = ("tiny", "paper")
 
 
 def _module(name: str) -> ModuleType:
-    """A module from a file's path or a dotted name."""
+    """A module from a file's path or a dotted name; either may import from the working folder."""
     path = Path(name)
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     if name.endswith(".py") or path.exists():
         if not path.is_file():
             raise UserError(f"{name}: no such experiment file; give a Python file or a module")
@@ -52,8 +56,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """`EXPERIMENT [--scale tiny|paper] [--field value ...]` -> the config of this run.
 
     Raises:
-      UserError: the experiment cannot be found or returns no config.
-      SystemExit: with status 2 where a flag is unknown or has a wrong value; 0 for --help.
+      UserError: the experiment cannot be found or returns no config; a flag is unknown or has a
+        wrong value.
+      SystemExit: --help.
     """
     import tyro
 
@@ -73,11 +78,30 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
                 raise UserError(f"--scale: {scale!r} is not one of {', '.join(SCALES)}")
             del rest[at : at + 2]
         config = load_config(experiment, scale)
-    return tyro.cli(
-        TrainConfig,
-        default=config,
-        args=rest,
-        prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
-        description="Run an experiment; every field of its config can be set here.",
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                TrainConfig,
+                default=config,
+                args=rest,
+                prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
+                description="Run an experiment; every field of its config can be set here.",
+                config=(tyro.conf.OmitSubcommandPrefixes,),
+            )
+    except SystemExit as left:
+        if left.code == 0:
+            raise
+        raise UserError(_in_one_line(left, complaint.getvalue())) from None
+
+
+def _in_one_line(left: SystemExit, text: str) -> str:
+    """What a config or the flags' parser objects to, without the parser's frame."""
+    cause: BaseException | None = left
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__context__
+    lines = [line.strip(" │|─-╭╮╰╯") for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith("For full helptext")]
+    return " ".join(said[1:] if len(said) > 1 else said)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from jaxalign.commands.arguments import parser
 from jaxalign.errors import UserError
-from jaxalign.losses import PREFERENCE_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
+
+LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,18 +20,18 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(soft_wrap=True)
     if given.name is not None:
-        if given.name not in PREFERENCE_LOSSES:
-            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(PREFERENCE_LOSSES))}")
-        loss = PREFERENCE_LOSSES[given.name]
+        if given.name not in LOSSES:
+            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(LOSSES))}")
+        loss = LOSSES[given.name]
         console.print(f"{given.name}{inspect.signature(loss)}\n", markup=False, highlight=False)
         console.print(inspect.getdoc(loss) or "", markup=False, highlight=False)
         return 0
-    from jaxalign.losses.table import losses_markdown, losses_table
+    from jaxalign.losses.table import loss_row, losses_markdown
 
     if given.markdown:
         console.print(losses_markdown(), markup=False, highlight=False, end="")
         return 0
-    print_rows(losses_table())
+    print_rows([loss_row(name, loss) for name, loss in LOSSES.items()])
     return 0
 
 
@@ -37,8 +39,12 @@ def print_rows(rows: Sequence) -> None:
     """Name, formula, hyperparameters and paper, one loss a row."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("loss", "formula", "hyperparameters", "source", show_lines=True)
+    table = Table(show_lines=True)
+    for name in ("loss", "formula", "hyperparameters", "source"):
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(row.name, row.formula, row.hyperparameters, row.source)
-    Console().print(table, markup=False)
+        # Text: the formulas' brackets are no markup
+        table.add_row(*map(Text, (row.name, row.formula, row.hyperparameters, row.source)))
+    Console().print(table)

@@ -9,15 +9,15 @@ from typing import Any
 from jaxalign.errors import UserError
 
 ROWS = (
-    ("rewards/accuracies", "accuracy", "{:.3f}"),
-    ("rewards/margins", "reward margin", "{:.3f}"),
-    ("rewards/chosen", "chosen reward", "{:.3f}"),
-    ("rewards/rejected", "rejected reward", "{:.3f}"),
-    ("logps/chosen", "chosen log-prob (nats)", "{:.2f}"),
-    ("logps/rejected", "rejected log-prob (nats)", "{:.2f}"),
-    ("logps/accuracies", "P(chosen) > P(rejected)", "{:.3f}"),
-    ("kl", "KL to reference (nats/token)", "{:.4f}"),
-    ("loss", "loss", "{:.4f}"),
+    ("rewards/accuracies", "accuracy", "{:z.3f}"),
+    ("rewards/margins", "reward margin", "{:z.3f}"),
+    ("rewards/chosen", "chosen reward", "{:z.3f}"),
+    ("rewards/rejected", "rejected reward", "{:z.3f}"),
+    ("logps/chosen", "chosen log-prob (nats)", "{:z.2f}"),
+    ("logps/rejected", "rejected log-prob (nats)", "{:z.2f}"),
+    ("logps/accuracies", "P(chosen) > P(rejected)", "{:z.3f}"),
+    ("kl", "KL to reference (nats/token)", "{:z.4f}"),
+    ("loss", "loss", "{:z.4f}"),
 )
 """Metric -> how a table calls and prints it."""
 

@@ -52,7 +52,7 @@ def to_floats(means: Mapping[str, Any]) -> dict[str, float]:
 class Writer(Protocol):
     """Takes the numbers of one step."""
 
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         """Record the values of one step of one stage."""
         ...
 
@@ -61,7 +61,7 @@ class Writer(Protocol):
         ...
 
 
-def _plain(value: float) -> float | None:
+def _plain(value: float | int) -> float | int | None:
     """JSON has no NaN or infinity: null stands for them."""
     return value if math.isfinite(value) else None
 
@@ -72,7 +72,7 @@ class JsonLines:
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         line = {"stage": stage, "split": split, "step": step}
         line |= {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
@@ -90,7 +90,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(str(folder))
 
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}-{split}/{name}", value, step)
 
@@ -110,7 +110,7 @@ class WeightsAndBiases:
             ) from error
         self._run = wandb.init(project=project, name=name, config=dict(config), dir=str(folder))
 
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         self._run.log({f"{stage}-{split}/{k}": v for k, v in values.items()} | {"step": step})
 
     def close(self) -> None:

@@ -1,0 +1,14 @@
+"""DPO (arXiv:2305.18290) from the SFT model of this folder.
+
+Command:  jaxalign train experiments/offline/dpo.py [--scale paper]
+Time:     a few minutes on two CPU cores
+Expect:   the held-out reward accuracy of the README's table
+"""
+
+from experiments.offline.human_preferences import preference
+from jaxalign.config import TrainConfig
+
+
+def config(scale: str) -> TrainConfig:
+    """The run of this method; everything but the loss is the others'."""
+    return preference(scale, "dpo", {"beta": 0.1})

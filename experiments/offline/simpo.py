@@ -1,0 +1,14 @@
+"""SimPO (arXiv:2405.14734) from the SFT model of this folder.
+
+Command:  jaxalign train experiments/offline/simpo.py [--scale paper]
+Time:     a few minutes on two CPU cores
+Expect:   the held-out accuracy of the README's table
+"""
+
+from experiments.offline.human_preferences import preference
+from jaxalign.config import TrainConfig
+
+
+def config(scale: str) -> TrainConfig:
+    """The run of this method; everything but the loss is the others'."""
+    return preference(scale, "simpo", {"beta": 2.0, "gamma": 1.0})

@@ -1,0 +1,212 @@
+"""Commands as users type them: what they print, and one clear line where something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign.cli import main
+from jaxalign.commands.experiment import SCALES, load_config, parse
+from jaxalign.config import TrainConfig, from_json, to_json
+from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
+from jaxalign.models import load_pretrained
+
+EXPERIMENTS = (
+    "experiments/quickstart.py",
+    "experiments/base_lm/pretrain.py",
+    "experiments.offline.sft",
+    *(f"experiments/offline/{name}.py" for name in ("dpo", "ipo", "simpo", "kto")),
+)
+SMALL = """
+from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
+
+def config():
+    rate = OptimizerConfig(learning_rate=1e-3)
+    return TrainConfig(
+        name="small",
+        architecture=ArchitectureConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
+        max_length=64, max_records=64, max_eval_records=16,
+        sft=StageConfig(steps=2, batch_size=8, optimizer=rate),
+        preference=StageConfig(steps=3, batch_size=8, optimizer=rate),
+    )
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "small.py").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "small.py").write_text(SMALL)
+    assert main(["train", str(folder / "small.py"), "--output", str(folder)]) == 0
+    return folder / "small"
+
+
+def complaint(capsys, *arguments):
+    """The one line that a wrong command prints; its status is checked."""
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    (line,) = err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_experiment_builds_its_config(name, scale):
+    config = load_config(name, scale)
+    assert from_json(to_json(config)) == config
+
+
+def test_a_new_experiment_is_tested_here(request):
+    root = request.config.rootpath
+    configs = {
+        str(path.relative_to(root))
+        for path in (root / "experiments").rglob("*.py")
+        if "\ndef config(" in path.read_text()
+    }
+    named = {n if n.endswith(".py") else n.replace(".", "/") + ".py" for n in EXPERIMENTS}
+    assert configs == named
+
+
+def test_fields_are_set_on_the_command_line(folder):
+    config = parse(
+        ["small.py", "--loss", "ipo", "--loss-options", "tau", "0.2", "--lora.rank", "4"]
+    )
+    assert (config.loss, config.loss_options, config.lora.rank) == ("ipo", {"tau": 0.2}, 4)
+    assert parse(["small.py", "--preference.optimizer.name", "lion"]).preference.steps == 3
+
+
+def test_help_shows_each_field_with_its_documentation(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in TrainConfig.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in shown, name
+    assert "Decoupled decay of matrices" in shown
+
+
+def test_wrong_commands_are_named(capsys, folder):
+    assert "no such experiment file" in complaint(capsys, "train", "absent.py")
+    assert "neither a Python file nor a module" in complaint(capsys, "train", "no_module")
+    assert "'huge' is not one of tiny, paper" in complaint(
+        capsys, "train", "small.py", "--scale", "huge"
+    )
+    assert "'dqo' is not one of" in complaint(capsys, "train", "small.py", "--loss", "dqo")
+    assert "dpo has no tau; it has beta" in complaint(
+        capsys, "train", "small.py", "--loss-options", "tau", "1"
+    )
+    assert "batch_size: 7 is not a multiple of micro_batches: 2" in complaint(
+        capsys, "train", "small.py", "--sft.batch-size", "7", "--sft.micro-batches", "2"
+    )
+    (folder / "empty.py").write_text("")
+    assert "no function config()" in complaint(capsys, "train", "empty.py")
+    (folder / "other.py").write_text("def config():\n    return 3\n")
+    assert "returned int, not a TrainConfig" in complaint(capsys, "train", "other.py")
+    assert main(["tarin"]) == 2
+
+
+def test_wrong_inputs_are_named(capsys, folder):
+    assert "absent.jsonl" in complaint(capsys, "train", "small.py", "--data", "./absent.jsonl")
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    line = complaint(capsys, "train", "small.py", "--data", "bad.jsonl", "--name", "b")
+    assert "bad.jsonl" in line and "rejected" in line
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "mamba"}')
+    assert "mamba" in complaint(
+        capsys, "train", "small.py", "--model", "./model", "--tokenizer", "./model", "--name", "c"
+    )
+    line = complaint(capsys, "convert", str(folder), "out")
+    assert f"{folder}/config.json: missing; a model folder has" in line
+
+
+def test_divergence_stops_with_the_records_of_the_batch(capsys, folder):
+    arguments = ["train", "small.py", "--sft.optimizer.learning-rate", "1e30", "--name", "nan"]
+    line = complaint(capsys, *arguments, "--sft.steps", "6", "--sft.optimizer.clip-norm", "None")
+    assert "not finite" in line and "embedded:" in line and "--nonfinite skip" in line
+
+
+def test_divergence_is_skipped_and_counted_where_asked(folder):
+    flags = ["--sft.optimizer.learning-rate", "1e30", "--sft.optimizer.clip-norm", "None"]
+    flags += ["--nonfinite", "skip", "--sft.steps", "6", "--preference.steps", "0"]
+    assert main(["train", "small.py", *flags]) == 0
+    lines = (folder / "runs" / "small" / "metrics.jsonl").read_text().splitlines()
+    skipped = [x["skipped"] for x in map(json.loads, lines) if x["split"] == "train"]
+    assert skipped[0] == 0
+    assert skipped[-1] >= 1
+
+
+def test_run_folder_holds_what_a_reader_needs(run):
+    for name in ("config.json", "environment.json", "data.json", "model.json", "metrics.jsonl"):
+        assert (run / name).is_file()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    assert (last["stage"], last["split"], last["step"]) == ("preference", "eval", 3)
+    for name in ("loss", "logps/chosen", "rewards/margins", "rewards/accuracies", "kl"):
+        assert np.isfinite(last[name]), name
+    trained = [line for line in lines if line["split"] == "train"]
+    assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 for line in trained)
+    assert list((run / "tensorboard").iterdir())
+    assert "| reward margin |" in (run / "report" / "report.md").read_text()
+
+
+def test_run_converts_to_hugging_face_to_orbax_and_back(run, tmp_path, capsys):
+    folders = [tmp_path / name for name in ("hf", "orbax", "again")]
+    for source, target in zip([run, *folders], folders, strict=False):
+        assert main(["convert", str(source), str(target)]) == 0
+    exported, first, last = (
+        load_pretrained(folder).params for folder in (run / "export", folders[0], folders[2])
+    )
+    jax.tree.map(np.testing.assert_array_equal, exported, first)
+    jax.tree.map(np.testing.assert_array_equal, exported, last)
+    capsys.readouterr()
+    assert "exists already" in complaint(capsys, "convert", str(run), str(folders[0]))
+    assert "no checkpoint 2" in complaint(
+        capsys, "convert", str(run), str(tmp_path / "x"), "--step", "2"
+    )
+
+
+def test_report_compares_runs(run, tmp_path, capsys):
+    assert main(["report", str(run), str(run), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("small after") == 2
+    assert "no config.json" in complaint(capsys, "report", str(tmp_path))
+
+
+def test_losses_are_listed_with_formula_and_source(capsys):
+    assert main(["losses"]) == 0
+    shown = capsys.readouterr().out
+    for name in PREFERENCE_LOSSES | TOKEN_LOSSES:
+        assert name in shown
+    assert main(["losses", "dpo"]) == 0
+    assert "arXiv:2305.18290" in capsys.readouterr().out
+    assert "dqo" in complaint(capsys, "losses", "dqo")
+
+
+def test_page_of_losses_is_fresh(request):
+    from jaxalign.losses.table import losses_markdown
+
+    page = (request.config.rootpath / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert losses_markdown() == page
+
+
+def test_import_is_light():
+    """`import jaxalign` and the help pull in none of the heavy libraries."""
+    code = (
+        "import sys, jaxalign.cli; jaxalign.cli.main(['--help']); "
+        "print([m for m in ('jax', 'flax', 'transformers', 'torch', 'tensorflow', "
+        "'matplotlib', 'grain', 'orbax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
