@@ -121,7 +121,8 @@ def test_wrong_inputs_are_named(capsys, folder):
     assert "absent.jsonl" in complaint(capsys, "train", "small.py", "--data", "./absent.jsonl")
     (folder / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     line = complaint(capsys, "train", "small.py", "--data", "bad.jsonl", "--name", "b")
-    assert "bad.jsonl" in line and "rejected" in line
+    assert "bad.jsonl" in line
+    assert "rejected" in line
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text('{"model_type": "mamba"}')
     assert "mamba" in complaint(
@@ -134,7 +135,9 @@ def test_wrong_inputs_are_named(capsys, folder):
 def test_divergence_stops_with_the_records_of_the_batch(capsys, folder):
     arguments = ["train", "small.py", "--sft.optimizer.learning-rate", "1e30", "--name", "nan"]
     line = complaint(capsys, *arguments, "--sft.steps", "6", "--sft.optimizer.clip-norm", "None")
-    assert "not finite" in line and "embedded:" in line and "--nonfinite skip" in line
+    assert "not finite" in line
+    assert "embedded:" in line
+    assert "--nonfinite skip" in line
 
 
 def test_divergence_is_skipped_and_counted_where_asked(folder):
