@@ -298,12 +298,27 @@ def make_objective(
 
 
 def export(world: World, params: Any, adapters: Any) -> None:
-    """A Hugging Face folder with the weights (adapters merged in) and the tokenizer."""
+    """A Hugging Face folder with the weights (adapters merged in) and the tokenizer.
+
+    The adapters alone go into a folder `adapter` that PEFT opens.
+    """
     config = world.config
     if adapters is not None:
         from jaxalign.models.lora import merge
+        from jaxalign.models.peft import save_adapters
 
-        params = merge(params, adapters, config.lora.alpha / config.lora.rank)
+        lora = config.lora
+        changed = config.model == "embedded" or config.pretrain.steps
+        save_adapters(
+            world.folder / "adapter",
+            adapters,
+            world.model_config,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            base_model=None if changed else config.model,
+        )
+        params = merge(params, adapters, lora.alpha / lora.rank)
     folder = world.folder / "export"
     if folder.exists():
         shutil.rmtree(folder)
