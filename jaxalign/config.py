@@ -160,7 +160,7 @@ class TrainConfig:
     preference: StageConfig = StageConfig()
     """The preference loss."""
     loss: str = "dpo"
-    """A row of the table of losses: `jaxalign losses`."""
+    """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION"."""
     loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["live", "precomputed"] = "live"
@@ -184,12 +184,17 @@ class TrainConfig:
 
     def __post_init__(self):
         losses = PREFERENCE_LOSSES | TOKEN_LOSSES
-        if self.loss not in losses:
-            raise UserError(f"loss: {self.loss!r} is not one of {', '.join(sorted(losses))}")
-        known = list(inspect.signature(losses[self.loss]).parameters)[1:]
-        if unknown := sorted(set(self.loss_options) - set(known)):
+        if self.loss in losses:
+            known = list(inspect.signature(losses[self.loss]).parameters)[1:]
+            if unknown := sorted(set(self.loss_options) - set(known)):
+                raise UserError(
+                    f"loss_options: {self.loss} has no {', '.join(unknown)}; "
+                    f"it has {', '.join(known)}"
+                )
+        elif ":" not in self.loss:
             raise UserError(
-                f"loss_options: {self.loss} has no {', '.join(unknown)}; it has {', '.join(known)}"
+                f"loss: {self.loss!r} is neither FILE.py:FUNCTION nor one of "
+                f"{', '.join(sorted(losses))}"
             )
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")

@@ -1,47 +1,20 @@
 """From an experiment's name and flags to its config."""
 
 import contextlib
-import importlib
-import importlib.util
 import inspect
 import io
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 
+from jaxalign.commands.find import find_module
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
 
 SCALES = ("tiny", "paper")
 
 
-def _module(name: str) -> ModuleType:
-    """A module from a file's path or a dotted name; either may import from the working folder."""
-    path = Path(name)
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    if name.endswith(".py") or path.exists():
-        if not path.is_file():
-            raise UserError(f"{name}: no such experiment file; give a Python file or a module")
-        spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{name}: not a Python file; give a .py file or a module")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise
-        raise UserError(f"{name}: neither a Python file nor a module") from error
-
-
 def load_config(name: str, scale: str) -> TrainConfig:
     """The config that the experiment's `config()` or `config(scale)` returns."""
-    module = _module(name)
+    module = find_module(name, "experiment")
     function = getattr(module, "config", None)
     if not callable(function):
         raise UserError(f"{name}: has no function config() that returns a TrainConfig")

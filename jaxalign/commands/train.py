@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.commands.experiment import parse
+from jaxalign.commands.find import find_loss
 from jaxalign.commands.report import print_table
 from jaxalign.commands.run_folder import open_run_folder
 from jaxalign.commands.stages import STAGES, as_model, stage_folder, write_model_config
@@ -27,7 +28,6 @@ from jaxalign.commands.training_data import (
 from jaxalign.commands.updates import make_update_rule
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.errors import UserError
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.reporting import comparison, read_run, write_report
@@ -76,6 +76,7 @@ class World:
 def train(config: TrainConfig) -> Path:
     """Run or resume the stages of a config; returns the run folder."""
     enable_compilation_cache()
+    find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = open_run_folder(config)
     tokenizer = load_tokenizer_for(config, folder)
@@ -265,21 +266,22 @@ def make_objective(
 
     if name != "preference":
         return SupervisedObjective(policy=policy), put, False
-    if config.loss in TOKEN_LOSSES:
+    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
+    if reads_tokens:
         if config.reference != "live":
             raise UserError(
                 f"reference: {config.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
             )
         objective = TokenPreferenceObjective(
-            policy=policy, loss=TOKEN_LOSSES[config.loss], options=dict(config.loss_options)
+            policy=policy, loss=loss, options=dict(config.loss_options)
         )
         return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     objective = PreferenceObjective(
         policy=policy,
-        loss=PREFERENCE_LOSSES[config.loss],
+        loss=loss,
         options=dict(config.loss_options),
-        coupled=config.loss in BATCH_COUPLED,
+        coupled=coupled,
     )
     if config.reference == "live":
         return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False

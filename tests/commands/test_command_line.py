@@ -10,9 +10,12 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.commands.experiment import SCALES, load_config, parse
+from jaxalign.commands.find import find_loss
 from jaxalign.config import TrainConfig, from_json, to_json
-from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import load_pretrained
+from jaxalign.reporting import read_run
+from jaxalign.training.objectives import couples_pairs
 
 EXPERIMENTS = (
     "experiments/quickstart.py",
@@ -103,7 +106,9 @@ def test_wrong_commands_are_named(capsys, folder):
     assert "'huge' is not one of tiny, paper" in complaint(
         capsys, "train", "small.py", "--scale", "huge"
     )
-    assert "'dqo' is not one of" in complaint(capsys, "train", "small.py", "--loss", "dqo")
+    assert "'dqo' is neither FILE.py:FUNCTION nor one of" in complaint(
+        capsys, "train", "small.py", "--loss", "dqo"
+    )
     assert "dpo has no tau; it has beta" in complaint(
         capsys, "train", "small.py", "--loss-options", "tau", "1"
     )
@@ -115,6 +120,58 @@ def test_wrong_commands_are_named(capsys, folder):
     (folder / "other.py").write_text("def config():\n    return 3\n")
     assert "returned int, not a TrainConfig" in complaint(capsys, "train", "other.py")
     assert main(["tarin"]) == 2
+
+
+NAMES = ("own", "known")
+OWN_LOSSES = """
+import jax
+from jaxalign.losses import PairLogProbs, TokenLogProbs
+
+def hinge(pairs: PairLogProbs, *, beta=0.1):
+    return jax.nn.relu(1 - beta * pairs.margin)
+
+def centred(pairs: PairLogProbs):
+    return jax.nn.softplus(pairs.margin.mean() - pairs.margin)
+
+def of_tokens(tokens: TokenLogProbs):
+    return -(tokens.chosen * tokens.chosen_mask).sum(-1)
+
+def reduced(pairs: PairLogProbs):
+    return pairs.margin.mean()
+"""
+
+
+def test_a_loss_of_ones_own_is_named_by_file_and_function(folder):
+    (folder / "own.py").write_text(OWN_LOSSES)
+    _, reads_tokens, coupled = find_loss("own.py:hinge", {"beta": 0.2})
+    assert (reads_tokens, coupled) == (False, False)
+    assert find_loss("own.py:centred", {})[1:] == (False, True)
+    assert find_loss("own.py:of_tokens", {})[1:] == (True, False)
+    # what the probe finds in the table's own losses is what they say of themselves
+    found = {name for name, loss in PREFERENCE_LOSSES.items() if couples_pairs(loss, {})}
+    assert found == BATCH_COUPLED
+
+
+def test_a_loss_of_ones_own_is_trained(folder):
+    (folder / "own.py").write_text(OWN_LOSSES)
+    options = ["--loss-options", "beta", "0.2", "delta", "1"]
+    for name, loss in zip(NAMES, ("own.py:hinge", "slic_norm"), strict=True):
+        flags = options if name == "known" else options[:3]
+        arguments = ["train", "small.py", "--name", name, "--loss", loss, *flags]
+        assert main([*arguments, "--no-export"]) == 0
+    own, known = (read_run(folder / "runs" / n).curve("preference", "eval", "loss") for n in NAMES)
+    assert own == known
+
+
+def test_a_wrong_loss_of_ones_own_is_named_before_training(capsys, folder):
+    (folder / "own.py").write_text(OWN_LOSSES)
+    train = ("train", "small.py", "--name", "wrong", "--loss")
+    assert "own.py has no function absent" in complaint(capsys, *train, "own.py:absent")
+    assert "no such loss file" in complaint(capsys, *train, "absent.py:hinge")
+    assert "instead of one value per pair" in complaint(capsys, *train, "own.py:reduced")
+    assert "own.py:hinge has no tau; it has beta" in complaint(
+        capsys, *train, "own.py:hinge", "--loss-options", "tau", "1"
+    )
 
 
 def test_wrong_inputs_are_named(capsys, folder):
