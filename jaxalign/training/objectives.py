@@ -127,8 +127,9 @@ def couples_pairs(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
       ValueError: it does not return one value per pair.
     """
     above, below = jnp.array([0.0, 50.0]), jnp.array([0.0, -50.0])
+    probes: list[dict[str, Array]] = [{}, {"chosen": above}, {"chosen": below}, {"rejected": above}]
     firsts = set()
-    for second in ({}, {"chosen": above}, {"chosen": below}, {"rejected": above}):
+    for second in probes:
         values = loss(_two_pairs(**second, reference_chosen=jnp.array([0.0, 0.5])), **options)
         if jnp.shape(values) != (2,):
             raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
