@@ -1,6 +1,7 @@
 """From an experiment's name and flags to its config."""
 
 import contextlib
+import dataclasses
 import inspect
 import io
 from collections.abc import Sequence
@@ -54,9 +55,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            given = tyro.cli(
                 TrainConfig,
-                default=config,
+                default=dataclasses.replace(config, loss_options={}),
                 args=rest,
                 prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
                 description="Run an experiment; every field of its config can be set here.",
@@ -66,6 +67,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if left.code == 0:
             raise
         raise UserError(_in_one_line(left, complaint.getvalue())) from None
+    # the experiment's options belong to its own loss, and to no other one
+    if given.loss_options or given.loss != config.loss:
+        return given
+    return dataclasses.replace(given, loss_options=config.loss_options)
 
 
 def _in_one_line(left: SystemExit, text: str) -> str:

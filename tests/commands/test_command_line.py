@@ -89,6 +89,14 @@ def test_fields_are_set_on_the_command_line(folder):
     assert parse(["small.py", "--preference.optimizer.name", "lion"]).preference.steps == 3
 
 
+def test_an_experiments_loss_options_belong_to_its_loss(folder):
+    (folder / "beta.py").write_text(SMALL.replace("name=", 'loss_options={"beta": 0.3}, name='))
+    assert parse(["beta.py", "--seed", "1"]).loss_options == {"beta": 0.3}
+    assert parse(["beta.py", "--loss", "ipo"]).loss_options == {}
+    flags = ["beta.py", "--loss-options", "label_smoothing", "0.1"]
+    assert parse(flags).loss_options == {"label_smoothing": 0.1}
+
+
 def test_help_shows_each_field_with_its_documentation(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
