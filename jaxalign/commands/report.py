@@ -18,7 +18,9 @@ def main(arguments: Sequence[str]) -> int:
     runs = [read_run(folder) for folder in given.runs]
     folder = given.output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
     path = write_report(runs, folder)
-    print_table(*comparison(runs))
+    header, rows = comparison(runs)
+    if rows:
+        print_table(header, rows)
     from rich import print as show
 
     show(f"report: {path}")

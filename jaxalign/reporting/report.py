@@ -1,6 +1,7 @@
 """The report of one run or several: held-out curves and a table of before and after."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Run:
     name: str
     config: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Mapping[str, Any]]
+    """What was read and tokenised, by name: `data.json`."""
 
     def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty where it was not recorded."""
@@ -44,6 +47,18 @@ class Run:
         """The held-out value before the stage's first step and after its last."""
         _, values = self.curve(stage, "eval", metric)
         return (values[0], values[-1]) if values else None
+
+    def cells(self, metric: str, form: str) -> tuple[str, str]:
+        """The held-out value before and after, as text; a share has its 95 % interval."""
+        values = self.first_and_last("preference", metric)
+        if values is None:
+            return "", ""
+        pairs = self.data.get("held_out_pairs", {}).get("records")
+        texts = [form.format(value) for value in values]
+        if pairs and metric.endswith("accuracies"):
+            errors = [1.96 * math.sqrt(value * (1 - value) / pairs) for value in values]
+            texts = [f"{text} ± {error:.3f}" for text, error in zip(texts, errors, strict=True)]
+        return texts[0], texts[1]
 
 
 def read_run(folder: Path | str) -> Run:
@@ -63,26 +78,47 @@ def read_run(folder: Path | str) -> Run:
         except json.JSONDecodeError:
             break  # the line a kill cut short
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Run(folder=folder, name=config["name"], config=config, lines=lines)
+    data = folder / "data.json"
+    counts = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
+    return Run(folder=folder, name=config["name"], config=config, lines=lines, data=counts)
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: a line per metric, before and after for every run."""
-    header = ["held-out pairs"]
-    for run in runs:
-        header += [f"{run.name} before", f"{run.name} after"]
-    rows = []
-    for metric, label, form in ROWS:
-        values = [run.first_and_last("preference", metric) for run in runs]
-        if any(value is not None for value in values):
-            cells = [form.format(v) for value in values for v in (value or (float("nan"),) * 2)]
-            rows.append([label, *cells])
-    return header, rows
+    """Header and rows of the table: a line per metric for one run, a line per run for several."""
+    shown = [row for row in ROWS if any(run.first_and_last("preference", row[0]) for run in runs)]
+    if len(runs) == 1:
+        rows = [[label, *runs[0].cells(metric, form)] for metric, label, form in shown]
+        return ["held-out pairs", "before", "after"], rows
+    rows = [
+        [run.name, *(" → ".join(run.cells(metric, form)) for metric, _, form in shown)]
+        for run in runs
+    ]
+    return ["before → after", *(label for _, label, _ in shown)], rows if shown else []
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _data_table(run: Run) -> str:
+    """What was read, skipped and tokenised; counts of 0 are left out."""
+    lines = ["| what | source | counts |", "|---|---|---|"]
+    for name, counts in run.data.items():
+        parts = [f"{value:,} {key.replace('_', ' ')}" for key, value in _numbers(counts)]
+        places = counts.get("first", {})
+        parts += [
+            f"{number:,} skipped for {reason} (first: {places.get(reason, '?')})"
+            for reason, number in counts.get("skipped", {}).items()
+        ]
+        lines.append(
+            f"| {name.replace('_', ' ')} | {counts.get('source', '')} | {'; '.join(parts)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(counts: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [(key, value) for key, value in counts.items() if isinstance(value, int) and value]
 
 
 def _plot_preference(runs: Sequence[Run], path: Path) -> None:
@@ -188,10 +224,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
         text += [_markdown_table(header, rows), "![held-out curves](preference.png)\n"]
     if _plot_losses(runs, folder / "loss.png"):
         text.append("![loss by stage](loss.png)\n")
-    for run in runs:
-        data = run.folder / "data.json"
-        if data.exists():
-            text.append(f"## Data of {run.name}\n\n```json\n{data.read_text().strip()}\n```\n")
+    text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]
     path = folder / "report.md"
     path.write_text("\n".join(text), encoding="utf-8")
     return path

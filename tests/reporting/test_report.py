@@ -1,0 +1,106 @@
+"""Reports of run folders written by hand: cells, intervals, plots, and what is refused."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from jaxalign.errors import UserError
+from jaxalign.reporting import comparison, read_run, write_report
+
+
+def line(step, split="eval", stage="preference", **metrics):
+    return json.dumps({"stage": stage, "split": split, "step": step} | metrics)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, *lines, data=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"name": name, "loss": "dpo"}))
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        if data is not None:
+            (folder / "data.json").write_text(json.dumps(data))
+        return folder
+
+    return make
+
+
+def preference_lines(last):
+    first = {"rewards/accuracies": 0.5, "logps/chosen": -40.0, "logps/rejected": -41.5}
+    return (
+        line(0, **first),
+        line(5, split="train", loss=0.6),
+        line(10, **{"rewards/accuracies": last, "logps/chosen": -44.25, "logps/rejected": -60.0}),
+    )
+
+
+def test_one_run_is_a_line_per_metric_before_and_after(make_run):
+    run = read_run(make_run("a", *preference_lines(0.8)))
+    header, rows = comparison([run])
+    assert header == ["held-out pairs", "before", "after"]
+    assert rows == [
+        ["accuracy", "0.500", "0.800"],
+        ["chosen log-prob (nats)", "-40.00", "-44.25"],
+        ["rejected log-prob (nats)", "-41.50", "-60.00"],
+    ]
+
+
+def test_several_runs_are_a_line_each(make_run):
+    runs = [read_run(make_run(n, *preference_lines(v))) for n, v in (("a", 0.8), ("b", 0.6))]
+    header, rows = comparison(runs)
+    assert header[:2] == ["before → after", "accuracy"]
+    assert [row[:2] for row in rows] == [["a", "0.500 → 0.800"], ["b", "0.500 → 0.600"]]
+
+
+def test_shares_have_the_interval_of_their_number_of_pairs(make_run):
+    run = read_run(make_run("a", *preference_lines(0.8), data={"held_out_pairs": {"records": 100}}))
+    # 1.96 sqrt(0.5 * 0.5 / 100) and 1.96 sqrt(0.8 * 0.2 / 100)
+    assert comparison([run])[1][0] == ["accuracy", "0.500 ± 0.098", "0.800 ± 0.078"]
+
+
+def test_the_report_has_tables_and_plots(make_run, tmp_path):
+    data = {
+        "data": {
+            "source": "pairs.jsonl",
+            "read": 1200,
+            "skipped": {"empty response": 2},
+            "first": {"empty response": "pairs.jsonl:7"},
+        },
+        "train_pairs": {"records": 1198, "straddling": 0},
+    }
+    folder = make_run("a", *preference_lines(0.8), data=data)
+    path = write_report([read_run(folder)], tmp_path / "new" / "report")
+    text = path.read_text()
+    assert "| accuracy | 0.500 | 0.800 |" in text
+    assert "1,200 read; 2 skipped for empty response (first: pairs.jsonl:7)" in text
+    assert "1,198 records |" in text
+    assert "straddling" not in text
+    for name in ("preference.png", "loss.png"):
+        assert f"]({name})" in text
+        with Image.open(path.parent / name) as image:
+            assert min(image.size) > 300
+            assert len(set(image.convert("L").get_flattened_data())) > 10  # not an empty canvas
+
+
+def test_a_run_without_preferences_has_its_losses_alone(make_run, tmp_path):
+    folder = make_run(
+        "text", line(0, stage="pretrain", loss=5.0), line(1, "train", "pretrain", loss=4.0)
+    )
+    assert comparison([read_run(folder)])[1] == []
+    text = write_report([read_run(folder)], tmp_path / "report").read_text()
+    assert "preference.png" not in text
+    assert "loss.png" in text
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(make_run):
+    folder = make_run("a", *preference_lines(0.8))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "preference", "split": "ev')
+    assert len(read_run(folder).lines) == 3
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json; give a folder that jaxalign train"):
+        read_run(tmp_path)
