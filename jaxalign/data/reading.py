@@ -178,7 +178,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if kind == ".parquet":
         return _parquet_rows(path)
     if kind == ".jsonl":
-        return _json_lines(path)
+        return json_lines(path)
     if kind == ".json":
         return _json_array(path)
     if kind in (".txt", ".md"):
@@ -193,7 +193,7 @@ def _open(path: Path) -> IO[bytes]:
     return PACKED[path.suffix](path, "rb") if path.suffix in PACKED else path.open("rb")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[Row]:
     """One JSON value per line; empty lines are passed over."""
     source = str(path)
     with _open(path) as file:
@@ -281,15 +281,23 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
 
 
 def _tfds_rows(name: str, split: str) -> Iterator[Row]:
+    """A data set that TFDS has prepared as ArrayRecord; `name@folder` names its data folder."""
     import tensorflow_datasets as tfds
 
     import jaxalign.data.builders  # noqa: F401 (registers the preference builders)
 
     try:
-        rows = tfds.data_source(name, split=split)
+        dataset, _, folder = name.partition("@")
+        data_dir = str(Path(folder).expanduser()) if folder else None
+        # without a stored copy TFDS would fetch data, which nobody has asked for
+        stored: Any = tfds.builder(dataset, data_dir=data_dir)
+        rows = stored.as_data_source(split=split)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds:{name}#{split}: cannot be read: {first}") from None
+        raise UserError(
+            f"tfds:{name}#{split}: cannot be read: {first}; prepare it as array_record, the "
+            "preference sets with jaxalign.data.builders.prepare"
+        ) from None
     for number, value in enumerate(rows, start=1):
         yield Row(f"tfds:{name}#{split}", number, plain(value), unit="record")
 

@@ -45,7 +45,7 @@ def preference_records(
     """
     if source == "embedded":
         return iter(embedded_preferences())
-    return _records(source, _preference, bad_records, report)
+    return _records(source, lambda row: [preference_of_row(row)], bad_records, report)
 
 
 def response_records(
@@ -61,7 +61,7 @@ def response_records(
     """  # noqa: D205
     if source == "embedded":
         return iter(embedded_responses())
-    return _records(source, _response, bad_records, report)
+    return _records(source, lambda row: [_response(row)], bad_records, report)
 
 
 def unpaired_records(
@@ -91,7 +91,7 @@ def text_records(
     """
     if source == "embedded":
         return iter(embedded_texts())
-    return _records(source, _text, bad_records, report)
+    return _records(source, lambda row: [_text(row)], bad_records, report)
 
 
 def chosen_responses(records: Iterable[PreferenceRecord]) -> Iterator[PromptResponseRecord]:
@@ -131,7 +131,7 @@ def split_holdout(
 
 def _records(
     source: str,
-    make: Callable[[Row], R | list[R]],
+    make: Callable[[Row], list[R]],
     bad_records: BadRecords,
     report: ReadReport | None,
 ) -> Iterator[R]:
@@ -146,7 +146,7 @@ def _records(
         except BadRecordError as fault:
             refuse(row, fault, bad_records, report)
             continue
-        yield from made if isinstance(made, list) else [made]
+        yield from made
     if report.read == 0:
         raise UserError(f"{source}: no records in it")
 
@@ -218,7 +218,10 @@ def _response_text(value: Text, name: str) -> Text:
     return value
 
 
-def _preference(row: Row) -> PreferenceRecord:
+def preference_of_row(row: Row) -> PreferenceRecord:
+    """The pair of a row, whichever of the three forms it has."""
+    if row.fault is not None:
+        raise row.fault
     fields = _fields(row)
     chosen = _either(_required(fields, "chosen"), "chosen")
     rejected = _either(_required(fields, "rejected"), "rejected")
@@ -284,7 +287,7 @@ def _response(row: Row) -> PromptResponseRecord:
             raise BadRecordError("wrong type", "messages is not a list of two turns or more")
         prompt, response = turns[:-1], turns[-1:]
     elif "chosen" in fields:
-        pair = _preference(row)
+        pair = preference_of_row(row)
         prompt, response = pair.prompt, pair.chosen
     else:
         prompt = _either(_required(fields, "prompt"), "prompt")
@@ -312,7 +315,7 @@ def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
 def _unpaired(row: Row) -> list[UnpairedRecord]:
     fields = _fields(row)
     if "chosen" in fields:
-        return list(_as_unpaired([_preference(row)]))
+        return list(_as_unpaired([preference_of_row(row)]))
     label = _required(fields, "label")
     if label not in (True, False):
         raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
