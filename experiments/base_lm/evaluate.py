@@ -28,7 +28,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.data.sources import text_records
 from jaxalign.data.tokenize import load_tokenizer
 from jaxalign.models import load_pretrained
-from jaxalign.models.logprobs import text_log_probs
+from jaxalign.models.responses import text_log_probs
 
 PROMPTS = (
     "Once upon a time",

@@ -57,7 +57,7 @@ def find_loss(name: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
     if name in TOKEN_LOSSES:
         return TOKEN_LOSSES[name], True, False
     module, _, attribute = name.rpartition(":")
-    loss = getattr(find_module(module, "loss"), attribute, None)
+    loss: Any = getattr(find_module(module, "loss"), attribute, None)
     if not callable(loss):
         raise UserError(f"loss: {module} has no function {attribute}")
     first, *rest = inspect.signature(loss).parameters.values()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign.config import TrainConfig, from_json
 from jaxalign.errors import UserError
-from jaxalign.models import Decoder, DecoderConfig
+from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.weights import hf_config
 
@@ -52,17 +52,13 @@ def read_run_config(folder: Path) -> TrainConfig:
 
 def as_model(model_config: Any, params: Any) -> Any:
     """The nnx module that holds parameters of an architecture."""
-    if isinstance(model_config, DecoderConfig):
-        return Decoder(model_config, params)
-    from jaxalign.models import EncoderDecoder
-
-    return EncoderDecoder(model_config, params)
+    kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
+    return kind(model_config, params)
 
 
 def parameter_structs(model_config: Any) -> Any:
     """Shapes and types of the parameters, nothing computed."""
-    if isinstance(model_config, DecoderConfig):
-        from jaxalign.models.decoder import init_params
-    else:
-        from jaxalign.models.encoder_decoder import init_params
-    return jax.eval_shape(lambda: init_params(model_config, jax.random.key(0)))
+    from jaxalign.models import decoder, encoder_decoder
+
+    room: Any = decoder if isinstance(model_config, DecoderConfig) else encoder_decoder
+    return jax.eval_shape(lambda: room.init_params(model_config, jax.random.key(0)))

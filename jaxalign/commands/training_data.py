@@ -125,10 +125,15 @@ def load_stages(
         )
     report: dict[str, Any] = {}
     stages = {}
+    encoder_decoder = not isinstance(model_config, DecoderConfig)
     if config.pretrain.steps:
+        if encoder_decoder:
+            raise UserError(
+                f"pretrain.steps: packed text is for decoders, and {config.model} is an "
+                "encoder-decoder; set --pretrain.steps 0"
+            )
         stages["pretrain"] = _text_stage(config, tokenizer, folder, report)
     if config.sft.steps or config.preference.steps:
-        encoder_decoder = not isinstance(model_config, DecoderConfig)
         options = {
             "max_length": config.max_length,
             "prompt_format": config.prompt_format,

@@ -3,13 +3,16 @@
 Parameters travel as nested dicts of arrays; the nnx modules are the shells that users hold.
 """
 
-from jaxalign.models.config import DecoderConfig, Rope
+from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope
 from jaxalign.models.decoder import Decoder, init_model
+from jaxalign.models.encoder_decoder import EncoderDecoder
 from jaxalign.models.weights import load_pretrained, save_pretrained
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "Rope",
     "init_model",
     "load_pretrained",

@@ -135,3 +135,63 @@ class DecoderConfig:
     def source_fields(self) -> dict[str, Any]:
         """The fields of the Hugging Face config this one was read from; empty if none."""
         return json.loads(self.source) if self.source else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig:
+    """One encoder-decoder transformer of T5's kind; hashable, as `DecoderConfig` is.
+
+    Attributes:
+      family: the name in the table of families (Hugging Face's `model_type`).
+      layers: of the encoder.
+      decoder_layers: of the decoder.
+      relative_buckets: number of learned distances, shared by a stack's layers.
+      relative_distance: distances from here on share the last bucket.
+      start_token: what the decoder reads before the response's first token.
+      logit_scale: factor on logits, width ** -0.5 in T5 v1.0; None is 1.
+      source: the JSON text this config was read from, kept so that saving loses no field.
+    """
+
+    family: str = "t5"
+    vocab_size: int
+    width: int
+    layers: int
+    decoder_layers: int
+    heads: int
+    head_width: int
+    mlp_width: int
+    norm_eps: float = 1e-6
+    activation: str = "gelu_tanh"
+    gated: bool = True
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    start_token: int = 0
+    logit_scale: float | None = None
+    tied: bool = False
+    initializer_factor: float = 1.0
+    source: str = dataclasses.field(default="", compare=False, repr=False)
+
+    def __post_init__(self):
+        if self.activation not in CHOICES["activation"]:
+            raise UserError(
+                f"activation: {self.activation!r} is not one of {CHOICES['activation']}"
+            )
+        sizes = ("vocab_size", "width", "layers", "decoder_layers", "heads", "head_width")
+        for field in sizes:
+            if getattr(self, field) < 1:
+                raise UserError(f"{field}: {getattr(self, field)} is not positive")
+        if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets:
+            raise UserError(
+                f"relative positions: {self.relative_buckets} buckets up to a distance of "
+                f"{self.relative_distance}; there are at least 4, and fewer than distances"
+            )
+
+    @property
+    def logit_softcap(self) -> None:
+        """No cap on logits."""
+        return None
+
+    @property
+    def source_fields(self) -> dict[str, Any]:
+        """The fields of the Hugging Face config this one was read from; empty if none."""
+        return json.loads(self.source) if self.source else {}

@@ -246,7 +246,8 @@ def _sources(
     missing = [name for name in expected if present[name] not in files.shapes]
     if missing:
         raise UserError(f"{folder}: missing weights: {_some(missing)}")
-    extra = set(files.shapes) - set(present.values())
+    copies = set(getattr(FAMILIES[config.family], "COPIES", ()))
+    extra = set(files.shapes) - set(present.values()) - copies
     tied = {"lm_head.weight", "embed_out.weight"} if config.tied else set()
     surplus = sorted(name for name in extra - tied if not HARMLESS.search(name))
     if surplus:
@@ -287,7 +288,7 @@ def largest_axis(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec
     """Splits a leaf's largest divisible axis over "fsdp" (or over all, if there is no "fsdp")."""
     names = ("fsdp",) if "fsdp" in mesh.axis_names else tuple(mesh.axis_names)
     size = int(np.prod([mesh.shape[name] for name in names]))
-    first = 1 if path.startswith("layers/") else 0
+    first = 1 if "layers" in path.split("/") else 0
     axes = [axis for axis in range(first, len(shape)) if shape[axis] % size == 0]
     spec: list[Any] = [None] * len(shape)
     if axes and size > 1:

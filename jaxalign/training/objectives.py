@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
 from jaxalign.losses import PairLogProbs, TokenLogProbs
-from jaxalign.models.logprobs import (
+from jaxalign.models.responses import (
     ResponseComparison,
     compare_responses,
     response_log_probs,

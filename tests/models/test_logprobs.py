@@ -13,12 +13,8 @@ from scipy.stats import entropy as scipy_entropy
 
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params, logits
-from jaxalign.models.logprobs import (
-    response_log_probs,
-    text_log_probs,
-    token_kl,
-    token_log_probs,
-)
+from jaxalign.models.logprobs import token_kl, token_log_probs
+from jaxalign.models.responses import response_log_probs, text_log_probs
 
 TOKENS, WIDTH = 13, 5
 vocabularies = pytest.mark.parametrize("vocabulary", [1000, 32000, 32003, 50257])

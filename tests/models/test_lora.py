@@ -11,8 +11,8 @@ from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import hidden_states, init_params, logits, parameter_shapes
 from jaxalign.models.layers import dense
-from jaxalign.models.logprobs import response_log_probs
 from jaxalign.models.lora import count, init_adapters, items, matrix_shapes, merge, with_dropout
+from jaxalign.models.responses import response_log_probs
 
 CONFIG = DecoderConfig(
     vocab_size=31,

@@ -13,6 +13,7 @@ from jaxalign.models.families import (
     phi3,
     qwen2,
     qwen3,
+    t5,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -26,4 +27,5 @@ FAMILIES: dict[str, ModuleType] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "t5": t5,
 }

@@ -1,0 +1,363 @@
+"""The shared encoder-decoder (T5): parameters as a nested dict, pure functions of them."""
+
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxalign.errors import UserError
+from jaxalign.models.config import EncoderDecoderConfig
+from jaxalign.models.decoder import REMAT_POLICIES
+from jaxalign.models.layers import ACTIVATIONS, dense, precision, rms_norm
+
+
+def parameter_shapes(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """The shape of every parameter, in the nested dict's own form."""
+    width, inner = config.width, config.heads * config.head_width
+
+    def attention(layers: int) -> dict[str, Any]:
+        kernels = {name: {"kernel": (layers, width, inner)} for name in "qkv"}
+        return kernels | {"o": {"kernel": (layers, inner, width)}}
+
+    def stack(layers: int, *, crosses: bool) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "attention_norm": {"scale": (layers, width)},
+            **attention(layers),
+            "mlp_norm": {"scale": (layers, width)},
+            "up": {"kernel": (layers, width, config.mlp_width)},
+            "down": {"kernel": (layers, config.mlp_width, width)},
+        }
+        if config.gated:
+            parts["gate"] = {"kernel": (layers, width, config.mlp_width)}
+        if crosses:
+            parts |= {"cross_norm": {"scale": (layers, width)}, "cross": attention(layers)}
+        return {
+            "layers": parts,
+            "positions": {"embedding": (config.relative_buckets, config.heads)},
+            "final_norm": {"scale": (width,)},
+        }
+
+    shapes: dict[str, Any] = {
+        "embed": {"embedding": (config.vocab_size, width)},
+        "encoder": stack(config.layers, crosses=False),
+        "decoder": stack(config.decoder_layers, crosses=True),
+    }
+    if not config.tied:
+        shapes["unembed"] = {"kernel": (width, config.vocab_size)}
+    return shapes
+
+
+def init_params(config: EncoderDecoderConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> dict:
+    """Random parameters of T5's own scales: small queries, since scores have no factor.
+
+    Standard deviations times `initializer_factor`: embedding 1; queries (width head_width) ** -0.5;
+    every other matrix (its inputs) ** -0.5; distances and the unembedding width ** -0.5.
+
+    Args:
+      config: the encoder-decoder.
+      key: one PRNG key.
+      dtype: of the parameters.
+
+    Returns:
+      The nested dict of arrays that `parameter_shapes` describes.
+    """
+
+    def leaf(path, shape):
+        names = [entry.key for entry in path]
+        if names[-1] == "scale":
+            return jnp.ones(shape, dtype)
+        scale = {
+            "embed": 1.0,
+            "positions": config.width**-0.5,
+            "q": (config.width * config.head_width) ** -0.5,
+        }.get(names[-2], shape[-2] ** -0.5)
+        own = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
+        drawn = jax.random.normal(own, shape, jnp.float32)
+        return (config.initializer_factor * scale * drawn).astype(dtype)
+
+    shapes = parameter_shapes(config)
+    return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def relative_bucket(
+    distance: Int[Array, "..."], *, buckets: int, reach: int, both_ways: bool
+) -> Int[Array, "..."]:
+    r"""The learned distance that a key's place relative to a query's falls into.
+
+    Of n buckets (half of them for either direction where both are seen), the first n/2 are one
+    distance d each and the others grow geometrically up to `reach`:
+
+    .. math:: \lfloor n/2 \rfloor + \Bigl\lfloor \frac{\log (d / \lfloor n/2 \rfloor)}
+              {\log (\text{reach} / \lfloor n/2 \rfloor)} \lceil n/2 \rceil \Bigr\rfloor
+
+    Args:
+      distance: place of the key minus place of the query.
+      buckets: how many there are.
+      reach: distances from here on share the last bucket.
+      both_ways: whether keys after the query are seen (encoder).
+
+    Returns:
+      Numbers in [0, buckets). Raffel et al., 2020, arXiv:1910.10683, section 2.1.
+    """
+    first = jnp.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        first = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    grown = exact + (ratio / math.log(reach / exact) * (buckets - exact)).astype(jnp.int32)
+    return first + jnp.where(distance < exact, distance, jnp.minimum(grown, buckets - 1))
+
+
+def _attend(q, k, v, q_places, key_mask, biases, config, *, causal):
+    """Scores plus learned distances, softmax in float32, mixture, for a set of queries."""
+    at = precision(q.dtype)
+    scores = jnp.einsum("bqhd,bshd->bhqs", q, k, precision=at, preferred_element_type=jnp.float32)
+    distance = jnp.arange(k.shape[1])[None] - q_places[:, None]
+    if biases is not None:
+        bucket = relative_bucket(
+            distance,
+            buckets=config.relative_buckets,
+            reach=config.relative_distance,
+            both_ways=not causal,
+        )
+        learned = jnp.take(biases.astype(jnp.float32), bucket, axis=0)
+        scores = scores + jnp.moveaxis(learned, -1, 0)[None]
+    seen = jnp.ones((1, *distance.shape), bool) if key_mask is None else key_mask[:, None, :] != 0
+    if causal:
+        seen = seen & (distance <= 0)[None]
+    scores = jnp.where(seen[:, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bhqs,bshd->bqhd", weights, v, precision=at)
+
+
+def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, causal, block=512):
+    """Multi-head attention of `x` over `memory`; long inputs one block of queries at a time."""
+    batch, length, _ = x.shape
+
+    def project(name, inputs):
+        y = dense(inputs, layer[name], adapters.get(name), scale)
+        return y.reshape(batch, inputs.shape[1], config.heads, config.head_width)
+
+    q, k, v = project("q", x), project("k", memory), project("v", memory)
+    attend = functools.partial(_attend, config=config, causal=causal)
+    if length <= block:
+        mixed = attend(q, k, v, jnp.arange(length), key_mask, biases)
+    else:
+        blocks = -(-length // block)
+        q = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
+        q = jnp.moveaxis(q.reshape(batch, blocks, block, config.heads, config.head_width), 1, 0)
+
+        @jax.checkpoint
+        def step(_, inputs):
+            number, queries = inputs
+            places = number * block + jnp.arange(block)
+            return None, attend(queries, k, v, places, key_mask, biases)
+
+        _, mixed = jax.lax.scan(step, None, (jnp.arange(blocks), q))
+        mixed = jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * block, -1)[:, :length]
+    return dense(mixed.reshape(batch, length, -1), layer["o"], adapters.get("o"), scale)
+
+
+def _mlp(x, layer, adapters, scale, config):
+    activation = ACTIVATIONS[config.activation]
+    y = dense(x, layer["up"], adapters.get("up"), scale)
+    if config.gated:
+        y = activation(dense(x, layer["gate"], adapters.get("gate"), scale)) * y
+    else:
+        y = activation(y)
+    return dense(y, layer["down"], adapters.get("down"), scale)
+
+
+def _stack(
+    x, stack, config, adapters, scale, remat, *, mask, causal, memory=None, memory_mask=None
+):
+    """The layers of one stack under `jax.lax.scan`, and its final norm."""
+    biases = stack["positions"]["embedding"]
+
+    def norm(y, params):
+        return rms_norm(y, params["scale"], eps=config.norm_eps)
+
+    def block(x, inputs):
+        layer, updates = inputs
+        y = norm(x, layer["attention_norm"])
+        x = x + _attention(y, y, layer, updates, scale, mask, biases, config, causal=causal)
+        if memory is not None:
+            y, cross = norm(x, layer["cross_norm"]), updates.get("cross", {})
+            seen = memory_mask, None
+            x = x + _attention(y, memory, layer["cross"], cross, scale, *seen, config, causal=False)
+        return x + _mlp(norm(x, layer["mlp_norm"]), layer, updates, scale, config), None
+
+    if remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x, _ = jax.lax.scan(block, x, (stack["layers"], adapters.get("layers", {})))
+    return norm(x, stack["final_norm"])
+
+
+def hidden_states(
+    params: Mapping[str, Any],
+    config: EncoderDecoderConfig,
+    tokens: Int[Array, "batch length"],
+    decoder_tokens: Int[Array, "batch response"],
+    *,
+    attention_mask: Array | None = None,
+    decoder_attention_mask: Array | None = None,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float | Float[Array, ""] = 1.0,
+    remat: str = "none",
+    dtype: Any = None,
+) -> Float[Array, "batch response width"]:
+    """The decoder's last hidden states, after the final norm; layers run under `jax.lax.scan`.
+
+    Args:
+      params: nested dict of arrays, as `init_params` makes it.
+      config: the encoder-decoder.
+      tokens: what the encoder reads, [batch, length].
+      decoder_tokens: what the decoder reads, [batch, response], the start token first.
+      attention_mask: [batch, length], nonzero at the encoder's real tokens.
+      decoder_attention_mask: [batch, response], nonzero at real tokens; padding on the right
+        needs none, since causality hides it.
+      adapters: low-rank updates {"encoder": {"layers": {"q": ...}}, "decoder": {"layers": {"q":
+        ..., "cross": {"q": ...}}}}, or None for the weights alone.
+      adapter_scale: factor on the updates, alpha / rank.
+      remat: what the backward pass computes again, as in `decoder.hidden_states`.
+      dtype: of the computation; None is the parameters' own.
+
+    Returns:
+      [batch, response, width] in `dtype`.
+
+    Raises:
+      UserError: if `remat` is unknown.
+    """
+    if remat != "none" and remat not in REMAT_POLICIES:
+        raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
+    embedding = params["embed"]["embedding"]
+    dtype = embedding.dtype if dtype is None else dtype
+    updates = {} if adapters is None else adapters
+
+    def embed(ids):
+        return jnp.take(embedding, ids, axis=0).astype(dtype)
+
+    def run(name, x, **options):
+        own = updates.get(name, {})
+        return _stack(x, params[name], config, own, adapter_scale, remat, **options)
+
+    memory = run("encoder", embed(tokens), mask=attention_mask, causal=False)
+    return run(
+        "decoder",
+        embed(decoder_tokens),
+        mask=decoder_attention_mask,
+        causal=True,
+        memory=memory,
+        memory_mask=attention_mask,
+    )
+
+
+def response_states(
+    params: Mapping[str, Any],
+    config: EncoderDecoderConfig,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    **options: Any,
+) -> Float[Array, "batch response width"]:
+    """Hidden states that predict the response: the decoder reads the start token and the response.
+
+    Args:
+      params: nested dict of arrays.
+      config: the encoder-decoder.
+      tokens: the encoder reads each row's first `prompt_length` tokens.
+      prompt_length: [batch].
+      response_tokens: [batch, response], padded on the right.
+      **options: those of `hidden_states`.
+    """
+    places = jnp.arange(tokens.shape[1])[None]
+    mask = (places < prompt_length[:, None]).astype(jnp.int32)
+    start = jnp.full_like(response_tokens[:, :1], config.start_token)
+    shifted = jnp.concatenate([start, response_tokens[:, :-1]], axis=1)
+    return hidden_states(params, config, tokens, shifted, attention_mask=mask, **options)
+
+
+def unembedding(
+    params: Mapping[str, Any], config: EncoderDecoderConfig
+) -> tuple[Float[Array, "width vocabulary"], None]:
+    """The matrix from hidden states to logits; there is no bias."""
+    if config.tied:
+        return params["embed"]["embedding"].T, None
+    return params["unembed"]["kernel"], None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat", "dtype"))
+def _compiled_logits(params, config, tokens, mask, decoder_tokens, decoder_mask, remat, dtype):
+    hidden = hidden_states(
+        params,
+        config,
+        tokens,
+        decoder_tokens,
+        attention_mask=mask,
+        decoder_attention_mask=decoder_mask,
+        remat=remat,
+        dtype=dtype,
+    )
+    kernel, _ = unembedding(params, config)
+    out = jnp.matmul(
+        hidden,
+        kernel.astype(hidden.dtype),
+        precision=precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out if config.logit_scale is None else out * config.logit_scale
+
+
+class EncoderDecoder(nnx.Module):
+    """An encoder-decoder with its parameters: what a user holds; training works on `params`.
+
+    Args:
+      config: the encoder-decoder's description.
+      params: nested dict of arrays, as `init_params` makes it.
+      dtype: of the computation; None is the parameters' own.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, params: Mapping[str, Any], *, dtype=None):
+        self.config = config
+        self.dtype = dtype
+        self.weights = nnx.data(jax.tree.map(nnx.Param, params))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as a plain nested dict of arrays (no copies)."""
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        return jax.tree.map(lambda x: x.get_value(), self.weights, is_leaf=is_variable)
+
+    def __call__(
+        self,
+        tokens,
+        attention_mask=None,
+        *,
+        decoder_tokens,
+        decoder_attention_mask=None,
+        remat: str = "none",
+    ) -> Float[Array, "batch response vocabulary"]:
+        """Float32 logits of the decoder, [batch, response, vocabulary].
+
+        Args:
+          tokens: the encoder's, [batch, length] int32.
+          attention_mask: [batch, length], nonzero at real tokens.
+          decoder_tokens: the decoder's, [batch, response] int32, the start token first.
+          decoder_attention_mask: [batch, response], nonzero at real tokens.
+          remat: what a backward pass would compute again.
+        """
+        arrays = [
+            None if x is None else jnp.asarray(x)
+            for x in (tokens, attention_mask, decoder_tokens, decoder_attention_mask)
+        ]
+        return _compiled_logits(self.params, self.config, *arrays, remat, self.dtype)

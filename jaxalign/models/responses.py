@@ -1,0 +1,253 @@
+"""Log-probs of whole rows: responses after their prompts, and packed text, for every model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxalign.models import decoder, encoder_decoder
+from jaxalign.models.config import DecoderConfig
+from jaxalign.models.logprobs import token_kl, token_log_probs
+from jaxalign.records import record
+
+
+@record
+class ResponseLogProbs:
+    """Log-probs of responses' tokens and the policy's entropy there, 0 at padding, in nats."""
+
+    log_prob: Float[Array, "batch response"]
+    entropy: Float[Array, "batch response"]
+
+
+def response_log_probs(
+    params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    response_length: Int[Array, " batch"],
+    *,
+    remat: str = "none",
+    dtype: Any = None,
+    entropy_gradient: bool = False,
+    token_block: int | None = None,
+    vocab_block: int | None = None,
+    **adapters: Any,
+) -> ResponseLogProbs:
+    """Log-probs of the responses' tokens: the unembedding is applied at response positions alone.
+
+    Args:
+      params: nested dict of arrays.
+      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      tokens: prompt and response behind one another, padded on the right.
+      prompt_length: how many of `tokens` are prompt, at least 1 for a decoder.
+      response_tokens: the responses, end-of-sequence included, padded on the right.
+      response_length: how many of `response_tokens` are real.
+      remat: what the backward pass computes again, as in `decoder.hidden_states`.
+      dtype: of the computation; None is the parameters' own.
+      entropy_gradient: as in `token_log_probs`.
+      token_block: as in `token_log_probs`.
+      vocab_block: as in `token_log_probs`.
+      **adapters: `adapters`, `adapter_scale` as in `decoder.hidden_states`; `adapter_dropout` and
+        `dropout_key` as in `lora.with_dropout`.
+
+    Returns:
+      Float32 log-probs and entropies, [batch, response], 0 at padding.
+    """
+    hidden, kernel, bias, form = _response_states(
+        params,
+        config,
+        tokens,
+        prompt_length,
+        response_tokens,
+        response_length,
+        remat=remat,
+        dtype=dtype,
+        **_adapter_options(**adapters),
+    )
+    out = token_log_probs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        kernel,
+        response_tokens.reshape(-1),
+        bias=bias,
+        **form,
+        entropy_gradient=entropy_gradient,
+        token_block=token_block,
+        vocab_block=vocab_block,
+    )
+    real = jnp.arange(response_tokens.shape[1])[None] < response_length[:, None]
+
+    def masked(x: Array) -> Array:
+        return jnp.where(real, x.reshape(real.shape), 0.0)
+
+    return ResponseLogProbs(log_prob=masked(out.log_prob), entropy=masked(out.entropy))
+
+
+@record
+class ResponseComparison:
+    """The policy beside its reference at every response token, [batch, response]; 0 at padding."""
+
+    log_prob: Float[Array, "batch response"]
+    reference_log_prob: Float[Array, "batch response"]
+    kl: Float[Array, "batch response"]
+    """Divergence of the two next-token distributions, in nats."""
+
+
+def compare_responses(
+    params: Mapping[str, Any],
+    reference_params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    response_length: Int[Array, " batch"],
+    *,
+    reverse: bool = False,
+    remat: str = "none",
+    dtype: Any = None,
+    **adapters: Any,
+) -> ResponseComparison:
+    """Log-probs under policy and reference and their exact divergence, from one pass of each.
+
+    Args:
+      params: the policy's nested dict of arrays.
+      reference_params: the reference's; it runs without adapters. No gradient flows to it.
+      config: of both.
+      tokens: as in `response_log_probs`.
+      prompt_length: as in `response_log_probs`.
+      response_tokens: as in `response_log_probs`.
+      response_length: as in `response_log_probs`.
+      reverse: KL(reference || policy) instead of KL(policy || reference).
+      remat: as in `response_log_probs`.
+      dtype: as in `response_log_probs`.
+      **adapters: of the policy, as in `response_log_probs`.
+
+    Returns:
+      Float32, [batch, response], 0 at padding.
+    """
+    rows = (tokens, prompt_length, response_tokens, response_length)
+    how = {"remat": remat, "dtype": dtype}
+    policy = _response_states(params, config, *rows, **how, **_adapter_options(**adapters))
+    reference = jax.lax.stop_gradient(_response_states(reference_params, config, *rows, **how)[:3])
+    hidden, kernel, bias, form = policy
+    targets = response_tokens.reshape(-1)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1])
+
+    log_prob = token_log_probs(flat(hidden), kernel, targets, bias=bias, **form).log_prob
+    of_reference = token_log_probs(
+        flat(reference[0]), reference[1], targets, bias=reference[2], **form
+    ).log_prob
+    kl = token_kl(
+        flat(hidden),
+        kernel,
+        flat(reference[0]),
+        reference[1],
+        bias=bias,
+        reference_bias=reference[2],
+        reverse=reverse,
+        **form,
+    )
+    real = jnp.arange(response_tokens.shape[1])[None] < response_length[:, None]
+
+    def masked(x: Array) -> Array:
+        return jnp.where(real, x.reshape(real.shape), 0.0)
+
+    return ResponseComparison(
+        log_prob=masked(log_prob), reference_log_prob=masked(of_reference), kl=masked(kl)
+    )
+
+
+def _adapter_options(
+    *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
+) -> dict[str, Any]:
+    """The models' own keywords; dropout travels inside the adapters."""
+    if adapters is None:
+        return {}
+    if adapter_dropout and dropout_key is not None:
+        from jaxalign.models.lora import with_dropout
+
+        adapters = with_dropout(adapters, dropout_key, rate=adapter_dropout)
+    return {"adapters": adapters, "adapter_scale": adapter_scale}
+
+
+def _response_states(
+    params, config, tokens, prompt_length, response_tokens, response_length, **options
+) -> tuple[Array, Array, Array | None, dict[str, Any]]:
+    """Hidden states that predict the response [batch, response, width]; how logits follow."""
+    if isinstance(config, DecoderConfig):
+        hidden = decoder.hidden_states(params, config, tokens, **options)
+        places = prompt_length[:, None] - 1 + jnp.arange(response_tokens.shape[1])[None]
+        places = jnp.clip(places, 0, tokens.shape[1] - 1)
+        hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+        kernel, bias = decoder.unembedding(params, config)
+    else:
+        rows = tokens, prompt_length, response_tokens
+        hidden = encoder_decoder.response_states(params, config, *rows, **options)
+        kernel, bias = encoder_decoder.unembedding(params, config)
+    return hidden, kernel, bias, {"softcap": config.logit_softcap, "scale": config.logit_scale}
+
+
+def text_log_probs(
+    params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "rows length"],
+    segment_ids: Int[Array, "rows length"],
+    positions: Int[Array, "rows length"],
+    target_mask: Array,
+    *,
+    remat: str = "none",
+    dtype: Any = None,
+    token_block: int | None = None,
+    vocab_block: int | None = None,
+    **adapters: Any,
+) -> Float[Array, "rows length"]:
+    """Log-prob of each scored token of packed text, from the position before it.
+
+    Args:
+      params: nested dict of arrays.
+      config: `DecoderConfig`.
+      tokens: packed documents.
+      segment_ids: 0 at padding; documents 1, 2, ...
+      positions: restart at every document.
+      target_mask: nonzero where a token is scored; the first of a document never is.
+      remat: as in `decoder.hidden_states`.
+      dtype: as in `decoder.hidden_states`.
+      token_block: as in `token_log_probs`.
+      vocab_block: as in `token_log_probs`.
+      **adapters: `adapters`, `adapter_scale` as in `decoder.hidden_states`; `adapter_dropout` and
+        `dropout_key` as in `lora.with_dropout`.
+
+    Returns:
+      Float32, [rows, length], 0 where a token is not scored.
+    """
+    hidden = decoder.hidden_states(
+        params,
+        config,
+        tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        remat=remat,
+        dtype=dtype,
+        **_adapter_options(**adapters),
+    )
+    kernel, bias = decoder.unembedding(params, config)
+    # All positions rather than all but one: sizes stay round, and the last target is masked.
+    targets = jnp.roll(tokens, -1, axis=1)
+    out = token_log_probs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        kernel,
+        targets.reshape(-1),
+        bias=bias,
+        softcap=config.logit_softcap,
+        scale=config.logit_scale,
+        token_block=token_block,
+        vocab_block=vocab_block,
+    )
+    log_prob = jnp.roll(out.log_prob.reshape(tokens.shape), 1, axis=1)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    scored = (target_mask != 0) & (segment_ids != 0) & (segment_ids == before)
+    return jnp.where(scored, log_prob, 0.0)
