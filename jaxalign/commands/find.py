@@ -57,9 +57,10 @@ def find_loss(name: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
     if name in TOKEN_LOSSES:
         return TOKEN_LOSSES[name], True, False
     module, _, attribute = name.rpartition(":")
-    loss: Any = getattr(find_module(module, "loss"), attribute, None)
-    if not callable(loss):
+    found = getattr(find_module(module, "loss"), attribute, None)
+    if not callable(found):
         raise UserError(f"loss: {module} has no function {attribute}")
+    loss: Any = found
     first, *rest = inspect.signature(loss).parameters.values()
     if unknown := sorted(set(options) - {parameter.name for parameter in rest}):
         known = ", ".join(parameter.name for parameter in rest) or "none"
