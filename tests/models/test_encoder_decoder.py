@@ -36,11 +36,12 @@ SMALL = EncoderDecoderConfig(
     relative_buckets=8,
     relative_distance=10,
 )
+states_of = jax.jit(hidden_states, static_argnames=("config", "remat"))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(SMALL, jax.random.key(0))
+    return jax.jit(init_params, static_argnums=0)(SMALL, jax.random.key(0))
 
 
 def fields(case):
@@ -172,7 +173,7 @@ def test_a_model_does_not_diverge_from_itself(params):
 def test_decoder_sees_nothing_that_comes_later(params):
     prompt, _, answer, _ = rows(responses=(5, 5))
     changed = answer.at[:, 3:].set(3 + (answer[:, 3:] - 2) % 20)
-    before, after = (hidden_states(params, SMALL, prompt, x) for x in (answer, changed))
+    before, after = (states_of(params, SMALL, prompt, x) for x in (answer, changed))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
     assert not np.allclose(before[:, 3:], after[:, 3:])
 
@@ -180,7 +181,7 @@ def test_decoder_sees_nothing_that_comes_later(params):
 def test_encoder_sees_both_ways_and_no_padding(params):
     prompt, _, answer, _ = rows()
     mask = jnp.ones_like(prompt).at[:, 5:].set(0)
-    states = lambda x: hidden_states(params, SMALL, x, answer, attention_mask=mask)  # noqa: E731
+    states = lambda x: states_of(params, SMALL, x, answer, attention_mask=mask)  # noqa: E731
     padded, first, last = (prompt.at[:, at].set(1) for at in (slice(5, None), 0, 4))
     np.testing.assert_array_equal(states(padded), states(prompt))
     for changed in (first, last):
@@ -196,11 +197,11 @@ def test_blocks_of_queries_change_nothing(params, monkeypatch):
     def loss(p):
         return jnp.square(hidden_states(p, SMALL, prompt, answer, attention_mask=mask)).sum()
 
-    whole = jax.value_and_grad(loss)(params)
+    whole = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(
         encoder_decoder, "_attention", _in_blocks_of(encoder_decoder._attention, size=4)
     )
-    parts = jax.value_and_grad(loss)(params)
+    parts = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
     jax.tree.map(close, whole, parts)
 
@@ -214,8 +215,8 @@ def test_rematerialisation_changes_no_gradient(params, remat):
     prompt, _, answer, _ = rows()
 
     def gradient(remat):
-        loss = lambda p: hidden_states(p, SMALL, prompt, answer, remat=remat).sum()  # noqa: E731
-        return jax.grad(loss)(params)
+        loss = lambda p: states_of(p, SMALL, prompt, answer, remat=remat).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
     jax.tree.map(close, gradient("none"), gradient(remat))
@@ -228,7 +229,7 @@ def test_gradient_is_the_finite_difference(params):
 
         @jax.jit
         def loss(p):
-            return hidden_states(p, SMALL, batch[0], batch[2]).mean()
+            return states_of(p, SMALL, batch[0], batch[2]).mean()
 
         check_grads(loss, (wide,), order=1, modes=["rev"], eps=1e-4, rtol=1e-3)
 
@@ -242,17 +243,17 @@ def test_adapters_are_their_merged_model(params):
     drawn = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapters
     )
-    off_line = hidden_states(params, SMALL, prompt, answer, adapters=drawn, adapter_scale=0.7)
-    merged = hidden_states(merge(params, drawn, 0.7), SMALL, prompt, answer)
+    off_line = states_of(params, SMALL, prompt, answer, adapters=drawn, adapter_scale=0.7)
+    merged = states_of(merge(params, drawn, 0.7), SMALL, prompt, answer)
     np.testing.assert_allclose(off_line, merged, atol=1e-4)
-    assert np.abs(merged - hidden_states(params, SMALL, prompt, answer)).max() > 1e-2
+    assert np.abs(merged - states_of(params, SMALL, prompt, answer)).max() > 1e-2
 
 
 def test_initial_parameters_have_t5s_scales():
     config = EncoderDecoderConfig(
         vocab_size=500, width=64, layers=4, decoder_layers=4, heads=8, head_width=16, mlp_width=256
     )
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     assert jax.tree.map(lambda x: x.shape, params) == parameter_shapes(config)
     decoder = params["decoder"]["layers"]
     deviations = {
