@@ -201,7 +201,7 @@ def test_blocks_of_queries_change_nothing(params, monkeypatch):
     monkeypatch.setattr(
         encoder_decoder, "_attention", _in_blocks_of(encoder_decoder._attention, size=4)
     )
-    parts = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)
+    parts = jax.jit(jax.value_and_grad(loss))(params)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
     jax.tree.map(close, whole, parts)
 
