@@ -101,6 +101,11 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Names of the matrices that get an adapter; patterns with * are allowed."""
 
+    @property
+    def scale(self) -> float:
+        """The factor on an adapter's output."""
+        return self.alpha / self.rank
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -124,6 +129,8 @@ class TrainConfig:
     """Folder in which run folders are made."""
     model: str = "embedded"
     """Hugging Face folder or hub name, or "embedded": random weights of `architecture`."""
+    adapter: str | None = None
+    """PEFT folder or hub name of adapters that are merged into the model before the first stage."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; by default the model's own."""
     architecture: ArchitectureConfig = ArchitectureConfig()
@@ -166,7 +173,7 @@ class TrainConfig:
     reference: Literal["live", "precomputed"] = "live"
     """Reference log-probs: computed in each step, or once before the first one and stored."""
     lora: LoraConfig = LoraConfig()
-    """Low-rank adapters in the SFT and preference stages."""
+    """Low-rank adapters in the SFT and preference stages; a stage's are merged before the next."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; parameters and optimiser state are float32."""
     remat: Literal["none", "full", "dots"] = "none"

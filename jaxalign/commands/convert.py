@@ -17,13 +17,14 @@ from jaxalign.commands.stages import (
     read_run_config,
     stage_folder,
     trained_stages,
+    with_adapter,
     write_model_config,
 )
 from jaxalign.commands.updates import make_update_rule
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.lora import init_adapters, merge
-from jaxalign.sharding import make_mesh, parameter_shardings
+from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.step import initial_state
 
@@ -92,8 +93,9 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
     checkpoints.close()
     if lora is None:
         return as_model(model_config, state.params)
-    base = run_base(folder, model_config)
-    return as_model(model_config, merge(base, state.params, lora.alpha / lora.rank))
+    before = config.sft.steps and stage == "preference"
+    base = run_model(folder, "sft", None).params if before else run_base(folder, model_config)
+    return as_model(model_config, merge(place(base, mesh), state.params, lora.scale))
 
 
 def run_base(folder: Path, model_config: Any) -> Any:
@@ -102,7 +104,7 @@ def run_base(folder: Path, model_config: Any) -> Any:
     if config.pretrain.steps:
         return run_model(folder, "pretrain", None).params
     if config.model != "embedded":
-        return load_pretrained(config.model).params
+        return with_adapter(config, model_config, load_pretrained(config.model).params)
     from jaxalign.models.decoder import init_params
 
     return init_params(model_config, jax.random.key(config.seed))

@@ -11,6 +11,8 @@ from jaxalign.config import TrainConfig, from_json
 from jaxalign.errors import UserError
 from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
+from jaxalign.models.lora import merge
+from jaxalign.models.peft import load_adapters
 from jaxalign.models.weights import hf_config
 
 STAGES = ("pretrain", "sft", "preference")
@@ -54,6 +56,14 @@ def as_model(model_config: Any, params: Any) -> Any:
     """The nnx module that holds parameters of an architecture."""
     kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
     return kind(model_config, params)
+
+
+def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
+    """The model's parameters with the config's adapters merged in, where it names any."""
+    if config.adapter is None:
+        return params
+    adapters, scale, _ = load_adapters(config.adapter, model_config)
+    return merge(params, adapters, scale)
 
 
 def parameter_structs(model_config: Any) -> Any:

@@ -18,7 +18,13 @@ from jaxalign.commands.experiment import parse
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.report import print_table
 from jaxalign.commands.run_folder import open_run_folder
-from jaxalign.commands.stages import STAGES, as_model, stage_folder, write_model_config
+from jaxalign.commands.stages import (
+    STAGES,
+    as_model,
+    stage_folder,
+    with_adapter,
+    write_model_config,
+)
 from jaxalign.commands.training_data import (
     StageData,
     count_tokens,
@@ -30,6 +36,8 @@ from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
+from jaxalign.models.lora import init_adapters, merge, stack
+from jaxalign.models.peft import save_adapters
 from jaxalign.reporting import comparison, read_run, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.training.checkpoints import Checkpoints
@@ -93,11 +101,14 @@ def train(config: TrainConfig) -> Path:
         data=data,
         writers=make_writers(config, folder),
     )
-    adapters = None
+    adapters = []
     try:
         for name in STAGES:
             if getattr(config, name).steps:
-                params, adapters = run(world, name, params, adapters)
+                params, trained = run(world, name, params)
+                if trained is not None:  # so the next stage's reference is what this one made
+                    params = place(merge(params, trained, config.lora.scale), mesh)
+                    adapters.append(trained)
     finally:
         for writer in world.writers:
             writer.close()
@@ -122,9 +133,11 @@ def enable_compilation_cache() -> None:
 
 def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The architecture and the parameters to start from, placed on the mesh in float32."""
+    if config.adapter is not None and config.model == "embedded":
+        raise UserError("adapter: needs the model it was trained on; set --model")
     if config.model != "embedded":
         model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
-        return model.config, place(model.params, mesh)
+        return model.config, place(with_adapter(config, model.config, model.params), mesh)
     shape = config.architecture
     model_config = DecoderConfig(
         family="llama",
@@ -170,19 +183,22 @@ def make_writers(config: TrainConfig, folder: Path) -> list[Writer]:
     return writers
 
 
-def run(world: World, name: str, params: Any, adapters: Any) -> tuple[Any, Any]:
-    """One stage, from its newest checkpoint or from the start; returns parameters and adapters."""
+def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
+    """One stage, from its newest checkpoint or from the start.
+
+    Returns:
+      The trained parameters and None; or the frozen ones and the trained adapters.
+    """
     config, mesh = world.config, world.mesh
     stage: StageConfig = getattr(config, name)
     lora = config.lora if config.lora.rank and name != "pretrain" else None
-    if lora is not None and adapters is None:
-        from jaxalign.models.lora import init_adapters
-
-        key = jax.random.key(config.seed + 1)
+    adapters = None
+    if lora is not None:
+        key = jax.random.key(config.seed + 1 + STAGES.index(name))
         adapters = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
     policy = Policy(
         config=world.model_config,
-        adapter_scale=None if lora is None else lora.alpha / lora.rank,
+        adapter_scale=None if lora is None else lora.scale,
         adapter_dropout=0.0 if lora is None else lora.dropout,
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
@@ -249,7 +265,7 @@ def run(world: World, name: str, params: Any, adapters: Any) -> tuple[Any, Any]:
             progress=progress,
         )
     checkpoints.close()
-    return (state.params, adapters) if lora is None else (params, state.params)
+    return (state.params, None) if lora is None else (params, state.params)
 
 
 def make_objective(
@@ -299,28 +315,24 @@ def make_objective(
     )
 
 
-def export(world: World, params: Any, adapters: Any) -> None:
+def export(world: World, params: Any, adapters: Sequence[Any]) -> None:
     """A Hugging Face folder with the weights (adapters merged in) and the tokenizer.
 
-    The adapters alone go into a folder `adapter` that PEFT opens.
+    The adapters of all stages, as one of their summed rank, go into a folder `adapter` that PEFT
+    opens.
     """
-    config = world.config
-    if adapters is not None:
-        from jaxalign.models.lora import merge
-        from jaxalign.models.peft import save_adapters
-
-        lora = config.lora
-        changed = config.model == "embedded" or config.pretrain.steps
+    config, lora = world.config, world.config.lora
+    if adapters:
+        changed = config.model == "embedded" or config.pretrain.steps or config.adapter
         save_adapters(
             world.folder / "adapter",
-            adapters,
+            functools.reduce(stack, adapters),
             world.model_config,
-            rank=lora.rank,
-            alpha=lora.alpha,
+            rank=lora.rank * len(adapters),
+            alpha=lora.alpha * len(adapters),
             dropout=lora.dropout,
             base_model=None if changed else config.model,
         )
-        params = merge(params, adapters, lora.alpha / lora.rank)
     folder = world.folder / "export"
     if folder.exists():
         shutil.rmtree(folder)

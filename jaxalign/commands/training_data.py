@@ -142,8 +142,7 @@ def load_stages(
         }
         pairs = _PreferenceData(config, tokenizer, options, report)
         if config.sft.steps:
-            # an encoder-decoder has no packed form: it reads the chosen side of the pairs
-            stages["sft"] = pairs.stage() if encoder_decoder else pairs.supervised_stage()
+            stages["sft"] = pairs.supervised_stage()
         if config.preference.steps:
             stages["preference"] = pairs.stage()
     if jax.process_index() == 0:
@@ -212,11 +211,14 @@ class _PreferenceData:
             train, held_out = split_holdout(records, config.holdout, seed=config.seed)
             train = _limit(train, config.max_records)
             held_out = _limit(held_out, config.max_eval_records)
+
+        def rows(records: list[Any], name: str) -> Any:
+            tokens = self._tokenized(tokenize_responses, records, name)
+            return tokens.as_pairs() if self._options["encoder_decoder"] else tokens
+
         return StageData(
-            train=self._tokenized(tokenize_responses, train, "train_responses"),
-            held_out=self._tokenized(tokenize_responses, held_out, "held_out_responses")
-            if held_out
-            else None,
+            train=rows(train, "train_responses"),
+            held_out=rows(held_out, "held_out_responses") if held_out else None,
             places=[_place(record) for record in train],
             length=config.max_length,
         )

@@ -63,6 +63,17 @@ class TokenizedRows:
         """Int64 [rows]: tokens of prompt and response."""
         return np.diff(self.offsets)
 
+    def as_pairs(self) -> "TokenizedPairs":
+        """Every row twice: what cannot be packed (an encoder-decoder's input) travels as pairs."""
+        return TokenizedPairs(
+            rows=TokenizedRows(
+                flat=np.concatenate([self[i] for i in range(len(self)) for _ in range(2)]),
+                offsets=np.concatenate([[0], np.cumsum(np.repeat(self.length, 2))]),
+                prompt_length=np.repeat(self.prompt_length, 2),
+                record_index=np.repeat(self.record_index, 2),
+            )
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPairs:

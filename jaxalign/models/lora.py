@@ -189,6 +189,30 @@ def merge(
     return {**params, **{name: merge(params[name], adapters[name], scale) for name in adapters}}
 
 
+def stack(first: Mapping[str, Any], second: Mapping[str, Any]) -> Adapters:
+    r"""One tree of adapters that does what two do one after the other.
+
+    .. math:: A = [A_1 \; A_2], \quad B = [B_1; B_2], \quad A B = A_1 B_1 + A_2 B_2
+
+    Args:
+      first: as `init_adapters` makes them.
+      second: on the same matrices, and meant for the same scale.
+
+    Returns:
+      The adapters, of the summed rank.
+    """
+    others = items(second)
+
+    def both(path: str, adapter: Adapter) -> Adapter:
+        other = others[path]
+        return {
+            "a": jnp.concatenate([adapter["a"], other["a"]], axis=2),
+            "b": jnp.concatenate([adapter["b"], other["b"]], axis=1),
+        }
+
+    return _each(both, first)
+
+
 def count(adapters: Mapping[str, Any]) -> int:
     """How many numbers are trained."""
     return sum(adapter[name].size for adapter in items(adapters).values() for name in ("a", "b"))

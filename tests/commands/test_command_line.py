@@ -12,8 +12,17 @@ from jaxalign.cli import main
 from jaxalign.commands.experiment import SCALES, load_config, parse
 from jaxalign.commands.find import find_loss
 from jaxalign.config import TrainConfig, from_json, to_json
+from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
-from jaxalign.models import load_pretrained
+from jaxalign.models import (
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    load_pretrained,
+    save_pretrained,
+)
+from jaxalign.models.encoder_decoder import init_params
+from jaxalign.models.lora import merge
+from jaxalign.models.peft import load_adapters
 from jaxalign.reporting import read_run
 from jaxalign.training.objectives import couples_pairs
 
@@ -169,6 +178,57 @@ def test_a_loss_of_ones_own_is_trained(folder):
         assert main([*arguments, "--no-export"]) == 0
     own, known = (read_run(folder / "runs" / n).curve("preference", "eval", "loss") for n in NAMES)
     assert own == known
+
+
+def test_an_encoder_decoder_is_trained_and_exported(capsys, folder):
+    tokenizer = embedded_tokenizer()
+    config = EncoderDecoderConfig(
+        vocab_size=len(tokenizer),
+        width=16,
+        layers=1,
+        decoder_layers=1,
+        heads=2,
+        head_width=8,
+        mlp_width=24,
+    )
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    save_pretrained(EncoderDecoder(config, params), folder / "t5", tokenizer=tokenizer)
+    (folder / "sft.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 20)
+    train = ["train", "small.py", "--model", "./t5", "--sft-data", "sft.jsonl"]
+    assert main([*train, "--lora.rank", "2", "--sft.steps", "60", "--name", "t5run"]) == 0
+    run = read_run(folder / "runs" / "t5run")
+    _, losses = run.curve("sft", "train", "loss")
+    assert losses[-1] < 0.9 * losses[0]
+    before, _ = run.first_and_last("preference", "loss")
+    assert before == pytest.approx(np.log(2), abs=1e-3)
+    exported = load_pretrained(run.folder / "export")
+    assert exported.config == config
+    # the adapters of both stages, as PEFT reads them, are what was merged
+    base = load_pretrained(folder / "t5")
+    adapters, scale, _ = load_adapters(run.folder / "adapter", config)
+    merged = merge(base.params, adapters, scale)
+    assert main(["convert", str(run.folder), str(folder / "converted")]) == 0
+    for other in (merged, load_pretrained(folder / "converted").params):
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
+        jax.tree.map(close, exported.params, other)
+    again = [
+        "--adapter",
+        str(run.folder / "adapter"),
+        "--sft.steps",
+        "0",
+        "--preference.steps",
+        "1",
+    ]
+    rate = ["--preference.optimizer.learning-rate", "0"]
+    assert main([*train, *again, *rate, "--name", "again"]) == 0
+    unchanged = load_pretrained(folder / "runs" / "again" / "export").params
+    np.testing.assert_allclose(
+        unchanged["encoder"]["layers"]["q"]["kernel"],
+        exported.params["encoder"]["layers"]["q"]["kernel"],
+        atol=1e-5,
+    )
+    line = complaint(capsys, *train, "--pretrain.steps", "1", "--name", "text")
+    assert "packed text is for decoders" in line
 
 
 def test_a_wrong_loss_of_ones_own_is_named_before_training(capsys, folder):

@@ -11,7 +11,15 @@ from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import hidden_states, init_params, logits, parameter_shapes
 from jaxalign.models.layers import dense
-from jaxalign.models.lora import count, init_adapters, items, matrix_shapes, merge, with_dropout
+from jaxalign.models.lora import (
+    count,
+    init_adapters,
+    items,
+    matrix_shapes,
+    merge,
+    stack,
+    with_dropout,
+)
 from jaxalign.models.responses import response_log_probs
 
 CONFIG = DecoderConfig(
@@ -26,6 +34,7 @@ CONFIG = DecoderConfig(
 )
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 SCALE = 0.7
+RANK_TWO = {"rank": 2, "targets": EVERY}
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,15 @@ def test_merging_is_written_out(params, adapters):
     a, b = (np.asarray(adapters["layers"]["down"][x], np.float64) for x in "ab")
     expected = np.asarray(params["layers"]["down"]["kernel"], np.float64) + SCALE * (a @ b)
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_stacked_adapters_are_both_merged(params, adapters):
+    other = jax.tree.map(lambda x: 0.5 - x, init_adapters(params, jax.random.key(9), **RANK_TWO))
+    stacked = stack(adapters, other)
+    assert stacked["layers"]["q"]["a"].shape[-1] == 3 + 2
+    one_by_one = merge(merge(params, adapters, SCALE), other, SCALE)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, merge(params, stacked, SCALE), one_by_one)
 
 
 def test_merging_keeps_the_kernel_dtype_and_rounds_once(params, adapters):
