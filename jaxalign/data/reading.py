@@ -1,22 +1,23 @@
 """Rows of a file, a hub or a TFDS data set, and what to do with those that cannot be used."""
 
 import gzip
+import io
 import json
 import lzma
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from jaxalign.errors import UserError
 
 BadRecords = Literal["error", "skip"]
 
 FILES = (".jsonl", ".json", ".parquet", ".txt", ".md")
-PACKED = {".gz": gzip.open, ".xz": lzma.open}
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 class BadRecordError(Exception):
@@ -189,7 +190,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     )
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     return PACKED[path.suffix](path, "rb") if path.suffix in PACKED else path.open("rb")
 
 
@@ -208,7 +209,7 @@ def json_lines(path: Path) -> Iterator[Row]:
 def _json_row(source: str, number: int, line: bytes) -> Row:
     try:
         encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte order mark may come first
-        return Row(source, number, json.loads(line.decode(encoding)))
+        return Row(source, number, json.loads(line.decode(encoding).rstrip()))
     except UnicodeDecodeError as error:
         fault = BadRecordError(
             "invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}"
