@@ -1,0 +1,340 @@
+"""Tokens of prompts and responses: those of the joint text, ended once, begun once, cut rightly."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from jaxalign.data import (
+    embedded_preferences,
+    embedded_tokenizer,
+    load_tokenizer,
+    tokenize_pairs,
+    tokenize_responses,
+    tokenize_texts,
+)
+from jaxalign.data.records import PreferenceRecord, PromptResponseRecord
+from jaxalign.errors import UserError
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. Question: why? Answer: because it can.",
+    "What is 12 + 30? It is 42, of course; naïve café — ﬁne “quotes”.",
+    "Human: say hello\n\nAssistant: hello there, how are you today?",
+] * 20
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def byte_level():
+    """GPT-2's kind: no beginning token, spaces belong to the word after them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def metaspace():
+    """Llama's kind: a space is put before the text and <s> before that."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merge over words
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    alphabet = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIAL + alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def unigram():
+    """T5's kind: a space before the text, </s> after it."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", backend.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {"byte_level": byte_level(), "metaspace": metaspace(), "unigram": unigram()}
+
+
+KINDS = pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram"])
+PAIRS = [
+    ("Question: why? Answer:", " because it can.", " it is 42"),
+    ("What is 12 + 30?\n", "It is 42, of course", "naïve café"),
+    ("", "The quick brown fox", "hello"),
+    ("say hello\n\nAssistant:", " hello there", " how are you today? “quotes”"),
+]
+
+
+def record(prompt, chosen, rejected="x"):
+    return PreferenceRecord(prompt=prompt, chosen=chosen, rejected=rejected, source="f", line=1)
+
+
+def sides(tokenizer, prompt, chosen, rejected, **options):
+    pairs, report = tokenize_pairs(
+        [record(prompt, chosen, rejected)], tokenizer, **{"max_length": 200} | options
+    )
+    (lengths,) = pairs.prompt_length.tolist()
+    rows = [pairs.rows[i].tolist() for i in (0, 1)]
+    return [(row[:n], row[n:]) for row, n in zip(rows, lengths, strict=True)], report
+
+
+@KINDS
+@pytest.mark.parametrize("pair", PAIRS)
+def test_prompt_and_response_are_the_joint_texts_tokens(tokenizers, kind, pair):
+    tokenizer = tokenizers[kind]
+    prompt, *responses = pair
+    rows, report = sides(tokenizer, *pair)
+    eos = tokenizer.eos_token_id
+    for (before, after), response in zip(rows, responses, strict=True):
+        joint = tokenizer(prompt + response, add_special_tokens=True).input_ids
+        joint = joint if joint[-1] == eos else [*joint, eos]
+        if not prompt and joint[0] != tokenizer.bos_token_id:
+            joint = [eos, *joint]  # something to predict the first token from
+        assert before + after == joint
+        # the response's tokens decode to the response, and to nothing else
+        assert tokenizer.decode(after[:-1]).strip() == response.strip()
+    assert report.straddling == 0
+
+
+@KINDS
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text("ab ?\né", max_size=8), response=st.text("ab c?é", min_size=1, max_size=8))
+def test_no_character_is_lost_or_doubled(tokenizers, kind, prompt, response):
+    tokenizer = tokenizers[kind]
+    ((before, after), _), report = sides(tokenizer, prompt, response, "never the same")
+    assert after[-1] == tokenizer.eos_token_id
+    assert after.count(tokenizer.eos_token_id) == 1
+    if kind == "byte_level" and before:  # the one kind that keeps every character
+        start = before[1:] if not prompt else before
+        assert tokenizer.decode(start + after[:-1]) == prompt + response
+        if not report.straddling:
+            assert tokenizer.decode(after[:-1]).endswith(response)
+
+
+def test_a_token_across_the_boundary_is_counted_and_cut(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    (of,) = tokenizer(" of").input_ids  # one token, over the boundary of " o" and "f"
+    prompt, response = " o", "f course"
+    assert tokenizer(prompt + response).input_ids[0] == of
+    ((before, after), _), report = sides(tokenizer, prompt, response, "other words")
+    assert report.straddling >= 1
+    assert before == tokenizer(prompt).input_ids
+    assert tokenizer.decode(after[:-1]) == response
+
+
+def test_begin_and_end_that_the_text_brings_along_stand_once(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows, _ = sides(tokenizer, "<s>say", " hello</s>", " there")
+    for before, after in rows:
+        assert (before + after).count(bos) == 1
+        assert before[0] == bos
+        assert after.count(eos) == 1
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    prompt = "The quick brown fox jumps over the lazy dog. " * 5
+    rows, report = sides(tokenizer, prompt, " because", " it can, of course", max_length=40)
+    whole = tokenizer(prompt).input_ids
+    longest = max(len(after) for _, after in rows)
+    for before, after in rows:
+        assert len(before) + longest == 40  # both sides keep the same end of the prompt
+        assert before[0] == tokenizer.bos_token_id
+        assert before[1:] == whole[-len(before) + 1 :]
+        assert after[-1] == tokenizer.eos_token_id
+    assert (report.truncated_prompts, report.truncated_responses) == (2, 0)
+
+
+def test_long_responses_lose_their_end_and_are_counted(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    prompt, long = "The quick brown fox jumps over", " the lazy dog" * 20
+    rows, report = sides(tokenizer, prompt, long, " because", max_length=24, min_prompt_length=4)
+    (before, after), (_, short) = rows
+    assert before == tokenizer(prompt).input_ids[-4:]
+    assert after == tokenizer(long).input_ids[:20]
+    assert tokenizer.eos_token_id not in after
+    assert short[-1] == tokenizer.eos_token_id
+    assert (report.truncated_prompts, report.truncated_responses) == (2, 1)
+
+
+def test_pairs_that_truncation_makes_the_same_are_left_out(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    long = " the lazy dog" * 20
+    records = [record("say", long + " a", long + " b"), record("say", " a", " b")]
+    pairs, report = tokenize_pairs(records, tokenizer, max_length=24)
+    assert (len(pairs), report.records, report.identical) == (1, 2, 1)
+    assert pairs.record_index.tolist() == [1]
+
+
+def test_encoder_and_decoder_read_texts_of_their_own(tokenizers):
+    tokenizer = tokenizers["unigram"]
+    rows, _ = sides(tokenizer, "Question: why?", "because", "it can", encoder_decoder=True)
+    for (before, after), response in zip(rows, ("because", "it can"), strict=True):
+        assert before == tokenizer("Question: why?").input_ids  # with the end token T5 puts there
+        assert after == tokenizer(response).input_ids
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+def test_conversations_are_what_the_chat_template_makes_of_them(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    prompt = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "why?"},
+    ]
+    answer = [{"role": "assistant", "content": "because it can"}]
+    other = [{"role": "assistant", "content": "of course"}]
+    rows, report = sides(tokenizer, prompt, answer, other, chat_template=TEMPLATE)
+    whole = tokenizer.apply_chat_template(
+        prompt + answer, chat_template=TEMPLATE, tokenize=True, return_dict=False
+    )
+    begun = tokenizer.apply_chat_template(
+        prompt, chat_template=TEMPLATE, add_generation_prompt=True, tokenize=False
+    )
+    (before, after), _ = rows
+    eos = tokenizer.eos_token_id
+    last = len(whole) - whole[::-1].index(eos)  # the newline after the last turn is not scored
+    assert before + after == whole[:last]
+    assert tokenizer.decode(before) == begun
+    assert before.count(tokenizer.bos_token_id) == 1
+    assert report.template_differs == 0
+
+
+def test_a_conversation_without_a_template_is_named(tokenizers):
+    turn = [{"role": "user", "content": "x"}]
+    with pytest.raises(UserError, match="f:1: a conversation, but the tokenizer has no chat"):
+        sides(tokenizers["unigram"], turn, turn, turn)
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="f:1: the chat template refuses it: roles must alternate"):
+        sides(tokenizers["unigram"], turn, turn, turn, chat_template=refusing)
+
+
+def test_plain_prompts_take_a_format_or_the_template(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    formatted, _ = sides(tokenizer, "why?", " it can", " x", prompt_format="Q: {prompt}\nA:")
+    written, _ = sides(tokenizer, "Q: why?\nA:", " it can", " x")
+    assert formatted == written
+    options = {"chat_template": TEMPLATE, "strings_as_chat": True}
+    chat, _ = sides(tokenizer, "why?", "it can", "x", **options)
+    turns, _ = sides(
+        tokenizer,
+        [{"role": "user", "content": "why?"}],
+        [{"role": "assistant", "content": "it can"}],
+        [{"role": "assistant", "content": "x"}],
+        chat_template=TEMPLATE,
+    )
+    assert chat == turns
+    with pytest.raises(UserError, match="prompt_format"):
+        sides(tokenizer, "a", "b", "c", prompt_format="Q: prompt")
+
+
+def test_responses_are_the_chosen_sides_of_pairs(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    records = [
+        PromptResponseRecord(prompt=p, response=c, source="f", line=i)
+        for i, (p, c, _) in enumerate(PAIRS)
+    ]
+    rows, _ = tokenize_responses(records, tokenizer, max_length=200)
+    pairs, _ = tokenize_pairs([record(*pair) for pair in PAIRS], tokenizer, max_length=200)
+    for i in range(len(PAIRS)):
+        assert rows[i].tolist() == pairs.rows[2 * i].tolist()
+    assert rows.prompt_length.tolist() == pairs.prompt_length[:, 0].tolist()
+    doubled = rows.as_pairs()
+    assert (doubled.length == rows.length[:, None]).all()
+    assert doubled.rows[5].tolist() == rows[2].tolist()
+    assert doubled.record_index.tolist() == rows.record_index.tolist()
+
+
+@KINDS
+def test_documents_begin_and_end_and_are_kept_in_a_cache(tokenizers, kind, tmp_path):
+    tokenizer = tokenizers[kind]
+    texts = TEXTS[:3]
+    tokens = tokenize_texts(texts, tokenizer, cache=tmp_path / "tokens")
+    eos = tokenizer.eos_token_id
+    start = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    for i, text in enumerate(texts):
+        plain = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokens[i].tolist() == [start, *plain, eos]
+    assert tokens.characters == sum(map(len, texts))
+    (file,) = (tmp_path / "tokens").iterdir()
+    again = tokenize_texts(texts, tokenizer, cache=tmp_path / "tokens")
+    np.testing.assert_array_equal(again.flat, tokens.flat)
+    tokenize_texts(texts[:2], tokenizer, cache=tmp_path / "tokens")
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    assert file.suffix == ".npz"
+
+
+def test_embedded_pairs_are_whole(tokenizers):
+    pairs, report = tokenize_pairs(embedded_preferences(200), embedded_tokenizer(), max_length=128)
+    assert (len(pairs), report.truncated_prompts, report.straddling) == (200, 0, 0)
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tmp_path, tokenizers):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    backend = tokenizers["byte_level"].backend_tokenizer
+    nameless = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(UserError, match="no end-of-sequence token; name eos_token"):
+        sides(nameless, "a", "b", "c")
+    with pytest.raises(UserError, match="leaves no room"):
+        sides(tokenizers["byte_level"], "a", "b", "c", max_length=1)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "models/stories260K", "models/babyllama105"])
+def test_real_tokenizers_keep_the_joint_text(shared, name):
+    tokenizer = load_tokenizer(shared / name)
+    pair = ("Once upon a time there was a dog.", " He was happy.", " It was big and red.")
+    rows, _ = sides(tokenizer, *pair)
+    for (before, after), response in zip(rows, pair[1:], strict=True):
+        joint = tokenizer(pair[0] + response).input_ids
+        assert before + after == [*joint, tokenizer.eos_token_id]
