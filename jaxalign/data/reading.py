@@ -293,8 +293,14 @@ def _tfds_rows(name: str, split: str) -> Iterator[Row]:
         # without a stored copy TFDS would fetch data, which nobody has asked for
         stored: Any = tfds.builder(dataset, data_dir=data_dir)
         rows = stored.as_data_source(split=split)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (
+        tfds.core.DatasetNotFoundError,
+        AssertionError,
+        KeyError,  # no such split, or none at all yet
+        OSError,
+        ValueError,
+    ) as error:
+        first = str(error).strip(" \n\"'").splitlines()[0]
         raise UserError(
             f"tfds:{name}#{split}: cannot be read: {first}; prepare it as array_record, the "
             "preference sets with jaxalign.data.builders.prepare"

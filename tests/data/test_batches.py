@@ -1,0 +1,273 @@
+"""Batches: each example once, in an order that the seed decides, in few shapes, resumable."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxalign.data import TokenizedPairs, TokenizedRows, TokenizedTexts, pair_batches, text_batches
+from jaxalign.data.batches import choose_buckets, pack
+from jaxalign.errors import UserError
+
+
+def make_rows(lengths, prompts, seed=0):
+    rng = np.random.default_rng(seed)
+    flat = [rng.integers(1, 99, n).astype(np.int32) for n in lengths]
+    return TokenizedRows(
+        flat=np.concatenate(flat),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompt_length=np.asarray(prompts, np.int32),
+        record_index=np.arange(len(lengths)),
+    )
+
+
+def make_pairs(number, seed=0, longest=60):
+    rng = np.random.default_rng(seed)
+    prompts = np.repeat(rng.integers(1, longest // 2, number), 2)
+    lengths = prompts + rng.integers(1, longest // 2, 2 * number)
+    rows = make_rows(lengths, prompts, seed)
+    index = np.repeat(np.arange(number), 2)
+    return TokenizedPairs(
+        rows=TokenizedRows(
+            flat=rows.flat,
+            offsets=rows.offsets,
+            prompt_length=rows.prompt_length,
+            record_index=index,
+        )
+    )
+
+
+def make_texts(lengths, seed=0):
+    rows = make_rows(lengths, np.ones(len(lengths)), seed)
+    return TokenizedTexts(flat=rows.flat, offsets=rows.offsets, characters=0)
+
+
+PAIRS = make_pairs(53)
+
+
+def take(batches, number=None):
+    return [next(batches) for _ in range(number)] if number else list(batches)
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
+
+
+def kept(batch):
+    return batch.record_index[batch.weight > 0].tolist()
+
+
+def test_every_pair_comes_once_an_epoch_in_an_order_of_the_seed():
+    def epochs(seed):
+        batches = take(pair_batches(PAIRS, batch_size=8, seed=seed, epochs=3))
+        order = [i for batch in batches for i in kept(batch)]
+        assert len(order) == 3 * 53
+        return order
+
+    first = epochs(0)
+    assert np.bincount(first).tolist() == [3] * 53
+    assert first == epochs(0)
+    assert first != epochs(1)
+    # shuffled over the whole set: neighbours in a batch are far apart in the file
+    assert first[:53] != sorted(first[:53])
+    assert np.abs(np.diff(first[:53])).mean() > 10
+
+
+def test_in_order_where_asked():
+    batches = take(pair_batches(PAIRS, batch_size=8, shuffle=False, epochs=1, window=1))
+    assert [i for batch in batches for i in kept(batch)] == list(range(53))
+
+
+def test_a_batch_holds_its_pairs_and_nothing_else():
+    for batch in take(pair_batches(PAIRS, batch_size=8, epochs=1)):
+        for row in range(8):
+            pair = int(batch.record_index[row])
+            for side in (0, 1):
+                whole = PAIRS.rows[2 * pair + side]
+                prompt = batch.prompt_length[row, side]
+                response = batch.response_length[row, side]
+                assert prompt + response == len(whole)
+                assert batch.tokens[row, side, : len(whole)].tolist() == whole.tolist()
+                assert not batch.tokens[row, side, len(whole) :].any()
+                answer = batch.response_tokens[row, side]
+                assert answer[:response].tolist() == whole[prompt:].tolist()
+                assert not answer[response:].any()
+
+
+def test_a_last_partial_batch_is_filled_with_weight_0_or_dropped():
+    batches = take(pair_batches(PAIRS, batch_size=8, epochs=1))
+    assert len(batches) == 7
+    assert sorted(b.weight.sum() for b in batches) == [5] + [8] * 6
+    assert all(b.tokens.shape[0] == 8 for b in batches)
+    dropped = take(pair_batches(PAIRS, batch_size=8, epochs=1, drop_remainder=True))
+    assert [b.weight.sum() for b in dropped] == [8] * 6
+
+
+def test_few_shapes_and_little_padding():
+    pairs = make_pairs(600, longest=200)
+    batches = take(pair_batches(pairs, batch_size=8, epochs=1, buckets=4))
+    shapes = {(b.tokens.shape, b.response_tokens.shape) for b in batches}
+    assert 1 < len(shapes) <= 4
+    padded = sum(b.tokens.size for b in batches)
+    one_shape = take(pair_batches(pairs, batch_size=8, epochs=1, buckets=1))
+    assert len({b.tokens.shape for b in one_shape}) == 1
+    assert padded < 0.85 * sum(b.tokens.size for b in one_shape)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 4))
+def test_buckets_are_the_best_there_are(lengths, most):
+    """Against every choice of edges; a bucket more is taken where it saves a tenth."""
+    from itertools import combinations
+
+    rounded = sorted({-(-n // 8) * 8 for n in lengths})
+
+    def cost(edges):
+        return sum(min(e for e in edges if e >= n) for n in lengths)
+
+    best = []
+    for number in range(1, most + 1):
+        options = [(*c, rounded[-1]) for c in combinations(rounded[:-1], number - 1)]
+        if options:
+            best.append(min(map(cost, options)))
+    wanted = 0
+    while wanted + 1 < len(best) and best[wanted + 1] < 0.9 * best[wanted]:
+        wanted += 1
+    chosen = choose_buckets(np.array(lengths), most=most)
+    assert chosen[-1] == rounded[-1]
+    assert cost(chosen) == best[wanted]
+
+
+def test_given_buckets_must_hold_the_longest():
+    with pytest.raises(UserError, match="let the largest be at least"):
+        pair_batches(PAIRS, batch_size=8, buckets=(8, 16))
+
+
+@pytest.mark.parametrize("number", [1, 5, 9])
+def test_the_state_of_the_iterator_goes_on_exactly_there(number):
+    whole = take(pair_batches(PAIRS, batch_size=8, seed=3), number + 20)
+    batches = pair_batches(PAIRS, batch_size=8, seed=3)
+    take(batches, number)
+    state = json.loads(json.dumps(batches.get_state()))
+    fresh = pair_batches(PAIRS, batch_size=8, seed=3)
+    fresh.set_state(state)
+    after = take(fresh, 20)  # over the end of the epoch
+    assert all(equal(a, b) for a, b in zip(after, whole[number:], strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_batch(processes):
+    whole = take(pair_batches(PAIRS, batch_size=8, seed=1, epochs=2))
+    shares = [
+        take(
+            pair_batches(
+                PAIRS, batch_size=8, seed=1, epochs=2, process_index=i, process_count=processes
+            )
+        )
+        for i in range(processes)
+    ]
+    assert {len(share) for share in shares} == {len(whole)}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for name, value in vars(batch).items():
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(joined, value, err_msg=name)
+
+
+def test_a_share_of_the_batch_must_be_whole():
+    with pytest.raises(UserError, match="not a multiple of the 3 processes"):
+        pair_batches(PAIRS, batch_size=8, process_count=3)
+    with pytest.raises(UserError, match="partial batches are dropped"):
+        pair_batches(PAIRS, batch_size=64, epochs=1, drop_remainder=True)
+
+
+@pytest.mark.parametrize("prefetch", [1, 16])
+def test_threads_do_not_change_the_order(prefetch):
+    plain = take(pair_batches(PAIRS, batch_size=4, seed=2), 30)
+    ahead = take(pair_batches(PAIRS, batch_size=4, seed=2, prefetch=prefetch), 30)
+    assert all(equal(a, b) for a, b in zip(plain, ahead, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=12),
+    length=st.integers(2, 9),
+    shuffle=st.booleans(),
+)
+def test_every_token_of_a_text_but_the_first_is_scored_once(lengths, length, shuffle):
+    texts = make_texts(lengths)
+    rows = []
+    for batch in text_batches(texts, batch_size=2, length=length, epochs=1, shuffle=shuffle):
+        for at in np.flatnonzero(batch.weight):
+            rows.append([getattr(batch, n)[at] for n in ("tokens", "segment_ids", "positions")])
+            mask, (tokens, segments, positions) = batch.target_mask[at], rows[-1]
+            rows[-1].append(mask)
+            real = segments > 0
+            assert not tokens[~real].any()
+            assert not mask[~real].any()
+            starts = np.flatnonzero(np.diff(np.concatenate([[0], segments[real]])))
+            assert segments[real][starts].tolist() == list(range(1, len(starts) + 1))
+            assert (positions[real][starts] == 0).all()
+            inside = np.diff(segments[real]) == 0
+            assert (np.diff(positions[real])[inside] == 1).all()
+            assert not mask[real][starts].any()
+    # (token before, token) of every scored token: those of the documents, each once
+    scored = sorted(
+        (int(tokens[i - 1]), int(tokens[i]))
+        for tokens, _, _, mask in rows
+        for i in np.flatnonzero(mask)
+    )
+    documents = [texts[i].tolist() for i in range(len(texts))]
+    assert scored == sorted(p for d in documents for p in itertools.pairwise(d))
+
+
+def test_rows_of_text_begin_where_the_row_before_ended():
+    texts = make_texts([30])
+    batches = text_batches(texts, batch_size=1, length=8, epochs=1, shuffle=False)
+    rows = [batch.tokens[0] for batch in batches]
+    assert [row[0] for row in rows[1:]] == [row[-1] for row in rows[:-1]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_prompts_and_responses_stay_whole_and_responses_alone_are_scored(packed):
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 10, 40)
+    rows = make_rows(prompts + rng.integers(1, 10, 40), prompts)
+    options = {"packed": packed, "batch_size": 4, "length": 32, "epochs": 1}
+    found, places = [], 0
+    for batch in text_batches(rows, **options):
+        for at in np.flatnonzero(batch.weight):
+            places += batch.tokens.shape[1]
+            for segment in range(1, batch.segment_ids[at].max() + 1):
+                here = batch.segment_ids[at] == segment
+                assert batch.positions[at][here].tolist() == list(range(here.sum()))
+                prompt = int(here.sum() - batch.target_mask[at][here].sum())
+                assert (batch.target_mask[at][here] == (np.arange(here.sum()) >= prompt)).all()
+                found.append((batch.tokens[at][here].tolist(), prompt))
+    expected = [(rows[i].tolist(), int(prompts[i])) for i in range(40)]
+    assert sorted(found) == sorted(expected)
+    if packed:
+        assert places < 1.35 * len(rows.flat)  # best fit leaves little room
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=50), st.booleans())
+def test_packing_fits_and_forgets_nothing(lengths, shuffled):
+    groups = pack(np.array(lengths), 20, seed=1 if shuffled else None)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in group) for group in groups]
+    assert max(totals) <= 20
+    assert sum(total <= 10 for total in totals) <= 1  # two such rows would have been one
+
+
+def test_rows_that_cannot_be_made_say_so():
+    with pytest.raises(UserError, match="less than the longest example, 30"):
+        pack(np.array([3, 30]), 20)
+    with pytest.raises(UserError, match="leaves nothing to predict"):
+        text_batches(make_texts([5]), batch_size=1, length=1)
+    with pytest.raises(UserError, match="single token"):
+        text_batches(make_texts([1]), batch_size=1, length=4)
