@@ -26,7 +26,7 @@ def make_rows(lengths, prompts, seed=0):
 
 def make_pairs(number, seed=0, longest=60):
     rng = np.random.default_rng(seed)
-    prompts = np.repeat(rng.integers(1, longest // 2, number), 2)
+    prompts = rng.integers(1, longest // 2, 2 * number)
     lengths = prompts + rng.integers(1, longest // 2, 2 * number)
     rows = make_rows(lengths, prompts, seed)
     index = np.repeat(np.arange(number), 2)
@@ -76,6 +76,13 @@ def test_every_pair_comes_once_an_epoch_in_an_order_of_the_seed():
     # shuffled over the whole set: neighbours in a batch are far apart in the file
     assert first[:53] != sorted(first[:53])
     assert np.abs(np.diff(first[:53])).mean() > 10
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    batches = take(pair_batches(PAIRS, batch_size=53, epochs=3, window=1))
+    orders = [batch.record_index.tolist() for batch in batches]
+    assert len({tuple(order) for order in orders}) == 3
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(53))}
 
 
 def test_in_order_where_asked():
