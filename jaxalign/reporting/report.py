@@ -17,6 +17,7 @@ ROWS = (
     ("logps/chosen", "chosen log-prob (nats)", "{:z.2f}"),
     ("logps/rejected", "rejected log-prob (nats)", "{:z.2f}"),
     ("logps/accuracies", "P(chosen) > P(rejected)", "{:z.3f}"),
+    ("logps/mean_accuracies", "the same, per token", "{:z.3f}"),
     ("kl", "KL to reference (nats/token)", "{:z.4f}"),
     ("loss", "loss", "{:z.4f}"),
 )
@@ -84,16 +85,16 @@ def read_run(folder: Path | str) -> Run:
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: a line per metric for one run, a line per run for several."""
+    """Header and rows of the table: a line per metric, a column or two per run."""
     shown = [row for row in ROWS if any(run.first_and_last("preference", row[0]) for run in runs)]
     if len(runs) == 1:
         rows = [[label, *runs[0].cells(metric, form)] for metric, label, form in shown]
         return ["held-out pairs", "before", "after"], rows
     rows = [
-        [run.name, *(" → ".join(run.cells(metric, form)) for metric, _, form in shown)]
-        for run in runs
+        [label, *(" → ".join(run.cells(metric, form)) for run in runs)]
+        for metric, label, form in shown
     ]
-    return ["before → after", *(label for _, label, _ in shown)], rows if shown else []
+    return ["held-out pairs", *(run.name for run in runs)], rows
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -142,20 +143,18 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
                 marker=".",
                 label=f"{run.name}: {side}" if len(runs) > 1 else side,
             )
-        middle.plot(
-            *run.curve("preference", "eval", "rewards/margins"),
-            color=colour,
-            marker=".",
-            label=label,
-        )
+        middle.plot(*_margin(run, own_units=len(runs) == 1), color=colour, marker=".", label=label)
         right.plot(
             *run.curve("preference", "eval", "rewards/accuracies"),
             color=colour,
             marker=".",
             label=label,
         )
-    titles = ("Log-prob of the response", "Reward margin", "Reward accuracy")
-    units = ("nats, summed over tokens", "chosen − rejected", "share of held-out pairs")
+    margins = ("Reward margin", "chosen − rejected")
+    if len(runs) > 1:  # rewards of different losses have different units
+        margins = ("Log-prob margin, change from the start", "nats, chosen − rejected")
+    titles = ("Log-prob of the response", margins[0], "Reward accuracy")
+    units = ("nats, summed over tokens", margins[1], "share of held-out pairs")
     for axis, title, unit in zip((left, middle, right), titles, units, strict=True):
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
@@ -165,6 +164,16 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
         right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _margin(run: Run, *, own_units: bool) -> tuple[list[int], list[float]]:
+    """The reward margin; or in nats, the gap of log-probs less what it was at the start."""
+    if own_units:
+        return run.curve("preference", "eval", "rewards/margins")
+    steps, chosen = run.curve("preference", "eval", "logps/chosen")
+    _, rejected = run.curve("preference", "eval", "logps/rejected")
+    gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    return steps, [gap - gaps[0] for gap in gaps]
 
 
 def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:

@@ -159,6 +159,11 @@ def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
     return 1.0
 
 
+def _wins(chosen: Float[Array, " pairs"], rejected: Float[Array, " pairs"]) -> Array:
+    """1 where chosen is ahead, 0 where rejected is; a draw is half a win."""
+    return jnp.where(chosen == rejected, 0.5, chosen > rejected)
+
+
 def pair_metrics(
     pairs: PairLogProbs,
     losses: Float[Array, " pairs"],
@@ -174,12 +179,11 @@ def pair_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": jnp.where(chosen == rejected, 0.5, chosen > rejected),
+        "rewards/accuracies": _wins(chosen, rejected),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
-        "logps/accuracies": jnp.where(
-            pairs.chosen == pairs.rejected, 0.5, pairs.chosen > pairs.rejected
-        ),
+        "logps/accuracies": _wins(pairs.chosen, pairs.rejected),
+        "logps/mean_accuracies": _wins(pairs.chosen_mean, pairs.rejected_mean),
     }
     return {name: mean_of(value, weight) for name, value in values.items()}
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from jaxalign.errors import UserError
 from jaxalign.reporting import comparison, read_run, write_report
+from jaxalign.reporting.report import _margin
 
 
 def line(step, split="eval", stage="preference", **metrics):
@@ -47,11 +48,18 @@ def test_one_run_is_a_line_per_metric_before_and_after(make_run):
     ]
 
 
-def test_several_runs_are_a_line_each(make_run):
+def test_several_runs_are_columns(make_run):
     runs = [read_run(make_run(n, *preference_lines(v))) for n, v in (("a", 0.8), ("b", 0.6))]
     header, rows = comparison(runs)
-    assert header[:2] == ["before → after", "accuracy"]
-    assert [row[:2] for row in rows] == [["a", "0.500 → 0.800"], ["b", "0.500 → 0.600"]]
+    assert header == ["held-out pairs", "a", "b"]
+    assert rows[0] == ["accuracy", "0.500 → 0.800", "0.500 → 0.600"]
+    assert rows[1] == ["chosen log-prob (nats)", *["-40.00 → -44.25"] * 2]
+
+
+def test_runs_of_different_losses_are_compared_in_nats(make_run):
+    run = read_run(make_run("a", *preference_lines(0.8)))
+    # gaps of 1.5 at the start and 15.75 at the end
+    assert _margin(run, own_units=False) == ([0, 10], [0.0, 14.25])
 
 
 def test_shares_have_the_interval_of_their_number_of_pairs(make_run):

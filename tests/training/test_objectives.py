@@ -1,0 +1,44 @@
+"""What a batch of pairs is said to be: metrics by hand, and what losses are found to read."""
+
+import jax.numpy as jnp
+import pytest
+
+from jaxalign.losses import PairLogProbs, dpo
+from jaxalign.training.objectives import couples_pairs, pair_metrics, reward_scale
+
+PAIRS = PairLogProbs(
+    chosen=jnp.array([-10.0, -20.0, -8.0, -5.0]),
+    rejected=jnp.array([-12.0, -18.0, -8.0, -50.0]),
+    reference_chosen=jnp.array([-11.0, -24.0, -8.0, -5.0]),
+    reference_rejected=jnp.array([-11.0, -20.0, -8.0, -1.0]),
+    chosen_length=jnp.array([5, 10, 4, 1]),
+    rejected_length=jnp.array([10, 6, 4, 1]),
+)
+
+
+def test_metrics_are_those_of_the_weighted_pairs_by_hand():
+    weight = jnp.array([1.0, 1.0, 1.0, 0.0])  # the last pair only fills the batch up
+    metrics = pair_metrics(PAIRS, dpo(PAIRS, beta=0.5), weight, scale=0.5)
+    values = {name: float(mean.total / mean.count) for name, mean in metrics.items()}
+    # rewards: 0.5 * (1, 4, 0) and 0.5 * (-1, 2, 0)
+    assert values["rewards/chosen"] == pytest.approx(2.5 / 3)
+    assert values["rewards/rejected"] == pytest.approx(0.5 / 3)
+    assert values["rewards/margins"] == pytest.approx(2 / 3)
+    assert values["rewards/accuracies"] == pytest.approx(2.5 / 3)  # a draw is half
+    assert values["logps/chosen"] == pytest.approx(-38 / 3)
+    assert values["logps/rejected"] == pytest.approx(-38 / 3)
+    assert values["logps/accuracies"] == pytest.approx(1.5 / 3)
+    # means: -2 against -1.2; -2 against -3; -2 against -2
+    assert values["logps/mean_accuracies"] == pytest.approx(1.5 / 3)
+
+
+def test_the_reward_is_in_the_losss_own_unit():
+    assert reward_scale(dpo, {}) == 0.1
+    assert reward_scale(dpo, {"beta": 0.3}) == 0.3
+    assert reward_scale(lambda pairs, *, tau=0.7: pairs, {}) == 0.7
+    assert reward_scale(lambda pairs: pairs, {}) == 1.0
+
+
+def test_losses_that_do_not_return_a_value_per_pair_are_refused():
+    with pytest.raises(ValueError, match="instead of one value per pair"):
+        couples_pairs(lambda pairs: pairs.margin.mean(), {})
