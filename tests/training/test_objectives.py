@@ -20,7 +20,7 @@ def test_metrics_are_those_of_the_weighted_pairs_by_hand():
     weight = jnp.array([1.0, 1.0, 1.0, 0.0])  # the last pair only fills the batch up
     metrics = pair_metrics(PAIRS, dpo(PAIRS, beta=0.5), weight, scale=0.5)
     values = {name: float(mean.total / mean.count) for name, mean in metrics.items()}
-    # rewards: 0.5 * (1, 4, 0) and 0.5 * (-1, 2, 0)
+    # rewards are half the log-ratios, which are 1, 4, 0 and -1, 2, 0
     assert values["rewards/chosen"] == pytest.approx(2.5 / 3)
     assert values["rewards/rejected"] == pytest.approx(0.5 / 3)
     assert values["rewards/margins"] == pytest.approx(2 / 3)
