@@ -308,7 +308,8 @@ def test_run_converts_to_hugging_face_to_orbax_and_back(run, tmp_path, capsys):
 def test_report_compares_runs(run, tmp_path, capsys):
     assert main(["report", str(run), str(run), "--output", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert text.count("small after") == 2
+    assert "| held-out pairs | small | small |" in text
+    assert "0.6931 → " in text
     assert "no config.json" in complaint(capsys, "report", str(tmp_path))
 
 
