@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxalign.commands.report import print_table
 from jaxalign.data.sources import text_records
-from jaxalign.data.tokenize import load_tokenizer
+from jaxalign.data.tokenizers import load_tokenizer
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import text_log_probs
 

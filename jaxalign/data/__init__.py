@@ -27,11 +27,11 @@ from jaxalign.data.tokenize import (
     TokenizedRows,
     TokenizedTexts,
     TokenizeReport,
-    load_tokenizer,
     tokenize_pairs,
     tokenize_responses,
     tokenize_texts,
 )
+from jaxalign.data.tokenizers import load_tokenizer
 
 __all__ = [
     "PairBatch",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,29 +10,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxalign.data.record_text import text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptResponseRecord,
-    Text,
     TextRecord,
-    shared_length,
 )
+from jaxalign.data.tokenizers import Encoder
 from jaxalign.errors import UserError
 
 T = TypeVar("T")
 
 CHUNK = 2048  # texts per call of the tokenizer: bounds the memory of offsets
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
-SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # what may stand before a response that is alone
-TRANSCRIPT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
-    "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
-    "{% else %}{{ message.content }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-"""HH-RLHF's transcript form as a chat template, for tokenizers that have none."""
 
 
 # ------------------------------------------------------------------------ tokenized records
@@ -158,227 +146,6 @@ class TokenizeReport:
         return "; ".join(parts)
 
 
-# ------------------------------------------------------------------------------- tokenizers
-
-
-def load_tokenizer(path_or_hub_name: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder or hub name; code in a repository is never run.
-
-    An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
-    <|endoftext|> and the like).
-
-    Raises:
-      UserError: there is no such folder or hub name, or no fast tokenizer in it.
-    """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
-    from transformers import AutoTokenizer
-
-    name = str(path_or_hub_name)
-    if Path(name).is_dir() and _only_sentencepiece(Path(name)):
-        return _sentencepiece_tokenizer(Path(name))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer {name}: cannot be loaded: {first}") from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"tokenizer {name}: it has no fast form (tokenizer.json), which knows "
-            "the place of each token in the text"
-        )
-    return with_end_token(tokenizer)
-
-
-def with_end_token(tokenizer: Any) -> Any:
-    """The tokenizer, its end-of-sequence token named where its vocabulary has a usual one."""
-    if tokenizer.eos_token_id is None:
-        vocabulary = tokenizer.get_vocab()
-        for token in END_TOKENS:
-            if token in vocabulary:
-                tokenizer.eos_token = token
-                if tokenizer.bos_token_id is None and token == "<|endoftext|>":
-                    tokenizer.bos_token = token  # GPT-2: one token begins and ends a document
-                break
-    return tokenizer
-
-
-def _only_sentencepiece(folder: Path) -> bool:
-    names = {file.name for file in folder.iterdir()}
-    return "spiece.model" in names and not names & {"tokenizer.json", "config.json"}
-
-
-def _sentencepiece_tokenizer(folder: Path) -> Any:
-    """A T5 folder that has nothing but spiece.model."""
-    from transformers import T5Tokenizer
-
-    try:
-        return T5Tokenizer.from_pretrained(str(folder))
-    except (ImportError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"tokenizer {folder}: spiece.model needs pip install "
-            f"'jaxalign[sentencepiece]' ({first})"
-        ) from None
-
-
-class _Encoder:
-    """A tokenizer's backend with true offsets, and the special tokens it puts around a text."""
-
-    def __init__(self, tokenizer: Any):
-        from tokenizers import Tokenizer
-
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise UserError("the tokenizer has no fast form (tokenizer.json)")
-        description = json.loads(backend.to_str())
-        description["truncation"] = description["padding"] = None
-        _keep_spaces_in_offsets(description)
-        self.backend = Tokenizer.from_str(json.dumps(description))
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                "the tokenizer has no end-of-sequence token; name eos_token in its "
-                "tokenizer_config.json"
-            )
-        self.eos = int(tokenizer.eos_token_id)
-        probe = backend.encode("a", add_special_tokens=True)
-        special = list(probe.special_tokens_mask)
-        begin = special.index(0) if 0 in special else 0
-        end = special[::-1].index(0) if 0 in special else 0
-        self.prefix: list[int] = list(probe.ids[:begin])
-        self.suffix: list[int] = list(probe.ids[len(special) - end :])
-        start = tokenizer.bos_token_id
-        self.start = self.prefix or [self.eos if start is None else int(start)]
-        """What begins a document, also where the tokenizer itself adds nothing."""
-        self.special = frozenset(tokenizer.all_special_ids)
-
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Encodings with offsets, no special tokens added."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
-
-    def begun(self, ids: list[int]) -> list[int]:
-        """With the beginning token, unless the text brought it along."""
-        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
-
-    def ended(self, ids: list[int]) -> list[int]:
-        """With the end-of-sequence token, unless the text brought it along."""
-        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
-
-    def boundary(self, encoding: Any, character: int) -> int | None:
-        """Number of tokens that end at or before a character; None where one straddles it."""
-        if character == 0:
-            return 0
-        token = encoding.char_to_token(character)
-        if token is not None:
-            return token if encoding.token_to_chars(token)[0] == character else None
-        for token, (start, end) in enumerate(encoding.offsets):
-            if start >= character and end > start:
-                return token
-            if end > character:
-                return None
-        return None
-
-    def alone(self, response: str) -> list[int]:
-        """Tokens of a response that does not begin a text: no space is put before it."""
-        for sentinel in SENTINELS:
-            encoding = self.encode([sentinel + response])[0]
-            cut = self.boundary(encoding, len(sentinel))
-            if cut is not None:
-                return list(encoding.ids[cut:])
-        return list(self.encode([response])[0].ids)
-
-    def joint(
-        self, texts: Sequence[tuple[str, str]]
-    ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """(prompt tokens, response tokens, straddled) of each (prompt, response)."""
-        encodings = self.encode([prompt + response for prompt, response in texts])
-        for (prompt, response), encoding in zip(texts, encodings, strict=True):
-            cut = self.boundary(encoding, len(prompt))
-            if cut is not None:
-                ids = list(encoding.ids)
-                yield ids[:cut], ids[cut:], False
-            else:
-                yield list(self.encode([prompt])[0].ids), self.alone(response), True
-
-
-def _keep_spaces_in_offsets(description: Any) -> None:
-    """Set trim_offsets to false everywhere: a trimmed offset hides what a token covers."""
-    if isinstance(description, dict):
-        if "trim_offsets" in description:
-            description["trim_offsets"] = False
-        for value in description.values():
-            _keep_spaces_in_offsets(value)
-    elif isinstance(description, list):
-        for value in description:
-            _keep_spaces_in_offsets(value)
-
-
-# -------------------------------------------------------------------------- text of records
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TextOf:
-    """How records become text: templates for conversations, a format for plain prompts."""
-
-    tokenizer: Any
-    prompt_format: str
-    chat_template: str | None
-    strings_as_chat: bool
-    special: frozenset[str]
-
-    def __call__(self, prompt: Text, response: Text, place: str) -> tuple[str, str, bool]:
-        """(prompt text, response text, whether the template differs)."""
-        if isinstance(prompt, str) and isinstance(response, str) and not self.strings_as_chat:
-            return self.prompt_format.replace("{prompt}", prompt), response, False
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        after = (
-            [{"role": "assistant", "content": response}]
-            if isinstance(response, str)
-            else list(response)
-        )
-        begun = self._apply(before, place, add_generation_prompt=True)
-        whole = self._apply(before + after, place, add_generation_prompt=False)
-        differs = not whole.startswith(begun)
-        cut = shared_length(begun, whole) if differs else len(begun)
-        return whole[:cut], self._without_trailing_space(whole[cut:]), differs
-
-    def _apply(self, messages: list[Any], place: str, **options: Any) -> str:
-        import jinja2
-
-        template = self.chat_template or self.tokenizer.chat_template
-        if template is None:
-            raise UserError(
-                f"{place}: a conversation, but the tokenizer has no chat template; "
-                "name one, or give prompt, chosen and rejected as text"
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=template, **options
-            )
-        except jinja2.exceptions.TemplateError as error:
-            raise UserError(f"{place}: the chat template refuses it: {error}") from None
-
-    def _without_trailing_space(self, text: str) -> str:
-        """A turn's end mark is the end; templates often put a newline after it."""
-        stripped = text.rstrip()
-        return stripped if any(stripped.endswith(token) for token in self.special) else text
-
-
-def _text_of(
-    tokenizer: Any, prompt_format: str, chat_template: str | None, strings_as_chat: bool
-) -> _TextOf:
-    if "{prompt}" not in prompt_format:
-        raise UserError(f"prompt_format: {prompt_format!r} does not hold {{prompt}}")
-    return _TextOf(
-        tokenizer=tokenizer,
-        prompt_format=prompt_format,
-        chat_template=chat_template,
-        strings_as_chat=strings_as_chat,
-        special=frozenset(tokenizer.all_special_tokens) | {"<|im_end|>", "<end_of_turn>"},
-    )
-
-
 # ------------------------------------------------------------------------------ tokenisation
 
 
@@ -420,17 +187,15 @@ def tokenize_pairs(
     Returns:
       The pairs, those with the same tokens on both sides left out, and the counts.
     """
-    report, text_of = (
-        TokenizeReport(),
-        _text_of(tokenizer, prompt_format, chat_template, strings_as_chat),
-    )
-    encoder = _Encoder(tokenizer)
+    report = TokenizeReport()
+    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    encoder = Encoder(tokenizer)
 
     def sides() -> Iterator[tuple[str, str]]:
         for record in records:
             place = f"{record.source}:{record.line}"
             for response in (record.chosen, record.rejected):
-                prompt_text, response_text, differs = text_of(record.prompt, response, place)
+                prompt_text, response_text, differs = in_text(record.prompt, response, place)
                 report.template_differs += differs
                 yield prompt_text, response_text
 
@@ -473,16 +238,14 @@ def tokenize_responses(
       strings_as_chat: plain prompts are also put through the chat template.
       encoder_decoder: prompt and response are texts of their own.
     """
-    report, text_of = (
-        TokenizeReport(),
-        _text_of(tokenizer, prompt_format, chat_template, strings_as_chat),
-    )
-    encoder = _Encoder(tokenizer)
+    report = TokenizeReport()
+    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    encoder = Encoder(tokenizer)
 
     def texts() -> Iterator[tuple[str, str]]:
         for record in records:
             place = f"{record.source}:{record.line}"
-            prompt_text, response_text, differs = text_of(record.prompt, record.response, place)
+            prompt_text, response_text, differs = in_text(record.prompt, record.response, place)
             report.template_differs += differs
             yield prompt_text, response_text
 
@@ -507,7 +270,7 @@ def tokenize_texts(
       tokenizer: from `load_tokenizer`.
       cache: a folder; tokens are kept there under a hash of texts and tokenizer, and read again.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     plain = (text.text if isinstance(text, TextRecord) else text for text in texts)
     if cache is None:
         return _tokenize_texts(plain, encoder)
@@ -533,7 +296,7 @@ def tokenize_texts(
     return tokenized
 
 
-def _tokenize_texts(texts: Iterable[str], encoder: _Encoder) -> TokenizedTexts:
+def _tokenize_texts(texts: Iterable[str], encoder: Encoder) -> TokenizedTexts:
     flat: list[np.ndarray] = []
     lengths: list[int] = []
     characters = 0
@@ -554,7 +317,7 @@ def _tokenize_texts(texts: Iterable[str], encoder: _Encoder) -> TokenizedTexts:
     )
 
 
-def _fingerprint(texts: Sequence[str], encoder: _Encoder) -> str:
+def _fingerprint(texts: Sequence[str], encoder: Encoder) -> str:
     import hashlib
 
     digest = hashlib.sha256(encoder.backend.to_str().encode("utf-8"))
@@ -573,7 +336,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _encoded(
-    texts: Iterable[tuple[str, str]], encoder: _Encoder, report: TokenizeReport, apart: bool
+    texts: Iterable[tuple[str, str]], encoder: Encoder, report: TokenizeReport, apart: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Prompt and response tokens, begun and ended."""
     for chunk in _chunks(texts, CHUNK):
@@ -593,7 +356,7 @@ def _truncate(
     responses: Sequence[tuple[list[int], list[int]]],
     max_length: int,
     min_prompt_length: int | None,
-    encoder: _Encoder,
+    encoder: Encoder,
     report: TokenizeReport,
 ) -> list[tuple[list[int], list[int]]]:
     """Cut prompts at their beginning and responses at their end until all fit."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +22,7 @@ from jaxalign.models.layers import (
     softcap,
 )
 from jaxalign.models.rope import rope_angles, rotate
+from jaxalign.models.shell import Model
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -336,25 +336,8 @@ def _compiled_logits(params, config, tokens, attention_mask, positions, segment_
     )
 
 
-class Decoder(nnx.Module):
-    """A decoder with its parameters: what a user holds; training works on `params`.
-
-    Args:
-      config: the decoder's description.
-      params: nested dict of arrays, as `init_params` makes it.
-      dtype: of the computation; None is the parameters' own.
-    """
-
-    def __init__(self, config: DecoderConfig, params: Mapping[str, Any], *, dtype: Any = None):
-        self.config = config
-        self.dtype = dtype
-        self.weights = nnx.data(jax.tree.map(nnx.Param, params))
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The parameters as a plain nested dict of arrays (no copies)."""
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        return jax.tree.map(lambda x: x.get_value(), self.weights, is_leaf=is_variable)
+class Decoder(Model):
+    """A decoder with its parameters."""
 
     def __call__(
         self,

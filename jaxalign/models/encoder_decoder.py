@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models.config import EncoderDecoderConfig
 from jaxalign.models.decoder import REMAT_POLICIES
 from jaxalign.models.layers import ACTIVATIONS, dense, precision, rms_norm
+from jaxalign.models.shell import Model
 
 
 def parameter_shapes(config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -318,25 +318,8 @@ def _compiled_logits(params, config, tokens, mask, decoder_tokens, decoder_mask,
     return out if config.logit_scale is None else out * config.logit_scale
 
 
-class EncoderDecoder(nnx.Module):
-    """An encoder-decoder with its parameters: what a user holds; training works on `params`.
-
-    Args:
-      config: the encoder-decoder's description.
-      params: nested dict of arrays, as `init_params` makes it.
-      dtype: of the computation; None is the parameters' own.
-    """
-
-    def __init__(self, config: EncoderDecoderConfig, params: Mapping[str, Any], *, dtype=None):
-        self.config = config
-        self.dtype = dtype
-        self.weights = nnx.data(jax.tree.map(nnx.Param, params))
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The parameters as a plain nested dict of arrays (no copies)."""
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        return jax.tree.map(lambda x: x.get_value(), self.weights, is_leaf=is_variable)
+class EncoderDecoder(Model):
+    """An encoder-decoder with its parameters."""
 
     def __call__(
         self,

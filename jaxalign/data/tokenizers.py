@@ -1,0 +1,166 @@
+"""Tokenizers: loading them, and where in a text each of their tokens lies."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import UserError
+
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
+SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # what may stand before a response that is alone
+
+
+def load_tokenizer(path_or_hub_name: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder or hub name; code in a repository is never run.
+
+    An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
+    <|endoftext|> and the like).
+
+    Raises:
+      UserError: there is no such folder or hub name, or no fast tokenizer in it.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    from transformers import AutoTokenizer
+
+    name = str(path_or_hub_name)
+    if Path(name).is_dir() and _only_sentencepiece(Path(name)):
+        return _sentencepiece_tokenizer(Path(name))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer {name}: cannot be loaded: {first}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer {name}: it has no fast form (tokenizer.json), which knows "
+            "the place of each token in the text"
+        )
+    return with_end_token(tokenizer)
+
+
+def with_end_token(tokenizer: Any) -> Any:
+    """The tokenizer, its end-of-sequence token named where its vocabulary has a usual one."""
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        for token in END_TOKENS:
+            if token in vocabulary:
+                tokenizer.eos_token = token
+                if tokenizer.bos_token_id is None and token == "<|endoftext|>":
+                    tokenizer.bos_token = token  # GPT-2: one token begins and ends a document
+                break
+    return tokenizer
+
+
+def _only_sentencepiece(folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    return "spiece.model" in names and not names & {"tokenizer.json", "config.json"}
+
+
+def _sentencepiece_tokenizer(folder: Path) -> Any:
+    """A T5 folder that has nothing but spiece.model."""
+    from transformers import T5Tokenizer
+
+    try:
+        return T5Tokenizer.from_pretrained(str(folder))
+    except (ImportError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"tokenizer {folder}: spiece.model needs pip install "
+            f"'jaxalign[sentencepiece]' ({first})"
+        ) from None
+
+
+class Encoder:
+    """A tokenizer's backend with true offsets, and the special tokens it puts around a text."""
+
+    def __init__(self, tokenizer: Any):
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the tokenizer has no fast form (tokenizer.json)")
+        description = json.loads(backend.to_str())
+        description["truncation"] = description["padding"] = None
+        _keep_spaces_in_offsets(description)
+        self.backend = Tokenizer.from_str(json.dumps(description))
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-sequence token; name eos_token in its "
+                "tokenizer_config.json"
+            )
+        self.eos = int(tokenizer.eos_token_id)
+        probe = backend.encode("a", add_special_tokens=True)
+        special = list(probe.special_tokens_mask)
+        begin = special.index(0) if 0 in special else 0
+        end = special[::-1].index(0) if 0 in special else 0
+        self.prefix: list[int] = list(probe.ids[:begin])
+        self.suffix: list[int] = list(probe.ids[len(special) - end :])
+        start = tokenizer.bos_token_id
+        self.start = self.prefix or [self.eos if start is None else int(start)]
+        """What begins a document, also where the tokenizer itself adds nothing."""
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings with offsets, no special tokens added."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """With the beginning token, unless the text brought it along."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """With the end-of-sequence token, unless the text brought it along."""
+        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+
+    def boundary(self, encoding: Any, character: int) -> int | None:
+        """Number of tokens that end at or before a character; None where one straddles it."""
+        if character == 0:
+            return 0
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return token if encoding.token_to_chars(token)[0] == character else None
+        for token, (start, end) in enumerate(encoding.offsets):
+            if start >= character and end > start:
+                return token
+            if end > character:
+                return None
+        return None
+
+    def alone(self, response: str) -> list[int]:
+        """Tokens of a response that does not begin a text: no space is put before it."""
+        for sentinel in SENTINELS:
+            encoding = self.encode([sentinel + response])[0]
+            cut = self.boundary(encoding, len(sentinel))
+            if cut is not None:
+                return list(encoding.ids[cut:])
+        return list(self.encode([response])[0].ids)
+
+    def joint(
+        self, texts: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[list[int], list[int], bool]]:
+        """(prompt tokens, response tokens, straddled) of each (prompt, response)."""
+        encodings = self.encode([prompt + response for prompt, response in texts])
+        for (prompt, response), encoding in zip(texts, encodings, strict=True):
+            cut = self.boundary(encoding, len(prompt))
+            if cut is not None:
+                ids = list(encoding.ids)
+                yield ids[:cut], ids[cut:], False
+            else:
+                yield list(self.encode([prompt])[0].ids), self.alone(response), True
+
+
+def _keep_spaces_in_offsets(description: Any) -> None:
+    """Set trim_offsets to false everywhere: a trimmed offset hides what a token covers."""
+    if isinstance(description, dict):
+        if "trim_offsets" in description:
+            description["trim_offsets"] = False
+        for value in description.values():
+            _keep_spaces_in_offsets(value)
+    elif isinstance(description, list):
+        for value in description:
+            _keep_spaces_in_offsets(value)
