@@ -20,6 +20,7 @@ from jaxalign.models.encoder_decoder import (
 )
 from jaxalign.models.families import t5
 from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.peft import load_adapters, save_adapters
 from jaxalign.models.responses import compare_responses, response_log_probs
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"
@@ -247,6 +248,22 @@ def test_adapters_are_their_merged_model(params):
     merged = states_of(merge(params, drawn, 0.7), SMALL, prompt, answer)
     np.testing.assert_allclose(off_line, merged, atol=1e-4)
     assert np.abs(merged - states_of(params, SMALL, prompt, answer)).max() > 1e-2
+
+
+def test_adapter_folders_come_back_under_the_names_peft_looks_for(params, tmp_path):
+    targets = ["q", "decoder/layers/cross/v"]
+    adapters = init_adapters(params, jax.random.key(1), rank=2, targets=targets)
+    adapters = jax.tree.map(lambda x: x + 0.25, adapters)
+    save_adapters(tmp_path, adapters, SMALL, rank=2, alpha=3.0, base_model="base")
+    loaded, scale, fields = load_adapters(tmp_path, SMALL)
+    assert scale == 1.5
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    assert fields["task_type"] == "SEQ_2_SEQ_LM"
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    block = "base_model.model.decoder.block.2.layer."
+    assert f"{block}1.EncDecAttention.v.lora_A.weight" in names
+    assert f"{block}0.SelfAttention.q.lora_B.weight" in names
+    assert len(names) == 2 * (2 + 3 + 3 + 3)  # A and B of q thrice and of one v, by layer
 
 
 def test_initial_parameters_have_t5s_scales():

@@ -89,7 +89,8 @@ def test_every_family_there_and_back(family, name, targets, rng, tmp_path):
 
 
 def test_every_family_has_a_fixture():
-    assert {family for family, _ in FAMILY_CASES} >= set(FAMILIES)
+    families = set(FAMILIES) - {"t5"}  # which has tests/models/test_encoder_decoder.py
+    assert {family for family, _ in FAMILY_CASES} >= families
 
 
 def test_the_names_that_peft_would_look_for(tmp_path):
