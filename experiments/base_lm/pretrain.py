@@ -2,7 +2,7 @@
 
 Command:  jaxalign train experiments/base_lm/pretrain.py
           jaxalign train experiments/base_lm/pretrain.py --scale paper   (a GPU or TPU host)
-Time:     about an hour and a half on two CPU cores
+Time:     about an hour on two CPU cores
 Expect:   runs/base_lm/export, a Hugging Face folder
 """
 

@@ -1,7 +1,7 @@
 """SFT on the chosen responses: the model that the other runs of this folder start from.
 
 Command:  jaxalign train experiments/offline/sft.py [--scale paper]
-Time:     about two minutes on two CPU cores
+Time:     about five minutes on two CPU cores
 Expect:   runs/hh_sft/export
 """
 
