@@ -1,4 +1,4 @@
-"""Gradient entanglement of margin losses (arXiv:2410.13828): coefficients and conditions."""
+"""Gradient entanglement of margin losses (arXiv:2410.13828): coefficients, geometry, conditions."""
 
 from jaxalign.entanglement.coefficients import Coefficients, coefficients
 from jaxalign.entanglement.conditions import (
@@ -10,6 +10,7 @@ from jaxalign.entanglement.conditions import (
     first_order_changes,
     norm_ratio,
 )
+from jaxalign.entanglement.geometry import pair_geometry
 
 __all__ = [
     "CASES",
@@ -21,4 +22,5 @@ __all__ = [
     "cosine",
     "first_order_changes",
     "norm_ratio",
+    "pair_geometry",
 ]
