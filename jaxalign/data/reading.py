@@ -305,8 +305,13 @@ def _tfds_rows(name: str, split: str) -> Iterator[Row]:
             f"tfds:{name}#{split}: cannot be read: {first}; prepare it as array_record, the "
             "preference sets with jaxalign.data.builders.prepare"
         ) from None
+    source = f"tfds:{name}#{split}"
     for number, value in enumerate(rows, start=1):
-        yield Row(f"tfds:{name}#{split}", number, plain(value), unit="record")
+        try:
+            yield Row(source, number, plain(value), unit="record")
+        except UnicodeDecodeError as error:
+            fault = BadRecordError("invalid UTF-8", f"byte {error.start + 1} of a field")
+            yield Row(source, number, None, fault, unit="record")
 
 
 def plain(value: Any) -> Any:

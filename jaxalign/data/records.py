@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -10,6 +10,11 @@ class Message(TypedDict):
 
     role: str
     content: str
+    name: NotRequired[str]
+    tool_calls: NotRequired[Sequence[Any]]
+    """As the chat template wants them."""
+    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
 
 
 Text = str | Sequence[Message]

@@ -22,6 +22,7 @@ R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
 
 ASSISTANT = "\n\nAssistant:"  # HH-RLHF's mark of an assistant turn
+NOT_RESPONDING = frozenset({"user", "human", "system", "tool"})  # roles
 
 
 def preference_records(
@@ -157,12 +158,17 @@ def _fields(row: Row) -> Mapping[str, Any]:
         raise BadRecordError(
             "wrong type", f"the record is a {type(row.value).__name__}, not an object with fields"
         )
-    if row.value.get("form") == "messages":
+    if row.value.get("form") != "messages":
+        return row.value
+    try:
         return {
             key: json.loads(value) if key in ("prompt", "chosen", "rejected") and value else value
             for key, value in row.value.items()
         }
-    return row.value
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRecordError(
+            "wrong type", f"form is messages, but a field is not turns as JSON text: {error}"
+        ) from None
 
 
 def _string(value: Any, name: str) -> str:
@@ -177,21 +183,26 @@ def _string(value: Any, name: str) -> str:
 
 
 def _messages(value: Sequence[Any], name: str) -> list[Message]:
-    """Turns of a conversation; other keys than role and content are dropped."""
+    """Turns of a conversation; what templates do not read (scores, identifiers) is dropped."""
     turns = []
     for number, turn in enumerate(value, start=1):
         where = f"turn {number} of {name}"
         if not isinstance(turn, Mapping):
             raise BadRecordError("wrong type", f"{where} is not an object with role and content")
+        calls, content = turn.get("tool_calls"), turn.get("content")
         for key in ("role", "content"):
-            if turn.get(key) is None:
+            if turn.get(key) is None and not (key == "content" and calls):
                 raise BadRecordError("missing field", f"{where} has no {key}")
-        turns.append(
-            Message(
-                role=_string(turn["role"], f"role of {where}"),
-                content=_string(turn["content"], f"content of {where}"),
-            )
+        message = Message(
+            role=_string(turn["role"], f"role of {where}"),
+            content=_string("" if content is None else content, f"content of {where}"),
         )
+        if calls:
+            message["tool_calls"] = calls
+        for key in ("name", "tool_call_id", "reasoning_content"):
+            if turn.get(key) is not None:
+                message[key] = _string(turn[key], f"{key} of {where}")
+        turns.append(message)
     return turns
 
 
@@ -211,11 +222,29 @@ def _required(fields: Mapping[str, Any], *names: str) -> Any:
 
 
 def _response_text(value: Text, name: str) -> Text:
-    """A response that says something."""
-    content = value if isinstance(value, str) else "".join(turn["content"] for turn in value)
-    if not content.strip():
+    """A response that says something, and that is not its reader's."""
+    if isinstance(value, str):
+        empty = not value.strip()
+    else:
+        empty = not any(turn["content"].strip() or turn.get("tool_calls") for turn in value)
+    if empty:
         raise BadRecordError("empty response", f"{name} is empty")
+    if not isinstance(value, str) and (role := value[-1]["role"]) in NOT_RESPONDING:
+        raise BadRecordError("no response", f"the last turn of {name} is of role {role}")
     return value
+
+
+def _prompt_text(value: Any, name: str = "prompt") -> Text:
+    """Text, which may be empty, or at least one turn."""
+    if isinstance(value, list | tuple) and not value:
+        raise BadRecordError("missing field", f"{name} is a conversation without turns")
+    return _either(value, name)
+
+
+def _is_pair(fields: Mapping[str, Any]) -> bool:
+    """Whether chosen and rejected are what counts; tables of several kinds fill up with nulls."""
+    single = fields.get("response") is not None or fields.get("completion") is not None
+    return fields.get("chosen") is not None or ("chosen" in fields and not single)
 
 
 def preference_of_row(row: Row) -> PreferenceRecord:
@@ -233,7 +262,7 @@ def preference_of_row(row: Row) -> PreferenceRecord:
             _required(fields, "prompt")
         if prompt is None:
             prompt, chosen, rejected = split_transcripts(chosen, rejected)
-        prompt = _either(prompt, "prompt")
+        prompt = _prompt_text(prompt)
     else:
         prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
     if chosen == rejected:
@@ -265,7 +294,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _split_conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
     """Prompt and responses of two conversations which may both begin with the prompt."""
     shared = shared_length(chosen, rejected)
-    if isinstance(prompt, list | tuple):
+    if isinstance(prompt, list | tuple) and prompt:
         given = _messages(prompt, "prompt")
         if given == chosen[: len(given)] and given == rejected[: len(given)]:
             return given, chosen[len(given) :], rejected[len(given) :]
@@ -274,7 +303,7 @@ def _split_conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text,
         raise BadRecordError("identical responses", "chosen and rejected are the same")
     if shared:
         return chosen[:shared], chosen[shared:], rejected[shared:]
-    if prompt is None:
+    if not prompt and not isinstance(prompt, str):
         raise BadRecordError("no shared prompt", "chosen and rejected share no first turn")
     return [Message(role="user", content=_string(prompt, "prompt"))], chosen, rejected
 
@@ -286,11 +315,11 @@ def _response(row: Row) -> PromptResponseRecord:
         if isinstance(turns, str) or len(turns) < 2:
             raise BadRecordError("wrong type", "messages is not a list of two turns or more")
         prompt, response = turns[:-1], turns[-1:]
-    elif "chosen" in fields:
+    elif _is_pair(fields):
         pair = preference_of_row(row)
         prompt, response = pair.prompt, pair.chosen
     else:
-        prompt = _either(_required(fields, "prompt"), "prompt")
+        prompt = _prompt_text(_required(fields, "prompt"))
         response = _either(_required(fields, "response", "completion"), "response")
     return PromptResponseRecord(
         prompt=prompt,
@@ -314,7 +343,7 @@ def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
 
 def _unpaired(row: Row) -> list[UnpairedRecord]:
     fields = _fields(row)
-    if "chosen" in fields:
+    if _is_pair(fields):
         return list(_as_unpaired([preference_of_row(row)]))
     label = _required(fields, "label")
     if label not in (True, False):
@@ -322,7 +351,7 @@ def _unpaired(row: Row) -> list[UnpairedRecord]:
     completion = _either(_required(fields, "completion", "response"), "completion")
     return [
         UnpairedRecord(
-            prompt=_either(_required(fields, "prompt"), "prompt"),
+            prompt=_prompt_text(_required(fields, "prompt")),
             completion=_response_text(completion, "completion"),
             label=bool(label),
             source=row.source,

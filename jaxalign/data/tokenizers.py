@@ -103,7 +103,6 @@ class Encoder:
         start = tokenizer.bos_token_id
         self.start = self.prefix or [self.eos if start is None else int(start)]
         """What begins a document, also where the tokenizer itself adds nothing."""
-        self.special = frozenset(tokenizer.all_special_ids)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Encodings with offsets, no special tokens added."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxalign.data import preference_records
+from jaxalign.data import ReadReport, preference_records
 from jaxalign.data.builders import prepare
 from jaxalign.errors import UserError
 
@@ -123,13 +123,75 @@ def test_a_set_that_is_not_prepared_says_how(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.weights
-def test_real_transcripts_are_the_prepared_pairs(shared):
-    """The publisher's two transcripts give the prompts and responses of the prepared file."""
-    folder = shared / "preferences"
-    source = next(folder.glob("harmless-base-test.jsonl.gz"))
-    raw = list(preference_records(str(source), bad_records="skip"))
-    ours = {(r.prompt + r.chosen, r.prompt + r.rejected) for r in raw}
-    assert all(r.prompt.endswith("\n\nAssistant:") for r in raw)
-    assert len(raw) > 2200
-    assert len(ours) > 0.99 * len(raw)
+def test_bytes_that_are_no_text_are_named_by_record(tmp_path):
+    """A set that TFDS, not this project, has written."""
+    import tensorflow_datasets as tfds
+
+    class ForeignSet(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = tfds.core.Path(__file__)
+
+        def _info(self):
+            text = tfds.features.Text
+            features = {name: text() for name in ("prompt", "chosen", "rejected")}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for key, chosen in enumerate(["fine", b"caf\xe9"]):
+                yield str(key), {"prompt": "p", "chosen": chosen, "rejected": "b"}
+
+    ForeignSet(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = f"tfds:foreign_set@{tmp_path}"
+    with pytest.raises(UserError, match=r"#train, record \d: invalid UTF-8: byte 4"):
+        list(preference_records(source))
+    report = ReadReport()
+    (kept,) = preference_records(source, bad_records="skip", report=report)
+    assert (kept.chosen, dict(report.skipped)) == ("fine", {"invalid UTF-8": 1})
+
+
+@pytest.mark.parametrize("info", [None, 3, [], {"post": "p", "title": "t"}])
+def test_odd_comparisons_are_counted(tmp_path, info):
+    file = lines(tmp_path / "batch3.json", [COMPARISON, COMPARISON | {"info": info}, [1], 2])
+    report = prepare(
+        "tldr_comparisons/comparisons", files={"train": file}, data_dir=tmp_path / "tfds"
+    )["train"]
+    assert (report.kept, dict(report.skipped)) == (1, {"missing field": 3})
+
+
+def test_several_files_make_one_split_and_keep_records_of_one_line_apart(tmp_path):
+    """Two files of one name in two folders, a line of each."""
+    files = [
+        lines(tmp_path / part / "x.jsonl", [row]) for part, row in zip("ab", TEXTS, strict=False)
+    ]
+    prepare("preference_files/two", files={"train": files}, data_dir=tmp_path / "tfds")
+    source = f"tfds:preference_files/two@{tmp_path / 'tfds'}"
+    assert contents(source) == sorted(contents(files[0]) + contents(files[1]))
+
+
+def test_a_set_that_is_there_is_read_without_the_network(tmp_path):
+    prepare(
+        "preference_files/local",
+        files={"train": lines(tmp_path / "a.jsonl", TEXTS)},
+        data_dir=tmp_path / "tfds",
+    )
+    code = f"""
+import socket
+def refuse(*arguments): raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+from jaxalign.data import preference_records
+from jaxalign.errors import UserError
+print(len(list(preference_records("tfds:preference_files/local@{tmp_path / "tfds"}"))))
+try:
+    list(preference_records("tfds:hh_rlhf/harmless_base@{tmp_path}"))
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, said = done.stdout.splitlines()[-2:]
+    assert count == "30"
+    assert "jaxalign.data.builders.prepare" in said

@@ -7,14 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxalign.data import (
+    ReadReport,
     chosen_responses,
     preference_records,
     response_records,
     split_holdout,
+    text_records,
     unpaired_records,
 )
 from jaxalign.data.records import PreferenceRecord
 from jaxalign.data.sources import split_transcripts
+from jaxalign.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 USER = {"role": "user", "content": "hello"}
@@ -115,6 +118,132 @@ def test_responses_have_several_names(tmp_path, row):
 def test_the_last_message_is_the_response(tmp_path):
     record = one(tmp_path, {"messages": [USER, TURN]}, response_records)
     assert (list(record.prompt), list(record.response)) == ([USER], [TURN])
+
+
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+
+
+def test_what_templates_read_is_kept_and_the_rest_is_dropped(tmp_path):
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    answer = {"role": "tool", "content": "3 pm", "name": "clock", "tool_call_id": "7"}
+    thought = TURN | {"reasoning_content": "hm", "score": 0.5}
+    row = {"prompt": [USER, calls, answer], "chosen": [thought], "rejected": [calls]}
+    record = one(tmp_path, row)
+    assert list(record.prompt) == [USER, calls | {"content": ""}, answer]
+    assert list(record.chosen) == [TURN | {"reasoning_content": "hm"}]
+    assert list(record.rejected) == [calls | {"content": ""}]  # a call is no empty response
+
+
+@pytest.mark.parametrize(
+    ("row", "read", "said"),
+    [
+        # what its reader wrote is no response to learn
+        ({"messages": [USER, TURN, USER]}, response_records, "no response: the last turn"),
+        ({"prompt": [USER], "chosen": [TURN], "rejected": [USER]}, preference_records, "role user"),
+        ({"messages": [USER]}, response_records, "not a list of two turns"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, preference_records, "without turns"),
+        ({"prompt": [], "response": "a"}, response_records, "without turns"),
+        ({"prompt": [], "completion": "a", "label": True}, unpaired_records, "without turns"),
+        ({"prompt": [], "chosen": [TURN], "rejected": [OTHER]}, preference_records, "no first"),
+        ({"chosen": [TURN], "rejected": [OTHER]}, preference_records, "no first turn"),
+        ({"prompt": 3, "chosen": [TURN], "rejected": [OTHER]}, preference_records, "is a int"),
+        (
+            {"prompt": [USER], "chosen": [USER, TURN], "rejected": [USER, TURN]},
+            preference_records,
+            "identical responses",
+        ),
+        (
+            {"prompt": [USER], "chosen": [TURN | {"content": " "}], "rejected": [OTHER]},
+            preference_records,
+            "empty response: chosen is empty",
+        ),
+        (
+            {"prompt": [USER], "chosen": [TURN | {"content": 0}], "rejected": [OTHER]},
+            preference_records,
+            "content of turn 1 of chosen is a int",
+        ),
+        ({"prompt": [USER], "chosen": ["hi"], "rejected": [OTHER]}, preference_records, "turn 1"),
+        (
+            {"form": "messages", "prompt": "hello", "chosen": "a", "rejected": "b"},
+            preference_records,
+            "form is messages, but",
+        ),
+        (
+            {"form": "messages", "prompt": 3, "chosen": "a", "rejected": "b"},
+            preference_records,
+            "form is messages, but",
+        ),
+        ({"prompt": "p", "chosen": None, "label": True}, unpaired_records, "no chosen"),
+        ({"prompt": "p", "completion": "a", "label": 2}, unpaired_records, "label is 2"),
+        ({"prompt": "p", "completion": "a"}, unpaired_records, "no label"),
+        ({"prompt": "p"}, response_records, "no response or completion"),
+        ({"response": "p"}, response_records, "no prompt"),
+        ({"text": 3}, text_records, "text is a int"),
+        ({"text": " "}, text_records, "empty text"),
+    ],
+)
+def test_rows_that_make_no_record_are_named(tmp_path, row, read, said):
+    with pytest.raises(UserError, match=r"x\.jsonl:1: [^\n]*$") as error:
+        one(tmp_path, row, read)
+    assert said in str(error.value)
+
+
+def test_a_column_of_nulls_is_not_there(tmp_path):
+    """A table of several kinds of records has every column in every row."""
+    absent = {"chosen": None, "rejected": None, "messages": None}
+    assert one(tmp_path, {"prompt": "p", "response": "r"} | absent, response_records).response
+    row = {"prompt": "p", "completion": "r", "label": False} | absent
+    assert one(tmp_path, row, unpaired_records).completion == "r"
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("name", "read", "kept", "skipped"),
+    [
+        ("harmless-base-test.jsonl.gz", preference_records, 2308, {"empty response": 4}),
+        ("hh_harmless_base_test.jsonl", preference_records, 2308, {}),
+        ("imdb_same_movie_test.jsonl", preference_records, 2402, {}),
+        ("imdb_same_movie_train.jsonl", preference_records, 2780, {}),
+        ("llamafactory_dpo_en.jsonl", preference_records, 114, {}),
+        ("model_written_evals.jsonl#[-9000:]", preference_records, 9000, {}),
+        ("rasbt_instruction_preference.jsonl", preference_records, 1094, {}),
+        ("truthfulqa_pairs.jsonl", preference_records, 2518, {}),
+        ("ultrafeedback_eval.jsonl", preference_records, 199, {}),
+        ("ultrafeedback_train.jsonl", preference_records, 994, {}),
+        (
+            "ultrafeedback_train_label_flip_20.jsonl",
+            preference_records,
+            994,
+            {"empty response": 2, "identical responses": 4},
+        ),
+        ("kto_truthfulqa.jsonl", unpaired_records, 22_367, {"empty response": 67}),
+    ],
+)
+def test_real_sets_are_read_whole_but_for_their_faults(shared, name, read, kept, skipped):
+    source = str(shared / "preferences" / name)
+    report = ReadReport()
+    assert sum(1 for _ in read(source, bad_records="skip", report=report)) == kept
+    assert dict(report.skipped) == skipped
+    if skipped:
+        with pytest.raises(UserError, match=rf"{name}:\d+: ({'|'.join(skipped)})"):
+            list(read(source))
+
+
+@pytest.mark.weights
+def test_real_transcripts_are_cut_as_others_cut_them(shared):
+    """The publisher's transcripts, against a file of prompts and responses made by others."""
+    folder = shared / "preferences"
+    raw, made = (
+        [
+            (r.prompt, r.chosen, r.rejected)
+            for r in preference_records(str(file), bad_records="skip")
+        ]
+        for file in (
+            folder / "harmless-base-test.jsonl.gz",
+            folder / "hh_harmless_base_test.jsonl",
+        )
+    )
+    assert raw == made
 
 
 def test_pairs_are_a_liked_and_a_disliked_completion(tmp_path):

@@ -94,7 +94,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         self, split: str, files: Sequence[str]
     ) -> Iterator[tuple[str, dict[str, str]]]:
         report = self.reports.setdefault(split, ReadReport())
-        for file in files:
+        for number, file in enumerate(files):
             for row in self.rows(file, split):
                 report.read += 1
                 try:
@@ -102,7 +102,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
                 except BadRecordError as fault:
                     refuse(row, fault, self._bad_records, report)
                     continue
-                yield f"{Path(file).name}:{row.line:09d}", stored(record)
+                yield f"{number:05d}:{row.line:09d}", stored(record)
 
     def rows(self, file: str, split: str) -> Iterator[Row]:
         """Rows of a file that belong to a split."""

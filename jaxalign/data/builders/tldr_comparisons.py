@@ -33,7 +33,8 @@ class TldrComparisons(PreferenceBuilder):
         """Rows whose own split begins with the wanted one; the files are JSON Lines."""
         for row in json_lines(Path(file)):
             value = row.value if isinstance(row.value, dict) else {}
-            article = "post" not in value.get("info", {"post": ""})
+            info = value.get("info")
+            article = isinstance(info, dict) and "post" not in info
             if not article and str(value.get("split", split)).startswith(split):
                 yield row
 
