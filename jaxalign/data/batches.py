@@ -170,7 +170,10 @@ class Order:
         size, examples = self.window * self.batch_size, len(self.lengths)
         start, stop = window * size, (window + 1) * size
         if self.epochs is not None:
-            stop = min(stop, examples * self.epochs)
+            last = examples * self.epochs
+            # before the sorting, which would leave the longest to the batch that is dropped
+            last -= last % self.batch_size if self.drop_remainder else 0
+            stop = min(stop, last)
         parts = []
         for epoch in range(start // examples, -(-stop // examples)):
             first = max(start - epoch * examples, 0)
@@ -181,8 +184,6 @@ class Order:
         batches = [
             members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)
         ]
-        if self.drop_remainder and len(batches[-1]) < self.batch_size:
-            batches.pop()
         if self.shuffle:
             order = np.random.default_rng([self.seed, 1, window]).permutation(len(batches))
             batches = [batches[at] for at in order]
@@ -204,11 +205,21 @@ def _share(
 
 
 def _iterate(
-    order: Order, make: Callable[[int], Any], process_count: int, prefetch: int
+    order: Order,
+    make: Callable[[int], Any],
+    process_index: int,
+    process_count: int,
+    prefetch: int,
 ) -> Iterations:
     """A Grain iterator over `make(0)`, `make(1)`, ..., prepared by threads."""
     import grain
 
+    if order.window < 1:
+        raise UserError(f"window: {order.window} is not a number of batches; use 1 or more")
+    if order.epochs is not None and order.epochs < 1:
+        raise UserError(f"epochs: {order.epochs} passes over the data; use 1 or more")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
     if order.batch_size < 1 or order.batch_size % process_count:
         raise UserError(
             f"batch_size: {order.batch_size} is not a multiple of the {process_count} processes"
@@ -285,7 +296,7 @@ def pair_batches(
         bucket = int(np.searchsorted(edges, length[members].max()))
         return _pair_batch(pairs, mine, weight, edges[bucket], response_of[bucket])
 
-    return _iterate(order, make, process_count, prefetch)
+    return _iterate(order, make, process_index, process_count, prefetch)
 
 
 def _response_sizes(
@@ -392,7 +403,7 @@ def text_batches(
         padded = edges[int(np.searchsorted(edges, rows.lengths[members].max()))]
         return _text_batch(rows, mine, weight, padded)
 
-    return _iterate(order, make, process_count, prefetch)
+    return _iterate(order, make, process_index, process_count, prefetch)
 
 
 def _text_batch(

@@ -86,7 +86,8 @@ class Encoder:
             raise UserError("the tokenizer has no fast form (tokenizer.json)")
         description = json.loads(backend.to_str())
         description["truncation"] = description["padding"] = None
-        _keep_spaces_in_offsets(description)
+        for part in ("pre_tokenizer", "post_processor"):  # the model is large, and has none
+            _keep_spaces_in_offsets(description.get(part))
         self.backend = Tokenizer.from_str(json.dumps(description))
         if tokenizer.eos_token_id is None:
             raise UserError(

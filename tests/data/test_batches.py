@@ -115,6 +115,34 @@ def test_a_last_partial_batch_is_filled_with_weight_0_or_dropped():
     assert [b.weight.sum() for b in dropped] == [8] * 6
 
 
+def test_what_a_dropped_batch_leaves_out_is_chance_not_length():
+    """Sorting within a window must not always leave the longest to the batch that is dropped."""
+    lengths = np.arange(2, 55)
+    pairs = TokenizedPairs(rows=make_rows(np.repeat(lengths, 2), np.ones(106)))
+    left_out = []
+    for seed in range(20):
+        batches = pair_batches(pairs, batch_size=8, seed=seed, epochs=1, drop_remainder=True)
+        used = [i // 2 for batch in batches for i in kept(batch)]
+        assert len(used) == len(set(used)) == 48
+        left_out += set(range(53)) - set(used)
+    assert len(set(left_out)) > 30  # of 53; five longest alone would be 5
+    assert 20 < lengths[left_out].mean() < 36  # 28 +- five standard errors
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"window": 0}, "window: 0 is not a number of batches"),
+        ({"epochs": 0}, "epochs: 0 passes"),
+        ({"process_index": 2, "process_count": 2}, "process_index: 2 is not one of 2 processes"),
+        ({"batch_size": 0}, "batch_size: 0"),
+    ],
+)
+def test_numbers_that_make_no_batches_are_named(options, said):
+    with pytest.raises(UserError, match=said):
+        pair_batches(PAIRS, **{"batch_size": 8} | options)
+
+
 def test_few_shapes_and_little_padding():
     pairs = make_pairs(600, longest=200)
     batches = take(pair_batches(pairs, batch_size=8, epochs=1, buckets=4))
