@@ -1,4 +1,4 @@
-"""The door: `jaxalign train | convert | losses | report`, and one-line errors for users."""
+"""The door: commands by name, and one-line errors for users."""
 
 import sys
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ commands:
   convert SOURCE TARGET                  run folder or checkpoint -> Hugging Face folder and back
   losses [NAME]                          the table of losses, or one loss's page
   report RUN [RUN ...]                   tables and plots of runs, side by side
+  entangle --model M --data D            the gradients of chosen and rejected, as a page to read
+  filter --model M --data D --output F   leave out pairs whose responses are too alike
 
 jaxalign COMMAND --help tells more of each."""
 
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jaxalign.commands.losses import main as run
             case "report":
                 from jaxalign.commands.report import main as run
+            case "entangle":
+                from jaxalign.commands.entangle import main as run
+            case "filter":
+                from jaxalign.commands.filter import main as run
             case "-h" | "--help":
                 print(USAGE)
                 return 0

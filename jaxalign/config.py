@@ -120,6 +120,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EntanglementConfig:
+    """What the preference stage logs of the gradients of its pairs (arXiv:2410.13828)."""
+
+    every: int = 0
+    """Steps between two that are watched: exact geometry of all pairs, cases, coefficients; 0:
+    none."""
+    parts: bool = False
+    """Also the cosine by layer and by kind of matrix."""
+    cure: Literal["none", "normalised", "centred"] = "none"
+    """New weights for the two gradients of each pair in every step: unit vectors for gradients, or
+    coefficients in the centre of the disentanglement band; one more backward pass."""
+    realised: bool = False
+    """Also how far the update moved the batch's own log-probs: one more forward pass."""
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise UserError(f"entanglement.every: {self.every} is negative; use 0 or more")
+        if self.cure != "none" and self.every != 1:
+            raise UserError(f"entanglement.cure: {self.cure} acts in every step; set every to 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: optional pretraining, optional SFT, then a preference loss."""
 
@@ -172,6 +194,8 @@ class TrainConfig:
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["live", "precomputed"] = "live"
     """Reference log-probs: computed in each step, or once before the first one and stored."""
+    entanglement: EntanglementConfig = EntanglementConfig()
+    """The gradients of chosen and rejected, seen during the preference stage."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters in the SFT and preference stages; a stage's are merged before the next."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -202,6 +226,11 @@ class TrainConfig:
             raise UserError(
                 f"loss: {self.loss!r} is neither FILE.py:FUNCTION nor one of "
                 f"{', '.join(sorted(losses))}"
+            )
+        if self.loss in TOKEN_LOSSES and self.entanglement.every:
+            raise UserError(
+                f"entanglement.every: {self.loss} reads whole distributions, its gradient is no "
+                "sum of two log-probs' gradients; set 0"
             )
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")

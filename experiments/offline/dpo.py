@@ -1,7 +1,7 @@
 """DPO (arXiv:2305.18290) from the SFT model of this folder.
 
 Command:  jaxalign train experiments/offline/dpo.py [--scale paper]
-Time:     about a quarter of an hour on two CPU cores
+Time:     under ten minutes on two CPU cores
 Expect:   the held-out reward accuracy of the README's table
 """
 

@@ -40,7 +40,7 @@ def supervised(scale: str) -> TrainConfig:
 def preference(
     scale: str, loss: str, options: dict[str, float], *, learning_rate: float = 1e-4
 ) -> TrainConfig:
-    """A preference loss from the SFT model; the learning rate is that of `tiny`."""
+    """A preference loss from the SFT model, one epoch; the learning rate is that of `tiny`."""
     common: dict[str, Any] = {"loss": loss, "loss_options": options, "reference": "precomputed"}
     if scale == "paper":
         stage = StageConfig(
@@ -55,11 +55,11 @@ def preference(
             name=f"hh_{loss}_paper", model="runs/hh_sft_paper/export", preference=stage, **common
         )
     stage = StageConfig(
-        steps=240,
+        steps=120,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=20),
-        eval_every=30,
-        save_every=60,
+        eval_every=20,
+        save_every=40,
     )
     return _tiny(name=f"hh_{loss}", model="runs/hh_sft/export", preference=stage, **common)
 

@@ -1,7 +1,7 @@
 """IPO (arXiv:2310.12036) from the SFT model of this folder.
 
 Command:  jaxalign train experiments/offline/ipo.py [--scale paper]
-Time:     about a quarter of an hour on two CPU cores
+Time:     under ten minutes on two CPU cores
 Expect:   the held-out reward accuracy of the README's table
 """
 

@@ -1,7 +1,7 @@
 """KTO (arXiv:2402.01306), its paired form, from the SFT model of this folder.
 
 Command:  jaxalign train experiments/offline/kto.py [--scale paper]
-Time:     about a quarter of an hour on two CPU cores
+Time:     under ten minutes on two CPU cores
 Expect:   the held-out reward accuracy of the README's table
 """
 

@@ -1,7 +1,7 @@
 """SimPO (arXiv:2405.14734) from the SFT model of this folder.
 
 Command:  jaxalign train experiments/offline/simpo.py [--scale paper]
-Time:     about a quarter of an hour on two CPU cores
+Time:     under ten minutes on two CPU cores
 Expect:   the held-out accuracy of the README's table
 """
 

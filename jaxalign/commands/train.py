@@ -33,6 +33,7 @@ from jaxalign.commands.training_data import (
 )
 from jaxalign.commands.updates import make_update_rule
 from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.entanglement.cures import CURES
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
@@ -55,6 +56,7 @@ from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import compile_step, initial_state, train_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
+from jaxalign.training.watching import Watch
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -224,16 +226,18 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         batches.set_state(meta["iterator"])
     objective, place_batch, precomputed = make_objective(world, name, policy, frozen)
     evaluation = data.evaluation(stage.batch_size)
-    step = compile_step(
-        functools.partial(
-            train_step,
-            objective=objective,
-            optimizer=optimizer,
-            micro_batches=stage.micro_batches,
-        ),
-        state,
-        mesh,
+    one_step = functools.partial(
+        train_step, objective=objective, optimizer=optimizer, micro_batches=stage.micro_batches
     )
+    plain, seen, every = compile_step(one_step, state, mesh), None, config.entanglement.every
+    if is_preference and every:
+        watch = Watch(
+            objective=objective,
+            parts=config.entanglement.parts,
+            cure=CURES.get(config.entanglement.cure),
+            realised=config.entanglement.realised,
+        )
+        seen = compile_step(functools.partial(one_step, watch=watch), state, mesh)
     live = is_preference and not precomputed
     throughput = Throughput(
         tokens=count_tokens,
@@ -249,7 +253,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
             name,
             state=state,
             frozen=frozen,
-            step=step,
+            step=lambda done: seen if seen is not None and done % every == 0 else plain,
             batches=batches,
             place_batch=place_batch,
             describe=data.describe,

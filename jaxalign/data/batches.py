@@ -35,6 +35,14 @@ class PairBatch:
     weight: Float[AnyArray, " pairs"]
     """1; 0 for the copies that fill a last, partial batch."""
 
+    def rows(self) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
+        """Tokens, prompt length, response tokens and length: a row per side, chosen first."""
+        fields = self.tokens, self.prompt_length, self.response_tokens, self.response_length
+        tokens, prompt_length, response_tokens, response_length = (
+            x.reshape(-1, *x.shape[2:]) for x in fields
+        )
+        return tokens, prompt_length, response_tokens, response_length
+
 
 @record
 class TextBatch:

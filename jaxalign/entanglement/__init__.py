@@ -10,7 +10,7 @@ from jaxalign.entanglement.conditions import (
     first_order_changes,
     norm_ratio,
 )
-from jaxalign.entanglement.geometry import pair_geometry
+from jaxalign.entanglement.geometry import pair_geometry, two_pass_geometry
 
 __all__ = [
     "CASES",
@@ -23,4 +23,5 @@ __all__ = [
     "first_order_changes",
     "norm_ratio",
     "pair_geometry",
+    "two_pass_geometry",
 ]

@@ -21,12 +21,12 @@ class PairGeometry:
       inner: their inner product.
     """
 
-    chosen: Float[Array, " pairs"]
-    rejected: Float[Array, " pairs"]
-    inner: Float[Array, " pairs"]
+    chosen: Float[Array, "pairs ..."]
+    rejected: Float[Array, "pairs ..."]
+    inner: Float[Array, "pairs ..."]
 
 
-def cosine(geometry: PairGeometry) -> Float[Array, " pairs"]:
+def cosine(geometry: PairGeometry) -> Float[Array, "pairs ..."]:
     r"""Cosine of the two gradients, :math:`\rho = \langle g_w, g_l \rangle / \sqrt{n_w n_l}`."""
     return geometry.inner / (jnp.sqrt(geometry.chosen) * jnp.sqrt(geometry.rejected))
 
@@ -81,6 +81,14 @@ def first_order_changes(
     return learning_rate * chosen, learning_rate * rejected
 
 
+def case_of_changes(
+    chosen: Float[Array, " pairs"], rejected: Float[Array, " pairs"]
+) -> Int[Array, " pairs"]:
+    """Which of `CASES` the signs of two changes are; a change of 0 counts as wanted."""
+    up, down = chosen >= 0, rejected <= 0
+    return jnp.where(up, jnp.where(down, 1, 3), jnp.where(down, 2, 4))
+
+
 def case(geometry: PairGeometry, weights: Coefficients) -> Int[Array, " pairs"]:
     """Which of `CASES` a pair is in, by the signs of its first-order changes.
 
@@ -97,7 +105,6 @@ def case(geometry: PairGeometry, weights: Coefficients) -> Int[Array, " pairs"]:
       Numbers into `CASES`, [pairs]. Yuan et al., 2024, arXiv:2410.13828, table 1.
     """
     chosen, rejected = first_order_changes(geometry, weights)
-    up, down = chosen >= 0, rejected <= 0
-    number = jnp.where(up, jnp.where(down, 1, 3), jnp.where(down, 2, 4))
+    number = case_of_changes(chosen, rejected)
     still = (weights.chosen == 0) & (weights.rejected == 0)
     return jnp.where(still | jnp.isnan(chosen) | jnp.isnan(rejected), 0, number)

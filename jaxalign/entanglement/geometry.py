@@ -1,4 +1,4 @@
-"""The exact Gram matrix of every pair's two gradients, one pair at a time."""
+"""The exact Gram matrix of every pair's two gradients, at one checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.entanglement.conditions import PairGeometry
+from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
+from jaxalign.models.probes import with_probes
 from jaxalign.models.responses import response_log_probs
 
 
@@ -22,13 +24,65 @@ def pair_geometry(
     remat: str = "none",
     dtype: Any = None,
 ) -> PairGeometry:
-    r"""n_w, n_l and the inner product over all trained parameters, by two backward passes per pair.
+    r"""n_w, n_l and the inner product over all trained parameters, by one backward pass of all.
 
     .. math:: n_w = \|\nabla_\theta \log\pi_w\|^2, \quad n_l = \|\nabla_\theta \log\pi_l\|^2,
               \quad \langle \nabla_\theta \log\pi_w, \nabla_\theta \log\pi_l \rangle
 
+    The gradient itself is not formed. In training the same numbers come with the step.
+
+    Args:
+      params: nested dict of arrays.
+      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      batch: pairs, as `pair_batches` makes them.
+      adapters: low-rank updates; if given, they alone are the trained parameters.
+      adapter_scale: factor on the updates, alpha / rank.
+      remat: what the backward pass computes again, as in `decoder.hidden_states`.
+      dtype: of the computation; None is the parameters' own.
+
+    Returns:
+      The pairs' Gram matrices, each field [pairs] in float32. A field by layer or by kind of matrix
+      is had from `probing`.
+    """
+    rows = tuple(map(jnp.asarray, batch.rows()))
+    tokens, _, response_tokens, _ = rows
+    probes = zero_probes(params, config, tokens, response_tokens, adapters=adapters)
+
+    def log_probs(probes: Any) -> Float[Array, ""]:
+        weights, updates = params, adapters
+        if updates is None:
+            weights = with_probes(params, probes)
+        else:
+            updates = with_probes(updates, probes)
+        out = response_log_probs(
+            weights,
+            config,
+            *rows,
+            remat=remat,
+            dtype=dtype,
+            adapters=updates,
+            adapter_scale=adapter_scale,
+        )
+        return out.log_prob.sum()
+
+    found = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
+    return unweighted(total(found), jnp.ones((tokens.shape[0] // 2, 2)))
+
+
+def two_pass_geometry(
+    params: Mapping[str, Any],
+    config: Any,
+    batch: PairBatch,
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float = 1.0,
+    remat: str = "none",
+    dtype: Any = None,
+) -> PairGeometry:
+    """`pair_geometry` by two backward passes per pair: the usual way, to compare with.
+
     Pairs pass one after the other, so that two gradients are held at a time and no more; sums
-    are formed in float32. For a checkpoint, not for every step of training.
+    are formed in float32.
 
     Args:
       params: nested dict of arrays.

@@ -17,10 +17,11 @@ from jaxalign.models.layers import (
     attention,
     dense,
     layer_norm,
-    precision,
+    look_up,
     rms_norm,
     softcap,
 )
+from jaxalign.models.precision import precision
 from jaxalign.models.rope import rope_angles, rotate
 from jaxalign.models.shell import Model
 
@@ -108,8 +109,8 @@ def init_params(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float
 
 def _norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
     if config.norm == "layer":
-        return layer_norm(x, params["scale"], params.get("bias"), eps=config.norm_eps)
-    return rms_norm(x, params["scale"], eps=config.norm_eps, offset=config.norm_offset)
+        return layer_norm(x, params, eps=config.norm_eps)
+    return rms_norm(x, params, eps=config.norm_eps, offset=config.norm_offset)
 
 
 def _positions(length, attention_mask, segment_ids):
@@ -250,15 +251,13 @@ def hidden_states(
         real = (attention_mask != 0).astype(jnp.int32)
         segments = real if segment_ids is None else segment_ids * real
 
-    embedding = params["embed"]["embedding"]
-    dtype = embedding.dtype if dtype is None else dtype
-    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
+    x = look_up(params["embed"], tokens, dtype)
     if config.embedding_scale is not None:
         x = x * jnp.asarray(config.embedding_scale, dtype)
     angles = None
     if config.position_kind == "learned":
-        learned = jnp.take(params["positions"]["embedding"], positions, axis=0)
-        x = x + jnp.broadcast_to(learned.astype(dtype), x.shape)
+        x = x + look_up(params["positions"], jnp.broadcast_to(positions, tokens.shape), dtype)
     else:
         ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
         sizes = config.head_width, config.context_length

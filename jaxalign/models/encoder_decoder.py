@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 from jaxalign.errors import UserError
 from jaxalign.models.config import EncoderDecoderConfig
 from jaxalign.models.decoder import REMAT_POLICIES
-from jaxalign.models.layers import ACTIVATIONS, dense, precision, rms_norm
+from jaxalign.models.layers import ACTIVATIONS, dense, look_up, rms_norm
+from jaxalign.models.precision import precision
+from jaxalign.models.probes import spread
 from jaxalign.models.shell import Model
 
 
@@ -130,8 +132,8 @@ def _attend(q, k, v, q_places, key_mask, biases, config, *, causal):
             reach=config.relative_distance,
             both_ways=not causal,
         )
-        learned = jnp.take(biases.astype(jnp.float32), bucket, axis=0)
-        scores = scores + jnp.moveaxis(learned, -1, 0)[None]
+        learned = jnp.take(biases.astype(jnp.float32), bucket, axis=1)
+        scores = scores + jnp.moveaxis(learned, -1, 1)
     seen = jnp.ones((1, *distance.shape), bool) if key_mask is None else key_mask[:, None, :] != 0
     if causal:
         seen = seen & (distance <= 0)[None]
@@ -182,10 +184,12 @@ def _stack(
     x, stack, config, adapters, scale, remat, *, mask, causal, memory=None, memory_mask=None
 ):
     """The layers of one stack under `jax.lax.scan`, and its final norm."""
-    biases = stack["positions"]["embedding"]
+    biases, probe = stack["positions"]["embedding"], stack["positions"].get("probe")
+    rows = 1 if probe is None else x.shape[0]
+    biases = spread(biases, (rows, *biases.shape), biases.dtype, probe)
 
     def norm(y, params):
-        return rms_norm(y, params["scale"], eps=config.norm_eps)
+        return rms_norm(y, params, eps=config.norm_eps)
 
     def block(x, inputs):
         layer, updates = inputs
@@ -240,21 +244,19 @@ def hidden_states(
     """
     if remat != "none" and remat not in REMAT_POLICIES:
         raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
-    embedding = params["embed"]["embedding"]
-    dtype = embedding.dtype if dtype is None else dtype
+    dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
     updates = {} if adapters is None else adapters
-
-    def embed(ids):
-        return jnp.take(embedding, ids, axis=0).astype(dtype)
+    read = look_up(params["embed"], jnp.concatenate([tokens, decoder_tokens], axis=1), dtype)
+    length = tokens.shape[1]
 
     def run(name, x, **options):
         own = updates.get(name, {})
         return _stack(x, params[name], config, own, adapter_scale, remat, **options)
 
-    memory = run("encoder", embed(tokens), mask=attention_mask, causal=False)
+    memory = run("encoder", read[:, :length], mask=attention_mask, causal=False)
     return run(
         "decoder",
-        embed(decoder_tokens),
+        read[:, length:],
         mask=decoder_attention_mask,
         causal=True,
         memory=memory,
@@ -282,9 +284,16 @@ def response_states(
     """
     places = jnp.arange(tokens.shape[1])[None]
     mask = (places < prompt_length[:, None]).astype(jnp.int32)
-    start = jnp.full_like(response_tokens[:, :1], config.start_token)
-    shifted = jnp.concatenate([start, response_tokens[:, :-1]], axis=1)
+    shifted = decoder_inputs(config, response_tokens)
     return hidden_states(params, config, tokens, shifted, attention_mask=mask, **options)
+
+
+def decoder_inputs(
+    config: EncoderDecoderConfig, response_tokens: Int[Array, "batch response"]
+) -> Int[Array, "batch response"]:
+    """What the decoder reads to predict a response: the start token, and all but its last."""
+    start = jnp.full_like(response_tokens[:, :1], config.start_token)
+    return jnp.concatenate([start, response_tokens[:, :-1]], axis=1)
 
 
 def unembedding(

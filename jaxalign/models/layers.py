@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxalign.models.precision import precision
+from jaxalign.models.probes import matmul, spread
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Float32 means float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def dense(
@@ -33,25 +31,38 @@ def dense(
 
     Args:
       x: inputs, [..., inputs].
-      params: {"kernel": [inputs, outputs], "bias"?: [outputs]} in any float dtype.
+      params: {"kernel": [inputs, outputs], "bias"?: [outputs]} in any float dtype; with a
+        "probe", the gradients of both are watched (`probes`).
       adapter: low-rank update {"a": [inputs, rank], "b": [rank, outputs]}, or None; with
-        "dropout_key" and "dropout_rate" its input is dropped (`lora.with_dropout`).
+        "dropout_key" and "dropout_rate" its input is dropped (`lora.with_dropout`), with a
+        "probe" it is watched.
       adapter_scale: s, alpha / rank of the low-rank update.
 
     Returns:
       [..., outputs] in the dtype of `x`.
     """
-    at = precision(x.dtype)
-    y = jnp.matmul(x, params["kernel"].astype(x.dtype), precision=at)
+    probe = params.get("probe")
+    y = matmul(x, params["kernel"], probe)
     if "bias" in params:
-        y = y + jnp.broadcast_to(params["bias"].astype(x.dtype), y.shape)
+        y = y + spread(params["bias"], y.shape, x.dtype, probe)
     if adapter is not None:
         if "dropout_key" in adapter:
             x = dropout(x, adapter["dropout_key"], adapter["dropout_rate"])
-        low = jnp.matmul(x, adapter["a"].astype(x.dtype), precision=at)
-        update = jnp.matmul(low, adapter["b"].astype(x.dtype), precision=at)
+        probe = adapter.get("probe")
+        update = matmul(matmul(x, adapter["a"], probe), adapter["b"], probe)
         y = y + update * jnp.asarray(adapter_scale, x.dtype)
     return y
+
+
+def look_up(
+    params: Mapping[str, Any], ids: Int[Array, "rows length"], dtype: Any
+) -> Float[Array, "rows length width"]:
+    """Rows of {"embedding": [ids, width]}; a "lookup", [rows, length, width] of zeros, is added.
+
+    Its cotangent is that of every row that was looked up: how embeddings are watched.
+    """
+    x = jnp.take(params["embedding"], ids, axis=0).astype(dtype)
+    return x + params["lookup"].astype(dtype) if "lookup" in params else x
 
 
 def dropout(
@@ -63,29 +74,33 @@ def dropout(
 
 
 def rms_norm(
-    x: Float[Array, "... width"], scale: Float[Array, " width"], *, eps: float, offset: float = 0.0
+    x: Float[Array, "... width"],
+    params: Mapping[str, Any],
+    *,
+    eps: float,
+    offset: float = 0.0,
 ) -> Float[Array, "... width"]:
-    """Root-mean-square norm over the last axis, in float32; `offset` is added to the scale."""
+    """Root-mean-square norm over the last axis, in float32; `offset` is added to the scale.
+
+    `params` is {"scale": [width]}; with a "probe" it is watched.
+    """
     x32 = x.astype(jnp.float32)
     y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    weight = scale.astype(jnp.float32) + offset
-    return (y * jnp.broadcast_to(weight, y.shape)).astype(x.dtype)
+    scale = spread(params["scale"], y.shape, jnp.float32, params.get("probe"))
+    return (y * (scale + offset)).astype(x.dtype)
 
 
 def layer_norm(
-    x: Float[Array, "... width"],
-    scale: Float[Array, " width"],
-    bias: Float[Array, " width"] | None,
-    *,
-    eps: float,
+    x: Float[Array, "... width"], params: Mapping[str, Any], *, eps: float
 ) -> Float[Array, "... width"]:
-    """Layer norm over the last axis, in float32."""
+    """Layer norm over the last axis, in float32; {"scale": [width], "bias"?, "probe"?}."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    probe = params.get("probe")
+    y = y * spread(params["scale"], y.shape, jnp.float32, probe)
+    if "bias" in params:
+        y = y + spread(params["bias"], y.shape, jnp.float32, probe)
     return y.astype(x.dtype)
 
 

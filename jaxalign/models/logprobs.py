@@ -4,14 +4,24 @@ Everything runs over blocks of tokens and of the vocabulary, forward and backwar
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxalign.models.layers import precision
-from jaxalign.records import record
+from jaxalign.models.precision import precision
+from jaxalign.models.probes import (
+    by_pairs,
+    factored_gram,
+    forms_gradients,
+    gram,
+    on_one_cpu,
+    row_gradients,
+    token_products,
+)
+from jaxalign.records import AnyArray, record
 
 # Tokens and logits of a block. On a CPU: about what a core's cache holds. On accelerators, per
 # device: rather narrow blocks than few tokens, since gradients of a block are summed over devices.
@@ -33,6 +43,22 @@ class TokenStatistics:
     entropy: Float[Array, " tokens"]
 
 
+@record
+class UnembeddingProbe:
+    """Zeros whose cotangents tell of the unembedding's gradients, pair by pair (see `probes`).
+
+    Attributes:
+      gram: its cotangent is the Gram matrices of kernel and bias together.
+      rows: where the kernel is tied to the embedding: its cotangent is, for either sequence of a
+        pair, the gradient's rows at the tokens that the pair looks up. None: not tied.
+      tokens: which these are; chosen and rejected sequence behind one another. Else None.
+    """
+
+    gram: Float[AnyArray, "pairs 3"]
+    rows: Float[AnyArray, "pairs 2 tokens width"] | None = None
+    tokens: Int[AnyArray, "pairs tokens"] | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
     """The static part of a blocked computation: sizes of blocks and the form of the logits."""
@@ -52,6 +78,11 @@ class _Plan:
     def start(self, first: Array) -> Array:
         """Where a block is read: the last one steps back so that it ends with the vocabulary."""
         return jnp.minimum(first, self.vocabulary - self.vocab_block)
+
+    def columns(self, first: Array) -> Array:
+        """The numbers of a block's columns; -1 where a block before it has treated one."""
+        column = self.start(first) + jnp.arange(self.vocab_block)
+        return jnp.where(column >= first, column, -1)
 
     def split(self, x: Array) -> Array:
         """[tokens, ...] -> [token_blocks, size, ...], every block strewn over all of the tokens.
@@ -112,6 +143,14 @@ def _columns(
 
 def _logits(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None, first: Array) -> Array:
     """Float32 logits of a block of tokens and columns; columns treated before count as never."""
+    z = _products(plan, hidden, kernel, bias)
+    if plan.vocab_blocks * plan.vocab_block > plan.vocabulary:
+        z = jnp.where((plan.columns(first) >= 0)[None], z, NEVER)
+    return z
+
+
+def _products(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None) -> Array:
+    """Float32 logits of some tokens and some columns."""
     z = jnp.matmul(
         hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -121,9 +160,6 @@ def _logits(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None, first
         z = z * plan.scale
     if plan.softcap is not None:
         z = plan.softcap * jnp.tanh(z / plan.softcap)
-    if plan.vocab_blocks * plan.vocab_block > plan.vocabulary:
-        column = plan.start(first) + jnp.arange(plan.vocab_block)
-        z = jnp.where((column >= first)[None], z, NEVER)
     return z
 
 
@@ -157,12 +193,7 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
         def token_step(sums, inputs):
             x, d_x, row = inputs
             z = _logits(plan, x, block, bias_block, first)
-            d_z = slope(z, row)
-            if plan.softcap is not None:
-                # Columns that do not count lie far outside the cap: slope 0 and not infinity.
-                d_z = d_z * (1.0 - jnp.square(jnp.clip(z / plan.softcap, -1.0, 1.0)))
-            if plan.scale is not None:
-                d_z = d_z * plan.scale
+            d_z = _through_form(plan, z, slope(z, row))
             d_z, d_bias_block = d_z.astype(x.dtype), jnp.sum(d_z, axis=0)
             d_x = d_x + jnp.matmul(d_z, block.T, precision=at, preferred_element_type=jnp.float32)
             d_block = jnp.matmul(x.T, d_z, precision=at, preferred_element_type=jnp.float32)
@@ -188,6 +219,104 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
     if bias is not None:
         d_bias = d_bias.astype(bias.dtype)
     return d_hidden, d_kernel.astype(kernel.dtype), d_bias
+
+
+def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, probe):
+    """`_gradients` of tokens that belong to pairs, and the cotangents of their probe.
+
+    Each row's own gradient of a block of columns is formed, used and added up; or, where that is
+    dearer, the tokens' inner products are added up over the blocks. `slope_of` takes the numbers of
+    columns instead of the first one of a block.
+    """
+    pairs, width, at = probe.gram.shape[0], hidden.shape[-1], precision(hidden.dtype)
+    hiddens = by_pairs(hidden, pairs)
+    rows = jax.tree.map(lambda x: x.reshape(pairs, -1), rows)
+    response = hiddens.shape[2]
+    forms = forms_gradients(response, width, plan.vocabulary)
+    product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
+
+    def vocabulary_step(carry, first):
+        d_kernel, d_bias, sums = carry
+        block, bias_block = _columns(plan, kernel, bias, first, hidden.dtype)
+        slope, start = slope_of(plan.columns(first)), plan.start(first)
+
+        def of_pair(x, row, sums):
+            z = _logits(plan, x.reshape(-1, width), block, bias_block, first)
+            d_z = _through_form(plan, z, slope(z, row)).reshape(2, response, -1)
+            d_bias_rows, d_z = d_z.sum(1), d_z.astype(x.dtype)
+            d_x = product("rv,iv->ri", d_z.reshape(-1, d_z.shape[-1]), block)
+            new = dict(sums, d_x=sums["d_x"] + d_x.reshape(x.shape))
+            own = row_gradients(d_z, x) if forms else None
+            if own is None:
+                products = token_products(d_z)
+                new["products"] = jax.tree.map(jnp.add, sums["products"], products)
+                d_block = product("rv,ri->vi", d_z.reshape(-1, d_z.shape[-1]), x.reshape(-1, width))
+            else:
+                new["gram"] = sums["gram"] + gram(*own)
+                d_block = own[0] + own[1]
+            if bias is not None:
+                new["gram"] = new["gram"] + gram(d_bias_rows[:1], d_bias_rows[1:])
+            return (d_block, d_bias_rows.sum(0)), new
+
+        inputs = hiddens, rows, sums
+        if on_one_cpu():
+
+            def step(total, inputs):
+                added, new = of_pair(*inputs)
+                return jax.tree.map(jnp.add, total, added), new
+
+            zeros = jnp.zeros(block.T.shape), jnp.zeros(block.shape[1])
+            (d_block, d_bias_block), sums = jax.lax.scan(step, zeros, inputs)
+        else:
+            added, sums = jax.vmap(of_pair)(*inputs)
+            d_block, d_bias_block = (x.sum(0) for x in added)
+        d_kernel = _add_at(d_kernel, d_block, start, axis=0)
+        if bias is not None:
+            d_bias = _add_at(d_bias, d_bias_block, start, axis=0)
+        return (d_kernel, d_bias, sums), None
+
+    sums: dict[str, Any] = {
+        "d_x": jnp.zeros(hiddens.shape, jnp.float32),
+        "gram": jnp.zeros((pairs, 3), jnp.float32),
+    }
+    if not forms:
+        square = response, response
+        sums["products"] = (jnp.zeros((pairs, 2, *square)), jnp.zeros((pairs, *square)))
+    carry: Any = (
+        jnp.zeros(kernel.T.shape, jnp.float32),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+        sums,
+    )
+    (d_kernel, d_bias, sums), _ = jax.lax.scan(vocabulary_step, carry, plan.first_columns())
+    geometry = sums["gram"]
+    if not forms:
+        geometry = geometry + factored_gram(token_products(hiddens), sums["products"])
+    d_hidden = sums["d_x"].reshape(hidden.shape).astype(hidden.dtype)
+    if bias is not None:
+        d_bias = d_bias.astype(bias.dtype)
+    d_probe = dataclasses.replace(probe, gram=geometry, tokens=None)
+    if probe.tokens is not None:
+
+        def at_tokens(inputs):
+            x, row, tokens = inputs
+            columns = jnp.take(kernel, tokens, axis=1).astype(x.dtype)
+            biases = None if bias is None else jnp.take(bias, tokens).astype(jnp.float32)
+            z = _products(plan, x.reshape(-1, width), columns, biases)
+            d_z = _through_form(plan, z, slope_of(tokens)(z, row)).astype(x.dtype)
+            return product("nrt,nri->nti", d_z.reshape(2, response, -1), x)
+
+        inputs = hiddens, rows, probe.tokens
+        of_all = jax.lax.map if on_one_cpu() else lambda f, xs: jax.vmap(f)(xs)
+        d_probe = dataclasses.replace(d_probe, rows=of_all(at_tokens, inputs))
+    return d_hidden, d_kernel.T.astype(kernel.dtype), d_bias, d_probe
+
+
+def _through_form(plan: _Plan, z: Array, d_z: Array) -> Array:
+    """The cotangent of the product with the kernel from that of the logits z."""
+    if plan.softcap is not None:
+        # Columns that do not count lie far outside the cap: slope 0 and not infinity.
+        d_z = d_z * (1.0 - jnp.square(jnp.clip(z / plan.softcap, -1.0, 1.0)))
+    return d_z if plan.scale is None else d_z * plan.scale
 
 
 def _add_at(whole: Array, part: Array, start: Array, *, axis: int) -> Array:
@@ -237,25 +366,22 @@ def _statistics_forward(plan, hidden, kernel, bias, targets):
     return plan.join(found) - log_sum, log_total - weighted / total, log_sum
 
 
-def _statistics_fwd(plan, entropy_gradient, hidden, kernel, bias, targets):
+def _statistics_fwd(plan, entropy_gradient, hidden, kernel, bias, targets, probe):
     log_prob, entropy, log_sum = _statistics_forward(plan, hidden, kernel, bias, targets)
-    return (log_prob, entropy), (hidden, kernel, bias, targets, log_sum, entropy)
+    return (log_prob, entropy), (hidden, kernel, bias, targets, log_sum, entropy, probe)
 
 
 def _statistics_bwd(plan, entropy_gradient, saved, cotangents):
-    hidden, kernel, bias, targets, log_sum, entropy = saved
+    hidden, kernel, bias, targets, log_sum, entropy, probe = saved
     rows = {"target": targets, "log_sum": log_sum, "by_log_prob": cotangents[0]}
     if entropy_gradient:
         rows |= {"entropy": entropy, "by_entropy": cotangents[1]}
 
-    def slope_at(first):
-        column = plan.start(first) + jnp.arange(plan.vocab_block)
-        fresh = jnp.where(column >= first, column, -1)  # no target is -1
-
+    def slope_of(columns):
         def slope(z, row):
             log_p = z - row["log_sum"][:, None]
             p = jnp.exp(log_p)
-            hit = fresh[None] == row["target"][:, None]
+            hit = columns[None] == row["target"][:, None]  # no target is -1
             d_z = jnp.where(hit, 1.0 - p, -p) * row["by_log_prob"][:, None]
             if entropy_gradient:
                 d_z = d_z - p * (log_p + row["entropy"][:, None]) * row["by_entropy"][:, None]
@@ -263,10 +389,17 @@ def _statistics_bwd(plan, entropy_gradient, saved, cotangents):
 
         return slope
 
-    return *_gradients(plan, slope_at, hidden, kernel, bias, rows), None
+    if probe is None:
+
+        def slope_at(first):
+            return slope_of(plan.columns(first))
+
+        return *_gradients(plan, slope_at, hidden, kernel, bias, rows), None, None
+    *of_inputs, d_probe = _watched_gradients(plan, slope_of, hidden, kernel, bias, rows, probe)
+    return *of_inputs, None, d_probe
 
 
-def _statistics_primal(plan, entropy_gradient, hidden, kernel, bias, targets):
+def _statistics_primal(plan, entropy_gradient, hidden, kernel, bias, targets, probe):
     return _statistics_forward(plan, hidden, kernel, bias, targets)[:2]
 
 
@@ -285,6 +418,7 @@ def token_log_probs(
     entropy_gradient: bool = False,
     token_block: int | None = None,
     vocab_block: int | None = None,
+    probe: UnembeddingProbe | None = None,
 ) -> TokenStatistics:
     r"""Log-prob of each target token and entropy of its distribution, without the logits' array.
 
@@ -304,6 +438,8 @@ def token_log_probs(
       entropy_gradient: whether gradients flow through the entropy; else it is a constant.
       token_block: most tokens of one block; None chooses.
       vocab_block: most columns of one block; None chooses.
+      probe: watches the unembedding's gradients; tokens are then those of 2 pairs rows of the
+        same length, chosen and rejected in turn.
 
     Returns:
       Float32 log-probs and entropies, [tokens]; uniform logits give -log(vocabulary).
@@ -312,7 +448,7 @@ def token_log_probs(
       ValueError: if a block size is not positive.
     """
     plan = _plan(hidden.shape[0], kernel.shape[1], token_block, vocab_block, softcap, scale)
-    log_prob, entropy = _statistics(plan, entropy_gradient, hidden, kernel, bias, targets)
+    log_prob, entropy = _statistics(plan, entropy_gradient, hidden, kernel, bias, targets, probe)
     if not entropy_gradient:
         entropy = jax.lax.stop_gradient(entropy)
     return TokenStatistics(log_prob=log_prob, entropy=entropy)

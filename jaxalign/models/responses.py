@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxalign.models import decoder, encoder_decoder
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.logprobs import token_kl, token_log_probs
+from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
 from jaxalign.records import record
 
 
@@ -76,6 +76,7 @@ def response_log_probs(
         entropy_gradient=entropy_gradient,
         token_block=token_block,
         vocab_block=vocab_block,
+        probe=_unembedding_probe(params, config, tokens, response_tokens),
     )
     real = jnp.arange(response_tokens.shape[1])[None] < response_length[:, None]
 
@@ -161,6 +162,27 @@ def compare_responses(
     )
 
 
+def looked_up(
+    config: Any, tokens: Int[Array, "batch length"], response_tokens: Int[Array, "batch response"]
+) -> Int[Array, "batch looked_up"]:
+    """The tokens whose embeddings `response_log_probs` reads."""
+    if isinstance(config, DecoderConfig):
+        return tokens
+    inputs = encoder_decoder.decoder_inputs(config, response_tokens)
+    return jnp.concatenate([tokens, inputs], axis=1)
+
+
+def _unembedding_probe(params, config, tokens, response_tokens) -> UnembeddingProbe | None:
+    """What `probes` put beside the matrix that makes logits."""
+    node = params["embed"] if config.tied else params["unembed"]
+    if "probe" not in node:
+        return None
+    if not config.tied:
+        return UnembeddingProbe(gram=node["probe"])
+    of_pairs = looked_up(config, tokens, response_tokens).reshape(node["probe"].shape[0], -1)
+    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_pairs)
+
+
 def _adapter_options(
     *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
 ) -> dict[str, Any]:
@@ -178,17 +200,37 @@ def _response_states(
     params, config, tokens, prompt_length, response_tokens, response_length, **options
 ) -> tuple[Array, Array, Array | None, dict[str, Any]]:
     """Hidden states that predict the response [batch, response, width]; how logits follow."""
-    if isinstance(config, DecoderConfig):
-        hidden = decoder.hidden_states(params, config, tokens, **options)
-        places = prompt_length[:, None] - 1 + jnp.arange(response_tokens.shape[1])[None]
-        places = jnp.clip(places, 0, tokens.shape[1] - 1)
-        hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
-        kernel, bias = decoder.unembedding(params, config)
-    else:
-        rows = tokens, prompt_length, response_tokens
-        hidden = encoder_decoder.response_states(params, config, *rows, **options)
-        kernel, bias = encoder_decoder.unembedding(params, config)
+    hidden = response_states(params, config, tokens, prompt_length, response_tokens, **options)
+    room: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
+    kernel, bias = room.unembedding(params, config)
     return hidden, kernel, bias, {"softcap": config.logit_softcap, "scale": config.logit_scale}
+
+
+def response_states(
+    params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    **options: Any,
+) -> Float[Array, "batch response width"]:
+    """The last hidden states that predict the response, from the last token of the prompt on.
+
+    Args:
+      params: nested dict of arrays.
+      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      tokens: as in `response_log_probs`.
+      prompt_length: as in `response_log_probs`.
+      response_tokens: as in `response_log_probs`.
+      **options: those of the model's `hidden_states`.
+    """
+    if not isinstance(config, DecoderConfig):
+        rows = tokens, prompt_length, response_tokens
+        return encoder_decoder.response_states(params, config, *rows, **options)
+    hidden = decoder.hidden_states(params, config, tokens, **options)
+    places = prompt_length[:, None] - 1 + jnp.arange(response_tokens.shape[1])[None]
+    places = jnp.clip(places, 0, tokens.shape[1] - 1)
+    return jnp.take_along_axis(hidden, places[:, :, None], axis=1)
 
 
 def text_log_probs(

@@ -1,13 +1,11 @@
 """The report of one run or several: held-out curves and a table of before and after."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxalign.errors import UserError
+from jaxalign.reporting import entanglement
+from jaxalign.reporting.runs import Run
 
 ROWS = (
     ("rewards/accuracies", "accuracy", "{:z.3f}"),
@@ -22,66 +20,6 @@ ROWS = (
     ("loss", "loss", "{:z.4f}"),
 )
 """Metric -> how a table calls and prints it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run folder, read."""
-
-    folder: Path
-    name: str
-    config: Mapping[str, Any]
-    lines: Sequence[Mapping[str, Any]]
-    data: Mapping[str, Mapping[str, Any]]
-    """What was read and tokenised, by name: `data.json`."""
-
-    def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric; empty where it was not recorded."""
-        points = [
-            (line["step"], line[metric])
-            for line in self.lines
-            if line["stage"] == stage and line["split"] == split and line.get(metric) is not None
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def first_and_last(self, stage: str, metric: str) -> tuple[float, float] | None:
-        """The held-out value before the stage's first step and after its last."""
-        _, values = self.curve(stage, "eval", metric)
-        return (values[0], values[-1]) if values else None
-
-    def cells(self, metric: str, form: str) -> tuple[str, str]:
-        """The held-out value before and after, as text; a share has its 95 % interval."""
-        values = self.first_and_last("preference", metric)
-        if values is None:
-            return "", ""
-        pairs = self.data.get("held_out_pairs", {}).get("records")
-        texts = [form.format(value) for value in values]
-        if pairs and metric.endswith("accuracies"):
-            errors = [1.96 * math.sqrt(value * (1 - value) / pairs) for value in values]
-            texts = [f"{text} ± {error:.3f}" for text, error in zip(texts, errors, strict=True)]
-        return texts[0], texts[1]
-
-
-def read_run(folder: Path | str) -> Run:
-    """Read a run folder.
-
-    Raises:
-      UserError: it is not one.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; give a folder that jaxalign train has made")
-    lines = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line a kill cut short
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    data = folder / "data.json"
-    counts = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
-    return Run(folder=folder, name=config["name"], config=config, lines=lines, data=counts)
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -231,6 +169,14 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     if rows:
         _plot_preference(runs, folder / "preference.png")
         text += [_markdown_table(header, rows), "![held-out curves](preference.png)\n"]
+    if seen := [run for run in runs if entanglement.watched(run)]:
+        entanglement.plot(seen, folder / "entanglement.png")
+        text += [
+            "## Gradients of chosen and rejected\n",
+            "Means over the watched steps; over all trained parameters, before each update.\n",
+            _markdown_table(*entanglement.table(seen)),
+            "![entanglement](entanglement.png)\n",
+        ]
     if _plot_losses(runs, folder / "loss.png"):
         text.append("![loss by stage](loss.png)\n")
     text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]

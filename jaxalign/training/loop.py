@@ -68,7 +68,7 @@ def run_stage(
     *,
     state: TrainState,
     frozen: Any,
-    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]],
+    step: Callable[[int], Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]],
     batches: Any,
     place_batch: Callable[[Any], Any],
     describe: Callable[[Any], Sequence[str]],
@@ -92,7 +92,7 @@ def run_stage(
       name: the stage, for metrics and messages.
       state: where to start; donated.
       frozen: what the step reads and never changes.
-      step: the compiled step.
+      step: the compiled step that goes from an update to the next, by the first one's number.
       batches: a checkpointable iterator (`get_state`) over host batches.
       place_batch: host batch -> what the step takes.
       describe: host batch -> where its records came from, for messages.
@@ -161,7 +161,7 @@ def run_stage(
         last_finish = time.perf_counter()
         while done < steps:
             batch = next(batches)
-            state, metrics = step(state, frozen, place_batch(batch))
+            state, metrics = step(done)(state, frozen, place_batch(batch))
             done += 1
             if pending is not None:
                 finish(done - 1, pending)

@@ -56,23 +56,15 @@ class Policy:
 
     def log_probs(self, batch: PairBatch, params: Params, **adapters) -> Any:
         """Token log-probs [pairs, 2, response] of chosen and rejected, 0 at padding."""
-        pairs, sides, _ = batch.tokens.shape
-
-        def rows(x: Array) -> Array:
-            return x.reshape(pairs * sides, *x.shape[2:])
-
         out = response_log_probs(
             params,
             self.config,
-            rows(batch.tokens),
-            rows(batch.prompt_length),
-            rows(batch.response_tokens),
-            rows(batch.response_length),
+            *batch.rows(),
             remat=self.remat,
             dtype=self.dtype,
             **adapters,
         )
-        return jax.tree.map(lambda x: x.reshape(pairs, sides, -1), out)
+        return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
     def compare(
         self, batch: PairBatch, reference: Params, *, reverse: bool = False, params, **adapters
@@ -82,15 +74,7 @@ class Policy:
             params,
             reference,
             self.config,
-            *(
-                x.reshape(-1, *x.shape[2:])
-                for x in (
-                    batch.tokens,
-                    batch.prompt_length,
-                    batch.response_tokens,
-                    batch.response_length,
-                )
-            ),
+            *batch.rows(),
             reverse=reverse,
             remat=self.remat,
             dtype=self.dtype,

@@ -9,10 +9,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxalign.entanglement.observation import Observation
 from jaxalign.records import record
 from jaxalign.sharding import batch_sharding, parameter_shardings, replicated
 from jaxalign.training.metrics import Mean, add_means
+from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import Objective
+from jaxalign.training.watching import Watch
 
 Params = Any
 
@@ -41,20 +44,6 @@ def initial_state(
     )
 
 
-def split_micro_batches(batch: Any, parts: int) -> Any:
-    """[rows, ...] -> [parts, rows / parts, ...], each part spread over all devices."""
-
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(split, batch)
-
-
-def _join_micro_batches(parts: Any) -> Any:
-    """The inverse of `split_micro_batches`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
-
-
 def gradients(
     objective: Objective,
     trained: Params,
@@ -63,8 +52,9 @@ def gradients(
     key: PRNGKeyArray,
     *,
     micro_batches: int = 1,
-) -> tuple[Params, dict[str, Mean]]:
-    """The gradient of the mean loss over the whole batch, and the batch's metrics.
+    watch: Watch | None = None,
+) -> tuple[Params, dict[str, Mean], Observation | None]:
+    """The gradient of the mean loss over the whole batch, the batch's metrics, its geometry.
 
     With micro-batches the result is the same: each part's loss is divided by the whole batch's
     weight. Where the loss couples rows (a batch statistic), a first pass collects the outputs of
@@ -73,45 +63,63 @@ def gradients(
     """
     count = objective.count(batch)
 
-    def share(trained, part, key):
-        return objective.reduce(objective.forward(trained, frozen, part, key), part, count)
+    def of_part(part, key, slopes=None):
+        """Gradient, metrics and observation of a part, from its own loss or from given slopes."""
+
+        def forward(trained, probes):
+            if watch is None:
+                return objective.forward(trained, frozen, part, key)
+            return watch.forward(trained, probes, frozen, part, key)
+
+        probes = None if watch is None else watch.probes(trained, frozen, part)
+        outputs, backward = jax.vjp(forward, trained, probes)
+        metrics = {}
+        if slopes is None:
+            slopes, metrics = jax.grad(objective.reduce, has_aux=True)(outputs, part, count)
+        if watch is None:
+            return backward(slopes)[0], metrics, None
+        if watch.cure is None:
+            grads, cotangents = backward(slopes)
+            return grads, metrics, watch.read(cotangents, slopes, slopes, outputs, part, count)
+        units = jax.tree.map(jnp.ones_like, slopes)
+        seen = watch.read(backward(units)[1], units, slopes, outputs, part, count)
+        slopes = watch.slopes(slopes, seen, part, count)
+        return backward(slopes)[0], metrics, seen
 
     if micro_batches == 1:
-        (_, metrics), grads = jax.value_and_grad(share, has_aux=True)(trained, batch, key)
-        return grads, metrics
+        return of_part(batch, key)
 
     parts = split_micro_batches(batch, micro_batches)
     keys = jax.random.split(key, micro_batches)
     zeros = jax.tree.map(jnp.zeros_like, trained)
 
-    if not objective.coupled:
+    if objective.coupled:
 
-        def add_part(carry, part_and_key):
-            grads, metrics = carry
-            (_, new), more = jax.value_and_grad(share, has_aux=True)(trained, *part_and_key)
-            return (jax.tree.map(jnp.add, grads, more), add_means(metrics, new)), None
+        def forward(part_and_key):
+            part, key = part_and_key
+            return objective.forward(trained, frozen, part, key)
 
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        shapes = jax.eval_shape(lambda part, key: share(trained, part, key)[1], *first)
-        no_metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, metrics), _ = jax.lax.scan(add_part, (zeros, no_metrics), (parts, keys))
-        return grads, metrics
+        outputs = join_micro_batches(jax.lax.map(forward, (parts, keys)))
+        slopes, metrics = jax.grad(objective.reduce, has_aux=True)(outputs, batch, count)
 
-    def forward(part, key):
-        return objective.forward(trained, frozen, part, key)
+        def pull_back(grads, inputs):
+            more, _, seen = of_part(*inputs)
+            return jax.tree.map(jnp.add, grads, more), seen
 
-    outputs = _join_micro_batches(jax.lax.map(lambda x: forward(*x), (parts, keys)))
-    (_, metrics), cotangents = jax.value_and_grad(
-        lambda outputs: objective.reduce(outputs, batch, count), has_aux=True
-    )(outputs)
+        pulled = (parts, keys, split_micro_batches(slopes, micro_batches))
+        grads, seen = jax.lax.scan(pull_back, zeros, pulled)
+        return grads, metrics, join_micro_batches(seen)
 
-    def pull_back(grads, part_key_cotangent):
-        part, key, cotangent = part_key_cotangent
-        _, vjp = jax.vjp(lambda trained: objective.forward(trained, frozen, part, key), trained)
-        return jax.tree.map(jnp.add, grads, vjp(cotangent)[0]), None
+    def add_part(carry, part_and_key):
+        grads, metrics = carry
+        more, new, seen = of_part(*part_and_key)
+        return (jax.tree.map(jnp.add, grads, more), add_means(metrics, new)), seen
 
-    pulled = (parts, keys, split_micro_batches(cotangents, micro_batches))
-    return jax.lax.scan(pull_back, zeros, pulled)[0], metrics
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    shapes = jax.eval_shape(lambda part, key: of_part(part, key)[1], *first)
+    no_metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, metrics), seen = jax.lax.scan(add_part, (zeros, no_metrics), (parts, keys))
+    return grads, metrics, join_micro_batches(seen)
 
 
 def train_step(
@@ -122,11 +130,12 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
+    watch: Watch | None = None,
 ) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
     """One update on one batch; an update that is not finite leaves the parameters as they were."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    grads, metrics = gradients(
-        objective, state.params, frozen, batch, key, micro_batches=micro_batches
+    grads, metrics, seen = gradients(
+        objective, state.params, frozen, batch, key, micro_batches=micro_batches, watch=watch
     )
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -136,6 +145,9 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
+    if watch is not None and seen is not None:
+        outputs = watch.outputs_after(params, frozen, batch, micro_batches)
+        metrics = metrics | watch.metrics(seen, batch.pairs.weight, outputs)
     after = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),

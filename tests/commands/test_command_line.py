@@ -180,6 +180,38 @@ def test_a_loss_of_ones_own_is_trained(folder):
     assert own == known
 
 
+def test_every_other_step_is_watched_and_the_update_is_the_same(folder, capsys):
+    arguments = ["train", "small.py", "--no-export", "--output"]
+    assert main([*arguments, "plain"]) == 0
+    watch = ["--entanglement.every", "2", "--entanglement.realised"]
+    assert main([*arguments, "watched", *watch]) == 0
+    plain, watched = (read_run(folder / name / "small") for name in ("plain", "watched"))
+    losses = [run.curve("preference", "train", "loss")[1] for run in (plain, watched)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    steps, cosines = watched.curve("preference", "train", "entanglement/cosine")
+    assert steps == [1, 3]
+    assert all(-1 <= cosine <= 1 for cosine in cosines)
+    report = (folder / "watched" / "small" / "report" / "report.md").read_text()
+    assert "ideal: chosen up, rejected down" in report
+    assert (folder / "watched" / "small" / "report" / "entanglement.png").is_file()
+    assert "entanglement" not in (folder / "plain" / "small" / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("cure", ["normalised", "centred"])
+def test_a_cured_run_is_ideal_throughout(folder, cure):
+    flags = ["--entanglement.every", "1", "--entanglement.cure", cure, "--no-export"]
+    assert main(["train", "small.py", *flags, "--preference.micro-batches", "2"]) == 0
+    run = read_run(folder / "runs" / "small")
+    assert run.curve("preference", "train", "entanglement/ideal")[1] == [1.0] * 3
+
+
+def test_what_cannot_be_watched_is_named(capsys, folder):
+    own = ["train", "small.py", "--entanglement.every", "1", "--loss", "tdpo1"]
+    assert "entanglement.every: tdpo1" in complaint(capsys, *own)
+    half = ["train", "small.py", "--entanglement.cure", "centred"]
+    assert "set every to 1" in complaint(capsys, *half)
+
+
 def test_an_encoder_decoder_is_trained_and_exported(capsys, folder):
     tokenizer = embedded_tokenizer()
     config = EncoderDecoderConfig(

@@ -85,17 +85,21 @@ def test_norms_are_numpys(rng):
     x, scale, bias = draw(rng, 2, 3, 16), draw(rng, 16), draw(rng, 16)
     n, w, b = (np.asarray(y, np.float64) for y in (x, scale, bias))
     expected = n / np.sqrt((n**2).mean(-1, keepdims=True) + 0.1) * (w + 1)
-    np.testing.assert_allclose(rms_norm(x, scale, eps=0.1, offset=1.0), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        rms_norm(x, {"scale": scale}, eps=0.1, offset=1.0), expected, atol=1e-5
+    )
     centred = n - n.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.1) * w + b
-    np.testing.assert_allclose(layer_norm(x, scale, bias, eps=0.1), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        layer_norm(x, {"scale": scale, "bias": bias}, eps=0.1), expected, atol=1e-5
+    )
 
 
 def test_norms_are_computed_in_float32(rng):
     x = 100 + draw(rng, 1, 1, 256).astype(jnp.bfloat16)
     ones = jnp.ones(256)
-    exact = layer_norm(x.astype(jnp.float32), ones, None, eps=1e-6)
-    rough = layer_norm(x, ones, None, eps=1e-6)
+    exact = layer_norm(x.astype(jnp.float32), {"scale": ones}, eps=1e-6)
+    rough = layer_norm(x, {"scale": ones}, eps=1e-6)
     np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.02)
 
 

@@ -56,6 +56,38 @@ def test_several_runs_are_columns(make_run):
     assert rows[1] == ["chosen log-prob (nats)", *["-40.00 → -44.25"] * 2]
 
 
+def watched_lines(cosine, ideal):
+    return [
+        line(
+            step,
+            split="train",
+            **{
+                "entanglement/cosine": cosine,
+                "entanglement/ideal": ideal,
+                "entanglement/both_down": 1 - ideal,
+                "entanglement/c_w": 0.5,
+                "entanglement/c_l": 0.6,
+                **{f"entanglement/{case}": 0.0 for case in ("both_up", "reversed", "undefined")},
+            },
+        )
+        for step in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_watched_gradients_have_a_table_and_a_plot(make_run, tmp_path, count):
+    runs = [
+        read_run(make_run(name, *preference_lines(0.8), *watched_lines(0.25 * (at + 1), 0.75)))
+        for at, name in enumerate("ab"[:count])
+    ]
+    text = write_report(runs, tmp_path / "out").read_text()
+    cells = " | ".join(["0.250", "0.500"][:count])
+    assert f"| cosine of the two gradients | {cells} |" in text
+    assert "| both down | 25.0%" in text
+    with Image.open(tmp_path / "out" / "entanglement.png") as image:
+        assert image.width > 1000
+
+
 def test_runs_of_different_losses_are_compared_in_nats(make_run):
     run = read_run(make_run("a", *preference_lines(0.8)))
     # gaps of 1.5 at the start and 15.75 at the end

@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_formula_through_the_merged_model(world):
         return losses[:-1].mean()
 
     frozen = {"policy": base, "reference": base}
-    grads, _ = gradients(objective_of(), adapters, frozen, batch, jax.random.key(0))
+    grads, _, _ = gradients(objective_of(), adapters, frozen, batch, jax.random.key(0))
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, jax.grad(plain)(adapters)
     )

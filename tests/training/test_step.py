@@ -112,7 +112,7 @@ def test_dpo_gradient_is_that_of_the_formula(world):
         return losses[:-1].mean()
 
     key = jax.random.key(0)
-    grads, metrics = gradients(objective_of("dpo", beta=0.3), params, frozen, batch, key)
+    grads, metrics, _ = gradients(objective_of("dpo", beta=0.3), params, frozen, batch, key)
     assert_trees_close(grads, jax.grad(plain)(params), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value(), plain(params), rtol=1e-5)
 
@@ -136,7 +136,7 @@ def test_micro_batches_give_the_full_batch_gradient(world, name, parts):
 def test_supervised_loss_is_the_mean_over_chosen_tokens(world):
     params, frozen, batch = world
     objective = SupervisedObjective(policy=Policy(config=CONFIG))
-    _, metrics = gradients(objective, params, frozen, batch.pairs, jax.random.key(0))
+    _, metrics, _ = gradients(objective, params, frozen, batch.pairs, jax.random.key(0))
     total = dense_log_probs(params, batch.pairs)[:-1, 0].sum()
     tokens = batch.pairs.response_length[:-1, 0].sum()
     np.testing.assert_allclose(metrics["loss"].value(), -total / tokens, rtol=1e-5)
@@ -225,7 +225,7 @@ def test_tdpo_gradient_is_that_of_the_formula(world):
 
     for name, loss in TOKEN_LOSSES.items():
         objective = TokenPreferenceObjective(policy=Policy(config=CONFIG), loss=loss, options={})
-        grads, metrics = gradients(objective, params, frozen, batch, jax.random.key(0))
+        grads, metrics, _ = gradients(objective, params, frozen, batch, jax.random.key(0))
         value, expected = jax.value_and_grad(plain)(params, name)
         np.testing.assert_allclose(metrics["loss"].value(), value, rtol=1e-5)
         assert_trees_close(grads, expected, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,22 @@
+"""The README of this folder: each study writes its own section, and no other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def put(name: str, text: str) -> None:
+    """Replace the section between `<!-- name -->` and `<!-- /name -->`."""
+    path = FOLDER / "README.md"
+    whole = path.read_text(encoding="utf-8")
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, rest = whole.split(first)
+    tail = rest.split(last)[1]
+    path.write_text(f"{head}{first}{text.strip()}\n{last}{tail}", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, text to the left and numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"

@@ -1,0 +1,240 @@
+"""The sentiment study: responses that differ in one word, alone or before an identical suffix.
+
+Command:  python -m experiments.gradient_entanglement.sentiment [--model FOLDER] [--scale paper]
+Time:     a quarter of an hour on two CPU cores
+Expect:   the section "Sentiment" of this folder's README, sentiment.png and heat_map.png
+
+Real sentences about films with their human label: "Review: ... The film is" is followed by " good"
+or " bad", and by nothing, a short or a long suffix that is the same in both responses. SFT on the
+right label, then DPO, each with three seeds. `paper` is GPT-2 with the settings of the official
+code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6, batch 32, beta 0.1).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.gradient_entanglement.page import FOLDER, put, table
+from experiments.gradient_entanglement.runs import (
+    DATA,
+    PAPER,
+    TINY,
+    change,
+    curve,
+    mean,
+    seeds,
+    spread,
+)
+from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
+from jaxalign.entanglement.tokens import PairTokens, token_geometry
+from jaxalign.models import load_pretrained
+from jaxalign.reporting import heat_map, read_run
+
+SUFFIXES = {
+    "single token": "",
+    "short suffix": ", I think.",
+    "long suffix": ", if you ask me, going by what the writer of the review has to say about it.",
+}
+SEEDS = (0, 1, 2)
+
+
+def write_pairs(task: str, folder: Path) -> Path:
+    """The task's pairs as a file: the right label is chosen, the other one rejected."""
+    path = folder / f"{task.replace(' ', '_')}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = DATA / "sentiment" / "sentiment_sentence_polarity.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        lines = source.read_text(encoding="utf-8").splitlines()  # negative ones first
+        for number in np.random.default_rng(0).permutation(len(lines)):
+            row = json.loads(lines[number])
+            words = (
+                [" good", " bad"] if row["label"] in (1, "pos", "positive") else [" bad", " good"]
+            )
+            chosen, rejected = (word + SUFFIXES[task] for word in words)
+            prompt = f"Review: {row['text'].strip()}\nThe film is"
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            file.write(json.dumps(pair) + "\n")
+    return path
+
+
+def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
+    """SFT for a moment, then DPO with every step watched."""
+    paper = scale == "paper"
+    return TrainConfig(
+        name=f"sentiment_{task.replace(' ', '_')}{'_paper' if paper else ''}",
+        model=model,
+        data=str(data),
+        max_length=96,
+        holdout=0.2,
+        max_records=3_000,
+        max_eval_records=128,
+        bad_records="skip",
+        sft=StageConfig(
+            steps=64 if paper else 20,
+            batch_size=16,
+            optimizer=OptimizerConfig(
+                learning_rate=1.41e-5 if paper else 5e-5, warmup_steps=6, schedule="linear"
+            ),
+        ),
+        preference=StageConfig(
+            steps=260 if paper else 20,
+            batch_size=32 if paper else 16,
+            optimizer=OptimizerConfig(
+                learning_rate=5e-6 if paper else 1e-4, warmup_steps=6, schedule="linear"
+            ),
+            eval_every=10,
+        ),
+        loss="dpo",
+        loss_options={"beta": 0.1},
+        reference="precomputed" if paper else "live",
+        entanglement=EntanglementConfig(every=1),
+    )
+
+
+def main() -> None:
+    """Run what is missing, then write the section and the figures."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--model", help="Hugging Face folder or hub name")
+    flags.add_argument("--scale", choices=("tiny", "paper"), default="tiny")
+    given = flags.parse_args()
+    model = given.model or (PAPER if given.scale == "paper" else TINY)
+    runs = {}
+    for task in SUFFIXES:
+        data = write_pairs(task, Path("runs/sentiment_pairs"))
+        runs[task] = seeds(settings(task, data, model, given.scale), SEEDS)
+    rows = []
+    for task, folders in runs.items():
+        chosen = [change(folder, "logps/chosen") for folder in folders]
+        rejected = [change(folder, "logps/rejected") for folder in folders]
+        margin = [a - b for a, b in zip(chosen, rejected, strict=True)]
+        accuracy = [read_run(f).first_and_last("preference", "rewards/accuracies") for f in folders]
+        rows.append(
+            [
+                task,
+                spread([mean(folder, "cosine") for folder in folders], "{:+.3f}"),
+                spread(chosen),
+                spread(rejected),
+                spread(margin),
+                spread([pair[1] for pair in accuracy if pair is not None], "{:.3f}"),
+                spread([100 * mean(folder, "both_down") for folder in folders], "{:.0f} %"),
+            ]
+        )
+    header = (
+        "task",
+        "cosine in training",
+        "Δ chosen (nats)",
+        "Δ rejected",
+        "Δ margin",
+        "accuracy",
+        "pairs sent both down",
+    )
+    text = table(header, rows) + "\n" + acceptance(runs)
+    print(text)
+    plot(runs)
+    draw_heat_map(runs["long suffix"][0])
+    put("sentiment", f"{text}\n![curves](sentiment.png)\n\n![tokens](heat_map.png)\n")
+
+
+def acceptance(runs: dict[str, list[Path]]) -> str:
+    """What the paper finds, found here or not, seed by seed."""
+
+    def of(task: str, function) -> np.ndarray:
+        return np.array([function(folder) for folder in runs[task]])
+
+    single, short, long = SUFFIXES
+    cosine = {task: of(task, lambda f: mean(f, "cosine")) for task in SUFFIXES}
+    chosen = {task: of(task, lambda f: change(f, "logps/chosen")) for task in SUFFIXES}
+    rejected = {task: of(task, lambda f: change(f, "logps/rejected")) for task in SUFFIXES}
+    checks = {
+        "single token: cosine negative": cosine[single] < 0,
+        "short suffix: cosine positive": cosine[short] > 0,
+        "long suffix: cosine positive": cosine[long] > 0,
+        "cosine larger with the longer suffix": cosine[long] > cosine[short],
+        "single token: chosen rises": chosen[single] > 0,
+        "short suffix: chosen falls": chosen[short] < 0,
+        "long suffix: chosen falls": chosen[long] < 0,
+        "chosen falls further with the longer suffix": chosen[long] < chosen[short],
+        "the margin grows in all tasks": np.all(
+            [chosen[task] > rejected[task] for task in SUFFIXES], axis=0
+        ),
+    }
+    rows = [
+        [name, f"{int(np.sum(held))} of {len(held)} seeds", "yes" if np.all(held) else "no"]
+        for name, held in checks.items()
+    ]
+    return table(("the paper's finding", "holds in", "reproduced"), rows)
+
+
+def plot(runs: dict[str, list[Path]]) -> None:
+    """Held-out log-probs as changes from the start, and the cosine of the training batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.3), layout="constrained")
+    for axis, (task, folders) in zip(axes, runs.items(), strict=False):
+        for metric, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
+            curves = [
+                read_run(folder).curve("preference", "eval", f"logps/{metric}")
+                for folder in folders
+            ]
+            values = np.array([values for _, values in curves])
+            values = values - values[:, :1]
+            axis.plot(curves[0][0], values.mean(axis=0), color=colour, marker=".", label=metric)
+            axis.fill_between(
+                curves[0][0], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2
+            )
+        axis.set(title=task, xlabel="DPO step")
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("held-out log-prob, change in nats")
+    for task, folders in runs.items():
+        steps, _ = curve(folders[0], "cosine")
+        values = np.array([curve(folder, "cosine")[1] for folder in folders])
+        axes[3].plot(steps, values.mean(axis=0), label=task)
+    axes[3].set(title="Cosine of the gradients", xlabel="DPO step")
+    axes[3].axhline(0, color="grey", linewidth=0.8)
+    axes[3].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(FOLDER / "sentiment.png", dpi=100)
+    plt.close(figure)
+
+
+def draw_heat_map(folder: Path) -> None:
+    """Token against token for the first held-out style pair of a run, after its training."""
+    kept = json.loads((folder / "config.json").read_text())
+    model = load_pretrained(folder / "export", dtype=jnp.float32)
+    tokenizer = load_tokenizer(folder / "export")
+    record = next(iter(preference_records(kept["data"], bad_records="skip")))
+    pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept["max_length"])
+    batch = next(pair_batches(pairs, batch_size=1, epochs=1, shuffle=False))
+    pair = PairTokens(
+        tokens=batch.tokens[0],
+        prompt_length=batch.prompt_length[0],
+        response_tokens=batch.response_tokens[0],
+        response_length=batch.response_length[0],
+    )
+    geometry = jax.jit(lambda params, pair: token_geometry(params, model.config, pair))
+    cosines = np.asarray(geometry(model.params, jax.tree.map(jnp.asarray, pair)).cosine)
+    length = batch.response_length[0]
+    sides = [
+        tokenizer.convert_ids_to_tokens(batch.response_tokens[0][side, : length[side]])
+        for side in (0, 1)
+    ]
+    heat_map.draw(
+        cosines[: length[0], : length[1]],
+        *sides,
+        FOLDER / "heat_map.png",
+        title="long suffix, after DPO",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Cures: new weights for a pair's two gradients, so that chosen rises and rejected falls.
+
+A cure changes what the two gradients of a pair are multiplied with, from the coefficients that the
+loss gives them and from the pair's geometry. The loss itself keeps its value.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxalign.entanglement.coefficients import Coefficients
+from jaxalign.entanglement.conditions import PairGeometry, norm_ratio
+
+Cure = Callable[[Coefficients, PairGeometry], Coefficients]
+
+
+def normalised(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
+    r"""Pairwise normalised gradients: unit vectors instead of the two gradients.
+
+    .. math:: d_w' = d_w / \|g_w\|, \quad d_l' = d_l / \|g_l\|
+
+    With d_w = d_l the chosen log-prob rises and the rejected one falls whenever the cosine is below
+    1, by :math:`d \|g\| (1 - \rho)` to first order. Steps have the size of coefficients rather than
+    of gradients: the learning rate is to be set anew.
+
+    Args:
+      weights: the loss's coefficients.
+      geometry: the pairs' Gram matrices.
+
+    Returns:
+      The coefficients to use; a gradient that is zero keeps its own.
+
+    References:
+      Yuan et al., 2024, arXiv:2410.13828, section 5.1.
+    """
+
+    def unit(weight, squared_norm):
+        return weight / jnp.where(squared_norm > 0, jnp.sqrt(squared_norm), 1.0)
+
+    return Coefficients(
+        chosen=unit(weights.chosen, geometry.chosen),
+        rejected=unit(weights.rejected, geometry.rejected),
+    )
+
+
+def centred(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
+    r"""Coefficients moved to the centre of the disentanglement band, their product kept.
+
+    .. math:: d_w' = k d_w, \quad d_l' = d_l / k, \quad
+              k = \sqrt{r^* d_l / d_w}, \quad r^* = \|g_l\| / \|g_w\|
+
+    It is what :math:`\tilde a = k a + (1 - k) \, \mathrm{sg}(a)` does to a log-prob whose forward
+    value is to stay.
+
+    Args:
+      weights: the loss's coefficients.
+      geometry: the pairs' Gram matrices.
+
+    Returns:
+      The coefficients to use; a pair whose k is not a positive number (a resting hinge, a zero
+      gradient, coefficients of different signs) keeps its own.
+
+    References:
+      The band: arXiv:2604.18239; its centre is where arXiv:2410.13828, section 5.1, leads.
+    """
+    square = norm_ratio(geometry) * weights.rejected / weights.chosen
+    defined = jnp.isfinite(square) & (square > 0)
+    k = jnp.sqrt(jnp.where(defined, square, 1.0))
+    return Coefficients(chosen=weights.chosen * k, rejected=weights.rejected / k)
+
+
+CURES: dict[str, Cure] = {"normalised": normalised, "centred": centred}
+"""Names in configs -> cures."""

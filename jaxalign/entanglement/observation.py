@@ -1,0 +1,94 @@
+"""What a training step sees of its pairs, and the numbers that it logs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxalign.entanglement.coefficients import Coefficients
+from jaxalign.entanglement.conditions import (
+    CASES,
+    PairGeometry,
+    band,
+    case,
+    case_of_changes,
+    cosine,
+    first_order_changes,
+    norm_ratio,
+)
+from jaxalign.records import record
+
+
+@record
+class Observation:
+    """Geometry of the pairs of a batch before its update.
+
+    Attributes:
+      geometry: over all trained parameters.
+      weights: the loss's coefficients.
+      log_probs: of chosen and rejected, in nats.
+      parts: path of each matrix ("layers/q") -> its share of the geometry, [pairs] or [pairs,
+        layers]; empty unless asked for.
+    """
+
+    geometry: PairGeometry
+    weights: Coefficients
+    log_probs: Float[Array, "pairs 2"]
+    parts: Mapping[str, Any]
+
+
+def summary(
+    seen: Observation, after: Float[Array, "pairs 2"] | None = None
+) -> dict[str, Float[Array, " pairs"]]:
+    """A number per pair under every name that is logged; NaN where it is not defined.
+
+    Args:
+      seen: an observation.
+      after: log-probs of the same pairs after the update, if they were computed.
+
+    Returns:
+      `cosine`; `norm_chosen`, `norm_rejected` (of the gradients); `norm_ratio` (r*); `c_w` and
+      `c_l` (inner product over n_w and over n_l; DPO is ideal where both are below 1); `d_w`, `d_l`
+      (coefficients); `in_band` (1 where d_w / d_l lies in the disentanglement band); one indicator
+      per case; `predicted_chosen`, `predicted_rejected`: changes in nats per unit of learning rate,
+      to first order, of a gradient step on the pair alone. With `after`: `realised_chosen`,
+      `realised_rejected`, changes in nats, and `case_agreement` (1 where the realised signs are
+      those of the predicted case).
+    """
+    geometry, weights = seen.geometry, seen.weights
+    lower, upper = band(geometry)
+    ratio = weights.chosen / weights.rejected
+    cases = case(geometry, weights)
+    predicted = first_order_changes(geometry, weights)
+    values = {
+        "cosine": cosine(geometry),
+        "norm_chosen": jnp.sqrt(geometry.chosen),
+        "norm_rejected": jnp.sqrt(geometry.rejected),
+        "norm_ratio": norm_ratio(geometry),
+        "c_w": geometry.inner / geometry.chosen,
+        "c_l": geometry.inner / geometry.rejected,
+        "d_w": weights.chosen,
+        "d_l": weights.rejected,
+        "in_band": _defined((lower < ratio) & (ratio < upper), lower + ratio),
+        "predicted_chosen": predicted[0],
+        "predicted_rejected": predicted[1],
+    }
+    for number, name in enumerate(CASES):
+        values[name.replace(" ", "_")] = (cases == number).astype(jnp.float32)
+    if after is not None:
+        chosen, rejected = (after - seen.log_probs).T
+        realised = case_of_changes(chosen, rejected)
+        values |= {
+            "realised_chosen": chosen,
+            "realised_rejected": rejected,
+            "case_agreement": jnp.where(cases == 0, jnp.nan, realised == cases),
+        }
+    for path, part in seen.parts.items():
+        values[f"{path}/cosine"] = cosine(part)
+    return {f"entanglement/{name}": value for name, value in values.items()}
+
+
+def _defined(truth: Array, value: Array) -> Float[Array, " pairs"]:
+    """1 or 0, NaN where the value that it rests on is NaN."""
+    return jnp.where(jnp.isnan(value), jnp.nan, truth.astype(jnp.float32))

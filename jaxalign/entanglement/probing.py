@@ -1,0 +1,164 @@
+"""Geometry of every pair from the backward pass of training: probes placed, cotangents read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxalign.entanglement.conditions import PairGeometry
+from jaxalign.models.probes import (
+    by_pairs,
+    factored_gram,
+    on_one_cpu,
+    probes_of,
+    token_products,
+)
+from jaxalign.models.responses import looked_up
+from jaxalign.records import AnyArray
+
+SMALLEST = 1e-12
+"""Weights of log-probs below this leave too few digits of what they are multiplied with."""
+
+Tree = Mapping[str, Any]
+Contributions = dict[str, Float[Array, "pairs ... 3"]]
+Rows = Int[AnyArray, "rows length"]
+Responses = Int[AnyArray, "rows response"]
+
+
+def zero_probes(
+    params: Tree,
+    config: Any,
+    tokens: Rows,
+    response_tokens: Responses,
+    *,
+    adapters: Tree | None = None,
+) -> dict[str, Any]:
+    """Zeros to go with the trained parameters of a batch of pairs.
+
+    Args:
+      params: the model's nested dict of arrays.
+      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      tokens: [2 pairs, length]; chosen and rejected in turn.
+      response_tokens: [2 pairs, response].
+      adapters: if given, they alone are the trained parameters.
+
+    Returns:
+      A tree for `models.probes.with_probes`, over the adapters if given, else over the parameters.
+    """
+    pairs = tokens.shape[0] // 2
+    read = looked_up(config, tokens, response_tokens).shape
+
+    def zero(path: tuple[str, ...], arrays: Mapping[str, Array]) -> dict[str, Array]:
+        stacked = (next(iter(arrays.values())).shape[0],) if "layers" in path else ()
+        probe = {"probe": jnp.zeros((*stacked, pairs, 3))}
+        if "embedding" not in arrays or path[0] in ("encoder", "decoder"):
+            return probe
+        width = arrays["embedding"].shape[-1]
+        if path == ("positions",):
+            return {"lookup": jnp.zeros((*tokens.shape, width))}
+        lookup = {"lookup": jnp.zeros((*read, width))}
+        if not config.tied:
+            return lookup
+        return lookup | probe | {"rows": jnp.zeros((pairs, 2, 2 * read[1], width))}
+
+    return probes_of(params if adapters is None else adapters, zero)
+
+
+def contributions(
+    cotangents: Tree, config: Any, tokens: Rows, response_tokens: Responses
+) -> Contributions:
+    """What each node of the parameters' tree adds to the pairs' Gram matrices.
+
+    Args:
+      cotangents: those of `zero_probes`.
+      config: the model's.
+      tokens: as in `zero_probes`.
+      response_tokens: as in `zero_probes`.
+
+    Returns:
+      Path of the node ("layers/q") -> [pairs, layers, 3] where layers are stacked, else [pairs, 3]:
+      n_w, n_l and the inner product, each times the weights of the log-probs concerned.
+    """
+    found: Contributions = {}
+
+    def walk(tree: Tree, path: tuple[str, ...]) -> None:
+        total = None
+        if "probe" in tree:
+            total = tree["probe"]
+            total = jnp.moveaxis(total, 0, 1) if total.ndim == 3 else total
+        if "lookup" in tree:
+            ids = looked_up(config, tokens, response_tokens)
+            if path == ("positions",):
+                ids = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+            of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"))
+            total = of_input if total is None else total + of_input
+        if total is not None:
+            found["/".join(path)] = total
+        for name, inner in tree.items():
+            if isinstance(inner, Mapping):
+                walk(inner, (*path, name))
+
+    walk(cotangents, ())
+    return found
+
+
+def _lookup_gram(
+    cotangents: Float[Array, "rows length width"],
+    ids: Rows,
+    other: Float[Array, "pairs 2 both_lengths width"] | None,
+) -> Float[Array, "pairs 3"]:
+    """The Gram matrices of an embedding's gradients, its role as unembedding included.
+
+    Rows looked up by equal ids add up: two cotangents meet where their ids are the same. The other
+    role's gradient meets them in the rows `other` that were looked up.
+    """
+    pairs = ids.shape[0] // 2
+
+    def of_pair(inputs: tuple[Array, Array, Array | None]) -> Array:
+        x, ids, other = inputs
+        same = ids[:, :, None] == ids[:, None, :], ids[0][:, None] == ids[1][None, :]
+        total = factored_gram(token_products(x), same)
+        if other is not None:
+            rows = other.reshape(2, 2, -1, x.shape[-1])  # of whose gradient, at whose tokens
+            meet = jnp.sum(jnp.sum(rows * x[None], axis=-1), axis=-1)
+            own, cross = jnp.diagonal(meet), meet[0, 1] + meet[1, 0]
+            total = total + jnp.concatenate([2 * own, cross[None]])
+        return total
+
+    x = by_pairs(cotangents.astype(jnp.float32), pairs)
+    inputs = x, ids.reshape(pairs, 2, -1), other
+    return jax.lax.map(of_pair, inputs) if on_one_cpu() else jax.vmap(of_pair)(inputs)
+
+
+def unweighted(
+    weighted: Float[Array, "pairs ... 3"], weights: Float[Array, "pairs 2"]
+) -> PairGeometry:
+    """The Gram matrices of the log-probs' own gradients.
+
+    Args:
+      weighted: sums of `contributions`.
+      weights: what each log-prob's gradient was multiplied with.
+
+    Returns:
+      n_w, n_l and the inner product, NaN where a weight is too small to divide by.
+    """
+    weights = weights.reshape(weights.shape[0], *[1] * (weighted.ndim - 2), 2)
+    weights = jnp.where(jnp.abs(weights) < SMALLEST, jnp.nan, weights)
+    chosen, rejected = weights[..., 0], weights[..., 1]
+    return PairGeometry(
+        chosen=weighted[..., 0] / chosen / chosen,
+        rejected=weighted[..., 1] / rejected / rejected,
+        inner=weighted[..., 2] / chosen / rejected,
+    )
+
+
+def total(parts: Contributions) -> Float[Array, "pairs 3"]:
+    """The sum over all parameters."""
+    return sum((x.sum(1) if x.ndim == 3 else x for x in parts.values()), jnp.zeros(()))
+
+
+def by_layer(parts: Contributions) -> Float[Array, "pairs layers 3"]:
+    """The sum over the kinds of matrices, layer by layer (of a decoder)."""
+    return sum((x for x in parts.values() if x.ndim == 3), jnp.zeros(()))

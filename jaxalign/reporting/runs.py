@@ -1,0 +1,70 @@
+"""A run folder, read: its config, its metrics, the counts of its data."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Mapping[str, Any]]
+    """What was read and tokenised, by name: `data.json`."""
+
+    def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric; empty where it was not recorded."""
+        points = [
+            (line["step"], line[metric])
+            for line in self.lines
+            if line["stage"] == stage and line["split"] == split and line.get(metric) is not None
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def first_and_last(self, stage: str, metric: str) -> tuple[float, float] | None:
+        """The held-out value before the stage's first step and after its last."""
+        _, values = self.curve(stage, "eval", metric)
+        return (values[0], values[-1]) if values else None
+
+    def cells(self, metric: str, form: str) -> tuple[str, str]:
+        """The held-out value before and after, as text; a share has its 95 % interval."""
+        values = self.first_and_last("preference", metric)
+        if values is None:
+            return "", ""
+        pairs = self.data.get("held_out_pairs", {}).get("records")
+        texts = [form.format(value) for value in values]
+        if pairs and metric.endswith("accuracies"):
+            errors = [1.96 * math.sqrt(value * (1 - value) / pairs) for value in values]
+            texts = [f"{text} ± {error:.3f}" for text, error in zip(texts, errors, strict=True)]
+        return texts[0], texts[1]
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a run folder.
+
+    Raises:
+      UserError: it is not one.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; give a folder that jaxalign train has made")
+    lines = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line a kill cut short
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = folder / "data.json"
+    counts = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
+    return Run(folder=folder, name=config["name"], config=config, lines=lines, data=counts)

@@ -1,0 +1,133 @@
+"""The training step's view of its pairs: probes go into it, their geometry comes out."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxalign.entanglement import Coefficients
+from jaxalign.entanglement.cures import Cure
+from jaxalign.entanglement.observation import Observation, summary
+from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
+from jaxalign.models.probes import with_probes
+from jaxalign.training.metrics import Mean, mean_of
+from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
+from jaxalign.training.objectives import PairOutputs, PreferenceObjective, ReferencedBatch
+
+Params = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is seen of the pairs of a step.
+
+    The numbers are those of the pass that makes the update: float error aside it is the update
+    that an unwatched step makes.
+    """
+
+    objective: PreferenceObjective
+    parts: bool = False
+    """Whether the geometry is broken down by layer and by kind of matrix."""
+    cure: Cure | None = None
+    """What changes the weights of the pairs' gradients (`entanglement.cures`): a second backward
+    pass is made with them."""
+    realised: bool = False
+    """Whether the batch's log-probs are computed once more after the update."""
+
+    def probes(self, trained: Params, frozen: Any, batch: ReferencedBatch) -> dict[str, Any]:
+        """Zeros whose cotangents are read by `read`."""
+        policy = self.objective.policy
+        adapted = policy.adapter_scale is not None
+        tokens, response_tokens = self._rows(batch)
+        return zero_probes(
+            frozen["policy"] if adapted else trained,
+            policy.config,
+            tokens,
+            response_tokens,
+            adapters=trained if adapted else None,
+        )
+
+    def forward(
+        self,
+        trained: Params,
+        probes: dict[str, Any],
+        frozen: Any,
+        batch: ReferencedBatch,
+        key: PRNGKeyArray,
+    ) -> PairOutputs:
+        """The objective's forward pass with probes in place."""
+        return self.objective.forward(with_probes(trained, probes), frozen, batch, key)
+
+    def read(
+        self,
+        cotangents: dict[str, Any],
+        pulled: PairOutputs,
+        slopes: PairOutputs,
+        outputs: PairOutputs,
+        batch: ReferencedBatch,
+        count: Float[Array, ""],
+    ) -> Observation:
+        """The observation from the probes' cotangents; rows are those of `batch`.
+
+        Args:
+          cotangents: of `probes`.
+          pulled: what was pulled back to make them.
+          slopes: derivatives of the batch's loss by its outputs.
+          outputs: the forward pass's.
+          batch: the pairs.
+          count: what the sum of losses is divided by.
+        """
+        found = contributions(cotangents, self.objective.policy.config, *self._rows(batch))
+        share = jnp.where(batch.pairs.weight > 0, batch.pairs.weight, jnp.nan) / count
+        by = pulled.policy
+        geometry = unweighted(total(found), by)
+        weights = Coefficients(
+            chosen=-slopes.policy[:, 0] / share, rejected=slopes.policy[:, 1] / share
+        )
+        return Observation(
+            geometry=geometry,
+            weights=weights if self.cure is None else self.cure(weights, geometry),
+            log_probs=outputs.policy,
+            parts={path: unweighted(x, by) for path, x in found.items()} if self.parts else {},
+        )
+
+    def slopes(
+        self, slopes: PairOutputs, seen: Observation, batch: ReferencedBatch, count: Any
+    ) -> PairOutputs:
+        """The batch's slopes with the observation's weights for those of the loss."""
+        share = (batch.pairs.weight / count)[:, None]
+        weights = jnp.stack([-seen.weights.chosen, seen.weights.rejected], axis=1)
+        cured = jnp.where(share > 0, share * weights, 0.0)
+        return dataclasses.replace(slopes, policy=cured)
+
+    def outputs_after(
+        self, params: Params, frozen: Any, batch: ReferencedBatch, micro_batches: int
+    ) -> PairOutputs | None:
+        """The batch's outputs under updated parameters, if the realised changes are wanted."""
+        if not self.realised:
+            return None
+        parts = split_micro_batches(batch, micro_batches)
+        return join_micro_batches(
+            jax.lax.map(lambda part: self.objective.forward(params, frozen, part, None), parts)
+        )
+
+    def metrics(
+        self, seen: Observation, weight: Float[Array, " pairs"], after: PairOutputs | None
+    ) -> dict[str, Mean]:
+        """Means over the pairs where a number is defined."""
+        values = summary(seen, None if after is None else after.policy)
+        means = {}
+        for name, value in values.items():
+            rows = value.reshape(value.shape[0], -1)
+            for layer in range(rows.shape[1]):
+                own = rows[:, layer]
+                label = name if value.ndim == 1 else f"{name}/{layer}"
+                means[label] = mean_of(own, weight * jnp.isfinite(own))
+        return means
+
+    def _rows(self, batch: ReferencedBatch) -> tuple[Array, Array]:
+        tokens, _, response_tokens, _ = batch.pairs.rows()
+        return tokens, response_tokens

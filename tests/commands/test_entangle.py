@@ -1,0 +1,94 @@
+"""`jaxalign entangle` and `jaxalign filter`, from files to pages."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxalign.cli import main
+
+ROWS = [
+    {"prompt": "Say it.", "chosen": "The cat is here.", "rejected": "The dog is here."},
+    {"prompt": "Say it.", "chosen": "Yes, of course.", "rejected": "No."},
+    {"prompt": "Why?", "chosen": "Because it rains all day.", "rejected": "Go away now."},
+]
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny Hugging Face folder with the embedded tokenizer, and a file of three pairs."""
+    import jax
+
+    from jaxalign.data import embedded_tokenizer
+    from jaxalign.models import DecoderConfig, save_pretrained
+    from jaxalign.models.decoder import init_model
+
+    tokenizer = embedded_tokenizer()
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=len(tokenizer),
+        width=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_width=8,
+        mlp_width=24,
+        context_length=64,
+        tied=True,
+    )
+    model = init_model(config, jax.random.key(0))
+    save_pretrained(model, tmp_path / "model", tokenizer=tokenizer)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return tmp_path, ["--model", str(tmp_path / "model"), "--data", str(data), "--max-length", "64"]
+
+
+def test_a_page_of_pairs(world, capsys):
+    folder, flags = world
+    output = folder / "out"
+    more = ["--heat-maps", "1", "--heat-map-tokens", "8", "--output", str(output)]
+    assert main(["entangle", *flags, *more]) == 0
+    assert "3 pairs" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
+    assert [line["place"].rsplit(":", 1)[1] for line in lines] == ["1", "2", "3"]
+    for line in lines:
+        product = line["cosine"] * line["norm_chosen"] * line["norm_rejected"]
+        assert line["inner"] == pytest.approx(product, rel=1e-4)
+        up, down = line["change_chosen"] > 0, line["change_rejected"] < 0
+        assert (line["case"] == "ideal") == (up and down)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert page.count('class="heat"') == 2
+    assert "http" not in page  # nothing is fetched
+    assert len(list(output.glob("heat_map_*.png"))) == 2
+
+
+def test_a_loss_of_the_users_own_and_errors_in_one_line(world, capsys):
+    folder, flags = world
+    own = folder / "mine.py"
+    own.write_text("def push(pairs):\n    return pairs.rejected - 2 * pairs.chosen\n")
+    out = ["--heat-maps", "0", "--output", str(folder / "out")]
+    assert main(["entangle", *flags, "--loss", f"{own}:push", *out]) == 0
+    lines = (folder / "out" / "pairs.jsonl").read_text().splitlines()
+    assert {json.loads(line)["d_w"] for line in lines} == {2.0}
+    capsys.readouterr()
+    assert main(["entangle", *flags, "--loss", "tdpo1"]) == 2
+    assert "tdpo1" in capsys.readouterr().err
+    assert main(["entangle", *flags, "--pairs", "0"]) == 2
+    assert "pairs: 0" in capsys.readouterr().err
+    assert main(["entangle", *flags[:4], "--max-length", "65"]) == 2
+    assert "context of 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", ["ches", "ln_ches", "last_hidden", "edit"])
+def test_the_least_alike_are_kept_in_their_order(world, by, capsys):
+    folder, flags = world
+    every, some = folder / "every.jsonl", folder / "some.jsonl"
+    assert main(["filter", *flags, "--by", by, "--keep", "1", "--output", str(every)]) == 0
+    assert main(["filter", *flags, "--by", by, "--keep", "0.5", "--output", str(some)]) == 0
+    assert "2 of 3 pairs" in capsys.readouterr().out
+    scores = [json.loads(line)[by] for line in every.read_text().splitlines()]
+    kept = [json.loads(line) for line in some.read_text().splitlines()]
+    left = np.argsort(scores)[:2]
+    assert [row["chosen"] for row in kept] == [ROWS[i]["chosen"] for i in sorted(left)]
+    assert main(["filter", *flags, "--keep", "0", "--output", str(some)]) == 2
+    assert "keep: 0.0" in capsys.readouterr().err
