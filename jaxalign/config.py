@@ -133,12 +133,25 @@ class EntanglementConfig:
     coefficients in the centre of the disentanglement band; one more backward pass."""
     realised: bool = False
     """Also how far the update moved the batch's own log-probs: one more forward pass."""
+    preconditioned: bool = False
+    """Also the geometry in AdamW's own inner product: two more backward passes per pair."""
+    mask: Literal["none", "differing", "learned"] = "none"
+    """Tokens that the loss counts: all, those in which the two responses differ, or weights learned
+    with a penalty on what is kept."""
+    mask_penalty: float = 1e-3
+    """Penalty of a learned mask on the sum of its weights, per pair."""
+    mask_learning_rate: float = 1e-2
+    """Learning rate (Adam's) of a learned mask."""
 
     def __post_init__(self):
         if self.every < 0:
             raise UserError(f"entanglement.every: {self.every} is negative; use 0 or more")
         if self.cure != "none" and self.every != 1:
             raise UserError(f"entanglement.cure: {self.cure} acts in every step; set every to 1")
+        if self.mask_penalty < 0:
+            raise UserError(f"entanglement.mask_penalty: {self.mask_penalty} is negative")
+        if self.preconditioned and self.mask == "learned":
+            raise UserError("entanglement.preconditioned: not with a learned mask; set one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +245,15 @@ class TrainConfig:
                 f"entanglement.every: {self.loss} reads whole distributions, its gradient is no "
                 "sum of two log-probs' gradients; set 0"
             )
+        if self.loss in TOKEN_LOSSES and self.entanglement.mask != "none":
+            raise UserError(f"entanglement.mask: {self.loss} has token weights of its own")
+        if self.entanglement.mask != "none" and self.reference != "live":
+            raise UserError(
+                "entanglement.mask: weighs the reference's tokens; set --reference live"
+            )
+        rule = self.preference.optimizer.name
+        if self.entanglement.preconditioned and rule != "adamw":
+            raise UserError(f"entanglement.preconditioned: {rule} is not adamw")
         if not 0 <= self.holdout < 1:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
         if "{prompt}" not in self.prompt_format:

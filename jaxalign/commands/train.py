@@ -34,6 +34,7 @@ from jaxalign.commands.training_data import (
 from jaxalign.commands.updates import make_update_rule
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.entanglement.cures import CURES
+from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
@@ -44,6 +45,7 @@ from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.evaluation import evaluate_preferences, evaluate_supervised
 from jaxalign.training.loop import Stopped, Throughput, run_stage
+from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
 from jaxalign.training.objectives import (
     Policy,
@@ -52,6 +54,7 @@ from jaxalign.training.objectives import (
     SupervisedObjective,
     TokenPreferenceObjective,
 )
+from jaxalign.training.optimizers import preconditioner, with_rule
 from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import compile_step, initial_state, train_step
@@ -206,14 +209,19 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         dtype=jnp.dtype(config.dtype),
     )
     optimizer, schedule = make_update_rule(stage)
-    trained = params if lora is None else adapters
+    trained: Any = params if lora is None else adapters
+    is_preference = name == "preference"
+    learned = is_preference and config.entanglement.mask == "learned"
+    if learned:
+        shape = world.model_config
+        trained = {**trained, HEAD: initial_head(shape.width, shape.vocab_size)}
+        optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
     fresh = functools.partial(initial_state, optimizer=optimizer, seed=config.seed)
     checkpoints = Checkpoints(stage_folder(world.folder, name))
     data = world.data[name]
     batches = data.batches(stage.batch_size, seed=config.seed)
     latest = checkpoints.latest()
 
-    is_preference = name == "preference"
     frozen: dict[str, Any] = {"policy": params if lora is not None else None}
     if is_preference:
         # a copy: the policy's own buffers are donated to the first step
@@ -236,6 +244,11 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
             parts=config.entanglement.parts,
             cure=CURES.get(config.entanglement.cure),
             realised=config.entanglement.realised,
+            preconditioner=functools.partial(
+                preconditioner, b2=stage.optimizer.b2, eps=stage.optimizer.eps
+            )
+            if config.entanglement.preconditioned
+            else None,
         )
         seen = compile_step(functools.partial(one_step, watch=watch), state, mesh)
     live = is_preference and not precomputed
@@ -247,7 +260,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     evaluate_with = None
     if evaluation:
         evaluator = evaluate_preferences if is_preference else evaluate_supervised
-        evaluate_with = evaluator(objective, evaluation, mesh)
+        evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
     with Progress(name, stage.steps, start=int(state.step)) as progress:
         state = run_stage(
             name,
@@ -269,7 +282,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
             progress=progress,
         )
     checkpoints.close()
-    return (state.params, None) if lora is None else (params, state.params)
+    trained = {key: tree for key, tree in state.params.items() if key != HEAD}
+    return (trained, None) if lora is None else (params, trained)
 
 
 def make_objective(
@@ -297,12 +311,17 @@ def make_objective(
             policy=policy, loss=loss, options=dict(config.loss_options)
         )
         return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
-    objective = PreferenceObjective(
-        policy=policy,
-        loss=loss,
-        options=dict(config.loss_options),
-        coupled=coupled,
-    )
+    options = dict(config.loss_options)
+    objective = PreferenceObjective(policy=policy, loss=loss, options=options, coupled=coupled)
+    mask = config.entanglement.mask
+    if mask != "none":
+        objective = MaskedPreferenceObjective(
+            policy=policy,
+            loss=loss,
+            options=options,
+            coupled=coupled,
+            penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
+        )
     if config.reference == "live":
         return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     table = precompute_reference(

@@ -1,5 +1,6 @@
 """The exact Gram matrix of every pair's two gradients, at one checkpoint."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,16 +114,31 @@ def two_pass_geometry(
 
         _, backward = jax.vjp(log_probs, params if adapters is None else adapters)
         chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
-        return _inner(chosen, chosen), _inner(rejected, rejected), _inner(chosen, rejected)
+        return gram(chosen, rejected)
 
     rows = (batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length)
     chosen, rejected, inner = jax.lax.map(of_pair, tuple(map(jnp.asarray, rows)))
     return PairGeometry(chosen=chosen, rejected=rejected, inner=inner)
 
 
-def _inner(first: Any, second: Any) -> Float[Array, ""]:
-    """The inner product of two trees."""
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), first, second
-    )
-    return jnp.sum(jnp.stack(jax.tree.leaves(products)))
+def gram(
+    first: Any, second: Any, diagonal: Any = None
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    r"""Squared norms of two gradients and their inner product, summed in float32.
+
+    .. math:: \langle u, v \rangle_P = \sum_i P_i u_i v_i
+
+    Args:
+      first: a tree of arrays.
+      second: a tree of the same shapes.
+      diagonal: P as such a tree; None is 1 everywhere.
+    """
+
+    def inner(u: Any, v: Any) -> Float[Array, ""]:
+        trees = (u, v) if diagonal is None else (u, v, diagonal)
+        products = jax.tree.map(
+            lambda *x: jnp.sum(math.prod(y.astype(jnp.float32) for y in x)), *trees
+        )
+        return jnp.sum(jnp.stack(jax.tree.leaves(products)))
+
+    return inner(first, first), inner(second, second), inner(first, second)

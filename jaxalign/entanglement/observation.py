@@ -28,6 +28,7 @@ class Observation:
       geometry: over all trained parameters.
       weights: the loss's coefficients.
       log_probs: of chosen and rejected, in nats.
+      preconditioned: in the optimiser's inner product, if it was asked for.
       parts: path of each matrix ("layers/q") -> its share of the geometry, [pairs] or [pairs,
         layers]; empty unless asked for.
     """
@@ -35,6 +36,7 @@ class Observation:
     geometry: PairGeometry
     weights: Coefficients
     log_probs: Float[Array, "pairs 2"]
+    preconditioned: PairGeometry | None
     parts: Mapping[str, Any]
 
 
@@ -54,9 +56,29 @@ def summary(
       per case; `predicted_chosen`, `predicted_rejected`: changes in nats per unit of learning rate,
       to first order, of a gradient step on the pair alone. With `after`: `realised_chosen`,
       `realised_rejected`, changes in nats, and `case_agreement` (1 where the realised signs are
-      those of the predicted case).
+      those of the predicted case). With a preconditioned geometry: all that depends on the geometry
+      once more, under `adamw/`.
     """
-    geometry, weights = seen.geometry, seen.weights
+    values = _numbers(seen.geometry, seen.weights, seen.log_probs, after)
+    values |= {"d_w": seen.weights.chosen, "d_l": seen.weights.rejected}
+    if after is not None:
+        chosen, rejected = (after - seen.log_probs).T
+        values |= {"realised_chosen": chosen, "realised_rejected": rejected}
+    if seen.preconditioned is not None:
+        numbers = _numbers(seen.preconditioned, seen.weights, seen.log_probs, after)
+        values |= {f"adamw/{name}": value for name, value in numbers.items()}
+    for path, part in seen.parts.items():
+        values[f"{path}/cosine"] = cosine(part)
+    return {f"entanglement/{name}": value for name, value in values.items()}
+
+
+def _numbers(
+    geometry: PairGeometry,
+    weights: Coefficients,
+    before: Float[Array, "pairs 2"],
+    after: Float[Array, "pairs 2"] | None,
+) -> dict[str, Float[Array, " pairs"]]:
+    """What `summary` says of one geometry."""
     lower, upper = band(geometry)
     ratio = weights.chosen / weights.rejected
     cases = case(geometry, weights)
@@ -68,8 +90,6 @@ def summary(
         "norm_ratio": norm_ratio(geometry),
         "c_w": geometry.inner / geometry.chosen,
         "c_l": geometry.inner / geometry.rejected,
-        "d_w": weights.chosen,
-        "d_l": weights.rejected,
         "in_band": _defined((lower < ratio) & (ratio < upper), lower + ratio),
         "predicted_chosen": predicted[0],
         "predicted_rejected": predicted[1],
@@ -77,16 +97,9 @@ def summary(
     for number, name in enumerate(CASES):
         values[name.replace(" ", "_")] = (cases == number).astype(jnp.float32)
     if after is not None:
-        chosen, rejected = (after - seen.log_probs).T
-        realised = case_of_changes(chosen, rejected)
-        values |= {
-            "realised_chosen": chosen,
-            "realised_rejected": rejected,
-            "case_agreement": jnp.where(cases == 0, jnp.nan, realised == cases),
-        }
-    for path, part in seen.parts.items():
-        values[f"{path}/cosine"] = cosine(part)
-    return {f"entanglement/{name}": value for name, value in values.items()}
+        realised = case_of_changes(*(after - before).T)
+        values["case_agreement"] = jnp.where(cases == 0, jnp.nan, realised == cases)
+    return values
 
 
 def _defined(truth: Array, value: Array) -> Float[Array, " pairs"]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxalign.errors import UserError
@@ -52,6 +53,44 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) in matrices, params
     )
+
+
+def with_rule(
+    name: str, learning_rate: float, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Adam with a rate of its own for the parameters below one top-level name."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == name, params)
+
+    return optax.partition({True: optax.adam(learning_rate), False: others}, labels)
+
+
+def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:
+    r"""What AdamW multiplied each element of its first moment with, but for the learning rate.
+
+    .. math:: P = \frac{1}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Args:
+      opt_state: of `make_optimizer("adamw", ...)`, after the update.
+      b2: decay of the second moment v.
+      eps: added to the root.
+
+    Returns:
+      A tree like the trained parameters.
+
+    Raises:
+      ValueError: the state holds no AdamW moments.
+    """
+
+    def is_adam(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByAdamState)
+
+    states = [state for state in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(state)]
+    if len(states) != 1:
+        raise ValueError(f"opt_state: holds {len(states)} AdamW states instead of one")
+    share = 1.0 - b2 ** states[0].count.astype(jnp.float32)
+    return jax.tree.map(lambda v: 1.0 / (jnp.sqrt(v / share) + eps), states[0].nu)
 
 
 def make_optimizer(

@@ -1,5 +1,6 @@
 """The training step: a pure function, and the one place where it is compiled and sharded."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,8 @@ def train_step(
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
     if watch is not None and seen is not None:
+        in_update = watch.preconditioned(state.params, frozen, batch, opt_state)
+        seen = dataclasses.replace(seen, preconditioned=in_update)
         outputs = watch.outputs_after(params, frozen, batch, micro_batches)
         metrics = metrics | watch.metrics(seen, batch.pairs.weight, outputs)
     after = TrainState(

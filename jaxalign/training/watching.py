@@ -1,6 +1,7 @@
 """The training step's view of its pairs: probes go into it, their geometry comes out."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxalign.entanglement import Coefficients
+from jaxalign.entanglement import Coefficients, PairGeometry
 from jaxalign.entanglement.cures import Cure
+from jaxalign.entanglement.geometry import gram
 from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
 from jaxalign.models.probes import with_probes
+from jaxalign.training.masking import HEAD
 from jaxalign.training.metrics import Mean, mean_of
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import PairOutputs, PreferenceObjective, ReferencedBatch
@@ -36,18 +39,21 @@ class Watch:
     pass is made with them."""
     realised: bool = False
     """Whether the batch's log-probs are computed once more after the update."""
+    preconditioner: Callable[[Any], Params] | None = None
+    """Optimiser state after the update -> P of `preconditioned`, a tree like the parameters."""
 
     def probes(self, trained: Params, frozen: Any, batch: ReferencedBatch) -> dict[str, Any]:
         """Zeros whose cotangents are read by `read`."""
         policy = self.objective.policy
         adapted = policy.adapter_scale is not None
         tokens, response_tokens = self._rows(batch)
+        model = {name: tree for name, tree in trained.items() if name != HEAD}
         return zero_probes(
-            frozen["policy"] if adapted else trained,
+            frozen["policy"] if adapted else model,
             policy.config,
             tokens,
             response_tokens,
-            adapters=trained if adapted else None,
+            adapters=model if adapted else None,
         )
 
     def forward(
@@ -91,6 +97,7 @@ class Watch:
             geometry=geometry,
             weights=weights if self.cure is None else self.cure(weights, geometry),
             log_probs=outputs.policy,
+            preconditioned=None,
             parts={path: unweighted(x, by) for path, x in found.items()} if self.parts else {},
         )
 
@@ -102,6 +109,31 @@ class Watch:
         weights = jnp.stack([-seen.weights.chosen, seen.weights.rejected], axis=1)
         cured = jnp.where(share > 0, share * weights, 0.0)
         return dataclasses.replace(slopes, policy=cured)
+
+    def preconditioned(
+        self, trained: Params, frozen: Any, batch: ReferencedBatch, opt_state: Any
+    ) -> PairGeometry | None:
+        """The geometry in the inner product of the optimiser's update, if it is wanted.
+
+        Two backward passes per pair, one pair after the other: an elementwise factor on gradients
+        does not factor over tokens.
+        """
+        if self.preconditioner is None:
+            return None
+        diagonal = self.preconditioner(opt_state)
+
+        def of_pair(pair: ReferencedBatch) -> tuple[Array, Array, Array]:
+            one = jax.tree.map(lambda x: x[None], pair)
+
+            def log_probs(trained: Params) -> Float[Array, " sides"]:
+                return self.objective.forward(trained, frozen, one, None).policy[0]
+
+            _, backward = jax.vjp(log_probs, trained)
+            chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
+            return gram(chosen, rejected, diagonal)
+
+        chosen, rejected, inner = jax.lax.map(of_pair, batch)
+        return PairGeometry(chosen=chosen, rejected=rejected, inner=inner)
 
     def outputs_after(
         self, params: Params, frozen: Any, batch: ReferencedBatch, micro_batches: int

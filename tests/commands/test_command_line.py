@@ -205,9 +205,25 @@ def test_a_cured_run_is_ideal_throughout(folder, cure):
     assert run.curve("preference", "train", "entanglement/ideal")[1] == [1.0] * 3
 
 
+def test_masks_and_the_preconditioned_geometry_of_a_run(folder):
+    flags = ["train", "small.py", "--entanglement.every", "1", "--no-export"]
+    assert main([*flags, "--entanglement.mask", "learned", "--name", "learned"]) == 0
+    run = read_run(folder / "runs" / "learned")
+    shares = run.curve("preference", "train", "mask/chosen")[1]
+    assert shares[0] == pytest.approx(1 / (1 + np.exp(-2)), rel=1e-5)
+    differing = ["--entanglement.mask", "differing", "--lora.rank", "2", "--name", "differing"]
+    assert main([*flags, *differing, "--entanglement.preconditioned"]) == 0
+    run = read_run(folder / "runs" / "differing")
+    assert np.isfinite(run.curve("preference", "train", "entanglement/adamw/cosine")[1]).all()
+
+
 def test_what_cannot_be_watched_is_named(capsys, folder):
     own = ["train", "small.py", "--entanglement.every", "1", "--loss", "tdpo1"]
     assert "entanglement.every: tdpo1" in complaint(capsys, *own)
+    masked = ["train", "small.py", "--entanglement.mask", "learned", "--reference", "precomputed"]
+    assert "set --reference live" in complaint(capsys, *masked)
+    other = ["train", "small.py", "--entanglement.preconditioned"]
+    assert "is not adamw" in complaint(capsys, *other, "--preference.optimizer.name", "sgd")
     half = ["train", "small.py", "--entanglement.cure", "centred"]
     assert "set every to 1" in complaint(capsys, *half)
 

@@ -99,13 +99,16 @@ def small(tied):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
+    # In t5_v1_1 attention is not scaled down: moving its weights by one part in 10 million moves
+    # either way's numbers by one in 100,000.
+    tolerance = 1e-4 if name == "t5_v1_1" else 1e-5
     model = load_pretrained(next(FIXTURES.glob(f"*/{name}")), dtype=jnp.float32)
     batch = pairs_for(model.config.vocab_size)
     ways = two_pass_geometry, pair_geometry
     wanted, found = (jax.jit(lambda p, f=f: f(p, model.config, batch))(model.params) for f in ways)
     scale = jnp.sqrt(wanted.chosen * wanted.rejected)
-    np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-5)
-    np.testing.assert_allclose(found.rejected, wanted.rejected, rtol=1e-5)
+    np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=tolerance)
+    np.testing.assert_allclose(found.rejected, wanted.rejected, rtol=tolerance)
     np.testing.assert_allclose(found.inner / scale, wanted.inner / scale, atol=1e-5)
 
 

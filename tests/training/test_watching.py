@@ -16,6 +16,7 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch, as_pairs
+from jaxalign.training.optimizers import make_optimizer, preconditioner
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 from jaxalign.training.watching import Watch
 from tests.training.test_step import CONFIG, assert_trees_close, make_batch, objective_of
@@ -85,6 +86,29 @@ def test_adapters_are_watched(world, dropout):
         for field in FIELDS:
             found, wanted = getattr(seen.geometry, field), getattr(expected, field)
             np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=1e-4)
+
+
+def test_the_preconditioned_geometry_predicts_what_adamw_does_to_a_pair_alone(world):
+    """Without momentum the change is, to first order, that along optax's own update."""
+    params, frozen, batch = world
+    alone = jax.tree.map(lambda x: x[:1], batch)
+    objective, rate = objective_of("simpo"), 1e-3
+    optimizer = make_optimizer("adamw", rate, b1=0.0, b2=0.9, eps=1e-4, clip_norm=None)
+    state = initial_state(params, optimizer, seed=0)
+    watch = Watch(objective=objective, preconditioner=partial(preconditioner, b2=0.9, eps=1e-4))
+    step = jax.jit(partial(train_step, objective=objective, optimizer=optimizer, watch=watch))
+    for _ in range(2):  # the second step's moment holds two gradients
+        before, (state, metrics) = state.params, step(state, frozen, alone)
+    update = jax.tree.map(jnp.subtract, state.params, before)
+    rows = jax.jit(jax.jacrev(lambda p: objective.forward(p, frozen, alone, None).policy[0]))(
+        before
+    )
+    along = jax.tree.map(lambda row, u: row.reshape(2, -1) @ u.ravel(), rows, update)
+    changes = sum(jax.tree.leaves(along))
+    for name, change in zip(("chosen", "rejected"), changes, strict=True):
+        predicted = metrics[f"entanglement/adamw/predicted_{name}"].value()
+        np.testing.assert_allclose(rate * predicted, change, rtol=1e-3)
+    assert "entanglement/adamw/cosine" in metrics
 
 
 def test_a_saturated_pair_is_still_measured_and_a_resting_one_is_not_a_number(world):

@@ -1,0 +1,108 @@
+"""A preference loss of masked responses: only some tokens' log-probs are added up."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxalign.entanglement.masks import differing_tokens, token_weights
+from jaxalign.models.responses import response_states
+from jaxalign.records import record
+from jaxalign.training.metrics import Mean, mean_of
+from jaxalign.training.objectives import (
+    PairOutputs,
+    Params,
+    PreferenceObjective,
+    ReferencedBatch,
+)
+
+HEAD = "mask"
+"""Where a learned mask's parameters lie among the trained ones."""
+
+
+@record
+class MaskedOutputs(PairOutputs):
+    """Log-probs as sums over tokens times their weights.
+
+    Attributes:
+      kept: the sum of the weights.
+      whole: the policy's log-probs of the whole responses.
+    """
+
+    kept: Float[Array, "pairs 2"]
+    whole: Float[Array, "pairs 2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedPreferenceObjective(PreferenceObjective):
+    r"""Any preference loss of masked log-probs, and a penalty on what is kept of them.
+
+    .. math:: \ell\left(\sum_t \mu_{w,t} \log\pi_{w,t}, \; \sum_t \mu_{l,t} \log\pi_{l,t}\right)
+              + \lambda (\|\mu_w\|_1 + \|\mu_l\|_1)
+
+    Weights are learned where the trained parameters hold a `HEAD`; else they are 1 at the tokens in
+    which the responses differ. Lengths that a loss divides by stay those of the responses. Yuan et
+    al., 2024, arXiv:2410.13828, section 5.2.
+    """
+
+    penalty: float = 0.0
+
+    def forward(
+        self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
+    ) -> MaskedOutputs:
+        pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
+        model = {name: tree for name, tree in trained.items() if name != HEAD}
+        of_policy = policy.log_probs(pairs, **policy.policy(model, frozen["policy"], key))
+        of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)
+        if HEAD in trained:
+            tokens, prompt_length, response_tokens, _ = pairs.rows()
+            states = response_states(
+                reference,
+                policy.config,
+                tokens,
+                prompt_length,
+                response_tokens,
+                remat=policy.remat,
+                dtype=policy.dtype,
+            )
+            states = jax.lax.stop_gradient(states).reshape(*pairs.response_tokens.shape, -1)
+            position = jnp.arange(pairs.response_tokens.shape[-1])
+            real = position[None, None] < pairs.response_length[..., None]
+            weights = token_weights(trained[HEAD], states, pairs.response_tokens)
+            weights = jnp.where(real, weights, 0.0)
+        else:
+            weights = differing_tokens(pairs.response_tokens, pairs.response_length)
+        number = jnp.maximum(pairs.response_length.sum(-1), 1)
+        return MaskedOutputs(
+            policy=(weights * of_policy.log_prob).sum(-1),
+            reference=(weights * of_reference).sum(-1),
+            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / number),
+            kept=weights.sum(-1),
+            whole=jax.lax.stop_gradient(of_policy.log_prob.sum(-1)),
+        )
+
+    def reduce(
+        self, outputs: Any, batch: ReferencedBatch, count: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        loss, metrics = super().reduce(outputs, batch, count)
+        weight, lengths = batch.pairs.weight, jnp.maximum(batch.pairs.response_length, 1)
+        share = outputs.kept / lengths
+        for side, name in enumerate(("chosen", "rejected")):
+            metrics[f"logps/{name}"] = mean_of(outputs.whole[:, side], weight)
+            metrics[f"mask/{name}"] = mean_of(share[:, side], weight)
+        penalty = self.penalty * jnp.sum(outputs.kept.sum(-1) * weight) / count
+        return loss + penalty, metrics
+
+
+def whole_responses(objective: Any) -> Any:
+    """The objective without its mask: held-out numbers are those of whole responses."""
+    if not isinstance(objective, MaskedPreferenceObjective):
+        return objective
+    return PreferenceObjective(
+        policy=objective.policy,
+        loss=objective.loss,
+        options=objective.options,
+        coupled=objective.coupled,
+    )
