@@ -191,6 +191,8 @@ class TrainConfig:
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
     strings_as_chat: bool = False
     """Put plain prompts through the tokenizer's chat template, too."""
+    end_token: bool = True
+    """Whether the end-of-sequence token follows a response."""
     max_records: int | None = None
     """Use at most this many training records."""
     max_eval_records: int | None = 512

@@ -1,23 +1,35 @@
-"""Every loss of the paper's table, and its cures, on the same real pairs from the same start.
+"""Every loss of the paper's table on the same real pairs from the same start, SGD and AdamW.
 
 Command:  python -m experiments.gradient_entanglement.preference [--model FOLDER] [--scale paper]
-Time:     half an hour on two CPU cores
-Expect:   the sections "Losses" and "Cures" of this folder's README, and losses.png
+Time:     three quarters of an hour on two CPU cores
+Expect:   the section "Losses" of this folder's README, and losses.png
 
-Polite against impolite answers (1,094 pairs): one SFT model for all, then one epoch of each loss
-with AdamW, every step watched and its realised changes beside. `paper` is Pythia 2.8B on
-HH-RLHF, with the settings of the DPO paper's repository.
+First what the condition promises: for each of 32 pairs and each loss one small step of plain
+gradient descent on that pair alone, from the SFT model moved a little off the reference. Then a run
+of each loss with either optimiser, every second step watched: the pair's own condition, beside what
+the update of the whole batch did to the pair.
 """
 
-import argparse
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
 from experiments.gradient_entanglement.page import FOLDER, put, table
-from experiments.gradient_entanglement.runs import DATA, TINY, change, finished, mean
-from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
+from experiments.gradient_entanglement.pairs import arguments, settings
+from experiments.gradient_entanglement.runs import DATA, change, curve, finished, mean
+from jaxalign.config import EntanglementConfig
+from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
+from jaxalign.entanglement import CASES, PairGeometry, case, coefficients
+from jaxalign.entanglement.conditions import case_of_changes
+from jaxalign.entanglement.geometry import gram
+from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
+from jaxalign.models import load_pretrained
+from jaxalign.models.responses import response_log_probs
 from jaxalign.reporting import read_run
-from jaxalign.reporting.entanglement import plot
 
 LOSSES: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1},
@@ -35,73 +47,95 @@ LOSSES: dict[str, dict[str, float]] = {
 }
 """The paper's table, with ORPO and RPO beside; hyperparameters not named are the table's own."""
 
-CURES = ("normalised", "centred")
+PAIRS, STEP = 32, 0.05
+"""Pairs that are stepped on alone; the change of the log-probs' sum in nats that a step aims at."""
 
 
-def settings(loss: str, model: str, scale: str, *, cure: str = "none") -> TrainConfig:
-    """One epoch of a loss from the SFT model."""
-    paper = scale == "paper"
-    rate = 5e-7 if paper else 1e-4
-    name = f"pairs_{loss}" + ("" if cure == "none" else f"_{cure}") + ("_paper" if paper else "")
-    return TrainConfig(
-        name=name,
-        model=model,
-        data="Anthropic/hh-rlhf"
-        if paper
-        else str(DATA / "preferences" / "rasbt_instruction_preference.jsonl"),
-        bad_records="skip",
-        holdout=0.2,
-        max_length=512 if paper else 128,
-        preference=StageConfig(
-            steps=2_500 if paper else 54,
-            batch_size=64 if paper else 16,
-            optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=150 if paper else 5),
-            eval_every=250 if paper else 18,
-        ),
-        loss=loss,
-        loss_options=LOSSES[loss],
-        entanglement=EntanglementConfig(every=1, realised=True, cure=cure),
-        export=paper,
+def one_by_one(folder: str) -> dict[str, tuple[dict[str, float], float]]:
+    """Loss -> (share of pairs in each case, share whose own small step did what its case says)."""
+    model, tokenizer = load_pretrained(folder, dtype=jnp.float32), load_tokenizer(folder)
+    source = DATA / "preferences" / "rasbt_instruction_preference.jsonl"
+    records = list(preference_records(str(source), bad_records="skip"))[:PAIRS]
+    pairs, _ = tokenize_pairs(records, tokenizer, max_length=96)
+    batch = next(pair_batches(pairs, batch_size=len(pairs), epochs=1, shuffle=False))
+    noise = jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.params)))
+    noise = jax.tree.unflatten(jax.tree.structure(model.params), list(noise))
+    params = jax.tree.map(  # off the reference, so that coefficients differ between pairs
+        lambda x, key: x + 0.02 * jnp.std(x) * jax.random.normal(key, x.shape), model.params, noise
     )
 
+    @jax.jit
+    def log_probs(params, pair: tuple[Array, ...]) -> Array:
+        return response_log_probs(params, model.config, *pair).log_prob.sum(-1)
 
-def supervised(model: str, scale: str) -> TrainConfig:
-    """The SFT model that all of them start from."""
-    start = settings("dpo", model, scale)
-    stage = StageConfig(
-        steps=2_500 if scale == "paper" else 60,
-        batch_size=16,
-        optimizer=OptimizerConfig(learning_rate=5e-7 if scale == "paper" else 3e-4),
-    )
-    name = start.name.replace("pairs_dpo", "pairs_sft")
-    return replace(start, name=name, sft=stage, preference=StageConfig(), export=True)
+    @jax.jit
+    def gradients(params, pair: tuple[Array, ...]):
+        values, backward = jax.vjp(lambda p: log_probs(p, pair), params)
+        chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
+        return values, chosen, rejected, gram(chosen, rejected)
+
+    @jax.jit
+    def stepped(params, chosen, rejected, pair: tuple[Array, ...], up: Array, down: Array):
+        moved = jax.tree.map(lambda x, g, h: x + up * g - down * h, params, chosen, rejected)
+        return log_probs(moved, pair)
+
+    found: dict[str, list[tuple[int, bool]]] = {name: [] for name in LOSSES}
+    fields = batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length
+    for row in range(len(batch.weight)):
+        pair = tuple(jnp.asarray(x[row]) for x in fields)
+        reference = log_probs(model.params, pair)
+        values, chosen, rejected, numbers = gradients(params, pair)
+        geometry = PairGeometry(**dict(zip(("chosen", "rejected", "inner"), numbers, strict=True)))
+        geometry = jax.tree.map(lambda x: x[None], geometry)
+        lengths = pair[3]
+        of_loss = PairLogProbs(
+            chosen=values[:1],
+            rejected=values[1:],
+            reference_chosen=reference[:1],
+            reference_rejected=reference[1:],
+            chosen_length=lengths[:1],
+            rejected_length=lengths[1:],
+        )
+        for name, options in LOSSES.items():
+            weights = coefficients(PREFERENCE_LOSSES[name], of_loss, **options)
+            predicted = int(case(geometry, weights)[0])
+            up, down = weights.chosen[0], weights.rejected[0]
+            size = jnp.sqrt(up**2 * numbers[0] + down**2 * numbers[1]) * jnp.sqrt(
+                numbers[0] + numbers[1]
+            )
+            rate = STEP / jnp.maximum(size, 1e-30)
+            after = stepped(params, chosen, rejected, pair, rate * up, rate * down)
+            realised = int(case_of_changes(*(after - values)[:, None])[0])
+            found[name].append((predicted, realised == predicted))
+    shares = {}
+    for name, results in found.items():
+        cases = np.array([number for number, _ in results])
+        of_case = {label: float(np.mean(cases == i)) for i, label in enumerate(CASES)}
+        shares[name] = of_case, float(np.mean([right for _, right in results]))
+    return shares
 
 
-def main() -> None:
-    """Run what is missing, then write the sections and the figure."""
-    flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--model", help="Hugging Face folder or hub name")
-    flags.add_argument("--scale", choices=("tiny", "paper"), default="tiny")
-    given = flags.parse_args()
-    base = given.model or ("EleutherAI/pythia-2.8b" if given.scale == "paper" else TINY)
-    sft = supervised(base, given.scale)
-    if not (Path(sft.output) / sft.name / "export").is_dir():
-        finished(sft)
-    start = str(Path(sft.output) / sft.name / "export")
-    runs = {loss: finished(settings(loss, start, given.scale)) for loss in LOSSES}
-    text = table(HEADER, [row(loss, folder) for loss, folder in runs.items()])
-    print(text)
-    shown = [read_run(runs[loss]) for loss in ("dpo", "ipo", "simpo", "cpo", "rrhf", "sppo")]
-    plot(shown, FOLDER / "losses.png")
-    put("losses", f"{text}\n![losses](losses.png)\n")
+def config_of(loss: str, rule: str, start: str, scale: str):
+    """A run of a loss with an optimiser; AdamW's own geometry beside the plain one."""
+    watch = EntanglementConfig(every=2, realised=True, preconditioned=rule == "adamw")
+    name = f"{loss}_{rule}"
+    return settings(name, start, scale, loss, LOSSES[loss], rule=rule, entanglement=watch)
 
-    cured = {"dpo": runs["dpo"]} | {
-        f"dpo, {cure}": finished(settings("dpo", start, given.scale, cure=cure)) for cure in CURES
-    }
-    cured |= {loss: runs[loss] for loss in ("dpop", "rpo")}
-    text = table(HEADER, [row(name, folder) for name, folder in cured.items()])
-    print(text)
-    put("cures", text)
+
+def same_sign(folder: Path, geometry: str = "") -> float:
+    """Share of watched batches whose mean changes have the signs that the pairs' own means have."""
+    right = []
+    for side in ("chosen", "rejected"):
+        predicted = np.array(curve(folder, f"{geometry}predicted_{side}")[1])
+        realised = np.array(curve(folder, f"realised_{side}")[1])
+        right.append(np.sign(predicted) == np.sign(realised))
+    return float(np.mean(right[0] & right[1]))
+
+
+def outcome(folder: Path) -> str:
+    """Where the held-out log-probs went, as one of the cases."""
+    chosen, rejected = (change(folder, f"logps/{side}") for side in ("chosen", "rejected"))
+    return CASES[int(case_of_changes(jnp.array([chosen]), jnp.array([rejected]))[0])]
 
 
 HEADER = (
@@ -109,14 +143,19 @@ HEADER = (
     "accuracy",
     "Δ chosen (nats)",
     "Δ rejected",
+    "held-out outcome",
     "cosine",
     "d_w / d_l",
-    "ideal",
+    "pairs' own case: ideal",
     "both down",
     "both up",
-    "realised Δ chosen a step",
-    "Δ rejected",
-    "case realised",
+    "pairs that did as their case says",
+    "batches",
+)
+IN_UPDATE: tuple[tuple[str, Callable[[Path], float]], ...] = (
+    ("AdamW's cosine", lambda folder: mean(folder, "adamw/cosine")),
+    ("pairs, by AdamW's geometry", lambda folder: mean(folder, "adamw/case_agreement")),
+    ("batches", lambda folder: same_sign(folder, "adamw/")),
 )
 
 
@@ -129,15 +168,80 @@ def row(name: str, folder: Path) -> list[str]:
         f"{accuracy[1]:.3f}" if accuracy else "",
         f"{change(folder, 'logps/chosen'):+.2f}",
         f"{change(folder, 'logps/rejected'):+.2f}",
+        outcome(folder),
         f"{mean(folder, 'cosine'):.3f}",
         f"{mean(folder, 'd_w') / rejected:.3g}" if rejected else "∞",
         f"{mean(folder, 'ideal'):.0%}",
         f"{mean(folder, 'both_down'):.0%}",
         f"{mean(folder, 'both_up'):.0%}",
-        f"{mean(folder, 'realised_chosen'):+.3f}",
-        f"{mean(folder, 'realised_rejected'):+.3f}",
         f"{mean(folder, 'case_agreement'):.0%}",
+        f"{same_sign(folder):.0%}",
     ]
+
+
+def plot(runs: dict[str, dict[str, Path]]) -> None:
+    """Held-out log-probs of every loss as changes from the start, a row per optimiser."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = -(-len(LOSSES) // 2)
+    figure, axes = plt.subplots(
+        4, width, figsize=(2.3 * width, 8), layout="constrained", sharex=True
+    )
+    for block, (rule, folders) in enumerate(runs.items()):
+        for number, (loss, folder) in enumerate(folders.items()):
+            axis = axes[2 * block + number // width, number % width]
+            for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
+                steps, values = read_run(folder).curve("preference", "eval", f"logps/{side}")
+                axis.plot(steps, np.array(values) - values[0], color=colour, label=side)
+            axis.axhline(0, color="grey", linewidth=0.8)
+            axis.set_title(f"{loss}, {rule}", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("change in nats", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("step", fontsize=8)
+    figure.savefig(FOLDER / "losses.png", dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run what is missing, then write the section and the figure."""
+    start, scale = arguments(__doc__)
+    alone = one_by_one(start)
+    rows = [
+        [
+            name,
+            *(f"{shares[label]:.0%}" for label in ("ideal", "both down", "both up")),
+            f"{ok:.0%}",
+        ]
+        for name, (shares, ok) in alone.items()
+    ]
+    header = ("loss", "ideal", "both down", "both up", "steps that did as the case says")
+    text = f"One step on one pair ({PAIRS} pairs):\n\n{table(header, rows)}\n"
+    print(text)
+    runs = {
+        rule: {loss: finished(config_of(loss, rule, start, scale)) for loss in LOSSES}
+        for rule in ("sgd", "adamw")
+    }
+    text += "Runs with SGD:\n\n"
+    text += table(HEADER, [row(loss, folder) for loss, folder in runs["sgd"].items()])
+    text += "\nRuns with AdamW:\n\n"
+    extra = [name for name, _ in IN_UPDATE]
+    rows = [
+        row(loss, folder)
+        + [f"{extra[1](folder):.2f}" for extra in IN_UPDATE[:1]]
+        + [f"{extra[1](folder):.0%}" for extra in IN_UPDATE[1:]]
+        for loss, folder in runs["adamw"].items()
+    ]
+    text += table((*HEADER, *extra), rows)
+    print(text)
+    plot(runs)
+    put("losses", f"{text}\n![losses](losses.png)\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Expect:   the section "Sentiment" of this folder's README, sentiment.png and hea
 
 Real sentences about films with their human label: "Review: ... The film is" is followed by " good"
 or " bad", and by nothing, a short or a long suffix that is the same in both responses. SFT on the
-right label, then DPO, each with three seeds. `paper` is GPT-2 with the settings of the official
+right label, then DPO, each with three seeds. No end-of-sequence token follows: it would be a
+suffix of one token. `paper` is GPT-2 with the settings of the official
 code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6, batch 32, beta 0.1).
 """
 
@@ -74,6 +75,7 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         max_records=3_000,
         max_eval_records=128,
         bad_records="skip",
+        end_token=False,
         sft=StageConfig(
             steps=64 if paper else 20,
             batch_size=16,
@@ -213,7 +215,7 @@ def draw_heat_map(folder: Path) -> None:
     model = load_pretrained(folder / "export", dtype=jnp.float32)
     tokenizer = load_tokenizer(folder / "export")
     record = next(iter(preference_records(kept["data"], bad_records="skip")))
-    pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept["max_length"])
+    pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept["max_length"], end_token=False)
     batch = next(pair_batches(pairs, batch_size=1, epochs=1, shuffle=False))
     pair = PairTokens(
         tokens=batch.tokens[0],

@@ -138,6 +138,7 @@ def load_stages(
             "max_length": config.max_length,
             "prompt_format": config.prompt_format,
             "strings_as_chat": config.strings_as_chat,
+            "end_token": config.end_token,
             "encoder_decoder": encoder_decoder,
         }
         pairs = _PreferenceData(config, tokenizer, options, report)

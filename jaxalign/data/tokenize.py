@@ -158,6 +158,7 @@ def tokenize_pairs(
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
     strings_as_chat: bool = False,
+    end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
     r"""Tokens of preference pairs, with the boundary between prompt and response exact.
@@ -181,6 +182,7 @@ def tokenize_pairs(
       prompt_format: text around a plain prompt, e.g. "Question: {prompt}\nAnswer:".
       chat_template: in place of the tokenizer's own, for conversations.
       strings_as_chat: plain prompts are also put through the chat template, as a user's turn.
+      end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
 
@@ -189,7 +191,7 @@ def tokenize_pairs(
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, end_token=end_token)
 
     def sides() -> Iterator[tuple[str, str]]:
         for record in records:
@@ -224,6 +226,7 @@ def tokenize_responses(
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
     strings_as_chat: bool = False,
+    end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
@@ -236,11 +239,12 @@ def tokenize_responses(
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
       strings_as_chat: plain prompts are also put through the chat template.
+      end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: prompt and response are texts of their own.
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, end_token=end_token)
 
     def texts() -> Iterator[tuple[str, str]]:
         for record in records:

@@ -78,7 +78,7 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
 class Encoder:
     """A tokenizer's backend with true offsets, and the special tokens it puts around a text."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, *, end_token: bool = True):
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -95,6 +95,7 @@ class Encoder:
                 "tokenizer_config.json"
             )
         self.eos = int(tokenizer.eos_token_id)
+        self.end_token = end_token
         probe = backend.encode("a", add_special_tokens=True)
         special = list(probe.special_tokens_mask)
         begin = special.index(0) if 0 in special else 0
@@ -114,8 +115,8 @@ class Encoder:
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def ended(self, ids: list[int]) -> list[int]:
-        """With the end-of-sequence token, unless the text brought it along."""
-        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+        """With the end-of-sequence token, unless the text brought it along or none is wanted."""
+        return [*ids, self.eos] if self.end_token and ids[-1:] != [self.eos] else ids
 
     def boundary(self, encoding: Any, character: int) -> int | None:
         """Number of tokens that end at or before a character; None where one straddles it."""

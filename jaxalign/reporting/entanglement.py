@@ -19,6 +19,9 @@ ROWS = (
     ("realised_chosen", "realised change of chosen (nats a step)", "{:z.3f}"),
     ("realised_rejected", "realised change of rejected (nats a step)", "{:z.3f}"),
     ("case_agreement", "pairs whose update did what their own gradients say", "{:.1%}"),
+    ("adamw/cosine", "cosine in AdamW's inner product", "{:z.3f}"),
+    ("adamw/both_down", "both down, in AdamW's inner product", "{:.1%}"),
+    ("adamw/case_agreement", "pairs whose update did what that says", "{:.1%}"),
 )
 """Metric -> how the table calls and prints its mean over the watched steps."""
 

@@ -386,6 +386,8 @@ def test_plain_prompts_take_a_format_or_the_template(tokenizers):
     formatted, _ = sides(tokenizer, "why?", " it can", " x", prompt_format="Q: {prompt}\nA:")
     written, _ = sides(tokenizer, "Q: why?\nA:", " it can", " x")
     assert formatted == written
+    open_ended, _ = sides(tokenizer, "Q: why?\nA:", " it can", " x", end_token=False)
+    assert open_ended == [(prompt, response[:-1]) for prompt, response in written]
     options = {"chat_template": TEMPLATE, "strings_as_chat": True}
     chat, _ = sides(tokenizer, "why?", "it can", "x", **options)
     turns, _ = sides(
