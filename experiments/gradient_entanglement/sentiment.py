@@ -5,10 +5,11 @@ Time:     a quarter of an hour on two CPU cores
 Expect:   the section "Sentiment" of this folder's README, sentiment.png and heat_map.png
 
 Real sentences about films with their human label: "Review: ... The film is" is followed by " good"
-or " bad", and by nothing, a short or a long suffix that is the same in both responses. SFT on the
-right label, then DPO, each with three seeds. No end-of-sequence token follows: it would be a
-suffix of one token. `paper` is GPT-2 with the settings of the official
-code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6, batch 32, beta 0.1).
+or " bad", and by nothing, a short or a long suffix that is the same in both responses: the first
+words of another sentence, so that SFT cannot learn the suffix by heart. SFT on the right label, then
+DPO, each with three seeds. No end-of-sequence token follows: it would be a suffix of one token.
+`paper` is GPT-2 with the settings of the official code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6,
+batch 32, beta 0.1).
 """
 
 import argparse
@@ -36,11 +37,8 @@ from jaxalign.entanglement.tokens import PairTokens, token_geometry
 from jaxalign.models import load_pretrained
 from jaxalign.reporting import heat_map, read_run
 
-SUFFIXES = {
-    "single token": "",
-    "short suffix": ", I think.",
-    "long suffix": ", if you ask me, going by what the writer of the review has to say about it.",
-}
+SUFFIXES = {"single token": 0, "short suffix": 3, "long suffix": 16}
+"""Task -> words of the other sentence."""
 SEEDS = (0, 1, 2)
 
 
@@ -49,14 +47,15 @@ def write_pairs(task: str, folder: Path) -> Path:
     path = folder / f"{task.replace(' ', '_')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = DATA / "sentiment" / "sentiment_sentence_polarity.jsonl"
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    order = np.random.default_rng(0).permutation(len(rows))  # negative ones come first
     with path.open("w", encoding="utf-8") as file:
-        lines = source.read_text(encoding="utf-8").splitlines()  # negative ones first
-        for number in np.random.default_rng(0).permutation(len(lines)):
-            row = json.loads(lines[number])
+        for number, other in zip(order, np.roll(order, 1), strict=True):
+            row, suffix = rows[number], rows[other]["text"].split()[: SUFFIXES[task]]
             words = (
                 [" good", " bad"] if row["label"] in (1, "pos", "positive") else [" bad", " good"]
             )
-            chosen, rejected = (word + SUFFIXES[task] for word in words)
+            chosen, rejected = (" ".join([word, *suffix]) for word in words)
             prompt = f"Review: {row['text'].strip()}\nThe film is"
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             file.write(json.dumps(pair) + "\n")
@@ -77,14 +76,14 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         bad_records="skip",
         end_token=False,
         sft=StageConfig(
-            steps=64 if paper else 20,
+            steps=64 if paper else 60,
             batch_size=16,
             optimizer=OptimizerConfig(
-                learning_rate=1.41e-5 if paper else 5e-5, warmup_steps=6, schedule="linear"
+                learning_rate=1.41e-5 if paper else 3e-4, warmup_steps=6, schedule="linear"
             ),
         ),
         preference=StageConfig(
-            steps=260 if paper else 20,
+            steps=260 if paper else 40,
             batch_size=32 if paper else 16,
             optimizer=OptimizerConfig(
                 learning_rate=5e-6 if paper else 1e-4, warmup_steps=6, schedule="linear"
