@@ -37,11 +37,11 @@ def settings(
         else str(DATA / "preferences" / "rasbt_instruction_preference.jsonl"),
         bad_records="skip",
         holdout=0.2,
-        max_eval_records=256 if paper else 128,
+        max_eval_records=256 if paper else 96,
         max_length=512 if paper else 96,
         preference=StageConfig(
-            steps=2_500 if paper else 50,
-            batch_size=64 if paper else 16,
+            steps=2_500 if paper else 40,
+            batch_size=64 if paper else 8,
             optimizer=OptimizerConfig(
                 name=rule,
                 learning_rate=(5e-7 if rule == "adamw" else 1e-3) if paper else RATES[rule],

@@ -6,8 +6,8 @@ Expect:   the section "Sentiment" of this folder's README, sentiment.png and hea
 
 Real sentences about films with their human label: "Review: ... The film is" is followed by " good"
 or " bad", and by nothing, a short or a long suffix that is the same in both responses: the first
-words of another sentence, so that SFT cannot learn the suffix by heart. SFT on the right label, then
-DPO, each with three seeds. No end-of-sequence token follows: it would be a suffix of one token.
+words of another sentence, so that SFT cannot learn the suffix by heart. SFT on the right label,
+then DPO, each with three seeds. No end-of-sequence token follows: it would be a suffix of one token.
 `paper` is GPT-2 with the settings of the official code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6,
 batch 32, beta 0.1).
 """
