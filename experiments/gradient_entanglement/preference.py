@@ -6,7 +6,7 @@ Expect:   the section "Losses" of this folder's README, and losses.png
 
 First what the condition promises: for each of 32 pairs and each loss one small step of plain
 gradient descent on that pair alone, from the SFT model moved a little off the reference. Then a run
-of each loss with either optimiser, every second step watched: the pair's own condition, beside what
+of each loss with either optimiser, every second or fourth step watched: the pair's own condition, beside what
 the update of the whole batch did to the pair.
 """
 
@@ -117,7 +117,8 @@ def one_by_one(folder: str) -> dict[str, tuple[dict[str, float], float]]:
 
 def config_of(loss: str, rule: str, start: str, scale: str):
     """A run of a loss with an optimiser; AdamW's own geometry beside the plain one."""
-    watch = EntanglementConfig(every=2, realised=True, preconditioned=rule == "adamw")
+    every = 2 if rule == "sgd" else 4
+    watch = EntanglementConfig(every=every, realised=True, preconditioned=rule == "adamw")
     name = f"{loss}_{rule}"
     return settings(name, start, scale, loss, LOSSES[loss], rule=rule, entanglement=watch)
 

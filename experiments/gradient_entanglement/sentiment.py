@@ -6,14 +6,15 @@ Expect:   the section "Sentiment" of this folder's README, sentiment.png and hea
 
 Real sentences about films with their human label: "Review: ... The film is" is followed by " good"
 or " bad", and by nothing, a short or a long suffix that is the same in both responses: the first
-words of another sentence, so that SFT cannot learn the suffix by heart. SFT on the right label,
-then DPO, each with three seeds. No end-of-sequence token follows: it would be a suffix of one token.
-`paper` is GPT-2 with the settings of the official code (SFT 1.41e-5, batch 16, 64 steps; DPO 5e-6,
-batch 32, beta 0.1).
+words of another sentence, so that SFT cannot learn the suffix by heart. SFT on the right label once
+per task, then DPO with three seeds. No end-of-sequence token follows: it would be a suffix of one
+token. `paper` is GPT-2 with the settings of the official code (SFT 1.41e-5, batch 16, 64 steps; DPO
+5e-6, batch 32, beta 0.1).
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from experiments.gradient_entanglement.runs import (
     TINY,
     change,
     curve,
+    finished,
     mean,
     seeds,
     spread,
@@ -62,8 +64,27 @@ def write_pairs(task: str, folder: Path) -> Path:
     return path
 
 
+def supervised(task: str, data: Path, model: str, scale: str) -> str:
+    """The folder of a task's SFT model, which is made where it is missing."""
+    paper = scale == "paper"
+    start = settings(task, data, model, scale)
+    optimizer = OptimizerConfig(
+        learning_rate=1.41e-5 if paper else 5e-4, warmup_steps=6, schedule="linear"
+    )
+    stage = StageConfig(
+        steps=64 if paper else 200, batch_size=16 if paper else 32, optimizer=optimizer
+    )
+    config = replace(
+        start, name=f"{start.name}_sft", sft=stage, preference=StageConfig(), export=True
+    )
+    folder = Path(config.output) / config.name / "export"
+    if not folder.is_dir():
+        finished(config)
+    return str(folder)
+
+
 def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
-    """SFT for a moment, then DPO with every step watched."""
+    """DPO with every step watched."""
     paper = scale == "paper"
     return TrainConfig(
         name=f"sentiment_{task.replace(' ', '_')}{'_paper' if paper else ''}",
@@ -71,17 +92,9 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         data=str(data),
         max_length=96,
         holdout=0.2,
-        max_records=3_000,
         max_eval_records=128,
         bad_records="skip",
         end_token=False,
-        sft=StageConfig(
-            steps=64 if paper else 60,
-            batch_size=16,
-            optimizer=OptimizerConfig(
-                learning_rate=1.41e-5 if paper else 3e-4, warmup_steps=6, schedule="linear"
-            ),
-        ),
         preference=StageConfig(
             steps=260 if paper else 40,
             batch_size=32 if paper else 16,
@@ -107,7 +120,8 @@ def main() -> None:
     runs = {}
     for task in SUFFIXES:
         data = write_pairs(task, Path("runs/sentiment_pairs"))
-        runs[task] = seeds(settings(task, data, model, given.scale), SEEDS)
+        start = supervised(task, data, model, given.scale)
+        runs[task] = seeds(settings(task, data, start, given.scale), SEEDS)
     rows = []
     for task, folders in runs.items():
         chosen = [change(folder, "logps/chosen") for folder in folders]
