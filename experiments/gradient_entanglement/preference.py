@@ -6,8 +6,8 @@ Expect:   the section "Losses" of this folder's README, and losses.png
 
 First what the condition promises: for each of 32 pairs and each loss one small step of plain
 gradient descent on that pair alone, from the SFT model moved a little off the reference. Then a run
-of each loss with either optimiser, every second or fourth step watched: the pair's own condition, beside what
-the update of the whole batch did to the pair.
+of each loss with either optimiser, every second or fourth step watched: the pair's own condition,
+beside what the update of the whole batch did to the pair.
 """
 
 from collections.abc import Callable

@@ -45,14 +45,17 @@ SEEDS = (0, 1, 2)
 
 
 def write_pairs(task: str, folder: Path) -> Path:
-    """The task's pairs as a file: the right label is chosen, the other one rejected."""
+    """The task's pairs as files, the right label chosen and the other one rejected.
+
+    The held-out fifth is a file of its own: runs with different seeds share it.
+    """
     path = folder / f"{task.replace(' ', '_')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     source = DATA / "sentiment" / "sentiment_sentence_polarity.jsonl"
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))  # negative ones come first
-    with path.open("w", encoding="utf-8") as file:
-        for number, other in zip(order, np.roll(order, 1), strict=True):
+    with path.open("w", encoding="utf-8") as train, held_out(path).open("w") as last:
+        for place, (number, other) in enumerate(zip(order, np.roll(order, 1), strict=True)):
             row, suffix = rows[number], rows[other]["text"].split()[: SUFFIXES[task]]
             words = (
                 [" good", " bad"] if row["label"] in (1, "pos", "positive") else [" bad", " good"]
@@ -60,8 +63,13 @@ def write_pairs(task: str, folder: Path) -> Path:
             chosen, rejected = (" ".join([word, *suffix]) for word in words)
             prompt = f"Review: {row['text'].strip()}\nThe film is"
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            file.write(json.dumps(pair) + "\n")
+            (last if place % 5 == 4 else train).write(json.dumps(pair) + "\n")
     return path
+
+
+def held_out(path: Path) -> Path:
+    """The held-out pairs of a task."""
+    return path.with_stem(f"{path.stem}_held_out")
 
 
 def supervised(task: str, data: Path, model: str, scale: str) -> str:
@@ -91,7 +99,7 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         model=model,
         data=str(data),
         max_length=96,
-        holdout=0.2,
+        eval_data=str(held_out(data)),
         max_eval_records=128,
         bad_records="skip",
         end_token=False,
