@@ -1,6 +1,7 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each makes its own environment.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint clean
@@ -15,10 +16,10 @@ demo: $(VENV)/bin/jaxalign
 	$(VENV)/bin/jaxalign train experiments/quickstart.py
 
 test: $(VENV)/bin/jaxalign
-	$(VENV)/bin/python -m pytest -m "not network and not accelerator and not slow"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not network and not accelerator and not slow"
 
 test-slow: $(VENV)/bin/jaxalign
-	$(VENV)/bin/python -m pytest -m "slow and not network and not accelerator"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not network and not accelerator"
 
 lint: $(VENV)/bin/jaxalign
 	$(VENV)/bin/ruff check .

@@ -31,7 +31,7 @@ REQUIRED = [
     "matplotlib>=3.8",
     "numpy>=2.0",
 ]
-TEST = ["pytest>=8", "beartype>=0.20", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6"]
 EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
