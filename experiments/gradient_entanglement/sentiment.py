@@ -107,14 +107,14 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
             steps=260 if paper else 40,
             batch_size=32 if paper else 16,
             optimizer=OptimizerConfig(
-                learning_rate=5e-6 if paper else 1e-4, warmup_steps=6, schedule="linear"
+                learning_rate=5e-6 if paper else 3e-5, warmup_steps=6, schedule="linear"
             ),
             eval_every=10,
         ),
         loss="dpo",
         loss_options={"beta": 0.1},
         reference="precomputed" if paper else "live",
-        entanglement=EntanglementConfig(every=1),
+        entanglement=EntanglementConfig(every=1, realised=True),
     )
 
 
@@ -145,6 +145,8 @@ def main() -> None:
                 spread(margin),
                 spread([pair[1] for pair in accuracy if pair is not None], "{:.3f}"),
                 spread([100 * mean(folder, "both_down") for folder in folders], "{:.0f} %"),
+                spread([mean(folder, "realised_chosen") for folder in folders], "{:+.3f}"),
+                spread([mean(folder, "realised_rejected") for folder in folders], "{:+.3f}"),
             ]
         )
     header = (
@@ -154,7 +156,9 @@ def main() -> None:
         "Δ rejected",
         "Δ margin",
         "accuracy",
-        "pairs sent both down",
+        "pairs whose own step sends both down",
+        "Δ chosen of the batch's own pairs per step",
+        "Δ rejected",
     )
     text = table(header, rows) + "\n" + acceptance(runs)
     print(text)
@@ -179,6 +183,10 @@ def acceptance(runs: dict[str, list[Path]]) -> str:
         "long suffix: cosine positive": cosine[long] > 0,
         "cosine larger with the longer suffix": cosine[long] > cosine[short],
         "single token: chosen rises": chosen[single] > 0,
+        "single token: chosen of the pairs being trained rises": of(
+            single, lambda f: mean(f, "realised_chosen")
+        )
+        > 0,
         "short suffix: chosen falls": chosen[short] < 0,
         "long suffix: chosen falls": chosen[long] < 0,
         "chosen falls further with the longer suffix": chosen[long] < chosen[short],
