@@ -330,6 +330,7 @@ def make_objective(
         data.once(data.train, config.preference.batch_size),
         put,
         world.folder / "reference_log_probs.npz",
+        mesh,
     )
     return (
         objective,

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxalign.errors import UserError
+from jaxalign.models import devices
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.layers import (
     ACTIVATIONS,
@@ -273,14 +274,14 @@ def hidden_states(
         def mlp(y):
             return _mlp_branch(y, layer, updates, adapter_scale, config)
 
-        return _block(x, layer, attend, mlp, config), None
+        return _block(devices.by_rows(x), layer, attend, mlp, config), None
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     windowed = jnp.asarray(config.windowed or (False,) * config.layers)
     updates = {} if adapters is None else adapters["layers"]
     x, _ = jax.lax.scan(block, x, (params["layers"], updates, windowed))
-    return _norm(x, params["final_norm"], config)
+    return _norm(devices.by_rows(x), params["final_norm"], config)
 
 
 def unembedding(

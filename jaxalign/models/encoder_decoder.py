@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.errors import UserError
+from jaxalign.models import devices
 from jaxalign.models.config import EncoderDecoderConfig
 from jaxalign.models.decoder import REMAT_POLICIES
 from jaxalign.models.layers import ACTIVATIONS, dense, look_up, rms_norm
@@ -193,6 +194,7 @@ def _stack(
 
     def block(x, inputs):
         layer, updates = inputs
+        x = devices.by_rows(x)
         y = norm(x, layer["attention_norm"])
         x = x + _attention(y, y, layer, updates, scale, mask, biases, config, causal=causal)
         if memory is not None:
@@ -204,7 +206,7 @@ def _stack(
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     x, _ = jax.lax.scan(block, x, (stack["layers"], adapters.get("layers", {})))
-    return norm(x, stack["final_norm"])
+    return norm(devices.by_rows(x), stack["final_norm"])
 
 
 def hidden_states(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxalign.models import devices
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import matmul, spread
 
@@ -61,7 +62,8 @@ def look_up(
 
     Its cotangent is that of every row that was looked up: how embeddings are watched.
     """
-    x = jnp.take(params["embedding"], ids, axis=0).astype(dtype)
+    table = devices.as_table(params["embedding"])
+    x = devices.by_rows(jnp.take(table, ids, axis=0).astype(dtype))
     return x + params["lookup"].astype(dtype) if "lookup" in params else x
 
 
@@ -142,7 +144,7 @@ def attention(
     if implementation == "auto":
         plain = segment_ids is None and cap is None
         fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-        on_gpu = jax.default_backend() == "gpu"
+        on_gpu = devices.platform() == "gpu"
         small = q.shape[-1] <= 128
         implementation = "cudnn" if on_gpu and plain and fits and small else "blocked"
     if implementation == "cudnn":

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxalign.models import devices
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
     by_pairs,
@@ -106,8 +107,8 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not positive")
     usual, block_logits = CPU_BLOCK
-    if jax.default_backend() != "cpu":
-        usual, block_logits = (size * jax.device_count() for size in ACCELERATOR_BLOCK)
+    if devices.platform() != "cpu":
+        usual, block_logits = (size * devices.number() for size in ACCELERATOR_BLOCK)
     token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.models import devices
 from jaxalign.models.precision import precision
 
 # Arithmetic that costs as much as one access to an element in memory.
@@ -96,7 +97,7 @@ def token_products(
 
 def on_one_cpu() -> bool:
     """Whether pairs pass one by one, through the cache, or all at once, spread over devices."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return devices.platform() == "cpu" and devices.number() == 1
 
 
 def forms_gradients(tokens: int, inputs: int, outputs: int) -> bool:
@@ -105,7 +106,7 @@ def forms_gradients(tokens: int, inputs: int, outputs: int) -> bool:
     Formed gradients cost about eight accesses to each of their elements (written, added up, and
     contracted three times), products between tokens three times tokens squared dot products.
     """
-    balance = CPU_BALANCE if jax.default_backend() == "cpu" else ACCELERATOR_BALANCE
+    balance = CPU_BALANCE if devices.platform() == "cpu" else ACCELERATOR_BALANCE
     return 8 * balance * inputs * outputs < 6 * tokens**2 * (inputs + outputs)
 
 

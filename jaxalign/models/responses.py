@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxalign.models import decoder, encoder_decoder
+from jaxalign.models import decoder, devices, encoder_decoder
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
 from jaxalign.records import record
@@ -230,7 +230,7 @@ def response_states(
     hidden = decoder.hidden_states(params, config, tokens, **options)
     places = prompt_length[:, None] - 1 + jnp.arange(response_tokens.shape[1])[None]
     places = jnp.clip(places, 0, tokens.shape[1] - 1)
-    return jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+    return devices.by_rows(jnp.take_along_axis(hidden, places[:, :, None], axis=1))
 
 
 def text_log_probs(

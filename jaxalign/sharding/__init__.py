@@ -6,6 +6,14 @@ from jaxalign.sharding.rules import (
     parameter_shardings,
     place,
     replicated,
+    table_sharding,
 )
 
-__all__ = ["batch_sharding", "make_mesh", "parameter_shardings", "place", "replicated"]
+__all__ = [
+    "batch_sharding",
+    "make_mesh",
+    "parameter_shardings",
+    "place",
+    "replicated",
+    "table_sharding",
+]

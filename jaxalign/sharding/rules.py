@@ -76,6 +76,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"]))
 
 
+def table_sharding(mesh: Mesh) -> NamedSharding:
+    """An embedding while rows are looked up in it: split by its ids alone."""
+    return NamedSharding(mesh, P(LOGICAL_TO_MESH["vocabulary"], None))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())

@@ -17,6 +17,7 @@ from jaxalign.training.objectives import (
     SupervisedObjective,
     TokenPreferenceObjective,
 )
+from jaxalign.training.step import on_mesh
 
 
 def _put(batch: Any, mesh: Mesh) -> Any:
@@ -31,13 +32,14 @@ def evaluate_supervised(
 ) -> Callable[[Any, Any], dict[str, float]]:
     """(params, frozen) -> mean loss of a held-out token."""
 
-    @jax.jit
     def step(params: Any, frozen: Any, batch: Any) -> Any:
         outputs = objective.forward(params, frozen, batch, None)
         return objective.reduce(outputs, batch, objective.count(batch))[1]
 
+    compiled = jax.jit(on_mesh(step, mesh))
+
     def run(params: Any, frozen: Any) -> dict[str, float]:
-        return evaluate(step, params, frozen, [_put(batch, mesh) for batch in batches])
+        return evaluate(compiled, params, frozen, [_put(batch, mesh) for batch in batches])
 
     return run
 
@@ -52,7 +54,6 @@ def evaluate_preferences(
     estimate of the policy's own KL, whose positions would be its own samples'.
     """
 
-    @jax.jit
     def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
         outputs: Any = objective.forward(params, frozen, batch, None)
         metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
@@ -62,8 +63,10 @@ def evaluate_preferences(
         tokens = jnp.sum(batch.pairs.response_length[:, 0] * weight).astype(jnp.float32)
         return metrics | {"kl": Mean(total=jnp.sum(kl * weight), count=tokens)}
 
+    compiled = jax.jit(on_mesh(step, mesh))
+
     def run(params: Any, frozen: Any) -> dict[str, float]:
         placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
-        return evaluate(step, params, frozen, placed)
+        return evaluate(compiled, params, frozen, placed)
 
     return run

@@ -1,14 +1,17 @@
 """Reference log-probs of every training pair, computed once and kept in the run folder."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.training.objectives import PreferenceObjective
+from jaxalign.training.step import on_mesh
 
 
 def precompute_reference(
@@ -17,6 +20,7 @@ def precompute_reference(
     batches: Iterable[PairBatch],
     put: Callable[[Any], Any],
     path: Path,
+    mesh: Mesh,
 ) -> np.ndarray:
     """Log-probs of chosen and rejected under the reference, by record number.
 
@@ -26,6 +30,7 @@ def precompute_reference(
       batches: every training pair once; filler pairs have weight 0.
       put: host batch -> device batch.
       path: an .npz file; read where it exists (a resumed run), written where not.
+      mesh: the devices that `put` spreads a batch over.
 
     Returns:
       [highest record number + 1, 2] in nats; NaN where no pair has that number.
@@ -34,6 +39,7 @@ def precompute_reference(
         return np.load(path, allow_pickle=False)["log_probs"]
 
     @jax.jit
+    @partial(on_mesh, mesh=mesh)
     def log_probs(params: Any, batch: PairBatch) -> jax.Array:
         return objective.policy.log_probs(batch, params).log_prob.sum(-1)
 

@@ -1,6 +1,7 @@
 """The training step: a pure function, and the one place where it is compiled and sharded."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxalign.entanglement.observation import Observation
+from jaxalign.models.devices import splitting_rows
 from jaxalign.records import record
-from jaxalign.sharding import batch_sharding, parameter_shardings, replicated
+from jaxalign.sharding import (
+    batch_sharding,
+    parameter_shardings,
+    replicated,
+    table_sharding,
+)
 from jaxalign.training.metrics import Mean, add_means
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import Objective
@@ -161,11 +168,22 @@ def train_step(
     return after, {**metrics, "grad_norm": grad_norm, "skipped": after.skipped, "finite": finite}
 
 
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """The function with its batches' rows split over data and fsdp all the way through."""
+
+    @functools.wraps(function)
+    def placed(*arguments: Any) -> Any:
+        with splitting_rows(batch_sharding(mesh), table_sharding(mesh)):
+            return function(*arguments)
+
+    return placed
+
+
 def compile_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
     """`step(state, frozen, batch)` under `jit`: state donated, batch split over data and fsdp."""
     state_shardings = parameter_shardings(state, mesh)
     return jax.jit(
-        step,
+        on_mesh(step, mesh),
         in_shardings=(state_shardings, None, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,

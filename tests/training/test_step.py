@@ -1,5 +1,6 @@
 """The step: accumulation, devices, dropout of non-finite updates, against plain formulas."""
 
+import re
 from functools import partial
 
 import jax
@@ -35,6 +36,7 @@ CONFIG = DecoderConfig(
     context_length=32,
 )
 PAIRS, LENGTH, RESPONSE = 8, 12, 6
+EXCHANGE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute)(-start)?\(")
 
 
 def make_batch(rng, pairs=PAIRS):
@@ -75,6 +77,20 @@ def objective_of(name, **options):
         options=options,
         coupled=name in BATCH_COUPLED,
     )
+
+
+def test_a_sharded_step_moves_parameters_and_not_the_rows_states(world):
+    """With parameters split, no device sees all rows: what devices exchange is never that large."""
+    params, frozen, batch = jax.device_get(world)
+    mesh, optimizer = make_mesh(fsdp=8), optax.sgd(1e-3)
+    state = place(initial_state(params, optimizer, seed=0), mesh)
+    frozen = {"policy": None, "reference": place(frozen["reference"], mesh)}
+    step = partial(train_step, objective=objective_of("dpo"), optimizer=optimizer)
+    text = compile_step(step, state, mesh).lower(state, frozen, batch).compile().as_text()
+    exchanged = [EXCHANGE.split(x)[0] for x in text.splitlines() if EXCHANGE.search(x)]
+    assert len(exchanged) > 5
+    everything = re.compile(rf"f32\[({2 * PAIRS},{LENGTH}|{2 * PAIRS * LENGTH}),")
+    assert [shapes for shapes in exchanged if everything.search(shapes)] == []
 
 
 def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
