@@ -13,6 +13,7 @@ commands:
   losses [NAME]                          the table of losses, or one loss's page
   report RUN [RUN ...]                   tables and plots of runs, side by side
   entangle --model M --data D            the gradients of chosen and rejected, as a page to read
+  plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
   filter --model M --data D --output F   leave out pairs whose responses are too alike
 
 jaxalign COMMAND --help tells more of each."""
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jaxalign.commands.report import main as run
             case "entangle":
                 from jaxalign.commands.entangle import main as run
+            case "plan":
+                from jaxalign.commands.plan import main as run
             case "filter":
                 from jaxalign.commands.filter import main as run
             case "-h" | "--help":

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.config import TrainConfig, from_json
+from jaxalign.config import ArchitectureConfig, TrainConfig, from_json
 from jaxalign.errors import UserError
 from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
@@ -50,6 +50,22 @@ def read_run_config(folder: Path) -> TrainConfig:
     if not path.is_file() or not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: not a run folder (config.json and checkpoints are missing)")
     return from_json(path.read_text(encoding="utf-8"))
+
+
+def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig:
+    """The decoder that is made where no model is named."""
+    return DecoderConfig(
+        family="llama",
+        vocab_size=vocabulary,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.width // shape.heads,
+        mlp_width=shape.mlp_width,
+        context_length=shape.context,
+        tied=True,
+    )
 
 
 def as_model(model_config: Any, params: Any) -> Any:

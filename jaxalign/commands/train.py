@@ -21,6 +21,7 @@ from jaxalign.commands.run_folder import open_run_folder
 from jaxalign.commands.stages import (
     STAGES,
     as_model,
+    embedded_config,
     stage_folder,
     with_adapter,
     write_model_config,
@@ -31,12 +32,12 @@ from jaxalign.commands.training_data import (
     load_stages,
     load_tokenizer_for,
 )
-from jaxalign.commands.updates import make_update_rule
+from jaxalign.commands.updates import make_objective, make_policy, make_update_rule
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.entanglement.cures import CURES
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
-from jaxalign.models import DecoderConfig, load_pretrained, save_pretrained
+from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, merge, stack
 from jaxalign.models.peft import save_adapters
@@ -45,15 +46,9 @@ from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.evaluation import evaluate_preferences, evaluate_supervised
 from jaxalign.training.loop import Stopped, Throughput, run_stage
-from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
+from jaxalign.training.masking import HEAD, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
-from jaxalign.training.objectives import (
-    Policy,
-    PreferenceObjective,
-    ReferencedBatch,
-    SupervisedObjective,
-    TokenPreferenceObjective,
-)
+from jaxalign.training.objectives import ReferencedBatch
 from jaxalign.training.optimizers import preconditioner, with_rule
 from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
@@ -143,19 +138,7 @@ def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any,
     if config.model != "embedded":
         model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
         return model.config, place(with_adapter(config, model.config, model.params), mesh)
-    shape = config.architecture
-    model_config = DecoderConfig(
-        family="llama",
-        vocab_size=len(tokenizer),
-        width=shape.width,
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_width=shape.width // shape.heads,
-        mlp_width=shape.mlp_width,
-        context_length=shape.context,
-        tied=True,
-    )
+    model_config = embedded_config(config.architecture, len(tokenizer))
     params = init_params(model_config, jax.random.key(config.seed))
     return model_config, place(params, mesh)
 
@@ -201,13 +184,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     if lora is not None:
         key = jax.random.key(config.seed + 1 + STAGES.index(name))
         adapters = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
-    policy = Policy(
-        config=world.model_config,
-        adapter_scale=None if lora is None else lora.scale,
-        adapter_dropout=0.0 if lora is None else lora.dropout,
-        remat=config.remat,
-        dtype=jnp.dtype(config.dtype),
-    )
+    policy = make_policy(config, name, world.model_config)
     optimizer, schedule = make_update_rule(stage)
     trained: Any = params if lora is None else adapters
     is_preference = name == "preference"
@@ -232,7 +209,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         like = jax.eval_shape(fresh, trained)
         state, meta = checkpoints.restore(latest, like, mesh)
         batches.set_state(meta["iterator"])
-    objective, place_batch, precomputed = make_objective(world, name, policy, frozen)
+    objective = make_objective(config, name, policy)
+    place_batch, precomputed = feed(world, name, objective, frozen)
     evaluation = data.evaluation(stage.batch_size)
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, micro_batches=stage.micro_batches
@@ -286,10 +264,10 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     return (trained, None) if lora is None else (params, trained)
 
 
-def make_objective(
-    world: World, name: str, policy: Policy, frozen: Mapping[str, Any]
-) -> tuple[Any, Callable[[Any], Any], bool]:
-    """The objective, how batches reach the devices, and whether the reference is known."""
+def feed(
+    world: World, name: str, objective: Any, frozen: Mapping[str, Any]
+) -> tuple[Callable[[Any], Any], bool]:
+    """How batches reach the devices, and whether the reference's log-probs come with them."""
     config, mesh, data = world.config, world.mesh, world.data[name]
     sharding = batch_sharding(mesh)
 
@@ -299,31 +277,9 @@ def make_objective(
         )
 
     if name != "preference":
-        return SupervisedObjective(policy=policy), put, False
-    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
-    if reads_tokens:
-        if config.reference != "live":
-            raise UserError(
-                f"reference: {config.loss} reads the reference's whole distribution at every "
-                "token; set --reference live"
-            )
-        objective = TokenPreferenceObjective(
-            policy=policy, loss=loss, options=dict(config.loss_options)
-        )
-        return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
-    options = dict(config.loss_options)
-    objective = PreferenceObjective(policy=policy, loss=loss, options=options, coupled=coupled)
-    mask = config.entanglement.mask
-    if mask != "none":
-        objective = MaskedPreferenceObjective(
-            policy=policy,
-            loss=loss,
-            options=options,
-            coupled=coupled,
-            penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
-        )
+        return put, False
     if config.reference == "live":
-        return objective, lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
+        return lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     table = precompute_reference(
         objective,
         frozen["reference"],
@@ -332,11 +288,11 @@ def make_objective(
         world.folder / "reference_log_probs.npz",
         mesh,
     )
-    return (
-        objective,
-        lambda batch: put(ReferencedBatch(pairs=batch, reference=table[batch.record_index])),
-        True,
-    )
+
+    def put_with_reference(batch: Any) -> Any:
+        return put(ReferencedBatch(pairs=batch, reference=table[batch.record_index]))
+
+    return put_with_reference, True
 
 
 def export(world: World, params: Any, adapters: Sequence[Any]) -> None:

@@ -1,9 +1,62 @@
-"""The update rule of a stage, from its config."""
+"""What a stage's step is made of, from its config: policy, objective, update rule."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 
-from jaxalign.config import StageConfig
+from jaxalign.commands.find import find_loss
+from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.training.masking import MaskedPreferenceObjective
+from jaxalign.training.objectives import (
+    Policy,
+    PreferenceObjective,
+    SupervisedObjective,
+    TokenPreferenceObjective,
+)
 from jaxalign.training.optimizers import make_optimizer, make_schedule
+
+
+def make_policy(config: TrainConfig, name: str, model_config: Any) -> Policy:
+    """How a stage's parameters make up the policy; pretraining trains all of them."""
+    lora = config.lora if config.lora.rank and name != "pretrain" else None
+    return Policy(
+        config=model_config,
+        adapter_scale=None if lora is None else lora.scale,
+        adapter_dropout=0.0 if lora is None else lora.dropout,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
+    """What a stage minimises.
+
+    Raises:
+      UserError: the loss needs the reference itself and its log-probs alone are kept.
+    """
+    if name != "preference":
+        return SupervisedObjective(policy=policy)
+    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
+    options = dict(config.loss_options)
+    if reads_tokens:
+        if config.reference != "live":
+            raise UserError(
+                f"reference: {config.loss} reads the reference's whole distribution at every "
+                "token; set --reference live"
+            )
+        return TokenPreferenceObjective(policy=policy, loss=loss, options=options)
+    mask = config.entanglement.mask
+    if mask == "none":
+        return PreferenceObjective(policy=policy, loss=loss, options=options, coupled=coupled)
+    return MaskedPreferenceObjective(
+        policy=policy,
+        loss=loss,
+        options=options,
+        coupled=coupled,
+        penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
+    )
 
 
 def make_update_rule(

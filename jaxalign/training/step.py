@@ -179,7 +179,7 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
     return placed
 
 
-def compile_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
+def compile_step(step: Callable, state: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
     """`step(state, frozen, batch)` under `jit`: state donated, batch split over data and fsdp."""
     state_shardings = parameter_shardings(state, mesh)
     return jax.jit(

@@ -1,0 +1,73 @@
+"""Slices of accelerators by name, owned or not: their devices and what one of these can do."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxalign.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator, from its maker's data sheet; None where there is none."""
+
+    memory: int | None
+    """Bytes."""
+    flops: float | None
+    """Dense bfloat16 FLOP/s."""
+    bandwidth: float | None
+    """Bytes per second between the chip and its memory."""
+    link: float | None
+    """Bytes per second that come in over all links between chips together."""
+
+
+CHIPS = {
+    "v5e": Chip(memory=16 * GIB, flops=197e12, bandwidth=819e9, link=200e9),
+    "v5p": Chip(memory=95 * GIB, flops=459e12, bandwidth=2765e9, link=600e9),
+    "v6e": Chip(memory=32 * GIB, flops=918e12, bandwidth=1638e9, link=400e9),
+    "cpu": Chip(memory=None, flops=None, bandwidth=None, link=None),
+}
+"""Google's pages of v5e, v5p and v6e; the links' figure there counts both directions."""
+
+
+def slice_devices(name: str) -> tuple[Sequence[Any], Chip]:
+    """The devices of a slice, to compile for, and their chip.
+
+    Args:
+      name: a TPU generation and its chips along each axis, "v5p:4x4x4", "v5e:16x16"; or "cpu:8",
+        the simulated devices of this process.
+
+    Raises:
+      UserError: the name is not one of these, or the TPU compiler is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        known = ", ".join(CHIPS)
+        raise UserError(
+            f"topology: {name!r} is not KIND:SHAPE with KIND one of {known}, e.g. v5p:4x4x4"
+        )
+    if kind == "cpu":
+        devices = jax.devices("cpu")
+        if len(devices) < int(shape):
+            raise UserError(
+                f"topology: {name}: this process has {len(devices)} CPU devices; "
+                f"set JAX_NUM_CPU_DEVICES={shape}"
+            )
+        return devices[: int(shape)], CHIPS[kind]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"topology: {name}: {reason}; the TPU compiler comes with pip install 'jaxalign[tpu]'"
+        ) from None
+    return described.devices, CHIPS[kind]
