@@ -6,7 +6,8 @@ Expect:   the section "Cures" of this folder's README, and cures.png
 
 Runs differ in how fast their margin grows; a table at the last step would compare speeds. So every
 run is read where its held-out margin (log-ratio of chosen less that of rejected) has grown by the
-same number of nats: the growth that the slowest of them reaches.
+same number of nats: the growth that the slowest form of DPO reaches. Other losses that do not get
+so far are read at their last step.
 """
 
 from pathlib import Path
@@ -50,11 +51,11 @@ def held_out(folder: Path) -> dict[str, np.ndarray]:
     return curves | {"margin": margin, "accuracy": np.array(accuracy), "step": np.array(steps)}
 
 
-def at_margin(curves: dict[str, np.ndarray], margin: float) -> dict[str, float] | None:
-    """All curves where the margin first reaches a value, by linear interpolation."""
+def at_margin(curves: dict[str, np.ndarray], margin: float) -> dict[str, float]:
+    """All curves where the margin first reaches a value, linear in between, or at their end."""
     reached = np.flatnonzero(curves["margin"] >= margin)
     if not len(reached):
-        return None
+        return {name: float(x[-1]) for name, x in curves.items()}
     last = max(1, reached[0])
     low, high = curves["margin"][last - 1], curves["margin"][last]
     share = (margin - low) / (high - low)
@@ -71,15 +72,15 @@ def main() -> None:
         label = "cure_" + name.replace(", ", "_").replace(" ", "_")
         folders[name] = finished(settings(label, start, scale, loss, options, entanglement=watch))
     curves = {name: held_out(folder) for name, folder in folders.items()}
-    margin = min(x["margin"].max() for x in curves.values())
+    margin = min(x["margin"].max() for name, x in curves.items() if CURES[name][0] == "dpo")
     rows = []
     for name, folder in folders.items():
         at = at_margin(curves[name], margin)
-        assert at is not None
         kept = read_run(folder).curve("preference", "train", "mask/chosen")[1]
         rows.append(
             [
                 name,
+                f"{at['margin']:.2f}",
                 f"{at['step']:.0f}",
                 f"{at['chosen']:+.2f}",
                 f"{at['rejected']:+.2f}",
@@ -92,8 +93,9 @@ def main() -> None:
         )
     header = (
         "DPO and its cures",
+        "Δ margin (nats)",
         "step",
-        "Δ chosen (nats)",
+        "Δ chosen",
         "Δ rejected",
         "accuracy",
         "cosine",
@@ -101,7 +103,7 @@ def main() -> None:
         "both down",
         "tokens kept",
     )
-    text = f"Where the held-out margin has grown by {margin:.2f} nats:\n\n{table(header, rows)}"
+    text = table(header, rows)
     print(text)
     plot(curves, margin)
     put("cures", f"{text}\n![cures](cures.png)\n")
