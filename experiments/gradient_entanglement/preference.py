@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.gradient_entanglement.preference [--model FOLDER] [--scale paper]
 Time:     three quarters of an hour on two CPU cores
-Expect:   the section "Losses" of this folder's README, and losses.png
+Expect:   the tables of the section "Losses" of this folder's README, and losses.png
 
 First what the condition promises: for each of 32 pairs and each loss one small step of plain
 gradient descent on that pair alone, from the SFT model moved a little off the reference. Then a run
@@ -153,10 +153,10 @@ HEADER = (
     "pairs that did as their case says",
     "batches",
 )
-IN_UPDATE: tuple[tuple[str, Callable[[Path], float]], ...] = (
-    ("AdamW's cosine", lambda folder: mean(folder, "adamw/cosine")),
-    ("pairs, by AdamW's geometry", lambda folder: mean(folder, "adamw/case_agreement")),
-    ("batches", lambda folder: same_sign(folder, "adamw/")),
+IN_UPDATE: tuple[tuple[str, str, Callable[[Path], float]], ...] = (
+    ("AdamW's cosine", "{:.2f}", lambda folder: mean(folder, "adamw/cosine")),
+    ("pairs, by AdamW's geometry", "{:.0%}", lambda folder: mean(folder, "adamw/case_agreement")),
+    ("batches", "{:.0%}", lambda folder: same_sign(folder, "adamw/")),
 )
 
 
@@ -181,15 +181,16 @@ def row(name: str, folder: Path) -> list[str]:
 
 
 def plot(runs: dict[str, dict[str, Path]]) -> None:
-    """Held-out log-probs of every loss as changes from the start, a row per optimiser."""
+    """Held-out log-probs of every loss as changes from the start, two rows per optimiser."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     width = -(-len(LOSSES) // 2)
+    rows = 2 * len(runs)
     figure, axes = plt.subplots(
-        4, width, figsize=(2.3 * width, 8), layout="constrained", sharex=True
+        rows, width, figsize=(2.3 * width, 2 * rows), layout="constrained", sharex=True
     )
     for block, (rule, folders) in enumerate(runs.items()):
         for number, (loss, folder) in enumerate(folders.items()):
@@ -211,38 +212,29 @@ def plot(runs: dict[str, dict[str, Path]]) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then write the section and the figure."""
+    """Run what is missing, then write the sections and the figure."""
     start, scale = arguments(__doc__)
-    alone = one_by_one(start)
+    cases = "ideal", "both down", "both up"
     rows = [
-        [
-            name,
-            *(f"{shares[label]:.0%}" for label in ("ideal", "both down", "both up")),
-            f"{ok:.0%}",
+        [name, *(f"{shares[label]:.0%}" for label in cases), f"{right:.0%}"]
+        for name, (shares, right) in one_by_one(start).items()
+    ]
+    alone = table(("loss", *cases, "steps that did as the case says"), rows)
+    print(alone)
+    put("alone", alone)
+    runs: dict[str, dict[str, Path]] = {}
+    for rule in ("sgd", "adamw"):
+        folders = {loss: finished(config_of(loss, rule, start, scale)) for loss in LOSSES}
+        extra = IN_UPDATE if rule == "adamw" else ()
+        rows = [
+            row(loss, folder) + [form.format(function(folder)) for _, form, function in extra]
+            for loss, folder in folders.items()
         ]
-        for name, (shares, ok) in alone.items()
-    ]
-    header = ("loss", "ideal", "both down", "both up", "steps that did as the case says")
-    text = f"One step on one pair ({PAIRS} pairs):\n\n{table(header, rows)}\n"
-    print(text)
-    runs = {
-        rule: {loss: finished(config_of(loss, rule, start, scale)) for loss in LOSSES}
-        for rule in ("sgd", "adamw")
-    }
-    text += "Runs with SGD:\n\n"
-    text += table(HEADER, [row(loss, folder) for loss, folder in runs["sgd"].items()])
-    text += "\nRuns with AdamW:\n\n"
-    extra = [name for name, _ in IN_UPDATE]
-    rows = [
-        row(loss, folder)
-        + [f"{extra[1](folder):.2f}" for extra in IN_UPDATE[:1]]
-        + [f"{extra[1](folder):.0%}" for extra in IN_UPDATE[1:]]
-        for loss, folder in runs["adamw"].items()
-    ]
-    text += table((*HEADER, *extra), rows)
-    print(text)
-    plot(runs)
-    put("losses", f"{text}\n![losses](losses.png)\n")
+        found = table((*HEADER, *(name for name, _, _ in extra)), rows)
+        print(found)
+        put(rule, found)
+        runs[rule] = folders
+        plot(runs)
 
 
 if __name__ == "__main__":
