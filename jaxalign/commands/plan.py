@@ -31,7 +31,7 @@ class Plan:
     needed: list[float]
     """Where it does not fit: bytes needed and bytes there are, as the compiler says."""
     capacity: int | None
-    work: dict[str, float]
+    work: dict[str, float | int]
     seconds: dict[str, float]
     """At least, by what limits it: compute, memory, links."""
     compile_seconds: float
