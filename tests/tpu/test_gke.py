@@ -36,6 +36,12 @@ def test_a_cluster_has_one_kind_of_capacity_and_the_bucket(cloud, flags, capacit
     assert {"--tpu-type=v5p-128", "--enable-gcsfuse-csi-driver", capacity} <= set(cluster)
     assert len({"--on-demand", "--spot", "--reservation=r"} & set(cluster)) == 1
     assert {"--bucket=runs", "--mount-point=/mnt/jaxalign", "--auto-mount=true"} <= set(bucket)
+    (options,) = [word.partition("=")[2] for word in bucket if word.startswith("--mount-options=")]
+    assert set(options.split(",")) == {
+        "metadata-cache:ttl-secs:0",
+        "metadata-cache:negative-ttl-secs:0",
+        "file-system:rename-dir-limit:0",
+    }
 
 
 def test_a_workload_runs_the_commit_and_the_same_words(cloud):

@@ -38,7 +38,7 @@ def test_setup_installs_the_commit_and_mounts_without_caches(cloud):
     assert "--unit=jaxalign-bucket" in service
     assert service[-2:] == ["my-runs", str(mount)]
     assert {"--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"} <= set(service)
-    assert not any("rename-dir-limit" in word for word in service)
+    assert "--rename-dir-limit=0" in service
     assert (mount / "runs").is_dir()
 
 
