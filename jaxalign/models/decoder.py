@@ -127,7 +127,7 @@ def _positions(length, attention_mask, segment_ids):
     return places
 
 
-def _attention_branch(x, layer, adapters, scale, is_windowed, angles, segments, config, how):
+def _attention_branch(x, layer, adapters, scale, is_windowed, angles, seen, config, how):
     """Queries, keys and values; norms and rotation; attention; the output matrix."""
     batch, length, _ = x.shape
 
@@ -152,7 +152,7 @@ def _attention_branch(x, layer, adapters, scale, is_windowed, angles, segments, 
     attend = functools.partial(
         attention,
         scale=config.scale,
-        segment_ids=segments,
+        **seen,
         cap=config.attention_softcap,
         implementation=how,
     )
@@ -202,6 +202,7 @@ def hidden_states(
     attention_mask: Array | None = None,
     positions: Int[Array, "batch length"] | None = None,
     segment_ids: Int[Array, "batch length"] | None = None,
+    prefix_ids: Int[Array, "batch length"] | None = None,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float | Float[Array, ""] = 1.0,
     remat: str = "none",
@@ -223,6 +224,8 @@ def hidden_states(
         the first token of each segment.
       segment_ids: [batch, length]; packed documents 1, 2, ...; 0 is padding. A token sees its own
         document alone.
+      prefix_ids: the segment that a token's own one continues, and that it sees, too; `positions`
+        are then to be given.
       adapters: low-rank updates {"layers": {"q": {"a": [layers, in, rank], "b": [layers, rank,
         out]}, ...}}, or None for the weights alone.
       adapter_scale: factor on the updates, alpha / rank.
@@ -240,7 +243,8 @@ def hidden_states(
     if remat != "none" and remat not in REMAT_POLICIES:
         raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
     length = tokens.shape[1]
-    if config.position_kind == "learned" and length > config.context_length:
+    reaches = length > config.context_length and prefix_ids is None
+    if config.position_kind == "learned" and reaches:
         raise UserError(
             f"length: {length} tokens, but {config.family} has learned positions for "
             f"{config.context_length}; shorten the rows"
@@ -251,6 +255,9 @@ def hidden_states(
     if attention_mask is not None:
         real = (attention_mask != 0).astype(jnp.int32)
         segments = real if segment_ids is None else segment_ids * real
+    seen: dict[str, Any] = {"segment_ids": segments}
+    if prefix_ids is not None:
+        seen |= {"prefix_ids": prefix_ids, "positions": positions}
 
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
     x = look_up(params["embed"], tokens, dtype)
@@ -268,11 +275,13 @@ def hidden_states(
         layer, updates, is_windowed = inputs
 
         def attend(y):
-            branch = is_windowed, angles, segments, config, attention_kind
-            return _attention_branch(y, layer, updates, adapter_scale, *branch)
+            branch = is_windowed, angles, seen, config, attention_kind
+            with jax.named_scope("attention"):
+                return _attention_branch(y, layer, updates, adapter_scale, *branch)
 
         def mlp(y):
-            return _mlp_branch(y, layer, updates, adapter_scale, config)
+            with jax.named_scope("mlp"):
+                return _mlp_branch(y, layer, updates, adapter_scale, config)
 
         return _block(devices.by_rows(x), layer, attend, mlp, config), None
 

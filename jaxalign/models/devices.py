@@ -1,4 +1,4 @@
-"""What the models know of the devices: which they are, and how these share the rows of a batch.
+"""What the models know of the devices: which they are, and how these share a batch's states.
 
 Both are set around the tracing of a program, by whoever compiles it.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 _TARGET: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar(
     "target", default=None
@@ -44,14 +45,14 @@ def compiling_for(platform: str, devices: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def splitting_rows(rows: NamedSharding, tables: NamedSharding) -> Iterator[None]:
-    """What is traced inside keeps a batch's rows where `rows` puts them.
+def splitting_states(states: NamedSharding, tables: NamedSharding) -> Iterator[None]:
+    """What is traced inside keeps a batch's states where `states` puts them.
 
     Args:
-      rows: of anything whose first axis is a batch's rows.
+      states: of the first two axes of states [rows, length, ...].
       tables: of an embedding [ids, width] while rows are looked up in it.
     """
-    token = _PLACES.set((rows, tables))
+    token = _PLACES.set((states, tables))
     try:
         yield
     finally:
@@ -59,7 +60,7 @@ def splitting_rows(rows: NamedSharding, tables: NamedSharding) -> Iterator[None]
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """States [rows, ...] split over devices by rows alone, inside `splitting_rows`.
+    """States [rows, length, ...] split by rows and length alone, inside `splitting_states`.
 
     Said of the residual stream, it keeps the compiler from splitting states by width, as it splits
     the parameters, and repeating every row's work on every device.
@@ -69,13 +70,39 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 
 def as_table(x: jax.Array) -> jax.Array:
-    """An embedding as rows are looked up in it, its width in one piece, inside `splitting_rows`."""
+    """An embedding as rows are looked up in it, its width in one piece, if states are split."""
     places = _PLACES.get()
     return x if places is None else _placed(x, places[1])
 
 
+def splits_length() -> bool:
+    """Whether several devices share the positions of a row."""
+    places = _PLACES.get()
+    return places is not None and _parts(places[0], 1) > 1
+
+
+def whole_length(x: jax.Array) -> jax.Array:
+    """[rows, length, ...] with all positions of a row on each device that has any of them."""
+    places = _PLACES.get()
+    if places is None or not splits_length() or x.shape[0] % _parts(places[0], 0):
+        return x
+    spec = P(places[0].spec[0], None, *[P.UNCONSTRAINED] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(places[0].mesh, spec))
+
+
+def _parts(sharding: NamedSharding, axis: int) -> int:
+    """How many pieces an axis is cut into."""
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
 def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    axes = sharding.spec[0] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-    return x if x.shape[0] % parts else jax.lax.with_sharding_constraint(x, sharding)
+    """The array where it should be; an axis that does not divide stays whole."""
+    if x.shape[0] % _parts(sharding, 0):
+        return x
+    axes = [
+        name if x.shape[axis] % _parts(sharding, axis) == 0 else None
+        for axis, name in enumerate(sharding.spec)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(*axes)))

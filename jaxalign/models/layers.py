@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import devices
 from jaxalign.models.precision import precision
@@ -118,6 +118,8 @@ def attention(
     *,
     scale: float,
     segment_ids: Int[Array, "batch length"] | None = None,
+    prefix_ids: Int[Array, "batch length"] | None = None,
+    positions: Int[Array, "batch length"] | None = None,
     window: int | None = None,
     cap: float | None = None,
     implementation: str = "auto",
@@ -132,6 +134,8 @@ def attention(
       scale: factor on query-key products.
       segment_ids: a position sees its own segment alone (padding is one more segment). None
         means one segment; rows padded on the right need none, since causality hides padding.
+      prefix_ids: the segment that a position's own one continues, and that it sees, too.
+      positions: what a window counts in; by default the place in the row.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
       implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
@@ -157,62 +161,95 @@ def attention(
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
-    return _blocked_attention(q, k, v, scale, segment_ids, window, cap, query_block)
+    place = jnp.arange(q.shape[1])[None]
+    row = _Row(
+        place=place,
+        segment=jnp.ones_like(place) if segment_ids is None else segment_ids,
+        prefix=prefix_ids,
+        position=place if prefix_ids is None or positions is None else positions,
+    )
+    return _blocked_attention(q, k, v, row, scale, window, cap, query_block)
 
 
-def _blocked_attention(q, k, v, scale, segment_ids, window, cap, block):
+class _Row(NamedTuple):
+    """Where the positions of rows stand, each [batch or 1, length]."""
+
+    place: Array
+    segment: Array
+    prefix: Array | None
+    position: Array
+
+    def map(self, change: Callable[[Array], Array]) -> "_Row":
+        return jax.tree.map(change, self)
+
+
+def _blocked_attention(q, k, v, row, scale, window, cap, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     batch, length, heads, width = q.shape
-    if segment_ids is None:
-        segment_ids = jnp.ones((1, length), jnp.int32)
+    k, v = devices.whole_length(k), devices.whole_length(v)
     if length <= block:
-        places = jnp.arange(length)
-        return _attend(q, k, v, scale, segment_ids, segment_ids, places, places, window, cap)
+        return _attend(q, k, v, row, row, scale, window, cap)
     padding = -length % block
     blocks = (length + padding) // block
+    strewn = devices.splits_length()  # every block over the whole row: a part for each device
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(x.shape[0], blocks, block, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+        sizes = (block, blocks) if strewn else (blocks, block)
+        return jnp.moveaxis(x.reshape(x.shape[0], *sizes, *x.shape[2:]), 2 if strewn else 1, 0)
 
     # A windowed block reads its own positions and the window - 1 positions before them.
-    span = length if window is None else min(length, block + window - 1)
+    narrow = window is not None and row.prefix is None and not strewn
+    span = min(length, block + window - 1) if narrow else length
 
     @jax.checkpoint
-    def one_block(start, q_block, q_segments):
+    def one_block(start, q_block, q_row):
         first = jnp.clip(start + block - span, 0, length - span)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) for x in (k, v))
-        key_segments = jax.lax.dynamic_slice_in_dim(segment_ids, first, span, axis=1)
-        q_places, k_places = start + jnp.arange(block), first + jnp.arange(span)
-        return _attend(
-            q_block, keys, values, scale, q_segments, key_segments, q_places, k_places, window, cap
-        )
+
+        def read(x):
+            return jax.lax.dynamic_slice_in_dim(x, first, span, axis=1) if narrow else x
+
+        return _attend(q_block, read(k), read(v), q_row, row.map(read), scale, window, cap)
 
     def step(_, inputs):
         return None, one_block(*inputs)
 
     starts = jnp.arange(blocks) * block
-    _, out = jax.lax.scan(step, None, (starts, split(q), split(segment_ids)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, width)[:, :length]
+    _, out = jax.lax.scan(step, None, (starts, split(q), row.map(split)))
+    out = jnp.moveaxis(out, 0, 2 if strewn else 1)
+    return out.reshape(batch, -1, heads, width)[:, :length]
 
 
-def _attend(q, k, v, scale, q_segments, k_segments, q_places, k_places, window, cap):
+def _sees(queries: _Row, keys: _Row, window: int | None) -> Bool[Array, "batch queries keys"]:
+    """Which keys a query sees: none behind it, those of its segment and of the one before."""
+
+    def pairs(of_query: Array, of_key: Array) -> tuple[Array, Array]:
+        return of_query[:, :, None], of_key[:, None, :]
+
+    query, key = pairs(queries.segment, keys.segment)
+    seen = query == key
+    if queries.prefix is not None:
+        seen |= queries.prefix[:, :, None] == key
+    query, key = pairs(queries.place, keys.place)
+    seen &= query >= key
+    if window is not None:
+        query, key = pairs(queries.position, keys.position)
+        seen &= query - key < window
+    return seen
+
+
+def _attend(q, k, v, queries, keys, scale, window, cap):
     """Scores, softmax and mixture for a set of queries; softmax in float32."""
-    batch, queries, heads, width = q.shape
+    batch, number, heads, width = q.shape
     groups = heads // k.shape[2]
     at = precision(q.dtype)
-    grouped = q.reshape(batch, queries, k.shape[2], groups, width)
+    grouped = q.reshape(batch, number, k.shape[2], groups, width)
     scores = jnp.einsum(
         "bqkgd,bskd->bkgqs", grouped, k, precision=at, preferred_element_type=jnp.float32
     )
     scores = softcap(scores * scale, cap)
-    distance = q_places[:, None] - k_places[None, :]
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    seen = seen[None] & (q_segments[:, :, None] == k_segments[:, None, :])
+    seen = _sees(queries, keys, window)
     scores = jnp.where(seen[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=at)
-    return mixed.reshape(batch, queries, heads, width)
+    return mixed.reshape(batch, number, heads, width)

@@ -6,6 +6,7 @@ from jaxalign.sharding.rules import (
     parameter_shardings,
     place,
     replicated,
+    state_sharding,
     table_sharding,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "parameter_shardings",
     "place",
     "replicated",
+    "state_sharding",
     "table_sharding",
 ]

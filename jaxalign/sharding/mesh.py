@@ -1,4 +1,4 @@
-"""Device meshes with the axes data, fsdp and tensor."""
+"""Device meshes with the axes data, fsdp, sequence and tensor."""
 
 import math
 
@@ -8,15 +8,18 @@ from jax.sharding import AxisType, Mesh
 
 from jaxalign.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over the axes (data, fsdp, tensor); one size may be -1: what is left over.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None
+) -> Mesh:
+    """A mesh over the axes (data, fsdp, sequence, tensor); one size may be -1: what is left over.
 
     Args:
       data: replicas of the parameters; the batch is split over them.
       fsdp: parts into which parameters and optimiser state are split (ZeRO-3); splits the batch.
+      sequence: parts into which the positions of a row are split; splits parameters, too.
       tensor: parts into which heads, the MLP width and the vocabulary are split.
       devices: the devices to use; all of them by default.
 
@@ -27,7 +30,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, sequence, tensor]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh: {named}: each size is at least 1, and one of them may be -1")
@@ -38,4 +41,4 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
             "set the sizes so that their product is the number of devices, or one of them to -1"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 4)

@@ -1,6 +1,7 @@
 """Which mesh axis splits which axis of a parameter: one table by the parameter's name."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 LOGICAL_TO_MESH = {
     "batch": ("data", "fsdp"),
-    "width": "fsdp",
+    "length": "sequence",
+    "width": ("fsdp", "sequence"),
     "heads": "tensor",
     "mlp": "tensor",
     "vocabulary": "tensor",
@@ -49,7 +51,9 @@ def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     axes = []
     for name, size in zip(logical, shape, strict=True):
         axis = LOGICAL_TO_MESH[name]
-        axes.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
+        named = (axis,) if isinstance(axis, str) else axis or ()
+        parts = math.prod(mesh.shape[one] for one in named)
+        axes.append(axis if size % parts == 0 else None)
     return P(*axes)
 
 
@@ -61,7 +65,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
     Args:
       tree: arrays or shape structs.
-      mesh: a mesh with the axes data, fsdp and tensor.
+      mesh: a mesh from `make_mesh`.
 
     Returns:
       The same tree with a `NamedSharding` at each leaf.
@@ -74,6 +78,11 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are split on their first axis over data and fsdp."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"]))
+
+
+def state_sharding(mesh: Mesh) -> NamedSharding:
+    """States [rows, length, ...] are split on rows over data and fsdp, on length over sequence."""
+    return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["length"]))
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:

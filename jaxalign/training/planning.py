@@ -47,8 +47,12 @@ class TooLargeError(Exception):
         self.sizes = [float(number) * 1024 ** ("KMG".index(unit) + 1) for number, unit in sizes[:2]]
 
 
-def pair_structs(pairs: int, length: int, response: int, *, reference: bool) -> ReferencedBatch:
-    """Shapes of a batch of pairs, nothing in them."""
+def pair_structs(
+    pairs: int, length: int, response: int, *, reference: bool, joint_share: float = 0.0
+) -> ReferencedBatch:
+    """Shapes of a batch of pairs, nothing in them; joint rows as `pair_batches` makes them."""
+    joint = length + response
+    joint = joint if joint <= joint_share * 2 * length else None
 
     def batch() -> ReferencedBatch:
         return ReferencedBatch(
@@ -59,6 +63,8 @@ def pair_structs(pairs: int, length: int, response: int, *, reference: bool) -> 
                 response_length=jnp.zeros((pairs, 2), jnp.int32),
                 record_index=jnp.zeros(pairs, jnp.int32),
                 weight=jnp.zeros(pairs),
+                joint_tokens=None if joint is None else jnp.zeros((pairs, joint), jnp.int32),
+                common_length=None if joint is None else jnp.zeros(pairs, jnp.int32),
             ),
             reference=jnp.zeros((pairs, 2)) if reference else None,
         )
@@ -123,13 +129,13 @@ class Work:
     """What one device does in a step, by formula.
 
     Attributes:
-      tokens: of prompts and responses, of all devices together.
+      tokens: that pass the network, of all devices together.
       model_flops: 6 per matrix parameter and token (and 2 for a live reference), attention left
         out: what utilisation is counted in.
       flops: with attention's products and with what is computed again.
       memory_bytes: at least: the weights of every pass, the update of parameters and moments.
-      link_bytes: that come in over links, at least: gathered weights, reduced gradients, and with
-        tensor parallelism the states that are summed.
+      link_bytes: that come in over links, at least: gathered weights, reduced gradients, with
+        tensor parallelism the states that are summed, with split sequences keys and values.
     """
 
     tokens: int
@@ -165,7 +171,9 @@ def work(
       dtype: of the computation.
     """
     pairs, _, length = batch.pairs.tokens.shape
-    tokens = 2 * pairs * length
+    joint = batch.pairs.joint_tokens
+    rows, length = (2, length) if joint is None else (1, joint.shape[1])
+    tokens = rows * pairs * length
     backward, again, reference = (2 if adapters else 4), 2 * (remat == "full"), 2 * live_reference
     matrices = matrix_parameters(params) * tokens
     heads = model_config.heads * model_config.head_width
@@ -174,7 +182,8 @@ def work(
     passes = 2 + backward + reference
     flops = matrices * (passes + again) + attention * (2 + 4 + reference + recomputed)
 
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    fsdp = mesh.shape["fsdp"] * sequence  # parameters are split over both
     size = jnp.dtype(dtype).itemsize
     weights = sum(x.size for x in jax.tree.leaves(params)) / tensor
     moved = sum(x.size for x in jax.tree.leaves(trained))
@@ -187,12 +196,15 @@ def work(
     states = tokens / (replicas * fsdp) * model_config.width * size
     layers = model_config.layers
     summed = 2 * (tensor - 1) / tensor * states * layers * (passes + again)
+    heads = getattr(model_config, "kv_heads", model_config.heads) / tensor
+    keys = 2 * tokens * sequence / (replicas * fsdp) * heads * model_config.head_width * size
+    attended = (sequence - 1) / sequence * keys * layers * through
     return Work(
         tokens=tokens,
         model_flops=float(passes * matrices / mesh.size),
         flops=float(flops / mesh.size),
         memory_bytes=weights * size * through + 4 * moved / (tensor * fsdp) * 6,
-        link_bytes=gathered + reduced + summed,
+        link_bytes=gathered + reduced + summed + attended,
     )
 
 

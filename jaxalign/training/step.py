@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxalign.entanglement.observation import Observation
-from jaxalign.models.devices import splitting_rows
+from jaxalign.models.devices import splitting_states
 from jaxalign.records import record
 from jaxalign.sharding import (
     batch_sharding,
     parameter_shardings,
     replicated,
+    state_sharding,
     table_sharding,
 )
 from jaxalign.training.metrics import Mean, add_means
@@ -145,9 +146,10 @@ def train_step(
     grads, metrics, seen = gradients(
         objective, state.params, frozen, batch, key, micro_batches=micro_batches, watch=watch
     )
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update"):
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(grad_norm)
 
     def keep(new: Any, old: Any) -> Any:
@@ -169,11 +171,11 @@ def train_step(
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """The function with its batches' rows split over data and fsdp all the way through."""
+    """The function with its batches' states split by rows and positions all the way through."""
 
     @functools.wraps(function)
     def placed(*arguments: Any) -> Any:
-        with splitting_rows(batch_sharding(mesh), table_sharding(mesh)):
+        with splitting_states(state_sharding(mesh), table_sharding(mesh)):
             return function(*arguments)
 
     return placed

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxalign.models.layers import attention, dense, layer_norm, rms_norm, softcap
+from jaxalign.sharding import make_mesh, state_sharding
+from jaxalign.training.step import on_mesh
 
 OPTIONS = {
     "plain": {},
@@ -116,3 +118,20 @@ def test_float32_asks_for_full_precision(rng):
         )
     )
     assert "HIGHEST" in jaxpr
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_positions_split_over_devices_change_nothing(options, rng):
+    q, k, v = draw(rng, 2, 16, 4, 8), draw(rng, 2, 16, 2, 8), draw(rng, 2, 16, 2, 8)
+    mesh = make_mesh(data=2, sequence=4)
+    segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 8, axis=1))
+
+    def run(q, k, v):
+        out = attention(q, k, v, scale=0.4, segment_ids=segments, query_block=8, **options)
+        return out, jax.grad(lambda q: jnp.square(attention(q, k, v, scale=0.4)).sum())(q)
+
+    alone = jax.jit(run)(q, k, v)
+    arrays = jax.device_put((q, k, v), state_sharding(mesh))
+    split = jax.jit(on_mesh(run, mesh))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split, alone)
+    assert split[0].sharding.is_equivalent_to(state_sharding(mesh), 4)

@@ -13,7 +13,7 @@ from jaxalign.sharding import make_mesh, parameter_shardings, place
 
 def test_one_size_may_be_what_is_left_over():
     mesh = make_mesh(data=-1, fsdp=2, tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,13 @@ def params():
 
 
 def test_axes_follow_the_table_and_optimizer_moments_follow_their_parameters():
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    mesh = make_mesh(data=1, fsdp=2, sequence=2, tensor=2)
     specs = jax.tree.map(lambda s: s.spec, parameter_shardings(params(), mesh))
-    assert specs["embed"]["embedding"] == P("tensor", "fsdp")
-    assert specs["layers"]["q"]["kernel"] == P(None, "fsdp", "tensor")
-    assert specs["layers"]["o"]["kernel"] == P(None, "tensor", "fsdp")
-    assert specs["layers"]["down"]["kernel"] == P(None, None, "fsdp")  # 7 does not divide by 2
+    both = "fsdp", "sequence"
+    assert specs["embed"]["embedding"] == P("tensor", both)
+    assert specs["layers"]["q"]["kernel"] == P(None, both, "tensor")
+    assert specs["layers"]["o"]["kernel"] == P(None, "tensor", both)
+    assert specs["layers"]["down"]["kernel"] == P(None, None, both)  # 7 does not divide by 2
     assert specs["layers"]["attention_norm"]["scale"] == P()
     moments = optax.adamw(1e-3).init(params())
     mu = jax.tree.map(lambda s: s.spec, parameter_shardings(moments, mesh))[0].mu

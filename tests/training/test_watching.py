@@ -153,7 +153,9 @@ def test_cures_change_the_gradient_as_they_say(world, name, parts):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "sizes",
+    [{"data": 8}, {"fsdp": 8, "data": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}],
+    ids=str,
 )
 @pytest.mark.parametrize("formed", [True, False], ids=["formed", "products"])
 def test_on_a_mesh_and_in_the_metrics(world, sizes, formed, monkeypatch):
