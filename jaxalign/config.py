@@ -115,6 +115,8 @@ class MeshConfig:
     """Replicas; -1: what is left over."""
     fsdp: int = 1
     """Parts of parameters and optimiser state (ZeRO-3)."""
+    sequence: int = 1
+    """Parts of every row's positions, for long rows; parameters are split over them, too."""
     tensor: int = 1
     """Parts of heads, MLP width and vocabulary."""
 
@@ -209,6 +211,9 @@ class TrainConfig:
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["live", "precomputed"] = "live"
     """Reference log-probs: computed in each step, or once before the first one and stored."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """Compute once what both rows of a pair begin with (decoders; the same numbers): where it saves
+    a quarter of the tokens and not on a GPU, whose fused attention wants whole rows; or always."""
     entanglement: EntanglementConfig = EntanglementConfig()
     """The gradients of chosen and rejected, seen during the preference stage."""
     lora: LoraConfig = LoraConfig()
@@ -221,6 +226,9 @@ class TrainConfig:
     """How devices share the work."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with the record numbers, or skip and count."""
+    profile: int = 0
+    """Steps of every stage to trace, after the first two; the trace goes into the run folder's
+    `profile`, for Perfetto and xprof."""
     export: bool = True
     """Write a Hugging Face folder `export` at the end."""
     wandb_project: str | None = None
@@ -260,6 +268,8 @@ class TrainConfig:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} does not hold {{prompt}}")
+        if self.profile < 0:
+            raise UserError(f"profile: {self.profile} is negative; use 0 or a number of steps")
         if self.max_length < 2:
             raise UserError(f"max_length: {self.max_length} leaves no room for a response")
 

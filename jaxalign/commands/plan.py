@@ -108,6 +108,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     import jax.numpy as jnp
 
     from jaxalign.commands.stages import parameter_structs
+    from jaxalign.commands.training_data import joint_share
     from jaxalign.commands.updates import make_objective, make_policy, make_update_rule
     from jaxalign.models.lora import init_adapters
     from jaxalign.sharding import make_mesh
@@ -115,8 +116,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     from jaxalign.training.planning import TooLargeError, compiled_memory, pair_structs, work
 
     devices, chip = slice_devices(topology)
-    sizes = config.mesh
-    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     stage, model_config = config.preference, model_of(config)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if (stage.batch_size // stage.micro_batches) % rows:
@@ -135,7 +135,10 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             params,
         )
     length = config.max_length
-    batch = pair_structs(stage.batch_size, length, response or length, reference=not live)
+    share = joint_share(config.share_prompts, model_config, devices[0].platform)
+    batch = pair_structs(
+        stage.batch_size, length, response or length, reference=not live, joint_share=share
+    )
     objective = make_objective(
         config, "preference", make_policy(config, "preference", model_config)
     )

@@ -1,5 +1,6 @@
 """`jaxalign train EXPERIMENT`: from a config to a trained, exported and reported model."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -28,6 +29,7 @@ from jaxalign.commands.stages import (
 )
 from jaxalign.commands.training_data import (
     StageData,
+    count_computed,
     count_tokens,
     load_stages,
     load_tokenizer_for,
@@ -50,6 +52,7 @@ from jaxalign.training.masking import HEAD, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
 from jaxalign.training.objectives import ReferencedBatch
 from jaxalign.training.optimizers import preconditioner, with_rule
+from jaxalign.training.profiling import Trace
 from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import compile_step, initial_state, train_step
@@ -85,7 +88,7 @@ def train(config: TrainConfig) -> Path:
     """Run or resume the stages of a config; returns the run folder."""
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     folder = open_run_folder(config)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
@@ -232,6 +235,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     live = is_preference and not precomputed
     throughput = Throughput(
         tokens=count_tokens,
+        computed=count_computed,
         flops_per_token=flops_per_token(params, live_reference=live, adapters=lora is not None),
         peak_flops=peak_flops(),
     )
@@ -239,7 +243,10 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     if evaluation:
         evaluator = evaluate_preferences if is_preference else evaluate_supervised
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
-    with Progress(name, stage.steps, start=int(state.step)) as progress:
+    start = int(state.step)
+    first = min(start + 2, max(stage.steps - config.profile, start))
+    folder = world.folder / "profile" / name if config.profile else None
+    with Progress(name, stage.steps, start=start) as progress:
         state = run_stage(
             name,
             state=state,
@@ -258,6 +265,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
             throughput=throughput,
             nonfinite=config.nonfinite,
             progress=progress,
+            trace=Trace(folder, first=first, steps=config.profile),
         )
     checkpoints.close()
     trained = {key: tree for key, tree in state.params.items() if key != HEAD}

@@ -66,6 +66,8 @@ class StageData:
     """Where each training record came from, by its number; empty for text."""
     length: int
     """Tokens of a row of packed text."""
+    joint_share: float = 0.0
+    """As in `pair_batches`."""
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
@@ -74,6 +76,7 @@ class StageData:
             "process_count": jax.process_count(),
         }
         if isinstance(self.train, TokenizedPairs):
+            mine["joint_share"] = self.joint_share
             return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
         return text_batches(
             self.train, batch_size=batch_size, length=self.length, seed=seed, **mine
@@ -87,6 +90,7 @@ class StageData:
         }
         fixed = mine | {"epochs": 1, "shuffle": False}
         if isinstance(data, TokenizedPairs):
+            fixed["joint_share"] = self.joint_share
             return list(pair_batches(data, batch_size=batch_size, **fixed))
         return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
 
@@ -100,6 +104,23 @@ class StageData:
         if not self.places:
             return [f"document {number + 1}" for number in numbers]
         return [self.places[int(number)] for number in numbers]
+
+
+def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
+    """The largest joint row worth making, in tokens of two rows; 0: none is."""
+    if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
+        return 0.0
+    if share_prompts == "always":
+        return 1.0
+    return 0.0 if platform == "gpu" else 0.75
+
+
+def count_computed(batch: PairBatch | TextBatch) -> int:
+    """Tokens that pass the network, padding left out and shared ones counted once."""
+    tokens = count_tokens(batch)
+    if isinstance(batch, PairBatch) and batch.common_length is not None:
+        return tokens - int(batch.common_length.sum())
+    return tokens
 
 
 def count_tokens(batch: PairBatch | TextBatch) -> int:
@@ -145,7 +166,8 @@ def load_stages(
         if config.sft.steps:
             stages["sft"] = pairs.supervised_stage()
         if config.preference.steps:
-            stages["preference"] = pairs.stage()
+            share = joint_share(config.share_prompts, model_config, jax.default_backend())
+            stages["preference"] = dataclasses.replace(pairs.stage(), joint_share=share)
     if jax.process_index() == 0:
         (folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return stages

@@ -1,5 +1,6 @@
 """Batches of fixed shapes from tokenised records: shuffled, bucketed, sharded, resumable."""
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ class PairBatch:
     """Number of the record in its source, from 0."""
     weight: Float[AnyArray, " pairs"]
     """1; 0 for the copies that fill a last, partial batch."""
+    joint_tokens: Int[AnyArray, "pairs joint"] | None = None
+    """The chosen row, then the rejected one from where they differ, then zeros; None: not made."""
+    common_length: Int[AnyArray, " pairs"] | None = None
+    """Tokens that both rows begin with; None where there are no joint rows."""
 
     def rows(self) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
         """Tokens, prompt length, response tokens and length: a row per side, chosen first."""
@@ -265,6 +270,7 @@ def pair_batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 8,
+    joint_share: float = 0.0,
 ) -> Iterations:
     """Batches of pairs, in an order that the seed alone decides.
 
@@ -281,6 +287,8 @@ def pair_batches(
       process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
       process_count: processes that share each batch; all see the same shapes.
       prefetch: batches prepared ahead, by threads.
+      joint_share: make joint rows in those buckets where they take at most this share of the
+        tokens of two rows; 0: nowhere.
 
     Returns:
       An iterator of `PairBatch` with `get_state` and `set_state`; its state is the number of the
@@ -288,7 +296,15 @@ def pair_batches(
     """
     length, response = pairs.length.max(1), pairs.response_length.max(1)
     edges = bucket_edges(length, buckets)
-    response_of = _response_sizes(length, response, edges)
+    response_of = _sizes_within(response, length, edges)
+    common, joint_of = None, [0] * len(edges)
+    if joint_share > 0:
+        common = _common_lengths(pairs)
+        joint_of = _sizes_within(pairs.length.sum(1) - common, length, edges)
+        joint_of = [
+            size if size <= joint_share * 2 * edge else 0
+            for size, edge in zip(joint_of, edges, strict=True)
+        ]
     order = Order(
         lengths=length,
         batch_size=batch_size,
@@ -302,20 +318,41 @@ def pair_batches(
     def make(number: int) -> PairBatch:
         members, mine, weight = _share(order, number, process_index, process_count)
         bucket = int(np.searchsorted(edges, length[members].max()))
-        return _pair_batch(pairs, mine, weight, edges[bucket], response_of[bucket])
+        batch = _pair_batch(
+            pairs, mine, weight, edges[bucket], min(response_of[bucket], edges[bucket])
+        )
+        if common is None or not joint_of[bucket]:
+            return batch
+        return _with_joint_rows(batch, pairs, mine, common[mine], joint_of[bucket])
 
     return _iterate(order, make, process_index, process_count, prefetch)
 
 
-def _response_sizes(
-    length: np.ndarray, response: np.ndarray, edges: Sequence[int]
-) -> tuple[int, ...]:
-    """For each bucket, a size that holds the responses of all examples in it or below."""
-    sizes = []
-    for edge in edges:
-        longest = int(response[length <= edge].max(initial=1))
-        sizes.append(min(-(-longest // ROUNDING) * ROUNDING, edge))
-    return tuple(sizes)
+def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) -> list[int]:
+    """For each bucket, a size that holds what all examples in it or below need."""
+    longest = [int(needed[length <= edge].max(initial=1)) for edge in edges]
+    return [-(-size // ROUNDING) * ROUNDING for size in longest]
+
+
+def _common_lengths(pairs: TokenizedPairs) -> np.ndarray:
+    """Int64 [pairs]: how many tokens both rows of each pair begin with."""
+    common = np.zeros(len(pairs), np.int64)
+    for pair, most in enumerate(pairs.length.min(1)):
+        differs = pairs.rows[2 * pair][:most] != pairs.rows[2 * pair + 1][:most]
+        common[pair] = differs.argmax() if differs.any() else most
+    return common
+
+
+def _with_joint_rows(
+    batch: PairBatch, pairs: TokenizedPairs, members: np.ndarray, common: np.ndarray, size: int
+) -> PairBatch:
+    """The batch with the rows of each pair also in one."""
+    tokens = np.zeros((len(members), size), np.int32)
+    for row, member in enumerate(members):
+        chosen, rejected = (pairs.rows[2 * int(member) + side] for side in (0, 1))
+        ids = np.concatenate([chosen, rejected[common[row] :]])
+        tokens[row, : len(ids)] = ids
+    return dataclasses.replace(batch, joint_tokens=tokens, common_length=common.astype(np.int32))
 
 
 def _pair_batch(

@@ -11,6 +11,7 @@ import jax
 from jaxalign.errors import UserError
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
+from jaxalign.training.profiling import Trace
 from jaxalign.training.step import TrainState
 
 
@@ -24,6 +25,8 @@ class Throughput:
 
     tokens: Callable[[Any], int]
     """Real (not padding) tokens of a batch."""
+    computed: Callable[[Any], int]
+    """Of them, those that pass the network, where rows share some."""
     flops_per_token: float
     """Model FLOPs per token and update, rematerialisation not counted."""
     peak_flops: float
@@ -82,6 +85,7 @@ def run_stage(
     throughput: Throughput,
     nonfinite: str,
     progress: Callable[[int, Mapping[str, float]], None],
+    trace: Trace | None = None,
 ) -> TrainState:
     """Train from where the state is to `steps`.
 
@@ -106,6 +110,7 @@ def run_stage(
       throughput: what a batch costs.
       nonfinite: "stop" or "skip".
       progress: told of each finished step and its metrics.
+      trace: of the profiler, of some steps; None: none.
 
     Returns:
       The state after the last step.
@@ -142,7 +147,9 @@ def run_stage(
             "learning_rate": float(schedule(at - 1)),
             "tokens": tokens,
             "tokens_per_second": rate,
-            "mfu": rate * throughput.flops_per_token / throughput.peak_flops,
+            "mfu": throughput.computed(batch)
+            * throughput.flops_per_token
+            / (seconds * throughput.peak_flops),
         }
         if not finite and nonfinite == "stop":
             records = ", ".join(describe(batch))
@@ -154,14 +161,16 @@ def run_stage(
         write("train", at, values)
         progress(at, values)
 
-    with _Terminated() as terminated:
+    with _Terminated() as terminated, trace or Trace(None) as trace:
         if done == 0:
             evaluate_at(0)
         pending = None
         last_finish = time.perf_counter()
         while done < steps:
-            batch = next(batches)
-            state, metrics = step(done)(state, frozen, place_batch(batch))
+            trace.before(done, state)
+            with jax.profiler.StepTraceAnnotation(name, step_num=done):
+                batch = next(batches)
+                state, metrics = step(done)(state, frozen, place_batch(batch))
             done += 1
             if pending is not None:
                 finish(done - 1, pending)

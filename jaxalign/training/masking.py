@@ -16,6 +16,7 @@ from jaxalign.training.objectives import (
     Params,
     PreferenceObjective,
     ReferencedBatch,
+    joint_rows,
 )
 
 HEAD = "mask"
@@ -64,6 +65,7 @@ class MaskedPreferenceObjective(PreferenceObjective):
                 tokens,
                 prompt_length,
                 response_tokens,
+                joint=joint_rows(pairs),
                 remat=policy.remat,
                 dtype=policy.dtype,
             )

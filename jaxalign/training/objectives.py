@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxalign.data.batches import PairBatch, TextBatch
 from jaxalign.losses import PairLogProbs, TokenLogProbs
 from jaxalign.models.responses import (
+    JointRows,
     ResponseComparison,
     compare_responses,
     response_log_probs,
@@ -60,6 +61,7 @@ class Policy:
             params,
             self.config,
             *batch.rows(),
+            joint=joint_rows(batch),
             remat=self.remat,
             dtype=self.dtype,
             **adapters,
@@ -75,6 +77,7 @@ class Policy:
             reference,
             self.config,
             *batch.rows(),
+            joint=joint_rows(batch),
             reverse=reverse,
             remat=self.remat,
             dtype=self.dtype,
@@ -96,6 +99,17 @@ class Policy:
             **adapters,
         )
         return getattr(out, "log_prob", out)
+
+
+def joint_rows(batch: PairBatch) -> JointRows | None:
+    """The batch's rows two in one, where the batch holds them."""
+    if batch.joint_tokens is None or batch.common_length is None:
+        return None
+    return JointRows(
+        tokens=batch.joint_tokens,
+        first_length=batch.prompt_length[:, 0] + batch.response_length[:, 0],
+        common_length=batch.common_length,
+    )
 
 
 def reads_reference(loss: PreferenceLoss) -> bool:
@@ -226,12 +240,15 @@ class PreferenceObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> PairOutputs:
-        of_policy = self.policy.log_probs(
-            batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
-        )
+        with jax.named_scope("policy"):
+            of_policy = self.policy.log_probs(
+                batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
+            )
         reference = batch.reference
         if reference is None:
-            reference = self.policy.log_probs(batch.pairs, frozen["reference"]).log_prob.sum(-1)
+            with jax.named_scope("reference"):
+                reference = self.policy.log_probs(batch.pairs, frozen["reference"])
+            reference = reference.log_prob.sum(-1)
         tokens = jnp.maximum(batch.pairs.response_length.sum(-1), 1)
         return PairOutputs(
             policy=of_policy.log_prob.sum(-1),

@@ -64,7 +64,9 @@ class Watch:
         batch: ReferencedBatch,
         key: PRNGKeyArray,
     ) -> PairOutputs:
-        """The objective's forward pass with probes in place."""
+        """The objective's forward pass with probes in place, each row by itself."""
+        pairs = dataclasses.replace(batch.pairs, joint_tokens=None, common_length=None)
+        batch = dataclasses.replace(batch, pairs=pairs)
         return self.objective.forward(with_probes(trained, probes), frozen, batch, key)
 
     def read(

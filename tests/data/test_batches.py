@@ -209,6 +209,8 @@ def test_processes_share_each_batch(processes):
     assert {len(share) for share in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         for name, value in vars(batch).items():
+            if value is None:  # no joint rows
+                continue
             joined = np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(joined, value, err_msg=name)
 
@@ -306,3 +308,51 @@ def test_rows_that_cannot_be_made_say_so():
         text_batches(make_texts([5]), batch_size=1, length=1)
     with pytest.raises(UserError, match="single token"):
         text_batches(make_texts([1]), batch_size=1, length=4)
+
+
+def joined_pairs():
+    """Pairs of rows that begin alike: (prompt, chosen response, rejected response) lengths."""
+    sizes = [(20, 4, 6), (3, 2, 2), (18, 1, 8), (5, 5, 5), (2, 9, 9)]
+    flat, lengths = [], []
+    for prompt, chosen, rejected in sizes:
+        shared = np.arange(100, 100 + prompt)
+        flat += [shared, np.arange(chosen), shared, 50 + np.arange(rejected)]
+        lengths += [prompt + chosen, prompt + rejected]
+    return sizes, TokenizedPairs(
+        rows=TokenizedRows(
+            flat=np.concatenate(flat).astype(np.int32),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            prompt_length=np.repeat([prompt for prompt, *_ in sizes], 2).astype(np.int32),
+            record_index=np.repeat(np.arange(len(sizes)), 2),
+        )
+    )
+
+
+def test_joint_rows_hold_each_token_of_a_pair_once():
+    sizes, pairs = joined_pairs()
+    once = {"batch_size": 1, "epochs": 1, "shuffle": False, "buckets": (16, 32), "window": 1}
+    batches = take(pair_batches(pairs, **once, joint_share=1.0))
+    for batch, (prompt, chosen, rejected) in zip(batches, sizes, strict=True):
+        assert batch.common_length == [prompt]
+        row = batch.joint_tokens[0].tolist()
+        real = [*range(100, 100 + prompt), *range(chosen), *range(50, 50 + rejected)]
+        assert row == real + [0] * (len(row) - len(real))
+        assert row[: prompt + chosen] == batch.tokens[0, 0, : prompt + chosen].tolist()
+
+
+def test_joint_rows_are_made_where_they_save_enough():
+    _, pairs = joined_pairs()
+    once = {"batch_size": 1, "epochs": 1, "shuffle": False, "buckets": (16, 32), "window": 1}
+
+    def made(share):
+        batches = take(pair_batches(pairs, **once, joint_share=share))
+        return {
+            batch.tokens.shape[-1]: None
+            if batch.joint_tokens is None
+            else batch.joint_tokens.shape[1]
+            for batch in batches
+        }
+
+    assert made(0.0) == {16: None, 32: None}
+    assert made(0.6) == {16: None, 32: 32}  # 24 of 2 x 16 tokens; 32 of 2 x 32
+    assert made(0.75) == {16: 24, 32: 32}

@@ -1,5 +1,8 @@
 """The step: accumulation, devices, dropout of non-finite updates, against plain formulas."""
 
+import dataclasses
+import itertools
+import math
 import re
 from functools import partial
 
@@ -59,6 +62,21 @@ def make_batch(rng, pairs=PAIRS):
         record_index=np.arange(pairs, dtype=np.int32),
         weight=np.r_[np.ones(pairs - 1), 0.0].astype(np.float32),
     )
+
+
+def with_joint_rows(batch):
+    """The pairs' rows also two in one."""
+    joint = np.zeros((PAIRS, LENGTH + RESPONSE), np.int32)
+    tokens = np.asarray(batch.tokens)
+    lengths = np.asarray(batch.prompt_length + batch.response_length)
+    common = np.zeros(PAIRS, np.int32)
+    for pair in range(PAIRS):
+        chosen, rejected = (tokens[pair, side, : lengths[pair, side]] for side in (0, 1))
+        size = min(len(chosen), len(rejected))
+        common[pair] = np.cumprod(chosen[:size] == rejected[:size]).sum()
+        row = np.concatenate([chosen, rejected[common[pair] :]])
+        joint[pair, : len(row)] = row
+    return dataclasses.replace(batch, joint_tokens=joint, common_length=common)
 
 
 @pytest.fixture
@@ -180,12 +198,22 @@ def run(world, mesh, steps=3, micro_batches=1):
     return jax.device_get(state.params), history
 
 
+QUICK = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
+MESHES = [x for x in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(x) == 8]
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "sizes",
+    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in MESHES],
+    ids=lambda x: "x".join(map(str, x)),
 )
 def test_eight_devices_give_what_one_gives(world, sizes):
+    """In every mesh of data x fsdp x sequence x tensor, joint rows and rows apart."""
+    params, frozen, batch = world
+    joined = dataclasses.replace(batch, pairs=with_joint_rows(batch.pairs))
     one, one_history = run(world, make_mesh(devices=jax.devices()[:1]))
-    many, many_history = run(world, make_mesh(**sizes))
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
+    many, many_history = run((params, frozen, joined), mesh)
     np.testing.assert_allclose(one_history, many_history, rtol=1e-5)
     assert_trees_close(one, many, rtol=1e-4, atol=1e-5)
 
