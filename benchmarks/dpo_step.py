@@ -2,8 +2,9 @@
 
 Command:  python -m benchmarks.dpo_step [--size 15M] [--length 256] [--pairs 8] [--rounds 3]
           [--peers trl torch torch_response tunix] [--json FILE]
-Time:     two CPU cores: 15M about 10 minutes a round, 110M about an hour a round; before the first,
-          some minutes in which pip fetches the peers (nothing else uses the network)
+Time:     on two CPU cores with nothing else to do, 15M about eight minutes a round, 110M about
+          forty; before the first, some minutes in which pip fetches the peers (nothing else uses
+          the network)
 Expect:   one table, "same" beside every contestant, and lines that say whether jaxalign makes 4
           times TRL's tokens/s in a quarter of its memory, 1.4 times those of the best PyTorch
           loop, and 1.5 times tunix's: the goals for 15M and 110M on a CPU in float32
@@ -88,8 +89,8 @@ class Options:
     """Steps of a run."""
     skip: int = 2
     """First steps of a run that are not counted."""
-    learning_rate: float = 1e-5
-    """Large enough for losses to tell a wrong gradient."""
+    learning_rate: float = 1e-6
+    """Of AdamW, constant; some steps of it leave losses that tell a wrong gradient."""
     peers: tuple[Literal["trl", "torch", "torch_response", "tunix"], ...] = (
         "trl",
         "torch",

@@ -61,7 +61,7 @@ def make(folder: Path, *, size: str, length: int, pairs: int, prompt: float) -> 
     arguments |= {"prompt_tokens": round(length * prompt), "model": str(model), "file": str(file)}
     subprocess.run(
         [sys.executable, "-m", "benchmarks.inputs", json.dumps(arguments)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
         check=True,
     )
     return model, file
