@@ -1,0 +1,126 @@
+"""What the benchmarks run on: a Llama-shaped folder of random weights, and pairs of random tokens.
+
+Token i of the vocabulary is the word "wi", so that every tokenizer of the folder finds the same
+ids in the same text. A row is exactly `length` tokens: the prompt, a response and the
+end-of-sequence token; nothing is padded or cut.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VOCABULARY = 32_000
+SPECIAL = ("<unk>", "<pad>", "</s>")
+END = SPECIAL.index("</s>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-shaped decoder with tied embeddings."""
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters that a token is multiplied with, the unembedding among them."""
+        head = self.width // self.heads
+        attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * head
+        return self.layers * (attention + 3 * self.width * self.mlp_width) + VOCABULARY * self.width
+
+
+SHAPES = {
+    "1M": Shape(width=32, layers=2, heads=2, kv_heads=2, mlp_width=88),
+    "15M": Shape(width=288, layers=6, heads=6, kv_heads=6, mlp_width=768),
+    "110M": Shape(width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048),
+    "1B": Shape(width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
+}
+
+
+def make(folder: Path, *, size: str, length: int, pairs: int, prompt: float) -> tuple[Path, Path]:
+    """The folder of weights and the file of pairs.
+
+    They are made in a process of their own on the CPU: this one stays small, and leaves an
+    accelerator alone.
+
+    Args:
+      folder: where to put both.
+      size: a name in `SHAPES`.
+      length: tokens of prompt and response.
+      pairs: rows of the file.
+      prompt: share of the tokens that belongs to the prompt.
+    """
+    model, file = folder / "model", folder / "pairs.jsonl"
+    arguments = {"shape": asdict(SHAPES[size]), "length": length, "pairs": pairs}
+    arguments |= {"prompt_tokens": round(length * prompt), "model": str(model), "file": str(file)}
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.inputs", json.dumps(arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},
+        check=True,
+    )
+    return model, file
+
+
+def write(shape: dict, length: int, pairs: int, prompt_tokens: int, model: str, file: str) -> None:
+    """What `make` asks for; and the proof that the text gives back its ids."""
+    import jax
+    import numpy as np
+
+    from jaxalign.models import DecoderConfig, Rope, init_model, save_pretrained
+
+    if not 0 < prompt_tokens < length - 1:
+        sys.exit(f"a prompt of {prompt_tokens} tokens leaves no room for a response in {length}")
+    config = DecoderConfig(
+        vocab_size=VOCABULARY,
+        head_width=shape["width"] // shape["heads"],
+        context_length=max(length, 2048),
+        tied=True,
+        initializer_range=0.05,  # log-probs that tell a wrong model from a right one
+        rope=Rope(theta=1e6),  # the only base that tunix's Llama knows
+        **shape,
+    )
+    tokenizer = make_tokenizer()
+    save_pretrained(init_model(config, jax.random.key(0)), model, tokenizer=tokenizer)
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(pairs):
+        prompt = rng.integers(len(SPECIAL), VOCABULARY, prompt_tokens)
+        row = {"prompt": words(prompt)}
+        for side in ("chosen", "rejected"):
+            response = rng.integers(len(SPECIAL), VOCABULARY, length - prompt_tokens - 1)
+            row[side] = " " + words(response)
+            ids = tokenizer.encode(row["prompt"] + row[side], add_special_tokens=False)
+            assert ids == [*prompt, *response], "the tokenizer changed the ids"
+        lines.append(json.dumps(row))
+    Path(file).write_text("\n".join(lines) + "\n")
+
+
+def words(ids) -> str:
+    """The text whose tokens these are."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+def make_tokenizer():
+    """A fast tokenizer that adds nothing by itself."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {name: i for i, name in enumerate(SPECIAL)}
+    vocabulary |= {f"w{i}": i for i in range(len(SPECIAL), VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    )
+
+
+if __name__ == "__main__":
+    write(**json.loads(sys.argv[1]))
