@@ -3,7 +3,7 @@
 Command:  python -m benchmarks.start_up [--rounds 5] [--json FILE]
 Time:     about two minutes on two CPU cores; before the first, some minutes in which pip fetches
           the peers (nothing else uses the network)
-Expect:   one table; `import jaxalign`, `--help` and `losses` take less than `import trl`
+Expect:   one table; `import jaxalign` and `--help` take less than `import trl`
 
 Each line is a process of its own, in turn, round by round, after one round that leaves compiled
 Python files and the disk's cache behind. Wall and CPU seconds of the whole process, medians. TRL

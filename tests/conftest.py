@@ -1,4 +1,8 @@
-"""Every test: eight CPU devices, no silent rank promotion, random numbers of its own."""
+"""Every test: eight CPU devices, no silent rank promotion, random numbers of its own.
+
+Programs are compiled with few optimisations, which is what a suite of small programs spends its
+time on; the fixture `optimised` gives a test what users run.
+"""
 
 import os
 from pathlib import Path
@@ -12,6 +16,22 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs are not kept from one file to the next: they take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """Programs compiled as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
