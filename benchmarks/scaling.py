@@ -1,0 +1,143 @@
+"""Memory and traffic of a DPO step on slices of 16 to 4,096 chips, compiled and on paper.
+
+Command:  python -m benchmarks.scaling [--models llama-3-8b llama-3-70b] [--json FILE] [--plot FILE]
+Time:     one to two minutes a row on two CPU cores; needs pip install 'jaxalign[tpu]', not a TPU
+Expect:   one table (tpu/README.md shows it) and one figure
+
+One pair a chip (prompt 1,024, responses 1,024), bfloat16, everything rematerialised, AdamW, a live
+reference in float32; parameters are split over up to 256 chips, whole copies of them over the rest.
+Memory is what the TPU's compiler reserves on each chip; FLOPs and bytes over links are by formula
+(`jaxalign.training.planning.work`), seconds are these over the chip's data sheet, whichever is
+longest: no step is faster.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxalign.commands.plan import Plan, make_plan
+from jaxalign.config import MeshConfig, StageConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TOPOLOGIES = {
+    16: "v5p:2x2x4",
+    64: "v5p:4x4x4",
+    256: "v5p:4x8x8",
+    1024: "v5p:8x8x16",
+    4096: "v5p:16x16x16",
+}
+WHOLE = 256
+"""Chips over which one copy of the parameters is split, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is compiled."""
+
+    models: tuple[str, ...] = ("llama-3-8b", "llama-3-70b")
+    """Folders of tpu/shapes."""
+    chips: tuple[int, ...] = tuple(TOPOLOGIES)
+    """Sizes of slices."""
+    length: int = 2048
+    """Tokens of prompt and response together; half of them are response."""
+    json: Path | None = None
+    """Where to write all plans; rows that it holds already are not compiled again."""
+    plot: Path | None = None
+    """Where to write the figure."""
+
+
+def main(options: Options) -> None:
+    """Compile, print, draw."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    known = {}
+    if options.json is not None and options.json.exists():
+        known = json.loads(options.json.read_text())
+    plans: dict[str, dict[str, Any]] = {}
+    print("| model | chips | mesh | GiB a chip | of it lasting | GiB over links | bound, s | MFU |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    for model in options.models:
+        for chips in options.chips:
+            key = f"{model} {chips} {options.length}"
+            plan = known.get(key) or dataclasses.asdict(compiled(model, chips, options.length))
+            plans[key] = plan
+            print(row(model, chips, Plan(**plan)), flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps(known | plans, indent=1) + "\n")
+    if options.plot is not None:
+        draw(options, {key: Plan(**plan) for key, plan in plans.items()})
+
+
+def compiled(model: str, chips: int, length: int) -> Plan:
+    """The plan of a row."""
+    fsdp = min(chips, WHOLE)
+    config = TrainConfig(
+        model=str(ROOT / "tpu" / "shapes" / model),
+        max_length=length,
+        preference=StageConfig(steps=1, batch_size=chips),
+        mesh=MeshConfig(data=chips // fsdp, fsdp=fsdp),
+        dtype="bfloat16",
+        remat="full",
+    )
+    return make_plan(config, TOPOLOGIES[chips], length // 2)
+
+
+def row(model: str, chips: int, plan: Plan) -> str:
+    """One line of the table."""
+    mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+    gib, doing = 2**30, plan.work
+    if plan.memory is None:
+        need = f"{plan.needed[0] / gib:.0f}" if plan.needed else "more than there are"
+        space = f"does not fit ({need} of temporaries)"
+        lasting = ""
+    else:
+        total = sum(plan.memory.values())
+        space = f"{total / gib:.1f}" + ("" if plan.fits else " (does not fit)")
+        lasting = f"{(total - plan.memory['temporaries'] - plan.memory['program']) / gib:.1f}"
+    used = doing["model_flops"] / plan.bound * plan.seconds["compute"] / doing["flops"]
+    limit = max(plan.seconds, key=lambda name: plan.seconds[name])
+    return (
+        f"| {model} | {chips:,} | {mesh} | {space} | {lasting} | {doing['link_bytes'] / gib:.1f} "
+        f"| {plan.bound:.2f} ({limit}) | {used:.0%} |"
+    )
+
+
+def draw(options: Options, plans: dict[str, Plan]) -> None:
+    """Memory and seconds by number of chips."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, model in enumerate(options.models):
+        own = [plans[f"{model} {chips} {options.length}"] for chips in options.chips]
+        color = f"C{number}"
+        fitting = [
+            (chips, plan)
+            for chips, plan in zip(options.chips, own, strict=True)
+            if plan.memory is not None
+        ]
+        sizes = [chips for chips, _ in fitting]
+        totals = [sum((plan.memory or {}).values()) / 2**30 for _, plan in fitting]
+        left.plot(sizes, totals, "o-", color=color, label=model)
+        for name, style in (("compute", "-"), ("links", "--")):
+            seconds = [plan.seconds[name] for plan in own]
+            right.plot(options.chips, seconds, "o" + style, color=color, label=f"{model}: {name}")
+    capacity = (next(iter(plans.values())).capacity or 0) / 2**30
+    left.axhline(capacity, color="0.5", linestyle=":", label="a v5p chip")
+    left.set(title="Memory per chip", ylabel="GiB", yscale="log")
+    right.set(title="A step takes at least", ylabel="s", yscale="log")
+    for axes in (left, right):
+        axes.set(xlabel="chips (one pair each)", xscale="log", xticks=options.chips)
+        axes.set_xticklabels([f"{chips:,}" for chips in options.chips])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    assert options.plot is not None
+    figure.savefig(options.plot, dpi=130)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Annotated[Options, tyro.conf.arg(name="")]))
