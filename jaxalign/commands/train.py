@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> Path:
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_batches(config, mesh)
     folder = open_run_folder(config)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
@@ -124,6 +125,17 @@ def train(config: TrainConfig) -> Path:
     if jax.process_index() == 0:
         report(folder)
     return folder
+
+
+def check_batches(config: TrainConfig, mesh: Mesh) -> None:
+    """Every device gets as many rows of a batch as the others."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        if stage.steps and stage.batch_size % rows:
+            raise UserError(
+                f"{name}.batch_size: {stage.batch_size} is not a multiple of data x fsdp = {rows}"
+            )
 
 
 def report(folder: Path) -> None:
@@ -248,7 +260,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
     start = int(state.step)
     first = min(start + 2, max(stage.steps - config.profile, start))
-    folder = world.folder / "profile" / name if config.profile else None
+    traced = config.profile and jax.process_index() == 0
+    folder = world.folder / "profile" / name if traced else None
     with Progress(name, stage.steps, start=start) as progress:
         state = run_stage(
             name,

@@ -24,6 +24,8 @@ COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_NUM_PROCESSES",
     "JAXALIGN_PROCESS_ID",
 )
+PATIENCE = 300
+"""Seconds within which all processes have to come."""
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process is taken for dead, and the run ends."""
 BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "heartbeat")
@@ -45,10 +47,17 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     if given == {NUMBER: "1"} or not (given or _in_cluster(environment)):
         return
     who: dict[str, Any] = _explicit(given) if given else {}
+    me = f"process {who['process_id']} of {who['num_processes']}" if who else "a process"
+    sys.stderr.write(
+        f"jaxalign: {me} joins {who.get('coordinator_address', 'its cluster')}; all are awaited "
+        f"for {PATIENCE} s. If one of them dies, all end, and {GO_ON}\n"
+    )
     # the loop agrees on SIGTERM itself; before and after it, SIGTERM ends the process
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**who, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            **who, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT
+        )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
@@ -62,7 +71,7 @@ def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of `jax.distributed.initialize` that the variables give."""
     if missing := [name for name in VARIABLES if name not in given]:
         raise UserError(
-            f"{', '.join(missing)}: not set, but {', '.join(given)} is; set {COORDINATOR}=HOST:PORT"
+            f"{', '.join(missing)}: missing beside {', '.join(given)}; set {COORDINATOR}=HOST:PORT"
             f" (of process 0), {NUMBER} and {OWN} (from 0), or none of them"
         )
     if not re.fullmatch(r".+:\d{1,5}", given[COORDINATOR]):
@@ -136,22 +145,22 @@ def _any() -> tuple[NamedSharding, Any]:
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process feeds: its number, and of how many.
 
-    Processes whose devices hold the same rows, since a tensor axis runs through them, feed the
-    same part.
+    Processes whose devices hold the same rows, since a sequence or tensor axis runs through them,
+    feed the same part.
 
     Raises:
       UserError: the devices of some processes share some rows and not others.
     """
     held: dict[int, set[int]] = {}
-    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
     for row, devices in enumerate(rows):
         for device in devices:
             held.setdefault(device.process_index, set()).add(row)
     parts = sorted({tuple(sorted(part)) for part in held.values()})
     if any(len(part) * len(parts) != len(rows) for part in parts):
         raise UserError(
-            f"mesh.tensor: {mesh.shape['tensor']} splits the devices of some processes; let it "
-            f"divide the {jax.local_device_count()} devices of a process, or be a multiple of them"
+            f"mesh: sequence x tensor = {rows.shape[1]} devices share rows and belong to parts of "
+            "processes; let it divide the devices of a process, or be a multiple of them"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 

@@ -150,9 +150,7 @@ def run_stage(
             "learning_rate": float(schedule(at - 1)),
             "tokens": tokens,
             "tokens_per_second": rate,
-            "mfu": computed
-            * throughput.flops_per_token
-            / (seconds * throughput.peak_flops),
+            "mfu": computed * throughput.flops_per_token / (seconds * throughput.peak_flops),
         }
         if not finite and nonfinite == "stop":
             records = ", ".join(describe(batch))

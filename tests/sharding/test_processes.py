@@ -62,7 +62,7 @@ def test_process_by_itself_starts_nothing(asked, environment):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"JAXALIGN_COORDINATOR": ""}, "JAXALIGN_COORDINATOR: not set, but JAXALIGN_NUM"),
+        ({"JAXALIGN_COORDINATOR": ""}, "JAXALIGN_COORDINATOR: missing beside JAXALIGN_NUM"),
         ({"JAXALIGN_COORDINATOR": "10.0.0.1"}, "JAXALIGN_COORDINATOR: '10.0.0.1' is not HOST:PORT"),
         ({"JAXALIGN_NUM_PROCESSES": "four"}, "JAXALIGN_NUM_PROCESSES: 'four' is not a whole"),
         ({"JAXALIGN_PROCESS_ID": "-1"}, "JAXALIGN_PROCESS_ID: '-1' is not a whole"),
@@ -111,5 +111,5 @@ def test_share_of_rows_is_that_of_the_process_devices(sizes, owners, share):
 
 def test_rows_shared_in_part_are_refused():
     devices = [Device(number, number // 3) for number in range(6)]
-    with pytest.raises(UserError, match=r"mesh.tensor: 2 splits"):
+    with pytest.raises(UserError, match="sequence x tensor = 2 devices"):
         share_of_rows(make_mesh(data=3, tensor=2, devices=devices))
