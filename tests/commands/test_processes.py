@@ -188,7 +188,6 @@ def test_one_process_killed_ends_all_and_the_run_goes_on(runs):
     assert_same_run(runs, "broken", "whole")
 
 
-@pytest.mark.slow
 def test_error_of_one_process_ends_all(runs):
     run = runs.start("apart", 2, own_flags={1: ("--output", "elsewhere")})
     assert runs.ends(run[1:]) == [2]
