@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxalign.config import TrainConfig, from_json, to_json
 from jaxalign.errors import UserError
+from jaxalign.sharding.processes import in_turn
 
 PACKAGES = (
     "jaxalign",
@@ -31,8 +32,19 @@ def open_run_folder(config: TrainConfig) -> Path:
     Raises:
       UserError: the folder holds a run of another config.
     """
-    folder = Path(config.output) / config.name
+    with in_turn("run folder"):
+        return _open(config, Path(config.output) / config.name)
+
+
+def _open(config: TrainConfig, folder: Path) -> Path:
+    import jax
+
     written = folder / "config.json"
+    if not written.exists() and jax.process_index() != 0:
+        raise UserError(
+            f"{folder}: is not the folder that process 0 made; set --output to one that all "
+            "processes share"
+        )
     if written.exists():
         before = from_json(written.read_text(encoding="utf-8"))
         changed = [

@@ -13,7 +13,7 @@ from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
-from jaxalign.models.weights import hf_config
+from jaxalign.models.weights import hf_config, write_json
 
 STAGES = ("pretrain", "sft", "preference")
 
@@ -30,8 +30,8 @@ def trained_stages(config: TrainConfig) -> list[str]:
 
 def write_model_config(folder: Path, model_config: Any) -> None:
     """Keep the architecture in the run folder, as Hugging Face's config.json."""
-    fields = hf_config(model_config, dtype=jnp.dtype("float32"))
-    (folder / "model.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        write_json(folder / "model.json", hf_config(model_config, dtype=jnp.dtype("float32")))
 
 
 def read_model_config(folder: Path) -> Any:

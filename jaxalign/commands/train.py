@@ -45,7 +45,8 @@ from jaxalign.models.lora import init_adapters, merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.reporting import comparison, read_run, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
-from jaxalign.training.checkpoints import Checkpoints
+from jaxalign.sharding.processes import ending_together, share_of_rows, start
+from jaxalign.training.checkpoints import Checkpoints, newest_step
 from jaxalign.training.evaluation import evaluate_preferences, evaluate_supervised
 from jaxalign.training.loop import Stopped, Throughput, run_stage
 from jaxalign.training.masking import HEAD, whole_responses
@@ -63,11 +64,13 @@ from jaxalign.training.watching import Watch
 def main(arguments: Sequence[str]) -> int:
     """Parse, train, report."""
     config = parse(arguments)
-    try:
-        train(config)
-    except Stopped as stopped:
-        print(f"jaxalign train: {stopped}; the same command goes on", file=sys.stderr)
-        return 143
+    start()
+    with ending_together("train"):
+        try:
+            train(config)
+        except Stopped as stopped:
+            print(f"jaxalign train: {stopped}; the same command goes on", file=sys.stderr)
+            return 143
     return 0
 
 
@@ -89,12 +92,14 @@ def train(config: TrainConfig) -> Path:
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_batches(config, mesh)
     folder = open_run_folder(config)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
     write_model_config(folder, model_config)
-    data = load_stages(config, tokenizer, folder, model_config)
-    resume_metrics(config, folder)
+    data = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
+    if jax.process_index() == 0:
+        resume_metrics(folder)
     world = World(
         config=config,
         folder=folder,
@@ -117,13 +122,30 @@ def train(config: TrainConfig) -> Path:
             writer.close()
     if config.export:
         export(world, params, adapters)
+    if jax.process_index() == 0:
+        report(folder)
+    return folder
+
+
+def check_batches(config: TrainConfig, mesh: Mesh) -> None:
+    """Every device gets as many rows of a batch as the others."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        if stage.steps and stage.batch_size % rows:
+            raise UserError(
+                f"{name}.batch_size: {stage.batch_size} is not a multiple of data x fsdp = {rows}"
+            )
+
+
+def report(folder: Path) -> None:
+    """The table in the terminal, and the report in the run folder."""
     finished = read_run(folder)
     header, rows = comparison([finished])
     path = write_report([finished], folder / "report")
     if rows:
         print_table(header, rows)
     print(f"report: {path}")
-    return folder
 
 
 def enable_compilation_cache() -> None:
@@ -146,17 +168,10 @@ def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any,
     return model_config, place(params, mesh)
 
 
-def resume_metrics(config: TrainConfig, folder: Path) -> None:
+def resume_metrics(folder: Path) -> None:
     """Cut the metrics file back to the newest checkpoint, so that later lines are written anew."""
-    keep = {}
-    for name in STAGES:
-        where = stage_folder(folder, name)
-        if where.is_dir():
-            checkpoints = Checkpoints(where)
-            latest = checkpoints.latest()
-            checkpoints.close()
-            if latest is not None:
-                keep[name] = latest
+    newest = {name: newest_step(stage_folder(folder, name)) for name in STAGES}
+    keep = {name: step for name, step in newest.items() if step is not None}
     rewind(folder / "metrics.jsonl", keep)
 
 
@@ -245,7 +260,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
     start = int(state.step)
     first = min(start + 2, max(stage.steps - config.profile, start))
-    folder = world.folder / "profile" / name if config.profile else None
+    traced = config.profile and jax.process_index() == 0
+    folder = world.folder / "profile" / name if traced else None
     with Progress(name, stage.steps, start=start) as progress:
         state = run_stage(
             name,
@@ -322,6 +338,6 @@ def export(world: World, params: Any, adapters: Sequence[Any]) -> None:
             base_model=None if changed else config.model,
         )
     folder = world.folder / "export"
-    if folder.exists():
+    if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
     save_pretrained(as_model(world.model_config, params), folder, tokenizer=world.tokenizer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import TrainConfig
@@ -33,11 +34,17 @@ from jaxalign.data import (
 )
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
+from jaxalign.sharding.processes import in_turn
+from jaxalign.training.objectives import ReferencedBatch
 
 
 def load_tokenizer_for(config: TrainConfig, folder: Path) -> Any:
     """The named tokenizer, the model's, or one trained for this run; kept in the run folder."""
-    kept = folder / "tokenizer"
+    with in_turn("tokenizer"):
+        return _tokenizer(config, folder / "tokenizer")
+
+
+def _tokenizer(config: TrainConfig, kept: Path) -> Any:
     if kept.is_dir():
         return load_tokenizer(kept)
     if config.tokenizer is not None:
@@ -51,8 +58,9 @@ def load_tokenizer_for(config: TrainConfig, folder: Path) -> Any:
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
     else:
         tokenizer = embedded_tokenizer()
-    if jax.process_index() == 0:
-        tokenizer.save_pretrained(kept)
+    scratch = kept.with_suffix(".partial")
+    tokenizer.save_pretrained(scratch)
+    scratch.replace(kept)
     return tokenizer
 
 
@@ -68,13 +76,16 @@ class StageData:
     """Tokens of a row of packed text."""
     joint_share: float = 0.0
     """As in `pair_batches`."""
+    share: tuple[int, int] = (0, 1)
+    """The part of each batch that this process feeds: its number, and of how many."""
+
+    @property
+    def _mine(self) -> dict[str, Any]:
+        return dict(zip(("process_index", "process_count"), self.share, strict=True))
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
-        mine: dict[str, Any] = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        mine = self._mine
         if isinstance(self.train, TokenizedPairs):
             mine["joint_share"] = self.joint_share
             return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
@@ -84,11 +95,7 @@ class StageData:
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
         """Every example once, in order; the last batch is filled up with examples of weight 0."""
-        mine: dict[str, Any] = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        fixed = mine | {"epochs": 1, "shuffle": False}
+        fixed = self._mine | {"epochs": 1, "shuffle": False}
         if isinstance(data, TokenizedPairs):
             fixed["joint_share"] = self.joint_share
             return list(pair_batches(data, batch_size=batch_size, **fixed))
@@ -115,25 +122,31 @@ def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
     return 0.0 if platform == "gpu" else 0.75
 
 
-def count_computed(batch: PairBatch | TextBatch) -> int:
+@jax.jit
+def count_computed(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
     """Tokens that pass the network, padding left out and shared ones counted once."""
-    tokens = count_tokens(batch)
-    if isinstance(batch, PairBatch) and batch.common_length is not None:
-        return tokens - int(batch.common_length.sum())
+    tokens, pairs = count_tokens(batch), getattr(batch, "pairs", batch)
+    if isinstance(pairs, PairBatch) and pairs.common_length is not None:
+        return tokens - jnp.sum(pairs.common_length)
     return tokens
 
 
-def count_tokens(batch: PairBatch | TextBatch) -> int:
-    """Tokens of a batch that are not padding."""
+@jax.jit
+def count_tokens(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
+    """Tokens of a batch on the devices that are not padding."""
+    if isinstance(batch, ReferencedBatch):
+        batch = batch.pairs
     if isinstance(batch, PairBatch):
-        return int((batch.prompt_length + batch.response_length).sum())
-    return int((np.asarray(batch.segment_ids) > 0).sum())
+        return jnp.sum(batch.prompt_length + batch.response_length)
+    return jnp.sum(batch.segment_ids > 0)
 
 
 def load_stages(
-    config: TrainConfig, tokenizer: Any, folder: Path, model_config: Any
+    config: TrainConfig, tokenizer: Any, folder: Path, model_config: Any, share: tuple[int, int]
 ) -> dict[str, StageData]:
     """Read and tokenise what the stages of a config need; write `data.json` into the run folder.
+
+    Every process reads all of it, and feeds its share of each batch.
 
     Raises:
       UserError: a record that cannot be used (where the config says so), or nothing to train on.
@@ -166,11 +179,11 @@ def load_stages(
         if config.sft.steps:
             stages["sft"] = pairs.supervised_stage()
         if config.preference.steps:
-            share = joint_share(config.share_prompts, model_config, jax.default_backend())
-            stages["preference"] = dataclasses.replace(pairs.stage(), joint_share=share)
+            joint = joint_share(config.share_prompts, model_config, jax.default_backend())
+            stages["preference"] = dataclasses.replace(pairs.stage(), joint_share=joint)
     if jax.process_index() == 0:
         (folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return stages
+    return {name: dataclasses.replace(stage, share=share) for name, stage in stages.items()}
 
 
 def _limit(records: list[Any], most: int | None) -> list[Any]:
@@ -261,7 +274,9 @@ def _text_stage(
             for record in _read(text_records, source, config, report, f"{name} {source}")
         ]
 
-    train = tokenize_texts(read(config.text, "text"), tokenizer, cache=folder / "tokens")
+    texts = read(config.text, "text")
+    with in_turn("tokens"):
+        train = tokenize_texts(texts, tokenizer, cache=folder / "tokens")
     held_out = None
     if config.eval_text:
         held_out = tokenize_texts(read(config.eval_text, "eval_text"), tokenizer)

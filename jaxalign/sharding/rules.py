@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,4 +103,11 @@ def place(tree: Any, mesh: Mesh) -> Any:
     another tree would vanish when that tree is donated.
     """
     shardings = parameter_shardings(tree, mesh)
-    return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to, may_alias=False), tree, shardings)
+    return jax.tree.map(_copy, tree, shardings)
+
+
+def _copy(leaf: Any, to: NamedSharding) -> jax.Array:
+    if to.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, to, may_alias=False)
+    host = np.asarray(leaf)  # all processes have it: each places its own parts
+    return jax.make_array_from_callback(host.shape, to, lambda index: host[index])

@@ -10,6 +10,13 @@ from jax.sharding import Mesh
 from jaxalign.sharding import parameter_shardings
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint in a folder that need not be there."""
+    import orbax.checkpoint as ocp
+
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one stage of a run, by step; the newest `keep` stay."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxalign.errors import UserError
+from jaxalign.sharding.processes import anywhere
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
@@ -23,9 +24,9 @@ class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
 class Throughput:
     """What a batch costs, for tokens/s and model FLOP utilisation."""
 
-    tokens: Callable[[Any], int]
-    """Real (not padding) tokens of a batch."""
-    computed: Callable[[Any], int]
+    tokens: Callable[[Any], Any]
+    """Real (not padding) tokens of a batch on the devices, as a scalar there."""
+    computed: Callable[[Any], Any]
     """Of them, those that pass the network, where rows share some."""
     flops_per_token: float
     """Model FLOPs per token and update, rematerialisation not counted."""
@@ -121,6 +122,7 @@ def run_stage(
     """
     done = int(state.step)
     last_finish = time.perf_counter()
+    stopping = False
 
     def write(split: str, at: int, values: Mapping[str, float]) -> None:
         for writer in writers:
@@ -135,21 +137,20 @@ def run_stage(
 
     def finish(at: int, pending: tuple[Any, Any]) -> None:
         """Read a dispatched step's metrics, check and record them."""
-        nonlocal last_finish
+        nonlocal last_finish, stopping
         metrics, batch = pending
         values = to_floats(jax.device_get(metrics))
+        stopping = bool(values.pop("stopping"))
         now = time.perf_counter()
         seconds, last_finish = now - last_finish, now
         finite = values.pop("finite")
-        tokens = throughput.tokens(batch)
+        tokens, computed = int(values["tokens"]), values.pop("computed")
         rate = tokens / seconds
         values |= {
             "learning_rate": float(schedule(at - 1)),
             "tokens": tokens,
             "tokens_per_second": rate,
-            "mfu": throughput.computed(batch)
-            * throughput.flops_per_token
-            / (seconds * throughput.peak_flops),
+            "mfu": computed * throughput.flops_per_token / (seconds * throughput.peak_flops),
         }
         if not finite and nonfinite == "stop":
             records = ", ".join(describe(batch))
@@ -170,21 +171,26 @@ def run_stage(
             trace.before(done, state)
             with jax.profiler.StepTraceAnnotation(name, step_num=done):
                 batch = next(batches)
-                state, metrics = step(done)(state, frozen, place_batch(batch))
+                placed = place_batch(batch)
+                counts = throughput.tokens(placed), throughput.computed(placed)
+                state, metrics = step(done)(state, frozen, placed)
             done += 1
             if pending is not None:
                 finish(done - 1, pending)
-            pending = (metrics, batch)
+            # all processes read the same flag of the same step, and stop together
+            stop = anywhere(terminated.asked)
+            more = {"tokens": counts[0], "computed": counts[1], "stopping": stop}
+            pending = ({**metrics, **more}, batch)
             at_eval = done == steps or (eval_every and done % eval_every == 0)
             at_save = done == steps or (save_every and done % save_every == 0)
-            if at_eval or at_save or terminated.asked:
+            if at_eval or at_save or stopping:
                 finish(done, pending)
                 pending = None
                 if at_eval:
                     evaluate_at(done)
-                if at_save or terminated.asked:
+                if at_save or stopping:
                     save(done)
-                if terminated.asked and done < steps:
+                if stopping:
                     checkpoints.wait()
                     raise Stopped(f"{name}: stopped by SIGTERM at step {done}; all of it is saved")
                 last_finish = time.perf_counter()

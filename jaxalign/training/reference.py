@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.sharding import replicated
+from jaxalign.sharding.processes import first_says
 from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.step import on_mesh
 
@@ -35,23 +37,25 @@ def precompute_reference(
     Returns:
       [highest record number + 1, 2] in nats; NaN where no pair has that number.
     """
-    if path.exists():
+    if first_says(path.exists()):
         return np.load(path, allow_pickle=False)["log_probs"]
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(mesh))  # every process keeps the whole table
     @partial(on_mesh, mesh=mesh)
-    def log_probs(params: Any, batch: PairBatch) -> jax.Array:
-        return objective.policy.log_probs(batch, params).log_prob.sum(-1)
+    def log_probs(params: Any, batch: PairBatch) -> tuple[jax.Array, ...]:
+        values = objective.policy.log_probs(batch, params).log_prob.sum(-1)
+        return batch.weight, batch.record_index, values
 
     numbers, values = [], []
     for batch in batches:
-        kept = np.asarray(batch.weight) > 0
-        numbers.append(np.asarray(batch.record_index)[kept])
-        values.append(np.asarray(log_probs(params, put(batch)))[kept])
+        weight, number, value = map(np.asarray, log_probs(params, put(batch)))
+        numbers.append(number[weight > 0])
+        values.append(value[weight > 0])
     index = np.concatenate(numbers)
     table = np.full((index.max() + 1, 2), np.nan, np.float32)
     table[index] = np.concatenate(values)
-    scratch = path.with_suffix(".partial.npz")
-    np.savez(scratch, log_probs=table)
-    scratch.replace(path)
+    if jax.process_index() == 0:
+        scratch = path.with_suffix(".partial.npz")
+        np.savez(scratch, log_probs=table)
+        scratch.replace(path)
     return table

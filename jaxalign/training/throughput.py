@@ -50,7 +50,8 @@ def peak_flops() -> float:
     kind = devices[0].device_kind
     if kind in PEAK_BFLOAT16:
         return PEAK_BFLOAT16[kind] * len(devices)
-    return _measured() * (1 if devices[0].platform == "cpu" else len(devices))
+    cpu = devices[0].platform == "cpu"  # whose devices share the cores
+    return _measured() * (jax.process_count() if cpu else len(devices))
 
 
 def _measured(size: int = 1024, trials: int = 5) -> float:
