@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.gradient_entanglement.runs import DATA, TINY, finished
-from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    EntanglementConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 PAPER = "EleutherAI/pythia-2.8b"
 RATES = {"adamw": 1e-4, "sgd": 3e-3}
@@ -52,6 +58,9 @@ def settings(
         loss=loss,
         loss_options=dict(options),
         entanglement=entanglement,
+        dtype="bfloat16" if paper else "float32",
+        remat="full" if paper else "none",
+        mesh=MeshConfig(fsdp=8) if paper else MeshConfig(),
         export=paper,
     )
 

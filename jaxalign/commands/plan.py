@@ -109,7 +109,12 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
 
     from jaxalign.commands.stages import parameter_structs
     from jaxalign.commands.training_data import joint_share
-    from jaxalign.commands.updates import make_objective, make_policy, make_update_rule
+    from jaxalign.commands.updates import (
+        make_objective,
+        make_policy,
+        make_update_rule,
+        make_watch,
+    )
     from jaxalign.models.lora import init_adapters
     from jaxalign.sharding import make_mesh
     from jaxalign.sharding.topologies import slice_devices
@@ -152,6 +157,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             batch,
             mesh,
             micro_batches=stage.micro_batches,
+            watch=make_watch(config, objective) if config.entanglement.every else None,
         )
         memory = dataclasses.asdict(used)
     except TooLargeError as error:

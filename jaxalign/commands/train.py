@@ -34,9 +34,8 @@ from jaxalign.commands.training_data import (
     load_stages,
     load_tokenizer_for,
 )
-from jaxalign.commands.updates import make_objective, make_policy, make_update_rule
+from jaxalign.commands.updates import make_objective, make_policy, make_update_rule, make_watch
 from jaxalign.config import StageConfig, TrainConfig
-from jaxalign.entanglement.cures import CURES
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
@@ -52,13 +51,12 @@ from jaxalign.training.loop import Stopped, Throughput, run_stage
 from jaxalign.training.masking import HEAD, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
 from jaxalign.training.objectives import ReferencedBatch
-from jaxalign.training.optimizers import preconditioner, with_rule
+from jaxalign.training.optimizers import with_rule
 from jaxalign.training.profiling import Trace
 from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import compile_step, initial_state, train_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
-from jaxalign.training.watching import Watch
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -235,17 +233,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     )
     plain, seen, every = compile_step(one_step, state, mesh), None, config.entanglement.every
     if is_preference and every:
-        watch = Watch(
-            objective=objective,
-            parts=config.entanglement.parts,
-            cure=CURES.get(config.entanglement.cure),
-            realised=config.entanglement.realised,
-            preconditioner=functools.partial(
-                preconditioner, b2=stage.optimizer.b2, eps=stage.optimizer.eps
-            )
-            if config.entanglement.preconditioned
-            else None,
-        )
+        watch = make_watch(config, objective)
         seen = compile_step(functools.partial(one_step, watch=watch), state, mesh)
     live = is_preference and not precomputed
     throughput = Throughput(

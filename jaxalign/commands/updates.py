@@ -1,5 +1,6 @@
 """What a stage's step is made of, from its config: policy, objective, update rule."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import optax
 
 from jaxalign.commands.find import find_loss
 from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.entanglement.cures import CURES
 from jaxalign.errors import UserError
 from jaxalign.training.masking import MaskedPreferenceObjective
 from jaxalign.training.objectives import (
@@ -15,7 +17,8 @@ from jaxalign.training.objectives import (
     SupervisedObjective,
     TokenPreferenceObjective,
 )
-from jaxalign.training.optimizers import make_optimizer, make_schedule
+from jaxalign.training.optimizers import make_optimizer, make_schedule, preconditioner
+from jaxalign.training.watching import Watch
 
 
 def make_policy(config: TrainConfig, name: str, model_config: Any) -> Policy:
@@ -56,6 +59,19 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
         options=options,
         coupled=coupled,
         penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
+    )
+
+
+def make_watch(config: TrainConfig, objective: Any) -> Watch:
+    """What the preference stage sees of its pairs."""
+    wanted, rule = config.entanglement, config.preference.optimizer
+    weigh = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
+    return Watch(
+        objective=objective,
+        parts=wanted.parts,
+        cure=CURES.get(wanted.cure),
+        realised=wanted.realised,
+        preconditioner=weigh if wanted.preconditioned else None,
     )
 
 

@@ -16,6 +16,7 @@ from jaxalign.sharding import batch_sharding, parameter_shardings
 from jaxalign.training.objectives import Objective, ReferencedBatch
 from jaxalign.training.step import compile_step, initial_state, train_step
 from jaxalign.training.throughput import matrix_parameters
+from jaxalign.training.watching import Watch
 
 Params = Any
 
@@ -81,6 +82,7 @@ def compiled_memory(
     mesh: Mesh,
     *,
     micro_batches: int = 1,
+    watch: Watch | None = None,
 ) -> Memory:
     """Compile the training step for a mesh and read what the compiler reserves on each device.
 
@@ -92,6 +94,7 @@ def compiled_memory(
       batch: shapes of a batch.
       mesh: of devices that need not be there.
       micro_batches: parts in which the batch passes.
+      watch: what the step sees of its pairs.
 
     Raises:
       TooLargeError: the compiler says that it does not fit.
@@ -103,7 +106,11 @@ def compiled_memory(
     rows = batch_sharding(mesh)
     batch = _placed(batch, jax.tree.map(lambda _: rows, batch))
     step = functools.partial(
-        train_step, objective=objective, optimizer=optimizer, micro_batches=micro_batches
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        watch=watch,
     )
     platform = mesh.devices.flat[0].platform
     try:
