@@ -220,8 +220,9 @@ class TrainConfig:
     """Low-rank adapters in the SFT and preference stages; a stage's are merged before the next."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; parameters and optimiser state are float32."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes anew instead of keeping."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """What the backward pass computes anew instead of keeping: nothing, whole layers, all but
+    matrix products; auto is full on a CPU, whose memory is the slower part, else none."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     nonfinite: Literal["stop", "skip"] = "stop"

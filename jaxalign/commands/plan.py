@@ -114,6 +114,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
         make_policy,
         make_update_rule,
         make_watch,
+        remat_on,
     )
     from jaxalign.models.lora import init_adapters
     from jaxalign.sharding import make_mesh
@@ -140,13 +141,14 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             params,
         )
     length = config.max_length
-    share = joint_share(config.share_prompts, model_config, devices[0].platform)
+    platform = devices[0].platform
+    remat = remat_on(config, platform)
+    share = joint_share(config.share_prompts, model_config, platform)
     batch = pair_structs(
         stage.batch_size, length, response or length, reference=not live, joint_share=share
     )
-    objective = make_objective(
-        config, "preference", make_policy(config, "preference", model_config)
-    )
+    policy = make_policy(config, "preference", model_config, platform=platform)
+    objective = make_objective(config, "preference", policy)
     start, memory, needed = time.perf_counter(), None, []
     try:
         used = compiled_memory(
@@ -171,7 +173,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
         mesh,
         live_reference=live,
         adapters=adapted,
-        remat=config.remat,
+        remat=remat,
         dtype=jnp.dtype(config.dtype),
     )
     limits = {
@@ -181,7 +183,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     }
     return Plan(
         mesh=dict(mesh.shape),
-        remat=config.remat,
+        remat=remat,
         memory=memory,
         needed=needed,
         capacity=chip.memory,
@@ -219,7 +221,7 @@ def page(config: TrainConfig, topology: str, plan: Plan) -> str:
     parts = f" in {stage.micro_batches} parts" if stage.micro_batches > 1 else ""
     lines = [
         f"{config.name}: {config.loss} on {config.model}",
-        f"{topology}, {chips} chips: {mesh}; remat {config.remat}, {config.dtype}",
+        f"{topology}, {chips} chips: {mesh}; remat {plan.remat}, {config.dtype}",
         f"a batch of {stage.batch_size} pairs of 2 x {config.max_length:,} tokens{parts}; "
         f"compiled in {plan.compile_seconds:.0f} s",
         "",

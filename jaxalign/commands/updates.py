@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -21,14 +22,23 @@ from jaxalign.training.optimizers import make_optimizer, make_schedule, precondi
 from jaxalign.training.watching import Watch
 
 
-def make_policy(config: TrainConfig, name: str, model_config: Any) -> Policy:
+def remat_on(config: TrainConfig, platform: str) -> str:
+    """What is computed anew on a platform."""
+    if config.remat == "auto":
+        return "full" if platform == "cpu" else "none"
+    return config.remat
+
+
+def make_policy(
+    config: TrainConfig, name: str, model_config: Any, *, platform: str | None = None
+) -> Policy:
     """How a stage's parameters make up the policy; pretraining trains all of them."""
     lora = config.lora if config.lora.rank and name != "pretrain" else None
     return Policy(
         config=model_config,
         adapter_scale=None if lora is None else lora.scale,
         adapter_dropout=0.0 if lora is None else lora.dropout,
-        remat=config.remat,
+        remat=remat_on(config, platform or jax.default_backend()),
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.entanglement.conditions import PairGeometry
+from jaxalign.models import devices
 from jaxalign.models.probes import (
     by_pairs,
     factored_gram,
-    on_one_cpu,
     probes_of,
     token_products,
 )
@@ -129,7 +129,7 @@ def _lookup_gram(
 
     x = by_pairs(cotangents.astype(jnp.float32), pairs)
     inputs = x, ids.reshape(pairs, 2, -1), other
-    return jax.lax.map(of_pair, inputs) if on_one_cpu() else jax.vmap(of_pair)(inputs)
+    return jax.lax.map(of_pair, inputs) if devices.one_cpu() else jax.vmap(of_pair)(inputs)
 
 
 def unweighted(

@@ -34,6 +34,11 @@ def number() -> int:
     return jax.device_count() if target is None else target[1]
 
 
+def one_cpu() -> bool:
+    """Whether rows pass one by one, through the cache, or all at once, spread over devices."""
+    return platform() == "cpu" and number() == 1
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, devices: int) -> Iterator[None]:
     """What is traced inside takes the forms that these devices run best."""

@@ -220,36 +220,51 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
     return out.reshape(batch, -1, heads, width)[:, :length]
 
 
-def _sees(queries: _Row, keys: _Row, window: int | None) -> Bool[Array, "batch queries keys"]:
+def _attend(q, k, v, queries, keys, scale, window, cap):
+    """Attention of a set of queries; on one CPU row by row, whose scores then stay in the cache."""
+    attend = functools.partial(_attend_row, scale=scale, window=window, cap=cap)
+
+    def of_rows(row: _Row) -> _Row:
+        return row.map(lambda x: jnp.broadcast_to(x, (q.shape[0], x.shape[1])))
+
+    inputs = q, k, v, of_rows(queries), of_rows(keys)
+    if devices.one_cpu():
+        return jax.lax.map(jax.checkpoint(lambda row: attend(*row)), inputs)
+    return jax.vmap(attend)(*inputs)
+
+
+def _attend_row(q, k, v, queries, keys, *, scale, window, cap):
+    """Scores, softmax and mixture for the queries of one row; softmax in float32."""
+    number, heads, width = q.shape
+    kv_heads, at = k.shape[1], precision(q.dtype)
+    groups = heads // kv_heads
+    # a head's queries with the groups innermost: positions stay split as they are
+    grouped = jnp.moveaxis(q.reshape(number, kv_heads, groups, width), 0, 1)
+    grouped = grouped.reshape(kv_heads, number * groups, width)
+    scores = jnp.einsum(
+        "hqd,shd->hqs", grouped, k, precision=at, preferred_element_type=jnp.float32
+    )
+    scores = softcap(scores * scale, cap)
+    seen = jnp.repeat(_sees(queries, keys, window), groups, axis=0)
+    weights = jax.nn.softmax(jnp.where(seen[None], scores, -1e30), axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("hqs,shd->hqd", weights, v, precision=at)
+    mixed = jnp.moveaxis(mixed.reshape(kv_heads, number, groups, width), 0, 1)
+    return mixed.reshape(number, heads, width)
+
+
+def _sees(queries: _Row, keys: _Row, window: int | None) -> Bool[Array, "queries keys"]:
     """Which keys a query sees: none behind it, those of its segment and of the one before."""
 
     def pairs(of_query: Array, of_key: Array) -> tuple[Array, Array]:
-        return of_query[:, :, None], of_key[:, None, :]
+        return of_query[:, None], of_key[None, :]
 
     query, key = pairs(queries.segment, keys.segment)
     seen = query == key
     if queries.prefix is not None:
-        seen |= queries.prefix[:, :, None] == key
+        seen |= queries.prefix[:, None] == key
     query, key = pairs(queries.place, keys.place)
     seen &= query >= key
     if window is not None:
         query, key = pairs(queries.position, keys.position)
         seen &= query - key < window
     return seen
-
-
-def _attend(q, k, v, queries, keys, scale, window, cap):
-    """Scores, softmax and mixture for a set of queries; softmax in float32."""
-    batch, number, heads, width = q.shape
-    groups = heads // k.shape[2]
-    at = precision(q.dtype)
-    grouped = q.reshape(batch, number, k.shape[2], groups, width)
-    scores = jnp.einsum(
-        "bqkgd,bskd->bkgqs", grouped, k, precision=at, preferred_element_type=jnp.float32
-    )
-    scores = softcap(scores * scale, cap)
-    seen = _sees(queries, keys, window)
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=at)
-    return mixed.reshape(batch, number, heads, width)

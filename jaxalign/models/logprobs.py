@@ -18,7 +18,6 @@ from jaxalign.models.probes import (
     factored_gram,
     forms_gradients,
     gram,
-    on_one_cpu,
     row_gradients,
     token_products,
 )
@@ -260,7 +259,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return (d_block, d_bias_rows.sum(0)), new
 
         inputs = hiddens, rows, sums
-        if on_one_cpu():
+        if devices.one_cpu():
 
             def step(total, inputs):
                 added, new = of_pair(*inputs)
@@ -307,7 +306,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return product("nrt,nri->nti", d_z.reshape(2, response, -1), x)
 
         inputs = hiddens, rows, probe.tokens
-        of_all = jax.lax.map if on_one_cpu() else lambda f, xs: jax.vmap(f)(xs)
+        of_all = jax.lax.map if devices.one_cpu() else lambda f, xs: jax.vmap(f)(xs)
         d_probe = dataclasses.replace(d_probe, rows=of_all(at_tokens, inputs))
     return d_hidden, d_kernel.T.astype(kernel.dtype), d_bias, d_probe
 

@@ -95,11 +95,6 @@ def token_products(
     return own, product("...ti,...ui->...tu", x[..., 0, :, :], x[..., 1, :, :])
 
 
-def on_one_cpu() -> bool:
-    """Whether pairs pass one by one, through the cache, or all at once, spread over devices."""
-    return devices.platform() == "cpu" and devices.number() == 1
-
-
 def forms_gradients(tokens: int, inputs: int, outputs: int) -> bool:
     """Whether each row's gradient is formed rather than inner products between tokens.
 
@@ -141,7 +136,7 @@ def _matmul_bwd(saved, dy):
     if not forms_gradients(xs.shape[2], *kernel.shape):
         geometry = factored_gram(token_products(xs), token_products(dys))
         total = product("pnti,pnto->io", xs, dys)
-    elif on_one_cpu():
+    elif devices.one_cpu():
 
         def of_pair(total, inputs):
             chosen, rejected = row_gradients(*inputs)

@@ -32,7 +32,7 @@ def test_a_page_for_a_slice(experiment, capsys):
     adapters = ["--lora.rank", "2", "--mesh.fsdp", "4", "--response", "8"]
     assert main(["plan", "small.py", "--topology", "cpu:4", *adapters, "--json", "plan.json"]) == 0
     text = capsys.readouterr().out
-    assert "cpu:4, 4 chips: data 1, fsdp 4, tensor 1" in text
+    assert "cpu:4, 4 chips: data 1, fsdp 4, sequence 1, tensor 1" in text
     assert "a batch of 8 pairs of 2 x 16 tokens" in text  # `paper` unless told
     (plan,) = json.loads(Path("plan.json").read_text())
     memory = plan["memory"]  # adapters alone are trained: two moments each, and counters
@@ -46,7 +46,7 @@ def test_a_sweep_ranks_what_fits(experiment, capsys):
     assert main(["plan", "small.py", *flags]) == 0
     plans = json.loads(Path("plans.json").read_text())
     meshes = {tuple(plan["mesh"].values()) for plan in plans}
-    assert meshes == {(1, 2, 1), (2, 1, 1), (1, 1, 2)}
+    assert meshes == {(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 1, 2)}
     assert {plan["remat"] for plan in plans} == {"none", "dots", "full"}
     assert "fastest bound of those that fit" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.data import PairBatch
 from jaxalign.entanglement import pair_geometry, probing, two_pass_geometry
-from jaxalign.models import DecoderConfig, decoder, load_pretrained, logprobs, probes
+from jaxalign.models import DecoderConfig, decoder, devices, load_pretrained, logprobs, probes
 from jaxalign.models.responses import response_log_probs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -118,8 +118,7 @@ def test_every_form_and_every_part(form, tied, monkeypatch):
     formed, one_by_one = FORMS[form]
     for module in (probes, logprobs):
         monkeypatch.setattr(module, "forms_gradients", lambda *_: formed)
-        monkeypatch.setattr(module, "on_one_cpu", lambda: one_by_one)
-    monkeypatch.setattr(probing, "on_one_cpu", lambda: one_by_one)
+    monkeypatch.setattr(devices, "one_cpu", lambda: one_by_one)
     config = small(tied)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     batch = pairs_for(config.vocab_size)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.models import devices
 from jaxalign.models.layers import attention, dense, layer_norm, rms_norm, softcap
 from jaxalign.sharding import make_mesh, state_sharding
 from jaxalign.training.step import on_mesh
@@ -43,7 +44,9 @@ def written_out(q, k, v, segments, *, scale, window=None, cap=None):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("block", [7, 64])
 @pytest.mark.parametrize("segmented", [False, True])
-def test_attention_is_the_textbooks(options, block, segmented, rng):
+@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
+def test_attention_is_the_textbooks(options, block, segmented, one_cpu, rng, monkeypatch):
+    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
     q, k, v = draw(rng, 2, 19, 4, 8), draw(rng, 2, 19, 2, 8), draw(rng, 2, 19, 2, 8)
     segments = np.ones((2, 19), np.int32)
     if segmented:
@@ -55,13 +58,16 @@ def test_attention_is_the_textbooks(options, block, segmented, rng):
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-def test_blocks_change_no_gradient(rng):
+@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
+def test_blocks_change_no_gradient(one_cpu, rng, monkeypatch):
     arrays = draw(rng, 1, 19, 4, 8), draw(rng, 1, 19, 2, 8), draw(rng, 1, 19, 2, 8)
 
     def loss(arrays, block):
         return jnp.square(attention(*arrays, scale=0.4, window=6, query_block=block)).sum()
 
-    whole, blocked = (jax.grad(loss)(arrays, block) for block in (64, 4))
+    whole = jax.grad(loss)(arrays, 64)
+    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
+    blocked = jax.grad(loss)(arrays, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), blocked, whole)
 
 
