@@ -15,8 +15,8 @@ the same batch in whatever order: 2 x pairs x length tokens, none of them paddin
 decay, norm clipped at 1, a constant learning rate, beta 0.1, every step logged.
 
 - jaxalign is the command line with all defaults, metrics from its metrics.jsonl; then with
-  `--reference precomputed`, with `--share-prompts never`, with `--remat none`. Its final checkpoint is after the last
-  measured step, as TRL and tunix are told to save nothing.
+  `--reference precomputed`, with `--share-prompts never`, with `--remat none`. Its final
+  checkpoint is after the last measured step, as TRL and tunix are told to save nothing.
 - trl: `gradient_checkpointing=False`, with the live reference and with
   `precompute_ref_log_probs=True`. "trl, checkpointing" is the live reference with
   `gradient_checkpointing=True`, which is the default of TRL 1.16 (as is `bf16=True`; here --dtype

@@ -17,6 +17,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "tpu" / "README.md",
     *sorted(ROOT.glob("experiments/*/README.md")),
 ]
 

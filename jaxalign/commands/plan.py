@@ -149,11 +149,13 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     )
     policy = make_policy(config, "preference", model_config, platform=platform)
     objective = make_objective(config, "preference", policy)
+    optimizer = make_update_rule(stage)[0]
+    moments = jax.eval_shape(optimizer.init, trained)
     start, memory, needed = time.perf_counter(), None, []
     try:
         used = compiled_memory(
             objective,
-            make_update_rule(stage)[0],
+            optimizer,
             trained,
             {"policy": params if adapted else None, "reference": params},
             batch,
@@ -171,6 +173,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
         trained,
         batch,
         mesh,
+        moments=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)),
         live_reference=live,
         adapters=adapted,
         remat=remat,

@@ -134,6 +134,8 @@ def run_stage(
 
     def save(at: int) -> None:
         checkpoints.save(at, state, {"iterator": batches.get_state(), "step": at, "stage": name})
+        for writer in writers:
+            writer.flush()
 
     def finish(at: int, pending: tuple[Any, Any]) -> None:
         """Read a dispatched step's metrics, check and record them."""

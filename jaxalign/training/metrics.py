@@ -56,6 +56,10 @@ class Writer(Protocol):
         """Record the values of one step of one stage."""
         ...
 
+    def flush(self) -> None:
+        """Leave what was written where it outlives this machine; called with every checkpoint."""
+        ...
+
     def close(self) -> None:
         """Leave nothing in a buffer."""
         ...
@@ -70,6 +74,7 @@ class JsonLines:
     """`metrics.jsonl`: one object a line, with stage, split and step first."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
@@ -77,6 +82,10 @@ class JsonLines:
         line |= {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def flush(self) -> None:
+        self._file.close()  # a mounted bucket takes a file when it is closed
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -93,6 +102,9 @@ class TensorBoard:
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}-{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -112,6 +124,9 @@ class WeightsAndBiases:
 
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         self._run.log({f"{stage}-{split}/{k}": v for k, v in values.items()} | {"step": step})
+
+    def flush(self) -> None:
+        """Nothing: the run sends by itself."""
 
     def close(self) -> None:
         self._run.finish()

@@ -159,6 +159,7 @@ def work(
     batch: ReferencedBatch,
     mesh: Mesh,
     *,
+    moments: int,
     live_reference: bool,
     adapters: bool,
     remat: str,
@@ -172,6 +173,7 @@ def work(
       trained: shapes of the trained ones.
       batch: shapes of a batch.
       mesh: how devices share the work.
+      moments: bytes of the optimiser's state, of all devices together.
       live_reference: whether the reference runs in the step.
       adapters: whether adapters alone are trained.
       remat: what is computed again: none, full (a forward pass more) or dots (attention's).
@@ -210,7 +212,7 @@ def work(
         tokens=tokens,
         model_flops=float(passes * matrices / mesh.size),
         flops=float(flops / mesh.size),
-        memory_bytes=weights * size * through + 4 * moved / (tensor * fsdp) * 6,
+        memory_bytes=weights * size * through + 2 * (4 * moved + moments) / (tensor * fsdp),
         link_bytes=gathered + reduced + summed + attended,
     )
 

@@ -38,3 +38,15 @@ def test_metrics_file_is_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_pat
     ]
     assert lines[-1]["loss"] is None
     assert read_metrics(path) == lines
+
+
+def test_a_flushed_file_holds_its_lines_and_takes_more(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path)
+    writer.write("preference", "train", 1, {"loss": 0.5})
+    descriptor = writer._file
+    writer.flush()
+    assert descriptor.closed  # what a mounted bucket waits for
+    writer.write("preference", "train", 2, {"loss": 0.25})
+    writer.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]

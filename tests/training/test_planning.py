@@ -55,7 +55,13 @@ def _referenced(pairs):
 def work_on(sizes, **options):
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(**({"data": 1} | sizes), devices=jax.devices()[:count])
-    usual = {"live_reference": True, "adapters": False, "remat": "none", "dtype": jnp.float32}
+    usual = {
+        "moments": 0,
+        "live_reference": True,
+        "adapters": False,
+        "remat": "none",
+        "dtype": jnp.float32,
+    }
     return work(CONFIG, SHAPES, SHAPES, BATCH, mesh, **(usual | options))
 
 
@@ -79,6 +85,8 @@ def test_work_follows_its_formulas():
     assert four.link_bytes == pytest.approx(0.75 * size * 4)
     copies = work_on({"data": 4})
     assert copies.link_bytes == pytest.approx(2 * 0.75 * size)
+    adamw = work_on({"fsdp": 4}, moments=2 * size)
+    assert adamw.memory_bytes - four.memory_bytes == pytest.approx(4 * size / 4)  # read, written
     half = work_on({"fsdp": 4}, dtype=jnp.bfloat16)
     assert half.link_bytes == pytest.approx(0.75 * size * 2.5)
 
