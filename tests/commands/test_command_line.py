@@ -1,5 +1,6 @@
 """Commands as users type them: what they print, and one clear line where something is wrong."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -182,7 +183,13 @@ def test_a_loss_of_ones_own_is_trained(folder):
 
 def test_every_other_step_is_watched_and_the_update_is_the_same(folder, capsys):
     arguments = ["train", "small.py", "--no-export", "--output"]
-    assert main([*arguments, "plain"]) == 0
+    assert main([*arguments, "plain", "--profile", "1"]) == 0
+    for stage in ("sft", "preference"):
+        [trace] = (folder / "plain/small/profile" / stage).rglob("perfetto_trace.json.gz")
+        with gzip.open(trace, "rt") as file:
+            events = json.load(file)["traceEvents"]
+        steps = [event for event in events if event.get("name") == stage]
+        assert len(steps) == 1, "one step is traced, under the stage's name"
     watch = ["--entanglement.every", "2", "--entanglement.realised"]
     assert main([*arguments, "watched", *watch]) == 0
     plain, watched = (read_run(folder / name / "small") for name in ("plain", "watched"))
