@@ -124,13 +124,17 @@ def config_of(loss: str, rule: str, start: str, scale: str):
 
 
 def same_sign(folder: Path, geometry: str = "") -> float:
-    """Share of watched batches whose mean changes have the signs that the pairs' own means have."""
-    right = []
+    """Share of watched batches whose mean changes have the signs that the pairs' own means have.
+
+    Batches in which no pair has a prediction (no gradient is left) are not counted.
+    """
+    right: dict[int, bool] = {}
     for side in ("chosen", "rejected"):
-        predicted = np.array(curve(folder, f"{geometry}predicted_{side}")[1])
-        realised = np.array(curve(folder, f"realised_{side}")[1])
-        right.append(np.sign(predicted) == np.sign(realised))
-    return float(np.mean(right[0] & right[1]))
+        realised = dict(zip(*curve(folder, f"realised_{side}"), strict=True))
+        for step, predicted in zip(*curve(folder, f"{geometry}predicted_{side}"), strict=True):
+            same = bool(np.sign(predicted) == np.sign(realised[step]))
+            right[step] = right.get(step, True) and same
+    return float(np.mean(list(right.values())))
 
 
 def outcome(folder: Path) -> str:
