@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     width, heads = config.width, config.heads * config.head_width
     kv, bias = config.kv_heads * config.head_width, config.norm == "layer"
 
-    def norm(*size: int) -> dict[str, tuple[int, ...]]:
+    def norms(*size: int) -> dict[str, tuple[int, ...]]:
         return {"scale": size, "bias": size} if bias else {"scale": size}
 
     def kernel(inputs: int, outputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
@@ -56,10 +56,10 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     if config.gated:
         layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
     if config.norm_placement != "post":
-        layers |= {name: norm(config.layers, width) for name in ("attention_norm", "mlp_norm")}
+        layers |= {name: norms(config.layers, width) for name in ("attention_norm", "mlp_norm")}
     if config.norm_placement in ("post", "sandwich"):
         names = ("post_attention_norm", "post_mlp_norm")
-        layers |= {name: norm(config.layers, width) for name in names}
+        layers |= {name: norms(config.layers, width) for name in names}
     if config.qk_norm is not None:
         sizes = (heads, kv) if config.qk_norm == "width" else (config.head_width,) * 2
         layers["q_norm"] = {"scale": (config.layers, sizes[0])}
@@ -67,7 +67,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     shapes: dict[str, Any] = {
         "embed": {"embedding": (config.vocab_size, width)},
         "layers": layers,
-        "final_norm": norm(width),
+        "final_norm": norms(width),
     }
     if config.position_kind == "learned":
         shapes["positions"] = {"embedding": (config.context_length, width)}
@@ -108,7 +108,8 @@ def init_params(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float
     return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
+def norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
+    """The config's norm over the last axis."""
     if config.norm == "layer":
         return layer_norm(x, params, eps=config.norm_eps)
     return rms_norm(x, params, eps=config.norm_eps, offset=config.norm_offset)
@@ -127,17 +128,36 @@ def _positions(length, attention_mask, segment_ids):
     return places
 
 
-def _attention_branch(x, layer, adapters, scale, is_windowed, angles, seen, config, how):
-    """Queries, keys and values; norms and rotation; attention; the output matrix."""
+def queries_keys_values(
+    x: Float[Array, "batch length width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    adapters: Mapping[str, Any],
+    scale: float | Float[Array, ""],
+    is_windowed: Any,
+    angles: Any,
+) -> tuple[Array, Array, Array]:
+    """A layer's queries, keys and values, normed and rotated, [batch, length, heads, head_width].
+
+    Args:
+      x: what the layer's attention reads.
+      layer: its parameters.
+      config: the decoder.
+      adapters: its low-rank updates; empty: none.
+      scale: factor on these.
+      is_windowed: whether it is a sliding-window layer, which may turn at a speed of its own.
+      angles: cosines and sines for each kind of rotation, from `rotations`; None: no rotation.
+    """
     batch, length, _ = x.shape
 
     def project(name: str, heads: int) -> jax.Array:
         y = dense(x, layer[name], adapters.get(name), scale)
-        norm = f"{name}_norm"
-        if norm in layer and config.qk_norm == "width":
-            y = _norm(y, layer[norm], config)
+        own = layer.get(f"{name}_norm")
+        if own is not None and config.qk_norm == "width":
+            y = norm(y, own, config)
         y = y.reshape(batch, length, heads, config.head_width)
-        return _norm(y, layer[norm], config) if norm in layer and config.qk_norm == "head" else y
+        return norm(y, own, config) if own is not None and config.qk_norm == "head" else y
 
     q = project("q", config.heads)
     k, v = project("k", config.kv_heads), project("v", config.kv_heads)
@@ -149,6 +169,13 @@ def _attention_branch(x, layer, adapters, scale, is_windowed, angles, seen, conf
                 for local, full in zip(angles[1], angles[0], strict=True)
             )
         q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+    return q, k, v
+
+
+def _attention_branch(x, layer, adapters, scale, is_windowed, angles, seen, config, how):
+    """What attention adds to the residual stream, and the keys and values that it read."""
+    turned = {"adapters": adapters, "scale": scale, "is_windowed": is_windowed, "angles": angles}
+    q, k, v = queries_keys_values(x, layer, config, **turned)
     attend = functools.partial(
         attention,
         scale=config.scale,
@@ -164,10 +191,19 @@ def _attention_branch(x, layer, adapters, scale, is_windowed, angles, seen, conf
     else:
         mixed = attend(q, k, v)
     mixed = checkpoint_name(mixed, "attention_output")
-    return dense(mixed.reshape(batch, length, -1), layer["o"], adapters.get("o"), scale)
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return dense(mixed, layer["o"], adapters.get("o"), scale), (k, v)
 
 
-def _mlp_branch(x, layer, adapters, scale, config):
+def mlp_branch(
+    x: Float[Array, "... width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    adapters: Mapping[str, Any],
+    scale: float | Float[Array, ""],
+) -> Float[Array, "... width"]:
+    """What a layer's MLP adds to the residual stream."""
     activation = ACTIVATIONS[config.activation]
     y = dense(x, layer["up"], adapters.get("up"), scale)
     if config.gated:
@@ -177,24 +213,91 @@ def _mlp_branch(x, layer, adapters, scale, config):
     return dense(y, layer["down"], adapters.get("down"), scale)
 
 
-def _block(x, layer, attend, mlp, config):
-    """One layer: the two branches, with norms where the config puts them."""
+def one_layer(
+    x: Float[Array, "... width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    attend: Callable[[Array], tuple[Array, Any]],
+    mlp: Callable[[Array], Array],
+) -> tuple[Float[Array, "... width"], Any]:
+    """One layer: the two branches, with norms where the config puts them.
+
+    Args:
+      x: the residual stream.
+      layer: its parameters.
+      config: the decoder.
+      attend: the attention branch, and whatever it keeps.
+      mlp: the MLP branch.
+
+    Returns:
+      The residual stream after the layer, and what `attend` keeps.
+    """
 
     def before(name, y):
-        return y if config.norm_placement == "post" else _norm(y, layer[name], config)
+        return y if config.norm_placement == "post" else norm(y, layer[name], config)
 
     def after(name, y):
         placed = config.norm_placement in ("post", "sandwich")
-        return _norm(y, layer[name], config) if placed else y
+        return norm(y, layer[name], config) if placed else y
 
-    attended = after("post_attention_norm", attend(before("attention_norm", x)))
+    attended, kept = attend(before("attention_norm", x))
+    attended = after("post_attention_norm", attended)
     if config.norm_placement == "parallel":
-        return x + attended + mlp(before("mlp_norm", x))
+        return x + attended + mlp(before("mlp_norm", x)), kept
     x = x + attended
-    return x + after("post_mlp_norm", mlp(before("mlp_norm", x)))
+    return x + after("post_mlp_norm", mlp(before("mlp_norm", x))), kept
+
+
+def rotations(config: DecoderConfig, positions: Int[Array, "batch length"]) -> Any:
+    """Cosines and sines at each position for each kind of rotation; None: positions are learned."""
+    if config.position_kind == "learned":
+        return None
+    ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+    sizes = config.head_width, config.context_length
+    return [rope_angles(rope, *sizes, positions) for rope in ropes]
+
+
+def first_states(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    positions: Int[Array, "rows length"],
+    dtype: Any,
+) -> Float[Array, "batch length width"]:
+    """What the first layer reads: embeddings, with positions where these are learned."""
+    x = look_up(params["embed"], tokens, dtype)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, dtype)
+    if config.position_kind == "learned":
+        x = x + look_up(params["positions"], jnp.broadcast_to(positions, tokens.shape), dtype)
+    return x
 
 
 def hidden_states(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    **options: Any,
+) -> Float[Array, "batch length width"]:
+    """The decoder's last hidden states, after the final norm.
+
+    Args:
+      params: nested dict of arrays; leaves under "layers" are stacked, [layers, ...].
+      config: the decoder.
+      tokens: [batch, length], ids below `config.vocab_size`.
+      **options: those of `states_and_keys`.
+
+    Returns:
+      [batch, length, width] in the computation's dtype.
+
+    Raises:
+      UserError: if `remat` is unknown or the rows are longer than learned positions reach.
+    """
+    return states_and_keys(params, config, tokens, **options)[0]
+
+
+def states_and_keys(
     params: Mapping[str, Any],
     config: DecoderConfig,
     tokens: Int[Array, "batch length"],
@@ -208,8 +311,9 @@ def hidden_states(
     remat: str = "none",
     dtype: Any = None,
     attention_kind: str = "auto",
-) -> Float[Array, "batch length width"]:
-    """The decoder's last hidden states, after the final norm.
+    keep: bool = False,
+) -> tuple[Float[Array, "batch length width"], Any]:
+    """The decoder's last hidden states, after the final norm, and what a cache wants to keep.
 
     Layers run under `jax.lax.scan`, so that one block is compiled whatever the depth. Rows padded
     on the right need no mask: causality hides the padding from every real token, and on a GPU
@@ -233,9 +337,11 @@ def hidden_states(
         matrix products), "attention" (all but attention outputs).
       dtype: of the computation; None is the parameters' own.
       attention_kind: "auto", or the implementation that `layers.attention` should use.
+      keep: also return every layer's keys and values.
 
     Returns:
-      [batch, length, width] in `dtype`.
+      [batch, length, width] in `dtype`; and, if asked for, keys and values, each [layers, batch,
+      length, kv_heads, head_width].
 
     Raises:
       UserError: if `remat` is unknown or the rows are longer than learned positions reach.
@@ -260,16 +366,7 @@ def hidden_states(
         seen |= {"prefix_ids": prefix_ids, "positions": positions}
 
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
-    x = look_up(params["embed"], tokens, dtype)
-    if config.embedding_scale is not None:
-        x = x * jnp.asarray(config.embedding_scale, dtype)
-    angles = None
-    if config.position_kind == "learned":
-        x = x + look_up(params["positions"], jnp.broadcast_to(positions, tokens.shape), dtype)
-    else:
-        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
-        sizes = config.head_width, config.context_length
-        angles = [rope_angles(rope, *sizes, positions) for rope in ropes]
+    x, angles = first_states(params, config, tokens, positions, dtype), rotations(config, positions)
 
     def block(x, inputs):
         layer, updates, is_windowed = inputs
@@ -281,16 +378,17 @@ def hidden_states(
 
         def mlp(y):
             with jax.named_scope("mlp"):
-                return _mlp_branch(y, layer, updates, adapter_scale, config)
+                return mlp_branch(y, layer, config, adapters=updates, scale=adapter_scale)
 
-        return _block(devices.by_rows(x), layer, attend, mlp, config), None
+        x, kept = one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
+        return x, kept if keep else None
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     windowed = jnp.asarray(config.windowed or (False,) * config.layers)
     updates = {} if adapters is None else adapters["layers"]
-    x, _ = jax.lax.scan(block, x, (params["layers"], updates, windowed))
-    return _norm(devices.by_rows(x), params["final_norm"], config)
+    x, kept = jax.lax.scan(block, x, (params["layers"], updates, windowed))
+    return norm(devices.by_rows(x), params["final_norm"], config), kept
 
 
 def unembedding(
@@ -317,7 +415,23 @@ def logits(
       [batch, length, vocabulary], float32.
     """
     hidden = hidden_states(params, config, tokens, **options)
-    kernel, bias = unembedding(params, config)
+    return unembed(hidden, config, *unembedding(params, config))
+
+
+def unembed(
+    hidden: Float[Array, "*rows width"],
+    config: Any,
+    kernel: Float[Array, "width vocabulary"],
+    bias: Float[Array, " vocabulary"] | None,
+) -> Float[Array, "*rows vocabulary"]:
+    """Float32 logits of hidden states, scaled and capped as the config says.
+
+    Args:
+      hidden: [..., width].
+      config: of a decoder or an encoder-decoder.
+      kernel: with the bias, what the architecture's `unembedding` returns.
+      bias: or None.
+    """
     out = jnp.matmul(
         hidden,
         kernel.astype(hidden.dtype),

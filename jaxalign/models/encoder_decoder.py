@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign.errors import UserError
 from jaxalign.models import devices
 from jaxalign.models.config import EncoderDecoderConfig
-from jaxalign.models.decoder import REMAT_POLICIES
+from jaxalign.models.decoder import REMAT_POLICIES, unembed
 from jaxalign.models.layers import ACTIVATIONS, dense, look_up, rms_norm
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import spread
@@ -319,14 +319,7 @@ def _compiled_logits(params, config, tokens, mask, decoder_tokens, decoder_mask,
         remat=remat,
         dtype=dtype,
     )
-    kernel, _ = unembedding(params, config)
-    out = jnp.matmul(
-        hidden,
-        kernel.astype(hidden.dtype),
-        precision=precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return out if config.logit_scale is None else out * config.logit_scale
+    return unembed(hidden, config, *unembedding(params, config))
 
 
 class EncoderDecoder(Model):
