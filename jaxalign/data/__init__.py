@@ -10,6 +10,7 @@ from jaxalign.data.embedded import (
 from jaxalign.data.reading import ReadReport
 from jaxalign.data.records import (
     PreferenceRecord,
+    PromptRecord,
     PromptResponseRecord,
     TextRecord,
     UnpairedRecord,
@@ -17,6 +18,7 @@ from jaxalign.data.records import (
 from jaxalign.data.sources import (
     chosen_responses,
     preference_records,
+    prompt_records,
     response_records,
     split_holdout,
     text_records,
@@ -28,6 +30,7 @@ from jaxalign.data.tokenize import (
     TokenizedTexts,
     TokenizeReport,
     tokenize_pairs,
+    tokenize_prompts,
     tokenize_responses,
     tokenize_texts,
 )
@@ -36,6 +39,7 @@ from jaxalign.data.tokenizers import load_tokenizer
 __all__ = [
     "PairBatch",
     "PreferenceRecord",
+    "PromptRecord",
     "PromptResponseRecord",
     "ReadReport",
     "TextBatch",
@@ -53,11 +57,13 @@ __all__ = [
     "load_tokenizer",
     "pair_batches",
     "preference_records",
+    "prompt_records",
     "response_records",
     "split_holdout",
     "text_batches",
     "text_records",
     "tokenize_pairs",
+    "tokenize_prompts",
     "tokenize_responses",
     "tokenize_texts",
     "unpaired_records",

@@ -33,6 +33,13 @@ class TextOf:
         cut = shared_length(begun, whole) if differs else len(begun)
         return whole[:cut], self._without_trailing_space(whole[cut:]), differs
 
+    def prompt(self, prompt: Text, place: str) -> str:
+        """The text that a response would continue."""
+        if isinstance(prompt, str) and not self.strings_as_chat:
+            return self.prompt_format.replace("{prompt}", prompt)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return self._apply(turns, place, add_generation_prompt=True)
+
     def _apply(self, messages: list[Any], place: str, **options: Any) -> str:
         import jinja2
 

@@ -45,6 +45,15 @@ class PromptResponseRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRecord:
+    """A prompt to respond to."""
+
+    prompt: Text
+    source: str
+    line: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UnpairedRecord:
     """A prompt, one response, and whether it was liked."""
 

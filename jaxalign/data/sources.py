@@ -10,6 +10,7 @@ from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, r
 from jaxalign.data.records import (
     Message,
     PreferenceRecord,
+    PromptRecord,
     PromptResponseRecord,
     Text,
     TextRecord,
@@ -19,7 +20,7 @@ from jaxalign.data.records import (
 from jaxalign.errors import UserError
 
 R = TypeVar("R")
-P = TypeVar("P", PreferenceRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
+P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
 
 ASSISTANT = "\n\nAssistant:"  # HH-RLHF's mark of an assistant turn
 NOT_RESPONDING = frozenset({"user", "human", "system", "tool"})  # roles
@@ -63,6 +64,25 @@ def response_records(
     if source == "embedded":
         return iter(embedded_responses())
     return _records(source, lambda row: [_response(row)], bad_records, report)
+
+
+def prompt_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> Iterator[PromptRecord]:
+    """Prompts to respond to: {prompt}, {messages} up to the last turn that is not a response, JSON
+    strings, or the prompts of any other records.
+
+    Args:
+      source: as for `preference_records`.
+      bad_records: "error" or "skip".
+      report: filled while reading.
+    """  # noqa: D205
+    if source == "embedded":
+        return (
+            PromptRecord(prompt=record.prompt, source=record.source, line=record.line)
+            for record in embedded_responses()
+        )
+    return _records(source, lambda row: [_prompt(row)], bad_records, report)
 
 
 def unpaired_records(
@@ -327,6 +347,25 @@ def _response(row: Row) -> PromptResponseRecord:
         source=row.source,
         line=row.line,
     )
+
+
+def _prompt(row: Row) -> PromptRecord:
+    """A prompt that says something."""
+    if isinstance(row.value, str):
+        prompt: Text = _string(row.value, "the prompt")
+    elif _is_pair(fields := _fields(row)):
+        prompt = preference_of_row(row).prompt
+    elif fields.get("prompt") is None and fields.get("messages") is not None:
+        turns = _messages(fields["messages"], "messages")
+        while turns and turns[-1]["role"] not in NOT_RESPONDING:
+            turns.pop()
+        prompt = turns
+    else:
+        prompt = _prompt_text(_required(fields, "prompt", "messages"))
+    said = prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
+    if not said.strip():
+        raise BadRecordError("empty prompt", "the prompt is empty")
+    return PromptRecord(prompt=prompt, source=row.source, line=row.line)
 
 
 def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:

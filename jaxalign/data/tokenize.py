@@ -13,6 +13,7 @@ import numpy as np
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import (
     PreferenceRecord,
+    PromptRecord,
     PromptResponseRecord,
     TextRecord,
 )
@@ -261,6 +262,53 @@ def tokenize_responses(
     report.tokens = rows.tokens
     if not len(rows):
         raise UserError("no records to tokenise")
+    return rows.finish(), report
+
+
+def tokenize_prompts(
+    records: Iterable[PromptRecord],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    prompt_format: str = "{prompt}",
+    chat_template: str | None = None,
+    strings_as_chat: bool = False,
+    encoder_decoder: bool = False,
+) -> tuple[TokenizedRows, TokenizeReport]:
+    """Tokens of prompts that responses will be sampled for, begun as training rows begin.
+
+    Args:
+      records: prompts.
+      tokenizer: from `load_tokenizer`.
+      max_length: most tokens of a prompt; longer ones lose their beginning and are counted.
+      prompt_format: text around a plain prompt.
+      chat_template: in place of the tokenizer's own, for conversations.
+      strings_as_chat: plain prompts are also put through the chat template.
+      encoder_decoder: prompts are the encoder's texts, with the tokenizer's end token.
+
+    Returns:
+      Rows that are all prompt, and the counts.
+    """
+    report = TokenizeReport()
+    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    encoder = Encoder(tokenizer)
+    if max_length < 1 + len(encoder.start) + len(encoder.suffix):
+        raise UserError(f"max_prompt_length: {max_length} leaves no room for a prompt")
+    rows = _RowWriter()
+    texts = (in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records)
+    for chunk in _chunks(texts, CHUNK):
+        for encoding in encoder.encode(chunk):
+            ends = encoder.suffix if encoder_decoder else []
+            prompt = (encoder.begun(list(encoding.ids)) or encoder.start) + ends
+            if len(prompt) > max_length:
+                report.truncated_prompts += 1
+                begin = prompt[: len(encoder.prefix)]
+                prompt = begin + prompt[len(prompt) - max_length + len(begin) :]
+            rows.add(prompt, [], report.records)
+            report.records += 1
+    report.tokens = rows.tokens
+    if not len(rows):
+        raise UserError("no prompts to tokenise")
     return rows.finish(), report
 
 

@@ -1,6 +1,7 @@
 """A decoder one token at a time: keys and values of all tokens so far wait in a cache."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -40,9 +41,9 @@ class Cache:
     used: Int[AnyArray, ""]
 
 
-def layers_of(params: Mapping[str, Any], config: DecoderConfig) -> list[Any]:
-    """The parameters of each layer on their own: what `advance` walks over."""
-    return [jax.tree.map(lambda x: x[number], params["layers"]) for number in range(config.layers)]
+def layers_of(tree: Mapping[str, Any], number: int) -> list[Any]:
+    """What is stacked over layers, cut up: [layers, ...] leaves as one tree for each of them."""
+    return [jax.tree.map(itemgetter(at), tree) for at in range(number)]
 
 
 def prefill(
@@ -120,41 +121,43 @@ def advance(
     near = seen if config.window is None else seen & (cache.used - place < config.window)
     updates = [{}] * config.layers
     if adapters is not None:
-        updates = layers_of(adapters, config)
-    x = first_states(params, config, tokens[:, None], positions, dtype)
-    keys, values = list(cache.keys), list(cache.values)
-    for number, layer in enumerate(layers or layers_of(params, config)):
-        windowed = bool(config.windowed) and config.windowed[number]
+        updates = layers_of(adapters["layers"], config.layers)
+
+    def through(x: Array, number: int, layer: Any) -> tuple[Array, tuple[Array, Array]]:
+        """One layer, with its keys and values after it."""
         own = {"adapters": updates[number], "scale": adapter_scale}
-        in_layer = number, layer, own, windowed
+        windowed = bool(config.windowed) and config.windowed[number]
 
-        def attend(y: Array, in_layer=in_layer) -> tuple[Array, None]:
-            number, layer, own, windowed = in_layer
-            q, k, v = queries_keys_values(
-                y, layer, config, **own, is_windowed=windowed, angles=angles
-            )
-            keys[number] = _written(keys[number], k, cache.used)
-            values[number] = _written(values[number], v, cache.used)
-            mixed = _attend(
-                q[:, 0], keys[number], values[number], near if windowed else seen, config
-            )
-            return dense(mixed, layer["o"], own["adapters"].get("o"), own["scale"]), None
+        def attend(y: Array) -> tuple[Array, tuple[Array, Array]]:
+            turned = {"is_windowed": windowed, "angles": angles}
+            q, k, v = queries_keys_values(y, layer, config, **own, **turned)
+            keys = write(cache.keys[number], k, cache.used)
+            values = write(cache.values[number], v, cache.used)
+            mixed = _attend(q[:, 0], keys, values, near if windowed else seen, config)
+            out = dense(mixed, layer["o"], own["adapters"].get("o"), adapter_scale)
+            return out, (keys, values)
 
-        def mlp(y: Array, layer=layer, own=own) -> Array:
+        def mlp(y: Array) -> Array:
             return mlp_branch(y, layer, config, **own)
 
-        x, _ = one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
-    hidden = norm(x, params["final_norm"], config)[:, 0]
-    return hidden, Cache(
-        keys=tuple(keys), values=tuple(values), first=cache.first, used=cache.used + 1
-    )
+        return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
+
+    x = first_states(params, config, tokens[:, None], positions, dtype)
+    kept = []
+    for number, layer in enumerate(layers or layers_of(params["layers"], config.layers)):
+        x, both = through(x, number, layer)
+        kept.append(both)
+    keys, values = zip(*kept, strict=True)
+    after = Cache(keys=keys, values=values, first=cache.first, used=cache.used + 1)
+    return norm(x, params["final_norm"], config)[:, 0], after
 
 
-def _written(
-    slots: Float[Array, "rows kv_heads slots head_width"],
-    new: Float[Array, "rows one kv_heads head_width"],
+def write(
+    slots: Float[Array, "rows heads slots head_width"],
+    new: Float[Array, "rows one heads head_width"],
     slot: Int[Array, ""],
-) -> Float[Array, "rows kv_heads slots head_width"]:
+) -> Float[Array, "rows heads slots head_width"]:
+    """The slots with one token's keys or values in one of them."""
     new = jnp.moveaxis(new, 1, 2).astype(slots.dtype)
     return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=2)
 

@@ -121,8 +121,29 @@ def relative_bucket(
     return first + jnp.where(distance < exact, distance, jnp.minimum(grown, buckets - 1))
 
 
-def _attend(q, k, v, q_places, key_mask, biases, config, *, causal):
-    """Scores plus learned distances, softmax in float32, mixture, for a set of queries."""
+def attend(
+    q: Float[Array, "batch queries heads head_width"],
+    k: Float[Array, "batch keys heads head_width"],
+    v: Float[Array, "batch keys heads head_width"],
+    q_places: Int[Array, " queries"],
+    key_mask: Array | None,
+    biases: Array | None,
+    config: EncoderDecoderConfig,
+    *,
+    causal: bool,
+) -> Float[Array, "batch queries heads head_width"]:
+    """Scores plus learned distances, softmax in float32, mixture, for a set of queries.
+
+    Args:
+      q: queries.
+      k: keys, from place 0 on.
+      v: values.
+      q_places: where the queries stand.
+      key_mask: [batch or 1, keys], nonzero at keys that are seen; None: all.
+      biases: [batch or 1, buckets, heads], what distances add to scores; None: nothing.
+      config: the encoder-decoder.
+      causal: keys after a query are not seen.
+    """
     at = precision(q.dtype)
     scores = jnp.einsum("bqhd,bshd->bhqs", q, k, precision=at, preferred_element_type=jnp.float32)
     distance = jnp.arange(k.shape[1])[None] - q_places[:, None]
@@ -152,9 +173,9 @@ def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, c
         return y.reshape(batch, inputs.shape[1], config.heads, config.head_width)
 
     q, k, v = project("q", x), project("k", memory), project("v", memory)
-    attend = functools.partial(_attend, config=config, causal=causal)
+    mix = functools.partial(attend, config=config, causal=causal)
     if length <= block:
-        mixed = attend(q, k, v, jnp.arange(length), key_mask, biases)
+        mixed = mix(q, k, v, jnp.arange(length), key_mask, biases)
     else:
         blocks = -(-length // block)
         q = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
@@ -164,14 +185,21 @@ def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, c
         def step(_, inputs):
             number, queries = inputs
             places = number * block + jnp.arange(block)
-            return None, attend(queries, k, v, places, key_mask, biases)
+            return None, mix(queries, k, v, places, key_mask, biases)
 
         _, mixed = jax.lax.scan(step, None, (jnp.arange(blocks), q))
         mixed = jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * block, -1)[:, :length]
     return dense(mixed.reshape(batch, length, -1), layer["o"], adapters.get("o"), scale)
 
 
-def _mlp(x, layer, adapters, scale, config):
+def mlp_branch(
+    x: Float[Array, "... width"],
+    layer: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    scale: float | Float[Array, ""],
+    config: EncoderDecoderConfig,
+) -> Float[Array, "... width"]:
+    """What a layer's MLP adds to the residual stream."""
     activation = ACTIVATIONS[config.activation]
     y = dense(x, layer["up"], adapters.get("up"), scale)
     if config.gated:
@@ -201,7 +229,7 @@ def _stack(
             y, cross = norm(x, layer["cross_norm"]), updates.get("cross", {})
             seen = memory_mask, None
             x = x + _attention(y, memory, layer["cross"], cross, scale, *seen, config, causal=False)
-        return x + _mlp(norm(x, layer["mlp_norm"]), layer, updates, scale, config), None
+        return x + mlp_branch(norm(x, layer["mlp_norm"]), layer, updates, scale, config), None
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -264,6 +292,32 @@ def hidden_states(
         memory=memory,
         memory_mask=attention_mask,
     )
+
+
+def encode(
+    params: Mapping[str, Any],
+    config: EncoderDecoderConfig,
+    tokens: Int[Array, "batch length"],
+    mask: Int[Array, "batch length"],
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float | Float[Array, ""] = 1.0,
+    dtype: Any = None,
+) -> Float[Array, "batch length width"]:
+    """What the decoder reads of the prompts: the encoder's last states.
+
+    Args:
+      params: nested dict of arrays.
+      config: the encoder-decoder.
+      tokens: the prompts.
+      mask: nonzero at real tokens.
+      adapters: as in `hidden_states`.
+      adapter_scale: as in `hidden_states`.
+      dtype: as in `hidden_states`.
+    """
+    own = {} if adapters is None else adapters.get("encoder", {})
+    x = look_up(params["embed"], tokens, dtype)
+    return _stack(x, params["encoder"], config, own, adapter_scale, "none", mask=mask, causal=False)
 
 
 def response_states(

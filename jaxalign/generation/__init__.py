@@ -1,0 +1,17 @@
+"""Sampling from policies and from geometric mixtures of them."""
+
+from jaxalign.generation.generate import Samples, compile_generate, generate
+from jaxalign.generation.sampling import Sampling, distribution, draw, mixture
+from jaxalign.generation.stopping import stop_table, token_texts
+
+__all__ = [
+    "Samples",
+    "Sampling",
+    "compile_generate",
+    "distribution",
+    "draw",
+    "generate",
+    "mixture",
+    "stop_table",
+    "token_texts",
+]

@@ -1,0 +1,220 @@
+"""Sampling with caches from one policy or a geometric mixture of several, on the devices alone."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxalign.generation.sampling import Sampling, distribution, draw, mixture
+from jaxalign.models import (
+    cached_decoder,
+    cached_encoder_decoder,
+    decoder,
+    devices,
+    encoder_decoder,
+)
+from jaxalign.models.config import DecoderConfig
+from jaxalign.records import AnyArray, record
+from jaxalign.sharding import batch_sharding, replicated, state_sharding, table_sharding
+
+
+@record
+class Samples:
+    """Responses to prompts, one row each."""
+
+    tokens: Int[AnyArray, "rows response"]
+    """The response, an end token included, then zeros."""
+    length: Int[AnyArray, " rows"]
+    """Tokens of the response."""
+    finished: Bool[AnyArray, " rows"]
+    """Whether it ended or was stopped; if not, it was cut at the most tokens allowed."""
+    log_prob: Float[AnyArray, "rows response"]
+    """Of each token as it was drawn: tempered, truncated, mixed; in nats, 0 at padding."""
+    policy_log_probs: Float[AnyArray, "rows policies response"]
+    """Of each token under each policy itself, at temperature 1, nothing cut; 0 at padding."""
+
+
+def generate(
+    policies: Sequence[Mapping[str, Any]],
+    config: Any,
+    prompts: Int[Array, "prompts length"],
+    prompt_length: Int[Array, " prompts"],
+    key: PRNGKeyArray,
+    *,
+    sampling: Sampling,
+    weights: Sequence[float] | Float[Array, " policies"] = (1.0,),
+    samples: int = 1,
+    first_row: int | Int[Array, ""] = 0,
+    stops: Int[Array, "strings states vocabulary"] | None = None,
+    dtype: Any = None,
+) -> Samples:
+    r"""Responses drawn token by token from the geometric mixture of policies.
+
+    .. math:: y_n \sim \prod_i \pi_i(y_n \mid x, y_{<n})^{w_i} / Z_n
+
+    Prompts pass each network once; then all policies go a token at a time, their caches in step,
+    until every row has ended. A row's draws depend on the key and the row's number alone, whatever
+    else is in the batch.
+
+    Args:
+      policies: for each, the arguments of the forward pass: {"params"} and, with adapters,
+        {"adapters", "adapter_scale"}.
+      config: the architecture of all of them.
+      prompts: padded on the left.
+      prompt_length: how many tokens of each are real, at least 1.
+      key: of the draws.
+      sampling: rules of the draw; with several policies they act on the mixture.
+      weights: of the policies in the mixture; (1 - beta, beta) for policy and reference.
+      samples: responses to each prompt.
+      first_row: number of the first row of this batch among all.
+      stops: from `stop_table`; None: nothing but end tokens stops a row.
+      dtype: of the computation and the caches; None is the parameters' own.
+
+    Returns:
+      Rows prompt by prompt, `samples` of each one behind another.
+    """
+    room: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
+    slots = sampling.max_tokens + (
+        prompts.shape[1] if isinstance(config, DecoderConfig) else 0  # the start token takes 1
+    )
+    weight = jnp.asarray(weights, jnp.float32)
+    rows = prompts.shape[0] * samples
+    row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(rows))
+    begun = [
+        room.prefill(
+            config=config,
+            tokens=prompts,
+            prompt_length=prompt_length,
+            slots=slots,
+            dtype=dtype,
+            **policy,
+        )
+        for policy in policies
+    ]
+    if samples > 1:
+        begun = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, begun)
+    kernels = [_unembedding(policy, config) for policy in policies]
+    # On a CPU the loop reads layers that were cut out once; an accelerator keeps no second copy.
+    once = devices.platform() == "cpu"
+    layers = [_layers(policy, config) if once else None for policy in policies]
+    ends = jnp.asarray(sampling.end_tokens, jnp.int32)
+
+    def choose(hiddens: Sequence[Array], at: Array) -> tuple[Array, Array, Array]:
+        """A token for each row, its log-prob as drawn, and under each policy."""
+        log_probs = jnp.stack(
+            [
+                jax.nn.log_softmax(decoder.unembed(hidden, config, *kernel))
+                for hidden, kernel in zip(hiddens, kernels, strict=True)
+            ]
+        )
+        drawn_from = distribution(mixture(log_probs, weight), sampling)
+        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, at), (2,)))(row_keys)
+        token = draw(drawn_from, uniform)
+
+        def of_token(x: Array) -> Array:
+            return jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+
+        return token, of_token(drawn_from), jax.vmap(of_token, out_axes=1)(log_probs)
+
+    def add(carry: Any, hiddens: Sequence[Array]) -> Any:
+        """The carry with one more token of every row that has not ended."""
+        at, done, matched, _, out = carry
+        token, log_prob, of_policies = choose(hiddens, at)
+        token = jnp.where(done, 0, token)
+        out = Samples(
+            tokens=out.tokens.at[:, at].set(token),
+            length=out.length + jnp.where(done, 0, 1),
+            finished=out.finished,
+            log_prob=out.log_prob.at[:, at].set(jnp.where(done, 0.0, log_prob)),
+            policy_log_probs=out.policy_log_probs.at[:, :, at].set(
+                jnp.where(done[:, None], 0.0, of_policies)
+            ),
+        )
+        done = done | jnp.any(token[:, None] == ends[None], axis=1)
+        if stops is not None:
+            strings = jnp.arange(stops.shape[0])[None]
+            matched = stops[strings, matched, token[:, None]].astype(jnp.int32)
+            done = done | jnp.any(matched == stops.shape[1] - 1, axis=1)
+        return at + 1, done, matched, token, out
+
+    def step(state: Any) -> Any:
+        carry, caches = state
+        moved = [
+            room.advance(
+                config=config, cache=cache, tokens=carry[3], layers=own, dtype=dtype, **policy
+            )
+            for policy, cache, own in zip(policies, caches, layers, strict=True)
+        ]
+        return add(carry, [hidden for hidden, _ in moved]), [cache for _, cache in moved]
+
+    most = sampling.max_tokens
+    nothing = Samples(
+        tokens=jnp.zeros((rows, most), jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
+        finished=jnp.zeros(rows, bool),
+        log_prob=jnp.zeros((rows, most)),
+        policy_log_probs=jnp.zeros((rows, len(policies), most)),
+    )
+    matched = jnp.zeros((rows, 0 if stops is None else stops.shape[0]), jnp.int32)
+    carry = jnp.int32(0), nothing.finished, matched, nothing.length, nothing
+    carry = add(carry, [hidden for hidden, _ in begun])
+    state = jax.lax.while_loop(
+        lambda state: (state[0][0] < most) & ~jnp.all(state[0][1]),
+        step,
+        (carry, [cache for _, cache in begun]),
+    )
+    _, done, _, _, out = state[0]
+    return Samples(
+        tokens=out.tokens,
+        length=out.length,
+        finished=done,
+        log_prob=out.log_prob,
+        policy_log_probs=out.policy_log_probs,
+    )
+
+
+def _unembedding(policy: Mapping[str, Any], config: Any) -> tuple[Array, Array | None]:
+    room: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
+    return room.unembedding(policy["params"], config)
+
+
+def _layers(policy: Mapping[str, Any], config: Any) -> list[Any]:
+    if isinstance(config, DecoderConfig):
+        return cached_decoder.layers_of(policy["params"]["layers"], config.layers)
+    return cached_decoder.layers_of(policy["params"]["decoder"]["layers"], config.decoder_layers)
+
+
+def compile_generate(config: Any, mesh: Mesh, *, samples: int = 1, **options: Any) -> Callable:
+    """`generate` under `jit` on a mesh, rows split over data and fsdp.
+
+    Args:
+      config: the architecture.
+      mesh: from `make_mesh`; the prompts of a batch divide among its data and fsdp axes.
+      samples: responses to each prompt.
+      **options: `sampling`, `stops` and `dtype` of `generate`.
+
+    Returns:
+      (policies, prompts, prompt_length, key, weights, first_row) -> `Samples`; one program for
+      each shape of prompts.
+    """
+
+    def run(policies, prompts, prompt_length, key, weights, first_row):
+        with devices.splitting_states(state_sharding(mesh), table_sharding(mesh)):
+            return generate(
+                policies,
+                config,
+                prompts,
+                prompt_length,
+                key,
+                weights=weights,
+                samples=samples,
+                first_row=first_row,
+                **options,
+            )
+
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.jit(run, in_shardings=(None, rows, rows, whole, whole, whole), out_shardings=rows)
