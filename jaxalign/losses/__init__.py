@@ -20,19 +20,28 @@ from jaxalign.losses.kto import kto, kto_kl, kto_statistics, kto_unpaired
 from jaxalign.losses.nca import nca
 from jaxalign.losses.orpo import orpo
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.policy_gradient import (
+    leave_one_out,
+    nash_md_pg,
+    regularised_policy_gradient,
+)
+from jaxalign.losses.ppo import gae, ppo_policy, ppo_token_rewards, ppo_value, whiten
 from jaxalign.losses.rdpo import rdpo
 from jaxalign.losses.rejected_weight import bdpo, dpo_shift, mappo, minor_dpo
 from jaxalign.losses.reward import bradley_terry, preference_model
 from jaxalign.losses.rpo import rpo
 from jaxalign.losses.rrhf import rrhf
+from jaxalign.losses.samples import SampleLogProbs
 from jaxalign.losses.sigmoid_norm import sigmoid_norm
 from jaxalign.losses.simper import simper
 from jaxalign.losses.simpo import simpo
 from jaxalign.losses.slic import slic, slic_norm
-from jaxalign.losses.sppo import sppo
+from jaxalign.losses.soft_labels import soft_label
+from jaxalign.losses.sppo import sppo, sppo_soft
 from jaxalign.losses.supervised import sft_sequence_sum, sft_token_mean
 from jaxalign.losses.tdpo import tdpo1, tdpo2
 from jaxalign.losses.tokens import TokenLogProbs
+from jaxalign.losses.xpo import xpo
 
 PreferenceLoss = Callable[..., Float[Array, " pairs"]]
 
@@ -92,6 +101,7 @@ __all__ = [
     "TOKEN_LOSSES",
     "PairLogProbs",
     "PreferenceLoss",
+    "SampleLogProbs",
     "TokenLogProbs",
     "alpha_dpo",
     "aot",
@@ -108,17 +118,24 @@ __all__ = [
     "dpo_shift",
     "dpop",
     "exo",
+    "gae",
     "ipo",
     "ipo_mean",
     "kto",
     "kto_kl",
     "kto_unpaired",
+    "leave_one_out",
     "mappo",
     "minor_dpo",
+    "nash_md_pg",
     "nca",
     "orpo",
+    "ppo_policy",
+    "ppo_token_rewards",
+    "ppo_value",
     "preference_model",
     "rdpo",
+    "regularised_policy_gradient",
     "robust_dpo",
     "rpo",
     "rrhf",
@@ -129,7 +146,11 @@ __all__ = [
     "simpo",
     "slic",
     "slic_norm",
+    "soft_label",
     "sppo",
+    "sppo_soft",
     "tdpo1",
     "tdpo2",
+    "whiten",
+    "xpo",
 ]

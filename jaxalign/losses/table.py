@@ -15,10 +15,30 @@ from jaxalign.losses import (
     TOKEN_LOSSES,
     bradley_terry,
     kto_unpaired,
+    nash_md_pg,
+    ppo_policy,
+    ppo_value,
     preference_model,
+    regularised_policy_gradient,
     sft_sequence_sum,
     sft_token_mean,
+    soft_label,
+    sppo_soft,
+    xpo,
 )
+
+ONLINE_LOSSES = {
+    loss.__name__: loss
+    for loss in (
+        soft_label,
+        xpo,
+        sppo_soft,
+        nash_md_pg,
+        regularised_policy_gradient,
+        ppo_policy,
+        ppo_value,
+    )
+}
 
 OTHER_LOSSES = {
     loss.__name__: loss
@@ -109,6 +129,9 @@ def losses_markdown() -> str:
             "## Token level\n",
             "On `TokenLogProbs`: per-token log-probabilities and divergences.\n",
             markdown_table(TOKEN_LOSSES),
+            "## On sampled responses\n",
+            "Labels are probabilities; policy gradients read `SampleLogProbs`, PPO reads tokens.\n",
+            markdown_table(ONLINE_LOSSES),
             "## Single responses, reward models and supervised fine-tuning\n",
             markdown_table(OTHER_LOSSES),
         ]

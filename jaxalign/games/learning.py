@@ -1,0 +1,207 @@
+"""Tabular policies that learn by the losses of language models, exactly or from samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxalign.errors import UserError
+from jaxalign.games.tabular import (
+    Game,
+    Law,
+    Logits,
+    Rows,
+    pair_log_probs,
+    sample_log_probs,
+    self_play,
+)
+from jaxalign.losses import (
+    PreferenceLoss,
+    nash_md_pg,
+    regularised_policy_gradient,
+    soft_label,
+)
+
+PairLoss = Callable[[Logits, Game, Rows, Rows, Float[Array, " rows"]], Float[Array, " rows"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """How pairs of actions are drawn, and the loss of each."""
+
+    law: Law
+    loss: PairLoss
+    """(logits, game, first, second, preference for the first) -> one loss per pair."""
+
+
+def contrastive(loss: PreferenceLoss, law: Law | None = None, **options: float) -> Algorithm:
+    """Any preference loss under soft labels: IPO, DPO, SLiC, on pairs of any law.
+
+    With `ipo` and the default law this is online IPO, with `self_play(first=beta)` IPO-MD, with
+    `fixed(joint)` offline IPO.
+
+    Args:
+      loss: a preference loss of single pairs.
+      law: how pairs are drawn. Default: both from the policy.
+      options: hyperparameters of the loss.
+
+    Returns:
+      The algorithm.
+    """
+
+    def of_pairs(logits, game, first, second, preference):
+        return soft_label(loss, pair_log_probs(logits, game, first, second), preference, **options)
+
+    return Algorithm(law=self_play() if law is None else law, loss=of_pairs)
+
+
+def policy_gradient(*, tau: float, beta: float = 0.0) -> Algorithm:
+    """Nash-MD-PG: actions of the policy against the mixture; at beta = 0 self-play.
+
+    Args:
+      tau: weight of the divergence from the reference, >= 0.
+      beta: weight of the reference in the opponent's mixture, in [0, 1].
+
+    Returns:
+      The algorithm.
+    """
+
+    def of_pairs(logits, game, first, second, preference):
+        return nash_md_pg(sample_log_probs(logits, game, first), preference, tau=tau)
+
+    return Algorithm(law=self_play(second=beta), loss=of_pairs)
+
+
+def reward_gradient(rewards: Float[Array, " actions"], *, tau: float) -> Algorithm:
+    """Regularised policy gradient on a reward; the second action only gives the baseline.
+
+    Args:
+      rewards: of each action, [actions].
+      tau: weight of the divergence from the reference, >= 0.
+
+    Returns:
+      The algorithm.
+    """
+
+    def of_pairs(logits, game, first, second, preference):
+        samples = sample_log_probs(logits, game, first)
+        return regularised_policy_gradient(samples, rewards[first], rewards[second], tau=tau)
+
+    return Algorithm(law=self_play(), loss=of_pairs)
+
+
+def expected_loss(
+    algorithm: Algorithm, logits: Logits, game: Game, *, through_sampling: bool = False
+) -> Float[Array, ""]:
+    """The loss averaged over all pairs with their exact probabilities.
+
+    Args:
+      algorithm: law and loss.
+      logits: of the policy, [actions].
+      game: preferences and reference.
+      through_sampling: whether gradient also flows through the probabilities of the pairs, which
+        no published method has; it leads elsewhere.
+
+    Returns:
+      The expectation, a scalar.
+    """
+    first, second = (x.ravel() for x in jnp.indices(game.preferences.shape))
+    joint = algorithm.law(logits, game).ravel()
+    joint = joint if through_sampling else jax.lax.stop_gradient(joint)
+    losses = algorithm.loss(logits, game, first, second, game.preferences[first, second])
+    return jnp.sum(joint * losses)
+
+
+def sampled_loss(
+    algorithm: Algorithm,
+    logits: Logits,
+    game: Game,
+    key: Array,
+    *,
+    pairs: int,
+    hard_labels: bool = False,
+) -> Float[Array, ""]:
+    """The mean loss of drawn pairs.
+
+    Args:
+      algorithm: law and loss.
+      logits: of the policy, [actions].
+      game: preferences and reference.
+      key: random key.
+      pairs: number of pairs.
+      hard_labels: whether labels are drawn, 0 or 1, instead of being probabilities.
+
+    Returns:
+      The mean, a scalar.
+    """
+    of_pairs, of_labels = jax.random.split(key)
+    joint = jax.lax.stop_gradient(algorithm.law(logits, game))
+    drawn = jax.random.categorical(of_pairs, jnp.log(joint).ravel(), shape=(pairs,))
+    first, second = jnp.divmod(drawn, joint.shape[1])
+    preference = game.preferences[first, second]
+    if hard_labels:
+        preference = jax.random.bernoulli(of_labels, preference).astype(preference.dtype)
+    return jnp.mean(algorithm.loss(logits, game, first, second, preference))
+
+
+def learn(
+    algorithm: Algorithm,
+    game: Game,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    every: int | None = None,
+    start: Logits | None = None,
+    key: Array | None = None,
+    pairs: int = 64,
+    hard_labels: bool = False,
+    through_sampling: bool = False,
+) -> Float[Array, "records actions"]:
+    """Policies on the way from the reference under an optimiser.
+
+    Args:
+      algorithm: law and loss.
+      game: preferences and reference.
+      optimizer: of the logits.
+      steps: number of updates.
+      every: updates between two records, a divisor of `steps`. Default: first and last alone.
+      start: first logits, [actions]. Default: the reference's log-probabilities.
+      key: random key of minibatches. Default None: exact expectations.
+      pairs: of each minibatch.
+      hard_labels: see `sampled_loss`.
+      through_sampling: see `expected_loss`.
+
+    Returns:
+      Probabilities, [1 + steps / every, actions].
+
+    Raises:
+      UserError: `every` does not divide `steps`.
+    """
+    every = steps if every is None else every
+    if steps % every:
+        raise UserError(f"every = {every}: must divide steps = {steps}")
+    logits = game.reference if start is None else start
+
+    def loss(logits: Logits, key: Array | None) -> Float[Array, ""]:
+        if key is None:
+            return expected_loss(algorithm, logits, game, through_sampling=through_sampling)
+        return sampled_loss(algorithm, logits, game, key, pairs=pairs, hard_labels=hard_labels)
+
+    def update(carry, key):
+        logits, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(logits, key), state, logits)
+        return (logits + updates, state), None
+
+    def until_record(carry, keys):
+        carry, _ = jax.lax.scan(update, carry, keys, length=every)
+        return carry, jax.nn.softmax(carry[0])
+
+    keys = None
+    if key is not None:
+        keys = jax.random.split(key, steps).reshape(steps // every, every, *key.shape)
+    carry = (logits, optimizer.init(logits))
+    _, policies = jax.lax.scan(until_record, carry, keys, length=steps // every)
+    return jnp.concatenate([jax.nn.softmax(logits)[None], policies])
