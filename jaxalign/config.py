@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from jaxalign.errors import UserError
-from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +191,8 @@ class TrainConfig:
     """Longest prompt plus response in tokens; prompts lose their beginning."""
     prompt_format: str = "{prompt}"
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
+    comparison_format: str = "\n\nResponse A: {first}\n\nResponse B: {second}\n\nBetter response:"
+    """What follows the prompt where a preference model reads two responses."""
     strings_as_chat: bool = False
     """Put plain prompts through the tokenizer's chat template, too."""
     end_token: bool = True
@@ -206,7 +208,9 @@ class TrainConfig:
     preference: StageConfig = StageConfig()
     """The preference loss."""
     loss: str = "dpo"
-    """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION"."""
+    """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION".
+    bradley_terry trains a reward model instead of a policy, preference_model one that reads two
+    responses; both have a scalar head and no reference."""
     loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["live", "precomputed"] = "live"
@@ -238,13 +242,14 @@ class TrainConfig:
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self):
-        losses = PREFERENCE_LOSSES | TOKEN_LOSSES
+        losses = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
         if self.loss in losses:
-            known = list(inspect.signature(losses[self.loss]).parameters)[1:]
+            parameters = inspect.signature(losses[self.loss]).parameters.values()
+            known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
             if unknown := sorted(set(self.loss_options) - set(known)):
                 raise UserError(
                     f"loss_options: {self.loss} has no {', '.join(unknown)}; "
-                    f"it has {', '.join(known)}"
+                    f"it has {', '.join(known) or 'none'}"
                 )
         elif ":" not in self.loss:
             raise UserError(
@@ -258,6 +263,12 @@ class TrainConfig:
             )
         if self.loss in TOKEN_LOSSES and self.entanglement.mask != "none":
             raise UserError(f"entanglement.mask: {self.loss} has token weights of its own")
+        for field, idle in (("every", 0), ("mask", "none")):
+            if self.loss in REWARD_LOSSES and getattr(self.entanglement, field) != idle:
+                raise UserError(
+                    f"entanglement.{field}: {self.loss} trains scores, not log-probs of responses; "
+                    f"set {idle}"
+                )
         if self.entanglement.mask != "none" and self.reference != "live":
             raise UserError(
                 "entanglement.mask: weighs the reference's tokens; set --reference live"
@@ -269,6 +280,11 @@ class TrainConfig:
             raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} does not hold {{prompt}}")
+        for name in ("{first}", "{second}"):
+            if self.loss == "preference_model" and self.comparison_format.count(name) != 1:
+                raise UserError(
+                    f"comparison_format: {self.comparison_format!r} does not hold {name} once"
+                )
         if self.profile < 0:
             raise UserError(f"profile: {self.profile} is negative; use 0 or a number of steps")
         if self.max_length < 2:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.commands.arguments import parser
+from jaxalign.commands.scores import exported_fields, take_head, trains_scores
 from jaxalign.commands.stages import (
     STAGES,
     as_model,
@@ -24,8 +25,9 @@ from jaxalign.commands.updates import make_update_rule
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.score import SCORE, ScoreModel
 from jaxalign.sharding import make_mesh, parameter_shardings, place
-from jaxalign.training.checkpoints import Checkpoints
+from jaxalign.training.checkpoints import Checkpoints, newest_step
 from jaxalign.training.step import initial_state
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +50,12 @@ def main(arguments: Sequence[str]) -> int:
     source, dtype = Path(given.source), jnp.dtype(given.dtype)
     if (source / "checkpoints").is_dir():
         model = run_model(source, given.stage, given.step)
-        save_pretrained(model, given.target, tokenizer=_tokenizer(source), dtype=dtype)
+        tokenizer, fields = _tokenizer(source), None
+        if isinstance(model, ScoreModel):
+            config, step = read_run_config(source), given.step
+            step = newest_step(stage_folder(source, "preference")) if step is None else step
+            fields = exported_fields(config, tokenizer, source, step)
+        save_pretrained(model, given.target, tokenizer=tokenizer, dtype=dtype, fields=fields)
     elif (source / "params").is_dir():
         save_pretrained(orbax_model(source), given.target, dtype=dtype)
     else:
@@ -80,12 +87,15 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
         there = ", ".join(map(str, checkpoints.steps())) or "none"
         raise UserError(f"{folder}: stage {stage} has no checkpoint {step}; there: {there}")
     optimizer, _ = make_update_rule(getattr(config, stage))
-    structs = parameter_structs(model_config)
+    scored = trains_scores(config, stage)
+    structs = parameter_structs(model_config, scored=scored)
     lora = config.lora if config.lora.rank and stage != "pretrain" else None
     trained = structs
     if lora is not None:
         make = functools.partial(init_adapters, rank=lora.rank, targets=lora.targets)
         trained = jax.eval_shape(make, structs, jax.random.key(0))
+        if scored:
+            trained = {**trained, SCORE: structs[SCORE]}
     like = jax.eval_shape(
         functools.partial(initial_state, optimizer=optimizer, seed=config.seed), trained
     )
@@ -95,7 +105,8 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
         return as_model(model_config, state.params)
     before = config.sft.steps and stage == "preference"
     base = run_model(folder, "sft", None).params if before else run_base(folder, model_config)
-    return as_model(model_config, merge(place(base, mesh), state.params, lora.scale))
+    base, adapters = take_head(place(base, mesh), state.params)
+    return as_model(model_config, merge(base, adapters, lora.scale))
 
 
 def run_base(folder: Path, model_config: Any) -> Any:

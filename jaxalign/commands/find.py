@@ -9,7 +9,13 @@ from types import ModuleType
 from typing import Any
 
 from jaxalign.errors import UserError
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES, TokenLogProbs
+from jaxalign.losses import (
+    BATCH_COUPLED,
+    PREFERENCE_LOSSES,
+    REWARD_LOSSES,
+    TOKEN_LOSSES,
+    TokenLogProbs,
+)
 from jaxalign.training.objectives import couples_pairs
 
 
@@ -56,6 +62,8 @@ def find_loss(name: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
         return PREFERENCE_LOSSES[name], False, name in BATCH_COUPLED
     if name in TOKEN_LOSSES:
         return TOKEN_LOSSES[name], True, False
+    if name in REWARD_LOSSES:
+        return REWARD_LOSSES[name], False, False
     module, _, attribute = name.rpartition(":")
     found = getattr(find_module(module, "loss"), attribute, None)
     if not callable(found):

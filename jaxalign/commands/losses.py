@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from jaxalign.commands.arguments import parser
 from jaxalign.errors import UserError
-from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 
-LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES
+LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -107,6 +107,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     import jax
     import jax.numpy as jnp
 
+    from jaxalign.commands.scores import trains_scores
     from jaxalign.commands.stages import parameter_structs
     from jaxalign.commands.training_data import joint_share
     from jaxalign.commands.updates import (
@@ -117,6 +118,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
         remat_on,
     )
     from jaxalign.models.lora import init_adapters
+    from jaxalign.models.score import SCORE
     from jaxalign.sharding import make_mesh
     from jaxalign.sharding.topologies import slice_devices
     from jaxalign.training.planning import TooLargeError, compiled_memory, pair_structs, work
@@ -130,8 +132,9 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             f"preference.batch_size: {stage.batch_size} in {stage.micro_batches} micro-batches is "
             f"not a multiple of data x fsdp = {rows}"
         )
-    params = parameter_structs(model_config)
-    adapted, live = config.lora.rank > 0, config.reference == "live"
+    scored = trains_scores(config, "preference")
+    params = parameter_structs(model_config, scored=scored)
+    adapted, live = config.lora.rank > 0, config.reference == "live" and not scored
     trained = params
     if adapted:
         trained = jax.eval_shape(
@@ -140,6 +143,8 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             ),
             params,
         )
+        if scored:
+            trained = {**trained, SCORE: params[SCORE]}
     length = config.max_length
     platform = devices[0].platform
     remat = remat_on(config, platform)
@@ -157,8 +162,8 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             objective,
             optimizer,
             trained,
-            {"policy": params if adapted else None, "reference": params},
-            batch,
+            {"policy": params if adapted else None, "reference": None if scored else params},
+            batch.pairs if scored else batch,
             mesh,
             micro_batches=stage.micro_batches,
             watch=make_watch(config, objective) if config.entanglement.every else None,

@@ -13,6 +13,7 @@ from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
+from jaxalign.models.score import SCORE, ScoreModel, init_head, with_head
 from jaxalign.models.weights import hf_config, write_json
 
 STAGES = ("pretrain", "sft", "preference")
@@ -71,7 +72,7 @@ def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig
 def as_model(model_config: Any, params: Any) -> Any:
     """The nnx module that holds parameters of an architecture."""
     kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
-    return kind(model_config, params)
+    return (ScoreModel if SCORE in params else kind)(model_config, params)
 
 
 def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
@@ -82,9 +83,15 @@ def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
     return merge(params, adapters, scale)
 
 
-def parameter_structs(model_config: Any) -> Any:
-    """Shapes and types of the parameters, nothing computed."""
+def parameter_structs(model_config: Any, *, scored: bool = False) -> Any:
+    """Shapes and types of the parameters (with a scalar head), nothing computed."""
     from jaxalign.models import decoder, encoder_decoder
 
     room: Any = decoder if isinstance(model_config, DecoderConfig) else encoder_decoder
-    return jax.eval_shape(lambda: room.init_params(model_config, jax.random.key(0)))
+
+    def init() -> Any:
+        key = jax.random.key(0)
+        params = room.init_params(model_config, key)
+        return with_head(params, init_head(model_config.width, key)) if scored else params
+
+    return jax.eval_shape(init)

@@ -19,6 +19,13 @@ from jaxalign.commands.experiment import parse
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.report import print_table
 from jaxalign.commands.run_folder import open_run_folder
+from jaxalign.commands.scores import (
+    check_start,
+    exported_fields,
+    take_head,
+    trains_scores,
+    with_own_head,
+)
 from jaxalign.commands.stages import (
     STAGES,
     as_model,
@@ -42,11 +49,16 @@ from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, merge, stack
 from jaxalign.models.peft import save_adapters
+from jaxalign.models.score import SCORE
 from jaxalign.reporting import comparison, read_run, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.sharding.processes import ending_together, share_of_rows, start
 from jaxalign.training.checkpoints import Checkpoints, newest_step
-from jaxalign.training.evaluation import evaluate_preferences, evaluate_supervised
+from jaxalign.training.evaluation import (
+    evaluate_preferences,
+    evaluate_scores,
+    evaluate_supervised,
+)
 from jaxalign.training.loop import Stopped, Throughput, run_stage
 from jaxalign.training.masking import HEAD, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
@@ -94,6 +106,7 @@ def train(config: TrainConfig) -> Path:
     folder = open_run_folder(config)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
+    check_start(config, params)
     write_model_config(folder, model_config)
     data = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
     if jax.process_index() == 0:
@@ -196,6 +209,10 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     config, mesh = world.config, world.mesh
     stage: StageConfig = getattr(config, name)
     lora = config.lora if config.lora.rank and name != "pretrain" else None
+    scored = trains_scores(config, name)
+    if scored:
+        params = with_own_head(config, world.model_config.width, params)
+        params[SCORE] = place(params[SCORE], mesh)
     adapters = None
     if lora is not None:
         key = jax.random.key(config.seed + 1 + STAGES.index(name))
@@ -203,7 +220,9 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     policy = make_policy(config, name, world.model_config)
     optimizer, schedule = make_update_rule(stage)
     trained: Any = params if lora is None else adapters
-    is_preference = name == "preference"
+    if scored:
+        trained = {**trained, SCORE: params[SCORE]}  # a head is trained whole, also with adapters
+    is_preference = name == "preference" and not scored
     learned = is_preference and config.entanglement.mask == "learned"
     if learned:
         shape = world.model_config
@@ -244,7 +263,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     )
     evaluate_with = None
     if evaluation:
-        evaluator = evaluate_preferences if is_preference else evaluate_supervised
+        evaluator: Any = evaluate_preferences if is_preference else evaluate_supervised
+        evaluator = evaluate_scores if scored else evaluator
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
     start = int(state.step)
     first = min(start + 2, max(stage.steps - config.profile, start))
@@ -273,7 +293,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         )
     checkpoints.close()
     trained = {key: tree for key, tree in state.params.items() if key != HEAD}
-    return (trained, None) if lora is None else (params, trained)
+    return (trained, None) if lora is None else take_head(params, trained)
 
 
 def feed(
@@ -288,7 +308,7 @@ def feed(
             lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
         )
 
-    if name != "preference":
+    if name != "preference" or trains_scores(config, name):
         return put, False
     if config.reference == "live":
         return lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
@@ -324,8 +344,14 @@ def export(world: World, params: Any, adapters: Sequence[Any]) -> None:
             alpha=lora.alpha * len(adapters),
             dropout=lora.dropout,
             base_model=None if changed else config.model,
+            head=params.get(SCORE),
         )
     folder = world.folder / "export"
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
-    save_pretrained(as_model(world.model_config, params), folder, tokenizer=world.tokenizer)
+    fields = None
+    if SCORE in params and jax.process_index() == 0:
+        steps = config.preference.steps
+        fields = exported_fields(config, world.tokenizer, world.folder, steps)
+    model = as_model(world.model_config, params)
+    save_pretrained(model, folder, tokenizer=world.tokenizer, fields=fields)

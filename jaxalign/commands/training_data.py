@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.commands.scores import score_format, trains_scores
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     PairBatch,
@@ -20,6 +21,7 @@ from jaxalign.data import (
     TokenizedRows,
     TokenizedTexts,
     chosen_responses,
+    compared,
     embedded_tokenizer,
     load_tokenizer,
     pair_batches,
@@ -220,19 +222,26 @@ class _PreferenceData:
         if not self.train:
             raise UserError(f"data: {config.data}: nothing is left to train on; lower --holdout")
 
-    def _tokenized(self, tokenize: Any, records: Iterable[Any], name: str) -> Any:
-        tokens, report = tokenize(records, self._tokenizer, **self._options)
+    def _tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
+        tokens, report = tokenize(records, self._tokenizer, **self._options | more)
         self._report[name] = dataclasses.asdict(report)
         return tokens
 
     def stage(self) -> StageData:
-        """Pairs for a preference loss."""
-        held_out = self.held_out
+        """Pairs for a preference loss; for a preference model the two orders of comparisons."""
+        config = self._config
+        scored = score_format(config) if trains_scores(config, "preference") else None
+
+        def tokenized(records: list[Any], name: str) -> Any:
+            if scored is None:
+                return self._tokenized(tokenize_pairs, records, name)
+            pairwise = scored.kind == "preference"
+            rows = compared(records, scored.comparison_format) if pairwise else records
+            return self._tokenized(tokenize_pairs, rows, name, **scored.tokenize_options)
+
         return StageData(
-            train=self._tokenized(tokenize_pairs, self.train, "train_pairs"),
-            held_out=self._tokenized(tokenize_pairs, held_out, "held_out_pairs")
-            if held_out
-            else None,
+            train=tokenized(self.train, "train_pairs"),
+            held_out=tokenized(self.held_out, "held_out_pairs") if self.held_out else None,
             places=[_place(record) for record in self.train],
             length=self._config.max_length,
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.commands.find import find_loss
+from jaxalign.commands.scores import trains_scores
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.entanglement.cures import CURES
 from jaxalign.errors import UserError
@@ -19,6 +20,7 @@ from jaxalign.training.objectives import (
     TokenPreferenceObjective,
 )
 from jaxalign.training.optimizers import make_optimizer, make_schedule, preconditioner
+from jaxalign.training.reward_objectives import VALUES, ScoreObjective
 from jaxalign.training.watching import Watch
 
 
@@ -51,8 +53,10 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
     """
     if name != "preference":
         return SupervisedObjective(policy=policy)
-    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
     options = dict(config.loss_options)
+    if trains_scores(config, name):
+        return ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
+    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
     if reads_tokens:
         if config.reference != "live":
             raise UserError(

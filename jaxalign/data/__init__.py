@@ -1,6 +1,12 @@
 """Data: records from files, hubs and TFDS; exact tokenisation; Grain pipelines of batches."""
 
 from jaxalign.data.batches import PairBatch, TextBatch, pair_batches, text_batches
+from jaxalign.data.comparisons import (
+    ScoreFormat,
+    compared,
+    comparison,
+    read_format,
+)
 from jaxalign.data.embedded import (
     embedded_preferences,
     embedded_responses,
@@ -42,6 +48,7 @@ __all__ = [
     "PromptRecord",
     "PromptResponseRecord",
     "ReadReport",
+    "ScoreFormat",
     "TextBatch",
     "TextRecord",
     "TokenizeReport",
@@ -50,6 +57,8 @@ __all__ = [
     "TokenizedTexts",
     "UnpairedRecord",
     "chosen_responses",
+    "compared",
+    "comparison",
     "embedded_preferences",
     "embedded_responses",
     "embedded_texts",
@@ -58,6 +67,7 @@ __all__ = [
     "pair_batches",
     "preference_records",
     "prompt_records",
+    "read_format",
     "response_records",
     "split_holdout",
     "text_batches",

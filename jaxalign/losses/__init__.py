@@ -82,6 +82,12 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
 # On `TokenLogProbs` instead of `PairLogProbs`.
 TOKEN_LOSSES: dict[str, PreferenceLoss] = {"tdpo1": tdpo1, "tdpo2": tdpo2}
 
+# On the scores of a scalar head instead of log-probs.
+REWARD_LOSSES: dict[str, PreferenceLoss] = {
+    "bradley_terry": bradley_terry,
+    "preference_model": preference_model,
+}
+
 # What a batch-coupled loss takes from its whole batch: `statistics(pairs, weight)` gives keyword
 # arguments of the loss, so that micro-batches add up to the batch that they are parts of. Values
 # of shape [pairs] go with their pairs.
@@ -98,6 +104,7 @@ __all__ = [
     "BATCH_COUPLED",
     "BATCH_STATISTICS",
     "PREFERENCE_LOSSES",
+    "REWARD_LOSSES",
     "TOKEN_LOSSES",
     "PairLogProbs",
     "PreferenceLoss",

@@ -121,6 +121,7 @@ def save_adapters(
     alpha: float | int,
     dropout: float = 0.0,
     base_model: str | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> Path:
     r"""Writes adapter_config.json and adapter_model.safetensors that PEFT opens.
 
@@ -137,6 +138,7 @@ def save_adapters(
       alpha: their output is scaled by alpha / rank.
       dropout: written for whoever trains them further.
       base_model: name or folder of the model beneath, for PEFT to find it.
+      head: a scalar head that was trained with the adapters; PEFT calls it a module to save.
 
     Returns:
       The folder.
@@ -163,6 +165,10 @@ def save_adapters(
             lora_b = module.join([part[layer] for part in parts])
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(lora_b)
+    kind = "CAUSAL_LM" if isinstance(config, DecoderConfig) else "SEQ_2_SEQ_LM"
+    if head is not None:
+        kind, kernel = "SEQ_CLS", to_host(head["kernel"], None)
+        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(kernel.T.astype(np.float32))
     rest = [module.name for module in table if module not in adapted]
     patterns = {
         _pattern(name, [other for other in ranks if ranks[other] != own]): own
@@ -171,7 +177,7 @@ def save_adapters(
     }
     fields = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if isinstance(config, DecoderConfig) else "SEQ_2_SEQ_LM",
+        "task_type": kind,
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": _whole(alpha),
@@ -183,7 +189,7 @@ def save_adapters(
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": None if head is None else ["score"],
         "use_dora": False,
         "use_rslora": False,
     }

@@ -83,7 +83,7 @@ def response_log_probs(
         joint=joint,
         remat=remat,
         dtype=dtype,
-        **_adapter_options(**adapters),
+        **adapter_options(**adapters),
     )
     with jax.named_scope("unembedding"):
         out = token_log_probs(
@@ -151,7 +151,7 @@ def compare_responses(
     """
     rows = tokens, prompt_length, response_tokens
     how: dict[str, Any] = {"joint": joint, "remat": remat, "dtype": dtype}
-    policy = _response_states(params, config, *rows, **how, **_adapter_options(**adapters))
+    policy = _response_states(params, config, *rows, **how, **adapter_options(**adapters))
     reference = jax.lax.stop_gradient(_response_states(reference_params, config, *rows, **how)[:3])
     hidden, kernel, bias, form = policy
     targets = response_tokens.reshape(-1)
@@ -204,7 +204,7 @@ def _unembedding_probe(params, config, tokens, response_tokens) -> UnembeddingPr
     return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_pairs)
 
 
-def _adapter_options(
+def adapter_options(
     *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
 ) -> dict[str, Any]:
     """The models' own keywords; dropout travels inside the adapters."""
@@ -330,7 +330,7 @@ def text_log_probs(
         positions=positions,
         remat=remat,
         dtype=dtype,
-        **_adapter_options(**adapters),
+        **adapter_options(**adapters),
     )
     kernel, bias = decoder.unembedding(params, config)
     # All positions rather than all but one: sizes stay round, and the last target is masked.

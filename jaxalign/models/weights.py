@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxalign.errors import UserError
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.families.mapping import Weight
+from jaxalign.models.families.mapping import Weight, transposed
 
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
@@ -24,6 +25,7 @@ HARMLESS = re.compile(
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
+SCORE_TENSOR = "score.weight"
 
 
 def find_folder(path_or_hub_name: str | Path) -> Path:
@@ -160,18 +162,21 @@ def load_pretrained(
         the mesh's "fsdp" axis divides is split over it.
 
     Returns:
-      A `Decoder` or `EncoderDecoder`.
+      A `Decoder` or `EncoderDecoder`; a `ScoreModel` where the files hold a scalar head.
 
     Raises:
       UserError: if the folder, its config or its weights cannot be used; the message says why.
     """
     folder = find_folder(path_or_hub_name)
     config = read_config(folder)
-    family = FAMILIES[config.family]
     files = TensorFiles(folder)
-    make, shapes = model_class(config)
+    scored = SCORE_TENSOR in files.shapes
+    if scored and files.shapes[SCORE_TENSOR][0] != 1:
+        labels = files.shapes[SCORE_TENSOR][0]
+        raise UserError(f"{folder}: {SCORE_TENSOR}: {labels} labels; a scalar head has one")
+    make, shapes = model_class(config, scored=scored)
     leaves = flatten(shapes)
-    sources = _sources(files, family.weights(config), leaves, config, folder)
+    sources = _sources(files, weight_table(config, scored=scored), leaves, config, folder)
     params: dict[str, Any] = {}
     for path, shape in leaves.items():
         sharding = _sharding(path, shape, mesh, rule)
@@ -179,10 +184,24 @@ def load_pretrained(
     return make(config, params)
 
 
-def model_class(config: Any) -> tuple[Any, dict[str, Any]]:
+def weight_table(config: Any, *, scored: bool) -> list[Weight]:
+    """The family's tensors and our leaves; with a scalar head, its own for the unembedding's."""
+    table: list[Weight] = FAMILIES[config.family].weights(config)
+    if not scored:
+        return table
+    kept = [weight for weight in table if weight.paths != ("unembed/kernel",)]
+    return [*kept, transposed(SCORE_TENSOR, "score/kernel")]
+
+
+def model_class(config: Any, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
     """The class of the model that a config describes, and its parameters' shapes."""
     from jaxalign.models.config import DecoderConfig
 
+    if scored:
+        from jaxalign.models.score import ScoreModel, with_head
+
+        shapes = model_class(config)[1]
+        return ScoreModel, with_head(shapes, {"kernel": (config.width, 1)})
     if isinstance(config, DecoderConfig):
         from jaxalign.models.decoder import Decoder, parameter_shapes
 
@@ -248,7 +267,8 @@ def _sources(
         raise UserError(f"{folder}: missing weights: {_some(missing)}")
     copies = set(getattr(FAMILIES[config.family], "COPIES", ()))
     extra = set(files.shapes) - set(present.values()) - copies
-    tied = {"lm_head.weight", "embed_out.weight"} if config.tied else set()
+    idle = config.tied or "score/kernel" in leaves
+    tied = {"lm_head.weight", "embed_out.weight"} if idle else set()
     surplus = sorted(name for name in extra - tied if not HARMLESS.search(name))
     if surplus:
         raise UserError(f"{folder}: weights that a {config.family} does not have: {_some(surplus)}")
@@ -326,17 +346,20 @@ def save_pretrained(
     tokenizer: Any = None,
     dtype: Any = None,
     max_shard_size: int = 5 * 1000**3,
+    fields: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes config.json and safetensors that transformers opens; the reverse of loading.
 
     Tensors are taken from the devices layer by layer, and at most one shard is held at a time.
 
     Args:
-      model: a `Decoder` or `EncoderDecoder`, or anything with its `config` and `params`.
+      model: a `Decoder`, `EncoderDecoder` or `ScoreModel`, or anything with its `config` and
+        `params`.
       folder: made if absent; weights that an earlier save left there are removed.
       tokenizer: written beside the model with its own `save_pretrained`, if given.
       dtype: of the file; None is the parameters' own.
       max_shard_size: bytes of one file; more tensors go into several files and an index.
+      fields: more fields of config.json.
 
     Returns:
       The folder.
@@ -344,7 +367,8 @@ def save_pretrained(
     folder = Path(folder)
     params = dict(_leaf_items(model.params))
     shapes = {path: leaf.shape for path, leaf in params.items()}
-    plan = _save_plan(FAMILIES[model.config.family].weights(model.config), shapes)
+    scored = "score/kernel" in shapes
+    plan = _save_plan(weight_table(model.config, scored=scored), shapes)
     writer = jax.process_index() == 0
     target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
 
@@ -394,17 +418,18 @@ def save_pretrained(
             }
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_json(folder / "model.safetensors.index.json", index)
-        write_json(folder / "config.json", hf_config(model.config, dtype=target))
+        written = hf_config(model.config, dtype=target, scored=scored) | dict(fields or {})
+        write_json(folder / "config.json", written)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return folder
 
 
-def hf_config(config: Any, *, dtype: Any) -> dict[str, Any]:
+def hf_config(config: Any, *, dtype: Any, scored: bool = False) -> dict[str, Any]:
     """The `config.json` of a config: what it was read from, where it still says the same.
 
     Otherwise the family writes its fields anew, and those that do not shape the model (token
-    ids) are kept.
+    ids) are kept. With a scalar head it is a sequence classifier of one label.
     """
     family, fields = FAMILIES[config.family], config.source_fields
     if not (fields and family.config(fields) == config):
@@ -414,10 +439,19 @@ def hf_config(config: Any, *, dtype: Any) -> dict[str, Any]:
             if key not in ("rope_parameters", "layer_types")
         }
         fields = kept | family.hf_config(config)
-    fields |= {"model_type": config.family, "architectures": [family.ARCHITECTURE]}
+    name = score_architecture(family) if scored else family.ARCHITECTURE
+    fields |= {"model_type": config.family, "architectures": [name]}
+    if scored:
+        fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     fields.pop("torch_dtype", None)
     fields.pop("dtype", None)
     return fields | {"torch_dtype": np.dtype(dtype).name}
+
+
+def score_architecture(family: ModuleType) -> str:
+    """Transformers' class with a scalar head; the model below it where there is none."""
+    usual = family.ARCHITECTURE.replace("ForCausalLM", "ForSequenceClassification")
+    return getattr(family, "SCORE_ARCHITECTURE", usual)
 
 
 def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

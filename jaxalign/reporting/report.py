@@ -17,6 +17,8 @@ ROWS = (
     ("logps/accuracies", "P(chosen) > P(rejected)", "{:z.3f}"),
     ("logps/mean_accuracies", "the same, per token", "{:z.3f}"),
     ("kl", "KL to reference (nats/token)", "{:z.4f}"),
+    ("preferences/consistency", "both orders name one winner", "{:z.3f}"),
+    ("calibration/error", "calibration error", "{:z.3f}"),
     ("loss", "loss", "{:z.4f}"),
 )
 """Metric -> how a table calls and prints it."""
@@ -69,10 +71,13 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    # reward models have no log-probs
+    of_policies = any(run.curve("preference", "eval", "logps/chosen")[0] for run in runs)
+    shown = "logps" if of_policies else "rewards"
     for index, run in enumerate(runs):
         colour = colours[index % len(colours)]
         label = run.name if len(runs) > 1 else None
-        for metric, style in (("logps/chosen", "-"), ("logps/rejected", "--")):
+        for metric, style in ((f"{shown}/chosen", "-"), (f"{shown}/rejected", "--")):
             side = metric.split("/")[1]
             left.plot(
                 *run.curve("preference", "eval", metric),
@@ -81,7 +86,8 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
                 marker=".",
                 label=f"{run.name}: {side}" if len(runs) > 1 else side,
             )
-        middle.plot(*_margin(run, own_units=len(runs) == 1), color=colour, marker=".", label=label)
+        own_units = len(runs) == 1 or not of_policies
+        middle.plot(*_margin(run, own_units=own_units), color=colour, marker=".", label=label)
         right.plot(
             *run.curve("preference", "eval", "rewards/accuracies"),
             color=colour,
@@ -89,10 +95,12 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
             label=label,
         )
     margins = ("Reward margin", "chosen − rejected")
-    if len(runs) > 1:  # rewards of different losses have different units
+    if len(runs) > 1 and of_policies:  # rewards of different losses have different units
         margins = ("Log-prob margin, change from the start", "nats, chosen − rejected")
-    titles = ("Log-prob of the response", margins[0], "Reward accuracy")
-    units = ("nats, summed over tokens", margins[1], "share of held-out pairs")
+    first = ("Log-prob of the response", "nats, summed over tokens")
+    first = first if of_policies else ("Reward of the response", "reward")
+    titles = (first[0], margins[0], "Reward accuracy")
+    units = (first[1], margins[1], "share of held-out pairs")
     for axis, title, unit in zip((left, middle, right), titles, units, strict=True):
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
@@ -112,6 +120,23 @@ def _margin(run: Run, *, own_units: bool) -> tuple[list[int], list[float]]:
     _, rejected = run.curve("preference", "eval", "logps/rejected")
     gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
     return steps, [gap - gaps[0] for gap in gaps]
+
+
+def _calibration_table(run: Run) -> str:
+    """How often the winners named with about the same confidence were the right ones."""
+    last = [line for line in run.lines if (line["stage"], line["split"]) == ("preference", "eval")]
+    values = last[-1] if last else {}
+    rows = [
+        [
+            f"{name.split('/')[1]} and above",
+            f"{values[name]:.0f}",
+            *(f"{values[name.replace('pairs', of)]:.3f}" for of in ("confidence", "accuracy")),
+        ]
+        for name in values
+        if name.startswith("calibration/") and name.endswith("/pairs")
+    ]
+    header = ["confidence", "pairs", "mean confidence", "accuracy"]
+    return f"## Calibration of {run.name}\n\n{_markdown_table(header, rows)}" if rows else ""
 
 
 def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
@@ -179,6 +204,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
         ]
     if _plot_losses(runs, folder / "loss.png"):
         text.append("![loss by stage](loss.png)\n")
+    text += [table for table in map(_calibration_table, runs) if table]
     text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]
     path = folder / "report.md"
     path.write_text("\n".join(text), encoding="utf-8")

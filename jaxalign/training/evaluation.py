@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.sharding import batch_sharding
+from jaxalign.sharding import batch_sharding, replicated
+from jaxalign.training.calibration import reliability
 from jaxalign.training.loop import evaluate
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import (
@@ -17,6 +18,7 @@ from jaxalign.training.objectives import (
     SupervisedObjective,
     TokenPreferenceObjective,
 )
+from jaxalign.training.reward_objectives import ScoreObjective
 from jaxalign.training.step import on_mesh
 
 
@@ -68,5 +70,37 @@ def evaluate_preferences(
     def run(params: Any, frozen: Any) -> dict[str, float]:
         placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
         return evaluate(compiled, params, frozen, placed)
+
+    return run
+
+
+def evaluate_scores(
+    objective: ScoreObjective, batches: Sequence[Any], mesh: Mesh
+) -> Callable[[Any, Any], dict[str, float]]:
+    """(params, frozen) -> the objective's numbers on held-out pairs, and their calibration.
+
+    `calibration/error` is the expected calibration error, and `calibration/LOW/...` are the bins of
+    `reliability` that hold any pair, named by their lower end.
+    """
+
+    def step(params: Any, frozen: Any, batch: Any) -> Any:
+        scores = objective.forward(params, frozen, batch, None)
+        return objective.values(scores, **objective.options), batch.weight
+
+    compiled = jax.jit(on_mesh(step, mesh), out_shardings=replicated(mesh))
+
+    def run(params: Any, frozen: Any) -> dict[str, float]:
+        parts = []
+        for batch in batches:
+            values, weight = jax.device_get(compiled(params, frozen, _put(batch, mesh)))
+            parts.append({name: value[weight > 0] for name, value in values.items()})
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        table = reliability(values["preferences/chosen"])
+        found = {name: float(value.mean()) for name, value in values.items()}
+        found["calibration/error"] = table.error
+        for row in table.rows():
+            name = f"calibration/{row['from']:.2f}"
+            found |= {f"{name}/{key}": row[key] for key in ("pairs", "confidence", "accuracy")}
+        return found
 
     return run

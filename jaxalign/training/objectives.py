@@ -157,7 +157,7 @@ def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
     return 1.0
 
 
-def _wins(chosen: Float[Array, " pairs"], rejected: Float[Array, " pairs"]) -> Array:
+def wins(chosen: Float[Array, " pairs"], rejected: Float[Array, " pairs"]) -> Array:
     """1 where chosen is ahead, 0 where rejected is; a draw is half a win."""
     return jnp.where(chosen == rejected, 0.5, chosen > rejected)
 
@@ -177,11 +177,11 @@ def pair_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": _wins(chosen, rejected),
+        "rewards/accuracies": wins(chosen, rejected),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
-        "logps/accuracies": _wins(pairs.chosen, pairs.rejected),
-        "logps/mean_accuracies": _wins(pairs.chosen_mean, pairs.rejected_mean),
+        "logps/accuracies": wins(pairs.chosen, pairs.rejected),
+        "logps/mean_accuracies": wins(pairs.chosen_mean, pairs.rejected_mean),
     }
     return {name: mean_of(value, weight) for name, value in values.items()}
 

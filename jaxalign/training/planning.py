@@ -78,7 +78,7 @@ def compiled_memory(
     optimizer: optax.GradientTransformation,
     trained: Params,
     frozen: Any,
-    batch: ReferencedBatch,
+    batch: ReferencedBatch | PairBatch,
     mesh: Mesh,
     *,
     micro_batches: int = 1,
@@ -90,7 +90,7 @@ def compiled_memory(
       objective: what is minimised.
       optimizer: the update rule.
       trained: shapes of the trained parameters.
-      frozen: shapes of {"policy": ..., "reference": ...}.
+      frozen: shapes of {"policy": ..., "reference": ...}, None where there is none.
       batch: shapes of a batch.
       mesh: of devices that need not be there.
       micro_batches: parts in which the batch passes.

@@ -29,7 +29,7 @@ def matrix_parameters(params: Any) -> int:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if getattr(path[-1], "key", None) == "kernel"
     )
-    tied = "unembed" not in params and "embed" in params
+    tied = "embed" in params and not {"unembed", "score"} & set(params)
     return kernels + (params["embed"]["embedding"].size if tied else 0)
 
 

@@ -15,6 +15,7 @@ from jaxalign.models.families.mapping import (
 )
 
 ARCHITECTURE = "Gemma3ForCausalLM"
+SCORE_ARCHITECTURE = "Gemma3TextForSequenceClassification"
 DEFAULTS = gemma2.DEFAULTS | {  # of transformers' Gemma3TextConfig
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,

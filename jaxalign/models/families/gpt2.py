@@ -17,6 +17,7 @@ from jaxalign.models.families.mapping import (
 )
 
 ARCHITECTURE = "GPT2LMHeadModel"
+SCORE_ARCHITECTURE = "GPT2ForSequenceClassification"
 DEFAULTS = {  # of transformers' GPT2Config
     "vocab_size": 50257,
     "n_positions": 1024,

@@ -8,6 +8,7 @@ from jaxalign.models.families import llama
 from jaxalign.models.families.mapping import HF_ACTIVATIONS, Weight, activation
 
 ARCHITECTURE = "Olmo2ForCausalLM"
+SCORE_ARCHITECTURE = "Olmo2Model"
 DEFAULTS = llama.DEFAULTS | {"vocab_size": 50304, "rms_norm_eps": 1e-5}  # of its Olmo2Config
 
 

@@ -8,6 +8,7 @@ from jaxalign.models.config import EncoderDecoderConfig
 from jaxalign.models.families.mapping import ACTIVATION_NAMES, Weight, given, same, transposed
 
 ARCHITECTURE = "T5ForConditionalGeneration"
+SCORE_ARCHITECTURE = "T5Model"
 DEFAULTS = {  # of transformers' T5Config
     "vocab_size": 32128,
     "d_model": 512,
