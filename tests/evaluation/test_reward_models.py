@@ -9,9 +9,9 @@ import pytest
 
 from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.errors import UserError
+from jaxalign.evaluation import Verdicts, make_annotator
 from jaxalign.evaluation.reward_models import NOT_FINITE, PreferenceModel, RewardModel
-from jaxalign.evaluation.transitivity import transitivity_violations
-from jaxalign.evaluation.verdicts import Verdicts
+from jaxalign.evaluation.sampled_cycles import sampled_cycles
 from jaxalign.models import (
     Decoder,
     DecoderConfig,
@@ -69,7 +69,7 @@ def texts(seed, number, longest=30):
 
 
 def annotator(folders, kind):
-    return (RewardModel if kind == "reward" else PreferenceModel).load(folders[kind])
+    return make_annotator(f"{kind}:{folders[kind]}")
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -214,13 +214,13 @@ class Coin:
 
 def test_circles_are_counted():
     answers = [["apple", "bread", "cheese", "bread"], ["axe", "bow"]]
-    around = transitivity_violations(Wheel(around=True), ["eat", "hunt"], answers, triples=50)
-    assert (around.violations, around.triples) == (50, 50)
-    straight = transitivity_violations(Wheel(around=False), ["eat", "hunt"], answers, triples=50)
+    around = sampled_cycles(Wheel(around=True), ["eat", "hunt"], answers, triples=50)
+    assert (around.cyclic, around.triples) == (50, 50)
+    straight = sampled_cycles(Wheel(around=False), ["eat", "hunt"], answers, triples=50)
     assert straight.rate == 0
-    coin = transitivity_violations(Coin(), ["eat"], answers[:1], triples=4000)
+    coin = sampled_cycles(Coin(), ["eat"], answers[:1], triples=4000)
     assert abs(coin.rate - 0.25) < 0.03
-    nothing = transitivity_violations(Coin(), ["hunt"], answers[1:])
+    nothing = sampled_cycles(Coin(), ["hunt"], answers[1:])
     assert nothing.triples == 0
     assert np.isnan(nothing.rate)
 
@@ -228,5 +228,5 @@ def test_circles_are_counted():
 def test_a_reward_model_makes_no_circles(folders):
     model = RewardModel.load(folders["reward"])
     answers = [texts(seed, 6) for seed in range(4)]
-    found = transitivity_violations(model, texts(9, 4), answers, triples=100)
-    assert (found.violations, found.triples) == (0, 100)
+    found = sampled_cycles(model, texts(9, 4), answers, triples=100)
+    assert (found.cyclic, found.triples) == (0, 100)
