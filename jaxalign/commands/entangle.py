@@ -16,6 +16,7 @@ from jaxalign.commands.find import find_loss
 from jaxalign.commands.pairs import ModelAndPairs, add_arguments, load
 from jaxalign.commands.report import print_table
 from jaxalign.data import PairBatch
+from jaxalign.data.records import transcript
 from jaxalign.entanglement import (
     CASES,
     PairGeometry,
@@ -163,20 +164,13 @@ def pair_rows(
             PairRow(
                 place=loaded.place(int(number)),
                 case=CASES[int(cases[at])],
-                prompt=_text(record.prompt),
-                chosen=_text(record.chosen),
-                rejected=_text(record.rejected),
+                prompt=transcript(record.prompt),
+                chosen=transcript(record.chosen),
+                rejected=transcript(record.rejected),
                 numbers={name: float(values[at]) for name, values in columns.items()},
             )
         )
     return rows
-
-
-def _text(words: Any) -> str:
-    """Text as it is; a conversation as its turns."""
-    if isinstance(words, str):
-        return words
-    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in words)
 
 
 def loss_row(name: str, loss: Any, geometry: PairGeometry, pairs: PairLogProbs) -> LossRow:

@@ -6,9 +6,9 @@ import inspect
 import io
 from collections.abc import Sequence
 
-from jaxalign.commands.find import find_module
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
+from jaxalign.modules import find_module
 
 SCALES = ("tiny", "paper")
 

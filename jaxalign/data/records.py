@@ -21,6 +21,13 @@ Text = str | Sequence[Message]
 """Plain text, or the turns of a conversation that a chat template makes into text."""
 
 
+def transcript(text: Text) -> str:
+    """Text as it is; a conversation as its turns, one a line."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceRecord:
     """A prompt and two responses of which the first was preferred."""

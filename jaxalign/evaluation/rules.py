@@ -1,0 +1,106 @@
+"""Judging by a rule: a function of the user's own."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from jaxalign.errors import UserError
+from jaxalign.evaluation.verdicts import Answer
+from jaxalign.modules import find_function
+
+ATTEMPTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A judge that calls a function for every response, or for every pair.
+
+    Attributes:
+      function: (prompt, response) -> score, of which the higher wins and equals tie; or
+        (prompt, first, second) -> P(first is better).
+      name: for messages.
+      order_free: whether it scores single responses.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    order_free: bool
+    identity: str | None = None  # its answers change with its code, and cost little
+
+    def answers(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> Iterator[Answer]:
+        """As in `Judge`.
+
+        Raises:
+          UserError: every answer failed.
+        """
+        failed: list[Answer] = []
+        for number, shown in enumerate(zip(prompts, first, second, strict=True)):
+            preference, reason = self._scored(*shown) if self.order_free else self._asked(*shown)
+            answer = Answer(number=number, preference=preference, reason=reason)
+            if reason:
+                failed.append(answer)
+            yield answer
+        if prompts and len(failed) == len(prompts):
+            raise UserError(f"{self.name} fails on all {len(failed)}: {failed[0].reason}")
+
+    def _scored(self, prompt: str, first: str, second: str) -> tuple[float, str]:
+        scores = []
+        for response in (first, second):
+            score, reason = self._called(prompt, response)
+            if reason:
+                return math.nan, reason
+            scores.append(score)
+        return 0.5 + 0.5 * float(np.sign(scores[0] - scores[1])), ""
+
+    def _asked(self, prompt: str, first: str, second: str) -> tuple[float, str]:
+        probability, reason = self._called(prompt, first, second)
+        if not reason and not 0 <= probability <= 1:
+            return math.nan, "it returns a probability outside [0, 1]"
+        return probability, reason
+
+    def _called(self, *arguments: str) -> tuple[float, str]:
+        """A finite number, or NaN and why it is none; a failure is tried once more."""
+        reason = ""
+        for _ in range(ATTEMPTS):
+            try:
+                value = self.function(*arguments)
+            except Exception as error:
+                words = str(error).strip().splitlines() or [""]
+                reason = f"it raises {type(error).__name__}: {words[0]}"
+                continue
+            value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+            if not isinstance(value, Real):
+                reason = f"it returns a {type(value).__name__}, not a number"
+            elif not math.isfinite(value):
+                reason = "it returns a number that is not finite"
+            else:
+                return float(value), ""
+        return math.nan, reason
+
+
+def rule(name: str) -> Rule:
+    """The rule of "FILE.py:FUNCTION".
+
+    Raises:
+      UserError: there is none, or it takes neither two nor three arguments.
+    """
+    function = find_function(name, "rule")
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) not in (2, 3):
+        raise UserError(
+            f"rule: {name} takes {len(needed)} arguments; a rule takes (prompt, response) and "
+            "returns a score, or (prompt, first, second) and returns P(first is better)"
+        )
+    return Rule(function=function, name=f"rule {name}", order_free=len(needed) == 2)
