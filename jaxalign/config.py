@@ -157,6 +157,54 @@ class EntanglementConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What the online stage does between two updates: sample responses, have them annotated."""
+
+    algorithm: str = "ipo_md"
+    """A row of the table of online algorithms (`jaxalign losses online`), or your own:
+    "FILE.py:FUNCTION", from hyperparameters to an `Algorithm`."""
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
+    prompts: str = "embedded"
+    """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
+    rows with a prompt, whatever else they hold."""
+    eval_prompts: str | None = None
+    """Held-out prompts; by default `holdout` of the prompts."""
+    max_eval_prompts: int = 128
+    """Use at most this many held-out prompts; 0 does not evaluate."""
+    annotator: str | None = None
+    """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
+    openai:URL#MODEL."""
+    max_prompt_length: int = 128
+    """Longest prompt in tokens; longer ones lose their beginning and are counted."""
+    max_tokens: int = 64
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Of the policies: they sample, score and learn at it."""
+    top_k: int = 0
+    """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens of this share of the probability; 1: from all."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a response stops."""
+    mesh: MeshConfig | None = None
+    """How the devices share the sampling, parameters handed over before every rollout; None: as
+    they share the updates."""
+    record: int = 4
+    """Prompts of each step whose responses are kept in the run folder's rollouts.jsonl."""
+
+    def __post_init__(self):
+        for name in ("max_prompt_length", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rollout.{name}: {getattr(self, name)} is not positive")
+        if not self.temperature > 0:
+            raise UserError(f"rollout.temperature: {self.temperature} is not positive")
+        for name in ("max_eval_prompts", "record"):
+            if getattr(self, name) < 0:
+                raise UserError(f"rollout.{name}: {getattr(self, name)} is negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: optional pretraining, optional SFT, then a preference loss."""
 
@@ -207,6 +255,10 @@ class TrainConfig:
     """Next-token prediction on responses."""
     preference: StageConfig = StageConfig()
     """The preference loss."""
+    online: StageConfig = StageConfig()
+    """Online preference optimisation: prompts per update are its batch size."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling, annotation and algorithm of the online stage."""
     loss: str = "dpo"
     """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION".
     bradley_terry trains a reward model instead of a policy, preference_model one that reads two
@@ -269,6 +321,16 @@ class TrainConfig:
                     f"entanglement.{field}: {self.loss} trains scores, not log-probs of responses; "
                     f"set {idle}"
                 )
+        if self.online.steps and self.rollout.annotator is None:
+            raise UserError(
+                "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
+                "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
+            )
+        if self.online.steps and self.preference.steps and self.loss in REWARD_LOSSES:
+            raise UserError(
+                f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "
+                "apart, with --rollout.annotator"
+            )
         if self.entanglement.mask != "none" and self.reference != "live":
             raise UserError(
                 "entanglement.mask: weighs the reference's tokens; set --reference live"

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         with contextlib.redirect_stderr(complaint):
             given = tyro.cli(
                 TrainConfig,
-                default=dataclasses.replace(config, loss_options={}),
+                default=_with_options(config, {}, {}),
                 args=rest,
                 prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
                 description="Run an experiment; every field of its config can be set here.",
@@ -67,10 +67,16 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if left.code == 0:
             raise
         raise UserError(_in_one_line(left, complaint.getvalue())) from None
-    # the experiment's options belong to its own loss, and to no other one
-    if given.loss_options or given.loss != config.loss:
-        return given
-    return dataclasses.replace(given, loss_options=config.loss_options)
+    # the experiment's options belong to its own loss or algorithm, and to no other one
+    own = not given.loss_options and given.loss == config.loss
+    loss = config.loss_options if own else given.loss_options
+    own = not given.rollout.options and given.rollout.algorithm == config.rollout.algorithm
+    return _with_options(given, loss, config.rollout.options if own else given.rollout.options)
+
+
+def _with_options(config: TrainConfig, loss: dict, algorithm: dict) -> TrainConfig:
+    rollout = dataclasses.replace(config.rollout, options=algorithm)
+    return dataclasses.replace(config, loss_options=loss, rollout=rollout)
 
 
 def _in_one_line(left: SystemExit, text: str) -> str:

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.commands.drive import World, drive
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.find import find_loss
+from jaxalign.commands.online import find_algorithm, load_prompts, run_online
 from jaxalign.commands.report import print_table
 from jaxalign.commands.run_folder import open_run_folder
 from jaxalign.commands.scores import (
@@ -35,7 +36,6 @@ from jaxalign.commands.stages import (
     write_model_config,
 )
 from jaxalign.commands.training_data import (
-    StageData,
     count_computed,
     count_tokens,
     load_stages,
@@ -53,21 +53,19 @@ from jaxalign.models.score import SCORE
 from jaxalign.reporting import comparison, read_run, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.sharding.processes import ending_together, share_of_rows, start
-from jaxalign.training.checkpoints import Checkpoints, newest_step
+from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.evaluation import (
     evaluate_preferences,
     evaluate_scores,
     evaluate_supervised,
 )
-from jaxalign.training.loop import Stopped, Throughput, run_stage
+from jaxalign.training.loop import Stopped, Throughput
 from jaxalign.training.masking import HEAD, whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
 from jaxalign.training.objectives import ReferencedBatch
 from jaxalign.training.optimizers import with_rule
-from jaxalign.training.profiling import Trace
-from jaxalign.training.progress import Progress
 from jaxalign.training.reference import precompute_reference
-from jaxalign.training.step import compile_step, initial_state, train_step
+from jaxalign.training.step import TrainState, compile_step, train_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
 
@@ -84,23 +82,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """What every stage of a run shares."""
-
-    config: TrainConfig
-    folder: Path
-    mesh: Mesh
-    model_config: Any
-    tokenizer: Any
-    data: Mapping[str, StageData]
-    writers: Sequence[Writer]
-
-
 def train(config: TrainConfig) -> Path:
     """Run or resume the stages of a config; returns the run folder."""
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
+    if config.online.steps:
+        find_algorithm(config.rollout.algorithm, config.rollout.options)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
     folder = open_run_folder(config)
@@ -108,7 +95,9 @@ def train(config: TrainConfig) -> Path:
     model_config, params = initial_model(config, tokenizer, mesh)
     check_start(config, params)
     write_model_config(folder, model_config)
-    data = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
+    data: dict[str, Any] = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
+    if config.online.steps:
+        data["online"] = load_prompts(config, tokenizer, folder, model_config)
     if jax.process_index() == 0:
         resume_metrics(folder)
     world = World(
@@ -124,7 +113,8 @@ def train(config: TrainConfig) -> Path:
     try:
         for name in STAGES:
             if getattr(config, name).steps:
-                params, trained = run(world, name, params)
+                one = run_online if name == "online" else run
+                params, trained = one(world, name, params)
                 if trained is not None:  # so the next stage's reference is what this one made
                     params = place(merge(params, trained, config.lora.scale), mesh)
                     adapters.append(trained)
@@ -228,32 +218,27 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         shape = world.model_config
         trained = {**trained, HEAD: initial_head(shape.width, shape.vocab_size)}
         optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
-    fresh = functools.partial(initial_state, optimizer=optimizer, seed=config.seed)
-    checkpoints = Checkpoints(stage_folder(world.folder, name))
     data = world.data[name]
-    batches = data.batches(stage.batch_size, seed=config.seed)
-    latest = checkpoints.latest()
 
     frozen: dict[str, Any] = {"policy": params if lora is not None else None}
     if is_preference:
         # a copy: the policy's own buffers are donated to the first step
         frozen["reference"] = params if lora is not None else place(params, mesh)
-    if latest is None:
-        state = place(fresh(trained), mesh)
-    else:
-        like = jax.eval_shape(fresh, trained)
-        state, meta = checkpoints.restore(latest, like, mesh)
-        batches.set_state(meta["iterator"])
     objective = make_objective(config, name, policy)
     place_batch, precomputed = feed(world, name, objective, frozen)
     evaluation = data.evaluation(stage.batch_size)
     one_step = functools.partial(
         train_step, objective=objective, optimizer=optimizer, micro_batches=stage.micro_batches
     )
-    plain, seen, every = compile_step(one_step, state, mesh), None, config.entanglement.every
-    if is_preference and every:
+
+    def make_step(state: TrainState) -> Callable[[int], Callable]:
+        plain, every = compile_step(one_step, state, mesh), config.entanglement.every
+        if not (is_preference and every):
+            return lambda done: plain
         watch = make_watch(config, objective)
         seen = compile_step(functools.partial(one_step, watch=watch), state, mesh)
+        return lambda done: plain if done % every else seen
+
     live = is_preference and not precomputed
     throughput = Throughput(
         tokens=count_tokens,
@@ -266,32 +251,20 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         evaluator: Any = evaluate_preferences if is_preference else evaluate_supervised
         evaluator = evaluate_scores if scored else evaluator
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
-    start = int(state.step)
-    first = min(start + 2, max(stage.steps - config.profile, start))
-    traced = config.profile and jax.process_index() == 0
-    folder = world.folder / "profile" / name if traced else None
-    with Progress(name, stage.steps, start=start) as progress:
-        state = run_stage(
-            name,
-            state=state,
-            frozen=frozen,
-            step=lambda done: seen if seen is not None and done % every == 0 else plain,
-            batches=batches,
-            place_batch=place_batch,
-            describe=data.describe,
-            steps=stage.steps,
-            schedule=schedule,
-            evaluation=evaluate_with,
-            eval_every=stage.eval_every,
-            save_every=stage.save_every,
-            checkpoints=checkpoints,
-            writers=world.writers,
-            throughput=throughput,
-            nonfinite=config.nonfinite,
-            progress=progress,
-            trace=Trace(folder, first=first, steps=config.profile),
-        )
-    checkpoints.close()
+    state = drive(
+        world,
+        name,
+        trained=trained,
+        frozen=frozen,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=data.batches(stage.batch_size, seed=config.seed),
+        make_step=make_step,
+        place_batch=place_batch,
+        describe=data.describe,
+        evaluation=evaluate_with,
+        throughput=throughput,
+    )
     trained = {key: tree for key, tree in state.params.items() if key != HEAD}
     return (trained, None) if lora is None else take_head(params, trained)
 

@@ -203,7 +203,7 @@ class Order:
         return batches
 
 
-def _share(
+def share(
     order: Order, number: int, process_index: int, process_count: int
 ) -> tuple[Any, Any, Any]:
     """All examples of a batch, this process's share filled up with copies, and its weights."""
@@ -217,7 +217,7 @@ def _share(
     return members, filled[share], weight[share]
 
 
-def _iterate(
+def iterate(
     order: Order,
     make: Callable[[int], Any],
     process_index: int,
@@ -316,7 +316,7 @@ def pair_batches(
     )
 
     def make(number: int) -> PairBatch:
-        members, mine, weight = _share(order, number, process_index, process_count)
+        members, mine, weight = share(order, number, process_index, process_count)
         bucket = int(np.searchsorted(edges, length[members].max()))
         batch = _pair_batch(
             pairs, mine, weight, edges[bucket], min(response_of[bucket], edges[bucket])
@@ -325,7 +325,7 @@ def pair_batches(
             return batch
         return _with_joint_rows(batch, pairs, mine, common[mine], joint_of[bucket])
 
-    return _iterate(order, make, process_index, process_count, prefetch)
+    return iterate(order, make, process_index, process_count, prefetch)
 
 
 def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) -> list[int]:
@@ -444,11 +444,11 @@ def text_batches(
     )
 
     def make(number: int) -> TextBatch:
-        members, mine, weight = _share(order, number, process_index, process_count)
+        members, mine, weight = share(order, number, process_index, process_count)
         padded = edges[int(np.searchsorted(edges, rows.lengths[members].max()))]
         return _text_batch(rows, mine, weight, padded)
 
-    return _iterate(order, make, process_index, process_count, prefetch)
+    return iterate(order, make, process_index, process_count, prefetch)
 
 
 def _text_batch(

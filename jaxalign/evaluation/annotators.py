@@ -42,9 +42,10 @@ def _of_judge(judge: Any, options: AnnotatorOptions) -> Annotator:
 
 
 def _rule(name: str, options: AnnotatorOptions) -> Annotator:
-    from jaxalign.evaluation.rules import rule
+    from jaxalign.evaluation.rules import RuleAnnotator, rule
 
-    return _of_judge(rule(name), options)
+    judge = rule(name)
+    return RuleAnnotator(rule=judge, annotator=_of_judge(judge, options))
 
 
 def _endpoint(address: str, options: AnnotatorOptions) -> Annotator:

@@ -8,9 +8,10 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from jaxalign.errors import UserError
-from jaxalign.evaluation.verdicts import Answer
+from jaxalign.evaluation.verdicts import Annotator, Answer, Verdicts
 from jaxalign.modules import find_function
 
 ATTEMPTS = 2
@@ -50,6 +51,27 @@ class Rule:
         if prompts and len(failed) == len(prompts):
             raise UserError(f"{self.name} fails on all {len(failed)}: {failed[0].reason}")
 
+    def rewards(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Float64[np.ndarray, " n"]:
+        """The score of each response; NaN where there is none.
+
+        Args:
+          prompts: n texts.
+          responses: one to each.
+
+        Raises:
+          UserError: it compares responses, or every call failed.
+        """
+        if not self.order_free:
+            raise UserError(
+                f"{self.name} compares two responses; rewards need one of (prompt, response)"
+            )
+        asked = [self._called(*shown) for shown in zip(prompts, responses, strict=True)]
+        if asked and all(reason for _, reason in asked):
+            raise UserError(f"{self.name} fails on all {len(asked)}: {asked[0][1]}")
+        return np.array([score for score, _ in asked])
+
     def _scored(self, prompt: str, first: str, second: str) -> tuple[float, str]:
         scores = []
         for response in (first, second):
@@ -83,6 +105,26 @@ class Rule:
             else:
                 return float(value), ""
         return math.nan, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleAnnotator:
+    """A rule's preferences, and its scores where it scores single responses."""
+
+    rule: Rule
+    annotator: Annotator
+
+    def preferences(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> Verdicts:
+        """As in `Annotator`."""
+        return self.annotator.preferences(prompts, first, second)
+
+    def rewards(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> Float64[np.ndarray, " n"]:
+        """As `Rule.rewards`."""
+        return self.rule.rewards(prompts, responses)
 
 
 def rule(name: str) -> Rule:

@@ -3,7 +3,7 @@
 Parameters travel as nested dicts of arrays; the nnx modules are the shells that users hold.
 """
 
-from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope
+from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope, tempered
 from jaxalign.models.decoder import Decoder, init_model
 from jaxalign.models.encoder_decoder import EncoderDecoder
 from jaxalign.models.weights import load_pretrained, save_pretrained
@@ -17,4 +17,5 @@ __all__ = [
     "init_model",
     "load_pretrained",
     "save_pretrained",
+    "tempered",
 ]

@@ -137,6 +137,28 @@ class DecoderConfig:
         return json.loads(self.source) if self.source else {}
 
 
+def tempered(config: Any, temperature: float) -> Any:
+    r"""The architecture of the policy with every next-token distribution at a temperature.
+
+    .. math:: \pi_T(y_n \mid x, y_{<n}) \propto \pi(y_n \mid x, y_{<n})^{1/T}
+
+    What samples and what scores then agree by construction.
+
+    Args:
+      config: of a decoder or an encoder-decoder.
+      temperature: T > 0.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature: {temperature} is not positive")
+    if temperature == 1:
+        return config
+    scale = 1.0 if config.logit_scale is None else config.logit_scale
+    changed = {"logit_scale": scale / temperature}
+    if config.logit_softcap is not None:
+        changed["logit_softcap"] = config.logit_softcap / temperature
+    return dataclasses.replace(config, **changed)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
     """One encoder-decoder transformer of T5's kind; hashable, as `DecoderConfig` is.

@@ -74,6 +74,40 @@ def response_log_probs(
     Returns:
       Float32 log-probs and entropies, [batch, response], 0 at padding.
     """
+    return response_log_probs_and_states(
+        params,
+        config,
+        tokens,
+        prompt_length,
+        response_tokens,
+        response_length,
+        joint=joint,
+        remat=remat,
+        dtype=dtype,
+        entropy_gradient=entropy_gradient,
+        token_block=token_block,
+        vocab_block=vocab_block,
+        **adapters,
+    )[0]
+
+
+def response_log_probs_and_states(
+    params: Mapping[str, Any],
+    config: Any,
+    tokens: Int[Array, "batch length"],
+    prompt_length: Int[Array, " batch"],
+    response_tokens: Int[Array, "batch response"],
+    response_length: Int[Array, " batch"],
+    *,
+    joint: JointRows | None = None,
+    remat: str = "none",
+    dtype: Any = None,
+    entropy_gradient: bool = False,
+    token_block: int | None = None,
+    vocab_block: int | None = None,
+    **adapters: Any,
+) -> tuple[ResponseLogProbs, Float[Array, "batch response width"]]:
+    """`response_log_probs`, and the hidden states that predict each token: what a critic reads."""
     hidden, kernel, bias, form = _response_states(
         params,
         config,
@@ -102,7 +136,7 @@ def response_log_probs(
     def masked(x: Array) -> Array:
         return jnp.where(real, x.reshape(real.shape), 0.0)
 
-    return ResponseLogProbs(log_prob=masked(out.log_prob), entropy=masked(out.entropy))
+    return ResponseLogProbs(log_prob=masked(out.log_prob), entropy=masked(out.entropy)), hidden
 
 
 @record

@@ -144,7 +144,7 @@ def run_stage(
         values = to_floats(jax.device_get(metrics))
         stopping = bool(values.pop("stopping"))
         now = time.perf_counter()
-        seconds, last_finish = now - last_finish, now
+        seconds, last_finish = values.pop("seconds", now - last_finish), now
         finite = values.pop("finite")
         tokens, computed = int(values["tokens"]), values.pop("computed")
         rate = tokens / seconds
@@ -182,7 +182,7 @@ def run_stage(
             # all processes read the same flag of the same step, and stop together
             stop = anywhere(terminated.asked)
             more = {"tokens": counts[0], "computed": counts[1], "stopping": stop}
-            pending = ({**metrics, **more}, batch)
+            pending = ({**more, **metrics}, batch)  # a step may count its tokens itself
             at_eval = done == steps or (eval_every and done % eval_every == 0)
             at_save = done == steps or (save_every and done % save_every == 0)
             if at_eval or at_save or stopping:

@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules from plain arguments, all of them optax's."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,39 @@ def with_rule(
         return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == name, params)
 
     return optax.partition({True: optax.adam(learning_rate), False: others}, labels)
+
+
+class AverageState(NamedTuple):
+    """What `with_average` keeps."""
+
+    others: Any
+    average: Any
+
+
+def with_average(
+    decay: float, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    r"""Keeps a running average of the parameters beside an update rule, which it leaves alone.
+
+    .. math:: \bar\theta \leftarrow d \, \bar\theta + (1 - d) \, \theta
+
+    Args:
+      decay: d in [0, 1]; 1 keeps the first parameters.
+      others: the update rule.
+    """
+    if not 0 <= decay <= 1:
+        raise UserError(f"decay: {decay} is not in [0, 1]")
+
+    def init(params: Any) -> AverageState:
+        return AverageState(others=others.init(params), average=jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        updates, inner = others.update(updates, state.others, params)
+        moved = optax.apply_updates(params, updates)
+        average = optax.incremental_update(moved, state.average, 1.0 - decay)
+        return updates, AverageState(others=inner, average=average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:

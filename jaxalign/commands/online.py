@@ -1,0 +1,292 @@
+"""The online stage of a run, from its config."""
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.commands.drive import World, drive
+from jaxalign.commands.stages import STAGES, stage_folder
+from jaxalign.commands.updates import make_policy, make_update_rule
+from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.data import (
+    ReadReport,
+    TokenizedRows,
+    prompt_records,
+    split_holdout,
+    tokenize_prompts,
+)
+from jaxalign.data.record_text import text_of
+from jaxalign.errors import UserError
+from jaxalign.evaluation.annotators import make_annotator
+from jaxalign.generation import Sampling
+from jaxalign.models import DecoderConfig, tempered
+from jaxalign.models.lora import init_adapters
+from jaxalign.models.score import SCORE, init_head
+from jaxalign.modules import find_function
+from jaxalign.online import ALGORITHMS, Algorithm, OnlineObjective, PromptBatch
+from jaxalign.online.evaluation import HeldOut, evaluator
+from jaxalign.online.prompts import prompt_batches
+from jaxalign.online.sampler import Sampler
+from jaxalign.online.step import OnlineStep, TextRecorder, compile_update
+from jaxalign.sharding import make_mesh, parameter_shardings, place
+from jaxalign.sharding.processes import share_of_rows
+from jaxalign.training.checkpoints import newest_step
+from jaxalign.training.loop import Throughput
+from jaxalign.training.optimizers import with_average
+from jaxalign.training.step import TrainState
+from jaxalign.training.throughput import flops_per_token, peak_flops
+
+ROLLOUTS = "rollouts.jsonl"
+
+
+def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
+    """An online algorithm of the table, or a function of the user's own: "FILE.py:FUNCTION".
+
+    Raises:
+      UserError: there is none of that name, or it lacks an option.
+    """
+    found: Any = ALGORITHMS.get(name)
+    if found is None:
+        if ":" not in name:
+            raise UserError(
+                f"rollout.algorithm: {name!r} is neither FILE.py:FUNCTION nor one of "
+                f"{', '.join(ALGORITHMS)}"
+            )
+        found = find_function(name, "algorithm")
+    parameters = inspect.signature(found).parameters
+    if unknown := sorted(set(options) - set(parameters)):
+        known = ", ".join(parameters) or "none"
+        raise UserError(f"rollout.options: {name} has no {', '.join(unknown)}; it has {known}")
+    whole = {  # options are numbers on the command line; counts are whole ones
+        key: int(value) if isinstance(parameters[key].default, int) else float(value)
+        for key, value in options.items()
+    }
+    algorithm = found(**whole)
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"rollout.algorithm: {name} returned {type(algorithm).__name__}")
+    return algorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """The prompts of a run: tokens for the sampler, texts for the annotator."""
+
+    train: TokenizedRows
+    train_texts: Sequence[str]
+    held_out: TokenizedRows | None
+    held_out_texts: Sequence[str]
+    places: Sequence[str]
+    """Where each training prompt came from."""
+
+    def describe(self, batch: PromptBatch) -> list[str]:
+        """File and line of a batch's prompts."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
+        return [self.places[int(number)] for number in numbers]
+
+
+def load_prompts(
+    config: TrainConfig, tokenizer: Any, folder: Path, model_config: Any
+) -> PromptData:
+    """Read, split and tokenise the prompts of the online stage; add their counts to `data.json`.
+
+    Raises:
+      UserError: a prompt that cannot be used, none at all, or no room for prompt and response.
+    """
+    wanted, context = config.rollout, getattr(model_config, "context_length", None)
+    is_decoder = isinstance(model_config, DecoderConfig)
+    longest = wanted.max_prompt_length + wanted.max_tokens
+    if context is not None and longest > context:
+        raise UserError(
+            f"rollout.max_prompt_length: {wanted.max_prompt_length} tokens and max_tokens "
+            f"{wanted.max_tokens} are more than the model's context of {context}"
+        )
+    report: dict[str, Any] = {}
+
+    def read(source: str, name: str) -> list[Any]:
+        counted = ReadReport()
+        records = list(prompt_records(source, bad_records=config.bad_records, report=counted))
+        report[name] = {"source": source} | dataclasses.asdict(counted)
+        if not records:
+            raise UserError(f"{source}: no usable prompt")
+        return records
+
+    train = read(wanted.prompts, "prompts")
+    if wanted.eval_prompts is not None:
+        held_out = read(wanted.eval_prompts, "eval_prompts")
+    else:
+        train, held_out = split_holdout(train, config.holdout, seed=config.seed)
+    if not train:
+        raise UserError(f"rollout.prompts: {wanted.prompts}: none is left; lower --holdout")
+    held_out = held_out[: wanted.max_eval_prompts]
+
+    def tokenized(records: list[Any], name: str) -> TokenizedRows:
+        rows, counted = tokenize_prompts(
+            records,
+            tokenizer,
+            max_length=wanted.max_prompt_length,
+            prompt_format=config.prompt_format,
+            strings_as_chat=config.strings_as_chat,
+            encoder_decoder=not is_decoder,
+        )
+        report[name] = dataclasses.asdict(counted)
+        return rows
+
+    data = PromptData(
+        train=tokenized(train, "train_prompts"),
+        train_texts=_plain_texts(train, tokenizer),
+        held_out=tokenized(held_out, "held_out_prompts") if held_out else None,
+        held_out_texts=_plain_texts(held_out, tokenizer),
+        places=[f"{record.source}:{record.line}" for record in train],
+    )
+    if jax.process_index() == 0:
+        path = folder / "data.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(before | report, indent=2) + "\n", encoding="utf-8")
+    return data
+
+
+def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
+    """Prompts as annotators read them: as they are; conversations through the chat template."""
+    in_text = text_of(tokenizer, "{prompt}", None, False)
+    return [in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records]
+
+
+def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
+    """The online stage, from its newest checkpoint or from the start.
+
+    Returns:
+      As `train.run`: the trained parameters and None, or the frozen ones and the adapters.
+    """
+    config, mesh = world.config, world.mesh
+    stage, wanted = config.online, config.rollout
+    algorithm = find_algorithm(wanted.algorithm, wanted.options)
+    model_config = tempered(world.model_config, wanted.temperature)
+    policy = make_policy(config, name, model_config)
+    objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    optimizer, schedule = _update_rule(stage, algorithm)
+    lora = config.lora if config.lora.rank else None
+    trained, key = params, jax.random.key(config.seed + 1 + STAGES.index(name))
+    if lora is not None:
+        trained = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
+    if algorithm.advantages is not None:
+        trained = {**trained, SCORE: init_head(world.model_config.width, key)}
+    frozen = {
+        "policy": params if lora is not None else None,
+        # a copy: the policy's own buffers are donated to the first step
+        "reference": params if lora is not None else place(params, mesh),
+    }
+    data: PromptData = world.data[name]
+    annotator = make_annotator(str(wanted.annotator))
+    sampling_mesh = mesh
+    if wanted.mesh is not None:
+        sampling_mesh = make_mesh(**dataclasses.asdict(wanted.mesh))
+    sampler = Sampler(
+        config=model_config,
+        tokenizer=world.tokenizer,
+        sampling=Sampling(
+            max_tokens=wanted.max_tokens,
+            top_k=wanted.top_k,
+            top_p=wanted.top_p,
+            end_tokens=(int(world.tokenizer.eos_token_id),),
+        ),
+        mesh=sampling_mesh,
+        stop=wanted.stop,
+        dtype=policy.dtype,
+    )
+
+    @functools.lru_cache(maxsize=1)
+    def reference() -> Any:
+        return handed(frozen["reference"])
+
+    def handed(tree: Any) -> Any:
+        return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
+
+    def hand_over(policies: Mapping[str, Any]) -> Mapping[str, Any]:
+        if wanted.mesh is None:
+            return policies
+        moved = {name: handed(one) for name, one in policies.items() if name != "reference"}
+        return moved | {"reference": {"params": reference()}}
+
+    recorder = TextRecorder(world.folder / ROLLOUTS, prompts=wanted.record)
+    if jax.process_index() == 0:
+        recorder.rewind(newest_step(stage_folder(world.folder, name)) or 0)
+    draws = jax.random.fold_in(jax.random.key(config.seed), 0x0911E)
+    number, count = share_of_rows(mesh)
+    batches_of = functools.partial(
+        prompt_batches, batch_size=stage.batch_size, process_index=number, process_count=count
+    )
+
+    def make_step(state: TrainState) -> Any:
+        one = OnlineStep(
+            algorithm=algorithm,
+            policy=policy,
+            sampler=sampler,
+            annotator=annotator,
+            update=compile_update(
+                objective, optimizer, state, mesh, micro_batches=stage.micro_batches
+            ),
+            hand_over=hand_over,
+            prompt_texts=data.train_texts,
+            mesh=mesh,
+            key=draws,
+            record=recorder if number == 0 else lambda *_: None,
+        )
+        return lambda done: one
+
+    evaluation = None
+    if data.held_out is not None:
+        held_out = HeldOut(
+            sampler,
+            annotator,
+            list(batches_of(data.held_out, epochs=1, shuffle=False)),
+            data.held_out_texts,
+            jax.random.fold_in(draws, 1),
+        )
+
+        def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
+            reference = {"params": frozen["reference"]}
+            now = {"policy": policy.policy(params, frozen["policy"]), "reference": reference}
+            return hand_over(now)
+
+        evaluation = evaluator(held_out, policies)
+    state = drive(
+        world,
+        name,
+        trained=trained,
+        frozen=frozen,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches_of(data.train, seed=config.seed),
+        make_step=make_step,
+        place_batch=lambda batch: batch,
+        describe=data.describe,
+        evaluation=evaluation,
+        throughput=Throughput(
+            tokens=lambda batch: 0,  # the step counts its own
+            computed=lambda batch: 0,
+            flops_per_token=algorithm.updates
+            * flops_per_token(params, live_reference=True, adapters=lora is not None),
+            peak_flops=peak_flops(),
+        ),
+    )
+    learned = {name: tree for name, tree in state.params.items() if name != SCORE}
+    return (learned, None) if lora is None else (params, learned)
+
+
+def _update_rule(stage: StageConfig, algorithm: Algorithm) -> tuple[Any, Any]:
+    """The stage's optimiser; its schedule counts rollouts, the optimiser updates."""
+    times = algorithm.updates
+    rule = dataclasses.replace(stage.optimizer, warmup_steps=stage.optimizer.warmup_steps * times)
+    stretched = dataclasses.replace(stage, steps=stage.steps * times, optimizer=rule)
+    optimizer, schedule = make_update_rule(stretched)
+    if algorithm.average_decay is not None:
+        optimizer = with_average(algorithm.average_decay, optimizer)
+    return optimizer, lambda step: schedule(step * times)

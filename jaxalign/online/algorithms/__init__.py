@@ -1,0 +1,26 @@
+"""The table of online algorithms: a function from hyperparameters to an `Algorithm` each."""
+
+from collections.abc import Callable
+
+from jaxalign.online.algorithm import Algorithm
+from jaxalign.online.algorithms.contrastive import ipo_md, online_dpo, online_ipo, online_slic
+from jaxalign.online.algorithms.nash_md import nash_ema_pg, nash_md_pg, self_play_pg
+from jaxalign.online.algorithms.policy_gradient import regularised_policy_gradient, rloo
+from jaxalign.online.algorithms.ppo import ppo
+from jaxalign.online.algorithms.xpo import xpo
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
+    "ipo_md": ipo_md,
+    "online_ipo": online_ipo,
+    "online_dpo": online_dpo,
+    "online_slic": online_slic,
+    "nash_md_pg": nash_md_pg,
+    "self_play_pg": self_play_pg,
+    "nash_ema_pg": nash_ema_pg,
+    "regularised_policy_gradient": regularised_policy_gradient,
+    "rloo": rloo,
+    "ppo": ppo,
+    "xpo": xpo,
+}
+
+__all__ = ["ALGORITHMS"]

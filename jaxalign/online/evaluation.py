@@ -1,0 +1,77 @@
+"""How the policy does on held-out prompts, against the reference, in the annotator's eyes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.online.rollouts import PromptBatch
+from jaxalign.online.sampler import Sampled, Sampler
+
+
+class HeldOut:
+    """(policies) -> metrics; the reference's responses are sampled once.
+
+    `win_rate` is the mean preference for the policy's response over the reference's, a tie being
+    half a win; `kl` the divergence KL(policy || reference) of whole responses in nats, the mean
+    log-ratio of the policy's own samples; `reward` the annotator's, where it gives any.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        annotator: Any,
+        batches: Sequence[PromptBatch],
+        prompt_texts: Sequence[str],
+        key: jax.Array,
+    ):
+        self._sampler, self._annotator, self._batches = sampler, annotator, batches
+        self._texts, self._key = prompt_texts, key
+        self._of_reference: list[Sampled] = []
+
+    def __call__(self, policies: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of a policy."""
+        keys = [jax.random.fold_in(self._key, at) for at in range(2 * len(self._batches))]
+        if not self._of_reference:
+            self._of_reference = [
+                self._sampler(policies, {"reference": 1.0}, batch, key, samples=1)
+                for batch, key in zip(self._batches, keys[::2], strict=True)
+            ]
+        of_policy = [
+            self._sampler(policies, {"policy": 1.0, "reference": 0.0}, batch, key, samples=1)
+            for batch, key in zip(self._batches, keys[1::2], strict=True)
+        ]
+        real = np.concatenate([batch.weight > 0 for batch in self._batches])
+
+        def texts_of(parts: Sequence[Sampled]) -> list[str]:
+            rows = [row[0] for part in parts for row in part.texts]
+            return [text for text, counts in zip(rows, real, strict=True) if counts]
+
+        def numbers(arrays: Sequence[np.ndarray]) -> np.ndarray:
+            return np.concatenate([x[:, 0] for x in arrays])[real]
+
+        prompts = [self._texts[int(at)] for batch in self._batches for at in batch.record_index]
+        prompts = [text for text, counts in zip(prompts, real, strict=True) if counts]
+        ours, theirs = texts_of(of_policy), texts_of(self._of_reference)
+        ratios = [
+            (part.log_prob["policy"] - part.log_prob["reference"]).sum(-1) for part in of_policy
+        ]
+        preference = np.asarray(self._annotator.preferences(prompts, ours, theirs).preference)
+        metrics = {
+            "win_rate": float(np.nanmean(preference)) if np.isfinite(preference).any() else np.nan,
+            "kl": float(numbers(ratios).mean()),
+            "rollout/length": float(numbers([part.length for part in of_policy]).mean()),
+            "rollout/finished": float(numbers([part.finished for part in of_policy]).mean()),
+            "annotation/failed": float(np.isnan(preference).mean()),
+        }
+        if hasattr(self._annotator, "rewards"):
+            metrics["reward"] = float(np.nanmean(self._annotator.rewards(prompts, ours)))
+        return metrics
+
+
+def evaluator(
+    held_out: HeldOut, policies: Callable[[Any, Any], Mapping[str, Any]]
+) -> Callable[[Any, Any], dict[str, float]]:
+    """(params, frozen) -> metrics, as the loop wants it."""
+    return lambda params, frozen: held_out(policies(params, frozen))

@@ -1,0 +1,272 @@
+"""The online step: sample, annotate, update; from the outside a step as any other."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxalign.errors import UserError
+from jaxalign.losses import SampleLogProbs
+from jaxalign.online.algorithm import Algorithm
+from jaxalign.online.objective import OnlineObjective
+from jaxalign.online.rollouts import PromptBatch, RolloutBatch
+from jaxalign.online.sampler import (
+    Annotated,
+    Sampled,
+    Sampler,
+    annotate,
+    draws_of,
+    joined,
+    rollout_batch,
+)
+from jaxalign.sharding import batch_sharding
+from jaxalign.training.metrics import Mean
+from jaxalign.training.objectives import Policy
+from jaxalign.training.optimizers import AverageState
+from jaxalign.training.step import TrainState, compile_step, train_step
+
+
+def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the forward pass of every policy that may sample, by the names of `Draw`."""
+    policies = {
+        "policy": policy.policy(state.params, frozen["policy"]),
+        "reference": {"params": frozen["reference"]},
+    }
+    if isinstance(state.opt_state, AverageState):
+        policies["average"] = policy.policy(state.opt_state.average, frozen["policy"])
+    return policies
+
+
+def update_step(
+    state: TrainState,
+    frozen: Any,
+    batch: RolloutBatch,
+    *,
+    objective: OnlineObjective,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """All updates on one rollout; they count as one step.
+
+    With a critic, values and advantages are those of the policy that sampled.
+    """
+    algorithm = objective.algorithm
+    if algorithm.advantages is not None:
+        batch = _with_advantages(objective, state, frozen, batch)
+    one: Callable[..., Any] = functools.partial(
+        train_step, objective=cast(Any, objective), optimizer=optimizer, micro_batches=micro_batches
+    )
+    if algorithm.updates == 1:
+        return one(state, frozen, batch)
+    after, metrics = jax.lax.scan(
+        lambda state, _: one(state, frozen, batch), state, None, length=algorithm.updates
+    )
+
+    def over_updates(values: Any) -> Any:
+        if isinstance(values, Mean):
+            return jax.tree.map(lambda x: x.sum(0), values)
+        return values.all() if values.dtype == bool else values[-1]
+
+    is_mean = lambda x: isinstance(x, Mean)  # noqa: E731
+    metrics = jax.tree.map(over_updates, metrics, is_leaf=is_mean)
+    return dataclasses.replace(after, step=state.step + 1), metrics
+
+
+def _with_advantages(
+    objective: OnlineObjective, state: TrainState, frozen: Any, batch: RolloutBatch
+) -> RolloutBatch:
+    assert objective.algorithm.advantages is not None
+    outputs = jax.lax.stop_gradient(objective.forward(state.params, frozen, batch, None))
+    assert outputs.values is not None
+    responses = batch.responses
+    places = jnp.arange(outputs.log_prob.shape[-1])[None, None]
+    lengths = responses.response_length[:, : objective.algorithm.trained]
+    mask = (places < lengths[..., None]) & (responses.weight > 0)[:, None, None]
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1])
+
+    samples = SampleLogProbs(
+        log_prob=flat(outputs.log_prob), reference=flat(outputs.reference), mask=flat(mask)
+    )
+    reward = batch.reward[:, : objective.algorithm.trained].reshape(-1)
+    found = objective.algorithm.advantages(samples, reward, flat(outputs.values))
+    advantage, returns = (x.reshape(mask.shape) for x in found)
+    return dataclasses.replace(
+        batch,
+        sampled_log_prob=outputs.log_prob,
+        advantage=advantage,
+        value=outputs.values,
+        returns=returns,
+    )
+
+
+@dataclass(kw_only=True)
+class OnlineStep:
+    """(state, frozen, prompts on the host) -> (state, metrics), as the loop wants it.
+
+    Attributes:
+      algorithm: who samples and what is minimised.
+      policy: how parameters make up the policies.
+      sampler: draws responses.
+      annotator: `preferences` or `rewards` of texts.
+      update: the compiled `update_step`.
+      hand_over: policies -> policies where the sampler's devices want them.
+      prompt_texts: of every prompt, by its number, as annotators read it.
+      mesh: of the update.
+      key: of all draws; the step's number is folded in.
+      record: takes the sampled texts of a step.
+    """
+
+    algorithm: Algorithm
+    policy: Policy
+    sampler: Sampler
+    annotator: Any
+    update: Callable[..., Any]
+    hand_over: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    prompt_texts: Sequence[str]
+    mesh: Mesh
+    key: jax.Array
+    record: Callable[[int, Sequence[str], Sampled, Annotated], None]
+
+    def __call__(
+        self, state: TrainState, frozen: Any, prompts: PromptBatch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        begun, number = time.perf_counter(), int(state.step)
+        key = jax.random.fold_in(self.key, number)
+        policies = self.hand_over(policies_of(self.policy, state, frozen))
+        with jax.profiler.TraceAnnotation("sample"):
+            parts = [
+                self.sampler(
+                    policies, draw.weights, prompts, jax.random.fold_in(key, at), samples=samples
+                )
+                for at, (draw, samples) in enumerate(draws_of(self.algorithm))
+            ]
+        sampled = joined(parts)
+        drawn = time.perf_counter()
+        texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
+        with jax.profiler.TraceAnnotation("annotate"):
+            annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+        self.record(number, texts, sampled, annotated)
+        batch = rollout_batch(prompts, sampled, annotated)
+        if not batch.responses.weight.any():
+            raise UserError(
+                f"rollout.annotator: no verdict on any of the {len(texts)} prompts of step "
+                f"{number + 1}; their responses are kept in the run folder's rollouts.jsonl"
+            )
+        sharding = batch_sharding(self.mesh)
+        placed = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        )
+        said = time.perf_counter()
+        with jax.profiler.TraceAnnotation("update"):
+            state, metrics = self.update(state, frozen, placed)
+            jax.block_until_ready(state.step)
+        seconds = np.diff([begun, drawn, said, time.perf_counter()])
+        shares = seconds / seconds.sum()
+        metrics |= dict(
+            zip(("time/sampling", "time/annotation", "time/update"), shares, strict=True)
+        )
+        metrics["seconds"] = float(seconds.sum())
+        return state, metrics | self.counts(prompts, sampled, batch, float(seconds[0]))
+
+    def counts(
+        self, prompts: PromptBatch, sampled: Sampled, batch: RolloutBatch, seconds: float
+    ) -> dict[str, float]:
+        """What this process's share of a rollout was like."""
+        responses = int(sampled.length.sum())
+        trained = slice(0, self.algorithm.trained)
+        weight = batch.responses.weight
+        out = {
+            "tokens": int(sampled.length.size * prompts.length.mean()) + responses,
+            "computed": int((batch.responses.prompt_length + sampled.length)[:, trained].sum()),
+            "rollout/length": float(sampled.length.mean()),
+            "rollout/finished": float(sampled.finished.mean()),
+            "rollout/tokens_per_second": responses / seconds,
+            "annotation/failed": float(1 - weight.sum() / max(prompts.weight.sum(), 1)),
+        }
+        said = weight > 0
+        if self.algorithm.annotation == "rewards":
+            return out | {"rollout/reward": float(batch.reward[said].mean())}
+        others = batch.preference[said][:, 0, 1:]
+        return out | {
+            "rollout/preference": float(others.mean()),  # 1/2 where all draws are alike
+            "rollout/decided": float(np.abs(others - 0.5).mean() * 2),
+        }
+
+
+def compile_update(
+    objective: OnlineObjective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    micro_batches: int,
+) -> Callable[..., Any]:
+    """`update_step` under `jit`, sharded as the training step is."""
+    step = functools.partial(
+        update_step, objective=objective, optimizer=optimizer, micro_batches=micro_batches
+    )
+    return compile_step(step, state, mesh)
+
+
+class TextRecorder:
+    """Some prompts of each step with their responses and verdicts, one JSON object a line."""
+
+    def __init__(self, path: Path, *, prompts: int):
+        self._path, self._prompts = path, prompts
+
+    def __call__(
+        self, step: int, texts: Sequence[str], sampled: Sampled, annotated: Annotated
+    ) -> None:
+        rewarded = np.any(annotated.reward != 0)
+        whole = not np.isfinite(annotated.preference).all((1, 2)).any()
+        with self._path.open("a", encoding="utf-8") as file:
+            for at in range(len(texts) if whole else min(self._prompts, len(texts))):
+                line: dict[str, Any] = {
+                    "step": step + 1,
+                    "prompt": texts[at],
+                    "responses": sampled.texts[at],
+                }
+                if rewarded:
+                    line["reward"] = _plain(annotated.reward[at])
+                else:
+                    line["preference"] = _plain(annotated.preference[at])
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step: it will be sampled again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")  # the line a kill cut short
+
+
+def _plain(values: np.ndarray) -> Any:
+    """Nested lists; JSON has no NaN."""
+    rounded = np.round(values, 6).tolist()
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, list):
+            return [plain(one) for one in x]
+        return x if np.isfinite(x) else None
+
+    return plain(rounded)
