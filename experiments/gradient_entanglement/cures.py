@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.gradient_entanglement.page import FOLDER, put, table
 from experiments.gradient_entanglement.pairs import arguments, settings
 from experiments.gradient_entanglement.runs import finished, mean
+from experiments.page import put, table
 from jaxalign.config import EntanglementConfig
 from jaxalign.reporting import read_run
+
+FOLDER = Path(__file__).parent
 
 CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
     "dpo": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1)),
@@ -106,7 +108,7 @@ def main() -> None:
     text = table(header, rows)
     print(text)
     plot(curves, margin)
-    put("cures", f"{text}\n![cures](cures.png)\n")
+    put(FOLDER, "cures", f"{text}\n![cures](cures.png)\n")
 
 
 def plot(curves: dict[str, dict[str, np.ndarray]], margin: float) -> None:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.gradient_entanglement.page import FOLDER, put, table
 from experiments.gradient_entanglement.pairs import arguments, settings
 from experiments.gradient_entanglement.runs import DATA, change, curve, finished, mean
+from experiments.page import put, table
 from jaxalign.config import EntanglementConfig
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
 from jaxalign.entanglement import CASES, PairGeometry, case, coefficients
@@ -30,6 +30,8 @@ from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
 from jaxalign.reporting import read_run
+
+FOLDER = Path(__file__).parent
 
 LOSSES: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1},
@@ -225,7 +227,7 @@ def main() -> None:
     ]
     alone = table(("loss", *cases, "steps that did as the case says"), rows)
     print(alone)
-    put("alone", alone)
+    put(FOLDER, "alone", alone)
     runs: dict[str, dict[str, Path]] = {}
     for rule in ("sgd", "adamw"):
         folders = {loss: finished(config_of(loss, rule, start, scale)) for loss in LOSSES}
@@ -236,7 +238,7 @@ def main() -> None:
         ]
         found = table((*HEADER, *(name for name, _, _ in extra)), rows)
         print(found)
-        put(rule, found)
+        put(FOLDER, rule, found)
         runs[rule] = folders
         plot(runs)
 

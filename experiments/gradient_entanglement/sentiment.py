@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gradient_entanglement.page import FOLDER, put, table
 from experiments.gradient_entanglement.runs import (
     DATA,
     PAPER,
@@ -33,12 +32,14 @@ from experiments.gradient_entanglement.runs import (
     seeds,
     spread,
 )
+from experiments.page import put, table
 from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
 from jaxalign.entanglement.tokens import PairTokens, token_geometry
 from jaxalign.models import load_pretrained
 from jaxalign.reporting import heat_map, read_run
 
+FOLDER = Path(__file__).parent
 SUFFIXES = {"single token": 0, "short suffix": 3, "long suffix": 16}
 """Task -> words of the other sentence."""
 SEEDS = (0, 1, 2)
@@ -164,7 +165,7 @@ def main() -> None:
     print(text)
     plot(runs)
     draw_heat_map(runs["long suffix"][0])
-    put("sentiment", f"{text}\n![curves](sentiment.png)\n\n![tokens](heat_map.png)\n")
+    put(FOLDER, "sentiment", f"{text}\n![curves](sentiment.png)\n\n![tokens](heat_map.png)\n")
 
 
 def acceptance(runs: dict[str, list[Path]]) -> str:

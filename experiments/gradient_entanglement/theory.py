@@ -6,10 +6,10 @@ Expect:   the section "Theory" of this folder's README, and theory.png
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from experiments.gradient_entanglement.page import FOLDER, put, table
 from experiments.gradient_entanglement.worlds import (
     World,
     by_autodiff,
@@ -20,7 +20,9 @@ from experiments.gradient_entanglement.worlds import (
     shared_logits,
     single_token,
 )
+from experiments.page import put, table
 
+FOLDER = Path(__file__).parent
 SEEDS = range(3)
 SUFFIXES = (0, 10, 20, 50, 100, 150, 200)
 
@@ -59,7 +61,7 @@ def main() -> None:
     text = table(header, rows)
     print(text)
     plot()
-    put("theory", f"{text}\n![suffix](theory.png)\n")
+    put(FOLDER, "theory", f"{text}\n![suffix](theory.png)\n")
 
 
 def setting(name: str, make: Callable[[int], World]) -> list[str]:

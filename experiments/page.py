@@ -1,14 +1,12 @@
-"""The README of this folder: each study writes its own section, and no other."""
+"""The README of an experiment's folder: each study writes its own section, and no other."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
 
-
-def put(name: str, text: str) -> None:
-    """Replace the section between `<!-- name -->` and `<!-- /name -->`."""
-    path = FOLDER / "README.md"
+def put(folder: Path, name: str, text: str) -> None:
+    """Replace the section between `<!-- name -->` and `<!-- /name -->` of a folder's README."""
+    path = folder / "README.md"
     whole = path.read_text(encoding="utf-8")
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     head, rest = whole.split(first)
