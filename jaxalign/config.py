@@ -161,7 +161,7 @@ class RolloutConfig:
     """What the online stage does between two updates: sample responses, have them annotated."""
 
     algorithm: str = "ipo_md"
-    """A row of the table of online algorithms (`jaxalign losses online`), or your own:
+    """A row of the table of online algorithms (`jaxalign losses`), or your own:
     "FILE.py:FUNCTION", from hyperparameters to an `Algorithm`."""
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""

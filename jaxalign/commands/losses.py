@@ -1,13 +1,14 @@
 """`jaxalign losses [NAME]`: the table of losses, or the page of one, from the functions alone."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxalign.commands.arguments import parser
 from jaxalign.errors import UserError
 from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
+from jaxalign.online.algorithms import ALGORITHMS
 
-LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
+LOSSES: dict[str, Callable] = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,9 +21,10 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(soft_wrap=True)
     if given.name is not None:
-        if given.name not in LOSSES:
-            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(LOSSES))}")
-        loss = LOSSES[given.name]
+        functions = ALGORITHMS | LOSSES
+        if given.name not in functions:
+            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(functions))}")
+        loss = functions[given.name]
         console.print(f"{given.name}{inspect.signature(loss)}\n", markup=False, highlight=False)
         console.print(inspect.getdoc(loss) or "", markup=False, highlight=False)
         return 0
@@ -32,7 +34,23 @@ def main(arguments: Sequence[str]) -> int:
         console.print(losses_markdown(), markup=False, highlight=False, end="")
         return 0
     print_rows([loss_row(name, loss) for name, loss in LOSSES.items()])
+    print_algorithms()
     return 0
+
+
+def print_algorithms() -> None:
+    """Name, what it does and hyperparameters, one online algorithm a row."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("online algorithm", "what it is", "hyperparameters", show_lines=True)
+    for name, algorithm in ALGORITHMS.items():
+        summary = (inspect.getdoc(algorithm) or "").splitlines()[0]
+        parameters = inspect.signature(algorithm).parameters.values()
+        defaults = ", ".join(f"{one.name}={one.default:g}" for one in parameters)
+        table.add_row(*map(Text, (name, summary, defaults)))
+    Console().print(table)
 
 
 def print_rows(rows: Sequence) -> None:

@@ -50,7 +50,7 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
-from jaxalign.reporting import comparison, read_run, write_report
+from jaxalign.reporting import comparison, online, read_run, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.sharding.processes import ending_together, share_of_rows, start
 from jaxalign.training.checkpoints import newest_step
@@ -146,6 +146,8 @@ def report(folder: Path) -> None:
     path = write_report([finished], folder / "report")
     if rows:
         print_table(header, rows)
+    if online.has_stage(finished):
+        print_table(*online.table([finished]))
     print(f"report: {path}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign.reporting import entanglement
+from jaxalign.reporting import entanglement, online
 from jaxalign.reporting.runs import Run
 
 ROWS = (
@@ -148,7 +148,7 @@ def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
 
     stages = [
         stage
-        for stage in ("pretrain", "sft", "preference")
+        for stage in ("pretrain", "sft", "preference", "online")
         if any(run.curve(stage, "train", "loss")[0] for run in runs)
     ]
     if not stages:
@@ -194,6 +194,13 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     if rows:
         _plot_preference(runs, folder / "preference.png")
         text += [_markdown_table(header, rows), "![held-out curves](preference.png)\n"]
+    if sampled := [run for run in runs if online.has_stage(run)]:
+        online.plot(sampled, folder / "online.png")
+        text += [
+            _markdown_table(*online.table(sampled)),
+            "![held-out prompts](online.png)\n",
+            *filter(None, map(online.samples, sampled)),
+        ]
     if seen := [run for run in runs if entanglement.watched(run)]:
         entanglement.plot(seen, folder / "entanglement.png")
         text += [

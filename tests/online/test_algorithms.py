@@ -1,0 +1,150 @@
+"""Online algorithms through the language models' own objective, in a world with exact numbers.
+
+Expectations over responses are taken exactly: every pair of responses is a row of the batch whose
+weight is its probability under the draws.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxalign.data import PairBatch
+from jaxalign.games import divergence, equilibrium, mixture
+from jaxalign.online import ALGORITHMS, OnlineObjective, RolloutBatch
+from jaxalign.online.step import update_step
+from jaxalign.training.objectives import Policy
+from jaxalign.training.step import gradients, initial_state
+from tests.online.world import CONFIG, World
+
+TAU, BETA = 0.2, 0.25
+
+
+def exact_batch(world, algorithm, params):
+    """Every combination of responses, weighed with its probability under the algorithm's draws."""
+    tokens, prompt, response, length = world.rows()
+    number = len(length)
+    policy, reference = world.policy(params), world.policy(world.params)
+    weight = np.ones((1,))
+    for draw in algorithm.draws:
+        assert world.most == 1 or not draw.reference  # of tokens the mixture is another one
+        drawn_from = mixture(policy, reference, draw.reference)
+        weight = np.outer(weight, drawn_from).reshape(-1)
+    grid = np.indices((number,) * len(algorithm.draws)).reshape(len(algorithm.draws), -1).T
+    reward = world.rewards(None, world.names)
+    return RolloutBatch(
+        responses=PairBatch(
+            tokens=tokens[grid],
+            prompt_length=prompt[grid],
+            response_tokens=response[grid],
+            response_length=length[grid],
+            record_index=np.zeros(len(grid), np.int32),
+            weight=weight.astype(np.float32),
+        ),
+        preference=world.win[grid[:, :, None], grid[:, None, :]].astype(np.float32),
+        reward=reward[grid].astype(np.float32),
+        baseline=np.full(grid.shape, reward.mean(), np.float32),
+        sampled_log_prob=None,
+    )
+
+
+def objective_of(name, **options):
+    algorithm = ALGORITHMS[name](**options)
+    return OnlineObjective(policy=Policy(config=CONFIG), algorithm=algorithm)
+
+
+def learned(world, name, *, steps, rate, **options):
+    """Probabilities of the responses after exact updates."""
+    objective = objective_of(name, **options)
+    optimizer = optax.chain(
+        optax.scale_by_rms(decay=0.99),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(rate, steps)),
+    )
+    state = initial_state(world.params, optimizer, seed=0)
+    frozen = {"policy": None, "reference": world.params}
+    step = jax.jit(
+        functools.partial(update_step, objective=objective, optimizer=optimizer, micro_batches=1)
+    )
+    for _ in range(steps):
+        state, _ = step(state, frozen, exact_batch(world, objective.algorithm, state.params))
+    return world.policy(state.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "options"),
+    [
+        ("online_ipo", 2, {}),
+        ("self_play_pg", 2, {}),
+        ("ipo_md", 1, {"beta": BETA}),
+        ("nash_md_pg", 1, {"beta": BETA}),
+    ],
+)
+def test_the_fixed_point_is_the_papers(optimised, name, most, options):
+    world = World(most)
+    reference, beta = world.policy(world.params), options.get("beta", 0.0)
+    target = equilibrium(world.win, reference, TAU, beta=beta)
+    assert divergence(target, reference) > 0.02
+    found = learned(world, name, steps=300, rate=0.01, tau=TAU, **options)
+    assert divergence(target, found) < 1e-4
+    if beta:  # the mixture is the equilibrium, at another temperature; the policy is not
+        nash = equilibrium(world.win, reference, TAU / (1 - beta))
+        assert divergence(nash, mixture(found, reference, beta)) < 1e-4
+        assert divergence(nash, found) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "online_slic"])
+def test_dpo_and_slic_do_not_find_the_equilibrium(optimised, name):
+    world = World(1)
+    target = equilibrium(world.win, world.policy(world.params), TAU)
+    found = learned(world, name, steps=300, rate=0.01, beta=TAU)
+    assert divergence(target, found) > 0.02
+
+
+def gradient(world, params, name, **options):
+    objective = objective_of(name, **options)
+    frozen = {"policy": None, "reference": world.params}
+    batch = exact_batch(world, objective.algorithm, params)
+    return gradients(objective, params, frozen, batch, jax.random.key(0))[0]
+
+
+def test_the_gradient_of_online_ipo_is_that_of_self_play():
+    """Proposition 4.2 of arXiv:2403.08635: 4 / tau of it, for the squared loss."""
+    world = World(2)
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), world.params
+    )
+    contrastive = gradient(world, moved, "online_ipo", tau=TAU)
+    of_play = gradient(world, moved, "self_play_pg", tau=TAU)
+    scale = float(optax.tree.norm(of_play))
+    for one, other in zip(jax.tree.leaves(contrastive), jax.tree.leaves(of_play), strict=True):
+        np.testing.assert_allclose(one * TAU / 4, other, atol=1e-5 * scale)
+
+
+def test_more_samples_are_all_their_pairs():
+    world = World(2)
+    two = gradient(world, world.params, "online_ipo", tau=TAU)
+    three = gradient(world, world.params, "online_ipo", tau=TAU, samples=3)
+    for one, other in zip(jax.tree.leaves(two), jax.tree.leaves(three), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_policy_gradient_on_a_reward_is_the_gradient_of_its_objective():
+    """Finite differences of the exact reward less divergence."""
+    world, tau = World(2), 0.3
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), world.params
+    )
+    found = gradient(world, moved, "regularised_policy_gradient", tau=tau)
+    direction = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size + 1), x.shape), world.params
+    )
+    reward, reference = world.rewards(None, world.names), world.policy(world.params)
+
+    def value(step):
+        policy = world.policy(jax.tree.map(lambda x, d: x + step * d, moved, direction))
+        return policy @ reward - tau * divergence(policy, reference)
+
+    along = (value(1e-2) - value(-1e-2)) / 2e-2
+    assert -float(optax.tree.vdot(found, direction)) == pytest.approx(along, rel=0.01)

@@ -1,0 +1,94 @@
+"""A world small enough for exact numbers: a tiny decoder, all of whose responses are listed."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.models import DecoderConfig
+from jaxalign.models.decoder import init_params
+from jaxalign.models.responses import response_log_probs
+
+LETTERS, END, PROMPT = "abcd", 1, 3
+CONFIG = DecoderConfig(
+    vocab_size=len(LETTERS),
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_width=8,
+    mlp_width=32,
+    context_length=16,
+    initializer_range=0.3,
+)
+CYCLE = {(0, 1): 0.9, (1, 2): 0.8, (2, 0): 0.7}  # a skewed circle of three kinds
+
+
+@dataclass(frozen=True)
+class Said:
+    """What annotators answer with."""
+
+    preference: np.ndarray
+
+
+class Tokenizer:
+    """Tokens are letters."""
+
+    eos_token_id = END
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(LETTERS[token] for token in tokens)
+
+
+class World:
+    """All responses of at most so many tokens to one prompt, and who beats whom."""
+
+    def __init__(self, most):
+        self.most = most
+        self.responses = [(END,)] if most > 1 else [(token,) for token in range(len(LETTERS))]
+        if most > 1:
+            self.responses += [(a, b) for a in (0, 2, 3) for b in range(len(LETTERS))]
+        self.names = [Tokenizer().decode(response, True) for response in self.responses]
+        kinds = [number % 3 for number in range(len(self.responses))]
+        win = np.full((len(kinds), len(kinds)), 0.5)
+        for i, one in enumerate(kinds):
+            for j, other in enumerate(kinds):
+                if (one, other) in CYCLE:
+                    win[i, j], win[j, i] = CYCLE[one, other], 1 - CYCLE[one, other]
+        self.win = win
+        self.params = init_params(CONFIG, jax.random.key(7))
+
+    def rows(self):
+        """Tokens, prompt lengths, response tokens and lengths of all responses."""
+        number = len(self.responses)
+        tokens = np.zeros((number, 1 + self.most), np.int32)
+        tokens[:, 0] = PROMPT
+        for row, response in enumerate(self.responses):
+            tokens[row, 1 : 1 + len(response)] = response
+        lengths = np.array([len(response) for response in self.responses], np.int32)
+        return tokens, np.ones(number, np.int32), tokens[:, 1:], lengths
+
+    def log_probs(self, params):
+        """Token log-probs of all responses, [responses, most]."""
+        return np.asarray(_log_probs(params, *(jnp.asarray(x) for x in self.rows())), np.float64)
+
+    def policy(self, params):
+        """Probabilities of all responses, to float32's precision."""
+        probabilities = np.exp(self.log_probs(params).sum(-1))
+        assert abs(probabilities.sum() - 1) < 1e-5
+        return probabilities / probabilities.sum()
+
+    def preferences(self, prompts, first, second):
+        """As an annotator."""
+        at = {name: number for number, name in enumerate(self.names)}
+        return Said(np.array([self.win[at[x], at[y]] for x, y in zip(first, second, strict=True)]))
+
+    def rewards(self, prompts, responses):
+        """As an annotator: the number of letters a."""
+        return np.array([float(response.count("a")) for response in responses])
+
+
+@jax.jit
+def _log_probs(params, *rows):
+    return response_log_probs(params, CONFIG, *rows).log_prob
