@@ -78,6 +78,7 @@ def side_by_side(
     verdicts = annotator.preferences(*map(list, zip(*columns, strict=True)))
     results |= {"prompts": len(matched.prompts), "judging": in_numbers(verdicts)}
     results.setdefault("notes", []).extend(in_words(verdicts))
+    orders = None if verdicts.by_order is None else verdicts.by_order.tolist()
     comparisons = [
         Comparison(
             item=item,
@@ -85,7 +86,7 @@ def side_by_side(
             seeds=seeds,
             responses=texts,
             preference=float(verdicts.preference[number]),
-            by_order=None if verdicts.by_order is None else tuple(verdicts.by_order[number]),
+            by_order=None if orders is None else (orders[number][0], orders[number][1]),
             reason=verdicts.reasons[number],
         )
         for number, (item, names, seeds, texts) in enumerate(asked)
@@ -93,7 +94,7 @@ def side_by_side(
     with (given.output / "verdicts.jsonl").open("w", encoding="utf-8") as file:
         for own in comparisons:
             line = {"prompt": matched.prompts[own.item], "place": matched.places[own.item]}
-            line |= dataclasses.asdict(own)
+            line |= {key: x for key, x in vars(own).items() if key not in ("item", "responses")}
             file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
     names = list(matched.responses)
     pairs = [
@@ -132,16 +133,15 @@ def _asked(
 def _pair(own: Sequence[Comparison], names: tuple[str, str], given: argparse.Namespace) -> Pair:
     preference = np.array([x.preference for x in own])
     lengths = np.array([[len(text) for text in x.responses] for x in own])
-    how = {"confidence": given.confidence, "seed": given.seed}
+    how: dict[str, Any] = {"confidence": given.confidence, "seed": given.seed}
+    how["groups"] = [x.item for x in own]
     rates = [
         np.mean([x.preference for x in own if x.seeds == seeds and math.isfinite(x.preference)])
         for seeds in dict.fromkeys(x.seeds for x in own if math.isfinite(x.preference))
     ]
     return Pair(
         names=names,
-        win_rate=win_rate(
-            preference, groups=[x.item for x in own], resamples=given.resamples, **how
-        ),
+        win_rate=win_rate(preference, resamples=given.resamples, **how),
         length_controlled=length_controlled(preference, lengths[:, 0], lengths[:, 1], **how),
         seeds=over_seeds([float(rate) for rate in rates]),
     )

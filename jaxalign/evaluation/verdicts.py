@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -56,6 +56,7 @@ class Verdicts:
         return self.by_order[np.isfinite(self.by_order).all(1)]
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """Says which of two responses to a prompt is better; order makes no difference to it."""
 
@@ -86,6 +87,7 @@ class Answer:
     """What the judge said, word by word."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """What compares two responses as they are shown: an annotator's inside."""
 
