@@ -112,10 +112,10 @@ def side_by_side(
             f"equal lengths move {len(far)} of {len(pairs)} win rates far ({far[0]}"
             f"{', ...' if len(far) > 1 else ''}): the judge may reward length before all else"
         )
-    parts: list[Table | Intervals | Examples] = [_pair_table(pairs, given)]
+    parts: list[Table | Intervals | Examples] = []
     if len(names) > 2:
         parts += _many(names, matched, comparisons, pairs, given, results)
-    return [*parts, *examples(comparisons, matched, given.examples)]
+    return [*parts, _pair_table(pairs, given), *examples(comparisons, matched, given.examples)]
 
 
 def _asked(
@@ -142,14 +142,28 @@ def _pair(own: Sequence[Comparison], names: tuple[str, str], given: argparse.Nam
     return Pair(
         names=names,
         win_rate=win_rate(preference, resamples=given.resamples, **how),
-        length_controlled=length_controlled(preference, lengths[:, 0], lengths[:, 1], **how),
+        length_controlled=length_controlled(
+            preference, lengths[:, 0], lengths[:, 1], resamples=_fits(given), **how
+        ),
         seeds=over_seeds([float(rate) for rate in rates]),
     )
 
 
+def _fits(given: argparse.Namespace) -> int:
+    """Resamples of what is fitted anew for each."""
+    return max(1, given.resamples // 5)
+
+
 def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
     some_seeds = any(pair.seeds.number > 1 for pair in pairs)
-    header = ["policies", "win rate", *headings(given), "won/tied/lost", "no", "equal length"]
+    header = [
+        "policies",
+        "win rate",
+        *headings(given),
+        "won/tied/lost",
+        "no verdict",
+        "equal length",
+    ]
     rows = []
     for pair in pairs:
         own, equal = pair.win_rate, pair.length_controlled
@@ -169,8 +183,8 @@ def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
         rows=rows,
         note="Mean preference for the first policy, ties by halves; the interval is the "
         "bootstrap's over prompts (Wilson's is in results.json). Equal length: what a logistic "
-        "model of the length difference predicts for responses equally long. No: comparisons "
-        "without a verdict, left out."
+        "model of the length difference predicts for responses equally long. Comparisons without a "
+        "verdict are left out of the rest."
         + (" Over seeds: mean and standard deviation of all pairings." if some_seeds else ""),
     )
 
@@ -208,7 +222,6 @@ def _many(
         )
     order = [int(at) for at in np.argsort(-rated.elo, kind="stable")]
     return [
-        _matrix(names, order, pairs),
         _ratings_table(names, order, rated, baseline, controlled, matched, given),
         Intervals(
             title=f"Elo, with {given.confidence:.0%} intervals over prompts",
@@ -217,6 +230,7 @@ def _many(
             low=rated.low[order].tolist(),
             high=rated.high[order].tolist(),
         ),
+        _matrix(names, order, pairs),
     ]
 
 
@@ -261,6 +275,7 @@ def _over_baseline(
             lengths[baseline],
             difficulty=difficulty,
             confidence=given.confidence,
+            resamples=_fits(given),
             seed=given.seed,
         )
         for x, row in zip(others, preference, strict=True)
@@ -324,7 +339,8 @@ def _ratings_table(
         header=["policy", "Elo", *headings(given), f"over {baseline}, equal length", "characters"],
         rows=rows,
         note="Bradley-Terry strengths of all comparisons together, on Elo's scale with mean 1000 "
-        "(400 points: odds of ten to one). Equal length: as above"
+        "(400 points: odds of ten to one). Equal length: what a logistic model of the length "
+        "difference predicts for responses equally long"
         + (
             ", with a difficulty of each prompt that all policies share."
             if with_difficulty

@@ -33,6 +33,7 @@ def write(path, rows):
 def world(tmp_path, monkeypatch):
     """Twenty prompts; `policy(name, qualities)` writes a policy's file, `judge(...)` runs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # tables are not wrapped
     (tmp_path / "rules.py").write_text(RULES)
 
     def policy(name, qualities, extra=""):
