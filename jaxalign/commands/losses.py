@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from jaxalign.commands.arguments import parser
 from jaxalign.errors import UserError
 from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
+from jaxalign.losses.table import ONLINE_LOSSES, OTHER_LOSSES, loss_row, losses_markdown
 from jaxalign.online.algorithms import ALGORITHMS
 
 LOSSES: dict[str, Callable] = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
@@ -21,15 +22,13 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(soft_wrap=True)
     if given.name is not None:
-        functions = ALGORITHMS | LOSSES
-        if given.name not in functions:
-            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(functions))}")
-        loss = functions[given.name]
+        every = ALGORITHMS | LOSSES | ONLINE_LOSSES | OTHER_LOSSES
+        if given.name not in every:
+            raise UserError(f"{given.name!r} is not one of {', '.join(sorted(every))}")
+        loss = every[given.name]
         console.print(f"{given.name}{inspect.signature(loss)}\n", markup=False, highlight=False)
         console.print(inspect.getdoc(loss) or "", markup=False, highlight=False)
         return 0
-    from jaxalign.losses.table import loss_row, losses_markdown
-
     if given.markdown:
         console.print(losses_markdown(), markup=False, highlight=False, end="")
         return 0
