@@ -182,13 +182,13 @@ class OnlineStep:
 
     def counts(
         self, prompts: PromptBatch, sampled: Sampled, batch: RolloutBatch, seconds: float
-    ) -> dict[str, float]:
+    ) -> dict[str, float | int]:
         """What this process's share of a rollout was like."""
         responses = int(sampled.length.sum())
         trained = slice(0, self.algorithm.trained)
         weight = batch.responses.weight
         out = {
-            "tokens": int(sampled.length.size * prompts.length.mean()) + responses,
+            "tokens": int(prompts.length.sum()) * sampled.length.shape[1] + responses,
             "computed": int((batch.responses.prompt_length + sampled.length)[:, trained].sum()),
             "rollout/length": float(sampled.length.mean()),
             "rollout/finished": float(sampled.finished.mean()),

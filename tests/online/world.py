@@ -10,7 +10,8 @@ from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.responses import response_log_probs
 
-LETTERS, END, PROMPT = "abcd", 1, 3
+LETTERS, END = "abcd", 1
+PROMPT = (3, 2)  # two tokens: after one alone, the same again would leave the state as it was
 CONFIG = DecoderConfig(
     vocab_size=len(LETTERS),
     width=16,
@@ -62,12 +63,13 @@ class World:
     def rows(self):
         """Tokens, prompt lengths, response tokens and lengths of all responses."""
         number = len(self.responses)
-        tokens = np.zeros((number, 1 + self.most), np.int32)
-        tokens[:, 0] = PROMPT
+        before = len(PROMPT)
+        tokens = np.zeros((number, before + self.most), np.int32)
+        tokens[:, :before] = PROMPT
         for row, response in enumerate(self.responses):
-            tokens[row, 1 : 1 + len(response)] = response
+            tokens[row, before : before + len(response)] = response
         lengths = np.array([len(response) for response in self.responses], np.int32)
-        return tokens, np.ones(number, np.int32), tokens[:, 1:], lengths
+        return tokens, np.full(number, before, np.int32), tokens[:, before:], lengths
 
     def log_probs(self, params):
         """Token log-probs of all responses, [responses, most]."""
