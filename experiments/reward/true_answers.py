@@ -8,21 +8,14 @@ and batch are those of the reward model of arXiv:2403.17031 (the papers have non
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 
 
-def scores(scale: str, loss: str, **tiny: Any) -> TrainConfig:
-    """A model with a scalar head.
-
-    Args:
-      scale: tiny or paper.
-      loss: bradley_terry or preference_model.
-      **tiny: fields of the stage of `tiny`.
-    """
+def scores(scale: str, loss: str) -> TrainConfig:
+    """A model with a scalar head, trained by a loss for two epochs (`paper`: one)."""
     if scale == "paper":
         rule = OptimizerConfig(learning_rate=3e-6, eps=1e-5, schedule="cosine")
         return TrainConfig(
@@ -45,6 +38,7 @@ def scores(scale: str, loss: str, **tiny: Any) -> TrainConfig:
             mesh=MeshConfig(fsdp=8),
         )
     rule = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20)
+    stage = StageConfig(steps=134, batch_size=32, optimizer=rule, eval_every=67, save_every=67)
     return TrainConfig(
         name=f"truthfulqa_{loss}",
         model=str(DATA / "models" / "stories260K"),
@@ -53,7 +47,5 @@ def scores(scale: str, loss: str, **tiny: Any) -> TrainConfig:
         holdout=0.15,
         max_eval_records=None,
         max_length=192 if loss == "bradley_terry" else 320,
-        preference=StageConfig(
-            **{"steps": 300, "batch_size": 32, "optimizer": rule, "eval_every": 50} | tiny
-        ),
+        preference=stage,
     )

@@ -36,8 +36,9 @@ def sampled_cycles(
     rng = np.random.default_rng(seed)
     sides = (0, 1), (1, 2), (2, 0)
     asked: list[tuple[str, str, str]] = []
-    for number in rng.choice(usable, size=triples):
-        texts = [different[number][at] for at in rng.permutation(len(different[number]))[:3]]
+    for number in rng.choice(usable, size=triples).tolist():
+        of_prompt = different[number]
+        texts = [of_prompt[at] for at in rng.permutation(len(of_prompt))[:3].tolist()]
         asked += [(prompts[number], texts[i], texts[j]) for i, j in sides]
     columns = [list(column) for column in zip(*asked, strict=True)]
     preference = annotator.preferences(*columns).preference.reshape(-1, 3)
