@@ -103,7 +103,7 @@ def against_people(labelled: Sequence[Labelled], verdicts: Verdicts, most: int) 
     shown = []
     for at in wrong[:most]:
         row = labelled[at]
-        by_order = None if verdicts.by_order is None else verdicts.by_order[at]
+        by_order = None if verdicts.by_order is None else verdicts.by_order[at].tolist()
         chosen = 0 if row.label > 0.5 else 1
         sides = (
             ("people's choice", "the other") if chosen == 0 else ("the other", "people's choice")

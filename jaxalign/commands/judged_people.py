@@ -14,6 +14,8 @@ from jaxalign.commands.outputs import Labelled
 from jaxalign.evaluation import Agreement, Annotator, agreement
 from jaxalign.reporting.judging_page import Examples, Intervals, Table
 
+HEADER = ("kappa", "ties", "judged", "no verdict")
+
 
 def beside_people(
     annotator: Annotator,
@@ -52,11 +54,18 @@ def beside_people(
     return [
         Table(
             title="Agreement with people",
-            header=["comparisons", "accuracy", *headings(given), "kappa", "ties", "number", "no"],
+            header=[
+                "comparisons",
+                "accuracy",
+                *headings(given),
+                "kappa",
+                "ties",
+                "judged",
+                "no verdict",
+            ],
             rows=[[name, *_agreement_cells(x)] for name, x in found.items()],
             note="Accuracy: share of the labelled winners that the judge found, its ties by "
-            "halves. Kappa: Cohen's, each comparison in both orders; 0 is chance. No: without a "
-            "verdict, left out.",
+            "halves. Kappa: Cohen's, each comparison in both orders; 0 is chance.",
         ),
         *against_people(labelled, verdicts, given.examples),
     ]

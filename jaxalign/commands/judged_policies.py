@@ -78,6 +78,7 @@ def side_by_side(
     verdicts = annotator.preferences(*map(list, zip(*columns, strict=True)))
     results |= {"prompts": len(matched.prompts), "judging": in_numbers(verdicts)}
     results.setdefault("notes", []).extend(in_words(verdicts))
+    orders = None if verdicts.by_order is None else verdicts.by_order.tolist()
     comparisons = [
         Comparison(
             item=item,
@@ -85,7 +86,7 @@ def side_by_side(
             seeds=seeds,
             responses=texts,
             preference=float(verdicts.preference[number]),
-            by_order=None if verdicts.by_order is None else tuple(verdicts.by_order[number]),
+            by_order=None if orders is None else (orders[number][0], orders[number][1]),
             reason=verdicts.reasons[number],
         )
         for number, (item, names, seeds, texts) in enumerate(asked)
@@ -93,7 +94,7 @@ def side_by_side(
     with (given.output / "verdicts.jsonl").open("w", encoding="utf-8") as file:
         for own in comparisons:
             line = {"prompt": matched.prompts[own.item], "place": matched.places[own.item]}
-            line |= dataclasses.asdict(own)
+            line |= {key: x for key, x in vars(own).items() if key not in ("item", "responses")}
             file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
     names = list(matched.responses)
     pairs = [
@@ -111,10 +112,10 @@ def side_by_side(
             f"equal lengths move {len(far)} of {len(pairs)} win rates far ({far[0]}"
             f"{', ...' if len(far) > 1 else ''}): the judge may reward length before all else"
         )
-    parts: list[Table | Intervals | Examples] = [_pair_table(pairs, given)]
+    parts: list[Table | Intervals | Examples] = []
     if len(names) > 2:
         parts += _many(names, matched, comparisons, pairs, given, results)
-    return [*parts, *examples(comparisons, matched, given.examples)]
+    return [*parts, _pair_table(pairs, given), *examples(comparisons, matched, given.examples)]
 
 
 def _asked(
@@ -132,24 +133,37 @@ def _asked(
 def _pair(own: Sequence[Comparison], names: tuple[str, str], given: argparse.Namespace) -> Pair:
     preference = np.array([x.preference for x in own])
     lengths = np.array([[len(text) for text in x.responses] for x in own])
-    how = {"confidence": given.confidence, "seed": given.seed}
+    how: dict[str, Any] = {"confidence": given.confidence, "seed": given.seed}
+    how["groups"] = [x.item for x in own]
     rates = [
         np.mean([x.preference for x in own if x.seeds == seeds and math.isfinite(x.preference)])
         for seeds in dict.fromkeys(x.seeds for x in own if math.isfinite(x.preference))
     ]
     return Pair(
         names=names,
-        win_rate=win_rate(
-            preference, groups=[x.item for x in own], resamples=given.resamples, **how
+        win_rate=win_rate(preference, resamples=given.resamples, **how),
+        length_controlled=length_controlled(
+            preference, lengths[:, 0], lengths[:, 1], resamples=_fits(given), **how
         ),
-        length_controlled=length_controlled(preference, lengths[:, 0], lengths[:, 1], **how),
         seeds=over_seeds([float(rate) for rate in rates]),
     )
 
 
+def _fits(given: argparse.Namespace) -> int:
+    """Resamples of what is fitted anew for each."""
+    return max(1, given.resamples // 5)
+
+
 def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
     some_seeds = any(pair.seeds.number > 1 for pair in pairs)
-    header = ["policies", "win rate", *headings(given), "won/tied/lost", "no", "equal length"]
+    header = [
+        "policies",
+        "win rate",
+        *headings(given),
+        "won/tied/lost",
+        "no verdict",
+        "equal length",
+    ]
     rows = []
     for pair in pairs:
         own, equal = pair.win_rate, pair.length_controlled
@@ -169,8 +183,8 @@ def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
         rows=rows,
         note="Mean preference for the first policy, ties by halves; the interval is the "
         "bootstrap's over prompts (Wilson's is in results.json). Equal length: what a logistic "
-        "model of the length difference predicts for responses equally long. No: comparisons "
-        "without a verdict, left out."
+        "model of the length difference predicts for responses equally long. Comparisons without a "
+        "verdict are left out of the rest."
         + (" Over seeds: mean and standard deviation of all pairings." if some_seeds else ""),
     )
 
@@ -208,7 +222,6 @@ def _many(
         )
     order = [int(at) for at in np.argsort(-rated.elo, kind="stable")]
     return [
-        _matrix(names, order, pairs),
         _ratings_table(names, order, rated, baseline, controlled, matched, given),
         Intervals(
             title=f"Elo, with {given.confidence:.0%} intervals over prompts",
@@ -217,6 +230,7 @@ def _many(
             low=rated.low[order].tolist(),
             high=rated.high[order].tolist(),
         ),
+        _matrix(names, order, pairs),
     ]
 
 
@@ -261,6 +275,7 @@ def _over_baseline(
             lengths[baseline],
             difficulty=difficulty,
             confidence=given.confidence,
+            resamples=_fits(given),
             seed=given.seed,
         )
         for x, row in zip(others, preference, strict=True)
@@ -324,7 +339,8 @@ def _ratings_table(
         header=["policy", "Elo", *headings(given), f"over {baseline}, equal length", "characters"],
         rows=rows,
         note="Bradley-Terry strengths of all comparisons together, on Elo's scale with mean 1000 "
-        "(400 points: odds of ten to one). Equal length: as above"
+        "(400 points: odds of ten to one). Equal length: what a logistic model of the length "
+        "difference predicts for responses equally long"
         + (
             ", with a difficulty of each prompt that all policies share."
             if with_difficulty

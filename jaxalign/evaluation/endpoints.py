@@ -189,7 +189,8 @@ class Endpoint:
                 raise PassingError(f"no answer within {self.timeout:g} s") from None
             if isinstance(cause, socket.gaierror):
                 raise UserError(f"{self.url}: there is no such host; check the URL") from None
-            reason = f"it cannot be reached ({cause or type(error).__name__})"
+            words = getattr(cause, "strerror", None) or cause or type(error).__name__
+            reason = f"it cannot be reached ({words})"
             raise PassingError(reason, unreached=True) from None
         except ValueError:  # neither JSON nor UTF-8
             raise PassingError("the reply is not JSON") from None

@@ -113,16 +113,19 @@ def bootstrap_mean(
     """
     if not len(values):
         return float("nan"), float("nan")
-    total, count = values, np.ones(len(values))
-    if groups is not None:
-        number: dict[object, int] = {}
-        of = np.array([number.setdefault(group, len(number)) for group in groups])
-        total, count = np.bincount(of, values), np.bincount(of).astype(float)
+    of = _numbered(groups, len(values))
+    total, count = np.bincount(of, values), np.bincount(of).astype(np.float64)
     means = []
     for weight in resampled(len(total), resamples, seed):
         means.append((weight @ total) / (weight @ count))
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _numbered(groups: Sequence[object] | None, n: int) -> np.ndarray:
+    """The number of each one's group, from 0; without groups each is its own."""
+    number: dict[object, int] = {}
+    return np.array([number.setdefault(x, len(number)) for x in groups or range(n)], np.int64)
 
 
 def resampled(
@@ -154,6 +157,7 @@ def length_controlled(
     second_length: Num[np.ndarray, " n"],
     *,
     difficulty: Float64[np.ndarray, " n"] | None = None,
+    groups: Sequence[object] | None = None,
     confidence: float = 0.95,
     resamples: int = 200,
     seed: int = 0,
@@ -175,7 +179,8 @@ def length_controlled(
       first_length: characters.
       second_length: characters.
       difficulty: as `instruction_difficulty` gives it; None leaves the term out.
-      confidence: of the interval, which is the bootstrap's over the comparisons.
+      groups: as in `win_rate`.
+      confidence: of the interval, which is the bootstrap's.
       resamples: of the bootstrap; each fits anew.
       seed: of the bootstrap.
 
@@ -199,7 +204,10 @@ def length_controlled(
         return float(weight @ (0.5 + 0.5 * np.tanh(level @ w / 2)) / weight.sum()), float(w[1])
 
     rate, effect = fitted(np.ones(len(target)))
-    rates = [fitted(x)[0] for block in resampled(len(target), resamples, seed) for x in block]
+    members = None if groups is None else [x for x, has in zip(groups, known, strict=True) if has]
+    of = _numbered(members, len(target))
+    drawn = resampled(int(of.max()) + 1, resamples, seed)
+    rates = [fitted(x[of])[0] for block in drawn for x in block]
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(rates, tails) if rates else (np.nan, np.nan)
     return LengthControlled(rate=rate, interval=(float(low), float(high)), length_effect=effect)

@@ -9,7 +9,8 @@ from pathlib import Path
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
-td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+         white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 .scroll { overflow-x: auto; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
@@ -123,7 +124,8 @@ def _intervals(part: Intervals) -> str:
     """Points and bars as a drawing of lines."""
     lowest, highest = min(part.low), max(part.high)
     span = (highest - lowest) or 1.0
-    left, width, step = 190, 560, 24
+    left = 24 + 8 * max(map(len, part.labels))  # pixels, for letters of 13
+    width, step = 560, 24
 
     def x(value: float) -> float:
         return left + width * (value - lowest) / span

@@ -1,0 +1,228 @@
+"""An OpenAI-compatible endpoint in every mood, on a server of our own."""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.evaluation import JudgeAnnotator
+from jaxalign.evaluation.endpoints import endpoint, preference_of
+
+
+def said(text, top=None):
+    """A chat completion."""
+    choice = {"message": {"role": "assistant", "content": text}}
+    if top is not None:
+        tokens = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
+        choice["logprobs"] = {"content": [{"token": text, "top_logprobs": tokens}]}
+    return 200, {"choices": [choice]}
+
+
+@pytest.fixture
+def server():
+    """(address, what was asked); `moods` answers the n-th request, the last one all that follow."""
+    servers = []
+
+    def start(*moods):
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked.append((self.path, body, dict(self.headers)))
+                mood = moods[min(len(asked), len(moods)) - 1]
+                status, reply = mood(body) if callable(mood) else mood
+                data = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(here)
+        return f"http://127.0.0.1:{here.server_address[1]}#tiny", asked
+
+    yield start
+    for here in servers:
+        here.shutdown()
+        here.server_close()
+
+
+def ask(address, first=("a",), second=("b",), path=None, **options):
+    judge = endpoint(address, **{"first_wait": 0.001, "workers": 2, "timeout": 5.0} | options)
+    annotator = JudgeAnnotator(judge=judge, answers_file=path)
+    return annotator.preferences(["What?"] * len(first), list(first), list(second))
+
+
+def prefers_long(body):
+    """A judge that reads the question and finds the longer response."""
+    text = body["messages"][0]["content"]
+    sides = [text.split(f"[Response {name}]\n")[1].split("\n\n")[0] for name in "AB"]
+    return said("A" if len(sides[0]) > len(sides[1]) else "B")
+
+
+def test_a_question_and_its_verdict(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    address, asked = server(prefers_long)
+    verdicts = ask(address, ("long response", "x"), ("short", "{first} {second}"))
+    assert verdicts.preference.tolist() == [1.0, 0.0]
+    assert verdicts.order_consistency == 1.0
+    path, body, headers = asked[0]
+    assert path == "/v1/chat/completions"
+    assert body["model"] == "tiny"
+    assert body["temperature"] == 0
+    assert headers["Authorization"] == "Bearer secret"
+    assert any("{first} {second}" in body["messages"][0]["content"] for _, body, _ in asked)
+
+
+def test_log_probs_make_soft_verdicts(server):
+    top = {"A": 0.5, " A": 0.1, "B": 0.2, "tie": 0.1, "The": 0.1}
+    address, _ = server(said("A", top))
+    verdicts = ask(address)
+    f = (0.6 + 0.05) / 0.9
+    assert verdicts.by_order == pytest.approx(np.array([[f, 1 - f]]))
+    assert verdicts.preference == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("A", 1.0),
+        (" B.\n", 0.0),
+        ("[[A]]", 1.0),
+        ("**tie**", 0.5),
+        ("Tie", 0.5),
+        ("A is better", None),
+        ("a", None),
+        ("AB", None),
+        ("", None),
+        ("Neither", None),
+    ],
+)
+def test_answers_are_read_strictly(text, value):
+    assert preference_of(text, None) == value
+    assert preference_of(text, {"content": []}) == value
+
+
+@pytest.mark.parametrize(
+    "first",
+    [(500, "oops"), (429, {}), (503, {}), (200, "no JSON"), (200, {"choices": []}), said("Well,")],
+    ids=["500", "429", "503", "text", "empty", "nonsense"],
+)
+def test_what_passes_is_tried_again(server, first):
+    address, asked = server(first, prefers_long)
+    assert ask(address, ("long",), ("s",), workers=1).preference.tolist() == [1.0]
+    assert len(asked) == 3
+
+
+def test_nonsense_for_ever_is_a_counted_failure(server):
+    address, asked = server(said("I like both"))
+    verdicts = ask(address, attempts=3)
+    assert np.isnan(verdicts.preference).all()
+    assert verdicts.failures == {"the answer is neither A, B nor tie": 1}
+    assert len(asked) == 6
+
+
+def test_a_slow_server_times_out_and_others_go_on(server):
+    def slow(body):
+        if "sleepy" in body["messages"][0]["content"]:
+            time.sleep(1.0)
+        return prefers_long(body)
+
+    address, _ = server(slow)
+    verdicts = ask(address, ("sleepy", "long"), ("s", "s"), timeout=0.3, attempts=1, workers=4)
+    assert np.isnan(verdicts.preference[0])
+    assert verdicts.preference[1] == 1.0
+    assert verdicts.failures == {"no answer within 0.3 s": 1}
+
+
+def test_a_server_that_is_down_is_one_line(server):
+    address, _ = server(prefers_long)
+    port = int(address.split(":")[2].split("#")[0])
+    closed = address.replace(str(port), "9")  # the discard port: nobody listens
+    with pytest.raises(UserError, match="cannot be reached"):
+        ask(closed, attempts=2)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_ends_at_once(server, status):
+    address, asked = server((status, {}))
+    with pytest.raises(UserError, match=f"HTTP {status}"):
+        ask(address, workers=1)
+    assert len(asked) <= 2
+
+
+def test_the_key_does_not_follow_redirects(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    address, asked = server((302, {}))
+    assert ask(address).failures.total() == 1
+    assert {path for path, _, _ in asked} == {"/v1/chat/completions"}
+
+
+def test_parameters_that_a_server_does_not_know_are_left_out(server):
+    def strict(body):
+        for name in ("top_logprobs", "max_tokens", "temperature"):
+            if name in body:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}'"}}
+        return prefers_long(body)
+
+    address, asked = server(strict)
+    verdicts = ask(address, ("long", "s"), ("s", "long"), workers=1, attempts=1)
+    assert verdicts.preference.tolist() == [1.0, 0.0]
+    assert len(asked) == 2 + 3  # two questions, and every parameter is refused once
+    assert "max_completion_tokens" in asked[-1][1]
+
+
+def test_a_question_that_is_refused_is_not_asked_again(server):
+    def short_only(body):
+        if "endless" in body["messages"][0]["content"]:
+            return 400, {"error": {"message": "the context is too short"}}
+        return prefers_long(body)
+
+    address, asked = server(short_only)
+    verdicts = ask(address, ("endless", "long"), ("s", "s"))
+    assert verdicts.preference[1] == 1.0
+    assert "the context is too short" in verdicts.reasons[0]
+    assert len(asked) == 4
+
+
+def test_nothing_paid_for_is_asked_twice(server, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    address, asked = server(prefers_long)
+    ask(address, ("long", "s"), ("s", "longer"), path)
+    before = len(asked)
+    verdicts = ask(address, ("long", "s", "new one"), ("s", "longer", "x"), path)
+    assert verdicts.preference.tolist() == [1.0, 0.0, 1.0]
+    assert len(asked) == before + 2
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["detail"] for row in kept} == {"A", "B"}
+
+
+@pytest.mark.parametrize("address", ["", "localhost#m", "http://localhost", "ftp://x#m"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(UserError, match="openai:URL#MODEL"):
+        endpoint(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("https://h#m", "https://h/v1/chat/completions"),
+        ("https://h/v1/#m", "https://h/v1/chat/completions"),
+        ("https://h/openai/v2#m", "https://h/openai/v2/chat/completions"),
+        ("https://h/v1/chat/completions#org/m", "https://h/v1/chat/completions"),
+    ],
+)
+def test_where_requests_go(address, url):
+    assert endpoint(address).url == url
