@@ -45,6 +45,10 @@ def server():
                 self.end_headers()
                 self.wfile.write(data)
 
+            def do_GET(self):
+                asked.append((self.path, {}, dict(self.headers)))
+                self.send_error(404)
+
             def log_message(self, *_):
                 pass
 
@@ -83,7 +87,8 @@ def test_a_question_and_its_verdict(server, monkeypatch):
     assert body["model"] == "tiny"
     assert body["temperature"] == 0
     assert headers["Authorization"] == "Bearer secret"
-    assert any("{first} {second}" in body["messages"][0]["content"] for _, body, _ in asked)
+    questions = [body["messages"][0]["content"] for _, body, _ in asked]
+    assert sum("{first} {second}" in text for text in questions) == 2  # in both orders as it is
 
 
 def test_log_probs_make_soft_verdicts(server):
