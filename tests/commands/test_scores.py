@@ -127,6 +127,13 @@ def test_the_report_shows_calibration_and_order(runs):
     assert "## Calibration of preference_model" in text
 
 
+def test_commands_that_need_log_probs_refuse_a_reward_model(runs, capsys):
+    folder, _ = runs
+    export = str(folder / "bradley_terry" / "export")
+    line = complaint(capsys, "entangle", "--model", export, "--data", "embedded")
+    assert line.endswith("has a scalar head and makes no log-probs")
+
+
 @pytest.mark.slow
 def test_a_reward_model_can_be_trained_further_and_as_nothing_else(runs, capsys, tmp_path):
     folder, _ = runs
