@@ -18,6 +18,7 @@ from jaxalign.data import (
 )
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained
+from jaxalign.models.score import ScoreModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
     if "{prompt}" not in given.prompt_format:
         raise UserError(f"prompt_format: {given.prompt_format!r} does not hold {{prompt}}")
     model = load_pretrained(given.model, dtype=jnp.float32)
+    if isinstance(model, ScoreModel):
+        raise UserError(f"model: {given.model} has a scalar head and makes no log-probs")
     context = getattr(model.config, "context_length", None)
     if context is not None and given.max_length > context:
         raise UserError(

@@ -37,10 +37,9 @@ def sampled_cycles(
     sides = (0, 1), (1, 2), (2, 0)
     asked: list[tuple[str, str, str]] = []
     for number in rng.choice(usable, size=triples):
-        texts = [
-            different[int(number)][at] for at in rng.permutation(len(different[int(number)]))[:3]
-        ]
-        asked += [(prompts[int(number)], texts[i], texts[j]) for i, j in sides]
+        prompt, of_prompt = prompts[int(number)], different[int(number)]
+        texts = [of_prompt[int(at)] for at in rng.permutation(len(of_prompt))[:3]]
+        asked += [(prompt, texts[i], texts[j]) for i, j in sides]
     columns = [list(column) for column in zip(*asked, strict=True)]
     preference = annotator.preferences(*columns).preference.reshape(-1, 3)
     games = np.full((triples, 3, 3), np.nan)

@@ -14,7 +14,7 @@ from jaxalign.commands.experiment import SCALES, load_config, parse
 from jaxalign.commands.find import find_loss
 from jaxalign.config import TrainConfig, from_json, to_json
 from jaxalign.data.embedded import embedded_tokenizer
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 from jaxalign.models import (
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -32,6 +32,7 @@ EXPERIMENTS = (
     "experiments/base_lm/pretrain.py",
     "experiments.offline.sft",
     *(f"experiments/offline/{name}.py" for name in ("dpo", "ipo", "simpo", "kto")),
+    *(f"experiments/reward/{name}_model.py" for name in ("reward", "preference")),
 )
 SMALL = """
 from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
@@ -371,7 +372,7 @@ def test_report_compares_runs(run, tmp_path, capsys):
 def test_losses_are_listed_with_formula_and_source(capsys):
     assert main(["losses"]) == 0
     shown = capsys.readouterr().out
-    for name in PREFERENCE_LOSSES | TOKEN_LOSSES:
+    for name in PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES:
         assert name in shown
     assert main(["losses", "dpo"]) == 0
     assert "arXiv:2305.18290" in capsys.readouterr().out
