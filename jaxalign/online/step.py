@@ -253,7 +253,7 @@ class TextRecorder:
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> float | int:
     try:
         return json.loads(line)["step"]
     except ValueError:

@@ -108,6 +108,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def _copy(leaf: Any, to: NamedSharding) -> jax.Array:
     if to.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        if isinstance(leaf, jax.Array) and leaf.sharding != to:
+            leaf = jax.device_put(leaf, to)  # it may still share a buffer where it lay before
         return jax.device_put(leaf, to, may_alias=False)
     host = np.asarray(leaf)  # all processes have it: each places its own parts
     return jax.make_array_from_callback(host.shape, to, lambda index: host[index])

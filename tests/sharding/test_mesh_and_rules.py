@@ -56,3 +56,13 @@ def test_a_placed_copy_outlives_the_donation_of_its_source():
     y = place(x, mesh)
     jax.jit(lambda t: jax.tree.map(lambda a: a + 1, t), donate_argnums=0)(x)
     np.testing.assert_array_equal(y["embed"]["embedding"], np.arange(16.0).reshape(2, 8))
+
+
+def test_copies_of_one_devices_array_share_no_buffer_with_each_other():
+    mesh = make_mesh(data=8)
+    own = jnp.arange(8.0)
+    first, second = place({"scale": own}, mesh), place({"scale": own}, mesh)
+    use = jax.jit(lambda x, y: (x + 1, y + 1), donate_argnums=0)
+    moved, _ = use(first["scale"], second["scale"])
+    np.testing.assert_array_equal(moved, own + 1)
+    np.testing.assert_array_equal(second["scale"], own)
