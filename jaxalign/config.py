@@ -38,6 +38,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     momentum: float | None = None
     """Momentum of sgd and rmsprop."""
+    parameter_scale: bool = False
+    """Adafactor's rate is relative to each parameter's root mean square, as T5X has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

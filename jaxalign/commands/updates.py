@@ -110,5 +110,6 @@ def make_update_rule(
         b2=config.b2,
         eps=config.eps,
         momentum=config.momentum,
+        parameter_scale=config.parameter_scale,
     )
     return optimizer, schedule

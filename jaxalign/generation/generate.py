@@ -105,20 +105,24 @@ def generate(
 
     def choose(hiddens: Sequence[Array], at: Array) -> tuple[Array, Array, Array]:
         """A token for each row, its log-prob as drawn, and under each policy."""
-        log_probs = jnp.stack(
-            [
-                jax.nn.log_softmax(decoder.unembed(hidden, config, *kernel))
-                for hidden, kernel in zip(hiddens, kernels, strict=True)
-            ]
-        )
-        drawn_from = distribution(mixture(log_probs, weight), sampling)
-        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, at), (2,)))(row_keys)
-        token = draw(drawn_from, uniform)
+        logits = [
+            decoder.unembed(hidden, config, *kernel)
+            for hidden, kernel in zip(hiddens, kernels, strict=True)
+        ]
+        drawn_from = mixture(logits, weight)
+        if sampling.temperature == 0:
+            token = jnp.argmax(drawn_from, axis=-1).astype(jnp.int32)
+            log_prob = jnp.zeros(rows)
+        else:
+            fold = functools.partial(jax.random.fold_in, data=at)
+            uniform = jax.vmap(lambda key: jax.random.uniform(fold(key), (2,)))(row_keys)
+            token, log_prob = draw(distribution(drawn_from, sampling), uniform)
 
         def of_token(x: Array) -> Array:
-            return jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+            own = jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+            return own - jax.nn.logsumexp(x, axis=-1)
 
-        return token, of_token(drawn_from), jax.vmap(of_token, out_axes=1)(log_probs)
+        return token, log_prob, jnp.stack([of_token(x) for x in logits], axis=1)
 
     def add(carry: Any, hiddens: Sequence[Array]) -> Any:
         """The carry with one more token of every row that has not ended."""

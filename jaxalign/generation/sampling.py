@@ -1,5 +1,6 @@
 """From logits to a token: temperature and truncation, and the draw itself; pure functions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -44,7 +45,7 @@ class Sampling:
 def distribution(
     logits: Float[Array, "rows vocabulary"], sampling: Sampling
 ) -> Float[Array, "rows vocabulary"]:
-    r"""Log-probs that tokens are drawn with: temperature, then top-k, then top-p, then min-p.
+    r"""Logits that tokens are drawn with: temperature, then top-k, then top-p, then min-p.
 
     .. math:: \pi(y) \propto p(y)^{1/T} \, [y \text{ is kept by every rule in turn}]
 
@@ -53,72 +54,81 @@ def distribution(
       sampling: the rules; at temperature 0 all mass is on the likeliest token.
 
     Returns:
-      [rows, vocabulary], normalised; -1e30 at tokens that are cut off. Nucleus (top-p): Holtzman et
-      al., 2020, arXiv:1904.09751; min-p: Nguyen et al., 2024, arXiv:2407.01082.
+      [rows, vocabulary], of any shift; -1e30 at tokens that are cut off. Nucleus (top-p): Holtzman
+      et al., 2020, arXiv:1904.09751; min-p: Nguyen et al., 2024, arXiv:2407.01082.
     """
     vocabulary = logits.shape[-1]
     if sampling.temperature == 0:
         best = jnp.argmax(logits, -1, keepdims=True)
         return jnp.where(jnp.arange(vocabulary)[None] == best, 0.0, NEVER)
-    log_probs = jax.nn.log_softmax(logits / sampling.temperature)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
 
-    def keep_from(log_probs: Array, least: Array) -> Array:
-        kept = log_probs >= least
-        total = jax.nn.logsumexp(jnp.where(kept, log_probs, -jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(kept, log_probs - total, NEVER)
+    def keep_from(least: Array) -> Array:
+        return jnp.where(logits >= least, logits, NEVER)
 
     if 0 < sampling.top_k < vocabulary:
-        log_probs = keep_from(log_probs, jax.lax.top_k(log_probs, sampling.top_k)[0][:, -1:])
+        logits = keep_from(jax.lax.top_k(logits, sampling.top_k)[0][:, -1:])
     if sampling.top_p < 1:
-        ordered = -jnp.sort(-log_probs, axis=-1)
-        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+        ordered = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
         last = jnp.maximum(jnp.sum(before < sampling.top_p, -1, keepdims=True) - 1, 0)
-        log_probs = keep_from(log_probs, jnp.take_along_axis(ordered, last, axis=-1))
+        logits = keep_from(jnp.take_along_axis(ordered, last, axis=-1))
     if sampling.min_p > 0:
-        most = jnp.max(log_probs, axis=-1, keepdims=True)
-        log_probs = keep_from(log_probs, most + jnp.log(sampling.min_p))
-    return log_probs
+        logits = keep_from(jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p))
+    return logits
 
 
 def mixture(
-    log_probs: Float[Array, "policies rows vocabulary"], weights: Float[Array, " policies"]
+    logits: Sequence[Float[Array, "rows vocabulary"]], weights: Float[Array, " policies"]
 ) -> Float[Array, "rows vocabulary"]:
     r"""Logits of the geometric mixture of next-token distributions.
 
     .. math:: \log\pi_{mix}(y) = \sum_i w_i \log\pi_i(y) + C
 
     Args:
-      log_probs: of each policy (logits do as well: they differ by the constant).
-      weights: of each policy; 1 - beta and beta for policy and reference.
+      logits: of each policy, of any shift: the constant takes it up.
+      weights: of each policy; 1 - beta and beta for policy and reference. One policy alone is
+        itself, whatever its weight.
 
     References:
       Munos et al., 2023, arXiv:2312.00886, section 7; Calandriello et al., 2024,
       arXiv:2403.08635, section 5.
     """
-    return jnp.einsum("p,prv->rv", weights, log_probs, precision=jax.lax.Precision.HIGHEST)
+    if len(logits) == 1:
+        return logits[0]
+    return sum((weight * one for weight, one in zip(weights, logits, strict=True)), jnp.zeros(()))
 
 
 def draw(
-    log_probs: Float[Array, "rows vocabulary"], uniform: Float[Array, "rows 2"], *, block: int = 128
-) -> Int[Array, " rows"]:
+    logits: Float[Array, "rows vocabulary"], uniform: Float[Array, "rows 2"], *, block: int = 128
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
     """Tokens by inversion of the distribution function: a block of tokens, then one in it.
 
     Two uniform numbers a row instead of one Gumbel number for each token: the draw costs one pass
     over the vocabulary.
 
     Args:
-      log_probs: normalised.
+      logits: of any shift.
       uniform: in [0, 1), independent.
       block: tokens drawn from together.
+
+    Returns:
+      The tokens and their log-probs.
     """
-    rows, vocabulary = log_probs.shape
+    rows, vocabulary = logits.shape
     blocks = -(-vocabulary // block)
-    missing = blocks * block - vocabulary
-    probs = jnp.exp(log_probs)
-    probs = jnp.pad(probs, ((0, 0), (0, missing))).reshape(rows, blocks, block)
-    which = _invert(probs.sum(-1), uniform[:, :1])
-    inside = jnp.take_along_axis(probs, which[:, :, None], axis=1)[:, 0]
-    return which[:, 0] * block + _invert(inside, uniform[:, 1:])[:, 0]
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * block - vocabulary)))
+    weights = weights.reshape(rows, blocks, block)
+    sums = weights.sum(-1)
+    which = _invert(sums, uniform[:, :1])
+    inside = jnp.take_along_axis(weights, which[:, :, None], axis=1)[:, 0]
+    token = which * block + _invert(inside, uniform[:, 1:])
+    drawn = jnp.take_along_axis(logits, token, axis=1) - top
+    return token[:, 0], drawn[:, 0] - jnp.log(sums.sum(-1))
 
 
 def _invert(

@@ -136,6 +136,7 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     momentum: float | None = None,
+    parameter_scale: bool = False,
 ) -> optax.GradientTransformation:
     """A chain of global-norm clipping and one of optax's optimisers.
 
@@ -148,6 +149,7 @@ def make_optimizer(
       b2: decay of the second moment (adamw, lion, rmsprop).
       eps: added to the root of the second moment (adamw, rmsprop).
       momentum: for sgd and rmsprop; None is none.
+      parameter_scale: adafactor's rate is relative to each parameter's root mean square.
 
     Raises:
       UserError: the name is not known.
@@ -160,7 +162,7 @@ def make_optimizer(
         case "adafactor":
             rule = optax.adafactor(
                 learning_rate,
-                multiply_by_parameter_scale=False,
+                multiply_by_parameter_scale=parameter_scale,
                 weight_decay_rate=weight_decay or None,
                 weight_decay_mask=decays,
             )

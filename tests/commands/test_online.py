@@ -1,0 +1,164 @@
+"""`jaxalign train` with an online stage: one command, resumable, and clear about what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxalign.cli import main
+from jaxalign.config import from_json, to_json
+from jaxalign.models import load_pretrained
+
+EXPERIMENT = """
+from jaxalign.config import (
+    ArchitectureConfig, OptimizerConfig, RolloutConfig, StageConfig, TrainConfig,
+)
+
+def config():
+    return TrainConfig(
+        architecture=ArchitectureConfig(
+            width=32, layers=1, heads=2, kv_heads=2, mlp_width=64, context=64
+        ),
+        online=StageConfig(
+            steps=6, batch_size=8, eval_every=3, save_every=2,
+            optimizer=OptimizerConfig(learning_rate=1e-3, b1=0.0),
+        ),
+        rollout=RolloutConfig(
+            options={"tau": 0.1}, prompts="prompts.jsonl", annotator="rule:rules.py:short",
+            max_prompt_length=40, max_tokens=12, max_eval_prompts=8,
+        ),
+    )
+"""
+RULES = """
+import os
+
+def short(prompt, response):
+    if os.path.exists("armed"):
+        with open("calls", "a") as file:
+            file.write(".")
+        if os.path.getsize("calls") > 100:
+            os.remove("armed")
+            raise KeyboardInterrupt
+    return -len(response)
+
+def silent(prompt, response):
+    return None
+
+def compared(prompt, first, second):
+    return 0.25 if len(first) > len(second) else 0.75
+"""
+CHANGES = ("tokens_per_second", "mfu", "time/", "rollout/tokens_per_second")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with an experiment, prompts and rules."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    (tmp_path / "rules.py").write_text(RULES)
+    prompts = [f"What colour is {thing}?" for thing in ("snow", "coal", "grass", "a plum")]
+    prompts += [f"Say {number} words." for number in range(40)]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def train(*flags):
+    return main(["train", "experiment.py", *flags])
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(CHANGES)} for line in lines]
+
+
+def test_one_command_samples_learns_evaluates_exports_and_reports(here, capsys):
+    assert train() == 0
+    folder = here / "runs" / "run"
+    lines = metrics(folder)
+    assert [x["step"] for x in lines if x["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    held_out = [x for x in lines if x["split"] == "eval"]
+    assert [x["step"] for x in held_out] == [0, 3, 6]
+    assert held_out[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert held_out[-1]["kl"] != 0
+    kept = [json.loads(x) for x in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in kept] == [step for step in range(1, 7) for _ in range(4)]
+    assert all(len(x["responses"]) == 2 for x in kept)
+    for line in kept:
+        first, second = map(len, line["responses"])
+        assert line["preference"][0][1] == 0.5 + 0.5 * np.sign(second - first)
+    report = (folder / "report" / "report.md").read_text()
+    assert "win rate against the reference" in report
+    assert "Samples of run" in report
+    assert "win rate against the reference" in capsys.readouterr().out
+    moved = load_pretrained(folder / "export").params["embed"]["embedding"]
+    assert np.isfinite(np.asarray(moved)).all()
+    counted = json.loads((folder / "data.json").read_text())
+    assert counted["train_prompts"]["records"] + counted["held_out_prompts"]["records"] <= 44
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(here):
+    assert train("--name", "whole") == 0
+    (here / "armed").touch()
+    assert train("--name", "broken") == 130
+    assert not (here / "runs" / "broken" / "report").exists()
+    assert train("--name", "broken") == 0
+    whole, broken = here / "runs" / "whole", here / "runs" / "broken"
+    assert metrics(whole) == metrics(broken)
+    assert (whole / "rollouts.jsonl").read_text() == (broken / "rollouts.jsonl").read_text()
+
+
+def test_adapters_learn_online_and_a_comparing_rule_judges(here):
+    flags = ("--lora.rank", "2", "--rollout.annotator", "rule:rules.py:compared")
+    assert (
+        train(*flags, "--rollout.algorithm", "nash_md_pg", "--rollout.options", "tau", "0.1") == 0
+    )
+    assert (here / "runs" / "run" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_sampling_on_another_mesh_changes_nothing(here):
+    assert train("--name", "same") == 0
+    assert train("--name", "other", "--rollout.mesh.data", "4", "--rollout.mesh.tensor", "2") == 0
+    first, second = (metrics(here / "runs" / name)[1:3] for name in ("same", "other"))
+    for one, other in zip(first, second, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_config_with_rollouts_round_trips(here):
+    assert (
+        train("--rollout.stop", "x", "y", "--rollout.mesh.tensor", "2", "--online.steps", "1") == 0
+    )
+    text = (here / "runs" / "run" / "config.json").read_text()
+    config = from_json(text)
+    assert config.rollout.stop == ("x", "y")
+    assert config.rollout.options == {"tau": 0.1}
+    assert json.loads(to_json(config)) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--rollout.algorithm", "ppp"), "rollout.algorithm: 'ppp' is neither"),
+        (("--rollout.options", "gamma", "1"), "ipo_md has no gamma; it has tau, beta, samples"),
+        (("--rollout.options", "beta", "2"), "beta: 2.0 is not in [0, 1]"),
+        (("--rollout.annotator", "None"), "rollout.annotator: who compares"),
+        (("--rollout.annotator", "oracle:x"), "'oracle:x' is none of"),
+        (("--rollout.annotator", "rule:rules.py:nobody"), "has no function nobody"),
+        (("--rollout.annotator", "rule:rules.py:silent"), "fails on all"),
+        (
+            ("--rollout.algorithm", "rloo", "--rollout.annotator", "rule:rules.py:compared"),
+            "compares two responses; rewards need",
+        ),
+        (("--rollout.max-tokens", "40"), "more than the model's context of 64"),
+        (("--rollout.max-tokens", "0"), "rollout.max_tokens: 0 is not positive"),
+        (("--rollout.temperature", "0"), "rollout.temperature: 0.0 is not positive"),
+        (("--rollout.prompts", "empty.jsonl"), "empty.jsonl:2"),
+        (("--online.batch-size", "3"), "online.batch_size: 3 is not a multiple"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(here, capsys, flags, said):
+    (here / "empty.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    assert train(*flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert len(error.splitlines()) == 1
