@@ -68,8 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     given, fields = flags.parse_known_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is only compiled for
     config = parse([given.experiment, "--scale", given.scale, *fields])
-    if not config.preference.steps:
-        raise UserError(f"preference.steps: {config.name} has no preference stage to plan")
+    if not (config.preference.steps or config.online.steps):
+        raise UserError(f"{config.name}: has neither a preference nor an online stage to plan")
     plans = []
     for candidate in candidates(config, given.topology) if given.sweep else [config]:
         plan = make_plan(candidate, given.topology, given.response)
@@ -87,9 +87,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 MEND = (
-    "more chips, a larger mesh.fsdp, --remat full, more --preference.micro-batches, a smaller "
-    "--preference.batch-size or --max-length, or adapters (--lora.rank) make it smaller"
+    "more chips, a larger mesh.fsdp, --remat full, more micro-batches, a smaller batch size or "
+    "length, or adapters (--lora.rank) make it smaller"
 )
+
+
+def planned(config: TrainConfig) -> str:
+    """The stage that a plan is of: its preference stage, or else its online stage."""
+    return "preference" if config.preference.steps else "online"
 
 
 def model_of(config: TrainConfig) -> Any:
@@ -103,7 +108,7 @@ def model_of(config: TrainConfig) -> Any:
 
 
 def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
-    """Compile the preference step of a config for a slice."""
+    """Compile the preference step of a config for a slice, or the update of its online step."""
     import jax
     import jax.numpy as jnp
 
@@ -125,16 +130,18 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
 
     devices, chip = slice_devices(topology)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    stage, model_config = config.preference, model_of(config)
+    name = planned(config)
+    stage, model_config = getattr(config, name), model_of(config)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if (stage.batch_size // stage.micro_batches) % rows:
         raise UserError(
-            f"preference.batch_size: {stage.batch_size} in {stage.micro_batches} micro-batches is "
+            f"{name}.batch_size: {stage.batch_size} in {stage.micro_batches} micro-batches is "
             f"not a multiple of data x fsdp = {rows}"
         )
-    scored = trains_scores(config, "preference")
+    scored = trains_scores(config, name)
     params = parameter_structs(model_config, scored=scored)
-    adapted, live = config.lora.rank > 0, config.reference == "live" and not scored
+    adapted = config.lora.rank > 0
+    live = name == "online" or (config.reference == "live" and not scored)
     trained = params
     if adapted:
         trained = jax.eval_shape(
@@ -145,17 +152,21 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
         )
         if scored:
             trained = {**trained, SCORE: params[SCORE]}
-    length = config.max_length
     platform = devices[0].platform
     remat = remat_on(config, platform)
-    share = joint_share(config.share_prompts, model_config, platform)
-    batch = pair_structs(
-        stage.batch_size, length, response or length, reference=not live, joint_share=share
-    )
-    policy = make_policy(config, "preference", model_config, platform=platform)
-    objective = make_objective(config, "preference", policy)
+    policy = make_policy(config, name, model_config, platform=platform)
+    if name == "online":
+        objective, rollouts, batch = online_structs(config, policy)
+    else:
+        length, rollouts = config.max_length, None
+        share = joint_share(config.share_prompts, model_config, platform)
+        batch = pair_structs(
+            stage.batch_size, length, response or length, reference=not live, joint_share=share
+        )
+        objective = make_objective(config, name, policy)
     optimizer = make_update_rule(stage)[0]
     moments = jax.eval_shape(optimizer.init, trained)
+    watched = name == "preference" and config.entanglement.every
     start, memory, needed = time.perf_counter(), None, []
     try:
         used = compiled_memory(
@@ -163,10 +174,10 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
             optimizer,
             trained,
             {"policy": params if adapted else None, "reference": None if scored else params},
-            batch.pairs if scored else batch,
+            rollouts or (batch.pairs if scored else batch),
             mesh,
             micro_batches=stage.micro_batches,
-            watch=make_watch(config, objective) if config.entanglement.every else None,
+            watch=make_watch(config, objective) if watched else None,
         )
         memory = dataclasses.asdict(used)
     except TooLargeError as error:
@@ -201,6 +212,47 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
     )
 
 
+def online_structs(config: TrainConfig, policy: Any) -> tuple[Any, Any, Any]:
+    """The objective of the online stage, its rollouts' shapes, and those of as many tokens in pairs.
+
+    Sampling between the updates takes memory of its own, for caches: it is not planned.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxalign.commands.online import find_algorithm
+    from jaxalign.data import PairBatch
+    from jaxalign.online import OnlineObjective, RolloutBatch
+    from jaxalign.training.planning import pair_structs
+
+    algorithm = find_algorithm(config.rollout.algorithm, config.rollout.options)
+    if algorithm.advantages is not None:
+        raise UserError(f"rollout.algorithm: {config.rollout.algorithm} has a critic; not planned")
+    prompts, response = config.online.batch_size, config.rollout.max_tokens
+    length, samples = config.rollout.max_prompt_length + response, len(algorithm.draws)
+    trained = prompts * algorithm.trained
+
+    def rollouts() -> RolloutBatch:
+        return RolloutBatch(
+            responses=PairBatch(
+                tokens=jnp.zeros((prompts, samples, length), jnp.int32),
+                prompt_length=jnp.zeros((prompts, samples), jnp.int32),
+                response_tokens=jnp.zeros((prompts, samples, response), jnp.int32),
+                response_length=jnp.zeros((prompts, samples), jnp.int32),
+                record_index=jnp.zeros(prompts, jnp.int32),
+                weight=jnp.zeros(prompts),
+            ),
+            preference=jnp.zeros((prompts, samples, samples)),
+            reward=jnp.zeros((prompts, samples)),
+            baseline=jnp.zeros((prompts, samples)),
+            sampled_log_prob=None,
+        )
+
+    tokens = pair_structs(-(-trained // 2), length, response, reference=False)
+    objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    return objective, jax.eval_shape(rollouts), tokens
+
+
 def candidates(config: TrainConfig, topology: str) -> Iterator[TrainConfig]:
     """Meshes of powers of two, and rematerialisation, for one batch size."""
     from jaxalign.sharding.topologies import slice_devices
@@ -212,7 +264,8 @@ def candidates(config: TrainConfig, topology: str) -> Iterator[TrainConfig]:
         ("none", "dots", "full"), powers, reversed(powers)
     ):
         rows = chips // tensor
-        split = config.preference.batch_size // config.preference.micro_batches
+        stage = getattr(config, planned(config))
+        split = stage.batch_size // stage.micro_batches
         if tensor > 8 or heads % tensor or rows % fsdp or split % rows:
             continue
         if fsdp < rows // 8:  # more than eight whole copies of the parameters: left out
@@ -223,14 +276,19 @@ def candidates(config: TrainConfig, topology: str) -> Iterator[TrainConfig]:
 
 def page(config: TrainConfig, topology: str, plan: Plan) -> str:
     """All of a plan, for people."""
-    stage, gib = config.preference, 2**30
+    stage, gib = getattr(config, planned(config)), 2**30
+    online = planned(config) == "online"
+    what = config.rollout.algorithm if online else config.loss
+    length = config.max_length
+    if online:
+        length = config.rollout.max_prompt_length + config.rollout.max_tokens
     chips = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     parts = f" in {stage.micro_batches} parts" if stage.micro_batches > 1 else ""
     lines = [
-        f"{config.name}: {config.loss} on {config.model}",
+        f"{config.name}: {what} on {config.model}",
         f"{topology}, {chips} chips: {mesh}; remat {plan.remat}, {config.dtype}",
-        f"a batch of {stage.batch_size} pairs of 2 x {config.max_length:,} tokens{parts}; "
+        f"a batch of {stage.batch_size} pairs of 2 x {length:,} tokens{parts}; "
         f"compiled in {plan.compile_seconds:.0f} s",
         "",
         "memory per chip, GiB (the compiler's)",

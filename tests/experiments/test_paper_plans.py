@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.gradient_entanglement import pairs, sentiment
+from experiments.ipo_md import ipo_md
+from experiments.ipo_md.online import online
 from experiments.offline import dpo, ipo, kto, simpo
 from jaxalign.commands.plan import make_plan
 from jaxalign.config import EntanglementConfig
@@ -28,6 +30,8 @@ CONFIGS = {
         GPT2,
         "v5e:2x2",
     ),
+    "ipo_md": (lambda: ipo_md.config("paper"), SHAPES / "t5-v1_1-large", "v5e:2x4"),
+    "nash_md_pg": (lambda: online("paper", "nash_md_pg"), SHAPES / "t5-v1_1-large", "v5e:2x4"),
 }
 """How each is made, the shape of its model, the slice that it is for."""
 
