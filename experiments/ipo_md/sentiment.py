@@ -1,11 +1,12 @@
-"""Who prefers what in `summarisation.py`: classifiers of sentiment, from sentences people labelled.
+"""Who prefers what in `summarisation.py`: classifiers of sentiment, from reviews people rated.
 
-Logistic regression on the presence of words and of pairs of words. One half of the labelled
-sentences makes the labeller, from which preference and reward model learn; the other half makes the
-judge, which nobody is trained on.
+Logistic regression on the presence of words and of pairs of words, on the reviews of films of the
+Large Movie Review data set. Its training set makes the labeller, from which preference and reward
+model learn; its test set, of other films, makes the judge, which nobody is trained on.
 """
 
 import json
+import lzma
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -51,24 +52,25 @@ def terms(text: str) -> set[str]:
 
 
 def labelled(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sentences and whether they are positive."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Reviews and whether they are positive."""
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     return [row["text"] for row in rows], np.array([row["label"] == 1 for row in rows])
 
 
-def fit(texts: Sequence[str], positive: np.ndarray, *, penalty: float = 1e-3) -> Classifier:
+def fit(texts: Sequence[str], positive: np.ndarray, *, penalty: float = 1e-4) -> Classifier:
     """Logistic regression with a squared penalty, by L-BFGS.
 
     Args:
-      texts: sentences.
+      texts: reviews.
       positive: their labels.
-      penalty: on the squared weights, per sentence.
+      penalty: on the squared weights, per review.
     """
     import jax
     import jax.numpy as jnp
 
     counts = Counter(term for text in texts for term in terms(text))
-    columns = {term: at for at, term in enumerate(sorted(x for x, n in counts.items() if n > 2))}
+    columns = {term: at for at, term in enumerate(sorted(x for x, n in counts.items() if n > 9))}
     pairs = [
         (row, columns[x]) for row, text in enumerate(texts) for x in terms(text) if x in columns
     ]
@@ -96,14 +98,12 @@ def fit(texts: Sequence[str], positive: np.ndarray, *, penalty: float = 1e-3) ->
     return Classifier(columns=columns, weights=np.asarray(params[0]), bias=float(params[1]))
 
 
-def two_classifiers(path: Path) -> tuple[Classifier, Classifier, dict[str, float]]:
-    """Labeller and judge, each from every second sentence; their accuracy on the other's half."""
-    texts, positive = labelled(path)
-    order = np.random.default_rng(0).permutation(len(texts))
-    halves = [order[::2], order[1::2]]
-    made = [fit([texts[at] for at in half], positive[half]) for half in halves]
+def two_classifiers(folder: Path) -> tuple[Classifier, Classifier, dict[str, float]]:
+    """Labeller and judge, and the accuracy of each on the other's reviews."""
+    train, test = (labelled(folder / f"{name}.jsonl.xz") for name in ("train", "test"))
+    labeller, judge = fit(*train), fit(*test)
     accuracy = {
-        name: float(np.mean((own.scores([texts[at] for at in half]) > 0) == positive[half]))
-        for name, own, half in zip(("labeller", "judge"), made, halves[::-1], strict=True)
+        name: float(np.mean((own.scores(texts) > 0) == positive))
+        for name, own, (texts, positive) in (("labeller", labeller, test), ("judge", judge, train))
     }
-    return made[0], made[1], accuracy
+    return labeller, judge, accuracy

@@ -8,8 +8,8 @@ The paper summarises news with T5 models of 770M and 3B parameters and a prefere
 people's comparisons. Here the policy is the 260K-parameter Llama of TinyStories, which continues
 the first sentences of its own stories; preferred is what a classifier of sentiment finds more
 positive. Its verdicts on pairs of continuations train a preference model and a reward model of the
-policy's size, from which all methods learn; a second classifier, made from other labelled
-sentences, judges. Choices as in the paper: tau by the win rate on validation prompts, here over the
+policy's size, from which all methods learn; a second classifier, made from other rated reviews,
+judges. Choices as in the paper: tau by the win rate on validation prompts, here over the
 reference; then three seeds, all nine pairings, on test prompts.
 """
 
@@ -41,7 +41,7 @@ from jaxalign.reporting import read_run
 from jaxalign.sharding import make_mesh
 
 HERE = Path(__file__).parent
-LABELS = DATA / "sentiment" / "sentiment_sentence_polarity.jsonl"
+LABELS = DATA / "imdb"
 METHODS: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "online_ipo": ("IPO", "tau", (0.1, 0.3, 1.0)),
     "ipo_md": ("IPO-MD", "tau", (0.1, 0.3, 1.0)),
@@ -266,7 +266,7 @@ def all_against_all(runs: dict[str, list[Path]], judge: Classifier, facts: dict[
         f"Held-out accuracy on the labeller's verdicts: preference model "
         f"{facts['preference model']:.3f}, reward model {facts['reward model']:.3f}. The judge "
         f"agrees with the labeller on {facts['judge on labeller']:.3f} of these pairs. On "
-        f"sentences that people labelled, not their own, the labeller is right on "
+        f"reviews that people rated, not their own, the labeller is right on "
         f"{facts['labeller']:.3f} and the judge on {facts['judge']:.3f}.",
     )
     return "\n".join([table(["", *(names[i] for i in order), "Elo"], against), *notes])
