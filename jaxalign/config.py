@@ -189,9 +189,9 @@ class RolloutConfig:
     """Draw from the likeliest tokens of this share of the probability; 1: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""
-    mesh: MeshConfig | None = None
-    """How the devices share the sampling, parameters handed over before every rollout; None: as
-    they share the updates."""
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How the devices share the sampling, e.g. data 2 tensor 4, parameters handed over before every
+    rollout; empty: as they share the updates."""
     record: int = 4
     """Prompts of each step whose responses are kept in the run folder's rollouts.jsonl."""
 
@@ -199,6 +199,9 @@ class RolloutConfig:
         for name in ("max_prompt_length", "max_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"rollout.{name}: {getattr(self, name)} is not positive")
+        axes = [field.name for field in dataclasses.fields(MeshConfig)]
+        if unknown := sorted(set(self.mesh) - set(axes)):
+            raise UserError(f"rollout.mesh: no axis {', '.join(unknown)}; {', '.join(axes)}")
         if not self.temperature > 0:
             raise UserError(f"rollout.temperature: {self.temperature} is not positive")
         for name in ("max_eval_prompts", "record"):

@@ -185,9 +185,7 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     }
     data: PromptData = world.data[name]
     annotator = make_annotator(str(wanted.annotator))
-    sampling_mesh = mesh
-    if wanted.mesh is not None:
-        sampling_mesh = make_mesh(**dataclasses.asdict(wanted.mesh))
+    sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
     sampler = Sampler(
         config=model_config,
         tokenizer=world.tokenizer,
@@ -210,7 +208,7 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
         return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
 
     def hand_over(policies: Mapping[str, Any]) -> Mapping[str, Any]:
-        if wanted.mesh is None:
+        if not wanted.mesh:
             return policies
         moved = {name: handed(one) for name, one in policies.items() if name != "reference"}
         return moved | {"reference": {"params": reference()}}

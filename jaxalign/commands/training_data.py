@@ -154,7 +154,8 @@ def load_stages(
       UserError: a record that cannot be used (where the config says so), or nothing to train on.
     """
     context = getattr(model_config, "context_length", None)
-    if context is not None and config.max_length > context:
+    reads_rows = config.pretrain.steps or config.sft.steps or config.preference.steps
+    if reads_rows and context is not None and config.max_length > context:
         raise UserError(
             f"max_length: {config.max_length} tokens are more than the model's context of "
             f"{context}; set --max-length {context} or less"

@@ -45,7 +45,8 @@ def _rule(name: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.rules import RuleAnnotator, rule
 
     judge = rule(name)
-    return RuleAnnotator(rule=judge, annotator=_of_judge(judge, options))
+    annotator = _of_judge(judge, options)
+    return RuleAnnotator(rule=judge, annotator=annotator) if judge.order_free else annotator
 
 
 def _endpoint(address: str, options: AnnotatorOptions) -> Annotator:

@@ -54,19 +54,15 @@ class Rule:
     def rewards(
         self, prompts: Sequence[str], responses: Sequence[str]
     ) -> Float64[np.ndarray, " n"]:
-        """The score of each response; NaN where there is none.
+        """The score of each response, of a rule that scores single ones; NaN where there is none.
 
         Args:
           prompts: n texts.
           responses: one to each.
 
         Raises:
-          UserError: it compares responses, or every call failed.
+          UserError: every call failed.
         """
-        if not self.order_free:
-            raise UserError(
-                f"{self.name} compares two responses; rewards need one of (prompt, response)"
-            )
         asked = [self._called(*shown) for shown in zip(prompts, responses, strict=True)]
         if asked and all(reason for _, reason in asked):
             raise UserError(f"{self.name} fails on all {len(asked)}: {asked[0][1]}")
@@ -109,7 +105,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class RuleAnnotator:
-    """A rule's preferences, and its scores where it scores single responses."""
+    """The preferences and the scores of a rule that scores single responses."""
 
     rule: Rule
     annotator: Annotator

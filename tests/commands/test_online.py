@@ -118,7 +118,7 @@ def test_adapters_learn_online_and_a_comparing_rule_judges(here):
 
 def test_sampling_on_another_mesh_changes_nothing(here):
     assert train("--name", "same") == 0
-    assert train("--name", "other", "--rollout.mesh.data", "4", "--rollout.mesh.tensor", "2") == 0
+    assert train("--name", "other", "--rollout.mesh", "data", "4", "tensor", "2") == 0
     first, second = (metrics(here / "runs" / name)[1:3] for name in ("same", "other"))
     for one, other in zip(first, second, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -126,7 +126,8 @@ def test_sampling_on_another_mesh_changes_nothing(here):
 
 def test_a_config_with_rollouts_round_trips(here):
     assert (
-        train("--rollout.stop", "x", "y", "--rollout.mesh.tensor", "2", "--online.steps", "1") == 0
+        train("--rollout.stop", "x", "y", "--rollout.mesh", "tensor", "2", "--online.steps", "1")
+        == 0
     )
     text = (here / "runs" / "run" / "config.json").read_text()
     config = from_json(text)
@@ -147,12 +148,13 @@ def test_a_config_with_rollouts_round_trips(here):
         (("--rollout.annotator", "rule:rules.py:silent"), "fails on all"),
         (
             ("--rollout.algorithm", "rloo", "--rollout.annotator", "rule:rules.py:compared"),
-            "compares two responses; rewards need",
+            "compares responses and gives no rewards",
         ),
         (("--rollout.max-tokens", "40"), "more than the model's context of 64"),
         (("--rollout.max-tokens", "0"), "rollout.max_tokens: 0 is not positive"),
         (("--rollout.temperature", "0"), "rollout.temperature: 0.0 is not positive"),
         (("--rollout.prompts", "empty.jsonl"), "empty.jsonl:2"),
+        (("--rollout.mesh", "rows", "2"), "rollout.mesh: no axis rows"),
         (("--online.batch-size", "3"), "online.batch_size: 3 is not a multiple"),
     ],
 )
