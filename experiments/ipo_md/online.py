@@ -67,8 +67,8 @@ def _tiny(algorithm: str, options: dict[str, float]) -> TrainConfig:
         model=str(STORIES),
         holdout=0.1,
         online=StageConfig(
-            steps=150,
-            batch_size=32,
+            steps=100,
+            batch_size=16,
             # no first moment: it orbits on cycles of preferences
             optimizer=OptimizerConfig(learning_rate=rate, b1=0.0, schedule="linear"),
             eval_every=50,

@@ -1,6 +1,6 @@
 """The paper's comparison: six online methods, a sweep of tau, all against all before a judge.
 
-Command:  python -m experiments.ipo_md.summarisation [--seeds 3] [--steps 150]
+Command:  python -m experiments.ipo_md.summarisation [--seeds 3] [--steps 100]
 Time:     about three quarters of an hour on two CPU cores; what is finished is not done again
 Expect:   the sections "sweep" and "all against all" of this folder's README, summarisation.png
 
@@ -60,9 +60,9 @@ class Options:
 
     seeds: int = 3
     """Runs of each method with its chosen strength."""
-    steps: int = 150
+    steps: int = 100
     """Updates of each."""
-    sweep_steps: int = 75
+    sweep_steps: int = 40
     """Updates of the runs that choose the strength."""
     pairs: int = 4_000
     """Pairs of continuations that preference and reward model learn from."""
@@ -168,10 +168,10 @@ def annotator_config(kind: str, loss: str, data: Path) -> TrainConfig:
         end_token=False,
         holdout=0.1,
         preference=StageConfig(
-            steps=500,
+            steps=200,
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20),
-            eval_every=250,
+            eval_every=100,
         ),
     )
 

@@ -213,7 +213,7 @@ def make_plan(config: TrainConfig, topology: str, response: int | None) -> Plan:
 
 
 def online_structs(config: TrainConfig, policy: Any) -> tuple[Any, Any, Any]:
-    """The objective of the online stage, its rollouts' shapes, and those of as many tokens in pairs.
+    """The online stage's objective, its rollouts' shapes, and those of as many tokens in pairs.
 
     Sampling between the updates takes memory of its own, for caches: it is not planned.
     """
