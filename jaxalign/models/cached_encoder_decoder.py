@@ -155,7 +155,8 @@ def advance(
         x = x + put_out(
             attend(q, *memory, here, mask, None, config, causal=False), cross, own_cross
         )
-        x = x + mlp_branch(normed(x, layer["mlp_norm"]), layer, own, adapter_scale, config)
+        y = normed(x, layer["mlp_norm"])
+        x = x + mlp_branch(y, layer, config, adapters=own, scale=adapter_scale)
     keys, values = zip(*kept, strict=True)
     after = CrossCache(
         keys=keys,

@@ -195,9 +195,10 @@ def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, c
 def mlp_branch(
     x: Float[Array, "... width"],
     layer: Mapping[str, Any],
+    config: EncoderDecoderConfig,
+    *,
     adapters: Mapping[str, Any],
     scale: float | Float[Array, ""],
-    config: EncoderDecoderConfig,
 ) -> Float[Array, "... width"]:
     """What a layer's MLP adds to the residual stream."""
     activation = ACTIVATIONS[config.activation]
@@ -229,7 +230,8 @@ def _stack(
             y, cross = norm(x, layer["cross_norm"]), updates.get("cross", {})
             seen = memory_mask, None
             x = x + _attention(y, memory, layer["cross"], cross, scale, *seen, config, causal=False)
-        return x + mlp_branch(norm(x, layer["mlp_norm"]), layer, updates, scale, config), None
+        y = norm(x, layer["mlp_norm"])
+        return x + mlp_branch(y, layer, config, adapters=updates, scale=scale), None
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.generation import Samples, Sampling, compile_generate, stop_table, token_texts
 from jaxalign.online.algorithm import Algorithm, Draw
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
+from jaxalign.sharding import batch_sharding
 
 ROUND = 16
 """Responses are scored in rows of a multiple of this many tokens."""
@@ -117,8 +117,6 @@ class Sampler:
         )
 
     def _placed(self, x: np.ndarray) -> jax.Array:
-        from jaxalign.sharding import batch_sharding
-
         return jax.make_array_from_process_local_data(batch_sharding(self.mesh), np.asarray(x))
 
     def text(self, tokens: np.ndarray) -> str:
@@ -172,11 +170,12 @@ def joined(parts: Sequence[Sampled]) -> Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotated:
-    """What an annotator said of responses, [prompts, samples, ...]; NaN where it could not."""
+    """What an annotator said of responses; NaN where it could not say."""
 
-    preference: np.ndarray
-    reward: np.ndarray
-    seconds: float
+    preference: np.ndarray | None = None
+    """[prompts, samples, samples]: probability that the one beats the other; None: not asked."""
+    reward: np.ndarray | None = None
+    """[prompts, samples]; None: not asked."""
 
 
 def annotate(
@@ -194,10 +193,7 @@ def annotate(
     Raises:
       UserError: the annotator gives no rewards, and the algorithm needs them.
     """
-    start = time.perf_counter()
     number, samples = len(texts), len(texts[0])
-    preference = np.full((number, samples, samples), 0.5)
-    reward = np.zeros((number, samples))
     if algorithm.annotation == "rewards":
         if not hasattr(annotator, "rewards"):
             raise UserError(
@@ -206,17 +202,17 @@ def annotate(
             )
         asked = [prompt for prompt in prompts for _ in range(samples)]
         given = annotator.rewards(asked, [text for row in texts for text in row])
-        reward = np.asarray(given, np.float64).reshape(number, samples)
-    else:
-        pairs = [(i, j) for i in range(samples) for j in range(i + 1, samples)]
-        asked = [prompt for prompt in prompts for _ in pairs]
-        sides = zip(*((row[i], row[j]) for row in texts for i, j in pairs), strict=True)
-        first, second = map(list, sides)
-        said = np.asarray(annotator.preferences(asked, first, second).preference)
-        for at, (i, j) in enumerate(pairs):
-            preference[:, i, j] = said.reshape(number, len(pairs))[:, at]
-            preference[:, j, i] = 1 - preference[:, i, j]
-    return Annotated(preference=preference, reward=reward, seconds=time.perf_counter() - start)
+        return Annotated(reward=np.asarray(given, np.float64).reshape(number, samples))
+    pairs = list(itertools.combinations(range(samples), 2))
+    asked = [prompt for prompt in prompts for _ in pairs]
+    first = [row[i] for row in texts for i, _ in pairs]
+    second = [row[j] for row in texts for _, j in pairs]
+    said = np.asarray(annotator.preferences(asked, first, second).preference)
+    preference = np.full((number, samples, samples), 0.5)
+    for at, (i, j) in enumerate(pairs):
+        preference[:, i, j] = said.reshape(number, len(pairs))[:, at]
+        preference[:, j, i] = 1 - preference[:, i, j]
+    return Annotated(preference=preference)
 
 
 def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) -> RolloutBatch:
@@ -231,9 +227,13 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) 
         for sample in range(samples):
             mine = sampled.length[at, sample]
             rows[at, sample, length : length + mine] = sampled.tokens[at, sample, :mine]
-    said = np.asarray(np.isfinite(annotated.preference).all((1, 2)))
-    said &= np.isfinite(annotated.reward).all(1)
-    reward = np.where(said[:, None], annotated.reward, 0.0)
+    preference, reward = annotated.preference, annotated.reward
+    if preference is None:
+        preference = np.full((number, samples, samples), 0.5)
+    if reward is None:
+        reward = np.zeros((number, samples))
+    said = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
+    reward = np.where(said[:, None], reward, 0.0)
     return RolloutBatch(
         responses=PairBatch(
             tokens=rows,
@@ -243,7 +243,7 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) 
             record_index=prompts.record_index,
             weight=(prompts.weight * said).astype(np.float32),
         ),
-        preference=np.where(said[:, None, None], annotated.preference, 0.5).astype(np.float32),
+        preference=np.where(said[:, None, None], preference, 0.5).astype(np.float32),
         reward=reward.astype(np.float32),
         baseline=baselines(reward, prompts.weight * said).astype(np.float32),
         sampled_log_prob=(

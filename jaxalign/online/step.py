@@ -229,19 +229,14 @@ class TextRecorder:
     def __call__(
         self, step: int, texts: Sequence[str], sampled: Sampled, annotated: Annotated
     ) -> None:
-        rewarded = np.any(annotated.reward != 0)
-        whole = not np.isfinite(annotated.preference).all((1, 2)).any()
+        name = "reward" if annotated.preference is None else "preference"
+        said = getattr(annotated, name)
+        whole = np.isfinite(said.reshape(len(texts), -1)).all(1)
+        nothing = not whole.any()  # no verdict at all: then every sample is kept
         with self._path.open("a", encoding="utf-8") as file:
-            for at in range(len(texts) if whole else min(self._prompts, len(texts))):
-                line: dict[str, Any] = {
-                    "step": step + 1,
-                    "prompt": texts[at],
-                    "responses": sampled.texts[at],
-                }
-                if rewarded:
-                    line["reward"] = _plain(annotated.reward[at])
-                else:
-                    line["preference"] = _plain(annotated.preference[at])
+            for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
+                line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
+                line[name] = _plain(said[at])
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:

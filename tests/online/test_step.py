@@ -12,7 +12,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling
-from jaxalign.models import tempered
+from jaxalign.models import EncoderDecoderConfig, encoder_decoder, tempered
 from jaxalign.online import ALGORITHMS, OnlineObjective, PromptBatch
 from jaxalign.online.sampler import (
     Annotated,
@@ -114,7 +114,7 @@ def test_sampled_log_probs_are_what_the_update_scores():
     sampled = step.sampler(
         policies, {"policy": 1.0, "reference": 0.0}, prompts_of(8), jax.random.key(0), samples=1
     )
-    nothing = Annotated(preference=np.full((8, 1, 1), 0.5), reward=np.zeros((8, 1)), seconds=0.0)
+    nothing = Annotated(reward=np.zeros((8, 1)))
     batch = jax.tree.map(jnp.asarray, rollout_batch(prompts_of(8), sampled, nothing))
     objective = OnlineObjective(policy=step.policy, algorithm=step.algorithm)
     outputs = objective.forward(state.params, frozen, batch, None)
@@ -226,8 +226,6 @@ def test_rows_are_prompts_with_their_responses():
     )
     said = Annotated(
         preference=np.array([[[0.5, 0.8], [0.2, 0.5]], [[0.5, np.nan], [np.nan, 0.5]]]),
-        reward=np.zeros((2, 2)),
-        seconds=0.0,
     )
     batch = rollout_batch(prompts, sampled, said)
     assert batch.responses.tokens[:, :, :6].tolist() == [
@@ -276,3 +274,50 @@ def test_samples_find_the_equilibrium(optimised):
     assert divergence(target, WORLD.policy(WORLD.params)) > 0.05
     state, _ = run(step, state, frozen, steps=steps, number=512)
     assert divergence(target, WORLD.policy(state.params)) < 0.01
+
+
+def test_an_encoder_decoder_is_sampled_scored_and_trained():
+    config = EncoderDecoderConfig(
+        vocab_size=4,
+        width=16,
+        layers=1,
+        decoder_layers=2,
+        heads=2,
+        head_width=8,
+        mlp_width=32,
+    )
+    params = encoder_decoder.init_params(config, jax.random.key(0))
+    policy = Policy(config=config)
+    algorithm = ALGORITHMS["ipo_md"](beta=0.5)
+    objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(1e-2)
+    state = place(initial_state(params, rule, seed=0), mesh)
+    frozen = {"policy": None, "reference": place(params, mesh)}
+    step = OnlineStep(
+        algorithm=algorithm,
+        policy=policy,
+        sampler=Sampler(
+            config=config,
+            tokenizer=Tokenizer(),
+            sampling=Sampling(max_tokens=2, end_tokens=(END,)),
+            mesh=mesh,
+        ),
+        annotator=WORLD,
+        update=compile_update(objective, rule, state, mesh, micro_batches=1),
+        hand_over=lambda policies: policies,
+        prompt_texts=["dc"],
+        mesh=mesh,
+        key=jax.random.key(3),
+        record=lambda *_: None,
+    )
+    mixed = {"policy": 0.5, "reference": 0.5}
+    drawn = step.sampler(
+        policies_of(policy, state, frozen), mixed, prompts_of(8), jax.random.key(0), samples=2
+    )
+    said = Annotated(preference=np.full((8, 2, 2), 0.5))
+    batch = jax.tree.map(jnp.asarray, rollout_batch(prompts_of(8), drawn, said))
+    outputs = objective.forward(state.params, frozen, batch, None)
+    np.testing.assert_allclose(outputs.log_prob, drawn.log_prob["policy"], atol=1e-5)
+    state, lines = run(step, state, frozen, steps=2)
+    assert lines[-1]["finite"] == 1
+    assert lines[-1]["log_ratio"] != 0
