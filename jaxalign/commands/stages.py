@@ -16,7 +16,7 @@ from jaxalign.models.peft import load_adapters
 from jaxalign.models.score import SCORE, ScoreModel, init_head, with_head
 from jaxalign.models.weights import hf_config, write_json
 
-STAGES = ("pretrain", "sft", "preference", "online")
+STAGES = ("pretrain", "sft", "preference", "online", "representation")
 
 
 def stage_folder(folder: Path, name: str) -> Path:
