@@ -95,7 +95,7 @@ def load_stimuli(
     if read.held_out:
         held_out = stimuli(responses_of(read.held_out, "both"), "held_out_stimuli")
         pairs, counted = tokenize_pairs(read.held_out, tokenizer, **options)
-        report["held_out_pairs"] = dataclasses.asdict(counted)
+        report["held_out_plain_pairs"] = dataclasses.asdict(counted)
     data = StimulusData(
         train=stimuli(train, "train_stimuli"),
         held_out=held_out,
@@ -141,7 +141,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
         adapter_dropout=lora.dropout,
     )
     reader = make_reader(config, world.model_config, remat=policy.remat, dtype=policy.dtype)
-    objective = RepresentationObjective(
+    objective: Any = RepresentationObjective(
         policy=policy, reader=reader, alpha=wanted.alpha, loss=LOSSES[wanted.distance]
     )
     optimizer, schedule = make_update_rule(stage)
@@ -203,7 +203,8 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
             peak_flops=peak_flops(),
         ),
     )
-    earlier = any(getattr(config, other).steps for other in STAGES[: STAGES.index(name)])
+    changed = config.model == "embedded" or config.adapter is not None
+    changed |= any(getattr(config, other).steps for other in STAGES[: STAGES.index(name)])
     save_adapters(
         world.folder / "representation_adapter",
         state.params,
@@ -211,9 +212,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
         rank=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
-        base_model=None
-        if earlier or config.adapter or config.model == "embedded"
-        else config.model,
+        base_model=None if changed else config.model,
         head=None,
     )
     return place(merge(params, state.params, lora.scale), mesh), None

@@ -13,7 +13,7 @@ from jaxalign.data import (
     TokenizedRows,
     tokenize_responses,
 )
-from jaxalign.data.records import Text, transcript
+from jaxalign.data.records import Message, Text, transcript
 from jaxalign.errors import UserError
 from jaxalign.representation.instructions import Instructions
 
@@ -66,11 +66,10 @@ class Stimuli:
 
 def instructed(prompt: Text, instruction: str, *, strings_as_chat: bool) -> Text:
     """A conversation that begins with the instruction as the system's turn; text as it is."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if isinstance(prompt, str) and not strings_as_chat:
         return prompt
-    system: Any = {"role": "system", "content": instruction}
-    return [system, *turns]
+    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    return [Message(role="system", content=instruction), *turns]
 
 
 def tokenize_stimuli(
