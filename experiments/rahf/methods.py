@@ -115,7 +115,7 @@ def policy_gradient(scale: str, **how: Any) -> TrainConfig:
     config = common(scale, "policy_gradient", **how)
     suffix = "_paper" if scale == "paper" else ""
     rollout = RolloutConfig(
-        algorithm="policy_gradient",
+        algorithm="regularised_policy_gradient",
         prompts=PAPER[1] if scale == "paper" else TRAIN,
         eval_prompts=config.eval_data,
         annotator=f"reward:{config.output}/rahf_reward{suffix}/export",

@@ -17,6 +17,11 @@ from jaxalign.representation.patterns import (
     steering,
     summarise,
 )
+from jaxalign.representation.separability import (
+    principal_components,
+    probe_accuracy,
+    separability,
+)
 from jaxalign.representation.stimuli import (
     Stimuli,
     StimulusReport,
@@ -44,8 +49,11 @@ __all__ = [
     "hindsight_rows",
     "make_instructions",
     "pooled",
+    "principal_components",
+    "probe_accuracy",
     "read_patterns",
     "responses_of",
+    "separability",
     "steering",
     "stimulus_batches",
     "summarise",
