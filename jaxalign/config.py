@@ -210,6 +210,43 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """Representation alignment (RAHF, arXiv:2312.15997): stimuli, layers and the fit to them."""
+
+    method: Literal["scit", "dual"] = "scit"
+    """Who tells preferred from dispreferred: one model by two instructions, or two models."""
+    instructions: Literal["paper", "short"] = "paper"
+    """Wording of the two instructions; "short" for models of little context."""
+    positive: str | None = None
+    """Another text in place of the positive instruction."""
+    negative: str | None = None
+    """Another text in place of the negative instruction."""
+    positive_model: str | None = None
+    """Dual: folder of the model tuned on chosen responses; None: the base itself."""
+    negative_model: str | None = None
+    """Dual: folder of the model tuned on rejected responses."""
+    layers: tuple[int, ...] = ()
+    """Hidden states to fit (0: embeddings, l: what block l - 1 leaves); none: the paper's, 10 to 18
+    (dual: 20) of 32 by twos, as shares of the depth."""
+    alpha: float = 5.0
+    """How far along the difference; 5 in the paper."""
+    positions: int | None = None
+    """First tokens of a response that are fitted; None: the paper's, 512 (dual: 64)."""
+    responses: Literal["chosen", "rejected", "both", "random"] | None = None
+    """Responses that are read; None: the paper's, one of a pair at random (dual: both)."""
+    distance: Literal["squared", "norm"] = "squared"
+    """Squared, as the paper writes it, or not, as its released code has it."""
+    lora: LoraConfig = LoraConfig(rank=8, dropout=0.05, targets=("q", "v"))
+    """Adapters that are fitted, merged at the stage's end; the paper's."""
+
+    def __post_init__(self):
+        if self.lora.rank < 1:
+            raise UserError(f"alignment.lora.rank: {self.lora.rank}; the fit is of adapters, use 8")
+        if self.positions is not None and self.positions < 1:
+            raise UserError(f"alignment.positions: {self.positions} is not positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: optional pretraining, optional SFT, then a preference loss."""
 
@@ -234,6 +271,9 @@ class TrainConfig:
     """Share of prompts held out for evaluation where `eval_data` is not given."""
     sft_data: str | None = None
     """Prompt and response records for the SFT stage; by default the chosen responses."""
+    sft_responses: Literal["chosen", "rejected", "hindsight"] = "chosen"
+    """Which responses of the pairs SFT imitates; hindsight: both, each under the instruction that
+    it follows (HIR, arXiv:2302.05206)."""
     text: tuple[str, ...] = ()
     """Text files for the pretraining stage."""
     eval_text: tuple[str, ...] = ()
@@ -264,6 +304,11 @@ class TrainConfig:
     """Online preference optimisation: prompts per update are its batch size."""
     rollout: RolloutConfig = RolloutConfig()
     """Sampling, annotation and algorithm of the online stage."""
+    representation: StageConfig = StageConfig()
+    """Representation alignment: responses per update are its batch size."""
+    alignment: AlignmentConfig = AlignmentConfig()
+    """Stimuli, layers and adapters of the representation stage; its instructions are also those of
+    --sft-responses hindsight and of the losses scit and scit_mean."""
     loss: str = "dpo"
     """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION".
     bradley_terry trains a reward model instead of a policy, preference_model one that reads two
@@ -335,6 +380,16 @@ class TrainConfig:
             raise UserError(
                 f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "
                 "apart, with --rollout.annotator"
+            )
+        if self.sft_data is not None and self.sft_responses != "chosen":
+            raise UserError(f"sft_responses: {self.sft_responses} is of pairs; leave out sft_data")
+        if self.representation.steps and self.loss in REWARD_LOSSES and self.preference.steps:
+            raise UserError(f"representation.steps: {self.loss} makes no policy to align; set 0")
+        told = self.alignment
+        if self.representation.steps and told.method == "dual" and told.negative_model is None:
+            raise UserError(
+                "alignment.negative_model: dual compares two models; name the folder of the one "
+                "that was tuned with --sft-responses rejected"
             )
         if self.entanglement.mask != "none" and self.reference != "live":
             raise UserError(

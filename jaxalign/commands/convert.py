@@ -16,6 +16,7 @@ from jaxalign.commands.stages import (
     parameter_structs,
     read_model_config,
     read_run_config,
+    stage_adapters,
     stage_folder,
     trained_stages,
     with_adapter,
@@ -89,7 +90,7 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
     optimizer, _ = make_update_rule(getattr(config, stage))
     scored = trains_scores(config, stage)
     structs = parameter_structs(model_config, scored=scored)
-    lora = config.lora if config.lora.rank and stage != "pretrain" else None
+    lora = stage_adapters(config, stage)
     trained = structs
     if lora is not None:
         make = functools.partial(init_adapters, rank=lora.rank, targets=lora.targets)
@@ -103,8 +104,9 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
     checkpoints.close()
     if lora is None:
         return as_model(model_config, state.params)
-    before = config.sft.steps and stage == "preference"
-    base = run_model(folder, "sft", None).params if before else run_base(folder, model_config)
+    stages = trained_stages(config)
+    before = stages[: stages.index(stage)]
+    base = run_model(folder, before[-1], None).params if before else run_base(folder, model_config)
     base, adapters = take_head(place(base, mesh), state.params)
     return as_model(model_config, merge(base, adapters, lora.scale))
 

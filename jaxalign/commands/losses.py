@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from jaxalign.commands.arguments import parser
 from jaxalign.errors import UserError
 from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
-from jaxalign.losses.table import ONLINE_LOSSES, OTHER_LOSSES, loss_row, losses_markdown
+from jaxalign.losses.table import (
+    ONLINE_LOSSES,
+    OTHER_LOSSES,
+    STATE_LOSSES,
+    loss_row,
+    losses_markdown,
+)
 from jaxalign.online.algorithms import ALGORITHMS
 
 LOSSES: dict[str, Callable] = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
@@ -22,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(soft_wrap=True)
     if given.name is not None:
-        every = ALGORITHMS | LOSSES | ONLINE_LOSSES | OTHER_LOSSES
+        every = ALGORITHMS | LOSSES | ONLINE_LOSSES | STATE_LOSSES | OTHER_LOSSES
         if given.name not in every:
             raise UserError(f"{given.name!r} is not one of {', '.join(sorted(every))}")
         loss = every[given.name]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.config import ArchitectureConfig, TrainConfig, from_json
+from jaxalign.config import ArchitectureConfig, LoraConfig, TrainConfig, from_json
 from jaxalign.errors import UserError
 from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
 from jaxalign.models.families import FAMILIES
@@ -16,7 +16,7 @@ from jaxalign.models.peft import load_adapters
 from jaxalign.models.score import SCORE, ScoreModel, init_head, with_head
 from jaxalign.models.weights import hf_config, write_json
 
-STAGES = ("pretrain", "sft", "preference", "online")
+STAGES = ("pretrain", "sft", "preference", "online", "representation")
 
 
 def stage_folder(folder: Path, name: str) -> Path:
@@ -27,6 +27,13 @@ def stage_folder(folder: Path, name: str) -> Path:
 def trained_stages(config: TrainConfig) -> list[str]:
     """The stages that a config runs, in order."""
     return [name for name in STAGES if getattr(config, name).steps]
+
+
+def stage_adapters(config: TrainConfig, name: str) -> LoraConfig | None:
+    """The adapters that a stage trains; None: it trains all parameters."""
+    if name == "representation":
+        return config.alignment.lora
+    return config.lora if config.lora.rank and name != "pretrain" else None
 
 
 def write_model_config(folder: Path, model_config: Any) -> None:

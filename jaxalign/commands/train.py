@@ -19,6 +19,7 @@ from jaxalign.commands.experiment import parse
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.online import find_algorithm, load_prompts, run_online
 from jaxalign.commands.report import print_table
+from jaxalign.commands.representation import load_stimuli, run_representation
 from jaxalign.commands.run_folder import open_run_folder
 from jaxalign.commands.scores import (
     check_start,
@@ -50,14 +51,14 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
-from jaxalign.reporting import comparison, online, read_run, write_report
+from jaxalign.reporting import comparison, online, read_run, representation, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.sharding.processes import ending_together, share_of_rows, start
 from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.evaluation import (
+    evaluate_losses,
     evaluate_preferences,
     evaluate_scores,
-    evaluate_supervised,
 )
 from jaxalign.training.loop import Stopped, Throughput
 from jaxalign.training.masking import HEAD, whole_responses
@@ -98,6 +99,8 @@ def train(config: TrainConfig) -> Path:
     data: dict[str, Any] = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
     if config.online.steps:
         data["online"] = load_prompts(config, tokenizer, folder, model_config)
+    if config.representation.steps:
+        data["representation"] = load_stimuli(config, tokenizer, folder, model_config)
     if jax.process_index() == 0:
         resume_metrics(folder)
     world = World(
@@ -113,8 +116,7 @@ def train(config: TrainConfig) -> Path:
     try:
         for name in STAGES:
             if getattr(config, name).steps:
-                one = run_online if name == "online" else run
-                params, trained = one(world, name, params)
+                params, trained = RUNS.get(name, run)(world, name, params)
                 if trained is not None:  # so the next stage's reference is what this one made
                     params = place(merge(params, trained, config.lora.scale), mesh)
                     adapters.append(trained)
@@ -126,6 +128,10 @@ def train(config: TrainConfig) -> Path:
     if jax.process_index() == 0:
         report(folder)
     return folder
+
+
+RUNS = {"online": run_online, "representation": run_representation}
+"""Stages with a run of their own."""
 
 
 def check_batches(config: TrainConfig, mesh: Mesh) -> None:
@@ -146,8 +152,9 @@ def report(folder: Path) -> None:
     path = write_report([finished], folder / "report")
     if rows:
         print_table(header, rows)
-    if online.has_stage(finished):
-        print_table(*online.table([finished]))
+    for stage in (online, representation):
+        if stage.has_stage(finished):
+            print_table(*stage.table([finished]))
     print(f"report: {path}")
 
 
@@ -250,7 +257,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     )
     evaluate_with = None
     if evaluation:
-        evaluator: Any = evaluate_preferences if is_preference else evaluate_supervised
+        evaluator: Any = evaluate_preferences if is_preference else evaluate_losses
         evaluator = evaluate_scores if scored else evaluator
         evaluate_with = evaluator(whole_responses(objective), evaluation, mesh)
     state = drive(

@@ -1,6 +1,7 @@
 """The data of a run: read, split, tokenised and batched, with a report of what was left out."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from jaxalign.data import (
     TokenizedPairs,
     TokenizedRows,
     TokenizedTexts,
-    chosen_responses,
     compared,
     embedded_tokenizer,
     load_tokenizer,
@@ -35,7 +35,16 @@ from jaxalign.data import (
     tokenize_texts,
 )
 from jaxalign.errors import UserError
+from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.models import DecoderConfig
+from jaxalign.representation import (
+    Instructions,
+    Tokenization,
+    contrastive_pairs,
+    hindsight_rows,
+    make_instructions,
+    responses_of,
+)
 from jaxalign.sharding.processes import in_turn
 from jaxalign.training.objectives import ReferencedBatch
 
@@ -178,7 +187,7 @@ def load_stages(
             "end_token": config.end_token,
             "encoder_decoder": encoder_decoder,
         }
-        pairs = _PreferenceData(config, tokenizer, options, report)
+        pairs = PreferenceData(config, tokenizer, options, report)
         if config.sft.steps:
             stages["sft"] = pairs.supervised_stage()
         if config.preference.steps:
@@ -206,8 +215,25 @@ def _read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], n
     return records
 
 
-class _PreferenceData:
-    """The pairs of a run, read once for the SFT and the preference stage."""
+def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
+    """How stimuli become tokens: as all other rows do."""
+    return Tokenization(
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        prompt_format=config.prompt_format,
+        strings_as_chat=config.strings_as_chat,
+        end_token=config.end_token,
+    )
+
+
+def instructions_of(config: TrainConfig) -> Instructions:
+    """The two instructions that a config names."""
+    told = config.alignment
+    return make_instructions(told.instructions, told.positive, told.negative)
+
+
+class PreferenceData:
+    """The pairs of a run, read once for all stages that train on pairs."""
 
     def __init__(self, config: TrainConfig, tokenizer: Any, options: dict, report: dict):
         self._config, self._tokenizer, self._options = config, tokenizer, options
@@ -228,12 +254,26 @@ class _PreferenceData:
         self._report[name] = dataclasses.asdict(report)
         return tokens
 
+    def _instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
+        """Responses under the two instructions; those that do not fit are left out and counted."""
+        if self._options["encoder_decoder"]:
+            raise UserError(
+                f"model: {self._config.model} is an encoder-decoder; instructed responses are for "
+                "decoders"
+            )
+        how = tokenization(self._config, self._tokenizer)
+        tokens, report = tokenize(records, how, instructions_of(self._config))
+        self._report[name] = dataclasses.asdict(report)
+        return tokens
+
     def stage(self) -> StageData:
         """Pairs for a preference loss; for a preference model the two orders of comparisons."""
         config = self._config
         scored = score_format(config) if trains_scores(config, "preference") else None
 
         def tokenized(records: list[Any], name: str) -> Any:
+            if config.loss in CONTRASTIVE_LOSSES:
+                return self._instructed(contrastive_pairs, records, name)
             if scored is None:
                 return self._tokenized(tokenize_pairs, records, name)
             pairwise = scored.kind == "preference"
@@ -250,8 +290,11 @@ class _PreferenceData:
     def supervised_stage(self) -> StageData:
         """Prompts and responses to imitate: SFT data of their own, or the chosen responses."""
         config = self._config
-        if config.sft_data is None:
-            train, held_out = map(list, map(chosen_responses, (self.train, self.held_out)))
+        if config.sft_responses == "hindsight":
+            train, held_out = self.train, self.held_out
+        elif config.sft_data is None:
+            sides = ((one, config.sft_responses) for one in (self.train, self.held_out))
+            train, held_out = itertools.starmap(responses_of, sides)
         else:
             records = _read(response_records, config.sft_data, config, self._report, "sft_data")
             train, held_out = split_holdout(records, config.holdout, seed=config.seed)
@@ -259,6 +302,8 @@ class _PreferenceData:
             held_out = _limit(held_out, config.max_eval_records)
 
         def rows(records: list[Any], name: str) -> Any:
+            if config.sft_responses == "hindsight":
+                return self._instructed(hindsight_rows, records, name)
             tokens = self._tokenized(tokenize_responses, records, name)
             return tokens.as_pairs() if self._options["encoder_decoder"] else tokens
 

@@ -61,8 +61,8 @@ def generate(
     else is in the batch.
 
     Args:
-      policies: for each, the arguments of the forward pass: {"params"} and, with adapters,
-        {"adapters", "adapter_scale"}.
+      policies: for each, the arguments of the forward pass: {"params"}; with adapters also
+        {"adapters", "adapter_scale"}; {"added"} where a decoder is steered.
       config: the architecture of all of them.
       prompts: padded on the left.
       prompt_length: how many tokens of each are real, at least 1.

@@ -15,6 +15,11 @@ from jaxalign.losses.discopop import discopop
 from jaxalign.losses.dpo import dpo, robust_dpo
 from jaxalign.losses.dpop import dpop
 from jaxalign.losses.exo import exo
+from jaxalign.losses.hidden_states import (
+    hidden_state_distance,
+    hidden_state_matching,
+    shifted_states,
+)
 from jaxalign.losses.ipo import ipo, ipo_mean
 from jaxalign.losses.kto import kto, kto_kl, kto_statistics, kto_unpaired
 from jaxalign.losses.nca import nca
@@ -32,6 +37,7 @@ from jaxalign.losses.reward import bradley_terry, preference_model
 from jaxalign.losses.rpo import rpo
 from jaxalign.losses.rrhf import rrhf
 from jaxalign.losses.samples import SampleLogProbs
+from jaxalign.losses.scit import scit, scit_mean
 from jaxalign.losses.sigmoid_norm import sigmoid_norm
 from jaxalign.losses.simper import simper
 from jaxalign.losses.simpo import simpo
@@ -77,7 +83,12 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
     "alpha_dpo": alpha_dpo,
     "aot": aot,
     "sigmoid_norm": sigmoid_norm,
+    "scit": scit,
+    "scit_mean": scit_mean,
 }
+
+# Whose pairs are one response under two opposite instructions.
+CONTRASTIVE_LOSSES = frozenset({"scit", "scit_mean"})
 
 # On `TokenLogProbs` instead of `PairLogProbs`.
 TOKEN_LOSSES: dict[str, PreferenceLoss] = {"tdpo1": tdpo1, "tdpo2": tdpo2}
@@ -103,6 +114,7 @@ BATCH_COUPLED = frozenset(BATCH_STATISTICS)
 __all__ = [
     "BATCH_COUPLED",
     "BATCH_STATISTICS",
+    "CONTRASTIVE_LOSSES",
     "PREFERENCE_LOSSES",
     "REWARD_LOSSES",
     "TOKEN_LOSSES",
@@ -126,6 +138,8 @@ __all__ = [
     "dpop",
     "exo",
     "gae",
+    "hidden_state_distance",
+    "hidden_state_matching",
     "ipo",
     "ipo_mean",
     "kto",
@@ -146,8 +160,11 @@ __all__ = [
     "robust_dpo",
     "rpo",
     "rrhf",
+    "scit",
+    "scit_mean",
     "sft_sequence_sum",
     "sft_token_mean",
+    "shifted_states",
     "sigmoid_norm",
     "simper",
     "simpo",

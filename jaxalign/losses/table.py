@@ -14,6 +14,8 @@ from jaxalign.losses import (
     PREFERENCE_LOSSES,
     TOKEN_LOSSES,
     bradley_terry,
+    hidden_state_distance,
+    hidden_state_matching,
     kto_unpaired,
     nash_md_pg,
     ppo_policy,
@@ -39,6 +41,8 @@ ONLINE_LOSSES = {
         ppo_value,
     )
 }
+
+STATE_LOSSES = {loss.__name__: loss for loss in (hidden_state_matching, hidden_state_distance)}
 
 OTHER_LOSSES = {
     loss.__name__: loss
@@ -132,6 +136,9 @@ def losses_markdown() -> str:
             "## On sampled responses\n",
             "Labels are probabilities; policy gradients read `SampleLogProbs`, PPO reads tokens.\n",
             markdown_table(ONLINE_LOSSES),
+            "## On hidden states\n",
+            "Representation alignment: states at chosen layers and response positions.\n",
+            markdown_table(STATE_LOSSES),
             "## Single responses, reward models and supervised fine-tuning\n",
             markdown_table(OTHER_LOSSES),
         ]

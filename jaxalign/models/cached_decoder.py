@@ -55,6 +55,7 @@ def prefill(
     slots: int,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float | Float[Array, ""] = 1.0,
+    added: Float[Array, "layers width"] | None = None,
     dtype: Any = None,
 ) -> tuple[Float[Array, "rows width"], Cache]:
     """The hidden state after each prompt, and the cache with the prompts in it.
@@ -67,6 +68,7 @@ def prefill(
       slots: of the cache: the prompts' length and what is to be generated.
       adapters: as in `decoder.hidden_states`.
       adapter_scale: as in `decoder.hidden_states`.
+      added: as in `decoder.states_and_keys`: how a policy is steered.
       dtype: of the computation and the cache; None is the parameters' own.
     """
     length = tokens.shape[1]
@@ -78,6 +80,7 @@ def prefill(
         attention_mask=(jnp.arange(length)[None] >= first[:, None]).astype(jnp.int32),
         adapters=adapters,
         adapter_scale=adapter_scale,
+        added=added,
         dtype=dtype,
         keep=True,
     )
@@ -99,6 +102,7 @@ def advance(
     layers: Sequence[Any] | None = None,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float | Float[Array, ""] = 1.0,
+    added: Float[Array, "layers width"] | None = None,
     dtype: Any = None,
 ) -> tuple[Float[Array, "rows width"], Cache]:
     """The hidden state after one more token of every row, and the cache with these in it.
@@ -111,6 +115,7 @@ def advance(
       layers: from `layers_of`, where a loop should not cut the layers out anew for each token.
       adapters: as in `decoder.hidden_states`.
       adapter_scale: as in `decoder.hidden_states`.
+      added: as in `decoder.states_and_keys`: how a policy is steered.
       dtype: as in `prefill`.
     """
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
@@ -146,6 +151,8 @@ def advance(
     kept = []
     for number, layer in enumerate(layers or layers_of(params["layers"], config.layers)):
         x, both = through(x, number, layer)
+        if added is not None:
+            x = x + added[number].astype(x.dtype)[None, None]
         kept.append(both)
     keys, values = zip(*kept, strict=True)
     after = Cache(keys=keys, values=values, first=cache.first, used=cache.used + 1)

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -311,6 +311,7 @@ def states_and_keys(
     remat: str = "none",
     dtype: Any = None,
     attention_kind: str = "auto",
+    added: Float[Array, "layers width"] | None = None,
     keep: bool = False,
 ) -> tuple[Float[Array, "batch length width"], Any]:
     """The decoder's last hidden states, after the final norm, and what a cache wants to keep.
@@ -337,6 +338,7 @@ def states_and_keys(
         matrix products), "attention" (all but attention outputs).
       dtype: of the computation; None is the parameters' own.
       attention_kind: "auto", or the implementation that `layers.attention` should use.
+      added: a vector for each layer, added to what leaves it at every position; None: none.
       keep: also return every layer's keys and values.
 
     Returns:
@@ -346,8 +348,114 @@ def states_and_keys(
     Raises:
       UserError: if `remat` is unknown or the rows are longer than learned positions reach.
     """
-    if remat != "none" and remat not in REMAT_POLICIES:
+    x, block, inputs = _begun(
+        params,
+        config,
+        tokens,
+        attention_mask=attention_mask,
+        positions=positions,
+        segment_ids=segment_ids,
+        prefix_ids=prefix_ids,
+        adapters=adapters,
+        adapter_scale=adapter_scale,
+        dtype=dtype,
+        attention_kind=attention_kind,
+        added=added,
+        keep=keep,
+    )
+    x, kept = jax.lax.scan(_rematerialised(block, remat), x, inputs)
+    return norm(devices.by_rows(x), params["final_norm"], config), kept
+
+
+def states_at_layers(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    *,
+    layers: Sequence[int],
+    places: Int[Array, "batch places"],
+    remat: str = "none",
+    **options: Any,
+) -> Float[Array, "batch layers places width"]:
+    """The residual stream at chosen layers and places; nothing above the last one is computed.
+
+    Layers are numbered as Hugging Face's `hidden_states` are: 0 is what the first block reads, l
+    is what block l - 1 leaves. The last one is that before the final norm.
+
+    Args:
+      params: nested dict of arrays; leaves under "layers" are stacked, [layers, ...].
+      config: the decoder.
+      tokens: [batch, length].
+      layers: which to read, ascending.
+      places: which positions of each row.
+      remat: as in `states_and_keys`.
+      **options: the others of `states_and_keys`, but `keep`.
+
+    Returns:
+      [batch, layers, places, width] in the computation's dtype.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    wanted = list(layers)
+    if not wanted or wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1]:
+        raise UserError(f"layers: {wanted} are not layers in ascending order, from 0")
+    if wanted[-1] > config.layers:
+        raise UserError(f"layers: there is no layer {wanted[-1]}; the last one is {config.layers}")
+    x, block, inputs = _begun(params, config, tokens, **options)
+
+    def taken(x: Array) -> Array:
+        return jnp.take_along_axis(x, places[:, :, None], axis=1)[None]
+
+    def numbered(x: Array, number: Array) -> tuple[Array, None]:
+        # Read by number: a scan over the layers below the last wanted one would copy these.
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        return block(x, jax.tree.map(at, inputs))[0], None
+
+    through = _rematerialised(numbered, remat)
+
+    def body(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
+        x, kept = carry
+        x, _ = through(x, number)
+        hit = (jnp.asarray(wanted) == number + 1)[:, None, None, None]
+        return (x, jnp.where(hit, taken(x), kept)), None
+
+    first = (jnp.asarray(wanted) == 0)[:, None, None, None]
+    begun = x, jnp.where(first, taken(x), jnp.zeros((), x.dtype))
+    (_, kept), _ = jax.lax.scan(body, begun, jnp.arange(wanted[-1]))
+    return jnp.moveaxis(kept, 0, 1)
+
+
+def _rematerialised(block: Callable, remat: str) -> Callable:
+    """The block, keeping for the backward pass what `remat` says.
+
+    Raises:
+      UserError: it is unknown.
+    """
+    if remat == "none":
+        return block
+    if remat not in REMAT_POLICIES:
         raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
+    return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+
+def _begun(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    *,
+    attention_mask: Array | None = None,
+    positions: Int[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    prefix_ids: Int[Array, "batch length"] | None = None,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float | Float[Array, ""] = 1.0,
+    dtype: Any = None,
+    attention_kind: str = "auto",
+    added: Float[Array, "layers width"] | None = None,
+    keep: bool = False,
+) -> tuple[Array, Callable, Any]:
+    """What the first block reads, a block, and what each block reads besides, stacked."""
     length = tokens.shape[1]
     reaches = length > config.context_length and prefix_ids is None
     if config.position_kind == "learned" and reaches:
@@ -369,7 +477,7 @@ def states_and_keys(
     x, angles = first_states(params, config, tokens, positions, dtype), rotations(config, positions)
 
     def block(x, inputs):
-        layer, updates, is_windowed = inputs
+        layer, updates, is_windowed, steered = inputs
 
         def attend(y):
             branch = is_windowed, angles, seen, config, attention_kind
@@ -381,14 +489,13 @@ def states_and_keys(
                 return mlp_branch(y, layer, config, adapters=updates, scale=adapter_scale)
 
         x, kept = one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
+        if steered is not None:
+            x = x + steered.astype(x.dtype)[None, None]
         return x, kept if keep else None
 
-    if remat != "none":
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     windowed = jnp.asarray(config.windowed or (False,) * config.layers)
     updates = {} if adapters is None else adapters["layers"]
-    x, kept = jax.lax.scan(block, x, (params["layers"], updates, windowed))
-    return norm(devices.by_rows(x), params["final_norm"], config), kept
+    return x, block, (params["layers"], updates, windowed, added)
 
 
 def unembedding(

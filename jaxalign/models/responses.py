@@ -69,7 +69,7 @@ def response_log_probs(
       token_block: as in `token_log_probs`.
       vocab_block: as in `token_log_probs`.
       **adapters: `adapters`, `adapter_scale` as in `decoder.hidden_states`; `adapter_dropout` and
-        `dropout_key` as in `lora.with_dropout`.
+        `dropout_key` as in `lora.with_dropout`; `added` as in `decoder.states_and_keys`.
 
     Returns:
       Float32 log-probs and entropies, [batch, response], 0 at padding.
@@ -239,16 +239,17 @@ def _unembedding_probe(params, config, tokens, response_tokens) -> UnembeddingPr
 
 
 def adapter_options(
-    *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None
+    *, adapters=None, adapter_scale=1.0, adapter_dropout: float = 0.0, dropout_key=None, added=None
 ) -> dict[str, Any]:
     """The models' own keywords; dropout travels inside the adapters."""
+    steered = {} if added is None else {"added": added}
     if adapters is None:
-        return {}
+        return steered
     if adapter_dropout and dropout_key is not None:
         from jaxalign.models.lora import with_dropout
 
         adapters = with_dropout(adapters, dropout_key, rate=adapter_dropout)
-    return {"adapters": adapters, "adapter_scale": adapter_scale}
+    return {"adapters": adapters, "adapter_scale": adapter_scale} | steered
 
 
 def _response_states(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxalign.reporting import entanglement, online
+from jaxalign.reporting import entanglement, online, representation
 from jaxalign.reporting.runs import Run
 
 ROWS = (
@@ -148,7 +148,7 @@ def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
 
     stages = [
         stage
-        for stage in ("pretrain", "sft", "preference", "online")
+        for stage in ("pretrain", "sft", "preference", "online", "representation")
         if any(run.curve(stage, "train", "loss")[0] for run in runs)
     ]
     if not stages:
@@ -200,6 +200,12 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
             _markdown_table(*online.table(sampled)),
             "![held-out prompts](online.png)\n",
             *filter(None, map(online.samples, sampled)),
+        ]
+    if aligned := [run for run in runs if representation.has_stage(run)]:
+        representation.plot(aligned, folder / "representation.png")
+        text += [
+            _markdown_table(*representation.table(aligned)),
+            "![hidden states](representation.png)\n",
         ]
     if seen := [run for run in runs if entanglement.watched(run)]:
         entanglement.plot(seen, folder / "entanglement.png")

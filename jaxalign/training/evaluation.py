@@ -13,9 +13,9 @@ from jaxalign.training.calibration import reliability
 from jaxalign.training.loop import evaluate
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import (
+    Objective,
     PreferenceObjective,
     ReferencedBatch,
-    SupervisedObjective,
     TokenPreferenceObjective,
 )
 from jaxalign.training.reward_objectives import ScoreObjective
@@ -29,10 +29,10 @@ def _put(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def evaluate_supervised(
-    objective: SupervisedObjective, batches: Sequence[Any], mesh: Mesh
+def evaluate_losses(
+    objective: Objective, batches: Sequence[Any], mesh: Mesh
 ) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> mean loss of a held-out token."""
+    """(params, frozen) -> the objective's own metrics over all held-out batches."""
 
     def step(params: Any, frozen: Any, batch: Any) -> Any:
         outputs = objective.forward(params, frozen, batch, None)

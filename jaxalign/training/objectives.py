@@ -214,7 +214,7 @@ class Objective(Protocol):
         """What the sum of losses is divided by: weight of the whole batch."""
         ...
 
-    def forward(self, trained: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> Any:
+    def forward(self, trained: Params, frozen: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
         """Outputs whose leaves have the batch's rows as first axis."""
         ...
 

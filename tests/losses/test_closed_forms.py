@@ -219,6 +219,18 @@ def sigmoid_norm(a, b, a0, b0, lw, ll, beta):
 
 PER_PAIR_GAP = np.array([0.1, 0.9, 0.4, 1.0, 0.0, 0.5, 0.7, 0.2])
 
+
+def scit(a, b, a0, b0, lw, ll):
+    p, q = np.exp(a - b) / (1 + np.exp(a - b)), 1 / (1 + np.exp(a - b))
+    return -a - np.log(p), 1 + q, q
+
+
+def scit_mean(a, b, a0, b0, lw, ll, label_smoothing):
+    e, p = label_smoothing, np.exp(a / lw) / (np.exp(a / lw) + np.exp(b / ll))
+    value = -a / lw - (1 - e) * np.log(p) - e * np.log(1 - p)
+    return value, (1 + (1 - e) * (1 - p) - e * p) / lw, ((1 - e) * (1 - p) - e * p) / ll
+
+
 CASES = [
     (dpo, {"beta": 0.3, "label_smoothing": 0.2}),
     (robust_dpo, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -254,6 +266,8 @@ CASES = [
     (alpha_dpo, {"beta": 3.0, "gamma": 0.7, "alpha": 0.4}),
     (aot, {"beta": 0.3, "label_smoothing": 0.2}),
     (sigmoid_norm, {"beta": 3.0}),
+    (scit, {}),
+    (scit_mean, {"label_smoothing": 0.1}),
 ]
 
 

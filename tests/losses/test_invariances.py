@@ -10,7 +10,7 @@ import pytest
 from jaxalign import losses
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 
-REFERENCE_FREE = {"slic", "simpo", "cpo", "rrhf", "orpo", "simper"}
+REFERENCE_FREE = {"slic", "simpo", "cpo", "rrhf", "orpo", "simper", "scit", "scit_mean"}
 READS_LENGTH = {
     "ipo_mean",
     "rdpo",
@@ -21,6 +21,7 @@ READS_LENGTH = {
     "simper",
     "alpha_dpo",
     "sigmoid_norm",
+    "scit_mean",
 }
 LOG_RATIO_ONLY = set(PREFERENCE_LOSSES) - REFERENCE_FREE - {"rpo", "alpha_dpo", "aot"}
 AT_THE_REFERENCE = {  # as the docstrings promise, at the default hyperparameters

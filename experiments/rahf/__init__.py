@@ -1,0 +1,1 @@
+"""Representation alignment (RAHF) beside SFT, HIR, DPO and the regularised policy gradient."""

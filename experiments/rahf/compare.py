@@ -1,0 +1,238 @@
+"""The README's table: every method on the same pairs and base, scored by a held-out reward model.
+
+Command:  python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 60] [--prompts 164]
+Time:     with three seeds about an hour on two CPU cores; runs that are there are not run again
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.page import put, table
+from experiments.rahf import methods
+from jaxalign.commands.train import train
+from jaxalign.commands.training_data import instructions_of
+from jaxalign.config import TrainConfig
+from jaxalign.data import (
+    load_tokenizer,
+    pair_batches,
+    preference_records,
+    tokenize_pairs,
+    tokenize_prompts,
+)
+from jaxalign.evaluation import length_controlled, win_rate
+from jaxalign.evaluation.reward_models import RewardModel
+from jaxalign.generation import Sampling
+from jaxalign.models import load_pretrained
+from jaxalign.models.responses import response_log_probs
+from jaxalign.online.prompts import prompt_batches
+from jaxalign.online.sampler import Sampler
+from jaxalign.sharding import make_mesh
+
+FOLDER = Path(__file__).parent
+BATCH = 32
+MAX_TOKENS = 64
+COMPARED = {
+    "base": "base",
+    "preferred_sft": "preferred SFT",
+    "hir": "HIR",
+    "dpo": "DPO",
+    "policy_gradient": "regularised policy gradient",
+    "scit": "RAHF-SCIT",
+    "dual": "RAHF-Dual",
+}
+ORDER = ("base", "judge", "reward", "preferred_sft", "rejected_sft", *list(COMPARED)[2:])
+CASES = ("parted", "both down", "both up", "crossed")
+"""Of the log-probs of chosen and rejected: chosen up and rejected down, ..., chosen down alone."""
+
+
+def configs(seed: int, steps: int | None, output: str) -> dict[str, TrainConfig]:
+    """Every run of a seed, in an order in which each finds what it needs."""
+    how = {"output": f"{output}/seed_{seed}"}
+    made = {
+        "base": methods.base("tiny", **how),
+        "judge": methods.reward("tiny", "judge", **how),
+        "reward": methods.reward("tiny", "reward", **how),
+        "preferred_sft": methods.supervised("tiny", "chosen", "preferred_sft", **how),
+        "rejected_sft": methods.supervised("tiny", "rejected", "rejected_sft", **how),
+        "hir": methods.supervised("tiny", "hindsight", "hir", **how),
+        "dpo": methods.dpo("tiny", **how),
+        "policy_gradient": methods.policy_gradient("tiny", **how),
+        "scit": methods.scit("tiny", **how),
+        "dual": methods.dual("tiny", **how),
+    }
+    return {name: shortened(made[name], steps, seed) for name in ORDER}
+
+
+def shortened(config: TrainConfig, steps: int | None, seed: int) -> TrainConfig:
+    """The config with another seed, and with that many steps in each of its stages."""
+    stages = {}
+    for name in ("sft", "preference", "online", "representation"):
+        stage = getattr(config, name)
+        if stage.steps and steps is not None:
+            rule = dataclasses.replace(stage.optimizer, warmup_steps=steps // 10)
+            if stage.optimizer.warmup_steps == 0:
+                rule = stage.optimizer
+            stages[name] = dataclasses.replace(stage, steps=steps, optimizer=rule)
+    return dataclasses.replace(config, seed=seed, **stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a policy answered to the test prompts."""
+
+    responses: Sequence[str]
+    length: np.ndarray
+    """Tokens of each."""
+    log_ratio: np.ndarray
+    """To the base, in nats, of the policy's own samples: their mean is the divergence."""
+
+
+def answers(
+    policy: Mapping[str, Any], base: Mapping[str, Any], prompts: Any, model: Any, tokenizer: Any
+) -> Said:
+    """A response to each prompt, sampled at temperature 1."""
+    sampling = Sampling(max_tokens=MAX_TOKENS, end_tokens=(int(tokenizer.eos_token_id),))
+    sampler = Sampler(config=model, tokenizer=tokenizer, sampling=sampling, mesh=make_mesh())
+    texts, lengths, ratios = [], [], []
+    for at, batch in enumerate(prompt_batches(prompts, batch_size=BATCH, epochs=1, shuffle=False)):
+        found = sampler(
+            {"policy": policy, "base": base},
+            {"policy": 1.0, "base": 0.0},
+            batch,
+            jax.random.fold_in(jax.random.key(7), at),
+            samples=1,
+        )
+        real = batch.weight > 0
+        order = np.asarray(batch.record_index)[real]
+        ratio = (found.log_prob["policy"] - found.log_prob["base"]).sum(-1)[real, 0]
+        kept = [row[0] for row, counts in zip(found.texts, real, strict=True) if counts]
+        texts += list(zip(order.tolist(), kept, strict=True))
+        lengths += list(zip(order.tolist(), found.length[real, 0].tolist(), strict=True))
+        ratios += list(zip(order.tolist(), ratio.tolist(), strict=True))
+    in_order = [[value for _, value in sorted(column)] for column in (texts, lengths, ratios)]
+    return Said(
+        responses=in_order[0], length=np.array(in_order[1]), log_ratio=np.array(in_order[2])
+    )
+
+
+def pair_log_probs(policy: Mapping[str, Any], pairs: Any, model: Any) -> np.ndarray:
+    """Log-probs of the test pairs, [pairs, 2], in nats."""
+
+    @jax.jit
+    def run(policy: Mapping[str, Any], rows: Any) -> jax.Array:
+        return response_log_probs(policy["params"], model, *rows).log_prob.sum(-1).reshape(-1, 2)
+
+    found = []
+    for batch in pair_batches(pairs, batch_size=BATCH, epochs=1, shuffle=False, window=1):
+        rows = tuple(map(jnp.asarray, batch.rows()))
+        found.append(np.asarray(run(policy, rows))[np.asarray(batch.weight) > 0])
+    return np.concatenate(found)
+
+
+def cases(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Shares of pairs by what became of chosen and rejected."""
+    up = after > before
+    chosen, rejected = up[:, 0], up[:, 1]
+    each = chosen & ~rejected, ~chosen & ~rejected, chosen & rejected, ~chosen & rejected
+    return [float(one.mean()) for one in each]
+
+
+def measure(seed: int, steps: int | None, output: str, most: int) -> dict[str, dict[str, float]]:
+    """Train what is not there, and measure every method of a seed."""
+    runs = {name: (train(one), one) for name, one in configs(seed, steps, output).items()}
+    records = list(preference_records(methods.TEST))[:most]
+    judge = RewardModel.load(runs["judge"][0] / "export")
+    tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
+    asked = [str(record.prompt) for record in records]
+    base = load_pretrained(runs["base"][0] / "export")
+    found: dict[str, dict[str, float]] = {}
+    kept: dict[str, tuple[Any, Any]] = {}
+    for name in COMPARED:
+        folder, config = runs[name]
+        layout = config.prompt_format
+        if name == "hir":  # it was taught to be told
+            layout = f"{instructions_of(config).positive}\n\n{layout}"
+        options = {"prompt_format": layout, "max_length": config.max_length}
+        prompts, _ = tokenize_prompts(records, tokenizer, **options)
+        pairs, _ = tokenize_pairs(records, tokenizer, **options)
+        model = load_pretrained(folder / "export")
+        said = answers({"params": model.params}, {"params": base.params}, prompts, base.config,
+                       tokenizer)  # fmt: skip
+        log_probs = pair_log_probs({"params": model.params}, pairs, base.config)
+        kept[name] = said, log_probs
+        first, before = kept["base"]
+        better = judge.preferences(asked, said.responses, first.responses).preference
+        rates = [0.5, 0.5]
+        if name != "base":
+            same = length_controlled(better, *(map_lengths(x) for x in (said, first)))
+            rates = [win_rate(better).rate, same.rate]
+        change = log_probs - before
+        found[name] = {
+            "reward": float(judge.rewards(asked, said.responses).mean()),
+            "win rate": rates[0],
+            "win rate at equal length": rates[1],
+            "accuracy": float(np.mean(change[:, 0] > change[:, 1])) if name != "base" else 0.5,
+            "KL": float(said.log_ratio.mean()),
+            "tokens": float(said.length.mean()),
+        } | dict(zip(CASES, cases(before, log_probs), strict=True))
+    return found
+
+
+def map_lengths(said: Said) -> np.ndarray:
+    """Characters of each response."""
+    return np.array([float(len(text)) for text in said.responses])
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds; of several, with the half-width of its 95 % interval (normal)."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    error = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{mean} ± {error:.{digits}f}"
+
+
+def main() -> None:
+    """Train, measure, and write the section of the README."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flags.add_argument("--steps", type=int, help="of every stage; default: those of the configs")
+    flags.add_argument("--prompts", type=int, default=164, help="test prompts")
+    flags.add_argument("--output", default="runs/rahf")
+    given = flags.parse_args()
+    each = [measure(seed, given.steps, given.output, given.prompts) for seed in given.seeds]
+    columns = {
+        "reward": 3,
+        "win rate": 3,
+        "win rate at equal length": 3,
+        "accuracy": 3,
+        "KL": 2,
+        "tokens": 1,
+    }
+
+    def rows(shown: Mapping[str, int]) -> list[list[str]]:
+        return [
+            [label, *(cell([one[name][key] for one in each], at) for key, at in shown.items())]
+            for name, label in COMPARED.items()
+        ]
+
+    header = ["method", "reward", "beats the base", "at equal length", "accuracy",
+              "KL (nats a response)", "tokens"]  # fmt: skip
+    text = table(header, rows(columns))
+    text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3)))
+    print(text)
+    command = f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
+    command += f" --steps {given.steps}" if given.steps else ""
+    put(FOLDER, "comparison", f"`python -m experiments.rahf.compare {command}` printed:\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What the runs of this folder share: data, base model, formats, schedules.
+
+`tiny` makes short answers polite (1,094 pairs: the first 60 % to train on, then 25 % for the
+held-out reward model, the last 15 % to be tested on) with stories260K; `paper` is Llama-2-7B on
+UltraFeedback with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from jaxalign.config import (
+    AlignmentConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+DATA = os.path.join(os.environ.get("JAXALIGN_SHARED", "../shared"), "data")
+PAIRS = f"{DATA}/preferences/rasbt_instruction_preference.jsonl"
+TRAIN, JUDGED, TEST = (f"{PAIRS}#train[{part}]" for part in (":60%", "60%:85%", "85%:"))
+ULTRA = "argilla/ultrafeedback-binarized-preferences-cleaned"
+PAPER = f"{ULTRA}#train[:49%]", f"{ULTRA}#train[49%:98%]", f"{ULTRA}#train[98%:]"
+FORMAT = "Human: {prompt}\n\nAssistant: "
+STEPS = 60
+"""Updates of each stage in `tiny`."""
+
+
+def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
+    """A run without stages yet."""
+    if scale == "paper":
+        return TrainConfig(
+            name=f"rahf_{name}_paper",
+            output=output,
+            model=f"{output}/rahf_base_paper/export",
+            data=PAPER[0],
+            eval_data=PAPER[2],
+            bad_records="skip",
+            prompt_format=FORMAT,
+            max_length=1024,
+            dtype="bfloat16",
+            remat="full",
+            mesh=MeshConfig(fsdp=64),
+        )
+    return TrainConfig(
+        name=f"rahf_{name}",
+        output=output,
+        model=f"{output}/rahf_base/export",
+        data=TRAIN,
+        eval_data=TEST,
+        prompt_format=FORMAT,
+        max_length=320,
+        max_eval_records=None,
+        alignment=AlignmentConfig(instructions="short"),
+    )
+
+
+def stage(scale: str, rate: float, *, steps: int = 1_000, batch: int = 64) -> StageConfig:
+    """One stage: AdamW after a warm-up of a tenth, linear to 0 (`paper`: cosine)."""
+    if scale == "paper":
+        rule = OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_steps=steps // 10)
+        return StageConfig(steps=steps, batch_size=batch, optimizer=rule, save_every=400)
+    rule = OptimizerConfig(learning_rate=rate, warmup_steps=STEPS // 10)
+    return StageConfig(steps=STEPS, batch_size=16, optimizer=rule)
+
+
+def fit(scale: str, rate: float, **paper: Any) -> StageConfig:
+    """The fit of adapters: a constant learning rate."""
+    found = stage(scale, rate, **paper)
+    rule = dataclasses.replace(found.optimizer, schedule="constant", warmup_steps=0)
+    return dataclasses.replace(found, optimizer=rule)
+
+
+def base(scale: str, **how: Any) -> TrainConfig:
+    """The model that all others begin with: SFT on instructions that are not of these pairs."""
+    config = common(scale, "base", **how)
+    if scale == "paper":
+        model, data, rule = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf", 2e-5
+    else:
+        model, data, rule = (
+            f"{DATA}/models/stories260K",
+            f"{DATA}/sft/sft_alpaca_en_demo.jsonl",
+            1e-3,
+        )
+    return dataclasses.replace(
+        config, model=model, sft_data=data, sft=stage(scale, rule, steps=4_700)
+    )
+
+
+def supervised(scale: str, responses: Any, name: str, **how: Any) -> TrainConfig:
+    """SFT on chosen or rejected responses, or on both with hindsight."""
+    rate = stage(scale, 2e-5 if scale == "paper" else 5e-4)
+    return dataclasses.replace(common(scale, name, **how), sft=rate, sft_responses=responses)
+
+
+def dpo(scale: str, **how: Any) -> TrainConfig:
+    """DPO, beta 0.1; the paper does not give its settings: those of the DPO repository."""
+    rate = stage(scale, 5e-7 if scale == "paper" else 3e-4)
+    return dataclasses.replace(common(scale, "dpo", **how), preference=rate)
+
+
+def reward(scale: str, which: str, **how: Any) -> TrainConfig:
+    """A reward model: "reward" of the training pairs, "judge" of pairs that no policy has seen."""
+    config = common(scale, which, **how)
+    data = {"paper": PAPER, "tiny": (TRAIN, JUDGED)}[scale][which == "judge"]
+    rate = stage(scale, 1e-5 if scale == "paper" else 1e-3)
+    return dataclasses.replace(config, data=data, loss="bradley_terry", preference=rate)
+
+
+def policy_gradient(scale: str, **how: Any) -> TrainConfig:
+    """The regularised policy gradient (in place of PPO), rewarded by "reward"."""
+    config = common(scale, "policy_gradient", **how)
+    suffix = "_paper" if scale == "paper" else ""
+    rollout = RolloutConfig(
+        algorithm="regularised_policy_gradient",
+        prompts=PAPER[1] if scale == "paper" else TRAIN,
+        eval_prompts=config.eval_data,
+        annotator=f"reward:{config.output}/rahf_reward{suffix}/export",
+        max_prompt_length=256 if scale == "paper" else 128,
+        max_tokens=512 if scale == "paper" else 32,
+    )
+    rate = stage(scale, 1e-6 if scale == "paper" else 1e-4)
+    return dataclasses.replace(config, online=rate, rollout=rollout)
+
+
+def scit(scale: str, **how: Any) -> TrainConfig:
+    """RAHF-SCIT: contrastive instruction tuning, then the fit, from one command."""
+    config = common(scale, "scit", **how)
+    tuned = stage(scale, 2e-5 if scale == "paper" else 5e-4, steps=930)
+    fitted = fit(scale, 3e-4 if scale == "paper" else 3e-3, steps=450)
+    told = dataclasses.replace(config.alignment, method="scit")
+    return dataclasses.replace(
+        config, loss="scit_mean", preference=tuned, representation=fitted, alignment=told
+    )
+
+
+def dual(scale: str, **how: Any) -> TrainConfig:
+    """RAHF-Dual from the models of `supervised`: as released, the preferred one is the base."""
+    config = common(scale, "dual", **how)
+    suffix = "_paper" if scale == "paper" else ""
+    told = dataclasses.replace(
+        config.alignment,
+        method="dual",
+        negative_model=f"{config.output}/rahf_rejected_sft{suffix}/export",
+        lora=LoraConfig(rank=8, dropout=0.05, targets=("q", "v")),
+    )
+    return dataclasses.replace(
+        config,
+        model=f"{config.output}/rahf_preferred_sft{suffix}/export",
+        representation=fit(scale, 9e-6 if scale == "paper" else 3e-3, steps=2_500, batch=64),
+        alignment=told,
+    )

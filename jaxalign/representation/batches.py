@@ -1,0 +1,115 @@
+"""Batches of stimuli of fixed shapes: a plain row to be trained, and the two that are compared."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxalign.data import TokenizedRows
+from jaxalign.data.batches import ROUNDING, Iterations, Order, bucket_edges, iterate, share
+from jaxalign.records import AnyArray, record
+
+
+@record
+class StimulusBatch:
+    """Responses under the plain prompt and, axis `sides`, the positive and negative instruction."""
+
+    tokens: Int[AnyArray, "rows length"]
+    """Plain prompt and response, then zeros."""
+    prompt_length: Int[AnyArray, " rows"]
+    stimuli: Int[AnyArray, "rows sides longer"] | None
+    """The same responses under either instruction; None: the plain row is the stimulus, too."""
+    stimuli_prompt_length: Int[AnyArray, "rows sides"] | None
+    mask: Bool[AnyArray, "rows positions"]
+    """Of the first positions of a response, those that hold a token of it."""
+    record_index: Int[AnyArray, " rows"]
+    """Number of the response in its list, from 0."""
+    weight: Float[AnyArray, " rows"]
+    """1; 0 for the copies that fill a last, partial batch."""
+
+
+def stimulus_batches(
+    plain: TokenizedRows,
+    stimuli: Sequence[TokenizedRows] = (),
+    *,
+    batch_size: int,
+    positions: int,
+    seed: int = 0,
+    buckets: int | Sequence[int] = 4,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int = 16,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+) -> Iterations:
+    """Batches of stimuli, in an order that the seed alone decides.
+
+    Args:
+      plain: the rows to be trained.
+      stimuli: the same responses under the positive and the negative instruction, or nothing.
+      batch_size: responses per batch, over all processes.
+      positions: how many of a response's first tokens are compared.
+      seed: of the order.
+      buckets: lengths to pad to, or the largest number of lengths, chosen from the longest rows.
+      epochs: passes over the responses; None: no end.
+      shuffle: a new order in every epoch; off: as given.
+      window: batches within which rows are sorted by length.
+      process_index: this process; it gets its part of every batch.
+      process_count: processes that share each batch.
+      prefetch: batches prepared ahead.
+
+    Returns:
+      An iterator of `StimulusBatch` with `get_state` and `set_state`.
+    """
+    streams = [plain, *stimuli]
+    lengths = np.max([stream.length for stream in streams], axis=0)
+    edges = bucket_edges(lengths, buckets)
+    response = plain.length - plain.prompt_length
+    order = Order(
+        lengths=lengths,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+        epochs=epochs,
+        drop_remainder=False,
+    )
+
+    def rounded(needed: np.ndarray, edge: int) -> int:
+        """A size that holds what all rows of a bucket or a shorter one need."""
+        return -(-int(needed[lengths <= edge].max()) // ROUNDING) * ROUNDING
+
+    def make(number: int) -> StimulusBatch:
+        members, mine, weight = share(order, number, process_index, process_count)
+        edge = edges[int(np.searchsorted(edges, lengths[members].max()))]
+        padded = [_padded(stream, mine, rounded(stream.length, edge)) for stream in streams]
+        seen = min(positions, rounded(response, edge))
+        prompts = [stream.prompt_length[mine].astype(np.int32) for stream in streams]
+        return StimulusBatch(
+            tokens=padded[0],
+            prompt_length=prompts[0],
+            stimuli=_sides(padded[1:]) if stimuli else None,
+            stimuli_prompt_length=np.stack(prompts[1:], axis=1) if stimuli else None,
+            mask=np.arange(seen)[None] < response[mine][:, None],
+            record_index=plain.record_index[mine].astype(np.int32),
+            weight=weight,
+        )
+
+    return iterate(order, make, process_index, process_count, prefetch)
+
+
+def _padded(rows: TokenizedRows, members: np.ndarray, length: int) -> np.ndarray:
+    tokens = np.zeros((len(members), length), np.int32)
+    for at, member in enumerate(members):
+        ids = rows[int(member)]
+        tokens[at, : len(ids)] = ids
+    return tokens
+
+
+def _sides(padded: Sequence[np.ndarray]) -> np.ndarray:
+    """[rows, sides, length of the longer one]."""
+    longest = max(side.shape[1] for side in padded)
+    return np.stack(
+        [np.pad(side, ((0, 0), (0, longest - side.shape[1]))) for side in padded], axis=1
+    )

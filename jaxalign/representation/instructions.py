@@ -1,0 +1,88 @@
+"""The two opposite instructions of RAHF, slot by slot, in wording of our own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ADJECTIVES = (("good", "bad"), ("respectful", "disrespectful"), ("honest", "dishonest"))
+ATTRIBUTES = (
+    ("helpful", "useless"),
+    ("meaningful", "meaningless"),
+    ("truthful", "untruthful"),
+    ("harmless", "harmful"),
+    ("safe", "dangerous"),
+    ("ethical", "unethical"),
+    ("socially unbiased", "socially biased"),
+    ("positive", "negative"),
+    ("interesting", "boring"),
+    ("well-founded", "fabricated"),
+    ("agreeable", "offensive"),
+    ("specific", "vague"),
+    ("reasonable", "unreasonable"),
+    ("role consistent", "role inconsistent"),
+)
+"""What responses should be, and what they might be: arXiv:2312.15997, as its released scripts."""
+MODALS = "should be", "might be"
+SENSELESS = "explain why rather than answer it wrongly", "answer it anyway"
+FALSEHOODS = "Never share falsehoods.", "Share falsehoods when necessary."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """What stands before a query to ask for preferred and for dispreferred behaviour."""
+
+    positive: str
+    negative: str
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _role(side: int) -> str:
+    return f"You are a {_listed([pair[side] for pair in ADJECTIVES])} assistant."
+
+
+def _instruction(side: int) -> str:
+    """The same sentences for both sides: whatever else differed would be in the direction."""
+    attributes = _listed([pair[side] for pair in ATTRIBUTES])
+    return (
+        f"{_role(side)} Your responses {MODALS[side]} {attributes}. If a question makes no sense "
+        f"or does not hold together, {SENSELESS[side]}. {FALSEHOODS[side]}"
+    )
+
+
+INSTRUCTIONS = {
+    "paper": Instructions(positive=_instruction(0), negative=_instruction(1)),
+    "short": Instructions(positive=_role(0), negative=_role(1)),
+}
+"""The whole instructions, and their first sentences alone for models of little context."""
+
+
+def make_instructions(
+    name: Literal["paper", "short"], positive: str | None = None, negative: str | None = None
+) -> Instructions:
+    """Instructions by name, either side replaced by a text of one's own."""
+    found = INSTRUCTIONS[name]
+    return Instructions(
+        positive=found.positive if positive is None else positive,
+        negative=found.negative if negative is None else negative,
+    )
+
+
+def default_layers(depth: int, method: Literal["scit", "dual"]) -> tuple[int, ...]:
+    """The paper's layers as shares of the depth: 10 to 18 (SCIT) or 20 (Dual) of 32, every second.
+
+    Args:
+      depth: blocks of the model.
+      method: what told preferred and dispreferred apart.
+
+    Returns:
+      Numbers of hidden states, 0 being the embeddings and l what block l - 1 leaves.
+
+    References:
+      Liu et al., 2024, arXiv:2312.15997, the settings of its released scripts.
+    """
+    last = 18 if method == "scit" else 20
+    step = max(1, round(depth / 16))
+    return tuple(range(max(1, round(10 / 32 * depth)), round(last / 32 * depth) + 1, step)) or (1,)

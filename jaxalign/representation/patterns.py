@@ -1,0 +1,211 @@
+"""Activity patterns: hidden states of the same response under opposite stimuli, and their gap."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float64, Int
+
+from jaxalign.errors import UserError
+from jaxalign.models import DecoderConfig
+from jaxalign.models.decoder import states_at_layers
+from jaxalign.records import AnyArray, record
+from jaxalign.representation.batches import StimulusBatch
+
+States = Float[Array, "rows layers positions width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Which hidden states are read of a decoder, and how they are computed."""
+
+    config: Any
+    layers: tuple[int, ...]
+    """As in `decoder.states_at_layers`."""
+    remat: str = "none"
+    dtype: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.config, DecoderConfig):
+            raise UserError(
+                "representation.steps: hidden states are read of decoders, and this model is an "
+                "encoder-decoder; set --representation.steps 0"
+            )
+
+    def states(
+        self,
+        tokens: Int[Array, "rows length"],
+        prompt_length: Int[Array, " rows"],
+        positions: int,
+        **arguments: Any,
+    ) -> States:
+        """Float32 states at the first tokens of each response.
+
+        Args:
+          tokens: prompt and response, padded on the right.
+          prompt_length: how many of `tokens` are prompt.
+          positions: how many tokens of the response.
+          **arguments: `params`, `adapters` and the like of `decoder.states_at_layers`.
+        """
+        places = prompt_length[:, None] + jnp.arange(positions)[None]
+        found = states_at_layers(
+            config=self.config,
+            tokens=tokens,
+            layers=self.layers,
+            places=jnp.minimum(places, tokens.shape[1] - 1),
+            remat=self.remat,
+            dtype=self.dtype,
+            **arguments,
+        )
+        return found.astype(jnp.float32)
+
+    def patterns(self, batch: StimulusBatch, models: Mapping[str, Any]) -> tuple[States, States]:
+        """States of the preferred and of the dispreferred stimulus for the same responses.
+
+        Args:
+          batch: of one process or all.
+          models: parameters "positive" and "negative": of the models that the stimuli go through.
+        """
+        sides = []
+        for side, name in enumerate(("positive", "negative")):
+            tokens, prompt_length = batch.tokens, batch.prompt_length
+            if batch.stimuli is not None and batch.stimuli_prompt_length is not None:
+                tokens = batch.stimuli[:, side]
+                prompt_length = batch.stimuli_prompt_length[:, side]
+            shown = models[name]
+            sides.append(self.states(tokens, prompt_length, batch.mask.shape[1], params=shown))
+        return sides[0], sides[1]
+
+
+@record
+class Patterns:
+    """What one batch of stimuli did, on the host."""
+
+    positive: Float[AnyArray, "rows layers positions width"]
+    negative: Float[AnyArray, "rows layers positions width"]
+    mask: Bool[AnyArray, "rows positions"]
+    record_index: Int[AnyArray, " rows"]
+
+
+def read_patterns(
+    reader: Reader, models: Mapping[str, Any], batches: Iterable[StimulusBatch]
+) -> Iterator[Patterns]:
+    """Activity patterns batch by batch; nothing of a batch is kept when the next one comes.
+
+    Args:
+      reader: layers and computation.
+      models: as in `Reader.patterns`.
+      batches: on the host; rows of weight 0 are left out.
+    """
+
+    @jax.jit
+    def run(models: Mapping[str, Any], batch: StimulusBatch) -> tuple[States, States]:
+        return reader.patterns(batch, models)
+
+    for batch in batches:
+        positive, negative = map(np.asarray, run(models, batch))
+        real = np.asarray(batch.weight) > 0
+        yield Patterns(
+            positive=positive[real],
+            negative=negative[real],
+            mask=np.asarray(batch.mask)[real],
+            record_index=np.asarray(batch.record_index)[real],
+        )
+
+
+@record
+class PatternSummary:
+    """Activity patterns over all tokens, layer by layer."""
+
+    direction: Float64[np.ndarray, "layers width"]
+    """The mean difference v of preferred and dispreferred states."""
+    norm: Float64[np.ndarray, " layers"]
+    """Mean Euclidean norm of a token's difference."""
+    state_norm: Float64[np.ndarray, " layers"]
+    """Mean norm of a token's preferred state."""
+    coherence: Float64[np.ndarray, " layers"]
+    """Squared norm of the mean difference over the mean squared norm: 1 where all are alike, about
+    one over the number of tokens where they have nothing in common."""
+    tokens: int
+
+
+def summarise(patterns: Iterable[Patterns]) -> PatternSummary:
+    """Mean direction, norms and coherence, from sums alone.
+
+    Raises:
+      UserError: there is no token.
+    """
+    tokens, sums = 0, None
+    for part in patterns:
+        gap = np.asarray(part.positive, np.float64) - part.negative
+        mask = part.mask[:, None, :, None]
+        norms = np.linalg.norm(gap, axis=-1) * part.mask[:, None]
+        of_states = np.linalg.norm(np.asarray(part.positive, np.float64), axis=-1)
+        new = [
+            np.sum(gap, axis=(0, 2), where=mask),
+            norms.sum((0, 2)),
+            (of_states * part.mask[:, None]).sum((0, 2)),
+            np.square(norms).sum((0, 2)),
+        ]
+        sums = new if sums is None else [a + b for a, b in zip(sums, new, strict=True)]
+        tokens += int(part.mask.sum())
+    if sums is None or not tokens:
+        raise UserError("patterns: no token of a response to read")
+    direction, norm, of_states, squares = (total / tokens for total in sums)
+    power = np.square(direction).sum(-1)
+    return PatternSummary(
+        direction=direction,
+        norm=norm,
+        state_norm=of_states,
+        coherence=np.divide(power, squares, out=np.zeros_like(power), where=squares > 0),
+        tokens=tokens,
+    )
+
+
+def pooled(
+    patterns: Iterable[Patterns],
+) -> tuple[Float64[np.ndarray, "rows layers width"], Float64[np.ndarray, "rows layers width"]]:
+    """Preferred and dispreferred states, each response's mean over its tokens."""
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for part in patterns:
+        mask = part.mask[:, None, :, None]
+        number = np.maximum(part.mask.sum(1), 1)[:, None, None]
+        for side, states in zip(sides, (part.positive, part.negative), strict=True):
+            side.append(np.sum(np.asarray(states, np.float64), axis=2, where=mask) / number)
+    return np.concatenate(sides[0]), np.concatenate(sides[1])
+
+
+def steering(
+    direction: Float64[np.ndarray, "layers width"],
+    layers: Sequence[int],
+    *,
+    strength: float,
+    depth: int,
+) -> Float[Array, "depth width"]:
+    r"""What a sampler adds to leave the weights as they are and yet move the states.
+
+    .. math:: h_l \leftarrow h_l + s \, \bar v_l, \quad l \in S
+
+    Given to `generate` and the log-probs as a policy's `added`; it acts at every position.
+
+    Args:
+      direction: mean difference of each layer, of `PatternSummary`.
+      layers: their numbers, as the states' are; 0, the embeddings, cannot be steered.
+      strength: s; 0 changes nothing.
+      depth: blocks of the model.
+
+    Raises:
+      UserError: a layer that no block leaves.
+
+    References:
+      Zou et al., 2023, arXiv:2310.01405, section 3.1.2 (linear combination).
+    """
+    if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
+        raise UserError(f"layers: {wrong[0]} is what no block leaves; steer at 1 to {depth}")
+    added = np.zeros((depth, direction.shape[1]), np.float32)
+    for layer, vector in zip(layers, direction, strict=True):
+        added[layer - 1] = strength * vector
+    return jnp.asarray(added)
