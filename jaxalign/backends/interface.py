@@ -1,6 +1,8 @@
 """What every language model can be asked for."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +51,12 @@ class Generation:
     """Whether it ended or was stopped; if not, it was cut at the most tokens allowed."""
     tokens: int
     """Of the response."""
+    failure: str = ""
+    """Why there is none, where the text is empty for that reason."""
+
+
+Keep = Callable[[int, list[Generation]], None]
+"""What is told the responses to a prompt, by its place, as soon as they are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +78,21 @@ class Backend(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], decoding: Decoding, *, samples: int = 1, first: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        samples: int = 1,
+        keep: Keep | None = None,
     ) -> list[list[Generation]]:
         """Responses, `samples` to each prompt.
 
         Args:
           prompts: texts to be continued, or conversations to be answered.
-          decoding: how.
+          decoding: how; a response depends on the seed, its prompt and its place among the
+            samples alone, whatever else is asked for.
           samples: responses to each.
-          first: number of the first prompt among all; with the seed it decides the draws, so that
-            a part asked for later is what it would have been.
+          keep: told of every prompt's responses as they come.
         """
         ...
 
@@ -95,3 +108,16 @@ class Backend(Protocol):
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
         """Vectors of length 1, whose inner products say how alike texts are."""
         ...
+
+
+def draw_number(decoding: Decoding, prompt: Prompt, sample: int) -> int:
+    """A number in [2^16, 2^31) that names a draw: the same for the same arguments, anywhere.
+
+    Args:
+      decoding: its seed.
+      prompt: what is asked.
+      sample: place among the samples.
+    """
+    said = json.dumps([decoding.seed, prompt, sample], sort_keys=True)
+    value = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8])
+    return 2**16 + value % (2**31 - 2**17)

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from jaxalign.backends.interface import Decoding, Generation, Prompt, Score
+from jaxalign.backends.interface import (
+    Decoding,
+    Generation,
+    Keep,
+    Prompt,
+    Score,
+    draw_number,
+)
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
 from jaxalign.data.tokenizers import Encoder, load_tokenizer
@@ -144,27 +152,41 @@ class LocalModel:
         return rows
 
     def generate(
-        self, prompts: Sequence[Prompt], decoding: Decoding, *, samples: int = 1, first: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        samples: int = 1,
+        keep: Keep | None = None,
     ) -> list[list[Generation]]:
-        """As in `Backend`; the draws depend on seed, prompt number and sample alone."""
+        """As in `Backend`.
+
+        Raises:
+          UserError: a prompt is empty, or it and the response may be longer than the context.
+        """
         rows = self.encode(prompts, decoding.max_tokens)
         policies = [{"params": self.model.params}]
         key, one = jax.random.key(decoding.seed), jnp.ones(1)
         run, found = self._program(decoding, samples), []
+        most = None if self.context is None else self.context - decoding.max_tokens
         for begin in range(0, len(rows), self.batch_size):
-            mine = rows[begin : begin + self.batch_size]
-            most = None if self.context is None else self.context - decoding.max_tokens
-            tokens, length = self._padded(mine, left=True, most=most)
-            first_row = jnp.int32((first + begin) * samples)
-            out = jax.device_get(run(policies, tokens, length, key, one, first_row))
+            mine = prompts[begin : begin + self.batch_size]
+            tokens, length = self._padded(rows[begin : begin + len(mine)], left=True, most=most)
+            draws = np.zeros((self.batch_size, samples), np.int32)
+            for at, prompt in enumerate(mine):
+                draws[at] = [draw_number(decoding, prompt, sample) for sample in range(samples)]
+            numbers = jnp.asarray(draws.reshape(-1) - np.arange(draws.size, dtype=np.int32))
+            out = jax.device_get(run(policies, tokens, length, key, one, numbers))
             for at in range(len(mine)):
                 group = range(at * samples, (at + 1) * samples)
                 found.append([self._generation(out, row, decoding) for row in group])
+                if keep is not None:
+                    keep(begin + at, found[-1])
         return found
 
     def _program(self, decoding: Decoding, samples: int) -> Callable:
         # the seed is an argument of the program, not a part of it
-        asked = Decoding(**vars(decoding) | {"seed": 0}), samples
+        asked = replace(decoding, seed=0), samples
         if asked not in self._programs:
             stops = None
             if decoding.stop:

@@ -4,19 +4,27 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from jaxalign.backends import Decoding
+from jaxalign.backends import (
+    Backend,
+    BackendOptions,
+    Decoding,
+    Prompt,
+    make_backend,
+    make_embedder,
+)
 from jaxalign.commands.arguments import parser
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
+from jaxalign.prompting import Composer, PromptArtefact, read_artefact
+from jaxalign.prompting.composing import without_marks
 
 
 def main(arguments: Sequence[str]) -> int:
     """Generate what is missing, a batch at a time, each on disk before the next."""
-    from jaxalign.backends.local import LocalModel
-
     given = _flags().parse_args(arguments)
     if given.samples < 1:
         raise UserError(f"samples: {given.samples} is not positive")
@@ -32,17 +40,27 @@ def main(arguments: Sequence[str]) -> int:
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
     records = list(itertools.islice(prompt_records(given.prompts), given.most))
-    model = LocalModel.load(
-        given.model,
-        tokenizer=given.tokenizer,
-        batch_size=given.batch_size,
-        prompt_format=given.prompt_format,
-        strings_as_chat=given.chat,
-        dtype=given.dtype,
-    )
     places = [f"{record.source}:{record.line}" for record in records]
-    model.encode([record.prompt for record in records], decoding.max_tokens, places)
+    model = make_backend(
+        given.model,
+        BackendOptions(
+            tokenizer=given.tokenizer,
+            batch_size=given.batch_size,
+            prompt_format=given.prompt_format,
+            strings_as_chat=given.chat,
+            dtype=given.dtype,
+            workers=given.batch_size,
+            completions=given.completions,
+        ),
+    )
+    prompts, artefact = [record.prompt for record in records], None
+    if given.prompt_artefact is not None:
+        artefact = read_artefact(given.prompt_artefact)
+        prompts, decoding = _composed(artefact, model, records, decoding)
+    if not given.model.startswith("openai:"):  # what does not fit is said before any work
+        cast(Any, model).encode(prompts, decoding.max_tokens, places)
     settings = {"model": model.identity, "samples": given.samples, **vars(decoding)}
+    settings["prompt_artefact"] = None if artefact is None else asdict(artefact)
     done = _begun(given.output, settings, records, given.samples, given.batch_size)
     if done:
         print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
@@ -50,12 +68,18 @@ def main(arguments: Sequence[str]) -> int:
     with given.output.open("a", encoding="utf-8") as file:
         for begin in _shown(range(done, len(records), given.batch_size)):
             mine = records[begin : begin + given.batch_size]
-            prompts = [record.prompt for record in mine]
-            found = model.generate(prompts, decoding, samples=given.samples, first=begin)
+            asked = prompts[begin : begin + given.batch_size]
+            found = model.generate(asked, decoding, samples=given.samples)
             for record, generations in zip(mine, found, strict=True):
                 for sample, one in enumerate(generations):
+                    if one.failure:
+                        raise UserError(
+                            f"{record.source}:{record.line}: {one.failure}; the same command goes "
+                            "on from here"
+                        )
                     cut += not one.finished
-                    row = _row(record, one.text, sample, given.samples)
+                    text = one.text if artefact is None else without_marks(one.text)
+                    row = _row(record, text, sample, given.samples)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     written = (len(records) - done) * given.samples
@@ -71,7 +95,9 @@ def _flags() -> argparse.ArgumentParser:
         "A model's responses to prompts, as {prompt, response} rows that `jaxalign judge` reads. "
         "The same command goes on where an earlier one ended.",
     )
-    flags.add_argument("--model", required=True, help="folder, hub name or run folder")
+    flags.add_argument(
+        "--model", required=True, help="folder, hub name, run folder, or openai:URL#MODEL"
+    )
     flags.add_argument(
         "--prompts", required=True, help="{prompt} rows, or any records; also FILE#[:100]"
     )
@@ -80,6 +106,12 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     flags.add_argument("--top-p", type=float, default=1.0)
     flags.add_argument("--max-tokens", type=int, default=128, help="of a response")
+    flags.add_argument(
+        "--prompt-artefact",
+        type=Path,
+        metavar="FILE",
+        help="system prompt and examples, as `jaxalign optimize-prompt` writes them",
+    )
     flags.add_argument("--stop", nargs="*", default=[], help="texts that end a response")
     flags.add_argument("--seed", type=int, default=0, help="of the draws")
     flags.add_argument("--most", type=int, help="prompts to take, from the first on")
@@ -88,9 +120,36 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--chat", action="store_true", help="put plain prompts through the chat template"
     )
+    flags.add_argument(
+        "--completions", action="store_true", help="openai: continue texts, as base models do"
+    )
     flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return flags
+
+
+def _composed(
+    artefact: PromptArtefact,
+    model: Backend,
+    records: Sequence[PromptRecord],
+    decoding: Decoding,
+) -> tuple[list[Prompt], Decoding]:
+    """Prompts with the artefact's instructions and examples, and where answers to them end."""
+    composer = Composer(
+        artefact.examples,
+        shown=artefact.shown,
+        embedder=make_embedder(artefact.embedder, model),
+        layout=artefact.layout,
+    )
+    prompts = []
+    for record in records:
+        if not isinstance(record.prompt, str):
+            raise UserError(
+                f"{record.source}:{record.line}: a conversation; a prompt artefact takes texts"
+            )
+        prompts.append(composer.prompt(artefact.system_prompt, record.prompt))
+    stops = tuple(dict.fromkeys((*decoding.stop, *composer.stops)))
+    return prompts, replace(decoding, stop=stops)
 
 
 def _row(record: PromptRecord, response: str, sample: int, samples: int) -> dict[str, Any]:

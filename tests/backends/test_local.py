@@ -46,12 +46,15 @@ def test_greedy_text_goes_on_the_prompt_as_the_logits_say(model):
     assert not said.finished
 
 
-def test_draws_depend_on_the_number_of_the_prompt_alone(model):
+def test_draws_depend_on_seed_and_prompt_alone(model):
     decoding = Decoding(max_tokens=6, temperature=1.0, seed=3)
-    whole = model.generate(PROMPTS, decoding, samples=2)
-    last = model.generate(PROMPTS[2:], decoding, samples=2, first=2)
-    assert whole[2:] == last
+    kept = {}
+    whole = model.generate(PROMPTS, decoding, samples=2, keep=kept.__setitem__)
+    assert model.generate(PROMPTS[::-1], decoding, samples=2) == whole[::-1]
+    assert [first for [first] in model.generate(PROMPTS, decoding)] == [row[0] for row in whole]
+    assert kept == dict(enumerate(whole))
     assert whole != model.generate(PROMPTS, Decoding(**vars(decoding) | {"seed": 4}), samples=2)
+    assert whole[0][0] != whole[0][1]
 
 
 def test_stops_end_a_text_and_are_no_part_of_it(model):
