@@ -101,8 +101,9 @@ class Cached:
 
         def tell(key: str, generations: list[Generation]) -> None:
             found[key] = generations
-            for place in places[key] if keep else ():
-                keep(place, generations)
+            if keep is not None:
+                for place in places[key]:
+                    keep(place, generations)
 
         for key in places:
             if (known := self.answers.find(key)) is not None:

@@ -116,8 +116,7 @@ class LocalModel:
           prompt: text or conversation.
           place: where the user finds it, for messages.
         """
-        plain = not isinstance(prompt, str) and self.tokenizer.chat_template is None
-        if plain:
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
             return "\n\n".join(str(turn["content"]).strip() for turn in prompt) + "\n\n"
         return self._in_text.prompt(prompt, place)
 
