@@ -16,6 +16,7 @@ commands:
   plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
   filter --model M --data D --output F   leave out pairs whose responses are too alike
   generate --model M --prompts F --output F   a model's responses to a file of prompts
+  collect best-of-n | constitutional | society   preference data from models
   optimize-prompt --model M --seeds F    search for examples and a system prompt (DRPO)
   judge --a A --b B --judge J            outputs side by side: win rates, Elo, examples
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jaxalign.commands.filter import main as run
             case "generate":
                 from jaxalign.commands.generate import main as run
+            case "collect":
+                from jaxalign.commands.collect import main as run
             case "optimize-prompt":
                 from jaxalign.commands.optimize_prompt import main as run
             case "judge":
