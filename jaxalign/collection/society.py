@@ -116,7 +116,7 @@ class Society:
     def _round(self, number: int, asked: Sequence[str]) -> list[Encounter]:
         agents = range(len(asked))
         vectors = self.backend.embed(asked)
-        memories = [self.recalled(at, asked[at], vectors[at]) for at in agents]
+        memories = [self.recalled(at, str(asked[at]), vectors[at]) for at in agents]
         seed = self.seed * 1009 + number * 3
 
         def said(texts: Sequence[str], stage: int, stop: str) -> list[str]:

@@ -241,8 +241,8 @@ def _flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="jaxalign collect",
         description="Preference pairs {prompt, chosen, rejected, provenance} in "
-        "FOLDER/pairs.jsonl, with what else a way of collecting gives beside it. Every answer is kept; the same "
-        "command goes on where a killed one ended and asks nothing twice.",
+        "FOLDER/pairs.jsonl, with what else a way of collecting gives beside it. Every answer is "
+        "kept; the same command goes on where a killed one ended and asks nothing twice.",
     )
     ways = flags.add_subparsers(dest="way", required=True, metavar=" | ".join(WAYS))
     for name, words in (

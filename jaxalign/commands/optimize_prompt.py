@@ -17,6 +17,7 @@ from jaxalign.backends import (
     make_embedder,
 )
 from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends.structured import Asker
 from jaxalign.commands.arguments import parser
 from jaxalign.commands.outputs import read_outputs
 from jaxalign.commands.report import print_table
@@ -46,7 +47,6 @@ from jaxalign.prompting import (
 )
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.page import write_tree
-from jaxalign.prompting.structured import Asker
 
 FIRST = "You are a helpful assistant."
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jaxalign.backends.structured import Asker, text_field
+from jaxalign.evaluation.single_scores import Evaluation, Reward
 from jaxalign.prompting.artefact import Example
 from jaxalign.prompting.composing import without_marks
-from jaxalign.prompting.rewards import Evaluation, Reward
-from jaxalign.prompting.structured import Asker, text_field
 
 REWRITE = """\
 Rewrite the response to the request below so that its critic has nothing left to say.

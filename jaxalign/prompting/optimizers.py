@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxalign.backends.structured import Asker, MalformedError, text_field
 from jaxalign.errors import UserError
-from jaxalign.prompting.rewards import Evaluation
-from jaxalign.prompting.structured import Asker, MalformedError, text_field
+from jaxalign.evaluation.single_scores import Evaluation
 
 MOST_BULLETS = 8
 ADDED_BULLETS = 2

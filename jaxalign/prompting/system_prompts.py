@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxalign.backends import Backend, Decoding
 from jaxalign.errors import UserError
+from jaxalign.evaluation.single_scores import Evaluation, Reward
 from jaxalign.prompting.composing import Composer, without_marks
 from jaxalign.prompting.optimizers import PromptOptimizer
-from jaxalign.prompting.rewards import Evaluation, Reward
 from jaxalign.prompting.search import Node
 
 ENOUGH = 4.5

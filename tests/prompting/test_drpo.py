@@ -8,6 +8,7 @@ import pytest
 
 from jaxalign.backends import Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends.structured import Asker, MalformedError, read_object
 from jaxalign.backends.words import WordVectors
 from jaxalign.errors import UserError
 from jaxalign.prompting import (
@@ -30,7 +31,6 @@ from jaxalign.prompting import (
 )
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.optimizers import bullets
-from jaxalign.prompting.structured import Asker, MalformedError, read_object
 from jaxalign.prompting.system_prompts import PromptState
 from tests.backends.scripted import Scripted
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from jaxalign.backends import Backend
-from jaxalign.prompting.criteria import CRITERIA
-from jaxalign.prompting.structured import Asker, MalformedError, text_field
+from jaxalign.backends.structured import Asker, MalformedError, text_field
+from jaxalign.evaluation.criteria import CRITERIA
 
 FEWEST, MOST = 2, 5
 """Criteria of a query; the paper's."""
