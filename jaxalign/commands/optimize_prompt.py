@@ -45,6 +45,7 @@ from jaxalign.prompting import (
     validate,
     write_artefact,
 )
+from jaxalign.prompting.cost import estimate, most_calls
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.page import write_tree
 
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     _check(given)
     seeds = _seeds(given.seeds)
     queries = _queries(given)
+    if _told_cost(given, len(seeds)):
+        return 0
     answers = AnswerFile(given.output / "answers.jsonl")
     backends: dict[str, Cached] = {}
 
@@ -146,6 +149,28 @@ def main(arguments: Sequence[str]) -> int:
     )
     _tell(given, found, rows, askers, backends)
     return 0
+
+
+def _told_cost(given: argparse.Namespace, examples: int) -> bool:
+    """Say what the search may ask for; whether that was all that is wanted."""
+    names = [given.model, given.evaluator or given.model, given.optimizer or given.evaluator or ""]
+    if not given.estimate and not any(name.startswith("openai:") for name in names):
+        return False
+    calls = most_calls(
+        search=given.search,
+        width=given.width,
+        actions=given.actions,
+        depth=given.depth,
+        more_depth=given.more_depth,
+        examples=examples,
+        iterations=given.iterations,
+        validate=given.validate,
+        dynamic=given.reward == "dynamic",
+    )
+    asked, said, cost = estimate(calls, tuple(given.prices))
+    roles = ", ".join(f"{number:,} {role}" for role, number in calls.items())
+    print(f"at most {roles} answers; about {asked:,} + {said:,} tokens, {cost:.2f} at --prices")
+    return given.estimate
 
 
 def _tell(
@@ -287,6 +312,9 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--batch-size", type=int, default=8, help="local: prompts at a time")
     flags.add_argument("--workers", type=int, default=8, help="openai: requests at a time")
+    flags.add_argument(
+        "--estimate", action="store_true", help="say what the search may cost, and do nothing"
+    )
     flags.add_argument("--requests-per-minute", type=float, help="openai: at most")
     flags.add_argument("--completions", action="store_true", help="openai: --model is a base model")
     flags.add_argument(

@@ -25,10 +25,12 @@ from jaxalign.prompting import (
     beam_search,
     greedy_search,
     improve_examples,
+    monte_carlo,
     read_artefact,
     validate,
     write_artefact,
 )
+from jaxalign.prompting.cost import most_calls
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.optimizers import bullets
 from jaxalign.prompting.system_prompts import PromptState
@@ -299,3 +301,20 @@ def test_a_killed_search_goes_on_without_asking_twice(tmp_path):
     again = mortal(0)
     search(again)
     assert again.asked == 0
+
+
+@pytest.mark.parametrize("search", ["beam", "greedy", "monte-carlo"])
+def test_the_cost_is_an_upper_bound_that_is_met(search):
+    model = Scripted(lambda text, sample: "nothing")
+    world = world_of(model, queries=9)
+    sizes = {"width": 2, "actions": 3, "depth": 5}
+    if search == "beam":
+        beam_search(world, more_depth=0, **sizes)
+    elif search == "greedy":
+        greedy_search(world, actions=3, depth=5, more_depth=0)
+    else:
+        monte_carlo(world, paths=6, depth=5)
+    bound = most_calls(search=search, more_depth=0, examples=0, validate=0, **sizes)["model"]
+    # the root has one child of each action, not of each path
+    spared = {"beam": 3, "greedy": 0, "monte-carlo": 0}[search]
+    assert len(model.asked) == bound - spared
