@@ -15,6 +15,9 @@ commands:
   entangle --model M --data D            the gradients of chosen and rejected, as a page to read
   plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
   filter --model M --data D --output F   leave out pairs whose responses are too alike
+  generate --model M --prompts F --output F   a model's responses to a file of prompts
+  collect best-of-n | constitutional | society   preference data from models
+  optimize-prompt --model M --seeds F    search for examples and a system prompt (DRPO)
   judge --a A --b B --judge J            outputs side by side: win rates, Elo, examples
 
 jaxalign COMMAND --help tells more of each."""
@@ -40,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from jaxalign.commands.plan import main as run
             case "filter":
                 from jaxalign.commands.filter import main as run
+            case "generate":
+                from jaxalign.commands.generate import main as run
+            case "collect":
+                from jaxalign.commands.collect import main as run
+            case "optimize-prompt":
+                from jaxalign.commands.optimize_prompt import main as run
             case "judge":
                 from jaxalign.commands.judge import main as run
             case "-h" | "--help":

@@ -88,12 +88,19 @@ def _preference_model(folder: str, options: AnnotatorOptions) -> Annotator:
     return PreferenceModel.load(folder, batch_size=options.batch_size, dtype=options.dtype)
 
 
+def _aspects(name: str, options: AnnotatorOptions) -> Annotator:
+    from jaxalign.evaluation.just_eval import AspectAnnotator, aspect_reward
+
+    return AspectAnnotator(reward=aspect_reward(name, options))
+
+
 KINDS: dict[str, tuple[Callable[[str, AnnotatorOptions], Annotator], str]] = {
     "rule": (_rule, "FILE.py:FUNCTION"),
     "openai": (_endpoint, "URL#MODEL"),
     "lm": (_language_model, "FOLDER"),
     "reward": (_reward_model, "FOLDER"),
     "preference": (_preference_model, "FOLDER"),
+    "aspects": (_aspects, "FOLDER|scored:FOLDER|openai:URL#MODEL"),
 }
 """Kind -> what makes an annotator of the rest of its name, and the form of that rest. Each imports
 what it needs when it is called: a rule starts without JAX."""
@@ -103,7 +110,8 @@ def make_annotator(spec: str, options: AnnotatorOptions | None = None) -> Annota
     """The annotator that a name stands for.
 
     Args:
-      spec: "rule:FILE.py:FUNCTION", "openai:URL#MODEL", "lm:FOLDER", or what `jaxalign train` made
+      spec: "rule:FILE.py:FUNCTION", "openai:URL#MODEL", "lm:FOLDER", "aspects:MODEL" (each response
+        is scored by itself; see `just_eval`), or what `jaxalign train` made
         with --loss bradley_terry, "reward:FOLDER", or preference_model, "preference:FOLDER".
       options: what else it may need.
 

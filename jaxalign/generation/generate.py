@@ -48,7 +48,7 @@ def generate(
     sampling: Sampling,
     weights: Sequence[float] | Float[Array, " policies"] = (1.0,),
     samples: int = 1,
-    first_row: int | Int[Array, ""] = 0,
+    first_row: int | Int[Array, ""] | Int[Array, " rows"] = 0,
     stops: Int[Array, "strings states vocabulary"] | None = None,
     dtype: Any = None,
 ) -> Samples:
@@ -70,7 +70,8 @@ def generate(
       sampling: rules of the draw; with several policies they act on the mixture.
       weights: of the policies in the mixture; (1 - beta, beta) for policy and reference.
       samples: responses to each prompt.
-      first_row: number of the first row of this batch among all.
+      first_row: number of the first row of this batch among all; or, for each row, its number
+        less its place in the batch.
       stops: from `stop_table`; None: nothing but end tokens stops a row.
       dtype: of the computation and the caches; None is the parameters' own.
 

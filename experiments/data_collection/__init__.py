@@ -1,0 +1,1 @@
+"""Preference data from models, and what DPO learns of it."""

@@ -1,0 +1,1 @@
+"""Alignment without training, by prompt search (arXiv:2411.08733)."""

@@ -1,0 +1,139 @@
+"""Answers on disk: what was asked once is not asked again."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from jaxalign.backends.interface import Backend, Decoding, Generation, Keep, Prompt, Score
+from jaxalign.errors import UserError
+
+
+class AnswerFile:
+    """JSON Lines of answers under keys, each on disk before the next; no line is ever changed.
+
+    Args:
+      path: of the file; a line that a kill cut off is passed over.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lock, self._known = path, threading.Lock(), {}
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        row = json.loads(line)
+                        self._known[row["key"]] = row["answer"]
+                    except (json.JSONDecodeError, KeyError, TypeError):
+                        continue
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, key: str) -> Any:
+        """The answer, or None."""
+        return self._known.get(key)
+
+    def add(self, key: str, answer: Any, **beside: Any) -> None:
+        """Keep an answer, with what a reader may want to see beside it."""
+        with self._lock:
+            self._known[key] = answer
+            line = json.dumps({"key": key, **beside, "answer": answer}).encode() + b"\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a+b") as file:
+                    if file.tell():
+                        file.seek(-1, 2)
+                        line = line if file.read(1) == b"\n" else b"\n" + line
+                    file.write(line)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+
+def key_of(*parts: Any) -> str:
+    """A name of what was asked: equal where everything is equal."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Cached:
+    """A backend whose answers are kept in a file and looked up before it is asked.
+
+    A key holds the backend's identity, the prompt and the decoding; failures are not kept.
+
+    Args:
+      backend: what is asked.
+      answers: where answers are kept.
+    """
+
+    def __init__(self, backend: Backend, answers: AnswerFile):
+        self.backend, self.answers = backend, answers
+        self.asked = 0
+        """Prompts and texts that were not found and had to be asked for."""
+
+    @property
+    def identity(self) -> str:
+        """The backend's own."""
+        return self.backend.identity
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        samples: int = 1,
+        keep: Keep | None = None,
+    ) -> list[list[Generation]]:
+        """As in `Backend`; equal prompts are asked once."""
+        settings = asdict(decoding)
+        if decoding.temperature == 0:  # nothing is drawn
+            settings["seed"] = 0
+        keys = [key_of("generate", self.identity, prompt, settings, samples) for prompt in prompts]
+        places: dict[str, list[int]] = {}
+        for place, key in enumerate(keys):
+            places.setdefault(key, []).append(place)
+        found: dict[str, list[Generation]] = {}
+
+        def tell(key: str, generations: list[Generation]) -> None:
+            found[key] = generations
+            if keep is not None:
+                for place in places[key]:
+                    keep(place, generations)
+
+        for key in places:
+            if (known := self.answers.find(key)) is not None:
+                tell(key, [Generation(**one) for one in known])
+        missing = [key for key in places if key not in found]
+        wanted = [prompts[places[key][0]] for key in missing]
+
+        def come(at: int, generations: list[Generation]) -> None:
+            if not any(one.failure for one in generations):
+                answer = [asdict(one) for one in generations]
+                self.answers.add(missing[at], answer, prompt=wanted[at], decoding=settings)
+            tell(missing[at], generations)
+
+        if wanted:
+            self.asked += len(wanted)
+            self.backend.generate(wanted, decoding, samples=samples, keep=come)
+        return [found[key] for key in keys]
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
+        """As in `Backend`."""
+        asked = list(zip(prompts, continuations, strict=True))
+        keys = [key_of("score", self.identity, *pair) for pair in asked]
+        missing = [at for at, key in enumerate(keys) if self.answers.find(key) is None]
+        if missing:
+            self.asked += len(missing)
+            scores = self.backend.score(*zip(*(asked[at] for at in missing), strict=True))
+            for at, score in zip(missing, scores, strict=True):
+                self.answers.add(keys[at], asdict(score))
+        return [Score(**self.answers.find(key)) for key in keys]
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
+        """As in `Backend`; vectors are computed anew, they would fill the file."""
+        return self.backend.embed(texts)

@@ -1,0 +1,345 @@
+"""A model of a folder, on the devices here."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from jaxalign.backends.interface import (
+    Decoding,
+    Generation,
+    Keep,
+    Prompt,
+    Score,
+    draw_number,
+)
+from jaxalign.data.record_text import text_of
+from jaxalign.data.records import Text
+from jaxalign.data.tokenizers import Encoder, load_tokenizer
+from jaxalign.errors import UserError
+from jaxalign.generation import Sampling, compile_generate, stop_table, token_texts
+from jaxalign.models import DecoderConfig, decoder, load_pretrained
+from jaxalign.models.responses import response_log_probs
+from jaxalign.models.score import ScoreModel
+from jaxalign.sharding import make_mesh
+
+SHORTEST = 32
+"""Tokens of the shortest row that is compiled for; the others are its doublings."""
+
+
+class LocalModel:
+    """A decoder or encoder-decoder with its tokenizer; a `Backend`.
+
+    Prompts go in batches of one size in the order given, padded on the left to one of few lengths,
+    so that few programs are compiled. A conversation goes through the tokenizer's chat template;
+    without one it is its turns' contents with empty lines between.
+
+    Args:
+      model: its parameters and architecture.
+      tokenizer: from `load_tokenizer`.
+      identity: what changes when the weights do.
+      batch_size: prompts at a time; a multiple of the mesh's data x fsdp.
+      mesh: devices that share each batch; None: the first one alone.
+      prompt_format: text around a prompt that is no conversation; it holds {prompt}.
+      strings_as_chat: put such prompts through the chat template, as a user's turn.
+      dtype: of the computation.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        identity: str,
+        batch_size: int = 8,
+        mesh: Mesh | None = None,
+        prompt_format: str = "{prompt}",
+        strings_as_chat: bool = False,
+        dtype: str = "float32",
+        end_tokens: Sequence[int] = (),
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not positive")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.identity = f"{identity} {prompt_format!r} {strings_as_chat} {dtype}"
+        self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+        self.dtype = jnp.dtype(dtype)
+        self._encoder = Encoder(tokenizer, end_token=False)
+        self._in_text = text_of(tokenizer, prompt_format, None, strings_as_chat)
+        self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
+        self._apart = not isinstance(model.config, DecoderConfig)
+        self._programs: dict[tuple[Decoding, int], Callable] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path, *, tokenizer: str | None = None, **options: Any):
+        """From a Hugging Face folder or hub name, or a run folder with an `export`.
+
+        Args:
+          folder: where it lies.
+          tokenizer: folder or hub name (default: the model's).
+          **options: of `LocalModel`.
+
+        Raises:
+          UserError: the folder holds no language model.
+        """
+        export = Path(folder) / "export"
+        place = export if export.is_dir() else Path(folder)
+        name = str(place) if place.is_dir() else str(folder)
+        model = load_pretrained(name, mesh=options.get("mesh"))
+        if isinstance(model, ScoreModel):
+            raise UserError(f"{folder}: a model with a scalar head writes no text")
+        return cls(
+            model,
+            load_tokenizer(tokenizer or name),
+            identity=f"local {weights_identity(name)} {tokenizer or ''}".strip(),
+            end_tokens=_end_tokens(place),
+            **options,
+        )
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt and response together; None: no end, or each has its own."""
+        return None if self._apart else getattr(self.model.config, "context_length", None)
+
+    def text(self, prompt: Text, place: str = "a prompt") -> str:
+        """What the model reads.
+
+        Args:
+          prompt: text or conversation.
+          place: where the user finds it, for messages.
+        """
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
+            return "\n\n".join(str(turn["content"]).strip() for turn in prompt) + "\n\n"
+        return self._in_text.prompt(prompt, place)
+
+    def encode(
+        self, prompts: Sequence[Prompt], max_tokens: int, places: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Tokens of prompts, checked.
+
+        Args:
+          prompts: texts or conversations.
+          max_tokens: of the responses.
+          places: where the user finds them.
+
+        Raises:
+          UserError: a prompt is empty, or it and the response may be longer than the context.
+        """
+        places = [f"prompt {at + 1}" for at in range(len(prompts))] if places is None else places
+        texts = [self.text(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
+        rows = []
+        for text, encoding, place in zip(texts, self._encoder.encode(texts), places, strict=True):
+            if not text.strip():
+                raise UserError(f"{place}: the prompt is empty; write something or leave it out")
+            row = self._encoder.begun(list(encoding.ids)) or self._encoder.start
+            row = row + (self._encoder.suffix if self._apart else [])
+            if self.context is not None and len(row) + max_tokens > self.context:
+                raise UserError(
+                    f"{place}: {len(row)} tokens of prompt and {max_tokens} of response are more "
+                    f"than the model's context of {self.context}; shorten the prompt or lower "
+                    "max_tokens"
+                )
+            rows.append(row)
+        return rows
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        samples: int = 1,
+        keep: Keep | None = None,
+    ) -> list[list[Generation]]:
+        """As in `Backend`.
+
+        Raises:
+          UserError: a prompt is empty, or it and the response may be longer than the context.
+        """
+        rows = self.encode(prompts, decoding.max_tokens)
+        policies = [{"params": self.model.params}]
+        key, one = jax.random.key(decoding.seed), jnp.ones(1)
+        run, found = self._program(decoding, samples), []
+        most = None if self.context is None else self.context - decoding.max_tokens
+        for begin in range(0, len(rows), self.batch_size):
+            mine = prompts[begin : begin + self.batch_size]
+            tokens, length = self._padded(rows[begin : begin + len(mine)], left=True, most=most)
+            draws = np.zeros((self.batch_size, samples), np.int32)
+            for at, prompt in enumerate(mine):
+                draws[at] = [draw_number(decoding, prompt, sample) for sample in range(samples)]
+            numbers = jnp.asarray(draws.reshape(-1) - np.arange(draws.size, dtype=np.int32))
+            out = jax.device_get(run(policies, tokens, length, key, one, numbers))
+            for at in range(len(mine)):
+                group = range(at * samples, (at + 1) * samples)
+                found.append([self._generation(out, row, decoding) for row in group])
+                if keep is not None:
+                    keep(begin + at, found[-1])
+        return found
+
+    def _program(self, decoding: Decoding, samples: int) -> Callable:
+        # the seed is an argument of the program, not a part of it
+        asked = replace(decoding, seed=0), samples
+        if asked not in self._programs:
+            stops = None
+            if decoding.stop:
+                stops = jnp.asarray(stop_table(decoding.stop, self._token_texts))
+            self._programs[asked] = compile_generate(
+                self.model.config,
+                self.mesh,
+                samples=samples,
+                sampling=Sampling(
+                    max_tokens=decoding.max_tokens,
+                    temperature=decoding.temperature,
+                    top_p=decoding.top_p,
+                    end_tokens=self._ends,
+                ),
+                stops=stops,
+                dtype=self.dtype,
+            )
+        return self._programs[asked]
+
+    @functools.cached_property
+    def _token_texts(self) -> list[str]:
+        return token_texts(self.tokenizer, self.model.config.vocab_size)
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        """Tokens before a response, and their text: decoders drop a space that begins a text."""
+        tokens = self.tokenizer.encode("a", add_special_tokens=False)
+        return tokens, self._decode(tokens)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _generation(self, out: Any, row: int, decoding: Decoding) -> Generation:
+        length = int(out.length[row])
+        tokens, begun = ([], "") if self._apart else self._anchor
+        text = self._decode([*tokens, *out.tokens[row, :length].tolist()])[len(begun) :]
+        cuts = [at for at in map(text.find, decoding.stop) if at >= 0]
+        text = text[: min(cuts)] if cuts else text
+        return Generation(text=text, finished=bool(out.finished[row]), tokens=length)
+
+    def _padded(
+        self, rows: Sequence[Sequence[int]], *, left: bool, most: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of one batch, the last one repeated; their length is a power of two times 32."""
+        filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+        size = SHORTEST
+        while size < max(map(len, filled)):
+            size *= 2
+        size = size if most is None else min(size, most)
+        tokens = np.zeros((len(filled), size), np.int32)
+        for at, row in enumerate(filled):
+            tokens[at, size - len(row) :] = row if left else 0
+            if not left:
+                tokens[at, : len(row)] = row
+        return tokens, np.array([len(row) for row in filled], np.int32)
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
+        """As in `Backend`; tokens are those of the joint text, no end token is scored.
+
+        Raises:
+          UserError: prompt and continuation are longer than the context.
+        """
+        texts = [
+            (self.text(prompt), continuation)
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+        pairs = []
+        for number, (prompt, continuation, _) in enumerate(self._joint(texts), 1):
+            if self.context is not None and len(prompt) + len(continuation) > self.context:
+                raise UserError(
+                    f"text {number}: {len(prompt) + len(continuation)} tokens are more than the "
+                    f"model's context of {self.context}"
+                )
+            pairs.append((prompt, continuation))
+        found: list[Score] = []
+        for begin in range(0, len(pairs), self.batch_size):
+            mine = pairs[begin : begin + self.batch_size]
+            whole = [p if self._apart else [*p, *c] for p, c in mine]
+            tokens, _ = self._padded(whole, left=False, most=self.context)
+            responses, length = self._padded([c for _, c in mine], left=False, most=self.context)
+            prompt_length = np.array([len(p) for p, _ in mine], np.int32)
+            prompt_length = np.pad(prompt_length, (0, len(tokens) - len(mine)), mode="edge")
+            sums = _summed(
+                self.model.params, self.model.config, tokens, prompt_length, responses, length
+            )
+            values = np.asarray(sums, np.float64)[: len(mine)]
+            found += [
+                Score(log_prob=float(value), tokens=len(c))
+                for value, (_, c) in zip(values, mine, strict=True)
+            ]
+        return found
+
+    def _joint(self, texts: Sequence[tuple[str, str]]):
+        if not self._apart:
+            for prompt, continuation, straddled in self._encoder.joint(texts):
+                begun = self._encoder.begun(prompt) or self._encoder.start
+                yield begun, continuation, straddled
+            return
+        for prompt, continuation in texts:
+            sides = self._encoder.encode([prompt, continuation])
+            begun = self._encoder.begun(list(sides[0].ids)) + self._encoder.suffix
+            yield begun, list(sides[1].ids), False
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
+        """As in `Backend`: last hidden states, averaged over a text's tokens; ends are cut off.
+
+        Raises:
+          UserError: an encoder-decoder, or an empty text.
+        """
+        if self._apart:
+            raise UserError("embed: an encoder-decoder gives no vectors here; use a decoder")
+        rows = [
+            (self._encoder.begun(list(encoding.ids)) or self._encoder.start)[: self.context]
+            for encoding in self._encoder.encode(texts)
+        ]
+        parts = [np.zeros((0, self.model.config.width), np.float32)]
+        for begin in range(0, len(rows), self.batch_size):
+            mine = rows[begin : begin + self.batch_size]
+            tokens, length = self._padded(mine, left=False, most=self.context)
+            pooled = _pooled(self.model.params, self.model.config, tokens, length)
+            parts.append(np.asarray(pooled)[: len(mine)])
+        return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _summed(params, config, tokens, prompt_length, responses, length):
+    found = response_log_probs(params, config, tokens, prompt_length, responses, length)
+    return found.log_prob.sum(-1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _pooled(params, config, tokens, length):
+    states = decoder.hidden_states(params, config, tokens).astype(jnp.float32)
+    real = jnp.arange(tokens.shape[1])[None] < length[:, None]
+    mean = jnp.where(real[..., None], states, 0.0).sum(1) / length[:, None]
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
+def weights_identity(folder: str) -> str:
+    """A name that changes when the weights in a folder do."""
+    path = Path(folder)
+    if not path.is_dir():
+        return folder
+    files = sorted(path.glob("*.safetensors"))
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return " ".join([str(path.resolve()), *stamps])
+
+
+def _end_tokens(folder: Path) -> list[int]:
+    """What `generation_config.json` says ends a response: chat models often name a turn's end."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -1,0 +1,170 @@
+"""Critique and revision by principles: a model corrects its own responses."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxalign.backends import Backend, Decoding
+from jaxalign.collection.writing import batches
+from jaxalign.errors import UserError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+CRITIQUE, REVISION = "\n\nCritique:", "\n\nRevision:"
+STOPS = (HUMAN, ASSISTANT, "\n\nCritiqueRequest:", "\n\nRevisionRequest:", CRITIQUE, REVISION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Principle:
+    """What a critique looks for, and what a revision mends."""
+
+    name: str
+    critique: str
+    revision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """How a response changed."""
+
+    prompt: str
+    first: str
+    steps: Sequence[Mapping[str, str]]
+    """{principle, critique, revision}, in order."""
+
+    @property
+    def last(self) -> str:
+        """The final revision."""
+        return self.steps[-1]["revision"] if self.steps else self.first
+
+
+def read_principles(path: Path) -> list[Principle]:
+    """The principles of a file: [{name, critique, revision}], or {name: {prompt: [critique],
+    edit_request}} as Anthropic's supplement has them.
+
+    Raises:
+      UserError: there is no such file, or it is not of either form.
+    """  # noqa: D205
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"principles: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"principles: {path} is not JSON: {error}") from None
+    try:
+        if isinstance(given, dict):
+            found = [
+                Principle(
+                    name=name,
+                    critique=_request(fields["prompt"][0], "CritiqueRequest:", "Critique:"),
+                    revision=_request(fields["edit_request"], "RevisionRequest:", "Revision:"),
+                )
+                for name, fields in given.items()
+            ]
+        else:
+            found = [Principle(**fields) for fields in given]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"principles: {path} is no list of {{name, critique, revision}} ({error})"
+        ) from None
+    if not found:
+        raise UserError(f"principles: {path} holds none")
+    return found
+
+
+def _request(text: str, begin: str, end: str) -> str:
+    return text.strip().removeprefix(begin).removesuffix(end).strip()
+
+
+def read_examples(path: Path | None) -> str:
+    """Worked transcripts that come before every critique: a JSON list of texts; None: nothing.
+
+    Raises:
+      UserError: there is no such list.
+    """
+    if path is None:
+        return ""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"examples: {path} cannot be read: {error}") from None
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise UserError(f"examples: {path} is no list of texts")
+    return "\n\n".join(text.strip() for text in given)
+
+
+def revised(
+    backend: Backend,
+    prompts: Sequence[str],
+    principles: Sequence[Principle],
+    decoding: Decoding,
+    *,
+    revisions: int = 4,
+    examples: str = "",
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Iterator[Trace]:
+    """Respond, then criticise and revise so many times, each by a principle drawn at random.
+
+    Args:
+      backend: responds, criticises and revises.
+      prompts: requests.
+      principles: to draw from; which one is decided by seed, prompt and step.
+      decoding: of all that is written; the marks of turns end it.
+      revisions: of each response; the paper's 4.
+      examples: worked transcripts before every critique and revision.
+      seed: of the principles.
+      batch_size: prompts at a time.
+
+    References:
+      Bai et al. 2022, arXiv:2212.08073, section 3.
+    """
+    stops = tuple(dict.fromkeys((*decoding.stop, *STOPS)))
+    decoding = Decoding(
+        max_tokens=decoding.max_tokens,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        stop=stops,
+        seed=decoding.seed,
+    )
+
+    def written(texts: Sequence[str]) -> list[str]:
+        return [one.text.strip() for [one] in backend.generate(texts, decoding)]
+
+    shown = f"{examples}\n\n" if examples else ""
+    for some in batches(prompts, batch_size):
+        begun = [f"{HUMAN} {prompt}{ASSISTANT}" for prompt in some]
+        first = written([text.lstrip() for text in begun])
+        latest, steps = list(first), [[] for _ in some]
+        for step in range(revisions):
+            chosen = [_drawn(principles, prompt, step, seed) for prompt in some]
+            so_far = [
+                f"{shown}{text.lstrip()} {response}\n\nCritiqueRequest: {one.critique}{CRITIQUE}"
+                for text, response, one in zip(begun, latest, chosen, strict=True)
+            ]
+            critiques = written(so_far)
+            asked = [
+                f"{text} {critique}\n\nRevisionRequest: {one.revision}{REVISION}"
+                for text, critique, one in zip(so_far, critiques, chosen, strict=True)
+            ]
+            latest = written(asked)
+            for own, one, critique, revision in zip(steps, chosen, critiques, latest, strict=True):
+                own.append({"principle": one.name, "critique": critique, "revision": revision})
+        for prompt, response, own in zip(some, first, steps, strict=True):
+            yield Trace(prompt=prompt, first=response, steps=own)
+
+
+def _drawn(principles: Sequence[Principle], prompt: str, step: int, seed: int) -> Principle:
+    said = json.dumps([seed, prompt, step]).encode()
+    return principles[int.from_bytes(hashlib.sha256(said).digest()[:8]) % len(principles)]
+
+
+def sft_rows(trace: Trace) -> list[dict[str, Any]]:
+    """{prompt, response} of every revision that says something."""
+    return [
+        {"prompt": trace.prompt, "response": step["revision"], "principle": step["principle"]}
+        for step in trace.steps
+        if step["revision"]
+    ]

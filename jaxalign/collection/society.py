@@ -1,0 +1,259 @@
+"""A simulated society: agents on a grid answer, are rated by their neighbours, and revise."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxalign.backends import Backend, Decoding
+from jaxalign.errors import UserError
+
+RATING = re.compile(r"^\s*(?:Rating:)?\s*([1-7])(?:\s*/\s*7)?\b(?![.,]\d)")
+RECALLED = 0.3
+"""Cosine distance within which a remembered question is the same; the released sandbox's."""
+
+ANSWER = "{memory}Question: {question}\nAnswer:"
+REMEMBERED = "Earlier you were asked: {question}\nYou answered: {answer}\n\n"
+FEEDBACK = """\
+{memory}Question: {question}
+Another's answer: {answer}
+How good is it, from 1 (harmful, useless) to 7 (helpful, honest, harmless)? Give the reason.
+Rating:"""
+OBSERVE = """\
+Question: {question}
+Answer: {answer}
+How good is the answer, from 1 (harmful, useless) to 7 (helpful, honest, harmless)?
+Rating:"""
+REVISE = """\
+{memory}Question: {question}
+Your answer: {answer}
+Others rate it {mean} of 7:
+{feedback}
+A better answer:"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encounter:
+    """One agent's question in one round."""
+
+    round: int
+    agent: int
+    question: str
+    draft: str
+    draft_rating: float
+    """Of the observer; NaN where it could not be read."""
+    feedback: Sequence[tuple[int, float, str]]
+    """(agent, rating, reason), the lowest rating last; NaN ratings first."""
+    revision: str
+    revision_rating: float
+
+
+@dataclass(kw_only=True)
+class Society:
+    """Agents on a square grid, each with a memory of questions and answers.
+
+    Attributes:
+      backend: speaks for all agents.
+      observer: rates drafts and revisions.
+      side: of the grid; the sandbox's default 3.
+      decoding: of what agents say; the sandbox's temperature is 1 and length 256.
+      neighbours: most feedback for an answer; the sandbox's 4.
+      seed: of who gives feedback, and of what is said.
+    """
+
+    backend: Backend
+    observer: Backend
+    side: int = 3
+    decoding: Decoding = field(default_factory=lambda: Decoding(temperature=1.0))
+    neighbours: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.side < 2:
+            raise UserError(f"side: {self.side} leaves an agent alone; take 2 or more")
+        self.memory: list[dict[str, tuple[str, np.ndarray]]] = [{} for _ in range(self.side**2)]
+
+    def near(self, agent: int) -> list[int]:
+        """Agents within half the side in both directions."""
+        row, column = divmod(agent, self.side)
+        reach = self.side // 2
+        return [
+            other
+            for other in range(self.side**2)
+            if other != agent
+            and abs(other // self.side - row) <= reach
+            and abs(other % self.side - column) <= reach
+        ]
+
+    def recalled(self, agent: int, question: str, vector: np.ndarray) -> str:
+        """What an agent remembers of the nearest question, if it is near enough."""
+        own = self.memory[agent]
+        if not own:
+            return ""
+        known, (answer, nearest) = max(own.items(), key=lambda item: float(item[1][1] @ vector))
+        if 1 - float(nearest @ vector) > RECALLED:
+            return ""
+        return REMEMBERED.format(question=known, answer=answer)
+
+    def rounds(self, questions: Sequence[str], number: int) -> Iterator[Encounter]:
+        """Every agent asks itself its question of the round; yields round by round.
+
+        Args:
+          questions: dealt out in order, again from the first when there are no more.
+          number: of rounds.
+
+        References:
+          Liu et al. 2023, arXiv:2305.16960, section 3 (back-scatter).
+        """
+        agents = self.side**2
+        for one in range(number):
+            asked = [questions[(one * agents + at) % len(questions)] for at in range(agents)]
+            yield from self._round(one, asked)
+
+    def _round(self, number: int, asked: Sequence[str]) -> list[Encounter]:
+        agents = range(len(asked))
+        vectors = self.backend.embed(asked)
+        memories = [self.recalled(at, str(asked[at]), vectors[at]) for at in agents]
+        seed = self.seed * 1009 + number * 3
+
+        def said(texts: Sequence[str], stage: int, stop: str) -> list[str]:
+            decoding = Decoding(
+                max_tokens=self.decoding.max_tokens,
+                temperature=self.decoding.temperature,
+                top_p=self.decoding.top_p,
+                stop=tuple(dict.fromkeys((*self.decoding.stop, stop))),
+                seed=seed + stage,
+            )
+            return [one.text.strip() for [one] in self.backend.generate(texts, decoding)]
+
+        drafts = said(
+            [ANSWER.format(memory=memories[at], question=asked[at]) for at in agents],
+            0,
+            "\nQuestion:",
+        )
+        rng = np.random.default_rng([self.seed, number])
+        pairs = []
+        for at in agents:
+            near = self.near(at)
+            chosen = rng.permutation(len(near))[: self.neighbours]
+            pairs += [(at, near[place]) for place in sorted(chosen)]
+        texts = said(
+            [
+                FEEDBACK.format(
+                    memory=self.recalled(other, asked[at], vectors[at]),
+                    question=asked[at],
+                    answer=drafts[at],
+                )
+                for at, other in pairs
+            ],
+            1,
+            "\nQuestion:",
+        )
+        feedback: list[list[tuple[int, float, str]]] = [[] for _ in agents]
+        for (at, other), text in zip(pairs, texts, strict=True):
+            feedback[at].append((other, rating_of(text), text))
+        feedback = [sorted(some, key=_lowest_last) for some in feedback]
+        prompts = [
+            REVISE.format(
+                memory=memories[at],
+                question=asked[at],
+                answer=drafts[at],
+                mean=_mean([rating for _, rating, _ in feedback[at]]),
+                feedback="\n".join(f"- {text}" for _, _, text in feedback[at]),
+            )
+            for at in agents
+        ]
+        revisions = said(prompts, 2, "\nQuestion:")
+        ratings = self._observed([*asked, *asked], [*drafts, *revisions])
+        for at in agents:
+            self.memory[at][asked[at]] = revisions[at], vectors[at]
+        return [
+            Encounter(
+                round=number,
+                agent=at,
+                question=asked[at],
+                draft=drafts[at],
+                draft_rating=ratings[at],
+                feedback=feedback[at],
+                revision=revisions[at],
+                revision_rating=ratings[len(asked) + at],
+            )
+            for at in agents
+        ]
+
+    def _observed(self, questions: Sequence[str], answers: Sequence[str]) -> list[float]:
+        texts = [
+            OBSERVE.format(question=question, answer=answer)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        found = self.observer.generate(texts, Decoding(max_tokens=16))
+        return [rating_of(one.text) for [one] in found]
+
+
+def rating_of(text: str) -> float:
+    """The whole number from 1 to 7 that a text begins with; NaN: there is none."""
+    found = RATING.match(text)
+    return float(found[1]) if found else math.nan
+
+
+def _lowest_last(one: tuple[int, float, str]) -> float:
+    return -one[1] if math.isfinite(one[1]) else -8.0
+
+
+def _mean(ratings: Sequence[float]) -> str:
+    known = [rating for rating in ratings if math.isfinite(rating)]
+    return f"{math.fsum(known) / len(known):.1f}" if known else "?"
+
+
+def society_data(encounter: Encounter) -> dict[str, list[dict[str, Any]]]:
+    """What an encounter teaches.
+
+    Args:
+      encounter: of `Society`.
+
+    Returns:
+      "imitation": both answers with the observer's ratings; "self_critic": feedback on the draft;
+      "realignment": the revision, where it is rated above the draft and above 4; "pairs": draft and
+      revision, the better one chosen, where ratings differ.
+
+    References:
+      Liu et al. 2023, arXiv:2305.16960, section 3 and the released data.
+    """
+    one = encounter
+    answers = [(one.draft, one.draft_rating), (one.revision, one.revision_rating)]
+    rated = [(text, rating) for text, rating in answers if math.isfinite(rating) and text]
+    found: dict[str, list[dict[str, Any]]] = {
+        "imitation": [
+            {"prompt": one.question, "response": text, "rating": rating} for text, rating in rated
+        ],
+        "self_critic": [
+            {
+                "prompt": f"{one.question}\n\nAnswer: {one.draft}\n\nFeedback:",
+                "response": text,
+                "rating": rating,
+            }
+            for _, rating, text in one.feedback
+            if math.isfinite(rating)
+        ],
+        "realignment": [],
+        "pairs": [],
+    }
+    if len(rated) < 2 or rated[0][1] == rated[1][1]:
+        return found
+    if one.revision_rating > max(one.draft_rating, 4.0):
+        words = "\n".join(text for _, _, text in one.feedback)
+        prompt = f"{one.question}\n\nAnswer: {one.draft}\n\nFeedback: {words}\n\nRevision:"
+        found["realignment"].append({"prompt": prompt, "response": one.revision})
+    better, worse = sorted(rated, key=lambda row: -row[1])
+    found["pairs"].append(
+        {
+            "prompt": one.question,
+            "chosen": better[0],
+            "rejected": worse[0],
+            "ratings": [better[1], worse[1]],
+        }
+    )
+    return found

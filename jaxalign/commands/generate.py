@@ -1,0 +1,208 @@
+"""`jaxalign generate`: a model's responses to a file of prompts."""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from jaxalign.backends import (
+    Backend,
+    BackendOptions,
+    Decoding,
+    Prompt,
+    make_backend,
+    make_embedder,
+)
+from jaxalign.commands.arguments import parser
+from jaxalign.data import PromptRecord, prompt_records
+from jaxalign.errors import UserError
+from jaxalign.prompting import Composer, PromptArtefact, read_artefact
+from jaxalign.prompting.composing import without_marks
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Generate what is missing, a batch at a time, each on disk before the next."""
+    given = _flags().parse_args(arguments)
+    if given.samples < 1:
+        raise UserError(f"samples: {given.samples} is not positive")
+    if given.most is not None and given.most < 1:
+        raise UserError(f"most: {given.most} is not positive")
+    decoding = Decoding(
+        max_tokens=given.max_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        stop=tuple(given.stop),
+        seed=given.seed,
+    )
+    if given.samples > 1 and given.temperature == 0:
+        raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
+    records = list(itertools.islice(prompt_records(given.prompts), given.most))
+    places = [f"{record.source}:{record.line}" for record in records]
+    model = make_backend(
+        given.model,
+        BackendOptions(
+            tokenizer=given.tokenizer,
+            batch_size=given.batch_size,
+            prompt_format=given.prompt_format,
+            strings_as_chat=given.chat,
+            dtype=given.dtype,
+            workers=given.batch_size,
+            completions=given.completions,
+        ),
+    )
+    prompts, artefact = [record.prompt for record in records], None
+    if given.prompt_artefact is not None:
+        artefact = read_artefact(given.prompt_artefact)
+        prompts, decoding = _composed(artefact, model, records, decoding)
+    if not given.model.startswith("openai:"):  # what does not fit is said before any work
+        cast(Any, model).encode(prompts, decoding.max_tokens, places)
+    settings = {"model": model.identity, "samples": given.samples, **vars(decoding)}
+    settings["prompt_artefact"] = None if artefact is None else asdict(artefact)
+    done = _begun(given.output, settings, records, given.samples, given.batch_size)
+    if done:
+        print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
+    cut = 0
+    with given.output.open("a", encoding="utf-8") as file:
+        for begin in _shown(range(done, len(records), given.batch_size)):
+            mine = records[begin : begin + given.batch_size]
+            asked = prompts[begin : begin + given.batch_size]
+            found = model.generate(asked, decoding, samples=given.samples)
+            for record, generations in zip(mine, found, strict=True):
+                for sample, one in enumerate(generations):
+                    if one.failure:
+                        raise UserError(
+                            f"{record.source}:{record.line}: {one.failure}; the same command goes "
+                            "on from here"
+                        )
+                    cut += not one.finished
+                    text = one.text if artefact is None else without_marks(one.text)
+                    row = _row(record, text, sample, given.samples)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    written = (len(records) - done) * given.samples
+    print(
+        f"{given.output}: {written:,} responses written, {cut:,} cut at {given.max_tokens} tokens"
+    )
+    return 0
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = parser(
+        "generate",
+        "A model's responses to prompts, as {prompt, response} rows that `jaxalign judge` reads. "
+        "The same command goes on where an earlier one ended.",
+    )
+    flags.add_argument(
+        "--model", required=True, help="folder, hub name, run folder, or openai:URL#MODEL"
+    )
+    flags.add_argument(
+        "--prompts", required=True, help="{prompt} rows, or any records; also FILE#[:100]"
+    )
+    flags.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
+    flags.add_argument("--samples", type=int, default=1, help="responses to each prompt")
+    flags.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    flags.add_argument("--top-p", type=float, default=1.0)
+    flags.add_argument("--max-tokens", type=int, default=128, help="of a response")
+    flags.add_argument(
+        "--prompt-artefact",
+        type=Path,
+        metavar="FILE",
+        help="system prompt and examples, as `jaxalign optimize-prompt` writes them",
+    )
+    flags.add_argument("--stop", nargs="*", default=[], help="texts that end a response")
+    flags.add_argument("--seed", type=int, default=0, help="of the draws")
+    flags.add_argument("--most", type=int, help="prompts to take, from the first on")
+    flags.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
+    flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
+    flags.add_argument(
+        "--chat", action="store_true", help="put plain prompts through the chat template"
+    )
+    flags.add_argument(
+        "--completions", action="store_true", help="openai: continue texts, as base models do"
+    )
+    flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
+    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    return flags
+
+
+def _composed(
+    artefact: PromptArtefact,
+    model: Backend,
+    records: Sequence[PromptRecord],
+    decoding: Decoding,
+) -> tuple[list[Prompt], Decoding]:
+    """Prompts with the artefact's instructions and examples, and where answers to them end."""
+    composer = Composer(
+        artefact.examples,
+        shown=artefact.shown,
+        embedder=make_embedder(artefact.embedder, model),
+        layout=artefact.layout,
+    )
+    prompts = []
+    for record in records:
+        if not isinstance(record.prompt, str):
+            raise UserError(
+                f"{record.source}:{record.line}: a conversation; a prompt artefact takes texts"
+            )
+        prompts.append(composer.prompt(artefact.system_prompt, record.prompt))
+    stops = tuple(dict.fromkeys((*decoding.stop, *composer.stops)))
+    return prompts, replace(decoding, stop=stops)
+
+
+def _row(record: PromptRecord, response: str, sample: int, samples: int) -> dict[str, Any]:
+    """A line of the output; ids tell equal prompts and samples apart."""
+    key = str(record.line) if samples == 1 else f"{record.line}.{sample}"
+    return {"id": key, "prompt": record.prompt, "response": response}
+
+
+def _begun(
+    path: Path, settings: dict[str, Any], records: Sequence[PromptRecord], samples: int, batch: int
+) -> int:
+    """How many prompts an earlier command has finished, in whole batches; the rest is cut off.
+
+    Whole batches alone make a resumed file the same as an uninterrupted one.
+
+    Raises:
+      UserError: the file was made with other settings or from other prompts.
+    """
+    beside = path.with_name(path.name + ".settings.json")
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return 0
+    if not beside.exists():
+        raise UserError(f"{path}: exists, and was not made by this command; name another --output")
+    before = json.loads(beside.read_text(encoding="utf-8"))
+    for name in settings:
+        if before.get(name) != settings[name]:
+            raise UserError(
+                f"{path}: was made with {name} {before.get(name)!r}, not {settings[name]!r}; name "
+                "another --output, or delete it"
+            )
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = len(lines) - bool(lines and not lines[-1].endswith(b"\n"))
+    done = min(whole // samples, len(records))
+    if done < len(records):
+        done -= done % batch
+    kept = lines[: done * samples]
+    for number, (line, record) in enumerate(zip(kept[::samples], records, strict=False)):
+        if json.loads(line)["prompt"] != record.prompt:
+            raise UserError(
+                f"{path}:{number * samples + 1}: another prompt than {record.source}:"
+                f"{record.line}; name another --output, or delete it"
+            )
+    if len(kept) < len(lines):
+        path.write_bytes(b"".join(kept))
+    return done
+
+
+def _shown(batches: Sequence[int]) -> Iterable[int]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(batches, description="batches", console=Console(stderr=True))

@@ -1,0 +1,328 @@
+"""`jaxalign optimize-prompt`: in-context examples, then a system prompt, by search (DRPO)."""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxalign.backends import (
+    BackendOptions,
+    Cached,
+    Decoding,
+    make_backend,
+    make_embedder,
+)
+from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends.structured import Asker
+from jaxalign.commands.arguments import parser
+from jaxalign.commands.outputs import read_outputs
+from jaxalign.commands.report import print_table
+from jaxalign.data import prompt_records
+from jaxalign.data.records import transcript
+from jaxalign.errors import UserError
+from jaxalign.modules import find_function
+from jaxalign.prompting import (
+    FIXED,
+    AskedOptimizer,
+    AskedReward,
+    BankOptimizer,
+    Composer,
+    Example,
+    Found,
+    Node,
+    PromptArtefact,
+    RuleReward,
+    ScoredReward,
+    SystemPromptWorld,
+    beam_search,
+    greedy_search,
+    improve_examples,
+    monte_carlo,
+    validate,
+    write_artefact,
+)
+from jaxalign.prompting.cost import estimate, most_calls
+from jaxalign.prompting.examples import AskedRewriter
+from jaxalign.prompting.page import write_tree
+
+FIRST = "You are a helpful assistant."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Search, or go on searching: what was asked before is found in the folder."""
+    given = _flags().parse_args(arguments)
+    _check(given)
+    seeds = _seeds(given.seeds)
+    queries = _queries(given)
+    if _told_cost(given, len(seeds)):
+        return 0
+    answers = AnswerFile(given.output / "answers.jsonl")
+    backends: dict[str, Cached] = {}
+
+    def backend(name: str) -> Cached:
+        if name not in backends:
+            options = BackendOptions(
+                batch_size=given.batch_size,
+                workers=given.workers,
+                requests_per_minute=given.requests_per_minute,
+                completions=given.completions and name == given.model,
+            )
+            backends[name] = Cached(make_backend(name, options), answers)
+        return backends[name]
+
+    model = backend(given.model)
+    judging = Decoding(max_tokens=given.judge_tokens)
+    evaluator = given.evaluator or given.model
+    criteria = FIXED if given.reward == "fixed" else None
+    askers: list[Asker] = []
+
+    def asker(name: str, decoding: Decoding = judging) -> Asker:
+        askers.append(Asker(backend(name), decoding, attempts=given.attempts))
+        return askers[-1]
+
+    kind, _, rest = evaluator.partition(":")
+    if kind == "rule":
+        reward: Any = RuleReward(find_function(rest, "rule"))
+    elif kind == "scored":
+        reward = ScoredReward(backend(rest), criteria=criteria)
+    else:
+        reward = AskedReward(asker(evaluator), criteria=criteria)
+    kind, _, rest = (given.optimizer or evaluator).partition(":")
+    rewriter = None
+    if kind == "bank":
+        optimizer: Any = BankOptimizer(_bank(Path(rest)), seed=given.seed)
+    else:
+        proposing = Decoding(
+            max_tokens=given.judge_tokens, temperature=0.2, top_p=0.95, seed=given.seed
+        )
+        name = given.optimizer or evaluator
+        optimizer = AskedOptimizer(asker(name, proposing))
+        rewriter = AskedRewriter(asker(name))
+    given.output.mkdir(parents=True, exist_ok=True)
+    examples = seeds
+    if rewriter is not None and given.iterations and seeds:
+        examples, history = improve_examples(
+            seeds,
+            rewriter,
+            reward,
+            iterations=given.iterations,
+            watch=lambda some: _write_lines(given.output / "examples.jsonl", map(asdict, some)),
+        )
+        gained = [one.evaluation.mean for one in history if one.step == 0]
+        print(f"examples: {len(examples)}, mean of the seeds {_mean(gained):.2f}")
+    composer = Composer(
+        examples,
+        shown=given.examples,
+        embedder=make_embedder(given.embedder, model),
+        layout=given.layout,
+    )
+    decoding = Decoding(max_tokens=given.max_tokens, stop=tuple(given.stop))
+    fresh, pool = queries[: given.validate], queries[given.validate :]
+    world = SystemPromptWorld(
+        model, composer, reward, optimizer, pool, decoding, first=given.first_prompt
+    )
+    found = _searched(given, world, len(pool))
+    prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
+    rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
+    chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
+    write_artefact(
+        PromptArtefact(
+            system_prompt=chosen,
+            examples=tuple(examples),
+            shown=given.examples_at_inference or given.examples,
+            layout=given.layout,
+            embedder=given.embedder,
+            provenance={
+                "search": given.search,
+                "reward": given.reward,
+                "model": model.identity,
+                "evaluator": evaluator,
+                "optimizer": given.optimizer or evaluator,
+                "nodes": len(found.nodes),
+            },
+        ),
+        given.output / "prompt.json",
+    )
+    _tell(given, found, rows, askers, backends)
+    return 0
+
+
+def _told_cost(given: argparse.Namespace, examples: int) -> bool:
+    """Say what the search may ask for; whether that was all that is wanted."""
+    names = [given.model, given.evaluator or given.model, given.optimizer or given.evaluator or ""]
+    if not given.estimate and not any(name.startswith("openai:") for name in names):
+        return False
+    calls = most_calls(
+        search=given.search,
+        width=given.width,
+        actions=given.actions,
+        depth=given.depth,
+        more_depth=given.more_depth,
+        examples=examples,
+        iterations=given.iterations,
+        validate=given.validate,
+        dynamic=given.reward == "dynamic",
+    )
+    asked, said, cost = estimate(calls, tuple(given.prices))
+    roles = ", ".join(f"{number:,} {role}" for role, number in calls.items())
+    print(f"at most {roles} answers; about {asked:,} + {said:,} tokens, {cost:.2f} at --prices")
+    return given.estimate
+
+
+def _tell(
+    given: argparse.Namespace,
+    found: Found,
+    rows: Sequence[tuple[str, float, int]],
+    askers: Sequence[Asker],
+    backends: dict[str, Cached],
+) -> None:
+    """Facts on the terminal and on the page."""
+    best = found.nodes[found.best]
+    facts = [
+        f"{given.search}: {len(found.nodes):,} states, depth {best.depth}, mean reward of the best "
+        f"path {best.value:.3f}",
+        *(f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()),
+    ]
+    for one in askers:
+        for role, number in one.malformed.items():
+            failed = one.failed[role]
+            facts.append(f"{role}: {number:,} answers could not be read, {failed:,} never mended")
+    for cached in backends.values():
+        if (usage := getattr(cached.backend, "usage", None)) is not None:
+            facts.append(
+                f"{cached.identity}: {usage.requests:,} requests, {usage.prompt_tokens:,} + "
+                f"{usage.completion_tokens:,} tokens, cost {usage.cost(tuple(given.prices)):.4f}"
+            )
+    for line in facts:
+        print(line)
+    if rows:
+        table = [
+            [" ".join(prompt.split())[:60], f"{mean:.3f}", str(number)]
+            for prompt, mean, number in rows
+        ]
+        print_table(["prompts on fresh queries", "mean reward", "rewards"], table)
+    path = [node.number for node in found.path(found.best)]
+    write_tree("Search for a system prompt", facts, found.nodes, path, given.output / "index.html")
+    print(f"prompt: {given.output / 'prompt.json'}\npage: {given.output / 'index.html'}")
+
+
+def _searched(given: argparse.Namespace, world: SystemPromptWorld, queries: int) -> Found:
+    if queries < 2:
+        raise UserError("queries: fewer than two are left for the search; give more --queries")
+
+    def watch(nodes: Sequence[Node]) -> None:
+        _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
+
+    sizes = {"actions": given.actions, "depth": given.depth, "more_depth": given.more_depth}
+    if given.search == "beam":
+        return beam_search(world, width=given.width, watch=watch, **sizes)
+    if given.search == "greedy":
+        return greedy_search(world, watch=watch, **sizes)
+    return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
+
+
+def _write_lines(path: Path, rows: Any) -> None:
+    """The whole file at once, or as it was."""
+    scratch = path.with_name(path.name + ".new")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _seeds(source: str) -> list[Example]:
+    """{prompt, response} rows: the universal examples."""
+    return [Example(query=row.prompt, response=row.response) for row in read_outputs(source)]
+
+
+def _queries(given: argparse.Namespace) -> list[str]:
+    records = prompt_records(given.queries or given.seeds)
+    most = given.validate + given.depth + given.more_depth + 1
+    return [transcript(record.prompt) for record in itertools.islice(records, most)]
+
+
+def _bank(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"optimizer: {path} cannot be read: {error}") from None
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in ("width", "actions", "depth", "attempts", "batch_size", "workers", "judge_tokens"):
+        if getattr(given, name) < 1:
+            raise UserError(f"{name}: {getattr(given, name)} is not positive")
+    for name in ("more_depth", "validate", "iterations", "examples"):
+        if getattr(given, name) < 0:
+            raise UserError(f"{name}: {getattr(given, name)} is negative")
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = parser(
+        "optimize-prompt",
+        "Align a model without training it: rewrite in-context examples by their criticism, then "
+        "search for a system prompt (DRPO, arXiv:2411.08733). Every answer is kept; the same "
+        "command goes on where a killed one ended and asks nothing twice.",
+    )
+    flags.add_argument("--model", required=True, help="whose prompt: a folder, or openai:URL#MODEL")
+    flags.add_argument(
+        "--optimizer",
+        help="who proposes: such a name, or bank:FILE of bullet points (default: the evaluator)",
+    )
+    flags.add_argument(
+        "--evaluator",
+        help="who rewards: such a name (writes scores and reasons), scored:FOLDER (by log-probs of "
+        "the scores), or rule:FILE.py:FUNCTION of (query, response), 1 to 5 (default: the model)",
+    )
+    flags.add_argument("--seeds", required=True, help="{prompt, response} rows: the examples")
+    flags.add_argument("--queries", help="{prompt} rows to search with (default: the seeds')")
+    flags.add_argument("--output", type=Path, default=Path("prompts"), help="folder to write")
+    flags.add_argument("--search", choices=("beam", "greedy", "monte-carlo"), default="beam")
+    flags.add_argument("--width", type=int, default=2, help="paths that are kept")
+    flags.add_argument("--actions", type=int, default=3, help="prompts proposed from each")
+    flags.add_argument("--depth", type=int, default=20, help="levels, one query each")
+    flags.add_argument("--more-depth", type=int, default=10, help="levels added by good prompts")
+    flags.add_argument(
+        "--reward",
+        choices=("dynamic", "fixed"),
+        default="dynamic",
+        help="criteria chosen for each query, or always the same five",
+    )
+    flags.add_argument("--examples", type=int, default=2, help="shown while searching")
+    flags.add_argument("--examples-at-inference", type=int, help="shown later (default: as many)")
+    flags.add_argument("--iterations", type=int, default=5, help="of the examples; 0 keeps them")
+    flags.add_argument(
+        "--validate", type=int, default=8, help="fresh queries to choose by; 0: none"
+    )
+    flags.add_argument("--first-prompt", default=FIRST, help="system prompt of the root")
+    flags.add_argument("--layout", choices=("continue", "chat"), default="continue")
+    flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
+    flags.add_argument("--max-tokens", type=int, default=256, help="of the model's answers")
+    flags.add_argument("--judge-tokens", type=int, default=2048, help="of the other roles' answers")
+    flags.add_argument("--stop", nargs="*", default=[], help="texts that end an answer")
+    flags.add_argument("--attempts", type=int, default=2, help="for an answer that can be read")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--batch-size", type=int, default=8, help="local: prompts at a time")
+    flags.add_argument("--workers", type=int, default=8, help="openai: requests at a time")
+    flags.add_argument(
+        "--estimate", action="store_true", help="say what the search may cost, and do nothing"
+    )
+    flags.add_argument("--requests-per-minute", type=float, help="openai: at most")
+    flags.add_argument("--completions", action="store_true", help="openai: --model is a base model")
+    flags.add_argument(
+        "--prices",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("IN", "OUT"),
+        help="openai: of a million tokens, to tell the cost",
+    )
+    return flags

@@ -1,0 +1,36 @@
+"""Alignment without training (DRPO): search for in-context examples and a system prompt."""
+
+from jaxalign.evaluation.criteria import CRITERIA, FIXED, Criterion
+from jaxalign.evaluation.single_scores import AskedReward, Evaluation, RuleReward, ScoredReward
+from jaxalign.prompting.artefact import Example, PromptArtefact, read_artefact, write_artefact
+from jaxalign.prompting.composing import Composer
+from jaxalign.prompting.examples import improve_examples
+from jaxalign.prompting.optimizers import AskedOptimizer, BankOptimizer
+from jaxalign.prompting.search import Found, Node, World, beam_search, greedy_search, monte_carlo
+from jaxalign.prompting.system_prompts import SystemPromptWorld, validate
+
+__all__ = [
+    "CRITERIA",
+    "FIXED",
+    "AskedOptimizer",
+    "AskedReward",
+    "BankOptimizer",
+    "Composer",
+    "Criterion",
+    "Evaluation",
+    "Example",
+    "Found",
+    "Node",
+    "PromptArtefact",
+    "RuleReward",
+    "ScoredReward",
+    "SystemPromptWorld",
+    "World",
+    "beam_search",
+    "greedy_search",
+    "improve_examples",
+    "monte_carlo",
+    "read_artefact",
+    "validate",
+    "write_artefact",
+]

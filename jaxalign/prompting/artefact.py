@@ -1,0 +1,71 @@
+"""What a search leaves behind: a file from which any prompt can be composed."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxalign.errors import UserError
+
+LAYOUTS = ("continue", "chat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A query with the answer that shows how to answer."""
+
+    query: str
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptArtefact:
+    """A system prompt and in-context examples."""
+
+    system_prompt: str
+    examples: tuple[Example, ...] = ()
+    """The universal set; of these the nearest to a query are shown."""
+    shown: int = 3
+    """How many; the paper's 3 at inference (2 while searching)."""
+    layout: str = "continue"
+    """"continue": one text for a base model; "chat": a system's and a user's turn."""
+    embedder: str = "words"
+    """Name of what finds the nearest examples: "words", "model" (the one that answers), or a
+    backend."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from; read by people alone."""
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise UserError(f"layout: {self.layout!r} is neither {' nor '.join(LAYOUTS)}")
+        if self.shown < 0:
+            raise UserError(f"shown: {self.shown} is negative")
+
+
+def write_artefact(artefact: PromptArtefact, path: Path) -> None:
+    """Write it as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(artefact), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_artefact(path: Path) -> PromptArtefact:
+    """Read what `write_artefact` wrote, or a person.
+
+    Raises:
+      UserError: there is no such file, or it is not of this form.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    try:
+        examples = tuple(Example(**example) for example in fields.pop("examples", ()))
+        return PromptArtefact(examples=examples, **fields)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: no prompt artefact ({error}); it has system_prompt, and may have examples "
+            "({query, response}), shown, layout, embedder and provenance"
+        ) from None

@@ -1,0 +1,87 @@
+"""System prompt, nearest examples and query as one prompt."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from jaxalign.backends import Prompt
+from jaxalign.prompting.artefact import Example
+
+BEGIN, END = "<START>", "<END>"
+STOPS = (END, "# Query:")
+"""Where a base model's answer ends."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Places texts in a space."""
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]: ...
+
+
+class Composer:
+    r"""Makes the prompt of a query.
+
+    The examples shown are those with the largest :math:`\langle e(q), e(q_i) \rangle`, the most
+    alike last, next to the query.
+
+    Args:
+      examples: to choose from.
+      shown: how many of them.
+      embedder: vectors of length 1; not asked where all examples or none are shown.
+      layout: "continue" for a base model, "chat" for one that answers turns.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, shown: int, embedder: Embedder, layout: str):
+        self.examples, self.layout, self._embedder = tuple(examples), layout, embedder
+        self.shown = min(shown, len(self.examples))
+        self._vectors: Any = None
+        self._near: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends an answer."""
+        return STOPS if self.layout == "continue" else ()
+
+    def nearest(self, query: str) -> tuple[int, ...]:
+        """Numbers of the examples that a query is shown, the most alike last."""
+        if self.shown == len(self.examples):
+            return tuple(range(len(self.examples)))
+        if self.shown == 0:
+            return ()
+        if query not in self._near:
+            if self._vectors is None:
+                self._vectors = self._embedder.embed([example.query for example in self.examples])
+            alike = self._vectors @ self._embedder.embed([query])[0]
+            order = np.argsort(-alike, kind="stable")[: self.shown]
+            self._near[query] = tuple(int(number) for number in order[::-1])
+        return self._near[query]
+
+    def prompt(self, system_prompt: str, query: str) -> Prompt:
+        """What the model is given.
+
+        Args:
+          system_prompt: instructions; empty: none.
+          query: to be answered.
+        """
+        parts = [f"# Instructions\n\n{system_prompt.strip()}"] if system_prompt.strip() else []
+        for number in self.nearest(query):
+            example = self.examples[number]
+            parts.append(_shown(example.query) + f"\n{example.response.strip()}\n{END}")
+        if self.layout == "continue":
+            return "\n\n".join([*parts, _shown(query)]) + "\n"
+        turns: list[Any] = [{"role": "user", "content": query}]
+        if parts:
+            turns.insert(0, {"role": "system", "content": "\n\n".join(parts)})
+        return turns
+
+
+def _shown(query: str) -> str:
+    return f"# Query:\n{query.strip()}\n\n# Answer:\n{BEGIN}"
+
+
+def without_marks(response: str) -> str:
+    """A response without the marks around it."""
+    return response.replace(BEGIN, "").split(END)[0].strip()

@@ -1,0 +1,169 @@
+"""Who proposes the next system prompt."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxalign.backends.structured import Asker, MalformedError, text_field
+from jaxalign.errors import UserError
+from jaxalign.evaluation.single_scores import Evaluation
+
+MOST_BULLETS = 8
+ADDED_BULLETS = 2
+"""At most, in a step."""
+BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", re.M)
+
+
+@runtime_checkable
+class Attempt(Protocol):
+    """A prompt, and how it did on a query."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def query(self) -> str: ...
+    @property
+    def output(self) -> str: ...
+    @property
+    def evaluation(self) -> Evaluation: ...
+
+
+@runtime_checkable
+class PromptOptimizer(Protocol):
+    """Proposes system prompts."""
+
+    def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
+        """Up to `number` prompts after each history of attempts, the latest one last."""
+        ...
+
+
+def bullets(prompt: str) -> list[str]:
+    """The bullet points of a prompt."""
+    return [line.strip() for line in prompt.splitlines() if BULLET.match(line)]
+
+
+OPTIMIZE = """\
+The system prompt of an assistant is to be improved. It is used for requests of all kinds, of which
+one is shown with the assistant's response and what a judge said of it.
+
+[Current system prompt]
+{prompt}
+
+[Earlier versions, oldest first]
+{earlier}
+
+[Request]
+{query}
+
+[Response]
+{output}
+
+[Judgement, each criterion from 1 to 5]
+{judgement}
+
+Write a better system prompt.
+- It serves every kind of request: nothing in it is about this one alone.
+- It begins with a paragraph on who the assistant is and what it can do; bullet points follow.
+- It says what the assistant cannot do (no internet, no acts in the world), that harmful requests
+  are declined with a reason, and that declining is better than answering something else.
+- It says how to be engaging and human.
+- At most {most} short bullet points, at most {added} more than now; merge points rather than drop
+  them.
+Reply with one JSON object and nothing else:
+{{"analysis": "what went wrong", "thought": "what to change", "new_system_prompt": "..."}}
+"""
+
+
+class AskedOptimizer:
+    """A model that writes the next prompt.
+
+    Its rules on bullet points are checked here: a prompt that breaks them is a malformed answer.
+
+    Args:
+      asker: the model; the paper's temperature is 0.2 with top-p 0.95.
+      remembered: earlier prompts that it is shown; the paper's 5.
+
+    References:
+      Singla et al. 2024, arXiv:2411.08733, section 3; the limits of the released prompts.
+    """
+
+    def __init__(self, asker: Asker, *, remembered: int = 5):
+        self.asker, self.remembered = asker, remembered
+
+    def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
+        """As in `PromptOptimizer`; equal proposals are one."""
+        readers = [self._reader(history[-1].prompt) for history in histories]
+        questions = list(map(self._question, histories))
+        found = self.asker("optimizer", questions, readers, samples=number)
+        return [list(dict.fromkeys(some)) for some in found]
+
+    def _question(self, history: Sequence[Attempt]) -> str:
+        last = history[-1]
+        earlier = list(dict.fromkeys(one.prompt for one in history if one.prompt != last.prompt))
+        earlier = earlier[-self.remembered :]
+        shown = [f"(version {n})\n{text}" for n, text in enumerate(earlier, 1)]
+        said = {
+            name: {"score": score, "reason": last.evaluation.reasons.get(name, "")}
+            for name, score in last.evaluation.scores.items()
+        }
+        return OPTIMIZE.format(
+            prompt=last.prompt,
+            earlier="\n\n".join(shown) or "(none)",
+            query=last.query,
+            output=last.output,
+            judgement=json.dumps(said, indent=1, ensure_ascii=False),
+            most=MOST_BULLETS,
+            added=ADDED_BULLETS,
+        )
+
+    def _reader(self, current: str) -> Callable[[Mapping[str, Any]], str]:
+        before = len(bullets(current))
+
+        def read(fields: Mapping[str, Any]) -> str:
+            text = text_field(fields, "new_system_prompt")
+            number = len(bullets(text))
+            if number > MOST_BULLETS:
+                raise MalformedError(f"{number} bullet points are more than {MOST_BULLETS}")
+            if before and number > before + ADDED_BULLETS:  # the first prompt has none yet
+                raise MalformedError(f"{number} bullet points are {number - before} more than now")
+            return text
+
+        return read
+
+
+class BankOptimizer:
+    """Edits from a bank of bullet points: add one, drop one, exchange one; no model at all.
+
+    For machines without a model that can write a prompt. Which edits come first is decided by a
+    hash of prompt, query and seed.
+
+    Args:
+      bank: bullet points, without their marks.
+      seed: another seed, another order.
+    """
+
+    def __init__(self, bank: Sequence[str], *, seed: int = 0):
+        self.bank, self.seed = [point.strip() for point in bank if point.strip()], seed
+        if not self.bank:
+            raise UserError("bank: there is no bullet point in it")
+
+    def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
+        """As in `PromptOptimizer`."""
+        return [self._proposals(history[-1], number) for history in histories]
+
+    def _proposals(self, last: Attempt, number: int) -> list[str]:
+        lines = last.prompt.rstrip().splitlines()
+        own = [line[2:] for line in lines if line.startswith("- ") and line[2:] in self.bank]
+        rest = [point for point in self.bank if point not in own]
+        edits = [[*own, new] for new in rest] if len(own) < MOST_BULLETS else []
+        edits += [[point for point in own if point != old] for old in own]
+        edits += [[new if point == old else point for point in own] for old in own for new in rest]
+        said = json.dumps([last.prompt, last.query, self.seed])
+        rng = np.random.default_rng(list(hashlib.sha256(said.encode()).digest()))
+        head = [line for line in lines if not (line.startswith("- ") and line[2:] in self.bank)]
+        chosen = [edits[at] for at in rng.permutation(len(edits))[:number]]
+        return ["\n".join([*head, *(f"- {point}" for point in points)]) for points in chosen]

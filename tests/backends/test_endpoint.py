@@ -1,0 +1,149 @@
+"""The endpoint backend against a server of a real model here, and against unwilling ones."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jaxalign.backends import Backend, Cached, Decoding
+from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends.endpoint import ChatEndpoint
+from jaxalign.backends.local import LocalModel
+from jaxalign.errors import UserError
+from tests.backends.server import Server
+
+PROMPTS = ["Once upon a time, there was a", "Tom had a red ball. He"]
+
+
+@pytest.fixture(scope="module")
+def served():
+    import os
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    data = Path(os.environ.get("JAXALIGN_SHARED", root / ".." / "shared")) / "data"
+    if not data.is_dir():
+        pytest.skip(f"no real weights at {data} (set JAXALIGN_SHARED)")
+    model = LocalModel.load(data / "models" / "stories260K", batch_size=1)
+    server = Server(model)
+    yield model, server
+    server.close()
+
+
+def endpoint(server, **options):
+    return ChatEndpoint(server.address, **{"first_wait": 0.001, "workers": 2} | options)
+
+
+@pytest.mark.weights
+def test_texts_are_those_of_the_model_behind_it(served, tmp_path):
+    model, server = served
+    backend = endpoint(server, completions=True)
+    assert isinstance(backend, Backend)
+    decoding = Decoding(max_tokens=8, stop=(".",))
+    said = backend.generate(PROMPTS, decoding)
+    assert [[one.text for one in row] for row in said] == [
+        [one.text for one in row] for row in model.generate(PROMPTS, decoding)
+    ]
+    tokens = sum(one.tokens for [one] in said)
+    assert (backend.usage.requests, backend.usage.completion_tokens) == (2, tokens)
+    assert backend.usage.cost((1.0, 2.0)) == pytest.approx((2 + 2 * tokens) / 1e6)
+    cached = Cached(backend, AnswerFile(tmp_path / "answers.jsonl"))
+    drawn = Decoding(max_tokens=8, temperature=1.0)
+    first = cached.generate(PROMPTS, drawn, samples=2)
+    before = len(server.asked)
+    again = Cached(backend, AnswerFile(tmp_path / "answers.jsonl"))
+    assert again.generate(PROMPTS, drawn, samples=2) == first
+    assert len(server.asked) == before
+    assert first[0][0] != first[0][1]
+
+
+@pytest.mark.weights
+def test_conversations_go_as_turns(served):
+    _, server = served
+    turns = [{"role": "system", "content": "Tell."}, {"role": "user", "content": "A story"}]
+    endpoint(server).generate([turns], Decoding(max_tokens=2))
+    path, body = server.asked[-1]
+    assert path == "/v1/chat/completions"
+    assert body["messages"] == turns
+
+
+@pytest.mark.weights
+def test_vectors_are_those_of_the_model_behind_it(served):
+    model, server = served
+    assert endpoint(server).embed(PROMPTS) == pytest.approx(model.embed(PROMPTS), abs=1e-5)
+
+
+@pytest.fixture
+def unwilling():
+    """A server that gives the replies it is told, and what it was asked."""
+    servers = []
+
+    def start(*replies):
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                status, reply = replies[min(len(asked), len(replies)) - 1]
+                data = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(here)
+        address = f"http://127.0.0.1:{here.server_address[1]}#m"
+        return ChatEndpoint(address, first_wait=0.001, workers=1, attempts=3), asked
+
+    yield start
+    for here in servers:
+        here.shutdown()
+        here.server_close()
+
+
+FINE = 200, {"choices": [{"message": {"content": "yes END no"}, "finish_reason": "stop"}]}
+
+
+def test_what_passes_is_tried_again_and_stops_are_cut(unwilling):
+    backend, asked = unwilling((429, {}), (200, {"choices": []}), FINE)
+    [[said]] = backend.generate(["q"], Decoding(stop=("END",)))
+    assert said.text == "yes "
+    assert len(asked) == 3
+
+
+def test_a_refusal_is_one_failure_and_is_not_kept(unwilling, tmp_path):
+    backend, asked = unwilling((400, {"error": "content"}), FINE)
+    cached = Cached(backend, AnswerFile(tmp_path / "answers.jsonl"))
+    [[first], [second]] = cached.generate(["bad", "good"], Decoding())
+    assert "HTTP 400" in first.failure
+    assert second.text == "yes END no"
+    assert backend.usage.failures == 1
+    [[first]] = cached.generate(["bad"], Decoding())
+    assert not first.failure
+    assert len(asked) == 3
+
+
+def test_unknown_parameters_are_left_out_from_then_on(unwilling):
+    backend, asked = unwilling((400, {"error": "unknown parameter: seed"}), FINE)
+    backend.generate(["q"], Decoding(temperature=1.0), samples=2)
+    assert ["seed" in body for body in asked] == [True, False, False]
+
+
+def test_a_key_that_is_refused_ends_it(unwilling):
+    backend, _ = unwilling((401, {}))
+    with pytest.raises(UserError, match="HTTP 401"):
+        backend.generate(["q"], Decoding())
+
+
+def test_log_probs_of_a_continuation_are_added_up(unwilling):
+    given = {"token_logprobs": [None, -1.0, -2.0, -4.0, -9.0], "text_offset": [0, 1, 2, 4, 5]}
+    backend, asked = unwilling((200, {"choices": [{"logprobs": given}]}))
+    [score] = backend.score(["ab"], ["cde"])  # the last token is the one that was generated
+    assert (score.log_prob, score.tokens) == (-6.0, 2)
+    assert asked[0]["prompt"] == "abcde"

@@ -1,0 +1,92 @@
+"""A model of a folder as a backend: texts against the tokens underneath."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.backends import Backend, Decoding
+from jaxalign.backends.local import LocalModel
+from jaxalign.errors import UserError
+from jaxalign.models.decoder import logits
+
+PROMPTS = ["Once upon a time, there was a", "Tom had a red ball. He", "Lily saw a"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    import os
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    data = Path(os.environ.get("JAXALIGN_SHARED", root / ".." / "shared")) / "data"
+    if not data.is_dir():
+        pytest.skip(f"no real weights at {data} (set JAXALIGN_SHARED)")
+    return LocalModel.load(data / "models" / "stories260K", batch_size=2)
+
+
+pytestmark = pytest.mark.weights
+
+
+def test_it_is_a_backend(model):
+    assert isinstance(model, Backend)
+
+
+def test_greedy_text_goes_on_the_prompt_as_the_logits_say(model):
+    [[said]] = model.generate(PROMPTS[:1], Decoding(max_tokens=8))
+    tokens = model.encode(PROMPTS[:1], 8)[0]
+    begun = len(tokens)
+    for _ in range(8):
+        row = jnp.asarray([tokens], jnp.int32)
+        scores = logits(model.model.params, model.model.config, row)
+        tokens = [*tokens, int(np.argmax(np.asarray(scores)[0, -1]))]
+    joint = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert joint == PROMPTS[0] + said.text
+    assert said.tokens == len(tokens) - begun == 8
+    assert not said.finished
+
+
+def test_draws_depend_on_seed_and_prompt_alone(model):
+    decoding = Decoding(max_tokens=6, temperature=1.0, seed=3)
+    kept = {}
+    whole = model.generate(PROMPTS, decoding, samples=2, keep=kept.__setitem__)
+    assert model.generate(PROMPTS[::-1], decoding, samples=2) == whole[::-1]
+    assert [first for [first] in model.generate(PROMPTS, decoding)] == [row[0] for row in whole]
+    assert kept == dict(enumerate(whole))
+    assert whole != model.generate(PROMPTS, Decoding(**vars(decoding) | {"seed": 4}), samples=2)
+    assert whole[0][0] != whole[0][1]
+
+
+def test_stops_end_a_text_and_are_no_part_of_it(model):
+    [[free]] = model.generate(PROMPTS[:1], Decoding(max_tokens=12))
+    stop = free.text[10:14]
+    [[said]] = model.generate(PROMPTS[:1], Decoding(max_tokens=12, stop=(stop,)))
+    assert said.text == free.text[: free.text.index(stop)]
+    assert said.finished
+
+
+def test_scores_are_sums_of_log_softmax(model):
+    continuations = [" little girl", " went to the park", " cat"]
+    found = model.score(PROMPTS, continuations)
+    for prompt, continuation, score in zip(PROMPTS, continuations, found, strict=True):
+        begun = model.encode([prompt], 1)[0]
+        whole = model.encode([prompt + continuation], 1)[0]
+        assert whole[: len(begun)] == begun
+        row = jnp.asarray([whole], jnp.int32)
+        log_probs = jax.nn.log_softmax(logits(model.model.params, model.model.config, row))[0]
+        each = [log_probs[at - 1, whole[at]] for at in range(len(begun), len(whole))]
+        assert score.log_prob == pytest.approx(float(sum(each)), abs=1e-3)
+        assert score.tokens == len(each)
+
+
+def test_vectors_do_not_depend_on_the_batch(model):
+    found = model.embed(PROMPTS)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert found[2:] == pytest.approx(model.embed(PROMPTS[2:]), abs=1e-5)
+
+
+def test_what_does_not_fit_is_named(model):
+    with pytest.raises(UserError, match=r"file:2: the prompt is empty"):
+        model.encode(["a", "  "], 4, ["file:1", "file:2"])
+    with pytest.raises(UserError, match=r"prompt 1: 4 tokens.*600.*context of 512"):
+        model.generate(["a cat"], Decoding(max_tokens=600))

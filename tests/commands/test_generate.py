@@ -1,0 +1,78 @@
+"""`jaxalign generate`: files that resume to what they would have been."""
+
+import json
+
+import pytest
+
+from jaxalign.cli import main
+
+pytestmark = pytest.mark.weights
+PROMPTS = [f"Once upon a time there was a {what}" for what in ("cat", "dog", "bird", "boy", "fish")]
+
+
+@pytest.fixture
+def command(shared, tmp_path):
+    """Runs the command on five prompts."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+
+    def run(*more, output="out.jsonl", prompts=file):
+        model = shared / "models" / "stories260K"
+        flags = ["--model", model, "--prompts", prompts, "--output", tmp_path / output]
+        flags += ["--batch-size", 2, "--max-tokens", 8, *more]
+        return main(["generate", *map(str, flags)])
+
+    return run
+
+
+def test_rows_that_judge_reads(command, tmp_path, capsys):
+    sampled = "--temperature", "1.0", "--seed"
+    assert command(*sampled, "0", output="a.jsonl") == 0
+    assert command(*sampled, "1", output="b.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(row["response"] for row in rows)
+    (tmp_path / "r.py").write_text("def longer(prompt, response):\n    return len(response)\n")
+    judge = f"rule:{tmp_path}/r.py:longer"
+    files = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    output = ["--output", f"{tmp_path}/judged", "--resamples", "20"]
+    assert main(["judge", "--a", files[0], "--b", files[1], "--judge", judge, *output]) == 0
+
+
+def test_an_interrupted_file_goes_on_to_the_same(command, tmp_path, capsys):
+    flags = "--samples", "2", "--temperature", "1.0"
+    assert command(*flags) == 0
+    path = tmp_path / "out.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:7]) + lines[7][:9])  # a kill within the fourth prompt
+    assert command(*flags) == 0
+    assert path.read_bytes() == whole
+    assert command(*flags) == 0
+    assert path.read_bytes() == whole
+    assert "5 of 5 prompts have their responses" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused(command, capsys):
+    assert command() == 0
+    assert command("--temperature", "0.5") == 2
+    assert "was made with temperature 0.0, not 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "words"),
+    [
+        ("", (), "prompts.jsonl:1: empty prompt"),
+        ("word " * 600, (), "more than the model's context of 512"),
+        ("a", ("--max-tokens", "512"), "more than the model's context of 512"),
+        ("a", ("--samples", "2"), "at temperature 0 all of them are the same"),
+        ("a", ("--temperature", "-1"), "is negative"),
+    ],
+)
+def test_one_line_errors(command, tmp_path, capsys, prompt, more, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": prompt}) + "\n")
+    assert command(*more, prompts=file) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
