@@ -227,7 +227,7 @@ def main() -> None:
     header = ["method", "reward", "beats the base", "at equal length", "accuracy",
               "KL (nats a response)", "tokens"]  # fmt: skip
     text = table(header, rows(columns))
-    text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3)))
+    text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3))[1:])  # not the base
     print(text)
     command = f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
     command += f" --steps {given.steps}" if given.steps else ""

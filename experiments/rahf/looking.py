@@ -17,6 +17,7 @@ from experiments.rahf.compare import answers
 from jaxalign.commands.convert import main as convert
 from jaxalign.commands.representation import make_reader
 from jaxalign.commands.stages import read_run_config
+from jaxalign.commands.train import enable_compilation_cache
 from jaxalign.commands.training_data import instructions_of, tokenization
 from jaxalign.config import TrainConfig
 from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
@@ -149,6 +150,7 @@ def main() -> None:
     flags.add_argument("--judge", type=Path, default=Path("runs/rahf_judge"))
     flags.add_argument("--prompts", type=int, default=164, help="test prompts")
     given = flags.parse_args()
+    enable_compilation_cache()
     tuned, text = look(given.run)
     print(text)
     put(FOLDER, "separability", text)
