@@ -116,7 +116,7 @@ class Society:
     def _round(self, number: int, asked: Sequence[str]) -> list[Encounter]:
         agents = range(len(asked))
         vectors = self.backend.embed(asked)
-        memories = [self.recalled(at, str(asked[at]), vectors[at]) for at in agents]
+        memories = [self.recalled(at, asked[at], vectors[at]) for at in agents]
         seed = self.seed * 1009 + number * 3
 
         def said(texts: Sequence[str], stage: int, stop: str) -> list[str]:
@@ -135,7 +135,7 @@ class Society:
             "\nQuestion:",
         )
         rng = np.random.default_rng([self.seed, number])
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         for at in agents:
             near = self.near(at)
             chosen = rng.permutation(len(near))[: self.neighbours]
