@@ -16,6 +16,7 @@ reference; then three seeds, all nine pairings, on test prompts.
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ from jaxalign.models import load_pretrained
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
 from jaxalign.reporting import read_run
+from jaxalign.reporting.online import SHARES
 from jaxalign.sharding import make_mesh
 
 HERE = Path(__file__).parent
@@ -82,7 +84,7 @@ def main(options: Options) -> None:
         ]
         for name in METHODS
     }
-    put(HERE, "all against all", all_against_all(runs, judge, facts))
+    put(HERE, "all against all", all_against_all(runs, judge, labeller, facts))
     draw(runs)
 
 
@@ -215,7 +217,9 @@ def sweep(options: Options) -> tuple[dict[str, float], list[list[str]]]:
 # ------------------------------------------------------------------------------ judging
 
 
-def all_against_all(runs: dict[str, list[Path]], judge: Classifier, facts: dict[str, float]) -> str:
+def all_against_all(
+    runs: dict[str, list[Path]], judge: Classifier, labeller: Classifier, facts: dict[str, float]
+) -> str:
     """The paper's table 2 before the judge, the reference and ratings beside it."""
     prompts = [str(record.prompt) for record in prompt_records(str(TEST_PROMPTS))]
     said = {
@@ -257,6 +261,8 @@ def all_against_all(runs: dict[str, list[Path]], judge: Classifier, facts: dict[
         for name, folders in runs.items()
     }
     spent = ", ".join(f"{label} {np.mean(kl):.1f}" for label, kl in ends.items())
+    both = "; ".join(f"{name} {_over(prompts, said, name, judge, labeller)}" for name in said)
+    spent_on = ", ".join(f"{share.split('/')[1]} {_share(runs, share):.2f}" for share in SHARES)
     pairings, seeds = len(said[names[0]]) ** 2, len(said[names[0]])
     notes = (
         f"Mean preference of the row over the column and, in brackets, its standard deviation over "
@@ -268,8 +274,31 @@ def all_against_all(runs: dict[str, list[Path]], judge: Classifier, facts: dict[
         f"agrees with the labeller on {facts['judge on labeller']:.3f} of these pairs. On "
         f"reviews that people rated, not their own, the labeller is right on "
         f"{facts['labeller']:.3f} and the judge on {facts['judge']:.3f}.",
+        f"Wins over the reference of each seed before the judge (and before the labeller): {both}. "
+        f"Shares of a step's time: {spent_on}.",
     )
     return "\n".join([table(["", *(names[i] for i in order), "Elo"], against), *notes])
+
+
+def _over(
+    prompts: Sequence[str],
+    said: dict[str, list[list[str]]],
+    name: str,
+    judge: Classifier,
+    labeller: Classifier,
+) -> str:
+    """Each seed's win rate over one sample of the reference, before judge and labeller."""
+    theirs, cells = said["reference"][0], []
+    for ours in said[name]:
+        rates = [x.preferences(prompts, ours, theirs).preference.mean() for x in (judge, labeller)]
+        cells.append("{:.2f} ({:.2f})".format(*rates))
+    return ", ".join(cells)
+
+
+def _share(runs: dict[str, list[Path]], share: str) -> float:
+    """The mean share of a step's time over all runs, first steps left out."""
+    folders = [folder for own in runs.values() for folder in own]
+    return float(np.mean([read_run(x).curve("online", "train", share)[1][1:] for x in folders]))
 
 
 def _elo(scale, at: int) -> str:

@@ -116,6 +116,7 @@ def test_adapters_learn_online_and_a_comparing_rule_judges(here):
     assert (here / "runs" / "run" / "adapter" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_sampling_on_another_mesh_changes_nothing(here):
     assert train("--name", "same") == 0
     assert train("--name", "other", "--rollout.mesh", "data", "4", "tensor", "2") == 0

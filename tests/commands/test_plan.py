@@ -57,7 +57,10 @@ def test_a_sweep_ranks_what_fits(experiment, capsys):
         (["--topology", "v9:2x2"], "topology: 'v9:2x2' is not KIND:SHAPE"),
         (["--topology", "cpu:64"], "set JAX_NUM_CPU_DEVICES=64"),
         (["--topology", "cpu:8", "--preference.batch-size", "6"], "not a multiple of data x fsdp"),
-        (["--topology", "cpu:2", "--preference.steps", "0"], "no preference stage"),
+        (
+            ["--topology", "cpu:2", "--preference.steps", "0"],
+            "neither a preference nor an online",
+        ),
     ],
     ids=["kind", "devices", "rows", "stage"],
 )

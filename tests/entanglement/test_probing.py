@@ -13,6 +13,14 @@ from jaxalign.models import DecoderConfig, decoder, devices, load_pretrained, lo
 from jaxalign.models.responses import response_log_probs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+def folder_of(name):
+    """A fixture that makes log-probs."""
+    kinds = ("models", "encoder_decoders")
+    return next(path for kind in kinds if (path := FIXTURES / kind / name).is_dir())
+
+
 FAMILIES = [  # one of every way to use a parameter
     "gemma2",
     "gemma3_text",
@@ -102,7 +110,7 @@ def test_every_family(name):
     # In t5_v1_1 attention is not scaled down: moving its weights by one part in 10 million moves
     # either way's numbers by one in 100,000.
     tolerance = 1e-4 if name == "t5_v1_1" else 1e-5
-    model = load_pretrained(next(FIXTURES.glob(f"*/{name}")), dtype=jnp.float32)
+    model = load_pretrained(folder_of(name), dtype=jnp.float32)
     batch = pairs_for(model.config.vocab_size)
     ways = two_pass_geometry, pair_geometry
     wanted, found = (jax.jit(lambda p, f=f: f(p, model.config, batch))(model.params) for f in ways)

@@ -10,7 +10,7 @@ from jaxalign.entanglement.tokens import PairTokens, last_layer_geometry, token_
 from jaxalign.models import decoder, load_pretrained
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import response_log_probs
-from tests.entanglement.test_probing import FIXTURES, pairs_for, rows_of, small
+from tests.entanglement.test_probing import folder_of, pairs_for, rows_of, small
 
 
 def first_pair(batch):
@@ -24,7 +24,7 @@ def first_pair(batch):
 
 @pytest.mark.parametrize("name", ["llama_tied_groups", "gemma2", "t5_v1_1"])
 def test_the_matrix_is_that_of_dense_gradients_and_sums_to_the_pairs(name):
-    model = load_pretrained(next(FIXTURES.glob(f"*/{name}")), dtype=jnp.float32)
+    model = load_pretrained(folder_of(name), dtype=jnp.float32)
     params, config = model.params, model.config
     batch = pairs_for(config.vocab_size, pairs=1)
     found = jax.jit(lambda p: token_geometry(p, config, first_pair(batch), chunk=2))(params)
@@ -67,7 +67,7 @@ def test_adapters_alone_and_the_chunk_does_not_matter():
 @pytest.mark.parametrize("name", ["llama2", "gemma2"])
 def test_the_last_layer_in_closed_form(name):
     """The unembedding's own gradients; Gemma 2 caps its logits, and its embedding is tied."""
-    model = load_pretrained(next(FIXTURES.glob(f"*/{name}")), dtype=jnp.float32)
+    model = load_pretrained(folder_of(name), dtype=jnp.float32)
     params, config = model.params, model.config
     batch = pairs_for(config.vocab_size, pairs=1)
     tokens, prompt_length, response_tokens, response_length = rows_of(batch)
