@@ -24,6 +24,11 @@ def find_module(name: str, kind: str) -> ModuleType:
     if name.endswith(".py") or path.exists():
         if not path.is_file():
             raise UserError(f"{name}: no such {kind} file; give a Python file or a module")
+        root = path.resolve().parent
+        while (root / "__init__.py").is_file():  # a file of a package imports from the package
+            root = root.parent
+        if root != path.resolve().parent and str(root) not in sys.path:
+            sys.path.insert(0, str(root))
         spec = importlib.util.spec_from_file_location(f"{kind}_{path.stem}", path)
         if spec is None or spec.loader is None:
             raise UserError(f"{name}: not a Python file; give a .py file or a module")
