@@ -72,37 +72,36 @@ def drive(
     config, stage = world.config, getattr(world.config, name)
     assert isinstance(stage, StageConfig)
     fresh = functools.partial(initial_state, optimizer=optimizer, seed=config.seed)
-    checkpoints = Checkpoints(stage_folder(world.folder, name))
-    latest = checkpoints.latest()
-    if latest is None:
-        state = place(fresh(trained), world.mesh)
-    else:
-        state, meta = checkpoints.restore(latest, jax.eval_shape(fresh, trained), world.mesh)
-        batches.set_state(meta["iterator"])
-    start = int(state.step)
-    first = min(start + 2, max(stage.steps - config.profile, start))
-    traced = config.profile and jax.process_index() == 0
-    folder = world.folder / "profile" / name if traced else None
-    with Progress(name, stage.steps, start=start) as progress:
-        state = run_stage(
-            name,
-            state=state,
-            frozen=frozen,
-            step=make_step(state),
-            batches=batches,
-            place_batch=place_batch,
-            describe=describe,
-            steps=stage.steps,
-            schedule=schedule,
-            evaluation=evaluation,
-            eval_every=stage.eval_every,
-            save_every=stage.save_every,
-            checkpoints=checkpoints,
-            writers=world.writers,
-            throughput=throughput,
-            nonfinite=config.nonfinite,
-            progress=progress,
-            trace=Trace(folder, first=first, steps=config.profile),
-        )
-    checkpoints.close()
+    with Checkpoints(stage_folder(world.folder, name)) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is None:
+            state = place(fresh(trained), world.mesh)
+        else:
+            state, meta = checkpoints.restore(latest, jax.eval_shape(fresh, trained), world.mesh)
+            batches.set_state(meta["iterator"])
+        start = int(state.step)
+        first = min(start + 2, max(stage.steps - config.profile, start))
+        traced = config.profile and jax.process_index() == 0
+        folder = world.folder / "profile" / name if traced else None
+        with Progress(name, stage.steps, start=start) as progress:
+            state = run_stage(
+                name,
+                state=state,
+                frozen=frozen,
+                step=make_step(state),
+                batches=batches,
+                place_batch=place_batch,
+                describe=describe,
+                steps=stage.steps,
+                schedule=schedule,
+                evaluation=evaluation,
+                eval_every=stage.eval_every,
+                save_every=stage.save_every,
+                checkpoints=checkpoints,
+                writers=world.writers,
+                throughput=throughput,
+                nonfinite=config.nonfinite,
+                progress=progress,
+                trace=Trace(folder, first=first, steps=config.profile),
+            )
     return state

@@ -81,3 +81,14 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the folder."""
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Close; after an error too, so that whoever comes next finds what was being written.
+
+        An error in one of many processes ends it at once: the others would not finish with it.
+        """
+        if kind is None or jax.process_count() == 1:
+            self.close()
