@@ -203,7 +203,7 @@ class Order:
         return batches
 
 
-def share(
+def _share(
     order: Order, number: int, process_index: int, process_count: int
 ) -> tuple[Any, Any, Any]:
     """All examples of a batch, this process's share filled up with copies, and its weights."""
@@ -217,30 +217,65 @@ def share(
     return members, filled[share], weight[share]
 
 
-def iterate(
-    order: Order,
-    make: Callable[[int], Any],
-    process_index: int,
-    process_count: int,
-    prefetch: int,
+def ordered_batches(
+    lengths: np.ndarray,
+    make: Callable[[np.ndarray, np.ndarray, np.ndarray], Any],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int = 16,
+    drop_remainder: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 8,
 ) -> Iterations:
-    """A Grain iterator over `make(0)`, `make(1)`, ..., prepared by threads."""
+    """Batches of examples, in an order that the seed alone decides.
+
+    Args:
+      lengths: Int [examples]: what to sort by.
+      make: (all examples of a batch, this process's with copies where it is filled up, their
+        weights) -> the batch.
+      batch_size: examples per batch, over all processes.
+      seed: of the order.
+      epochs: passes over the data; None: no end.
+      shuffle: a new order in every epoch; off: as given.
+      window: batches within which examples are sorted by length (the batches are then shuffled).
+      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
+      process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
+      process_count: processes that share each batch; all see the same shapes.
+      prefetch: batches prepared ahead, by threads.
+
+    Returns:
+      An iterator with `get_state` and `set_state`; its state is the number of the next batch, as
+      plain JSON values, whatever the number of processes.
+    """
     import grain
 
-    if order.window < 1:
-        raise UserError(f"window: {order.window} is not a number of batches; use 1 or more")
-    if order.epochs is not None and order.epochs < 1:
-        raise UserError(f"epochs: {order.epochs} passes over the data; use 1 or more")
+    order = Order(
+        lengths=lengths,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        window=window,
+        epochs=epochs,
+        drop_remainder=drop_remainder,
+    )
+    if window < 1:
+        raise UserError(f"window: {window} is not a number of batches; use 1 or more")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"epochs: {epochs} passes over the data; use 1 or more")
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
-    if order.batch_size < 1 or order.batch_size % process_count:
+    if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"batch_size: {order.batch_size} is not a multiple of the {process_count} processes"
+            f"batch_size: {batch_size} is not a multiple of the {process_count} processes"
         )
     number = FOREVER if order.num_batches is None else order.num_batches
     if number == 0:
         raise UserError(
-            f"batch_size: {order.batch_size} is more than the {len(order.lengths)} "
+            f"batch_size: {batch_size} is more than the {len(lengths)} "
             "examples, and partial batches are dropped"
         )
     lock = threading.Lock()
@@ -248,7 +283,7 @@ def iterate(
     def locked(at: Any) -> Any:
         with lock:  # one window is planned once, not by every thread
             order.batch(int(at))
-        return make(int(at))
+        return make(*_share(order, int(at), process_index, process_count))
 
     options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(number).map(locked).to_iter_dataset(options))
@@ -260,39 +295,22 @@ def iterate(
 def pair_batches(
     pairs: TokenizedPairs,
     *,
-    batch_size: int,
-    seed: int = 0,
     buckets: int | Sequence[int] = 4,
-    epochs: int | None = None,
-    shuffle: bool = True,
-    window: int = 16,
-    drop_remainder: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 8,
     joint_share: float = 0.0,
+    **order: Any,
 ) -> Iterations:
-    """Batches of pairs, in an order that the seed alone decides.
+    """Batches of pairs.
 
     Args:
       pairs: from `tokenize_pairs`.
-      batch_size: pairs per batch, over all processes.
-      seed: of the order.
       buckets: lengths to pad to, or the largest number of lengths, chosen from the data. Each
         length has one size of `response_tokens`: as many shapes as buckets.
-      epochs: passes over the data; None: no end.
-      shuffle: a new order in every epoch; off: as given.
-      window: batches within which pairs are sorted by length (the batches are then shuffled).
-      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
-      process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
-      process_count: processes that share each batch; all see the same shapes.
-      prefetch: batches prepared ahead, by threads.
       joint_share: make joint rows in those buckets where they take at most this share of the
         tokens of two rows; 0: nowhere.
+      **order: of `ordered_batches`: batch_size, seed, epochs and so on.
 
     Returns:
-      An iterator of `PairBatch` with `get_state` and `set_state`; its state is the number of the
-      next batch, as plain JSON values, whatever the number of processes.
+      An iterator of `PairBatch` with `get_state` and `set_state`.
     """
     length, response = pairs.length.max(1), pairs.response_length.max(1)
     edges = bucket_edges(length, buckets)
@@ -305,18 +323,8 @@ def pair_batches(
             size if size <= joint_share * 2 * edge else 0
             for size, edge in zip(joint_of, edges, strict=True)
         ]
-    order = Order(
-        lengths=length,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        window=window,
-        epochs=epochs,
-        drop_remainder=drop_remainder,
-    )
 
-    def make(number: int) -> PairBatch:
-        members, mine, weight = share(order, number, process_index, process_count)
+    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> PairBatch:
         bucket = int(np.searchsorted(edges, length[members].max()))
         batch = _pair_batch(
             pairs, mine, weight, edges[bucket], min(response_of[bucket], edges[bucket])
@@ -325,7 +333,7 @@ def pair_batches(
             return batch
         return _with_joint_rows(batch, pairs, mine, common[mine], joint_of[bucket])
 
-    return iterate(order, make, process_index, process_count, prefetch)
+    return ordered_batches(length, make, **order)
 
 
 def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) -> list[int]:
@@ -383,20 +391,15 @@ def _pair_batch(
 
 
 def text_batches(
-    data: TokenizedRows | TokenizedTexts,
+    data: TokenizedTexts | TokenizedRows,
     *,
-    batch_size: int,
     length: int,
     seed: int = 0,
     packed: bool = True,
     buckets: int | Sequence[int] = 4,
-    epochs: int | None = None,
     shuffle: bool = True,
     window: int = 16,
-    drop_remainder: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 8,
+    **order: Any,
 ) -> Iterations:
     """Batches of rows of text: packed documents, packed responses, or one response per row.
 
@@ -408,18 +411,13 @@ def text_batches(
 
     Args:
       data: from `tokenize_texts` or `tokenize_responses`.
-      batch_size: rows per batch, over all processes.
       length: tokens per packed row; at least the longest of `TokenizedRows`.
       seed: of the packing and the order.
       packed: off: one example per row, padded to `buckets` (`TokenizedRows` only).
       buckets: as for `pair_batches`; used where `packed` is off.
-      epochs: passes over the data; None: no end.
       shuffle: documents and rows in random order; off: as given.
       window: batches within which rows are sorted by length, where `packed` is off.
-      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
-      process_index: this process.
-      process_count: processes that share each batch.
-      prefetch: batches prepared ahead, by threads.
+      **order: the others of `ordered_batches`: batch_size, epochs and so on.
 
     Returns:
       An iterator of `TextBatch` with `get_state` and `set_state`.
@@ -433,22 +431,13 @@ def text_batches(
     else:
         rows = _Groups(data, [np.array([at]) for at in range(len(data))])
         edges = bucket_edges(data.length, buckets)
-    order = Order(
-        lengths=rows.lengths,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        window=window,
-        epochs=epochs,
-        drop_remainder=drop_remainder,
-    )
 
-    def make(number: int) -> TextBatch:
-        members, mine, weight = share(order, number, process_index, process_count)
+    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> TextBatch:
         padded = edges[int(np.searchsorted(edges, rows.lengths[members].max()))]
         return _text_batch(rows, mine, weight, padded)
 
-    return iterate(order, make, process_index, process_count, prefetch)
+    how = {"seed": seed, "shuffle": shuffle, "window": window}
+    return ordered_batches(rows.lengths, make, **how, **order)
 
 
 def _text_batch(

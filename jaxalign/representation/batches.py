@@ -1,12 +1,13 @@
 """Batches of stimuli of fixed shapes: a plain row to be trained, and the two that are compared."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxalign.data import TokenizedRows
-from jaxalign.data.batches import ROUNDING, Iterations, Order, bucket_edges, iterate, share
+from jaxalign.data.batches import ROUNDING, Iterations, bucket_edges, ordered_batches
 from jaxalign.records import AnyArray, record
 
 
@@ -32,32 +33,18 @@ def stimulus_batches(
     plain: TokenizedRows,
     stimuli: Sequence[TokenizedRows] = (),
     *,
-    batch_size: int,
     positions: int,
-    seed: int = 0,
     buckets: int | Sequence[int] = 4,
-    epochs: int | None = None,
-    shuffle: bool = True,
-    window: int = 16,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: int = 4,
+    **order: Any,
 ) -> Iterations:
-    """Batches of stimuli, in an order that the seed alone decides.
+    """Batches of stimuli.
 
     Args:
       plain: the rows to be trained.
       stimuli: the same responses under the positive and the negative instruction, or nothing.
-      batch_size: responses per batch, over all processes.
       positions: how many of a response's first tokens are compared.
-      seed: of the order.
       buckets: lengths to pad to, or the largest number of lengths, chosen from the longest rows.
-      epochs: passes over the responses; None: no end.
-      shuffle: a new order in every epoch; off: as given.
-      window: batches within which rows are sorted by length.
-      process_index: this process; it gets its part of every batch.
-      process_count: processes that share each batch.
-      prefetch: batches prepared ahead.
+      **order: of `ordered_batches`: batch_size, seed, epochs and so on.
 
     Returns:
       An iterator of `StimulusBatch` with `get_state` and `set_state`.
@@ -66,22 +53,12 @@ def stimulus_batches(
     lengths = np.max([stream.length for stream in streams], axis=0)
     edges = bucket_edges(lengths, buckets)
     response = plain.length - plain.prompt_length
-    order = Order(
-        lengths=lengths,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        window=window,
-        epochs=epochs,
-        drop_remainder=False,
-    )
 
     def rounded(needed: np.ndarray, edge: int) -> int:
         """A size that holds what all rows of a bucket or a shorter one need."""
         return -(-int(needed[lengths <= edge].max()) // ROUNDING) * ROUNDING
 
-    def make(number: int) -> StimulusBatch:
-        members, mine, weight = share(order, number, process_index, process_count)
+    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> StimulusBatch:
         edge = edges[int(np.searchsorted(edges, lengths[members].max()))]
         padded = [_padded(stream, mine, rounded(stream.length, edge)) for stream in streams]
         seen = min(positions, rounded(response, edge))
@@ -96,7 +73,7 @@ def stimulus_batches(
             weight=weight,
         )
 
-    return iterate(order, make, process_index, process_count, prefetch)
+    return ordered_batches(lengths, make, **order)
 
 
 def _padded(rows: TokenizedRows, members: np.ndarray, length: int) -> np.ndarray:
