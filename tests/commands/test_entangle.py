@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
+from tests.tiny_model import save_tiny_model
 
 ROWS = [
     {"prompt": "Say it.", "chosen": "The cat is here.", "rejected": "The dog is here."},
@@ -17,27 +18,7 @@ ROWS = [
 @pytest.fixture
 def world(tmp_path):
     """A tiny Hugging Face folder with the embedded tokenizer, and a file of three pairs."""
-    import jax
-
-    from jaxalign.data import embedded_tokenizer
-    from jaxalign.models import DecoderConfig, save_pretrained
-    from jaxalign.models.decoder import init_model
-
-    tokenizer = embedded_tokenizer()
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=len(tokenizer),
-        width=16,
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        head_width=8,
-        mlp_width=24,
-        context_length=64,
-        tied=True,
-    )
-    model = init_model(config, jax.random.key(0))
-    save_pretrained(model, tmp_path / "model", tokenizer=tokenizer)
+    save_tiny_model(tmp_path / "model")
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return tmp_path, ["--model", str(tmp_path / "model"), "--data", str(data), "--max-length", "64"]

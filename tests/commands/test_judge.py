@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
+from tests.tiny_model import save_tiny_model
 
 RULES = '''
 def quality(prompt, response):
@@ -162,28 +163,8 @@ def test_a_judge_beside_people(world, tmp_path, capsys):
 
 def test_a_language_model_judges_and_goes_on(world, tmp_path, capsys):
     """The second run finds every answer in its file."""
-    import jax
-
-    from jaxalign.data import embedded_tokenizer
-    from jaxalign.models import DecoderConfig, save_pretrained
-    from jaxalign.models.decoder import init_model
-
     policy, _ = world
-    tokenizer = embedded_tokenizer()
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=len(tokenizer),
-        width=16,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        head_width=8,
-        mlp_width=24,
-        context_length=512,
-        tied=True,
-    )
-    model = init_model(config, jax.random.key(0))
-    save_pretrained(model, tmp_path / "model", tokenizer=tokenizer)
+    save_tiny_model(tmp_path / "model", layers=1, context_length=512)
     a, b = policy("a", range(1, 4)), policy("b", range(3))
     command = ["judge", "--a", a, "--b", b, "--judge", f"lm:{tmp_path / 'model'}", "--output"]
     assert main([*command, "out"]) == 0

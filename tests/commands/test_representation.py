@@ -15,7 +15,7 @@ from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
 from tests.commands.test_command_line import SMALL, complaint
 
-METHODS = ("base", "preferred_sft", "rejected_sft", "hir", "dpo", "reward", "judge")
+METHODS = ("instruction_sft", "preferred_sft", "rejected_sft", "hir", "dpo", "reward", "judge")
 METHODS += ("policy_gradient", "scit", "dual")
 SHORT = ["--alignment.positive", "Be kind.", "--alignment.negative", "Be rude."]
 ALIGN = ["--representation.steps", "4", "--representation.batch-size", "8", *SHORT]

@@ -9,10 +9,10 @@ from jaxalign.data import embedded_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 from jaxalign.evaluation.language_models import language_model, question_tokens
-from jaxalign.models import DecoderConfig, encoder_decoder, save_pretrained
+from jaxalign.models import encoder_decoder, save_pretrained
 from jaxalign.models.config import EncoderDecoderConfig
-from jaxalign.models.decoder import init_model
 from jaxalign.models.encoder_decoder import EncoderDecoder
+from tests.tiny_model import save_tiny_model
 
 PROMPTS = ["Say it.", "Why?", "Say it.", "Count to three."]
 FIRST = ["The cat is here.", "Because.", "Same.", "one two three"]
@@ -21,21 +21,8 @@ SECOND = ["No.", "It rains all day, and all night too.", "Same.", "three two one
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    tokenizer = embedded_tokenizer()
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=len(tokenizer),
-        width=16,
-        layers=2,
-        heads=2,
-        kv_heads=1,
-        head_width=8,
-        mlp_width=24,
-        context_length=400,
-        tied=True,
-    )
     path = tmp_path_factory.mktemp("judge")
-    save_pretrained(init_model(config, jax.random.key(0)), path, tokenizer=tokenizer)
+    save_tiny_model(path, context_length=400)
     return path
 
 

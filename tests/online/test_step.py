@@ -43,7 +43,15 @@ def prompts_of(number, weight=1.0):
 
 
 def online(
-    name, *, annotator=WORLD, mesh=None, config=CONFIG, optimizer=None, record=None, **options
+    name,
+    *,
+    annotator=WORLD,
+    mesh=None,
+    config=CONFIG,
+    start=WORLD.params,
+    optimizer=None,
+    record=None,
+    **options,
 ):
     """A step, its first state and what is frozen."""
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
@@ -52,7 +60,7 @@ def online(
     optimizer = optax.adam(1e-2) if optimizer is None else optimizer
     if algorithm.average_decay is not None:
         optimizer = with_average(algorithm.average_decay, optimizer)
-    params = WORLD.params
+    params = start
     if algorithm.advantages is not None:
         params = params | {"score": {"kernel": jnp.zeros((CONFIG.width, 1))}}
     state = place(initial_state(params, optimizer, seed=0), mesh)
@@ -74,7 +82,7 @@ def online(
         key=jax.random.key(3),
         record=record or (lambda *_: None),
     )
-    return step, state, {"policy": None, "reference": place(WORLD.params, mesh)}
+    return step, state, {"policy": None, "reference": place(start, mesh)}
 
 
 def run(step, state, frozen, *, steps, number=16):
@@ -287,32 +295,11 @@ def test_an_encoder_decoder_is_sampled_scored_and_trained():
         mlp_width=32,
     )
     params = encoder_decoder.init_params(config, jax.random.key(0))
-    policy = Policy(config=config)
-    algorithm = ALGORITHMS["ipo_md"](beta=0.5)
-    objective = OnlineObjective(policy=policy, algorithm=algorithm)
-    mesh, rule = make_mesh(devices=jax.devices()[:1]), optax.adam(1e-2)
-    state = place(initial_state(params, rule, seed=0), mesh)
-    frozen = {"policy": None, "reference": place(params, mesh)}
-    step = OnlineStep(
-        algorithm=algorithm,
-        policy=policy,
-        sampler=Sampler(
-            config=config,
-            tokenizer=Tokenizer(),
-            sampling=Sampling(max_tokens=2, end_tokens=(END,)),
-            mesh=mesh,
-        ),
-        annotator=WORLD,
-        update=compile_update(objective, rule, state, mesh, micro_batches=1),
-        hand_over=lambda policies: policies,
-        prompt_texts=["dc"],
-        mesh=mesh,
-        key=jax.random.key(3),
-        record=lambda *_: None,
-    )
+    step, state, frozen = online("ipo_md", config=config, start=params, beta=0.5)
+    objective = OnlineObjective(policy=step.policy, algorithm=step.algorithm)
     mixed = {"policy": 0.5, "reference": 0.5}
     drawn = step.sampler(
-        policies_of(policy, state, frozen), mixed, prompts_of(8), jax.random.key(0), samples=2
+        policies_of(step.policy, state, frozen), mixed, prompts_of(8), jax.random.key(0), samples=2
     )
     said = Annotated(preference=np.full((8, 2, 2), 0.5))
     batch = jax.tree.map(jnp.asarray, rollout_batch(prompts_of(8), drawn, said))
