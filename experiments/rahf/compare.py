@@ -57,7 +57,7 @@ def configs(seed: int, steps: int | None, output: str) -> dict[str, TrainConfig]
     """Every run of a seed, in an order in which each finds what it needs."""
     how = {"output": f"{output}/seed_{seed}"}
     made = {
-        "base": methods.base("tiny", **how),
+        "base": methods.instruction_sft("tiny", **how),
         "judge": methods.reward("tiny", "judge", **how),
         "reward": methods.reward("tiny", "reward", **how),
         "preferred_sft": methods.supervised("tiny", "chosen", "preferred_sft", **how),

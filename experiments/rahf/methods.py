@@ -74,7 +74,7 @@ def fit(scale: str, rate: float, **paper: Any) -> StageConfig:
     return dataclasses.replace(found, optimizer=rule)
 
 
-def base(scale: str, **how: Any) -> TrainConfig:
+def instruction_sft(scale: str, **how: Any) -> TrainConfig:
     """The model that all others begin with: SFT on instructions that are not of these pairs."""
     config = common(scale, "base", **how)
     if scale == "paper":
