@@ -12,16 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models import devices
+from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.layers import (
-    ACTIVATIONS,
-    attention,
-    dense,
-    layer_norm,
-    look_up,
-    rms_norm,
-    softcap,
-)
+from jaxalign.models.layers import ACTIVATIONS, dense, layer_norm, look_up, rms_norm, softcap
 from jaxalign.models.precision import precision
 from jaxalign.models.rope import rope_angles, rotate
 from jaxalign.models.shell import Model
@@ -337,7 +330,7 @@ def states_and_keys(
       remat: what the backward pass computes again: "none", "full" (whole layers), "dots" (all but
         matrix products), "attention" (all but attention outputs).
       dtype: of the computation; None is the parameters' own.
-      attention_kind: "auto", or the implementation that `layers.attention` should use.
+      attention_kind: "auto", or the implementation that `attention` should use.
       added: a vector for each layer, added to what leaves it at every position; None: none.
       keep: also return every layer's keys and values.
 

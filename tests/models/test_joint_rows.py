@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.models import DecoderConfig
+from jaxalign.models import DecoderConfig, attention
 from jaxalign.models.config import Rope
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
@@ -120,12 +120,11 @@ def test_long_joint_rows_go_through_attention_in_blocks(rng, monkeypatch):
     rows, joint = make_rows(rng)
     params = init_params(KINDS["some windows"], jax.random.key(1))
     whole = response_log_probs(params, KINDS["some windows"], *rows).log_prob
-    import jaxalign.models.layers as layers
 
     def in_blocks(*arguments):
         return blocked(*arguments[:-1], 5)
 
-    blocked = layers._blocked_attention
-    monkeypatch.setattr(layers, "_blocked_attention", in_blocks)
+    blocked = attention._blocked_attention
+    monkeypatch.setattr(attention, "_blocked_attention", in_blocks)
     parts = response_log_probs(params, KINDS["some windows"], *rows, joint=joint).log_prob
     np.testing.assert_allclose(parts, whole, atol=2e-6)

@@ -1,83 +1,16 @@
-"""Attention by blocks = attention written out; norms and dense against NumPy."""
+"""Norms, dense and caps against NumPy."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from jaxalign.models import devices
-from jaxalign.models.layers import attention, dense, layer_norm, rms_norm, softcap
-from jaxalign.sharding import make_mesh, state_sharding
-from jaxalign.training.step import on_mesh
-
-OPTIONS = {
-    "plain": {},
-    "window": {"window": 5},
-    "wide window": {"window": 100},
-    "cap": {"cap": 1.5},
-    "cap and window": {"cap": 1.5, "window": 7},
-}
+from jaxalign.models.layers import dense, layer_norm, rms_norm, softcap
 
 
 def draw(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def written_out(q, k, v, segments, *, scale, window=None, cap=None):
-    """The textbook's formula, one query and head at a time, in NumPy."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(q)
-    groups = q.shape[2] // k.shape[2]
-    for b, t, h in np.ndindex(q.shape[:3]):
-        first = 0 if window is None else max(0, t - window + 1)
-        seen = [s for s in range(first, t + 1) if segments[b][s] == segments[b][t]]
-        scores = scale * k[b, seen, h // groups] @ q[b, t, h]
-        if cap is not None:
-            scores = cap * np.tanh(scores / cap)
-        weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights / weights.sum() @ v[b, seen, h // groups]
-    return out
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("block", [7, 64])
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
-def test_attention_is_the_textbooks(options, block, segmented, one_cpu, rng, monkeypatch):
-    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
-    q, k, v = draw(rng, 2, 19, 4, 8), draw(rng, 2, 19, 2, 8), draw(rng, 2, 19, 2, 8)
-    segments = np.ones((2, 19), np.int32)
-    if segmented:
-        segments[0, 6:], segments[1, :3], segments[1, 14:] = 2, 0, 0
-    ids = jnp.asarray(segments) if segmented else None
-    run = jax.jit(functools.partial(attention, scale=0.4, query_block=block, **options))
-    out = run(q, k, v, segment_ids=ids)
-    expected = written_out(q, k, v, segments, scale=0.4, **options)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
-def test_blocks_change_no_gradient(one_cpu, rng, monkeypatch):
-    arrays = draw(rng, 1, 19, 4, 8), draw(rng, 1, 19, 2, 8), draw(rng, 1, 19, 2, 8)
-
-    def loss(arrays, block):
-        return jnp.square(attention(*arrays, scale=0.4, window=6, query_block=block)).sum()
-
-    whole = jax.grad(loss)(arrays, 64)
-    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
-    blocked = jax.grad(loss)(arrays, 4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), blocked, whole)
-
-
-def test_blocked_attention_never_holds_all_scores():
-    """Compiled temporaries of the gradient stay below one [heads, length, length] array."""
-    length, heads = 2048, 4
-    x = jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)
-    loss = lambda q, k, v: attention(q, k, v, scale=1.0, query_block=128).sum()  # noqa: E731
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * heads * length * length * 4
 
 
 def test_dense_multiplies_adds_and_adapts(rng):
@@ -124,20 +57,3 @@ def test_float32_asks_for_full_precision(rng):
         )
     )
     assert "HIGHEST" in jaxpr
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_positions_split_over_devices_change_nothing(options, rng):
-    q, k, v = draw(rng, 2, 16, 4, 8), draw(rng, 2, 16, 2, 8), draw(rng, 2, 16, 2, 8)
-    mesh = make_mesh(data=2, sequence=4)
-    segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 8, axis=1))
-
-    def run(q, k, v):
-        out = attention(q, k, v, scale=0.4, segment_ids=segments, query_block=8, **options)
-        return out, jax.grad(lambda q: jnp.square(attention(q, k, v, scale=0.4)).sum())(q)
-
-    alone = jax.jit(run)(q, k, v)
-    arrays = jax.device_put((q, k, v), state_sharding(mesh))
-    split = jax.jit(on_mesh(run, mesh))(*arrays)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split, alone)
-    assert split[0].sharding.is_equivalent_to(state_sharding(mesh), 4)
