@@ -14,7 +14,8 @@ folder of random weights and the same file of pairs, as many as a batch has, so 
 the same batch in whatever order: 2 x pairs x length tokens, none of them padding. AdamW without
 decay, norm clipped at 1, a constant learning rate, beta 0.1, every step logged.
 
-- jaxalign is the command line with all defaults, metrics from its metrics.jsonl; then with
+- jaxalign is the command line with all defaults but a live reference (by default a batch that comes
+  again and again has its reference precomputed), metrics from its metrics.jsonl; then with
   `--reference precomputed`, with `--share-prompts never`, with `--remat none`. Its final
   checkpoint is after the last measured step, as TRL and tunix are told to save nothing.
 - trl: `gradient_checkpointing=False`, with the live reference and with
@@ -120,7 +121,7 @@ class Contestant:
 
 def contestants(options: Options) -> list[Contestant]:
     """In the order in which they run."""
-    flags = shlex.split(options.trainer_flags)
+    flags = ["--reference", "live", *shlex.split(options.trainer_flags)]
     precomputed = ["--reference", "precomputed"]
     rows = [
         Contestant("jaxalign", "jaxalign_trainer", None, {"flags": flags}),

@@ -315,8 +315,9 @@ class TrainConfig:
     responses; both have a scalar head and no reference."""
     loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
-    reference: Literal["live", "precomputed"] = "live"
-    """Reference log-probs: computed in each step, or once before the first one and stored."""
+    reference: Literal["auto", "live", "precomputed"] = "auto"
+    """Reference log-probs: computed in each step, or once before the first one and stored; auto:
+    once where the steps pass over the pairs more than once, and the loss reads log-probs alone."""
     share_prompts: Literal["auto", "always", "never"] = "auto"
     """Compute once what both rows of a pair begin with (decoders; the same numbers): where it saves
     a quarter of the tokens and not on a GPU, whose fused attention wants whole rows; or always."""
@@ -391,7 +392,7 @@ class TrainConfig:
                 "alignment.negative_model: dual compares two models; name the folder of the one "
                 "that was tuned with --sft-responses rejected"
             )
-        if self.entanglement.mask != "none" and self.reference != "live":
+        if self.entanglement.mask != "none" and self.reference == "precomputed":
             raise UserError(
                 "entanglement.mask: weighs the reference's tokens; set --reference live"
             )

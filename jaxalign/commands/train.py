@@ -42,7 +42,13 @@ from jaxalign.commands.training_data import (
     load_stages,
     load_tokenizer_for,
 )
-from jaxalign.commands.updates import make_objective, make_policy, make_update_rule, make_watch
+from jaxalign.commands.updates import (
+    keeps_reference_live,
+    make_objective,
+    make_policy,
+    make_update_rule,
+    make_watch,
+)
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
@@ -292,7 +298,7 @@ def feed(
 
     if name != "preference" or trains_scores(config, name):
         return put, False
-    if config.reference == "live":
+    if keeps_reference_live(config, objective, len(data.train)):
         return lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     table = precompute_reference(
         objective,

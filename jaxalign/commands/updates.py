@@ -31,6 +31,21 @@ def remat_on(config: TrainConfig, platform: str) -> str:
     return config.remat
 
 
+def keeps_reference_live(config: TrainConfig, objective: Any, pairs: int) -> bool:
+    """Whether each step computes the reference's log-probs; else they are computed before all.
+
+    Args:
+      config: of the run.
+      objective: of the preference stage; what reads more than log-probs needs the reference live.
+      pairs: to train on; once through the reference is less work where they come more than once.
+    """
+    if config.reference != "auto":
+        return config.reference == "live"
+    masked = isinstance(objective, MaskedPreferenceObjective)
+    reads_more = masked or not isinstance(objective, PreferenceObjective)
+    return reads_more or config.preference.steps * config.preference.batch_size <= pairs
+
+
 def make_policy(
     config: TrainConfig, name: str, model_config: Any, *, platform: str | None = None
 ) -> Policy:
@@ -58,7 +73,7 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
         return ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
     loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
     if reads_tokens:
-        if config.reference != "live":
+        if config.reference == "precomputed":
             raise UserError(
                 f"reference: {config.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
