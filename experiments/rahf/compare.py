@@ -2,6 +2,7 @@
 
 Command:  python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 60] [--prompts 164]
 Time:     with three seeds about an hour on two CPU cores; runs that are there are not run again
+Needs:    the base model of experiments/base_lm
 """
 
 import argparse
@@ -14,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
+from experiments.gradient_entanglement.runs import finished
 from experiments.page import put, table
 from experiments.rahf import methods
-from jaxalign.commands.train import train
 from jaxalign.commands.training_data import instructions_of
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
@@ -145,9 +147,11 @@ def cases(before: np.ndarray, after: np.ndarray) -> list[float]:
     return [float(one.mean()) for one in each]
 
 
-def measure(seed: int, steps: int | None, output: str, most: int) -> dict[str, dict[str, float]]:
-    """Train what is not there, and measure every method of a seed."""
-    runs = {name: (train(one), one) for name, one in configs(seed, steps, output).items()}
+def measure(
+    seed: int, steps: int | None, output: str, most: int
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """Train what is not there; every method's measures, and all against all before the judge."""
+    runs = {name: (finished(one), one) for name, one in configs(seed, steps, output).items()}
     records = list(preference_records(methods.TEST))[:most]
     judge = RewardModel.load(runs["judge"][0] / "export")
     tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
@@ -155,6 +159,7 @@ def measure(seed: int, steps: int | None, output: str, most: int) -> dict[str, d
     base = load_pretrained(runs["base"][0] / "export")
     found: dict[str, dict[str, float]] = {}
     kept: dict[str, tuple[Any, Any]] = {}
+    rewards: dict[str, np.ndarray] = {}
     for name in COMPARED:
         folder, config = runs[name]
         layout = config.prompt_format
@@ -168,6 +173,7 @@ def measure(seed: int, steps: int | None, output: str, most: int) -> dict[str, d
                        tokenizer)  # fmt: skip
         log_probs = pair_log_probs({"params": model.params}, pairs, base.config)
         kept[name] = said, log_probs
+        rewards[name] = judge.rewards(asked, said.responses)
         first, before = kept["base"]
         better = judge.preferences(asked, said.responses, first.responses).preference
         rates = [0.5, 0.5]
@@ -176,14 +182,15 @@ def measure(seed: int, steps: int | None, output: str, most: int) -> dict[str, d
             rates = [win_rate(better).rate, same.rate]
         change = log_probs - before
         found[name] = {
-            "reward": float(judge.rewards(asked, said.responses).mean()),
+            "reward": float(rewards[name].mean()),
             "win rate": rates[0],
             "win rate at equal length": rates[1],
             "accuracy": float(np.mean(change[:, 0] > change[:, 1])) if name != "base" else 0.5,
             "KL": float(said.log_ratio.mean()),
             "tokens": float(said.length.mean()),
         } | dict(zip(CASES, cases(before, log_probs), strict=True))
-    return found
+    scores = np.array(list(rewards.values()))  # Bradley and Terry's preference, prompt by prompt
+    return found, expit(scores[:, None] - scores[None]).mean(-1)
 
 
 def map_lengths(said: Said) -> np.ndarray:
@@ -200,6 +207,17 @@ def cell(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {error:.{digits}f}"
 
 
+def side_by_side(matrices: Sequence[np.ndarray]) -> str:
+    """The judge's mean preference of each row over each column, over seeds."""
+    labels = list(COMPARED.values())
+
+    def at(i: int, j: int) -> str:
+        return "" if i == j else cell([matrix[i, j] for matrix in matrices], 3)
+
+    rows = [[name, *(at(i, j) for j in range(len(labels)))] for i, name in enumerate(labels)]
+    return table(["the row over the column", *labels], rows)
+
+
 def main() -> None:
     """Train, measure, and write the section of the README."""
     flags = argparse.ArgumentParser(description=__doc__)
@@ -208,7 +226,8 @@ def main() -> None:
     flags.add_argument("--prompts", type=int, default=164, help="test prompts")
     flags.add_argument("--output", default="runs/rahf")
     given = flags.parse_args()
-    each = [measure(seed, given.steps, given.output, given.prompts) for seed in given.seeds]
+    both = [measure(seed, given.steps, given.output, given.prompts) for seed in given.seeds]
+    each, against = [found for found, _ in both], [matrix for _, matrix in both]
     columns = {
         "reward": 3,
         "win rate": 3,
@@ -228,6 +247,7 @@ def main() -> None:
               "KL (nats a response)", "tokens"]  # fmt: skip
     text = table(header, rows(columns))
     text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3))[1:])  # not the base
+    text += "\n" + side_by_side(against)
     print(text)
     command = f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
     command += f" --steps {given.steps}" if given.steps else ""

@@ -1,14 +1,15 @@
 """What the runs of this folder share: data, base model, formats, schedules.
 
 `tiny` makes short answers polite (1,094 pairs: the first 60 % to train on, then 25 % for the
-held-out reward model, the last 15 % to be tested on) with stories260K; `paper` is Llama-2-7B on
-UltraFeedback with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
+held-out reward model, the last 15 % to be tested on) with the base model of `experiments/base_lm`;
+`paper` is Llama-2-7B on UltraFeedback with the settings of arXiv:2312.15997's released scripts,
+halves of the data as there.
 """
 
 import dataclasses
-import os
 from typing import Any
 
+from experiments.gradient_entanglement.runs import DATA, TINY
 from jaxalign.config import (
     AlignmentConfig,
     LoraConfig,
@@ -19,14 +20,13 @@ from jaxalign.config import (
     TrainConfig,
 )
 
-DATA = os.path.join(os.environ.get("JAXALIGN_SHARED", "../shared"), "data")
 PAIRS = f"{DATA}/preferences/rasbt_instruction_preference.jsonl"
 TRAIN, JUDGED, TEST = (f"{PAIRS}#train[{part}]" for part in (":60%", "60%:85%", "85%:"))
 ULTRA = "argilla/ultrafeedback-binarized-preferences-cleaned"
 PAPER = f"{ULTRA}#train[:49%]", f"{ULTRA}#train[49%:98%]", f"{ULTRA}#train[98%:]"
 FORMAT = "Human: {prompt}\n\nAssistant: "
-STEPS = 60
-"""Updates of each stage in `tiny`."""
+STEPS = 120
+"""Updates of each stage in `tiny`: of 16 pairs, three epochs."""
 
 
 def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
@@ -80,11 +80,7 @@ def instruction_sft(scale: str, **how: Any) -> TrainConfig:
     if scale == "paper":
         model, data, rule = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf", 2e-5
     else:
-        model, data, rule = (
-            f"{DATA}/models/stories260K",
-            f"{DATA}/sft/sft_alpaca_en_demo.jsonl",
-            1e-3,
-        )
+        model, data, rule = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl", 3e-4
     return dataclasses.replace(
         config, model=model, sft_data=data, sft=stage(scale, rule, steps=4_700)
     )
@@ -92,13 +88,13 @@ def instruction_sft(scale: str, **how: Any) -> TrainConfig:
 
 def supervised(scale: str, responses: Any, name: str, **how: Any) -> TrainConfig:
     """SFT on chosen or rejected responses, or on both with hindsight."""
-    rate = stage(scale, 2e-5 if scale == "paper" else 5e-4)
+    rate = stage(scale, 2e-5 if scale == "paper" else 3e-4)
     return dataclasses.replace(common(scale, name, **how), sft=rate, sft_responses=responses)
 
 
 def dpo(scale: str, **how: Any) -> TrainConfig:
     """DPO, beta 0.1; the paper does not give its settings: those of the DPO repository."""
-    rate = stage(scale, 5e-7 if scale == "paper" else 3e-4)
+    rate = stage(scale, 5e-7 if scale == "paper" else 1e-4)
     return dataclasses.replace(common(scale, "dpo", **how), preference=rate)
 
 
@@ -106,7 +102,7 @@ def reward(scale: str, which: str, **how: Any) -> TrainConfig:
     """A reward model: "reward" of the training pairs, "judge" of pairs that no policy has seen."""
     config = common(scale, which, **how)
     data = {"paper": PAPER, "tiny": (TRAIN, JUDGED)}[scale][which == "judge"]
-    rate = stage(scale, 1e-5 if scale == "paper" else 1e-3)
+    rate = stage(scale, 1e-5 if scale == "paper" else 3e-4)
     return dataclasses.replace(config, data=data, loss="bradley_terry", preference=rate)
 
 
@@ -129,7 +125,7 @@ def policy_gradient(scale: str, **how: Any) -> TrainConfig:
 def scit(scale: str, **how: Any) -> TrainConfig:
     """RAHF-SCIT: contrastive instruction tuning, then the fit, from one command."""
     config = common(scale, "scit", **how)
-    tuned = stage(scale, 2e-5 if scale == "paper" else 5e-4, steps=930)
+    tuned = stage(scale, 2e-5 if scale == "paper" else 3e-4, steps=930)
     fitted = fit(scale, 3e-4 if scale == "paper" else 3e-3, steps=450)
     told = dataclasses.replace(config.alignment, method="scit")
     return dataclasses.replace(
