@@ -4,8 +4,6 @@ import io
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +29,6 @@ from jaxalign.collection.writing import similarity, write_row
 from jaxalign.data import preference_records
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Verdicts
-from jaxalign.losses.stable_alignment import stable_alignment
 from tests.backends.scripted import Scripted
 
 DRAWN = Decoding(max_tokens=8, temperature=1.0)
@@ -255,22 +252,3 @@ def test_what_a_revision_teaches(before, after, kept, pairs):
     data = society_data(one)
     assert (len(data["realignment"]), len(data["pairs"])) == (kept, pairs)
     assert len(data["self_critic"]) == 1
-
-
-# ------------------------------------------------------------------------ the contrastive loss
-
-
-def test_stable_alignment_has_each_responses_own_margin():
-    # ratings [1, 7, 4]: margins of the others 6 and 3 of 7, times 10
-    nll = jnp.array([[2.0, 1.0, 3.0]])
-    rating = jnp.array([[1.0, 7.0, 4.0]])
-    found = stable_alignment(nll, rating)
-    expected = 1.0 + 0.2 * (((1 - 2) + 60 / 7) + ((1 - 3) + 30 / 7)) / 2
-    assert float(found[0]) == pytest.approx(expected, abs=1e-6)
-    order = jnp.array([2, 0, 1])
-    moved = stable_alignment(nll[:, order], rating[:, order])
-    assert float(moved[0]) == pytest.approx(expected, abs=1e-6)
-    far = stable_alignment(nll + jnp.array([[99.0, 0.0, 99.0]]), rating)
-    assert float(far[0]) == 1.0  # the best response's loss alone
-    slope = jax.grad(lambda x: stable_alignment(x, rating).sum())(nll)[0]
-    assert slope.tolist() == pytest.approx([-0.1, 1.2, -0.1])
