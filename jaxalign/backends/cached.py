@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -126,13 +127,20 @@ class Cached:
         """As in `Backend`."""
         asked = list(zip(prompts, continuations, strict=True))
         keys = [key_of("score", self.identity, *pair) for pair in asked]
-        missing = [at for at, key in enumerate(keys) if self.answers.find(key) is None]
+        known = {
+            key: Score(**answer)
+            for key in dict.fromkeys(keys)
+            if (answer := self.answers.find(key)) is not None
+        }
+        missing = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in known}
         if missing:
             self.asked += len(missing)
-            scores = self.backend.score(*zip(*(asked[at] for at in missing), strict=True))
-            for at, score in zip(missing, scores, strict=True):
-                self.answers.add(keys[at], asdict(score))
-        return [Score(**self.answers.find(key)) for key in keys]
+            scores = self.backend.score(*zip(*missing.values(), strict=True))
+            for key, score in zip(missing, scores, strict=True):
+                known[key] = score
+                if math.isfinite(score.log_prob):
+                    self.answers.add(key, asdict(score))
+        return [known[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
         """As in `Backend`; vectors are computed anew, they would fill the file."""

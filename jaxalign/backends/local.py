@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -248,26 +249,18 @@ class LocalModel:
         """As in `Backend`; tokens are those of the joint text, no end token is scored.
 
         One-token continuations of the same prompt are read off one pass.
-
-        Raises:
-          UserError: prompt and continuation are longer than the context.
         """
         texts = [
             (self.text(prompt), continuation)
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
-        pairs = []
-        for number, (prompt, continuation, _) in enumerate(self._joint(texts), 1):
-            if self.context is not None and len(prompt) + len(continuation) > self.context:
-                raise UserError(
-                    f"text {number}: {len(prompt) + len(continuation)} tokens are more than the "
-                    f"model's context of {self.context}"
-                )
-            pairs.append((prompt, continuation))
+        pairs = [(prompt, continuation) for prompt, continuation, _ in self._joint(texts)]
         found: list[Any] = [None] * len(pairs)
         options: dict[tuple[int, ...], list[int]] = {}
         for at, (prompt, continuation) in enumerate(pairs):
-            if len(continuation) == 1 and not self._apart:
+            if self.context is not None and len(prompt) + len(continuation) > self.context:
+                found[at] = Score(log_prob=math.nan, tokens=len(continuation))
+            elif len(continuation) == 1 and not self._apart:
                 options.setdefault(tuple(prompt), []).append(at)
         options = {prompt: places for prompt, places in options.items() if len(places) > 1}
         asked = list(options)

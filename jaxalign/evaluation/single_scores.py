@@ -227,10 +227,16 @@ class ScoredReward:
             for name in names
         ]
         values = iter(self._expected(asked))
-        return [
-            Evaluation(scores={name: next(values) for name in names}, why_these="log-odds")
-            for names in chosen
-        ]
+        found = []
+        for names in chosen:
+            scores = {name: next(values) for name in names}
+            fits = bool(scores) and all(map(math.isfinite, scores.values()))
+            found.append(
+                Evaluation(scores=scores, why_these="log-odds")
+                if fits
+                else Evaluation(failure="the text is longer than the model's context")
+            )
+        return found
 
     def _expected(self, questions: Sequence[str]) -> list[float]:
         prompts = [question for question in questions for _ in range(5)]
@@ -257,6 +263,8 @@ class ScoredReward:
                 yes.log_prob - no.log_prob for yes, no in zip(found[::2], found[1::2], strict=True)
             ]
             mean = math.fsum(odds) / len(odds)
+            if not math.isfinite(mean):
+                return ()
             number = min(max(sum(value > mean for value in odds), FEWEST), MOST)
             order = sorted(range(len(odds)), key=lambda at: (-odds[at], at))[:number]
             self._chosen[query] = tuple(self.pool[at] for at in sorted(order))

@@ -100,5 +100,8 @@ def test_vectors_do_not_depend_on_the_batch(model):
 def test_what_does_not_fit_is_named(model):
     with pytest.raises(UserError, match=r"file:2: the prompt is empty"):
         model.encode(["a", "  "], 4, ["file:1", "file:2"])
+    long, short = model.score(["a cat " * 200, "a cat"], [" sat", " sat"])
+    assert np.isnan(long.log_prob)
+    assert np.isfinite(short.log_prob)
     with pytest.raises(UserError, match=r"prompt 1: 4 tokens.*600.*context of 512"):
         model.generate(["a cat"], Decoding(max_tokens=600))

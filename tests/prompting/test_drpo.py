@@ -142,6 +142,33 @@ def test_expected_scores_from_log_probs():
     assert found.mean == pytest.approx(p @ np.arange(1, 6))
 
 
+@pytest.mark.parametrize("criteria", [None, ("Depth", "Safety")])
+def test_a_text_too_long_to_be_scored_is_a_failure(criteria):
+    def likes(prompt, continuation):
+        return math.nan if "long" in prompt else -1.0
+
+    reward = ScoredReward(Scripted(likes=likes), criteria=criteria)
+    long, short = reward(["a long query", "q"], ["y", "y"])
+    assert (long.scores, bool(long.failure)) == ({}, True)
+    assert short.mean == 3.0
+
+
+def test_scores_are_kept_and_failures_are_not(tmp_path):
+    asked = []
+
+    def likes(prompt, continuation):
+        asked.append(prompt)
+        return math.nan if prompt == "long" else -1.5
+
+    path = tmp_path / "answers.jsonl"
+    for times in (1, 2):
+        cached = Cached(Scripted(likes=likes), AnswerFile(path))
+        found = cached.score(["q", "long", "q"], ["y", "y", "y"])
+        assert [one.log_prob for one in found[::2]] == [-1.5, -1.5]
+        assert math.isnan(found[1].log_prob)
+        assert (asked.count("q"), asked.count("long")) == (1, times)
+
+
 def test_a_rule_that_is_not_finite_is_a_failure():
     good, bad = RuleReward(lambda q, y: float(y))(["q", "q"], ["4", "nan"])
     assert good.mean == 4.0
