@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxalign.backends import Backend, Decoding
 from jaxalign.errors import UserError
+from jaxalign.evaluation.single_scores import expected_scores
 
 RATING = re.compile(r"^\s*(?:Rating:)?\s*([1-7])(?:\s*/\s*7)?\b(?![.,]\d)")
 RECALLED = 0.3
@@ -76,6 +77,8 @@ class Society:
       neighbours: most feedback for an answer; the sandbox's 4.
       dropout: share of the neighbours in place of whom others from the whole grid are asked; 0: the
         neighbours alone. The sandbox's global interaction: 0.5.
+      ratings: "written", read strictly from what agents and observer write, or "scored", by their
+        log-probs of the ratings: for models too small to write one.
       seed: of who gives feedback, and of what is said.
     """
 
@@ -85,6 +88,7 @@ class Society:
     decoding: Decoding = field(default_factory=lambda: Decoding(temperature=1.0))
     neighbours: int = 4
     dropout: float = 0.0
+    ratings: Literal["written", "scored"] = "written"
     seed: int = 0
 
     def __post_init__(self):
@@ -198,21 +202,17 @@ class Society:
         pairs: list[tuple[int, int]] = []
         for at in agents:
             pairs += [(at, other) for other in self.asked_of(at, rng)]
-        texts = said(
-            [
-                FEEDBACK.format(
-                    memory=self.recalled(other, asked[at], vectors[at]),
-                    question=asked[at],
-                    answer=drafts[at],
-                )
-                for at, other in pairs
-            ],
-            1,
-            "\nQuestion:",
-        )
+        asked_others = [
+            FEEDBACK.format(
+                memory=self.recalled(other, asked[at], vectors[at]),
+                question=asked[at],
+                answer=drafts[at],
+            )
+            for at, other in pairs
+        ]
         feedback: list[list[tuple[int, float, str]]] = [[] for _ in agents]
-        for (at, other), text in zip(pairs, texts, strict=True):
-            feedback[at].append((other, rating_of(text), text))
+        for (at, other), (rating, text) in zip(pairs, self._rated(asked_others, said), strict=True):
+            feedback[at].append((other, rating, text))
         feedback = [sorted(some, key=_lowest_last) for some in feedback]
         prompts = [
             REVISE.format(
@@ -247,8 +247,23 @@ class Society:
             OBSERVE.format(question=question, answer=answer)
             for question, answer in zip(questions, answers, strict=True)
         ]
+        if self.ratings == "scored":
+            return expected_scores(self.observer, texts, 7)
         found = self.observer.generate(texts, Decoding(max_tokens=16))
         return [rating_of(one.text) for [one] in found]
+
+    def _rated(
+        self, questions: Sequence[str], said: Callable[[Sequence[str], int, str], list[str]]
+    ) -> list[tuple[float, str]]:
+        """Ratings, and the texts with their reasons."""
+        if self.ratings == "written":
+            return [(rating_of(text), text) for text in said(questions, 1, "\nQuestion:")]
+        values = expected_scores(self.backend, questions, 7)
+        marks = [f"{value:.0f}" if math.isfinite(value) else "?" for value in values]
+        begun = [f"{text} {mark}." for text, mark in zip(questions, marks, strict=True)]
+        reasons = said(begun, 1, "\nQuestion:")
+        texts = [f"{mark}. {reason}" for mark, reason in zip(marks, reasons, strict=True)]
+        return list(zip(values, texts, strict=True))
 
 
 def _each_its_own(backend: Backend, texts: Sequence[str], decoding: Decoding) -> list[str]:

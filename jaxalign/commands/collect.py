@@ -256,6 +256,7 @@ def _society(given, model, backend, answers, records, decoding, writer) -> dict[
         decoding=decoding,
         neighbours=given.neighbours,
         dropout=given.dropout,
+        ratings=given.ratings,
         seed=given.seed,
     )
     if given.memories is not None:
@@ -365,6 +366,12 @@ def _common(flags: argparse.ArgumentParser, way: str) -> None:
         flags.add_argument("--neighbours", type=int, default=4, help="feedback for an answer")
         flags.add_argument(
             "--dropout", type=float, default=0.0, help="share of feedback from the whole grid"
+        )
+        flags.add_argument(
+            "--ratings",
+            choices=("written", "scored"),
+            default="written",
+            help="as agents write them, or by their log-probs of the ratings",
         )
         flags.add_argument(
             "--memories", help="preference pairs that agents remember (default: nothing)"

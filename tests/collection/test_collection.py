@@ -320,6 +320,24 @@ def test_agents_that_are_asked_the_same_say_different_things():
     assert [rating for _, rating, _ in one.feedback] == [3.0, 2.0, 1.0]
 
 
+def test_ratings_by_log_probs_are_expectations():
+    p = np.array([0.0, 0.1, 0.0, 0.2, 0.3, 0.0, 0.4])
+
+    def likes(prompt, continuation):
+        assert prompt.endswith("Rating:")
+        return math.log(p[int(continuation) - 1] + 1e-30) - 3.0
+
+    backend = Scripted(lambda text, sample: "because", likes=likes)
+    society = Society(backend=backend, observer=backend, side=2, ratings="scored")
+    [one, *_] = society.rounds(["q"], 1)
+    expected = p @ np.arange(1, 8)
+    assert one.revision_rating == pytest.approx(expected)
+    assert [(rating, text) for _, rating, text in one.feedback] == [
+        (pytest.approx(expected), "5. because")
+    ] * 3
+    assert any(text.endswith("Rating: 5.") for text in backend.asked)
+
+
 def talk(text, sample):
     if text.endswith("Rating:"):
         return "oops" if "quiet" in text else f"{2 + len(text) % 3} since"
