@@ -45,6 +45,7 @@ from jaxalign.prompting import (
     validate,
     write_artefact,
 )
+from jaxalign.prompting.artefact import LAYOUTS
 from jaxalign.prompting.cost import estimate, most_calls
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.page import write_tree
@@ -125,10 +126,13 @@ def main(arguments: Sequence[str]) -> int:
     world = SystemPromptWorld(
         model, composer, reward, optimizer, pool, decoding, first=given.first_prompt
     )
-    found = _searched(given, world, len(pool))
-    prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
-    rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
-    chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
+    if given.search == "none":
+        found, rows, chosen = None, [], given.first_prompt
+    else:
+        found = _searched(given, world, len(pool))
+        prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
+        rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
+        chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
     write_artefact(
         PromptArtefact(
             system_prompt=chosen,
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
                 "model": model.identity,
                 "evaluator": evaluator,
                 "optimizer": given.optimizer or evaluator,
-                "nodes": len(found.nodes),
+                "nodes": 0 if found is None else len(found.nodes),
             },
         ),
         given.output / "prompt.json",
@@ -175,18 +179,20 @@ def _told_cost(given: argparse.Namespace, examples: int) -> bool:
 
 def _tell(
     given: argparse.Namespace,
-    found: Found,
+    found: Found | None,
     rows: Sequence[tuple[str, float, int]],
     askers: Sequence[Asker],
     backends: dict[str, Cached],
 ) -> None:
     """Facts on the terminal and on the page."""
-    best = found.nodes[found.best]
-    facts = [
-        f"{given.search}: {len(found.nodes):,} states, depth {best.depth}, mean reward of the best "
-        f"path {best.value:.3f}",
-        *(f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()),
-    ]
+    facts = [f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()]
+    if found is not None:
+        best = found.nodes[found.best]
+        facts.insert(
+            0,
+            f"{given.search}: {len(found.nodes):,} states, depth {best.depth}, mean reward of the "
+            f"best path {best.value:.3f}",
+        )
     for one in askers:
         for role, number in one.malformed.items():
             failed = one.failed[role]
@@ -205,9 +211,11 @@ def _tell(
             for prompt, mean, number in rows
         ]
         print_table(["prompts on fresh queries", "mean reward", "rewards"], table)
-    path = [node.number for node in found.path(found.best)]
-    write_tree("Search for a system prompt", facts, found.nodes, path, given.output / "index.html")
-    print(f"prompt: {given.output / 'prompt.json'}\npage: {given.output / 'index.html'}")
+    print(f"prompt: {given.output / 'prompt.json'}")
+    if found is not None:
+        path, page = [node.number for node in found.path(found.best)], given.output / "index.html"
+        write_tree("Search for a system prompt", facts, found.nodes, path, page)
+        print(f"page: {page}")
 
 
 def _searched(given: argparse.Namespace, world: SystemPromptWorld, queries: int) -> Found:
@@ -285,7 +293,12 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--seeds", required=True, help="{prompt, response} rows: the examples")
     flags.add_argument("--queries", help="{prompt} rows to search with (default: the seeds')")
     flags.add_argument("--output", type=Path, default=Path("prompts"), help="folder to write")
-    flags.add_argument("--search", choices=("beam", "greedy", "monte-carlo"), default="beam")
+    flags.add_argument(
+        "--search",
+        choices=("beam", "greedy", "monte-carlo", "none"),
+        default="beam",
+        help="none: better examples alone, under the first prompt",
+    )
     flags.add_argument("--width", type=int, default=2, help="paths that are kept")
     flags.add_argument("--actions", type=int, default=3, help="prompts proposed from each")
     flags.add_argument("--depth", type=int, default=20, help="levels, one query each")
@@ -303,7 +316,7 @@ def _flags() -> argparse.ArgumentParser:
         "--validate", type=int, default=8, help="fresh queries to choose by; 0: none"
     )
     flags.add_argument("--first-prompt", default=FIRST, help="system prompt of the root")
-    flags.add_argument("--layout", choices=("continue", "chat"), default="continue")
+    flags.add_argument("--layout", choices=LAYOUTS, default="continue")
     flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
     flags.add_argument("--max-tokens", type=int, default=256, help="of the model's answers")
     flags.add_argument("--judge-tokens", type=int, default=2048, help="of the other roles' answers")

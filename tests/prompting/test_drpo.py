@@ -230,6 +230,19 @@ def test_the_nearest_examples_stand_next_to_the_query():
     assert turns == [{"role": "user", "content": "q"}]
 
 
+def test_transcripts_are_turns_and_end_where_the_answer_begins():
+    composer = Composer(EXAMPLES[1:], shown=2, embedder=WordVectors(), layout="transcript")
+    assert composer.prompt(" Be kind. ", "why?") == (
+        "Be kind.\n\nHuman: the sea\n\nAssistant: about the sea\n\n"
+        "Human: bread\n\nAssistant: about bread\n\nHuman: why?\n\nAssistant:"
+    )
+    assert composer.stops == ("\n\nHuman:", "\n\nAssistant:")
+    bare = Composer([], shown=0, embedder=WordVectors(), layout="transcript")
+    assert bare.prompt("", "why?") == "Human: why?\n\nAssistant:"
+    with pytest.raises(UserError, match="none of continue, transcript, chat"):
+        PromptArtefact(system_prompt="", layout="letters")
+
+
 def test_artefacts_come_back(tmp_path):
     path = tmp_path / "a" / "prompt.json"
     artefact = PromptArtefact(system_prompt="é", examples=tuple(EXAMPLES), shown=2)
@@ -328,6 +341,11 @@ def test_a_killed_search_goes_on_without_asking_twice(tmp_path):
     again = mortal(0)
     search(again)
     assert again.asked == 0
+
+
+def test_examples_alone_cost_their_rewriting():
+    calls = most_calls(search="none", examples=16, iterations=5, validate=8)
+    assert calls == {"model": 0, "evaluator": 96, "selector": 16, "optimizer": 0, "rewriter": 80}
 
 
 @pytest.mark.parametrize("search", ["beam", "greedy", "monte-carlo"])
