@@ -1,5 +1,6 @@
 """Answers on disk: what was asked once is not asked again."""
 
+import base64
 import hashlib
 import json
 import math
@@ -143,5 +144,17 @@ class Cached:
         return [known[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """As in `Backend`; vectors are computed anew, they would fill the file."""
-        return self.backend.embed(texts)
+        """As in `Backend`; vectors are kept as the base64 of their float32 bytes."""
+        keys = [key_of("embed", self.identity, text) for text in texts]
+        missing = {
+            key: text
+            for key, text in zip(keys, texts, strict=True)
+            if self.answers.find(key) is None
+        }
+        if missing:
+            self.asked += len(missing)
+            vectors = self.backend.embed(list(missing.values()))
+            for key, vector in zip(missing, np.asarray(vectors, "<f4"), strict=True):
+                self.answers.add(key, base64.b64encode(vector.tobytes()).decode())
+        rows = [np.frombuffer(base64.b64decode(self.answers.find(key)), "<f4") for key in keys]
+        return np.stack(rows).astype(np.float32) if rows else self.backend.embed(texts)

@@ -157,7 +157,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _told_cost(given: argparse.Namespace, examples: int) -> bool:
     """Say what the search may ask for; whether that was all that is wanted."""
-    names = [given.model, given.evaluator or given.model, given.optimizer or given.evaluator or ""]
+    evaluator = given.evaluator or given.model
+    names = [given.model, evaluator, given.optimizer or evaluator]
     if not given.estimate and not any(name.startswith("openai:") for name in names):
         return False
     calls = most_calls(
@@ -171,9 +172,15 @@ def _told_cost(given: argparse.Namespace, examples: int) -> bool:
         validate=given.validate,
         dynamic=given.reward == "dynamic",
     )
-    asked, said, cost = estimate(calls, tuple(given.prices))
+    paid = dict(zip(("model", "evaluator", "optimizer"), names, strict=True))
+    paid |= {"selector": paid["evaluator"], "rewriter": paid["optimizer"]}
+    bought = {role: n for role, n in calls.items() if paid[role].startswith("openai:")}
+    asked, said, cost = estimate(bought, tuple(given.prices))
     roles = ", ".join(f"{number:,} {role}" for role, number in calls.items())
-    print(f"at most {roles} answers; about {asked:,} + {said:,} tokens, {cost:.2f} at --prices")
+    print(
+        f"at most {roles} answers; of endpoints about {asked:,} + {said:,} tokens, {cost:.2f} at "
+        "--prices"
+    )
     return given.estimate
 
 

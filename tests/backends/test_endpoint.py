@@ -71,9 +71,16 @@ def test_conversations_go_as_turns(served):
 
 
 @pytest.mark.weights
-def test_vectors_are_those_of_the_model_behind_it(served):
+def test_vectors_are_those_of_the_model_behind_it(served, tmp_path):
     model, server = served
-    assert endpoint(server).embed(PROMPTS) == pytest.approx(model.embed(PROMPTS), abs=1e-5)
+    vectors = model.embed(PROMPTS)
+    before = len(server.asked)
+    for more in range(2):
+        cached = Cached(endpoint(server), AnswerFile(tmp_path / "answers.jsonl"))
+        found = cached.embed([*PROMPTS, PROMPTS[0], *["A cat"] * more])
+        assert found[:2] == pytest.approx(vectors, abs=1e-5)
+        assert (found[2] == found[0]).all()
+    assert [body["input"] for _, body in server.asked[before:]] == [PROMPTS, ["A cat"]]
 
 
 @pytest.fixture
