@@ -102,8 +102,10 @@ def read_examples(path: Path | None) -> str:
         return ""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"examples: {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"examples: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"examples: {path} is not JSON: {error}") from None
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise UserError(f"examples: {path} is no list of texts")
     return "\n\n".join(text.strip() for text in given)

@@ -94,6 +94,10 @@ def main(arguments: Sequence[str]) -> int:
         reward = AskedReward(asker(evaluator), criteria=criteria)
     kind, _, rest = (given.optimizer or evaluator).partition(":")
     rewriter = None
+    if kind in ("rule", "scored"):
+        raise UserError(
+            f"optimizer: {kind}: proposes no prompt; name a model, or bank:FILE of bullet points"
+        )
     if kind == "bank":
         optimizer: Any = BankOptimizer(_bank(Path(rest)), seed=given.seed)
     else:
@@ -267,8 +271,10 @@ def _queries(given: argparse.Namespace) -> list[str]:
 def _bank(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"optimizer: {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"optimizer: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"optimizer: {path} is no text") from None
 
 
 def _check(given: argparse.Namespace) -> None:

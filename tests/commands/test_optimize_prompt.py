@@ -71,7 +71,11 @@ def test_a_bank_and_a_rule_on_a_local_model(command, capsys):
 def test_a_model_too_small_to_judge_is_told_plainly(command, capsys):
     run, _ = command
     assert run() == 2
-    assert "more than the model's context of 512" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("jaxalign optimize-prompt: selector: prompt 1")
+    assert "more than the model's context of 512" in said
+    assert run("--evaluator", "rule:rules.py:short") == 2  # and nobody is named who proposes
+    assert "optimizer: rule: proposes no prompt" in capsys.readouterr().err
 
 
 def test_the_same_against_a_server(command, capsys):
