@@ -314,7 +314,9 @@ def _flags() -> argparse.ArgumentParser:
     )
     flags.add_argument("--width", type=int, default=2, help="paths that are kept")
     flags.add_argument("--actions", type=int, default=3, help="prompts proposed from each")
-    flags.add_argument("--depth", type=int, default=20, help="levels, one query each")
+    flags.add_argument(
+        "--depth", type=int, default=19, help="levels below the first prompt's, one query each"
+    )
     flags.add_argument("--more-depth", type=int, default=10, help="levels added by good prompts")
     flags.add_argument(
         "--reward",

@@ -8,7 +8,7 @@ def most_calls(
     search: str = "beam",
     width: int = 2,
     actions: int = 3,
-    depth: int = 20,
+    depth: int = 19,
     more_depth: int = 10,
     examples: int = 16,
     iterations: int = 5,
@@ -21,7 +21,7 @@ def most_calls(
       search: "beam", "greedy", "monte-carlo" or "none".
       width: paths that are kept.
       actions: from each of them.
-      depth: levels.
+      depth: levels below the root.
       more_depth: levels that may be added.
       examples: in-context examples to rewrite.
       iterations: of each of them.
