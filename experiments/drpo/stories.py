@@ -149,10 +149,11 @@ def main() -> None:
         AnswerFile(Path("runs/drpo_stories/answers.jsonl")),
     )
     plan: list[tuple[str, int, str | None]] = [("no prompt", -1, None)]
-    plan += [(f"first prompt, {shown} examples", shown, None) for shown in range(3)]
+    number = "no example", "1 example", "2 examples", "3 examples"
+    plan += [(f"first prompt, {number[shown]}", shown, None) for shown in range(3)]
     plan += [("first prompt, the constant 3 (URIAL's way)", 3, None)]
     plan += [(f"{name}, 2 examples", 2, name) for name in SEARCHES]
-    plan += [(f"beam 2, {shown} examples", shown, "beam 2") for shown in (0, 1, 3)]
+    plan += [(f"beam 2, {number[shown]}", shown, "beam 2") for shown in (0, 1, 3)]
     numbers = range(given.seeds)
     found = {name: [row(model, n, shown, search) for n in numbers] for name, shown, search in plan}
     before = {
