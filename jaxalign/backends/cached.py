@@ -1,7 +1,9 @@
 """Answers on disk: what was asked once is not asked again."""
 
+import base64
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -126,14 +128,33 @@ class Cached:
         """As in `Backend`."""
         asked = list(zip(prompts, continuations, strict=True))
         keys = [key_of("score", self.identity, *pair) for pair in asked]
-        missing = [at for at, key in enumerate(keys) if self.answers.find(key) is None]
+        known = {
+            key: Score(**answer)
+            for key in dict.fromkeys(keys)
+            if (answer := self.answers.find(key)) is not None
+        }
+        missing = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in known}
         if missing:
             self.asked += len(missing)
-            scores = self.backend.score(*zip(*(asked[at] for at in missing), strict=True))
-            for at, score in zip(missing, scores, strict=True):
-                self.answers.add(keys[at], asdict(score))
-        return [Score(**self.answers.find(key)) for key in keys]
+            scores = self.backend.score(*zip(*missing.values(), strict=True))
+            for key, score in zip(missing, scores, strict=True):
+                known[key] = score
+                if math.isfinite(score.log_prob):
+                    self.answers.add(key, asdict(score))
+        return [known[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """As in `Backend`; vectors are computed anew, they would fill the file."""
-        return self.backend.embed(texts)
+        """As in `Backend`; vectors are kept as the base64 of their float32 bytes."""
+        keys = [key_of("embed", self.identity, text) for text in texts]
+        missing = {
+            key: text
+            for key, text in zip(keys, texts, strict=True)
+            if self.answers.find(key) is None
+        }
+        if missing:
+            self.asked += len(missing)
+            vectors = self.backend.embed(list(missing.values()))
+            for key, vector in zip(missing, np.asarray(vectors, "<f4"), strict=True):
+                self.answers.add(key, base64.b64encode(vector.tobytes()).decode())
+        rows = [np.frombuffer(base64.b64decode(self.answers.find(key)), "<f4") for key in keys]
+        return np.stack(rows).astype(np.float32) if rows else self.backend.embed(texts)

@@ -64,7 +64,7 @@ class Score:
     """How likely a continuation is."""
 
     log_prob: float
-    """Sum over its tokens, in nats."""
+    """Sum over its tokens, in nats; NaN where it and its prompt do not fit the model's context."""
     tokens: int
 
 

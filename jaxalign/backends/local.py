@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -247,24 +248,33 @@ class LocalModel:
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """As in `Backend`; tokens are those of the joint text, no end token is scored.
 
-        Raises:
-          UserError: prompt and continuation are longer than the context.
+        One-token continuations of the same prompt are read off one pass.
         """
         texts = [
             (self.text(prompt), continuation)
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
-        pairs = []
-        for number, (prompt, continuation, _) in enumerate(self._joint(texts), 1):
+        pairs = [(prompt, continuation) for prompt, continuation, _ in self._joint(texts)]
+        found: list[Any] = [None] * len(pairs)
+        options: dict[tuple[int, ...], list[int]] = {}
+        for at, (prompt, continuation) in enumerate(pairs):
             if self.context is not None and len(prompt) + len(continuation) > self.context:
-                raise UserError(
-                    f"text {number}: {len(prompt) + len(continuation)} tokens are more than the "
-                    f"model's context of {self.context}"
-                )
-            pairs.append((prompt, continuation))
-        found: list[Score] = []
-        for begin in range(0, len(pairs), self.batch_size):
-            mine = pairs[begin : begin + self.batch_size]
+                found[at] = Score(log_prob=math.nan, tokens=len(continuation))
+            elif len(continuation) == 1 and not self._apart:
+                options.setdefault(tuple(prompt), []).append(at)
+        options = {prompt: places for prompt, places in options.items() if len(places) > 1}
+        asked = list(options)
+        for begin in range(0, len(asked), self.batch_size):
+            mine = asked[begin : begin + self.batch_size]
+            tokens, length = self._padded(mine, left=False, most=self.context)
+            values = _next(self.model.params, self.model.config, tokens, length)
+            for prompt, row in zip(mine, np.asarray(values, np.float64), strict=False):
+                for at in options[prompt]:
+                    found[at] = Score(log_prob=float(row[pairs[at][1][0]]), tokens=1)
+        rest = [at for at, score in enumerate(found) if score is None]
+        for begin in range(0, len(rest), self.batch_size):
+            places = rest[begin : begin + self.batch_size]
+            mine = [pairs[at] for at in places]
             whole = [p if self._apart else [*p, *c] for p, c in mine]
             tokens, _ = self._padded(whole, left=False, most=self.context)
             responses, length = self._padded([c for _, c in mine], left=False, most=self.context)
@@ -274,10 +284,8 @@ class LocalModel:
                 self.model.params, self.model.config, tokens, prompt_length, responses, length
             )
             values = np.asarray(sums, np.float64)[: len(mine)]
-            found += [
-                Score(log_prob=float(value), tokens=len(c))
-                for value, (_, c) in zip(values, mine, strict=True)
-            ]
+            for at, value, (_, c) in zip(places, values, mine, strict=True):
+                found[at] = Score(log_prob=float(value), tokens=len(c))
         return found
 
     def _joint(self, texts: Sequence[tuple[str, str]]):
@@ -316,6 +324,14 @@ class LocalModel:
 def _summed(params, config, tokens, prompt_length, responses, length):
     found = response_log_probs(params, config, tokens, prompt_length, responses, length)
     return found.log_prob.sum(-1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next(params, config, tokens, length):
+    """Log-probs of every token after each row."""
+    states = decoder.hidden_states(params, config, tokens)
+    last = states[jnp.arange(len(tokens)), length - 1]
+    return jax.nn.log_softmax(decoder.unembed(last, config, *decoder.unembedding(params, config)))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -27,8 +27,6 @@ class BackendOptions:
     """Endpoint: seconds for a request."""
     attempts: int = 4
     """Endpoint: for each request."""
-    first_wait: float = 1.0
-    """Endpoint: seconds before the second attempt."""
     requests_per_minute: float | None = None
     """Endpoint: None is as many as the workers manage."""
     completions: bool = False
@@ -53,9 +51,8 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
     if name.startswith("openai:"):
         from jaxalign.backends.endpoint import ChatEndpoint
 
-        given = chosen("completions", "workers", "timeout", "attempts", "first_wait")
-        per_minute = options.requests_per_minute
-        return ChatEndpoint(name.removeprefix("openai:"), requests_per_minute=per_minute, **given)
+        asked = ("completions", "workers", "timeout", "attempts", "requests_per_minute")
+        return ChatEndpoint(name.removeprefix("openai:"), **chosen(*asked))
     if not name:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel

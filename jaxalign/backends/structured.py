@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from jaxalign.backends import Backend, Decoding, Prompt
+from jaxalign.errors import UserError
 
 T = TypeVar("T")
 FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.S)
@@ -86,6 +87,9 @@ class Asker:
           questions: texts, each a user's turn.
           read: makes of each one's object what is wanted, or raises `MalformedError`.
           samples: answers to each.
+
+        Raises:
+          UserError: the model cannot be asked; names the role.
         """
         found: list[list[T]] = [[] for _ in questions]
         asking: list[tuple[int, Prompt]] = [
@@ -97,7 +101,10 @@ class Asker:
                 break
             number = samples if attempt == 0 else 1
             prompts = [prompt for _, prompt in asking]
-            answers = self.backend.generate(prompts, self.decoding, samples=number)
+            try:
+                answers = self.backend.generate(prompts, self.decoding, samples=number)
+            except UserError as error:
+                raise UserError(f"{role}: {error}") from None
             again: list[tuple[int, Prompt]] = []
             for (at, prompt), some in zip(asking, answers, strict=True):
                 for answer in some:

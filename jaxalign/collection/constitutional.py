@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.backends import Backend, Decoding
+from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches
 from jaxalign.errors import UserError
 
@@ -32,12 +33,25 @@ class Trace:
     prompt: str
     first: str
     steps: Sequence[Mapping[str, str]]
-    """{principle, critique, revision}, in order."""
+    """{principle, critique, revision, fault}, in order; the fault says why a step is of no use."""
+
+    @property
+    def usable(self) -> list[Mapping[str, str]]:
+        """The steps without a fault."""
+        return [step for step in self.steps if not step["fault"]]
 
     @property
     def last(self) -> str:
-        """The final revision."""
-        return self.steps[-1]["revision"] if self.steps else self.first
+        """The final revision that can be used; the first response where there is none."""
+        return self.usable[-1]["revision"] if self.usable else self.first
+
+
+def opened(prompt: str) -> str:
+    """A transcript up to the response: of a request, or of a conversation that is one already."""
+    prompt = prompt.strip()
+    if prompt.startswith(HUMAN.strip()):
+        return f"{prompt.removesuffix(ASSISTANT.strip()).rstrip()}{ASSISTANT}"
+    return f"{HUMAN.strip()} {prompt}{ASSISTANT}"
 
 
 def read_principles(path: Path) -> list[Principle]:
@@ -88,8 +102,10 @@ def read_examples(path: Path | None) -> str:
         return ""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"examples: {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"examples: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"examples: {path} is not JSON: {error}") from None
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise UserError(f"examples: {path} is no list of texts")
     return "\n\n".join(text.strip() for text in given)
@@ -107,6 +123,9 @@ def revised(
     batch_size: int = 8,
 ) -> Iterator[Trace]:
     """Respond, then criticise and revise so many times, each by a principle drawn at random.
+
+    A step whose critique or revision cannot be used (`fault`), or that changes nothing, is kept
+    with its fault; the next one goes on from the text before it.
 
     Args:
       backend: responds, criticises and revises.
@@ -135,13 +154,13 @@ def revised(
 
     shown = f"{examples}\n\n" if examples else ""
     for some in batches(prompts, batch_size):
-        begun = [f"{HUMAN} {prompt}{ASSISTANT}" for prompt in some]
-        first = written([text.lstrip() for text in begun])
+        begun = list(map(opened, some))
+        first = written(begun)
         latest, steps = list(first), [[] for _ in some]
         for step in range(revisions):
             chosen = [_drawn(principles, prompt, step, seed) for prompt in some]
             so_far = [
-                f"{shown}{text.lstrip()} {response}\n\nCritiqueRequest: {one.critique}{CRITIQUE}"
+                f"{shown}{text} {response}\n\nCritiqueRequest: {one.critique}{CRITIQUE}"
                 for text, response, one in zip(begun, latest, chosen, strict=True)
             ]
             critiques = written(so_far)
@@ -149,11 +168,22 @@ def revised(
                 f"{text} {critique}\n\nRevisionRequest: {one.revision}{REVISION}"
                 for text, critique, one in zip(so_far, critiques, chosen, strict=True)
             ]
-            latest = written(asked)
-            for own, one, critique, revision in zip(steps, chosen, critiques, latest, strict=True):
-                own.append({"principle": one.name, "critique": critique, "revision": revision})
+            rows = zip(chosen, critiques, written(asked), strict=True)
+            for at, (one, critique, revision) in enumerate(rows):
+                wrong = _step_fault(some[at], latest[at], critique, revision)
+                own = {"principle": one.name, "critique": critique, "revision": revision}
+                steps[at].append(own | {"fault": wrong})
+                latest[at] = latest[at] if wrong else revision
         for prompt, response, own in zip(some, first, steps, strict=True):
             yield Trace(prompt=prompt, first=response, steps=own)
+
+
+def _step_fault(prompt: str, before: str, critique: str, revision: str) -> str:
+    if wrong := fault(critique, prompt, before):
+        return f"critique: {wrong}"
+    if wrong := fault(revision, prompt, before, critique):
+        return f"revision: {wrong}"
+    return ""
 
 
 def _drawn(principles: Sequence[Principle], prompt: str, step: int, seed: int) -> Principle:
@@ -162,9 +192,8 @@ def _drawn(principles: Sequence[Principle], prompt: str, step: int, seed: int) -
 
 
 def sft_rows(trace: Trace) -> list[dict[str, Any]]:
-    """{prompt, response} of every revision that says something."""
+    """{prompt, response} of every revision that can be used."""
     return [
         {"prompt": trace.prompt, "response": step["revision"], "principle": step["principle"]}
-        for step in trace.steps
-        if step["revision"]
+        for step in trace.usable
     ]

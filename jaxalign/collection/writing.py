@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
 from jaxalign.errors import UserError
 
@@ -51,21 +52,13 @@ class Statistics:
         }
 
 
-def similarity(a: str, b: str) -> float:
-    r"""How much of two texts is the same: Jaccard's index of their runs of three characters.
-
-    .. math:: \frac{|A \cap B|}{|A \cup B|}
-    """
-    runs = [{text[at : at + 3] for at in range(max(len(text) - 2, 1))} for text in (a, b)]
-    return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
-
-
 class PairWriter:
     """Writes preference pairs with their provenance, a line each, as they come.
 
     Args:
       path: JSON Lines file, begun anew: what was asked before is found where answers are kept.
-      most_similar: pairs whose sides are more alike (`similarity`) are left out.
+      most_similar: pairs whose sides are more alike (`similarity`) are left out, and so are those
+        whose chosen response cannot be used (`fault`).
     """
 
     def __init__(self, path: Path, *, most_similar: float = 0.95):
@@ -89,8 +82,10 @@ class PairWriter:
         said = transcript(prompt)
         key = said, chosen, rejected
         reason = ""
-        if not chosen.strip() or not rejected.strip():
-            reason = "empty response"
+        if wrong := fault(chosen, said):
+            reason = f"chosen: {wrong}"
+        elif not rejected.strip():
+            reason = "rejected: empty"
         elif key in self._seen:
             reason = "duplicate"
         elif chosen == rejected or similarity(chosen, rejected) > self.most_similar:

@@ -57,6 +57,12 @@ def main(arguments: Sequence[str]) -> int:
     if matched is not None:
         facts += read_lines(matched, files)
         parts += side_by_side(annotator, matched, given, results)
+    if (usage := getattr(getattr(annotator, "judge", None), "usage", None)) is not None:
+        results["usage"] = vars(usage)
+        facts.append(
+            f"asked anew: {usage.requests:,} requests, {usage.prompt_tokens:,} + "
+            f"{usage.completion_tokens:,} tokens"
+        )
     for line in [*facts, *results.get("notes", [])]:
         print(line)
     for part in parts:

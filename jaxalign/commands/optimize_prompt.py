@@ -45,6 +45,7 @@ from jaxalign.prompting import (
     validate,
     write_artefact,
 )
+from jaxalign.prompting.artefact import LAYOUTS
 from jaxalign.prompting.cost import estimate, most_calls
 from jaxalign.prompting.examples import AskedRewriter
 from jaxalign.prompting.page import write_tree
@@ -93,6 +94,10 @@ def main(arguments: Sequence[str]) -> int:
         reward = AskedReward(asker(evaluator), criteria=criteria)
     kind, _, rest = (given.optimizer or evaluator).partition(":")
     rewriter = None
+    if kind in ("rule", "scored"):
+        raise UserError(
+            f"optimizer: {kind}: proposes no prompt; name a model, or bank:FILE of bullet points"
+        )
     if kind == "bank":
         optimizer: Any = BankOptimizer(_bank(Path(rest)), seed=given.seed)
     else:
@@ -125,10 +130,13 @@ def main(arguments: Sequence[str]) -> int:
     world = SystemPromptWorld(
         model, composer, reward, optimizer, pool, decoding, first=given.first_prompt
     )
-    found = _searched(given, world, len(pool))
-    prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
-    rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
-    chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
+    if given.search == "none":
+        found, rows, chosen = None, [], given.first_prompt
+    else:
+        found = _searched(given, world, len(pool))
+        prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
+        rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
+        chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
     write_artefact(
         PromptArtefact(
             system_prompt=chosen,
@@ -142,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
                 "model": model.identity,
                 "evaluator": evaluator,
                 "optimizer": given.optimizer or evaluator,
-                "nodes": len(found.nodes),
+                "nodes": 0 if found is None else len(found.nodes),
             },
         ),
         given.output / "prompt.json",
@@ -153,7 +161,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _told_cost(given: argparse.Namespace, examples: int) -> bool:
     """Say what the search may ask for; whether that was all that is wanted."""
-    names = [given.model, given.evaluator or given.model, given.optimizer or given.evaluator or ""]
+    evaluator = given.evaluator or given.model
+    names = [given.model, evaluator, given.optimizer or evaluator]
     if not given.estimate and not any(name.startswith("openai:") for name in names):
         return False
     calls = most_calls(
@@ -167,26 +176,34 @@ def _told_cost(given: argparse.Namespace, examples: int) -> bool:
         validate=given.validate,
         dynamic=given.reward == "dynamic",
     )
-    asked, said, cost = estimate(calls, tuple(given.prices))
+    paid = dict(zip(("model", "evaluator", "optimizer"), names, strict=True))
+    paid |= {"selector": paid["evaluator"], "rewriter": paid["optimizer"]}
+    bought = {role: n for role, n in calls.items() if paid[role].startswith("openai:")}
+    asked, said, cost = estimate(bought, tuple(given.prices))
     roles = ", ".join(f"{number:,} {role}" for role, number in calls.items())
-    print(f"at most {roles} answers; about {asked:,} + {said:,} tokens, {cost:.2f} at --prices")
+    print(
+        f"at most {roles} answers; of endpoints about {asked:,} + {said:,} tokens, {cost:.2f} at "
+        "--prices"
+    )
     return given.estimate
 
 
 def _tell(
     given: argparse.Namespace,
-    found: Found,
+    found: Found | None,
     rows: Sequence[tuple[str, float, int]],
     askers: Sequence[Asker],
     backends: dict[str, Cached],
 ) -> None:
     """Facts on the terminal and on the page."""
-    best = found.nodes[found.best]
-    facts = [
-        f"{given.search}: {len(found.nodes):,} states, depth {best.depth}, mean reward of the best "
-        f"path {best.value:.3f}",
-        *(f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()),
-    ]
+    facts = [f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()]
+    if found is not None:
+        best = found.nodes[found.best]
+        facts.insert(
+            0,
+            f"{given.search}: {len(found.nodes):,} states, depth {best.depth}, mean reward of the "
+            f"best path {best.value:.3f}",
+        )
     for one in askers:
         for role, number in one.malformed.items():
             failed = one.failed[role]
@@ -205,9 +222,11 @@ def _tell(
             for prompt, mean, number in rows
         ]
         print_table(["prompts on fresh queries", "mean reward", "rewards"], table)
-    path = [node.number for node in found.path(found.best)]
-    write_tree("Search for a system prompt", facts, found.nodes, path, given.output / "index.html")
-    print(f"prompt: {given.output / 'prompt.json'}\npage: {given.output / 'index.html'}")
+    print(f"prompt: {given.output / 'prompt.json'}")
+    if found is not None:
+        path, page = [node.number for node in found.path(found.best)], given.output / "index.html"
+        write_tree("Search for a system prompt", facts, found.nodes, path, page)
+        print(f"page: {page}")
 
 
 def _searched(given: argparse.Namespace, world: SystemPromptWorld, queries: int) -> Found:
@@ -252,8 +271,10 @@ def _queries(given: argparse.Namespace) -> list[str]:
 def _bank(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"optimizer: {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"optimizer: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"optimizer: {path} is no text") from None
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -285,10 +306,17 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--seeds", required=True, help="{prompt, response} rows: the examples")
     flags.add_argument("--queries", help="{prompt} rows to search with (default: the seeds')")
     flags.add_argument("--output", type=Path, default=Path("prompts"), help="folder to write")
-    flags.add_argument("--search", choices=("beam", "greedy", "monte-carlo"), default="beam")
+    flags.add_argument(
+        "--search",
+        choices=("beam", "greedy", "monte-carlo", "none"),
+        default="beam",
+        help="none: better examples alone, under the first prompt",
+    )
     flags.add_argument("--width", type=int, default=2, help="paths that are kept")
     flags.add_argument("--actions", type=int, default=3, help="prompts proposed from each")
-    flags.add_argument("--depth", type=int, default=20, help="levels, one query each")
+    flags.add_argument(
+        "--depth", type=int, default=19, help="levels below the first prompt's, one query each"
+    )
     flags.add_argument("--more-depth", type=int, default=10, help="levels added by good prompts")
     flags.add_argument(
         "--reward",
@@ -303,7 +331,7 @@ def _flags() -> argparse.ArgumentParser:
         "--validate", type=int, default=8, help="fresh queries to choose by; 0: none"
     )
     flags.add_argument("--first-prompt", default=FIRST, help="system prompt of the root")
-    flags.add_argument("--layout", choices=("continue", "chat"), default="continue")
+    flags.add_argument("--layout", choices=LAYOUTS, default="continue")
     flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
     flags.add_argument("--max-tokens", type=int, default=256, help="of the model's answers")
     flags.add_argument("--judge-tokens", type=int, default=2048, help="of the other roles' answers")

@@ -32,9 +32,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header[:1])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
+    table = Table()
+    for at, name in enumerate(header):  # folded: a name cut off at "llmbar/Adve…" says little
+        table.add_column(name, justify="right" if at else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

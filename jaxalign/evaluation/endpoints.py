@@ -1,24 +1,14 @@
 """Judging by a language model behind an OpenAI-compatible endpoint."""
 
-import concurrent.futures
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxalign.backends.http import (
-    PassingError,
-    Patience,
-    RefusedError,
-    UnknownParameterError,
-    leave_out,
-    post,
-    split_address,
-    wait_before,
-)
-from jaxalign.errors import UserError
+from jaxalign.backends.client import Client, RefusedError, UnusableError, Usage, split_address
 from jaxalign.evaluation.templates import CHAT, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
 
@@ -34,22 +24,14 @@ class Endpoint:
     the labels A, B and tie (half to either side), normalised. Else it is 1, 0 or 0.5.
 
     Attributes:
-      url: of the chat completions.
+      client: of the server.
       model: as the server calls it.
       template: the question.
-      workers: requests at a time.
-      timeout: seconds for one request.
-      attempts: for one comparison, with waits that double between them.
-      first_wait: seconds before the second attempt.
     """
 
-    url: str
+    client: Client
     model: str
     template: Template
-    workers: int = 8
-    timeout: float = 60.0
-    attempts: int = 4
-    first_wait: float = 1.0
     order_free: bool = False
     parameters: dict[str, Any] = field(
         default_factory=lambda: {
@@ -66,6 +48,16 @@ class Endpoint:
         """Endpoint, model and template."""
         return f"openai {self.url} {self.model} {self.template.fingerprint}"
 
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return f"{self.client.url}/chat/completions"
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked for so far."""
+        return self.client.usage
+
     def answers(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
     ) -> Iterator[Answer]:
@@ -74,62 +66,30 @@ class Endpoint:
         Raises:
           UserError: key, URL or model are refused, or the server cannot be reached.
         """
-        patience = Patience(self.workers)
-        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
-        try:
-            asked = [
-                pool.submit(self._answer, number, self.template.fill(*texts), patience)
-                for number, texts in enumerate(zip(prompts, first, second, strict=True))
-            ]
-            for done in concurrent.futures.as_completed(asked):
-                yield done.result()
-        finally:
-            patience.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, number: int, question: str, patience: Patience) -> Answer:
-        reason, detail = "", ""
-        for attempt in range(self.attempts):
-            if patience.stopped.is_set():
-                break
+        def ask(number: int, stopped: threading.Event) -> Answer:
+            question = self.template.fill(prompts[number], first[number], second[number])
+            turns = [{"role": "user", "content": question}]
+            body = {"model": self.model, "messages": turns, **self.parameters}
             try:
-                preference, detail = self._asked(question)
+                preference, said = self.client.ask("chat/completions", body, _read, stopped)
             except RefusedError as error:
-                return Answer(number=number, preference=math.nan, reason=str(error))
-            except PassingError as error:
-                reason = error.reason
-                if error.unreached and patience.ended(last=attempt + 1 == self.attempts):
-                    raise UserError(
-                        f"{self.url}: {reason}; what was answered is kept, and the same command "
-                        "asks for the rest"
-                    ) from None
-                if attempt + 1 < self.attempts:
-                    patience.stopped.wait(wait_before(attempt, self.first_wait, error.wait))
-                continue
-            patience.renew()
-            if preference is not None:
-                return Answer(number=number, preference=preference, detail=detail)
-            reason = "the answer is neither A, B nor tie"
-        return Answer(number=number, preference=math.nan, reason=reason, detail=detail)
+                reason = str(error)
+                return Answer(number=number, preference=math.nan, reason=reason, detail=error.said)
+            return Answer(number=number, preference=preference, detail=said)
 
-    def _asked(self, question: str) -> tuple[float | None, str]:
-        """P(A is better), None where it cannot be told, and what the model said."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}]}
-        while True:
-            parameters = dict(self.parameters)
-            try:
-                reply = post(self.url, body | parameters, self.timeout)
-                break
-            except UnknownParameterError as error:
-                if error.name not in parameters:
-                    raise RefusedError(error.reason) from None
-                leave_out(self.parameters, error.name)
-        try:
-            choice = reply["choices"][0]
-            text = choice["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            raise PassingError("the reply is no chat completion") from None
-        return preference_of(str(text), choice.get("logprobs")), str(text)
+        for _, answer in self.client.together(len(prompts), ask):
+            yield answer
+
+
+def _read(reply: Any) -> tuple[float, str]:
+    """P(A is better), and what the model said."""
+    choice = reply["choices"][0]
+    text = str(choice["message"]["content"] or "")
+    preference = preference_of(text, choice.get("logprobs"))
+    if preference is None:
+        raise UnusableError("the answer is neither A, B nor tie", text)
+    return preference, text
 
 
 def preference_of(text: str, logprobs: Any) -> float | None:
@@ -156,36 +116,15 @@ def preference_of(text: str, logprobs: Any) -> float | None:
     return sum(VALUES[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 
-def endpoint(
-    address: str,
-    *,
-    template: Path | None = None,
-    workers: int = 8,
-    timeout: float = 60.0,
-    attempts: int = 4,
-    first_wait: float = 1.0,
-) -> Endpoint:
+def endpoint(address: str, *, template: Path | None = None, **options: Any) -> Endpoint:
     """The judge of "URL#MODEL".
 
     Args:
-      address: e.g. "https://api.openai.com/v1#gpt-4.1-mini" or "http://localhost:8000#judge"; the
-        key is read from the environment variable OPENAI_API_KEY.
+      address: e.g. "https://api.openai.com/v1#gpt-4.1-mini" or "http://localhost:8000#judge".
       template: file with {prompt}, {first} and {second}.
-      workers: requests at a time.
-      timeout: seconds for one request.
-      attempts: for one comparison.
-      first_wait: seconds before the second attempt, doubled from then on.
+      **options: of `Client`.
     """
     url, model = split_address(address, "judge")
-    for name, value in (("workers", workers), ("attempts", attempts), ("timeout", timeout)):
-        if value <= 0:
-            raise UserError(f"{name}: {value} is not positive")
     return Endpoint(
-        url=f"{url}/chat/completions",
-        model=model,
-        template=read_template(template, CHAT),
-        workers=workers,
-        timeout=timeout,
-        attempts=attempts,
-        first_wait=first_wait,
+        client=Client(url, **options), model=model, template=read_template(template, CHAT)
     )

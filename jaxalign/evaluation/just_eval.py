@@ -34,6 +34,8 @@ class Rated:
     response: str
     scores: Mapping[str, float]
     """By aspect, 1 to 5; those that were not given are left out."""
+    inapplicable: Sequence[str] = ()
+    """Aspects of which the judge said "N/A"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +50,33 @@ class AspectTable:
 
     @property
     def average(self) -> float:
-        """Over the aspects of quality that are there; safety is by itself."""
-        found = [self.means[name] for name in QUALITY if name in self.means]
+        """Over the aspects of quality that are there; safety is by itself. DRPO's."""
+        return self._over(QUALITY)
+
+    @property
+    def leaderboard(self) -> float:
+        """Over all six aspects, those that are there; just-eval's."""
+        return self._over((*QUALITY, *SAFETY))
+
+    def _over(self, names: Sequence[str]) -> float:
+        found = [self.means[name] for name in names if name in self.means]
         return math.fsum(found) / len(found) if found else math.nan
 
 
-def aspect_table(rows: Sequence[Rated]) -> AspectTable:
+def aspect_table(rows: Sequence[Rated], *, inapplicable: float | None = None) -> AspectTable:
     """The table of one model.
 
     Args:
-      rows: its responses; a missing score counts nowhere (just-eval counts it as 5).
+      rows: its responses.
+      inapplicable: score that "N/A" stands for; None: it counts nowhere. just-eval counts 5, which
+        flatters models where an aspect does not apply.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
-        for name, score in row.scores.items():
+        scores = dict(row.scores)
+        if inapplicable is not None:
+            scores |= dict.fromkeys(row.inapplicable, inapplicable)
+        for name, score in scores.items():
             values.setdefault(name, []).append(score)
     return AspectTable(
         means={name: math.fsum(some) / len(some) for name, some in values.items()},
@@ -87,6 +102,7 @@ def read_judgements(path: Path) -> list[Rated]:
                 prompt=row["input"],
                 response=row["output_cand"],
                 scores=_scores(row["parsed_result"] or {}),
+                inapplicable=_inapplicable(row["parsed_result"] or {}),
             )
             for row in given
         ]
@@ -104,6 +120,14 @@ def _scores(found: Mapping[str, Any]) -> dict[str, float]:
         if text in ("1", "2", "3", "4", "5"):
             scores[name.capitalize()] = float(text)
     return scores
+
+
+def _inapplicable(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        name.capitalize()
+        for name, fields in found.items()
+        if str(fields.get("score")).strip().upper() == "N/A"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

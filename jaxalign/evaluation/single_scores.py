@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from jaxalign.backends import Backend
 from jaxalign.backends.structured import Asker, MalformedError, text_field
 from jaxalign.evaluation.criteria import CRITERIA
@@ -193,10 +195,29 @@ Does it matter for an answer that it {meaning}? Yes or no?
 Answer:"""
 
 
-class ScoredReward:
-    r"""An evaluator that writes nothing: it reads how likely a model finds each score.
+def expected_scores(backend: Backend, questions: Sequence[str], most: int = 5) -> list[float]:
+    r"""What a model that writes nothing would score: the mean over its log-probs of the scores.
 
-    .. math:: s_c = \frac{\sum_{k=1}^5 k\,\pi(k)}{\sum_{k=1}^5 \pi(k)}
+    .. math:: s = \frac{\sum_{k=1}^K k\,\pi(k)}{\sum_{k=1}^K \pi(k)}
+
+    Args:
+      backend: it has to score texts.
+      questions: texts that a score follows.
+      most: K, the best score; a single digit.
+
+    Returns:
+      One value each; NaN where a question does not fit the model's context.
+    """
+    prompts = [question for question in questions for _ in range(most)]
+    options = [f" {score}" for _ in questions for score in range(1, most + 1)]
+    found = np.array([score.log_prob for score in backend.score(prompts, options)])
+    found = found.reshape(len(questions), most)
+    weights = np.exp(found - found.max(1, initial=-np.inf, keepdims=True))
+    return (weights @ np.arange(1.0, most + 1) / weights.sum(1)).tolist()
+
+
+class ScoredReward:
+    """An evaluator that writes nothing: its scores are `expected_scores`.
 
     For models too small to write what is asked for; there are no reasons. A query's criteria are
     those whose log-odds of yes over no are the largest: all above the mean, from 2 to 5.
@@ -226,23 +247,17 @@ class ScoredReward:
             for (query, output), names in zip(rows, chosen, strict=True)
             for name in names
         ]
-        values = iter(self._expected(asked))
-        return [
-            Evaluation(scores={name: next(values) for name in names}, why_these="log-odds")
-            for names in chosen
-        ]
-
-    def _expected(self, questions: Sequence[str]) -> list[float]:
-        prompts = [question for question in questions for _ in range(5)]
-        options = [f" {score}" for _ in questions for score in range(1, 6)]
-        found = [score.log_prob for score in self.backend.score(prompts, options)]
-        values = []
-        for at in range(0, len(found), 5):
-            most = max(found[at : at + 5])
-            weights = [math.exp(value - most) for value in found[at : at + 5]]
-            total = math.fsum(k * weight for k, weight in enumerate(weights, 1))
-            values.append(total / math.fsum(weights))
-        return values
+        values = iter(expected_scores(self.backend, asked))
+        found = []
+        for names in chosen:
+            scores = {name: next(values) for name in names}
+            fits = bool(scores) and all(map(math.isfinite, scores.values()))
+            found.append(
+                Evaluation(scores=scores, why_these="log-odds")
+                if fits
+                else Evaluation(failure="the text is longer than the model's context")
+            )
+        return found
 
     def _criteria(self, query: str) -> tuple[str, ...]:
         if self.criteria is not None:
@@ -257,6 +272,8 @@ class ScoredReward:
                 yes.log_prob - no.log_prob for yes, no in zip(found[::2], found[1::2], strict=True)
             ]
             mean = math.fsum(odds) / len(odds)
+            if not math.isfinite(mean):
+                return ()
             number = min(max(sum(value > mean for value in odds), FEWEST), MOST)
             order = sorted(range(len(odds)), key=lambda at: (-odds[at], at))[:number]
             self._chosen[query] = tuple(self.pool[at] for at in sorted(order))

@@ -44,6 +44,7 @@ from jaxalign.losses.simpo import simpo
 from jaxalign.losses.slic import slic, slic_norm
 from jaxalign.losses.soft_labels import soft_label
 from jaxalign.losses.sppo import sppo, sppo_soft
+from jaxalign.losses.stable_alignment import stable_alignment, stable_alignment_rated
 from jaxalign.losses.supervised import sft_sequence_sum, sft_token_mean
 from jaxalign.losses.tdpo import tdpo1, tdpo2
 from jaxalign.losses.tokens import TokenLogProbs
@@ -85,6 +86,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
     "sigmoid_norm": sigmoid_norm,
     "scit": scit,
     "scit_mean": scit_mean,
+    "stable_alignment": stable_alignment,
 }
 
 # Whose pairs are one response under two opposite instructions.
@@ -173,6 +175,8 @@ __all__ = [
     "soft_label",
     "sppo",
     "sppo_soft",
+    "stable_alignment",
+    "stable_alignment_rated",
     "tdpo1",
     "tdpo2",
     "whiten",

@@ -26,6 +26,7 @@ from jaxalign.losses import (
     sft_token_mean,
     soft_label,
     sppo_soft,
+    stable_alignment_rated,
     xpo,
 )
 
@@ -46,7 +47,14 @@ STATE_LOSSES = {loss.__name__: loss for loss in (hidden_state_matching, hidden_s
 
 OTHER_LOSSES = {
     loss.__name__: loss
-    for loss in (kto_unpaired, bradley_terry, preference_model, sft_token_mean, sft_sequence_sum)
+    for loss in (
+        kto_unpaired,
+        stable_alignment_rated,
+        bradley_terry,
+        preference_model,
+        sft_token_mean,
+        sft_sequence_sum,
+    )
 }
 
 PREAMBLE = r"""# Losses
@@ -139,7 +147,7 @@ def losses_markdown() -> str:
             "## On hidden states\n",
             "Representation alignment: states at chosen layers and response positions.\n",
             markdown_table(STATE_LOSSES),
-            "## Single responses, reward models and supervised fine-tuning\n",
+            "## Single and rated responses, reward models and supervised fine-tuning\n",
             markdown_table(OTHER_LOSSES),
         ]
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxalign.errors import UserError
 
-LAYOUTS = ("continue", "chat")
+LAYOUTS = ("continue", "transcript", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class PromptArtefact:
     shown: int = 3
     """How many; the paper's 3 at inference (2 while searching)."""
     layout: str = "continue"
-    """"continue": one text for a base model; "chat": a system's and a user's turn."""
+    """"continue": one text for a base model, its parts marked by headings; "transcript": one text
+    of Human's and Assistant's turns; "chat": a system's and a user's turn."""
     embedder: str = "words"
     """Name of what finds the nearest examples: "words", "model" (the one that answers), or a
     backend."""
@@ -37,7 +38,7 @@ class PromptArtefact:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise UserError(f"layout: {self.layout!r} is neither {' nor '.join(LAYOUTS)}")
+            raise UserError(f"layout: {self.layout!r} is none of {', '.join(LAYOUTS)}")
         if self.shown < 0:
             raise UserError(f"shown: {self.shown} is negative")
 

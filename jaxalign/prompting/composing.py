@@ -12,6 +12,8 @@ from jaxalign.prompting.artefact import Example
 BEGIN, END = "<START>", "<END>"
 STOPS = (END, "# Query:")
 """Where a base model's answer ends."""
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Turns of a transcript."""
 
 
 @runtime_checkable
@@ -31,7 +33,8 @@ class Composer:
       examples: to choose from.
       shown: how many of them.
       embedder: vectors of length 1; not asked where all examples or none are shown.
-      layout: "continue" for a base model, "chat" for one that answers turns.
+      layout: "continue" for a base model, "transcript" for one that has read transcripts, "chat"
+        for one that answers turns.
     """
 
     def __init__(self, examples: Sequence[Example], *, shown: int, embedder: Embedder, layout: str):
@@ -43,7 +46,7 @@ class Composer:
     @property
     def stops(self) -> tuple[str, ...]:
         """What ends an answer."""
-        return STOPS if self.layout == "continue" else ()
+        return {"continue": STOPS, "transcript": (HUMAN, ASSISTANT)}.get(self.layout, ())
 
     def nearest(self, query: str) -> tuple[int, ...]:
         """Numbers of the examples that a query is shown, the most alike last."""
@@ -66,6 +69,12 @@ class Composer:
           system_prompt: instructions; empty: none.
           query: to be answered.
         """
+        if self.layout == "transcript":
+            said = "".join(
+                f"{HUMAN} {one.query.strip()}{ASSISTANT} {one.response.strip()}"
+                for one in (self.examples[number] for number in self.nearest(query))
+            )
+            return f"{system_prompt.strip()}{said}{HUMAN} {query.strip()}{ASSISTANT}".lstrip()
         parts = [f"# Instructions\n\n{system_prompt.strip()}"] if system_prompt.strip() else []
         for number in self.nearest(query):
             example = self.examples[number]

@@ -8,7 +8,7 @@ def most_calls(
     search: str = "beam",
     width: int = 2,
     actions: int = 3,
-    depth: int = 20,
+    depth: int = 19,
     more_depth: int = 10,
     examples: int = 16,
     iterations: int = 5,
@@ -18,10 +18,10 @@ def most_calls(
     """The most answers that a search asks of each role.
 
     Args:
-      search: "beam", "greedy" or "monte-carlo".
+      search: "beam", "greedy", "monte-carlo" or "none".
       width: paths that are kept.
       actions: from each of them.
-      depth: levels.
+      depth: levels below the root.
       more_depth: levels that may be added.
       examples: in-context examples to rewrite.
       iterations: of each of them.
@@ -31,7 +31,9 @@ def most_calls(
     Returns:
       Role -> answers; those that have to be asked again come on top.
     """
-    if search == "monte-carlo":
+    if search == "none":
+        levels = ends = tried = proposed = validate = 0
+    elif search == "monte-carlo":
         levels, parents, ends = depth, width * actions, width * actions
         tried, proposed = levels * parents, levels * parents
     else:
@@ -39,10 +41,11 @@ def most_calls(
         levels, ends = depth + more_depth, width
         tried = levels * width * actions
         proposed = levels * width * actions
-    tried += 1 + validate * (ends + 1)  # the root, and the first prompt on the fresh queries, too
+    root = search != "none"
+    tried += root + validate * (ends + 1)  # the first prompt on the fresh queries, too
     rewrites = examples * iterations
     judged_examples = examples * (iterations + 1) if iterations else 0
-    queries = levels + 1 + validate + (examples if iterations else 0)
+    queries = levels + root + validate + (examples if iterations else 0)
     return {
         "model": tried,
         "evaluator": tried + judged_examples,

@@ -136,7 +136,7 @@ def beam_search(
     *,
     width: int = 2,
     actions: int = 3,
-    depth: int = 20,
+    depth: int = 19,
     more_depth: int = 10,
     value: Value = "mean",
     watch: Watch | None = None,
@@ -152,7 +152,7 @@ def beam_search(
       world: what is searched.
       width: paths that are kept; the paper's 2.
       actions: from each of them; the paper's 3.
-      depth: levels; the paper's 20.
+      depth: levels below the root; the released 20, which count the root.
       more_depth: levels that may be added; the paper's 10.
       value: of a path: the mean of its rewards, or the last one.
       watch: told all nodes after every level.

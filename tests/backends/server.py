@@ -22,6 +22,7 @@ class Server:
                     reply = outer.reply(self.path, body)
                 data = json.dumps(reply).encode()
                 self.send_response(200)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

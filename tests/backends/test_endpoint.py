@@ -1,7 +1,9 @@
 """The endpoint backend against a server of a real model here, and against unwilling ones."""
 
 import json
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -32,7 +34,7 @@ def served():
 
 
 def endpoint(server, **options):
-    return ChatEndpoint(server.address, **{"first_wait": 0.001, "workers": 2} | options)
+    return ChatEndpoint(server.address, **{"workers": 2} | options)
 
 
 @pytest.mark.weights
@@ -69,9 +71,16 @@ def test_conversations_go_as_turns(served):
 
 
 @pytest.mark.weights
-def test_vectors_are_those_of_the_model_behind_it(served):
+def test_vectors_are_those_of_the_model_behind_it(served, tmp_path):
     model, server = served
-    assert endpoint(server).embed(PROMPTS) == pytest.approx(model.embed(PROMPTS), abs=1e-5)
+    vectors = model.embed(PROMPTS)
+    before = len(server.asked)
+    for more in range(2):
+        cached = Cached(endpoint(server), AnswerFile(tmp_path / "answers.jsonl"))
+        found = cached.embed([*PROMPTS, PROMPTS[0], *["A cat"] * more])
+        assert found[:2] == pytest.approx(vectors, abs=1e-5)
+        assert (found[2] == found[0]).all()
+    assert [body["input"] for _, body in server.asked[before:]] == [PROMPTS, ["A cat"]]
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def unwilling():
     """A server that gives the replies it is told, and what it was asked."""
     servers = []
 
-    def start(*replies):
+    def start(*replies, options=None):
         asked = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -88,6 +97,8 @@ def unwilling():
                 status, reply = replies[min(len(asked), len(replies)) - 1]
                 data = json.dumps(reply).encode()
                 self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Retry-After-Ms", "1")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -99,7 +110,8 @@ def unwilling():
         threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(here)
         address = f"http://127.0.0.1:{here.server_address[1]}#m"
-        return ChatEndpoint(address, first_wait=0.001, workers=1, attempts=3), asked
+        given = {"workers": 1, "attempts": 3} | (options or {})
+        return ChatEndpoint(address, **given), asked
 
     yield start
     for here in servers:
@@ -147,3 +159,24 @@ def test_log_probs_of_a_continuation_are_added_up(unwilling):
     [score] = backend.score(["ab"], ["cde"])  # the last token is the one that was generated
     assert (score.log_prob, score.tokens) == (-6.0, 2)
     assert asked[0]["prompt"] == "abcde"
+
+
+def test_requests_pass_so_many_a_minute(unwilling):
+    backend, asked = unwilling(FINE, options={"requests_per_minute": 600.0, "workers": 4})
+    begun = time.monotonic()
+    backend.generate(["a", "b", "c", "d"], Decoding())
+    assert time.monotonic() - begun >= 0.3  # three gaps of a tenth of a second
+    assert len(asked) == 4
+
+
+def test_failures_of_a_server_that_has_answered_are_counted(unwilling):
+    backend, _ = unwilling(FINE, (503, {}), options={"attempts": 2})
+    found = backend.generate(["a", "b"], Decoding())
+    assert [one.failure for [one] in found] == ["", "HTTP 503: {}"]
+    assert (backend.usage.requests, backend.usage.failures) == (1, 1)
+
+
+def test_the_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r"pip install 'jaxalign\[openai\]'"):
+        ChatEndpoint("http://localhost:1#m")

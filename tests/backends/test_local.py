@@ -79,6 +79,18 @@ def test_scores_are_sums_of_log_softmax(model):
         assert score.tokens == len(each)
 
 
+def test_options_after_one_prompt_are_read_off_one_pass(model):
+    options = [" a", " the", " to"]
+    prompts = [text for text in PROMPTS for _ in options]
+    found = model.score([*prompts, PROMPTS[0]], [*options * 3, " little girl"])
+    alone = [model.score([p], [c])[0] for p, c in zip(prompts, options * 3, strict=True)]
+    assert {score.tokens for score in found[:-1]} == {1}
+    assert [score.log_prob for score in found[:-1]] == pytest.approx(
+        [score.log_prob for score in alone], abs=1e-4
+    )
+    assert found[-1].tokens > 1
+
+
 def test_vectors_do_not_depend_on_the_batch(model):
     found = model.embed(PROMPTS)
     assert np.linalg.norm(found, axis=1) == pytest.approx(1.0, abs=1e-5)
@@ -88,5 +100,8 @@ def test_vectors_do_not_depend_on_the_batch(model):
 def test_what_does_not_fit_is_named(model):
     with pytest.raises(UserError, match=r"file:2: the prompt is empty"):
         model.encode(["a", "  "], 4, ["file:1", "file:2"])
+    long, short = model.score(["a cat " * 200, "a cat"], [" sat", " sat"])
+    assert np.isnan(long.log_prob)
+    assert np.isfinite(short.log_prob)
     with pytest.raises(UserError, match=r"prompt 1: 4 tokens.*600.*context of 512"):
         model.generate(["a cat"], Decoding(max_tokens=600))

@@ -4,34 +4,36 @@ import io
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.backends import Decoding
 from jaxalign.collection import (
     Encounter,
+    Memory,
     PairWriter,
     Principle,
     Society,
     best_and_worst,
+    comparison_data,
     raft_selection,
     ranked_pairs,
     read_principles,
     rejection_sampling,
     revised,
     sampled_candidates,
+    self_aligned,
     society_data,
 )
 from jaxalign.collection.best_of_n import rewards_of
-from jaxalign.collection.constitutional import sft_rows
+from jaxalign.collection.constitutional import opened, sft_rows
+from jaxalign.collection.self_alignment import RULES, WORKED, aligned_row
 from jaxalign.collection.society import rating_of
-from jaxalign.collection.writing import similarity, write_row
+from jaxalign.collection.validity import fault, similarity
+from jaxalign.collection.writing import write_row
 from jaxalign.data import preference_records
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Verdicts
-from jaxalign.losses.stable_alignment import stable_alignment
 from tests.backends.scripted import Scripted
 
 DRAWN = Decoding(max_tokens=8, temperature=1.0)
@@ -107,7 +109,7 @@ def test_pairs_are_written_once_and_training_reads_them(tmp_path):
         assert writer.write([{"role": "user", "content": "q"}], "of a, of a", "b c d e f g h i", {})
     said = writer.statistics.summary()
     assert said["pairs"] == 2
-    assert said["left_out"] == {"duplicate": 1, "nearly identical": 1, "empty response": 1}
+    assert said["left_out"] == {"duplicate": 1, "nearly identical": 1, "rejected: empty": 1}
     assert said["chosen_longer"] == 0.5
     assert said["mean_characters"]["chosen"] == (13 + 10) / 2
     assert (
@@ -124,6 +126,24 @@ def test_similarity_is_jaccards_index():
     assert similarity("abcd", "abcd") == 1.0
     assert similarity("abcd", "bcde") == 1 / 3
     assert similarity("a", "b") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A fine answer.", ""),
+        (" .,- ", "empty"),
+        ("Yes.\n\nHuman: and now?", "another's turn"),
+        ("a b " * 6, "repeats itself"),  # two word pairs of eleven
+        ("a b " * 5, ""),  # too short to say so
+        ("What is the time", "repeats what was there"),
+    ],
+)
+def test_what_cannot_be_used(text, words, tmp_path):
+    assert fault(text, "What is the time?") == words
+    with PairWriter(tmp_path / "pairs.jsonl") as writer:
+        assert writer.write("What is the time?", text, "no", {}) == (not words)
+    assert writer.statistics.left_out == ({f"chosen: {words}": 1} if words else {})
 
 
 def test_numbers_that_are_none_become_null():
@@ -164,6 +184,59 @@ def test_each_revision_goes_on_from_the_one_before():
     assert names[0] == names[1]  # whatever else is asked
 
 
+def test_steps_without_use_are_passed_over():
+    """An empty critique, then a revision that changes nothing, then one that does."""
+    said = iter([("", "worse"), ("too long", "first"), ("too loud", "better")])
+    now = []
+
+    def answer(text, sample):
+        if text.endswith("Critique:"):
+            now[:] = next(said)
+            return now[0]
+        return now[1] if text.endswith("Revision:") else "first"
+
+    backend = Scripted(answer)
+    [trace] = revised(backend, ["x"], PRINCIPLES, DRAWN, revisions=3)
+    faults = [step["fault"] for step in trace.steps]
+    assert faults == ["critique: empty", "revision: repeats what was there", ""]
+    assert trace.last == "better"
+    assert [row["response"] for row in sft_rows(trace)] == ["better"]
+    third = [text for text in backend.asked if text.endswith("Critique:")][2]
+    assert "Assistant: first\n" in third
+    [empty] = revised(Scripted(lambda *_: ""), ["x"], PRINCIPLES, DRAWN, revisions=2)
+    assert (empty.last, sft_rows(empty)) == ("", [])
+
+
+def test_conversations_stay_what_they_are():
+    assert opened(" hi ") == "Human: hi\n\nAssistant:"
+    turns = "Human: hi\n\nAssistant: yes?\n\nHuman: bye"
+    assert opened(f"\n\n{turns}\n\nAssistant:") == f"{turns}\n\nAssistant:"
+
+
+# ------------------------------------------------------------------------ rules
+
+
+def test_answers_after_thoughts_are_taught_without_them():
+    def answer(text, sample):
+        if text.endswith("Thoughts:"):
+            return {"a": " A sum: [reasoned] and [clear], not [vain].", "b": "hm", "c": ""}[
+                text.split("Human: ")[-1][0]
+            ]
+        return " after thinking" if "Rules" in text else " plain"
+
+    backend = Scripted(answer)
+    one, unruled, empty = self_aligned(backend, ["a", "b", "c"], DRAWN)
+    assert (one.rules, one.fault, one.plain) == (["reasoned", "clear"], "", "plain")
+    assert one.response == "after thinking"
+    assert aligned_row(one) == {"prompt": "a", "response": one.response, "rules": one.rules}
+    assert unruled.fault == "thoughts: no rule is named"
+    assert empty.fault == "thoughts: empty"
+    thinking = [text for text in backend.asked if text.endswith("Thoughts:")]
+    assert all(f"[{rule.name}]" in thinking[0] for rule in RULES)
+    assert all(shown.response in thinking[0] for shown in WORKED)
+    assert "Human: a\n\nAssistant:" in backend.asked  # the plain answer knows nothing of them
+
+
 @pytest.mark.weights
 def test_anthropics_principles_are_read(shared, tmp_path):
     folder = shared / "constitutional_ai" / "prompts"
@@ -201,6 +274,68 @@ def test_neighbours_are_within_half_the_side():
     assert society.near(4) == [0, 1, 2, 3, 5, 6, 7, 8]
     assert society.near(0) == [1, 3, 4]
     assert Society(backend=Scripted(), observer=Scripted(), side=2).near(0) == [1, 2, 3]
+
+
+def test_others_from_the_whole_grid_take_the_place_of_neighbours(rng):
+    def society(**options):
+        return Society(backend=Scripted(), observer=Scripted(), side=5, **options)
+
+    near = set(society().near(12))  # the middle: 24 agents are within two
+    assert len(near) == 24
+    corner = set(society().near(0))
+    assert len(corner) == 8
+    assert set(society(neighbours=16).asked_of(0, rng)) == corner
+    found = society(neighbours=16, dropout=0.75).asked_of(0, rng)
+    assert len(found) == len(set(found)) == 16
+    assert len(corner & set(found)) == 2
+    assert 0 not in found
+    assert not corner & set(society(neighbours=4, dropout=1.0).asked_of(0, rng))
+
+
+@pytest.mark.parametrize(
+    ("world", "answers"),
+    [
+        ("all_good", ["ggg"] * 4),
+        ("all_bad", ["bbb"] * 4),
+        ("half_half", ["ggg", "bbb"] * 2),
+        ("mixed_half_half", ["gbg"] * 4),
+    ],
+)
+def test_agents_begin_with_memories(world, answers):
+    society = Society(backend=Scripted(), observer=Scripted(), side=2)
+    known = [Memory(question=f"question {n}", good=f"g{n}", bad=f"b{n}") for n in range(6)]
+    society.settle(known, world, each=3)
+    assert ["".join(text[0] for text, _ in own.values()) for own in society.memory] == answers
+    assert list(society.memory[1]) == ["question 3", "question 4", "question 5"]
+    [vector] = society.backend.embed(["question 4"])
+    assert "question 4" in society.recalled(1, "question 4", vector)
+    [far] = society.backend.embed(["of whales and ships"])
+    assert society.recalled(1, "of whales and ships", far) == ""
+
+
+def test_agents_that_are_asked_the_same_say_different_things():
+    backend = Scripted(lambda text, sample: f"{1 + sample} because")
+    society = Society(backend=backend, observer=Scripted(lambda *_: "3"), side=2, neighbours=3)
+    [one, *_] = society.rounds(["q"], 1)
+    assert [rating for _, rating, _ in one.feedback] == [3.0, 2.0, 1.0]
+
+
+def test_ratings_by_log_probs_are_expectations():
+    p = np.array([0.0, 0.1, 0.0, 0.2, 0.3, 0.0, 0.4])
+
+    def likes(prompt, continuation):
+        assert prompt.endswith("Rating:")
+        return math.log(p[int(continuation) - 1] + 1e-30) - 3.0
+
+    backend = Scripted(lambda text, sample: "because", likes=likes)
+    society = Society(backend=backend, observer=backend, side=2, ratings="scored")
+    [one, *_] = society.rounds(["q"], 1)
+    expected = p @ np.arange(1, 8)
+    assert one.revision_rating == pytest.approx(expected)
+    assert [(rating, text) for _, rating, text in one.feedback] == [
+        (pytest.approx(expected), "5. because")
+    ] * 3
+    assert any(text.endswith("Rating: 5.") for text in backend.asked)
 
 
 def talk(text, sample):
@@ -257,20 +392,13 @@ def test_what_a_revision_teaches(before, after, kept, pairs):
     assert len(data["self_critic"]) == 1
 
 
-# ------------------------------------------------------------------------ the contrastive loss
-
-
-def test_stable_alignment_has_each_responses_own_margin():
-    # ratings [1, 7, 4]: margins of the others 6 and 3 of 7, times 10
-    nll = jnp.array([[2.0, 1.0, 3.0]])
-    rating = jnp.array([[1.0, 7.0, 4.0]])
-    found = stable_alignment(nll, rating)
-    expected = 1.0 + 0.2 * (((1 - 2) + 60 / 7) + ((1 - 3) + 30 / 7)) / 2
-    assert float(found[0]) == pytest.approx(expected, abs=1e-6)
-    order = jnp.array([2, 0, 1])
-    moved = stable_alignment(nll[:, order], rating[:, order])
-    assert float(moved[0]) == pytest.approx(expected, abs=1e-6)
-    far = stable_alignment(nll + jnp.array([[99.0, 0.0, 99.0]]), rating)
-    assert float(far[0]) == 1.0  # the best response's loss alone
-    slope = jax.grad(lambda x: stable_alignment(x, rating).sum())(nll)[0]
-    assert slope.tolist() == pytest.approx([-0.1, 1.2, -0.1])
+def test_answers_to_a_question_are_compared_over_rounds():
+    rows = [
+        {"prompt": "q", "response": "a", "rating": 3.0},
+        {"prompt": "r", "response": "x", "rating": 3.0},
+        {"prompt": "q", "response": "b", "rating": 6.0},
+        {"prompt": "q", "response": "a", "rating": 3.0},
+        {"prompt": "r", "response": "y", "rating": 3.0},
+    ]
+    expected = {"prompt": "q", "responses": ["a", "b"], "ratings": [3.0, 6.0]}
+    assert comparison_data(rows) == [expected]

@@ -60,11 +60,27 @@ def test_constitutional(command, shared):
     found = statistics("constitutional")
     assert found["traces"] == 3
     assert found["pairs"] + sum(found["left_out"].values()) == 3
+    assert found["sft"] + sum(found["faults"].values()) == found["steps"] == 3
+
+
+def test_self_align(command):
+    rules = {"rules": [{"name": "kind", "text": "be kind"}]}
+    Path("rules.json").write_text(json.dumps(rules))
+    assert command("self-align", "--rules", "rules.json") == 0
+    found = statistics("self-align")
+    assert found["sft"] + sum(found["faults"].values()) == found["prompts"] == 3
+    Path("rules.json").write_text('{"rules": []}')
+    assert command("self-align", "--rules", "rules.json") == 2
 
 
 def test_society(command):
-    assert command("society", "--side", "2", "--rounds", "1", "--neighbours", "1") == 0
-    assert statistics("society")["encounters"] == 4  # and a model of three words rates nothing
+    pairs = [{"prompt": f"Is {n} red?", "chosen": "Yes.", "rejected": "No."} for n in "abc"]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    more = "--memories", "pairs.jsonl", "--world", "half_half", "--each", "2"
+    assert command("society", "--side", "2", "--rounds", "1", "--neighbours", "1", *more) == 0
+    found = statistics("society")
+    assert found["encounters"] == found["feedback"] == 4
+    assert found["feedback_rated"] == 0  # a model of three words rates nothing
 
 
 @pytest.mark.parametrize(

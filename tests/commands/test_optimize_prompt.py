@@ -71,7 +71,11 @@ def test_a_bank_and_a_rule_on_a_local_model(command, capsys):
 def test_a_model_too_small_to_judge_is_told_plainly(command, capsys):
     run, _ = command
     assert run() == 2
-    assert "more than the model's context of 512" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("jaxalign optimize-prompt: selector: prompt 1")
+    assert "more than the model's context of 512" in said
+    assert run("--evaluator", "rule:rules.py:short") == 2  # and nobody is named who proposes
+    assert "optimizer: rule: proposes no prompt" in capsys.readouterr().err
 
 
 def test_the_same_against_a_server(command, capsys):
@@ -97,3 +101,19 @@ def test_scores_by_log_probs(command, capsys):
     more = "--evaluator", f"scored:{folder}", "--optimizer", "bank:bank.txt", "--reward", "fixed"
     assert run(*more, "--search", "greedy") == 0
     assert "greedy:" in capsys.readouterr().out
+    assert run(*more, "--search", "none", "--first-prompt", "Be.") == 0
+    assert read_artefact(Path("out/prompt.json")).system_prompt == "Be."
+
+
+def test_the_papers_setting_is_told_and_nothing_is_asked(command, capsys):
+    """180 generations and evaluations, 30 criteria, 16 examples five times: the paper's bounds."""
+    run, _ = command
+    judge = "openai:http://127.0.0.1:9#m"  # nobody listens
+    sizes = "--width 2 --actions 3 --depth 20 --more-depth 10 --validate 0 --iterations 5"
+    flags = ["--evaluator", judge, "--optimizer", judge, *sizes.split(), "--prices", "10", "30"]
+    assert run(*flags, "--estimate") == 0
+    said = capsys.readouterr().out
+    assert "at most 181 model" in said
+    assert "180 optimizer" in said
+    assert "15 rewriter" in said  # three seeds here
+    assert not Path("out").exists()

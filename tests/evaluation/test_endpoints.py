@@ -34,19 +34,21 @@ def server():
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                asked.append((self.path, body, dict(self.headers)))
+                asked.append((self.path, body, self.headers))
                 mood = moods[min(len(asked), len(moods)) - 1]
                 status, reply = mood(body) if callable(mood) else mood
                 data = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Retry-After-Ms", "1")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
             def do_GET(self):
-                asked.append((self.path, {}, dict(self.headers)))
+                asked.append((self.path, {}, self.headers))
                 self.send_error(404)
 
             def log_message(self, *_):
@@ -64,7 +66,7 @@ def server():
 
 
 def ask(address, first=("a",), second=("b",), path=None, **options):
-    judge = endpoint(address, **{"first_wait": 0.001, "workers": 2, "timeout": 5.0} | options)
+    judge = endpoint(address, **{"workers": 2, "timeout": 5.0} | options)
     annotator = JudgeAnnotator(judge=judge, answers_file=path)
     return annotator.preferences(["What?"] * len(first), list(first), list(second))
 
@@ -187,6 +189,14 @@ def test_parameters_that_a_server_does_not_know_are_left_out(server):
     assert verdicts.preference.tolist() == [1.0, 0.0]
     assert len(asked) == 2 + 3  # two questions, and every parameter is refused once
     assert "max_completion_tokens" in asked[-1][1]
+
+
+def test_the_servers_own_count_of_tokens_is_kept(server):
+    used = {"prompt_tokens": 30, "completion_tokens": 2}
+    address, _ = server(lambda body: (200, prefers_long(body)[1] | {"usage": used}))
+    judge = endpoint(address)
+    JudgeAnnotator(judge=judge).preferences(["q"], ["long"], ["s"])
+    assert (judge.usage.requests, judge.usage.cost((1.0, 10.0))) == (2, (60 + 40) / 1e6)
 
 
 def test_a_question_that_is_refused_is_not_asked_again(server):

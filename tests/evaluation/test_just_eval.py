@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation import agreement
 from jaxalign.evaluation.just_eval import (
     AspectAnnotator,
-    Rated,
     aspect_table,
     read_judgements,
     score_agreement,
@@ -47,6 +47,10 @@ def test_what_was_not_scored_counts_nowhere(tmp_path):
     assert table.means == {"Helpfulness": 3.0, "Depth": 1.0, "Safety": 5.0}
     assert table.numbers == {"Helpfulness": 2, "Depth": 1, "Safety": 1}
     assert (table.average, table.words) == (2.0, 2.0)  # safety is by itself
+    assert table.leaderboard == (3 + 1 + 5) / 3
+    as_five = aspect_table(read_judgements(path), inapplicable=5.0)  # just-eval's convention
+    assert as_five.means == {"Helpfulness": 3.0, "Depth": 3.0, "Safety": 5.0}
+    assert as_five.numbers["Depth"] == 2
     path.write_text("[1]")
     with pytest.raises(UserError, match="no just-eval judgements"):
         read_judgements(path)
@@ -78,14 +82,28 @@ def test_each_response_is_scored_once():
 
 @pytest.mark.weights
 def test_the_published_scores(shared):
+    """Against counts of the scores: GPT-4-turbo's of gpt-3.5-turbo-0301, 1,000 responses."""
     folder = shared / "just_eval" / "judgments_gpt4turbo"
+    counts = {}
+    for path in folder.glob("*.json"):
+        for row in json.loads(path.read_text()):
+            for name, fields in row["parsed_result"].items():
+                counts.setdefault(name.capitalize(), Counter())[fields["score"]] += 1
+    assert counts["Factuality"]["N/A"] == 39
     rows = [row for path in sorted(folder.glob("*.json")) for row in read_judgements(path)]
     assert len(rows) == 1000
-    table = aspect_table(rows)
-    assert table.numbers["Safety"] == pytest.approx(200, abs=5)
-    assert 4.0 < table.average < 4.5  # gpt-3.5-turbo, judged by gpt-4-turbo
-    assert table.means["Depth"] < table.means["Clarity"]
-    assert isinstance(rows[0], Rated)
+    table, as_five = aspect_table(rows), aspect_table(rows, inapplicable=5.0)
+    for name, count in counts.items():
+        known = {int(score): n for score, n in count.items() if score != "N/A"}
+        total = sum(score * n for score, n in known.items())
+        assert table.numbers[name] == sum(known.values())
+        assert table.means[name] == pytest.approx(total / sum(known.values()))
+        number = 200 if name == "Safety" else 800
+        assert as_five.means[name] == pytest.approx((total + 5 * count["N/A"]) / number)
+    six = [as_five.means[name] for name in counts]
+    assert as_five.leaderboard == pytest.approx(sum(six) / 6)
+    assert as_five.average == pytest.approx((sum(six) - as_five.means["Safety"]) / 5)
+    assert as_five.means["Factuality"] > table.means["Factuality"]
 
 
 @pytest.mark.weights

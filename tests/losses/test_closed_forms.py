@@ -231,6 +231,12 @@ def scit_mean(a, b, a0, b0, lw, ll, label_smoothing):
     return value, (1 + (1 - e) * (1 - p) - e * p) / lw, ((1 - e) * (1 - p) - e * p) / ll
 
 
+def stable_alignment(a, b, a0, b0, lw, ll, gap, margin, ratio, scale):
+    lead = b / ll - a / lw + gap / scale * margin
+    active = (lead > 0).astype(float)
+    return -a / lw + ratio * active * lead, (1 + ratio * active) / lw, ratio * active / ll
+
+
 CASES = [
     (dpo, {"beta": 0.3, "label_smoothing": 0.2}),
     (robust_dpo, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -268,6 +274,8 @@ CASES = [
     (sigmoid_norm, {"beta": 3.0}),
     (scit, {}),
     (scit_mean, {"label_smoothing": 0.1}),
+    (stable_alignment, {"gap": 2.0, "margin": 1.5, "ratio": 0.3, "scale": 6.0}),
+    (stable_alignment, {"gap": PER_PAIR_GAP, "margin": 0.4, "ratio": 0.3, "scale": 1.0}),
 ]
 
 

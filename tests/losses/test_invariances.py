@@ -10,7 +10,17 @@ import pytest
 from jaxalign import losses
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 
-REFERENCE_FREE = {"slic", "simpo", "cpo", "rrhf", "orpo", "simper", "scit", "scit_mean"}
+REFERENCE_FREE = {
+    "slic",
+    "simpo",
+    "cpo",
+    "rrhf",
+    "orpo",
+    "simper",
+    "scit",
+    "scit_mean",
+    "stable_alignment",
+}
 READS_LENGTH = {
     "ipo_mean",
     "rdpo",
@@ -22,6 +32,7 @@ READS_LENGTH = {
     "alpha_dpo",
     "sigmoid_norm",
     "scit_mean",
+    "stable_alignment",
 }
 LOG_RATIO_ONLY = set(PREFERENCE_LOSSES) - REFERENCE_FREE - {"rpo", "alpha_dpo", "aot"}
 AT_THE_REFERENCE = {  # as the docstrings promise, at the default hyperparameters
@@ -269,6 +280,8 @@ def test_the_hinges_rest_beyond_their_margins(pairs):
     np.testing.assert_array_equal(gradient(losses.slic, leading, lambda_=0.2)[1], 0)
     ranked = replace(pairs, chosen=-0.1 * pairs.chosen_tokens, rejected=-pairs.rejected_tokens)
     np.testing.assert_allclose(losses.rrhf(ranked, lambda_=0.5), -0.5 * ranked.chosen)
+    led = losses.stable_alignment(ranked, gap=0.5, margin=1.0, scale=1.0)  # by 0.9 nats a token
+    np.testing.assert_allclose(led, 0.1, rtol=1e-5)
 
 
 def test_minor_dpo_lets_a_fallen_response_be(pairs):

@@ -142,6 +142,33 @@ def test_expected_scores_from_log_probs():
     assert found.mean == pytest.approx(p @ np.arange(1, 6))
 
 
+@pytest.mark.parametrize("criteria", [None, ("Depth", "Safety")])
+def test_a_text_too_long_to_be_scored_is_a_failure(criteria):
+    def likes(prompt, continuation):
+        return math.nan if "long" in prompt else -1.0
+
+    reward = ScoredReward(Scripted(likes=likes), criteria=criteria)
+    long, short = reward(["a long query", "q"], ["y", "y"])
+    assert (long.scores, bool(long.failure)) == ({}, True)
+    assert short.mean == 3.0
+
+
+def test_scores_are_kept_and_failures_are_not(tmp_path):
+    asked = []
+
+    def likes(prompt, continuation):
+        asked.append(prompt)
+        return math.nan if prompt == "long" else -1.5
+
+    path = tmp_path / "answers.jsonl"
+    for times in (1, 2):
+        cached = Cached(Scripted(likes=likes), AnswerFile(path))
+        found = cached.score(["q", "long", "q"], ["y", "y", "y"])
+        assert [one.log_prob for one in found[::2]] == [-1.5, -1.5]
+        assert math.isnan(found[1].log_prob)
+        assert (asked.count("q"), asked.count("long")) == (1, times)
+
+
 def test_a_rule_that_is_not_finite_is_a_failure():
     good, bad = RuleReward(lambda q, y: float(y))(["q", "q"], ["4", "nan"])
     assert good.mean == 4.0
@@ -201,6 +228,19 @@ def test_the_nearest_examples_stand_next_to_the_query():
     assert "bread" not in prompt or "cats" not in prompt
     turns = Composer(EXAMPLES, shown=0, embedder=WordVectors(), layout="chat").prompt("", "q")
     assert turns == [{"role": "user", "content": "q"}]
+
+
+def test_transcripts_are_turns_and_end_where_the_answer_begins():
+    composer = Composer(EXAMPLES[1:], shown=2, embedder=WordVectors(), layout="transcript")
+    assert composer.prompt(" Be kind. ", "why?") == (
+        "Be kind.\n\nHuman: the sea\n\nAssistant: about the sea\n\n"
+        "Human: bread\n\nAssistant: about bread\n\nHuman: why?\n\nAssistant:"
+    )
+    assert composer.stops == ("\n\nHuman:", "\n\nAssistant:")
+    bare = Composer([], shown=0, embedder=WordVectors(), layout="transcript")
+    assert bare.prompt("", "why?") == "Human: why?\n\nAssistant:"
+    with pytest.raises(UserError, match="none of continue, transcript, chat"):
+        PromptArtefact(system_prompt="", layout="letters")
 
 
 def test_artefacts_come_back(tmp_path):
@@ -301,6 +341,11 @@ def test_a_killed_search_goes_on_without_asking_twice(tmp_path):
     again = mortal(0)
     search(again)
     assert again.asked == 0
+
+
+def test_examples_alone_cost_their_rewriting():
+    calls = most_calls(search="none", examples=16, iterations=5, validate=8)
+    assert calls == {"model": 0, "evaluator": 96, "selector": 16, "optimizer": 0, "rewriter": 80}
 
 
 @pytest.mark.parametrize("search", ["beam", "greedy", "monte-carlo"])

@@ -84,6 +84,16 @@ def test_satisfied_states_stay_and_make_the_search_deeper():
     assert world.moves == 3 + 4 * 2
 
 
+def test_the_released_settings_ask_twenty_to_thirty_queries():
+    """Shipped paths have 30 states where most are good, and 28 where exactly eight are."""
+    always = beam_search(Digits(lambda state: 5.0, good=4.5))
+    assert len(always.path(always.best)) == 30
+    never = beam_search(Digits(lambda state: 4.0, good=4.5))
+    assert len(never.path(never.best)) == 20
+    eight = beam_search(Digits(lambda state: 5.0 if len(state) <= 8 else 4.0, good=4.5))
+    assert len(eight.path(eight.best)) == 28
+
+
 def test_monte_carlo_of_depth_one_is_the_best_action():
     found = monte_carlo(Digits(lambda state: state[0], 5), paths=5, depth=1)
     assert found.nodes[found.best].state == (4,)
