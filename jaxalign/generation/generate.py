@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxalign.generation.sampling import Sampling, distribution, draw, mixture
+from jaxalign.generation.sampling import Sampling, distribution, draw, likeliest, mixture
 from jaxalign.models import (
     cached_decoder,
     cached_encoder_decoder,
@@ -112,7 +112,7 @@ def generate(
         ]
         drawn_from = mixture(logits, weight)
         if sampling.temperature == 0:
-            token = jnp.argmax(drawn_from, axis=-1).astype(jnp.int32)
+            token = likeliest(drawn_from)
             log_prob = jnp.zeros(rows)
         else:
             fold = functools.partial(jax.random.fold_in, data=at)

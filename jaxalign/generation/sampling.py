@@ -101,6 +101,26 @@ def mixture(
     return sum((weight * one for weight, one in zip(weights, logits, strict=True)), jnp.zeros(()))
 
 
+def likeliest(
+    logits: Float[Array, "rows vocabulary"], *, block: int = 128
+) -> Int[Array, " rows"]:
+    """The first of the likeliest tokens: the best block of tokens, then the best in it.
+
+    As `argmax`, which a CPU does one number at a time; the maxima of blocks cost one quick pass.
+
+    Args:
+      logits: of any shift.
+      block: tokens compared together.
+    """
+    rows, vocabulary = logits.shape
+    blocks = -(-vocabulary // block)
+    padding = ((0, 0), (0, blocks * block - vocabulary))
+    padded = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(rows, blocks, block)
+    which = jnp.argmax(padded.max(-1), axis=-1, keepdims=True)
+    inside = jnp.take_along_axis(padded, which[:, :, None], axis=1)[:, 0]
+    return (which[:, 0] * block + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+
+
 def draw(
     logits: Float[Array, "rows vocabulary"], uniform: Float[Array, "rows 2"], *, block: int = 128
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, distribution, draw, mixture
+from jaxalign.generation.sampling import likeliest
 
 
 def by_definition(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -59,6 +60,15 @@ def test_temperature_zero_is_the_likeliest_token(rng):
     logits = jnp.asarray(rng.normal(size=(4, 40)), jnp.float32)
     found = jax.nn.softmax(distribution(logits, Sampling(temperature=0.0)))
     np.testing.assert_array_equal(found, jax.nn.one_hot(logits.argmax(-1), 40))
+
+
+@pytest.mark.parametrize("vocabulary", [3, 128, 300])
+def test_the_likeliest_token_is_numpys_first_of_equals(rng, vocabulary):
+    logits = rng.integers(-3, 3, size=(50, vocabulary)).astype(np.float32)  # many are equal
+    logits[0] = -np.inf
+    logits[0, -1] = -5.0
+    found = likeliest(jnp.asarray(logits))
+    np.testing.assert_array_equal(found, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 128, 300])
