@@ -187,6 +187,8 @@ class RolloutConfig:
     """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
     top_p: float = 1.0
     """Draw from the likeliest tokens of this share of the probability; 1: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)

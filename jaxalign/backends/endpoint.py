@@ -31,6 +31,9 @@ from jaxalign.backends.interface import (
 from jaxalign.errors import UserError
 
 T = TypeVar("T")
+EXTRAS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Rules of the draw that OpenAI's interface lacks and vLLM's and others' have, with what they are
+when nobody asks for them."""
 
 
 @dataclass(kw_only=True)
@@ -157,6 +160,8 @@ class ChatEndpoint:
             body["messages"] = list(prompt)
         if decoding.top_p < 1:
             body["top_p"] = decoding.top_p
+        wanted = {name: getattr(decoding, name) for name in EXTRAS}
+        body |= {name: value for name, value in wanted.items() if value != EXTRAS[name]}
         if decoding.stop:
             body["stop"] = list(decoding.stop)
         if decoding.temperature > 0:
@@ -218,6 +223,10 @@ class ChatEndpoint:
             try:
                 reply = post(url, body, self.timeout)
             except UnknownParameterError as error:
+                if error.name in EXTRAS:
+                    raise UserError(
+                        f"{url}: the server knows no {error.name}; ask for text without it"
+                    ) from None
                 if error.name not in body:
                     raise RefusedError(error.reason) from None
                 self._unknown.add(error.name)

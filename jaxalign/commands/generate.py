@@ -34,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         max_tokens=given.max_tokens,
         temperature=given.temperature,
         top_p=given.top_p,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
         stop=tuple(given.stop),
         seed=given.seed,
     )
@@ -104,7 +107,17 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
     flags.add_argument("--samples", type=int, default=1, help="responses to each prompt")
     flags.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    flags.add_argument("--top-p", type=float, default=1.0)
+    flags.add_argument("--top-p", type=float, default=1.0, help="share of the probability to keep")
+    flags.add_argument("--top-k", type=int, default=0, help="likeliest tokens to keep; 0: all")
+    flags.add_argument(
+        "--min-p", type=float, default=0.0, help="least probability, as a share of the likeliest's"
+    )
+    flags.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="on tokens that are there already; 1 is none, RAHF's evaluation takes 1.2",
+    )
     flags.add_argument("--max-tokens", type=int, default=128, help="of a response")
     flags.add_argument(
         "--prompt-artefact",

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.backends.local import end_tokens
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.stages import STAGES, stage_folder
 from jaxalign.commands.updates import make_policy, make_update_rule
@@ -193,7 +194,10 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             max_tokens=wanted.max_tokens,
             top_k=wanted.top_k,
             top_p=wanted.top_p,
-            end_tokens=(int(world.tokenizer.eos_token_id),),
+            min_p=wanted.min_p,
+            end_tokens=tuple(
+                sorted({int(world.tokenizer.eos_token_id), *end_tokens(config.model)})
+            ),
         ),
         mesh=sampling_mesh,
         stop=wanted.stop,

@@ -112,6 +112,7 @@ def test_one_policy_alone_is_itself_and_two_are_their_weighted_sum(rng):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
     ],
 )
 def test_impossible_rules_are_refused_by_name(wrong):
