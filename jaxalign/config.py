@@ -159,6 +159,33 @@ class EntanglementConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """How an annotator that is a language model, here or behind an endpoint, is asked."""
+
+    template: str | None = None
+    """File with {prompt}, {first} and {second}: the question, whose answer is A or B."""
+    tokenizer: str | None = None
+    """lm: folder or hub name; by default the model's."""
+    max_length: int | None = None
+    """lm: most tokens of a question; by default the model's context."""
+    batch_size: int = 8
+    """Comparisons or responses at a time, of models that run here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of such a model's computation."""
+    workers: int = 8
+    """openai: requests at a time."""
+    timeout: float = 60.0
+    """openai: seconds for a request."""
+    attempts: int = 4
+    """openai: for each comparison, with waits that double between them."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "workers", "timeout", "attempts"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"rollout.judge.{name}: {getattr(self, name)} is not positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """What the online stage does between two updates: sample responses, have them annotated."""
 
@@ -177,6 +204,8 @@ class RolloutConfig:
     annotator: str | None = None
     """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
     openai:URL#MODEL."""
+    judge: JudgeConfig = JudgeConfig()
+    """How it is asked, if it is a model."""
     max_prompt_length: int = 128
     """Longest prompt in tokens; longer ones lose their beginning and are counted."""
     max_tokens: int = 64

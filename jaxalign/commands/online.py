@@ -16,7 +16,7 @@ from jaxalign.backends.local import end_tokens
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.stages import STAGES, stage_folder
 from jaxalign.commands.updates import make_policy, make_update_rule
-from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.config import RolloutConfig, StageConfig, TrainConfig
 from jaxalign.data import (
     ReadReport,
     TokenizedRows,
@@ -26,7 +26,7 @@ from jaxalign.data import (
 )
 from jaxalign.data.record_text import text_of
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotators import make_annotator
+from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.generation import Sampling
 from jaxalign.models import DecoderConfig, tempered
 from jaxalign.models.lora import init_adapters
@@ -45,7 +45,7 @@ from jaxalign.training.optimizers import with_average
 from jaxalign.training.step import TrainState
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
-ROLLOUTS = "rollouts.jsonl"
+ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers.jsonl"
 
 
 def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
@@ -185,7 +185,10 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
         "reference": params if lora is not None else place(params, mesh),
     }
     data: PromptData = world.data[name]
-    annotator = make_annotator(str(wanted.annotator))
+    number, count = share_of_rows(mesh)
+    annotator = _annotator(
+        wanted, world.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
+    )
     sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
     sampler = Sampler(
         config=model_config,
@@ -221,7 +224,6 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     if jax.process_index() == 0:
         recorder.rewind(newest_step(stage_folder(world.folder, name)) or 0)
     draws = jax.random.fold_in(jax.random.key(config.seed), 0x0911E)
-    number, count = share_of_rows(mesh)
     batches_of = functools.partial(
         prompt_batches, batch_size=stage.batch_size, process_index=number, process_count=count
     )
@@ -281,6 +283,14 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     )
     learned = {name: tree for name, tree in state.params.items() if name != SCORE}
     return (learned, None) if lora is None else (params, learned)
+
+
+def _annotator(wanted: RolloutConfig, answers: Path) -> Any:
+    """The annotator of a run; what a judge answered once is found again after a kill."""
+    options: dict[str, Any] = dict(vars(wanted.judge))
+    if wanted.judge.template is not None:
+        options["template"] = Path(wanted.judge.template)
+    return make_annotator(str(wanted.annotator), AnnotatorOptions(**options, answers_file=answers))
 
 
 def _update_rule(stage: StageConfig, algorithm: Algorithm) -> tuple[Any, Any]:

@@ -176,6 +176,8 @@ class Annotated:
     """[prompts, samples, samples]: probability that the one beats the other; None: not asked."""
     reward: np.ndarray | None = None
     """[prompts, samples]; None: not asked."""
+    reasons: Sequence[str] = ()
+    """For each prompt, why there is no verdict, else ""."""
 
 
 def annotate(
@@ -202,17 +204,21 @@ def annotate(
             )
         asked = [prompt for prompt in prompts for _ in range(samples)]
         given = annotator.rewards(asked, [text for row in texts for text in row])
-        return Annotated(reward=np.asarray(given, np.float64).reshape(number, samples))
+        reward = np.asarray(given, np.float64).reshape(number, samples)
+        missing = ~np.isfinite(reward).all(1)
+        return Annotated(reward=reward, reasons=["no reward" if x else "" for x in missing])
     pairs = list(itertools.combinations(range(samples), 2))
     asked = [prompt for prompt in prompts for _ in pairs]
     first = [row[i] for row in texts for i, _ in pairs]
     second = [row[j] for row in texts for _, j in pairs]
-    said = np.asarray(annotator.preferences(asked, first, second).preference)
+    verdicts = annotator.preferences(asked, first, second)
+    said = np.asarray(verdicts.preference)
     preference = np.full((number, samples, samples), 0.5)
     for at, (i, j) in enumerate(pairs):
         preference[:, i, j] = said.reshape(number, len(pairs))[:, at]
         preference[:, j, i] = 1 - preference[:, i, j]
-    return Annotated(preference=preference)
+    why = [verdicts.reasons[at * len(pairs) : (at + 1) * len(pairs)] for at in range(number)]
+    return Annotated(preference=preference, reasons=[next(filter(None, row), "") for row in why])
 
 
 def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) -> RolloutBatch:

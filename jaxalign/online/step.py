@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,14 +156,20 @@ class OnlineStep:
         sampled = joined(parts)
         drawn = time.perf_counter()
         texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
-        with jax.profiler.TraceAnnotation("annotate"):
-            annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+        try:
+            with jax.profiler.TraceAnnotation("annotate"):
+                annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+        except UserError as error:
+            self.record(number, texts, sampled, _no_verdict(sampled, str(error)))
+            raise
         self.record(number, texts, sampled, annotated)
         batch = rollout_batch(prompts, sampled, annotated)
         if not batch.responses.weight.any():
+            [(reason, often), *_] = Counter(annotated.reasons).most_common()
             raise UserError(
                 f"rollout.annotator: no verdict on any of the {len(texts)} prompts of step "
-                f"{number + 1}; their responses are kept in the run folder's rollouts.jsonl"
+                f"{number + 1} ({often}: {reason}); their responses are kept in the run folder's "
+                "rollouts.jsonl"
             )
         sharding = batch_sharding(self.mesh)
         placed = jax.tree.map(
@@ -205,6 +212,13 @@ class OnlineStep:
         }
 
 
+def _no_verdict(sampled: Sampled, reason: str) -> Annotated:
+    """What is kept of responses that nothing was said of."""
+    number, samples = sampled.length.shape
+    nothing = np.full((number, samples, samples), np.nan)
+    return Annotated(preference=nothing, reasons=[reason] * number)
+
+
 def compile_update(
     objective: OnlineObjective,
     optimizer: optax.GradientTransformation,
@@ -237,6 +251,8 @@ class TextRecorder:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
                 line[name] = _plain(said[at])
+                if annotated.reasons and annotated.reasons[at]:
+                    line["reason"] = annotated.reasons[at]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -245,7 +261,9 @@ class TextRecorder:
             return
         lines = self._path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch = self._path.with_suffix(".partial")  # a kill while writing loses nothing
+        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch.replace(self._path)
 
 
 def _step_of(line: str) -> float | int:

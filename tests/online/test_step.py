@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxalign.errors import UserError
+from jaxalign.evaluation import Verdicts
 from jaxalign.generation import Sampling
 from jaxalign.models import EncoderDecoderConfig, encoder_decoder, tempered
 from jaxalign.online import ALGORITHMS, OnlineObjective, PromptBatch
@@ -28,7 +29,7 @@ from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import with_average
 from jaxalign.training.step import initial_state
-from tests.online.world import CONFIG, END, PROMPT, Said, Tokenizer, World
+from tests.online.world import CONFIG, END, PROMPT, Tokenizer, World
 
 WORLD = World(2)
 
@@ -161,7 +162,10 @@ class Moody:
     def preferences(self, prompts, first, second):
         said = WORLD.preferences(prompts, first, second).preference
         silent = [self.on(x) or self.on(y) for x, y in zip(first, second, strict=True)]
-        return Said(np.where(silent, np.nan, said))
+        return Verdicts(
+            preference=np.where(silent, np.nan, said),
+            reasons=tuple("in no mood" if one else "" for one in silent),
+        )
 
 
 def test_a_prompt_without_a_verdict_weighs_nothing_and_is_counted():
@@ -182,11 +186,40 @@ def test_no_verdict_at_all_stops_and_keeps_what_was_sampled(tmp_path):
     step, state, frozen = online(
         "online_ipo", annotator=Moody(lambda text: True), record=TextRecorder(path, prompts=1)
     )
-    with pytest.raises(UserError, match="no verdict on any of the 16 prompts of step 1"):
+    with pytest.raises(UserError, match=r"16 prompts of step 1 \(16: in no mood\)"):
         run(step, state, frozen, steps=1)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 16
     assert lines[0]["preference"] == [[0.5, None], [None, 0.5]]
+    assert lines[0]["reason"] == "in no mood"
+
+
+def test_samples_are_kept_where_the_annotator_fails_altogether(tmp_path):
+    class Down:
+        def preferences(self, prompts, first, second):
+            raise UserError("http://judge: it cannot be reached")
+
+    path = tmp_path / "rollouts.jsonl"
+    record = TextRecorder(path, prompts=1)
+    step, state, frozen = online("online_ipo", annotator=Down(), record=record)
+    with pytest.raises(UserError, match="cannot be reached"):
+        run(step, state, frozen, steps=1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 16
+    assert {line["reason"] for line in lines} == {"http://judge: it cannot be reached"}
+    assert all(set(text) <= set("abcd") for line in lines for text in line["responses"])
+
+
+def test_a_reward_that_is_no_number_is_counted_and_weighs_nothing():
+    class Half:
+        def rewards(self, prompts, responses):
+            return np.array([np.nan if "b" in text else 1.0 for text in responses])
+
+    step, state, frozen = online("rloo", annotator=Half())
+    state, lines = run(step, state, frozen, steps=1)
+    assert 0 < lines[0]["annotation/failed"] < 1
+    assert lines[0]["finite"] == 1
+    assert lines[0]["rollout/reward"] == 1.0
 
 
 def test_comparisons_do_not_do_where_rewards_are_needed():

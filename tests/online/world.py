@@ -1,11 +1,10 @@
 """A world small enough for exact numbers: a tiny decoder, all of whose responses are listed."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.evaluation import Verdicts
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.responses import response_log_probs
@@ -24,13 +23,6 @@ CONFIG = DecoderConfig(
     initializer_range=0.3,
 )
 CYCLE = {(0, 1): 0.9, (1, 2): 0.8, (2, 0): 0.7}  # a skewed circle of three kinds
-
-
-@dataclass(frozen=True)
-class Said:
-    """What annotators answer with."""
-
-    preference: np.ndarray
 
 
 class Tokenizer:
@@ -84,7 +76,8 @@ class World:
     def preferences(self, prompts, first, second):
         """As an annotator."""
         at = {name: number for number, name in enumerate(self.names)}
-        return Said(np.array([self.win[at[x], at[y]] for x, y in zip(first, second, strict=True)]))
+        said = [self.win[at[x], at[y]] for x, y in zip(first, second, strict=True)]
+        return Verdicts(preference=np.array(said), reasons=("",) * len(said))
 
     def rewards(self, prompts, responses):
         """As an annotator: the number of letters a."""
