@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -209,7 +210,7 @@ def _check_positions(config: Any, prompt_length: Any, most: int) -> None:
     """The table of positions has a place for every token, as far as lengths are known by now."""
     if getattr(config, "position_kind", None) != "learned":
         return
-    traced = isinstance(prompt_length, jax.core.Tracer)
+    traced = isinstance(prompt_length, Tracer)
     longest = 1 if traced else int(np.asarray(prompt_length).max())
     if longest + most > config.context_length:
         raise UserError(

@@ -205,8 +205,8 @@ def annotate(
         asked = [prompt for prompt in prompts for _ in range(samples)]
         given = annotator.rewards(asked, [text for row in texts for text in row])
         reward = np.asarray(given, np.float64).reshape(number, samples)
-        missing = ~np.isfinite(reward).all(1)
-        return Annotated(reward=reward, reasons=["no reward" if x else "" for x in missing])
+        whole = [bool(np.isfinite(row).all()) for row in reward]
+        return Annotated(reward=reward, reasons=["" if one else "no reward" for one in whole])
     pairs = list(itertools.combinations(range(samples), 2))
     asked = [prompt for prompt in prompts for _ in pairs]
     first = [row[i] for row in texts for i, _ in pairs]

@@ -163,7 +163,8 @@ def test_a_score_that_is_no_number_is_reported(tmp_path, monkeypatch):
     assert np.isnan(verdicts.preference[0])
     assert verdicts.reasons == (NOT_FINITE,)
     monkeypatch.setattr(Scorer, "__call__", lambda *_: np.array([np.inf, 2.0]))
-    np.testing.assert_array_equal(broken.rewards(["a", "c"], ["b", "d"]), [np.nan, 2.0])
+    bias = FORMS["reward"]["reward_bias"]
+    np.testing.assert_array_equal(broken.rewards(["a", "c"], ["b", "d"]), [np.nan, 2.0 - bias])
 
 
 def test_an_encoder_decoder_is_a_preference_model_too(tmp_path):
