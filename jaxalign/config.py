@@ -196,14 +196,14 @@ class RolloutConfig:
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
     prompts: str = "embedded"
     """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
-    rows with a prompt, whatever else they hold."""
+    rows with a prompt, whatever else they hold; for spin also with a response."""
     eval_prompts: str | None = None
     """Held-out prompts; by default `holdout` of the prompts."""
     max_eval_prompts: int = 128
     """Use at most this many held-out prompts; 0 does not evaluate."""
     annotator: str | None = None
     """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
-    openai:URL#MODEL."""
+    openai:URL#MODEL; None where the algorithm asks nobody (spin)."""
     judge: JudgeConfig = JudgeConfig()
     """How it is asked, if it is a model."""
     max_prompt_length: int = 128
@@ -220,6 +220,9 @@ class RolloutConfig:
     """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""
+    unfinished_penalty: float = 0.0
+    """Taken from the reward of a response that max_tokens cut off, so that policies learn to end
+    (Huang et al., 2024, arXiv:2403.17031); for algorithms on rewards."""
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     """How the devices share the sampling, e.g. data 2 tensor 4, parameters handed over before every
     rollout; empty: as they share the updates."""
@@ -402,11 +405,6 @@ class TrainConfig:
                     f"entanglement.{field}: {self.loss} trains scores, not log-probs of responses; "
                     f"set {idle}"
                 )
-        if self.online.steps and self.rollout.annotator is None:
-            raise UserError(
-                "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
-                "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
-            )
         if self.online.steps and self.preference.steps and self.loss in REWARD_LOSSES:
             raise UserError(
                 f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "

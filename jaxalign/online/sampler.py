@@ -134,6 +134,29 @@ def own_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
 
 
+def from_data(prompts: PromptBatch, responses: Sequence[np.ndarray], sampler: Sampler) -> Sampled:
+    """The responses that stand beside the prompts, as if they had been sampled.
+
+    Args:
+      prompts: on the host.
+      responses: tokens of each, by the number of its prompt; what is too long is cut.
+      sampler: for the longest response and the texts.
+    """
+    most = sampler.sampling.max_tokens
+    own = [responses[int(at)] for at in prompts.record_index]
+    tokens = np.zeros((len(own), 1, most), np.int32)
+    for row, mine in enumerate(own):
+        tokens[row, 0, : len(mine)] = mine[:most]
+    length = np.array([[min(len(mine), most)] for mine in own])
+    return Sampled(
+        tokens=tokens,
+        length=length,
+        finished=np.array([[len(mine) <= most] for mine in own]),
+        log_prob={},
+        texts=[[sampler.text(mine[:most])] for mine in own],
+    )
+
+
 def draws_of(algorithm: Algorithm) -> list[tuple[Draw, int]]:
     """Neighbouring draws that are alike are drawn together: each with its number."""
     groups: list[tuple[Draw, int]] = []
@@ -183,7 +206,7 @@ class Annotated:
 def annotate(
     annotator: Any, algorithm: Algorithm, prompts: Sequence[str], texts: Sequence[Sequence[str]]
 ) -> Annotated:
-    """Ask for what an algorithm reads: preferences between all pairs, or rewards.
+    """Ask for what an algorithm reads: preferences between all pairs, rewards, or nothing.
 
     Args:
       annotator: `preferences(prompts, first, second)` for preferences; for rewards also
@@ -196,6 +219,8 @@ def annotate(
       UserError: the annotator gives no rewards, and the algorithm needs them.
     """
     number, samples = len(texts), len(texts[0])
+    if algorithm.annotation == "none":
+        return Annotated()
     if algorithm.annotation == "rewards":
         if not hasattr(annotator, "rewards"):
             raise UserError(
@@ -221,8 +246,21 @@ def annotate(
     return Annotated(preference=preference, reasons=[next(filter(None, row), "") for row in why])
 
 
-def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) -> RolloutBatch:
-    """Samples and annotations as the step reads them; prompts without a verdict have weight 0."""
+def rollout_batch(
+    prompts: PromptBatch,
+    sampled: Sampled,
+    annotated: Annotated,
+    *,
+    unfinished_penalty: float = 0.0,
+) -> RolloutBatch:
+    """Samples and annotations as the step reads them; prompts without a verdict have weight 0.
+
+    Args:
+      prompts: on the host.
+      sampled: the responses.
+      annotated: what was said of them.
+      unfinished_penalty: taken from the reward of each response that was cut off.
+    """
     number, samples, _ = sampled.tokens.shape
     room = -(-int(sampled.length.max()) // ROUND) * ROUND
     room = min(room, sampled.tokens.shape[-1])
@@ -238,6 +276,7 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) 
         preference = np.full((number, samples, samples), 0.5)
     if reward is None:
         reward = np.zeros((number, samples))
+    reward = reward - unfinished_penalty * ~sampled.finished
     said = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
     reward = np.where(said[:, None], reward, 0.0)
     return RolloutBatch(

@@ -81,19 +81,19 @@ def samples(run: Run, *, number: int = 4) -> str:
     path = run.folder / SAMPLES
     if not path.is_file() or not number:
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()[-number:]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
     rows = []
-    for line in map(json.loads, lines):
+    for line in map(json.loads, lines[-number:]):
         texts = "<br>".join(f"{at}. {_cell(x)}" for at, x in enumerate(line["responses"], 1))
         rewards = ", ".join("none" if x is None else f"{x:.3g}" for x in line.get("reward", []))
-        verdict = f"rewards {rewards}" if rewards else _verdict(line["preference"])
+        verdict = f"rewards {rewards}" if rewards else _verdict(line.get("preference", []))
         rows.append(f"| {line['step']} | {_cell(line['prompt'])} | {texts} | {verdict} |")
     header = ["| step | prompt | responses | verdict |", "|---:|---|---|---|"]
     return f"## Samples of {run.name}\n\n" + "\n".join(header + rows) + "\n"
 
 
 def _verdict(preference: Sequence[Sequence[float | None]]) -> str:
-    first = preference[0][1] if len(preference) > 1 else None
+    first = preference[0][1] if len(preference) > 1 else None  # nobody was asked, or could say
     return "none" if first is None else f"P(1 better than 2) = {first:.2f}"
 
 

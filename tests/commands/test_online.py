@@ -175,9 +175,10 @@ def test_adapters_learn_online_and_a_comparing_rule_judges(here):
 
 
 @pytest.mark.slow
-def test_sampling_on_another_mesh_changes_nothing(here):
-    assert train("--name", "same") == 0
-    assert train("--name", "other", "--rollout.mesh", "data", "4", "tensor", "2") == 0
+@pytest.mark.parametrize("flags", [(), ("--lora.rank", "2")])
+def test_sampling_on_another_mesh_changes_nothing(here, flags):
+    assert train("--name", "same", *flags) == 0
+    assert train("--name", "other", *flags, "--rollout.mesh", "data", "4", "tensor", "2") == 0
     first, second = (metrics(here / "runs" / name)[1:3] for name in ("same", "other"))
     for one, other in zip(first, second, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)

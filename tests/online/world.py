@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 from jaxalign.evaluation import Verdicts
 from jaxalign.models import DecoderConfig
@@ -72,6 +73,34 @@ class World:
         probabilities = np.exp(self.log_probs(params).sum(-1))
         assert abs(probabilities.sum() - 1) < 1e-5
         return probabilities / probabilities.sum()
+
+    def mixture(self, policy, reference, beta):
+        """Probabilities of the responses where every token is drawn from the geometric mixture."""
+        first = np.array([response[0] for response in self.responses])
+
+        def by_token(policy):
+            """Of each response's first token, and of what follows it."""
+            begun = np.array([policy[first == token].sum() for token in first])
+            return begun, policy / begun
+
+        mixed = [
+            x ** (1 - beta) * y**beta
+            for x, y in zip(by_token(policy), by_token(reference), strict=True)
+        ]
+        kinds = np.unique(first, return_index=True)[1]
+        rest = np.array([mixed[1][first == token].sum() for token in first])
+        return mixed[0] / mixed[0][kinds].sum() * mixed[1] / rest
+
+    def target(self, tau, beta):
+        """What IPO-MD and Nash-MD-PG learn: the best response to its own token-wise mixture."""
+        reference = self.policy(self.params)
+        ratio = np.zeros(len(reference))
+        for _ in range(20_000):
+            policy = softmax(np.log(reference) + ratio)
+            gain = self.win @ self.mixture(policy, reference, beta) / tau
+            ratio += 0.02 * (gain - gain.mean() - ratio)
+        assert np.abs(gain - gain.mean() - ratio).max() < 1e-9
+        return policy
 
     def preferences(self, prompts, first, second):
         """As an annotator."""
