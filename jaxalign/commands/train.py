@@ -154,7 +154,9 @@ def report(folder: Path) -> None:
         print_table(header, rows)
     for stage in (online, representation):
         if stage.has_stage(finished):
-            print_table(*stage.table([finished]))
+            header, rows = stage.table([finished])
+            if rows:
+                print_table(header, rows)
     print(f"report: {path}")
 
 

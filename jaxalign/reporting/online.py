@@ -33,6 +33,11 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         ends = [run.first_and_last(STAGE, metric) for run in runs]
         cells = [[form.format(x) for x in both] if both else ["", ""] for both in ends]
         rows.append([label, *(cells[0] if len(runs) == 1 else map(" → ".join, cells))])
+    failed = [run.curve(STAGE, "train", "annotation/failed")[1] for run in runs]
+    if any(map(any, failed)):
+        cells = [f"{sum(one) / max(len(one), 1):.3f}" for one in failed]
+        before = [""] if len(runs) == 1 else []
+        rows.append(["training prompts without a verdict", *before, *cells])
     names = ["before", "after"] if len(runs) == 1 else [run.name for run in runs]
     return ["held-out prompts", *names], rows
 

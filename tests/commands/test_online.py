@@ -47,6 +47,9 @@ def short(prompt, response):
 def silent(prompt, response):
     return None
 
+def choosy(prompt, response):
+    return None if "7" in prompt else -len(response)
+
 def compared(prompt, first, second):
     return 0.25 if len(first) > len(second) else 0.75
 """
@@ -98,6 +101,24 @@ def test_one_command_samples_learns_evaluates_exports_and_reports(here, capsys):
     assert np.isfinite(np.asarray(moved)).all()
     counted = json.loads((folder / "data.json").read_text())
     assert counted["train_prompts"]["records"] + counted["held_out_prompts"]["records"] <= 44
+
+
+def test_what_has_no_verdict_is_counted_and_reported(here, capsys):
+    flags = ("--rollout.annotator", "rule:rules.py:choosy", "--rollout.max-eval-prompts", "0")
+    assert train(*flags) == 0
+    lines = metrics(here / "runs" / "run")
+    failed = [line["annotation/failed"] for line in lines]
+    assert 0 < np.mean(failed) < 0.5
+    kept = [json.loads(x) for x in (here / "runs/run/rollouts.jsonl").read_text().splitlines()]
+    for line in kept:
+        said = line["preference"][0][1]
+        assert (said is None) == ("7" in line["prompt"])
+        assert line.get("reason", "") == (
+            "it returns a NoneType, not a number" if said is None else ""
+        )
+    printed = capsys.readouterr().out
+    assert "training prompts without a verdict" in printed
+    assert f"{np.mean(failed):.3f}" in printed
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(here):
