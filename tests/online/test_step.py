@@ -404,20 +404,23 @@ def test_equal_draws_are_drawn_together_and_joined_in_order():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("online_ipo", {}), ("ipo_md", {"beta": 0.25})])
 def test_samples_find_the_equilibrium(optimised, name, options):
-    """The whole loop, sampling included, comes within 0.01 nats of its policy of theory."""
-    steps, tau = 400, 0.1
+    """The whole loop, sampling included, comes within 0.01 nats of its policy of theory.
+
+    From other seeds so small a network has plateaus, under exact gradients, too.
+    """
+    steps, tau, world = 200, 0.1, World(2, seed=1)
     rule = optax.chain(
         optax.scale_by_rms(decay=0.99),
         optax.scale_by_learning_rate(optax.linear_schedule(5e-3, 0.0, steps)),
     )
-    step, state, frozen = online(name, optimizer=rule, tau=tau, **options)
-    target = WORLD.target(tau, options.get("beta", 0.0))
+    step, state, frozen = online(name, optimizer=rule, start=world.params, tau=tau, **options)
+    target = world.target(tau, options.get("beta", 0.0))
     if not options:
-        nash = equilibrium(WORLD.win, WORLD.policy(WORLD.params), tau)
+        nash = equilibrium(world.win, world.policy(world.params), tau)
         np.testing.assert_allclose(target, nash, atol=1e-8)
-    assert divergence(target, WORLD.policy(WORLD.params)) > 0.05
+    assert divergence(target, world.policy(world.params)) > 0.1
     state, _ = run(step, state, frozen, steps=steps, number=512)
-    assert divergence(target, WORLD.policy(state.params)) < 0.01
+    assert divergence(target, world.policy(state.params)) < 0.01
 
 
 def test_an_encoder_decoder_is_sampled_scored_and_trained():

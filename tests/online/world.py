@@ -38,7 +38,7 @@ class Tokenizer:
 class World:
     """All responses of at most so many tokens to one prompt, and who beats whom."""
 
-    def __init__(self, most):
+    def __init__(self, most, *, seed=7):
         self.most = most
         self.responses = [(END,)] if most > 1 else [(token,) for token in range(len(LETTERS))]
         if most > 1:
@@ -51,7 +51,7 @@ class World:
                 if (one, other) in CYCLE:
                     win[i, j], win[j, i] = CYCLE[one, other], 1 - CYCLE[one, other]
         self.win = win
-        self.params = init_params(CONFIG, jax.random.key(7))
+        self.params = init_params(CONFIG, jax.random.key(seed))
 
     def rows(self):
         """Tokens, prompt lengths, response tokens and lengths of all responses."""
