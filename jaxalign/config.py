@@ -159,6 +159,33 @@ class EntanglementConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """How an annotator that is a language model, here or behind an endpoint, is asked."""
+
+    template: str | None = None
+    """File with {prompt}, {first} and {second}: the question, whose answer is A or B."""
+    tokenizer: str | None = None
+    """lm: folder or hub name; by default the model's."""
+    max_length: int | None = None
+    """lm: most tokens of a question; by default the model's context."""
+    batch_size: int = 8
+    """Comparisons or responses at a time, of models that run here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of such a model's computation."""
+    workers: int = 8
+    """openai: requests at a time."""
+    timeout: float = 60.0
+    """openai: seconds for a request."""
+    attempts: int = 4
+    """openai: for each comparison, with waits that double between them."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "workers", "timeout", "attempts"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"rollout.judge.{name}: {getattr(self, name)} is not positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """What the online stage does between two updates: sample responses, have them annotated."""
 
@@ -169,14 +196,16 @@ class RolloutConfig:
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
     prompts: str = "embedded"
     """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
-    rows with a prompt, whatever else they hold."""
+    rows with a prompt, whatever else they hold; for spin also with a response."""
     eval_prompts: str | None = None
     """Held-out prompts; by default `holdout` of the prompts."""
     max_eval_prompts: int = 128
     """Use at most this many held-out prompts; 0 does not evaluate."""
     annotator: str | None = None
     """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
-    openai:URL#MODEL."""
+    openai:URL#MODEL; None where the algorithm asks nobody (spin)."""
+    judge: JudgeConfig = JudgeConfig()
+    """How it is asked, if it is a model."""
     max_prompt_length: int = 128
     """Longest prompt in tokens; longer ones lose their beginning and are counted."""
     max_tokens: int = 64
@@ -187,8 +216,13 @@ class RolloutConfig:
     """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
     top_p: float = 1.0
     """Draw from the likeliest tokens of this share of the probability; 1: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""
+    unfinished_penalty: float = 0.0
+    """Taken from the reward of a response that max_tokens cut off, so that policies learn to end
+    (Huang et al., 2024, arXiv:2403.17031); for algorithms on rewards."""
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     """How the devices share the sampling, e.g. data 2 tensor 4, parameters handed over before every
     rollout; empty: as they share the updates."""
@@ -372,11 +406,6 @@ class TrainConfig:
                     f"entanglement.{field}: {self.loss} trains scores, not log-probs of responses; "
                     f"set {idle}"
                 )
-        if self.online.steps and self.rollout.annotator is None:
-            raise UserError(
-                "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
-                "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
-            )
         if self.online.steps and self.preference.steps and self.loss in REWARD_LOSSES:
             raise UserError(
                 f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "

@@ -23,6 +23,8 @@ REFUSING = {
 UNSUPPORTED = re.compile(r"support|unknown|unrecogni[sz]ed|extra|permitted|not allowed", re.I)
 CONTENT = {"chat/completions": "messages", "completions": "prompt", "embeddings": "input"}
 """Of each kind of request, the field that holds what is asked."""
+NEEDED = ("top_k", "min_p", "repetition_penalty")
+"""Parameters that are not left out: without them, other texts are drawn."""
 THINKING_TOKENS = 1024
 """At least, of models that think before they answer and call the most tokens by another name."""
 
@@ -233,6 +235,10 @@ class Client:
         if status in (400, 422) and UNSUPPORTED.search(words):
             for name in parameters:
                 if re.search(rf"\b{name}\b", words):
+                    if name in NEEDED:
+                        raise UserError(
+                            f"{self.url}: the server knows no {name}; ask for text without it"
+                        )
                     return name
         raise RefusedError(f"HTTP {status}: {' '.join(words.split())[:200]}".rstrip(": "))
 

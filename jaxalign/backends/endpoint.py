@@ -18,6 +18,10 @@ from jaxalign.backends.interface import (
 )
 from jaxalign.errors import UserError
 
+EXTRAS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Rules of the draw that OpenAI's interface lacks and vLLM's and others' have, with what they are
+when nobody asks for them."""
+
 
 class ChatEndpoint:
     """A model that is asked over HTTP, many prompts at a time; a `Backend`.
@@ -98,6 +102,8 @@ class ChatEndpoint:
             body["messages"] = list(prompt)
         if decoding.top_p < 1:
             body["top_p"] = decoding.top_p
+        wanted = {name: getattr(decoding, name) for name in EXTRAS}
+        body |= {name: value for name, value in wanted.items() if value != EXTRAS[name]}
         if decoding.stop:
             body["stop"] = list(decoding.stop)
         if decoding.temperature > 0:

@@ -26,6 +26,12 @@ class Decoding:
     """0 takes the likeliest token each time (greedy)."""
     top_p: float = 1.0
     """Only the fewest likeliest tokens whose probability adds up to this."""
+    top_k: int = 0
+    """Only the so many likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as likely as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the response so far are less likely to come again."""
     stop: tuple[str, ...] = ()
     """Texts at which a response ends; they are no part of it."""
     seed: int = 0
@@ -38,6 +44,12 @@ class Decoding:
             raise UserError(f"temperature: {self.temperature} is negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} is negative; 0 keeps all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p: {self.min_p} is not in [0, 1]")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty: {self.repetition_penalty} is not positive")
         if "" in self.stop:
             raise UserError("stop: an empty string would stop at once; leave it out")
 

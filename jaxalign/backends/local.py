@@ -101,7 +101,7 @@ class LocalModel:
             model,
             load_tokenizer(tokenizer or name),
             identity=f"local {weights_identity(name)} {tokenizer or ''}".strip(),
-            end_tokens=_end_tokens(place),
+            end_tokens=end_tokens(place),
             **options,
         )
 
@@ -199,6 +199,9 @@ class LocalModel:
                     max_tokens=decoding.max_tokens,
                     temperature=decoding.temperature,
                     top_p=decoding.top_p,
+                    top_k=decoding.top_k,
+                    min_p=decoding.min_p,
+                    repetition_penalty=decoding.repetition_penalty,
                     end_tokens=self._ends,
                 ),
                 stops=stops,
@@ -352,9 +355,9 @@ def weights_identity(folder: str) -> str:
     return " ".join([str(path.resolve()), *stamps])
 
 
-def _end_tokens(folder: Path) -> list[int]:
+def end_tokens(folder: str | Path) -> list[int]:
     """What `generation_config.json` says ends a response: chat models often name a turn's end."""
-    path = folder / "generation_config.json"
+    path = Path(folder) / "generation_config.json"
     if not path.is_file():
         return []
     ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")

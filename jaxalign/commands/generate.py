@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,11 +17,15 @@ from jaxalign.backends import (
     make_backend,
     make_embedder,
 )
+from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.commands.arguments import parser
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
 from jaxalign.prompting import Composer, PromptArtefact, read_artefact
 from jaxalign.prompting.composing import without_marks
+
+ANSWERS = ".answers.jsonl"
+"""Behind the output's name: what an endpoint has answered."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         max_tokens=given.max_tokens,
         temperature=given.temperature,
         top_p=given.top_p,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
         stop=tuple(given.stop),
         seed=given.seed,
     )
@@ -53,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
             completions=given.completions,
         ),
     )
+    if given.model.startswith("openai:"):  # what was paid for is not asked again
+        model = Cached(model, AnswerFile(given.output.with_name(given.output.name + ANSWERS)))
     prompts, artefact = [record.prompt for record in records], None
     if given.prompt_artefact is not None:
         artefact = read_artefact(given.prompt_artefact)
@@ -104,7 +114,17 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
     flags.add_argument("--samples", type=int, default=1, help="responses to each prompt")
     flags.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    flags.add_argument("--top-p", type=float, default=1.0)
+    flags.add_argument("--top-p", type=float, default=1.0, help="share of the probability to keep")
+    flags.add_argument("--top-k", type=int, default=0, help="likeliest tokens to keep; 0: all")
+    flags.add_argument(
+        "--min-p", type=float, default=0.0, help="least probability, as a share of the likeliest's"
+    )
+    flags.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="on tokens that are there already; 1 is none, RAHF's evaluation takes 1.2",
+    )
     flags.add_argument("--max-tokens", type=int, default=128, help="of a response")
     flags.add_argument(
         "--prompt-artefact",
@@ -172,8 +192,8 @@ def _begun(
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
         beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        path.touch()  # last: a file without settings is taken for somebody else's
         return 0
     if not beside.exists():
         raise UserError(f"{path}: exists, and was not made by this command; name another --output")
@@ -196,8 +216,7 @@ def _begun(
                 f"{path}:{number * samples + 1}: another prompt than {record.source}:"
                 f"{record.line}; name another --output, or delete it"
             )
-    if len(kept) < len(lines):
-        path.write_bytes(b"".join(kept))
+    os.truncate(path, sum(map(len, kept)))
     return done
 
 

@@ -160,6 +160,7 @@ def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
         "policies",
         "win rate",
         *headings(given),
+        "Wilson's",
         "won/tied/lost",
         "no verdict",
         "equal length",
@@ -171,6 +172,7 @@ def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
             " over ".join(pair.names),
             f"{own.rate:.3f}",
             f"{own.bootstrap[0]:.3f} – {own.bootstrap[1]:.3f}",
+            f"{own.wilson[0]:.3f} – {own.wilson[1]:.3f}",
             f"{own.wins}/{own.ties}/{own.losses}",
             str(own.failures),
             f"{equal.rate:.3f} ({equal.interval[0]:.3f} – {equal.interval[1]:.3f})",
@@ -182,9 +184,9 @@ def _pair_table(pairs: Sequence[Pair], given: argparse.Namespace) -> Table:
         header=[*header, "over seeds"] if some_seeds else header,
         rows=rows,
         note="Mean preference for the first policy, ties by halves; the interval is the "
-        "bootstrap's over prompts (Wilson's is in results.json). Equal length: what a logistic "
-        "model of the length difference predicts for responses equally long. Comparisons without a "
-        "verdict are left out of the rest."
+        "bootstrap's over prompts, Wilson's takes every comparison for an independent one. Equal "
+        "length: what a logistic model of the length difference predicts for responses equally "
+        "long. Comparisons without a verdict are left out of the rest."
         + (" Over seeds: mean and standard deviation of all pairings." if some_seeds else ""),
     )
 

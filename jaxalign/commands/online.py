@@ -12,20 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.backends.local import end_tokens
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.stages import STAGES, stage_folder
 from jaxalign.commands.updates import make_policy, make_update_rule
-from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.config import RolloutConfig, StageConfig, TrainConfig
 from jaxalign.data import (
+    PromptRecord,
     ReadReport,
     TokenizedRows,
     prompt_records,
+    response_records,
     split_holdout,
     tokenize_prompts,
+    tokenize_responses,
 )
 from jaxalign.data.record_text import text_of
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotators import make_annotator
+from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.generation import Sampling
 from jaxalign.models import DecoderConfig, tempered
 from jaxalign.models.lora import init_adapters
@@ -35,16 +39,15 @@ from jaxalign.online import ALGORITHMS, Algorithm, OnlineObjective, PromptBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
-from jaxalign.online.step import OnlineStep, TextRecorder, compile_update
+from jaxalign.online.step import OnlineStep, TextRecorder, compile_update, remembering
 from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.loop import Throughput
-from jaxalign.training.optimizers import with_average
 from jaxalign.training.step import TrainState
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
-ROLLOUTS = "rollouts.jsonl"
+ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers.jsonl"
 
 
 def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
@@ -85,6 +88,8 @@ class PromptData:
     held_out_texts: Sequence[str]
     places: Sequence[str]
     """Where each training prompt came from."""
+    responses: Sequence[np.ndarray] = ()
+    """Tokens of the responses beside the training prompts, where the algorithm reads them."""
 
     def describe(self, batch: PromptBatch) -> list[str]:
         """File and line of a batch's prompts."""
@@ -109,10 +114,13 @@ def load_prompts(
             f"{wanted.max_tokens} are more than the model's context of {context}"
         )
     report: dict[str, Any] = {}
+    algorithm = find_algorithm(wanted.algorithm, wanted.options)
 
     def read(source: str, name: str) -> list[Any]:
         counted = ReadReport()
-        records = list(prompt_records(source, bad_records=config.bad_records, report=counted))
+        learnt = algorithm.reads_data and source == wanted.prompts
+        records_of: Any = response_records if learnt else prompt_records
+        records = list(records_of(source, bad_records=config.bad_records, report=counted))
         report[name] = {"source": source} | dataclasses.asdict(counted)
         if not records:
             raise UserError(f"{source}: no usable prompt")
@@ -127,17 +135,26 @@ def load_prompts(
         raise UserError(f"rollout.prompts: {wanted.prompts}: none is left; lower --holdout")
     held_out = held_out[: wanted.max_eval_prompts]
 
+    options: dict[str, Any] = {
+        "prompt_format": config.prompt_format,
+        "strings_as_chat": config.strings_as_chat,
+        "encoder_decoder": not is_decoder,
+    }
+
     def tokenized(records: list[Any], name: str) -> TokenizedRows:
+        plain = (PromptRecord(prompt=x.prompt, source=x.source, line=x.line) for x in records)
         rows, counted = tokenize_prompts(
-            records,
-            tokenizer,
-            max_length=wanted.max_prompt_length,
-            prompt_format=config.prompt_format,
-            strings_as_chat=config.strings_as_chat,
-            encoder_decoder=not is_decoder,
+            plain, tokenizer, max_length=wanted.max_prompt_length, **options
         )
         report[name] = dataclasses.asdict(counted)
         return rows
+
+    responses: list[np.ndarray] = []
+    if algorithm.reads_data:
+        shortest = {"max_length": longest, "min_prompt_length": wanted.max_prompt_length}
+        joint, counted = tokenize_responses(train, tokenizer, **shortest, **options)
+        report["train_responses"] = dataclasses.asdict(counted)
+        responses = [joint[at][joint.prompt_length[at] :] for at in range(len(joint))]
 
     data = PromptData(
         train=tokenized(train, "train_prompts"),
@@ -145,6 +162,7 @@ def load_prompts(
         held_out=tokenized(held_out, "held_out_prompts") if held_out else None,
         held_out_texts=_plain_texts(held_out, tokenizer),
         places=[f"{record.source}:{record.line}" for record in train],
+        responses=responses,
     )
     if jax.process_index() == 0:
         path = folder / "data.json"
@@ -184,7 +202,10 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
         "reference": params if lora is not None else place(params, mesh),
     }
     data: PromptData = world.data[name]
-    annotator = make_annotator(str(wanted.annotator))
+    number, count = share_of_rows(mesh)
+    annotator = _annotator(
+        wanted, world.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
+    )
     sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
     sampler = Sampler(
         config=model_config,
@@ -193,31 +214,41 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             max_tokens=wanted.max_tokens,
             top_k=wanted.top_k,
             top_p=wanted.top_p,
-            end_tokens=(int(world.tokenizer.eos_token_id),),
+            min_p=wanted.min_p,
+            end_tokens=tuple(
+                sorted({int(world.tokenizer.eos_token_id), *end_tokens(config.model)})
+            ),
         ),
         mesh=sampling_mesh,
         stop=wanted.stop,
         dtype=policy.dtype,
     )
 
+    def handed(tree: Any) -> Any:
+        if isinstance(tree, float):  # the adapters' scale
+            return tree
+        return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
+
     @functools.lru_cache(maxsize=1)
     def reference() -> Any:
+        """What never changes is handed over once; with adapters it is every policy's base, too."""
         return handed(frozen["reference"])
-
-    def handed(tree: Any) -> Any:
-        return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
 
     def hand_over(policies: Mapping[str, Any]) -> Mapping[str, Any]:
         if not wanted.mesh:
             return policies
-        moved = {name: handed(one) for name, one in policies.items() if name != "reference"}
-        return moved | {"reference": {"params": reference()}}
+        return {
+            name: {
+                part: reference() if tree is frozen["reference"] else handed(tree)
+                for part, tree in one.items()
+            }
+            for name, one in policies.items()
+        }
 
     recorder = TextRecorder(world.folder / ROLLOUTS, prompts=wanted.record)
     if jax.process_index() == 0:
         recorder.rewind(newest_step(stage_folder(world.folder, name)) or 0)
     draws = jax.random.fold_in(jax.random.key(config.seed), 0x0911E)
-    number, count = share_of_rows(mesh)
     batches_of = functools.partial(
         prompt_batches, batch_size=stage.batch_size, process_index=number, process_count=count
     )
@@ -236,6 +267,8 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             mesh=mesh,
             key=draws,
             record=recorder if number == 0 else lambda *_: None,
+            responses=data.responses,
+            unfinished_penalty=wanted.unfinished_penalty,
         )
         return lambda done: one
 
@@ -279,12 +312,46 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     return (learned, None) if lora is None else (params, learned)
 
 
+def check_online(config: TrainConfig) -> None:
+    """See to it that a config's algorithm has what it needs, before anything is made.
+
+    Raises:
+      UserError: it has not.
+    """
+    wanted, size = config.rollout, config.online.batch_size
+    algorithm = find_algorithm(wanted.algorithm, wanted.options)
+    if wanted.annotator is None and algorithm.annotation != "none":
+        raise UserError(
+            "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
+            "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
+        )
+    parts = algorithm.minibatches * config.online.micro_batches
+    if size % parts:
+        raise UserError(
+            f"online.batch_size: {size} prompts do not make {algorithm.minibatches} minibatches of "
+            f"{config.online.micro_batches} micro-batches each"
+        )
+    if wanted.unfinished_penalty and algorithm.annotation != "rewards":
+        raise UserError(
+            f"rollout.unfinished_penalty: {wanted.algorithm} reads preferences, not rewards; leave "
+            "it out"
+        )
+
+
+def _annotator(wanted: RolloutConfig, answers: Path) -> Any:
+    """The annotator of a run; what a judge answered once is found again after a kill."""
+    if wanted.annotator is None:
+        return None
+    options: dict[str, Any] = dict(vars(wanted.judge))
+    if wanted.judge.template is not None:
+        options["template"] = Path(wanted.judge.template)
+    return make_annotator(wanted.annotator, AnnotatorOptions(**options, answers_file=answers))
+
+
 def _update_rule(stage: StageConfig, algorithm: Algorithm) -> tuple[Any, Any]:
     """The stage's optimiser; its schedule counts rollouts, the optimiser updates."""
-    times = algorithm.updates
+    times = algorithm.updates * algorithm.minibatches
     rule = dataclasses.replace(stage.optimizer, warmup_steps=stage.optimizer.warmup_steps * times)
     stretched = dataclasses.replace(stage, steps=stage.steps * times, optimizer=rule)
     optimizer, schedule = make_update_rule(stretched)
-    if algorithm.average_decay is not None:
-        optimizer = with_average(algorithm.average_decay, optimizer)
-    return optimizer, lambda step: schedule(step * times)
+    return remembering(algorithm, optimizer), lambda step: schedule(step * times)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.find import find_loss
-from jaxalign.commands.online import find_algorithm, load_prompts, run_online
+from jaxalign.commands.online import check_online, load_prompts, run_online
 from jaxalign.commands.report import print_table
 from jaxalign.commands.representation import load_stimuli, run_representation
 from jaxalign.commands.run_folder import open_run_folder
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Path:
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
     if config.online.steps:
-        find_algorithm(config.rollout.algorithm, config.rollout.options)
+        check_online(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
     folder = open_run_folder(config)
@@ -160,7 +160,9 @@ def report(folder: Path) -> None:
         print_table(header, rows)
     for stage in (online, representation):
         if stage.has_stage(finished):
-            print_table(*stage.table([finished]))
+            header, rows = stage.table([finished])
+            if rows:
+                print_table(header, rows)
     print(f"report: {path}")
 
 

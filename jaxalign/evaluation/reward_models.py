@@ -150,22 +150,23 @@ class RewardModel:
     def rewards(
         self, prompts: Sequence[Text], responses: Sequence[str]
     ) -> Float64[np.ndarray, " n"]:
-        """Rewards, less the model's bias.
+        """Rewards, less the model's bias; NaN where the model gives no finite number.
 
         Args:
           prompts: n texts or conversations.
           responses: one to each.
 
         Raises:
-          UserError: a reward is not a finite number.
+          UserError: no reward is a finite number.
         """
         found = self.scorer(prompts, responses) - self.scorer.form.reward_bias
-        if bad := np.flatnonzero(~np.isfinite(found)).tolist():
+        finite = np.isfinite(found)
+        if len(found) and not finite.any():
             raise UserError(
-                f"reward: of response {bad[0] + 1} and {len(bad) - 1} more: {NOT_FINITE}; "
-                "look at the model's weights, or compute in float32"
+                f"reward: of all {len(found)} responses {NOT_FINITE}; look at the model's weights, "
+                "or compute in float32"
             )
-        return found
+        return np.where(finite, found, np.nan)
 
     def preferences(
         self, prompts: Sequence[Text], first: Sequence[str], second: Sequence[str]

@@ -1,5 +1,6 @@
 """Verdicts on pairs of responses: one interface over whatever gives them."""
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -125,8 +126,8 @@ class JudgeAnnotator:
 
     Attributes:
       judge: what is asked.
-      answers_file: JSON Lines where every answer is kept as it comes and looked up before asking;
-        None keeps nothing.
+      answers_file: JSON Lines where every answer is kept as it comes and looked up before asking,
+        read once; None keeps nothing.
       progress: put around the answers and their number, to show how far it is.
 
     References:
@@ -167,7 +168,8 @@ class JudgeAnnotator:
     def _asked(self, shown: Sequence[tuple[str, str, str]]) -> list[Answer]:
         """An answer to each, from the file or the judge; the same question is asked once."""
         identity = self.judge.identity
-        kept = _kept(self.answers_file, identity)
+        kept = {} if identity is None or self.answers_file is None else self._known
+        found: dict[bytes, Answer] = {}
         missing = [x for x in dict.fromkeys(shown) if _key(*x) not in kept]
         if missing:
             come = self.judge.answers(*map(list, zip(*missing, strict=True)))
@@ -175,7 +177,9 @@ class JudgeAnnotator:
             with _Appending(self.answers_file if identity else None) as keep:
                 for answer in come:
                     prompt, x, y = missing[answer.number]
-                    kept[_key(prompt, x, y)] = answer
+                    found[_key(prompt, x, y)] = answer
+                    if not answer.reason:
+                        kept[_key(prompt, x, y)] = answer
                     keep(
                         {
                             "judge": identity,
@@ -187,7 +191,11 @@ class JudgeAnnotator:
                             "detail": answer.detail,
                         }
                     )
-        return [kept[_key(*x)] for x in shown]
+        return [found.get(key) or kept[key] for key in (_key(*x) for x in shown)]
+
+    @functools.cached_property
+    def _known(self) -> dict[bytes, Answer]:
+        return _kept(self.answers_file, self.judge.identity)
 
 
 def _key(prompt: str, first: str, second: str) -> bytes:

@@ -6,10 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxalign.generation.sampling import Sampling, distribution, draw, mixture
+from jaxalign.errors import UserError
+from jaxalign.generation.sampling import (
+    Sampling,
+    distribution,
+    draw,
+    likeliest,
+    mixture,
+    penalised,
+)
 from jaxalign.models import (
     cached_decoder,
     cached_encoder_decoder,
@@ -33,7 +43,8 @@ class Samples:
     finished: Bool[AnyArray, " rows"]
     """Whether it ended or was stopped; if not, it was cut at the most tokens allowed."""
     log_prob: Float[AnyArray, "rows response"]
-    """Of each token as it was drawn: tempered, truncated, mixed; in nats, 0 at padding."""
+    """Of each token as it was drawn: mixed, penalised, tempered, truncated; in nats, 0 at padding
+    and where the likeliest token was taken."""
     policy_log_probs: Float[AnyArray, "rows policies response"]
     """Of each token under each policy itself, at temperature 1, nothing cut; 0 at padding."""
 
@@ -62,7 +73,8 @@ def generate(
 
     Args:
       policies: for each, the arguments of the forward pass: {"params"}; with adapters also
-        {"adapters", "adapter_scale"}; {"added"} where a decoder is steered.
+        {"adapters", "adapter_scale"}; {"added"} where a decoder is steered. All have the same
+        tokens.
       config: the architecture of all of them.
       prompts: padded on the left.
       prompt_length: how many tokens of each are real, at least 1.
@@ -77,7 +89,11 @@ def generate(
 
     Returns:
       Rows prompt by prompt, `samples` of each one behind another.
+
+    Raises:
+      UserError: prompt and response are longer than learned positions reach.
     """
+    _check_positions(config, prompt_length, sampling.max_tokens)
     room: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
     slots = sampling.max_tokens + (
         prompts.shape[1] if isinstance(config, DecoderConfig) else 0  # the start token takes 1
@@ -103,16 +119,19 @@ def generate(
     once = devices.platform() == "cpu"
     layers = [_layers(policy, config) if once else None for policy in policies]
     ends = jnp.asarray(sampling.end_tokens, jnp.int32)
+    penalty = sampling.repetition_penalty
 
-    def choose(hiddens: Sequence[Array], at: Array) -> tuple[Array, Array, Array]:
+    def choose(hiddens: Sequence[Array], at: Array, held: Any) -> tuple[Array, Array, Array]:
         """A token for each row, its log-prob as drawn, and under each policy."""
         logits = [
             decoder.unembed(hidden, config, *kernel)
             for hidden, kernel in zip(hiddens, kernels, strict=True)
         ]
         drawn_from = mixture(logits, weight)
+        if held is not None:
+            drawn_from = penalised(drawn_from, held, penalty)
         if sampling.temperature == 0:
-            token = jnp.argmax(drawn_from, axis=-1).astype(jnp.int32)
+            token = likeliest(drawn_from)
             log_prob = jnp.zeros(rows)
         else:
             fold = functools.partial(jax.random.fold_in, data=at)
@@ -127,8 +146,8 @@ def generate(
 
     def add(carry: Any, hiddens: Sequence[Array]) -> Any:
         """The carry with one more token of every row that has not ended."""
-        at, done, matched, _, out = carry
-        token, log_prob, of_policies = choose(hiddens, at)
+        at, done, matched, held, _, out = carry
+        token, log_prob, of_policies = choose(hiddens, at, held)
         token = jnp.where(done, 0, token)
         out = Samples(
             tokens=out.tokens.at[:, at].set(token),
@@ -144,13 +163,15 @@ def generate(
             strings = jnp.arange(stops.shape[0])[None]
             matched = stops[strings, matched, token[:, None]].astype(jnp.int32)
             done = done | jnp.any(matched == stops.shape[1] - 1, axis=1)
-        return at + 1, done, matched, token, out
+        if held is not None:
+            held = held.at[jnp.arange(rows), token].set(True)
+        return at + 1, done, matched, held, token, out
 
     def step(state: Any) -> Any:
         carry, caches = state
         moved = [
             room.advance(
-                config=config, cache=cache, tokens=carry[3], layers=own, dtype=dtype, **policy
+                config=config, cache=cache, tokens=carry[4], layers=own, dtype=dtype, **policy
             )
             for policy, cache, own in zip(policies, caches, layers, strict=True)
         ]
@@ -165,14 +186,17 @@ def generate(
         policy_log_probs=jnp.zeros((rows, len(policies), most)),
     )
     matched = jnp.zeros((rows, 0 if stops is None else stops.shape[0]), jnp.int32)
-    carry = jnp.int32(0), nothing.finished, matched, nothing.length, nothing
+    held = None
+    if penalty != 1:
+        held = jnp.repeat(_present(config, prompts, prompt_length), samples, axis=0)
+    carry = jnp.int32(0), nothing.finished, matched, held, nothing.length, nothing
     carry = add(carry, [hidden for hidden, _ in begun])
     state = jax.lax.while_loop(
         lambda state: (state[0][0] < most) & ~jnp.all(state[0][1]),
         step,
         (carry, [cache for _, cache in begun]),
     )
-    _, done, _, _, out = state[0]
+    _, done, _, _, _, out = state[0]
     return Samples(
         tokens=out.tokens,
         length=out.length,
@@ -180,6 +204,29 @@ def generate(
         log_prob=out.log_prob,
         policy_log_probs=out.policy_log_probs,
     )
+
+
+def _check_positions(config: Any, prompt_length: Any, most: int) -> None:
+    """The table of positions has a place for every token, as far as lengths are known by now."""
+    if getattr(config, "position_kind", None) != "learned":
+        return
+    traced = isinstance(prompt_length, Tracer)
+    longest = 1 if traced else int(np.asarray(prompt_length).max())
+    if longest + most > config.context_length:
+        raise UserError(
+            f"max_tokens: prompts of {longest} tokens and responses of {most} are more than the "
+            f"model's {config.context_length} positions; ask for {config.context_length - longest}"
+            " or fewer"
+        )
+
+
+def _present(config: Any, prompts: Array, prompt_length: Array) -> Bool[Array, "prompts tokens"]:
+    """Which tokens stand before a response: the prompt's, or a decoder's start token."""
+    none = jnp.zeros((prompts.shape[0], config.vocab_size), bool)
+    if not isinstance(config, DecoderConfig):
+        return none.at[:, config.start_token].set(True)
+    real = jnp.arange(prompts.shape[1])[None] >= prompts.shape[1] - prompt_length[:, None]
+    return none.at[jnp.arange(prompts.shape[0])[:, None], prompts].max(real)
 
 
 def _unembedding(policy: Mapping[str, Any], config: Any) -> tuple[Array, Array | None]:

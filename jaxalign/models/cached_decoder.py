@@ -138,7 +138,7 @@ def advance(
             q, k, v = queries_keys_values(y, layer, config, **own, **turned)
             keys = write(cache.keys[number], k, cache.used)
             values = write(cache.values[number], v, cache.used)
-            mixed = _attend(q[:, 0], keys, values, near if windowed else seen, config)
+            mixed = attend_slots(q[:, 0], keys, values, near if windowed else seen, config)
             out = dense(mixed, layer["o"], own["adapters"].get("o"), adapter_scale)
             return out, (keys, values)
 
@@ -169,7 +169,7 @@ def write(
     return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=2)
 
 
-def _attend(
+def attend_slots(
     q: Float[Array, "rows heads head_width"],
     k: Float[Array, "rows kv_heads slots head_width"],
     v: Float[Array, "rows kv_heads slots head_width"],

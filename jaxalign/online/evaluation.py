@@ -15,7 +15,8 @@ class HeldOut:
 
     `win_rate` is the mean preference for the policy's response over the reference's, a tie being
     half a win; `kl` the divergence KL(policy || reference) of whole responses in nats, the mean
-    log-ratio of the policy's own samples; `reward` the annotator's, where it gives any.
+    log-ratio of the policy's own samples; `reward` the annotator's, where it gives any. Without an
+    annotator there is the divergence alone.
     """
 
     def __init__(
@@ -57,17 +58,25 @@ class HeldOut:
         ratios = [
             (part.log_prob["policy"] - part.log_prob["reference"]).sum(-1) for part in of_policy
         ]
-        preference = np.asarray(self._annotator.preferences(prompts, ours, theirs).preference)
         metrics = {
-            "win_rate": float(np.nanmean(preference)) if np.isfinite(preference).any() else np.nan,
             "kl": float(numbers(ratios).mean()),
             "rollout/length": float(numbers([part.length for part in of_policy]).mean()),
             "rollout/finished": float(numbers([part.finished for part in of_policy]).mean()),
-            "annotation/failed": float(np.isnan(preference).mean()),
         }
+        if self._annotator is None:
+            return metrics
+        preference = np.asarray(self._annotator.preferences(prompts, ours, theirs).preference)
+        metrics["win_rate"] = _mean(preference)
+        metrics["annotation/failed"] = float(np.isnan(preference).mean())
         if hasattr(self._annotator, "rewards"):
-            metrics["reward"] = float(np.nanmean(self._annotator.rewards(prompts, ours)))
+            metrics["reward"] = _mean(np.asarray(self._annotator.rewards(prompts, ours)))
         return metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is a number; NaN where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def evaluator(

@@ -51,6 +51,8 @@ class OnlineObjective:
             out, values = self.log_probs_and_values(trained, responses, own)
         with jax.named_scope("reference"):
             of_reference = {"params": frozen["reference"]}
+            if "previous" in frozen:
+                of_reference = self.policy.policy(frozen["previous"], frozen["policy"])
             reference, _ = self.log_probs_and_values(None, responses, of_reference)
         return RolloutOutputs(
             log_prob=out.log_prob,

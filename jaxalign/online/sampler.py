@@ -134,6 +134,29 @@ def own_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
 
 
+def from_data(prompts: PromptBatch, responses: Sequence[np.ndarray], sampler: Sampler) -> Sampled:
+    """The responses that stand beside the prompts, as if they had been sampled.
+
+    Args:
+      prompts: on the host.
+      responses: tokens of each, by the number of its prompt; what is too long is cut.
+      sampler: for the longest response and the texts.
+    """
+    most = sampler.sampling.max_tokens
+    own = [responses[int(at)] for at in prompts.record_index]
+    tokens = np.zeros((len(own), 1, most), np.int32)
+    for row, mine in enumerate(own):
+        tokens[row, 0, : len(mine)] = mine[:most]
+    length = np.array([[min(len(mine), most)] for mine in own])
+    return Sampled(
+        tokens=tokens,
+        length=length,
+        finished=np.array([[len(mine) <= most] for mine in own]),
+        log_prob={},
+        texts=[[sampler.text(mine[:most])] for mine in own],
+    )
+
+
 def draws_of(algorithm: Algorithm) -> list[tuple[Draw, int]]:
     """Neighbouring draws that are alike are drawn together: each with its number."""
     groups: list[tuple[Draw, int]] = []
@@ -176,12 +199,14 @@ class Annotated:
     """[prompts, samples, samples]: probability that the one beats the other; None: not asked."""
     reward: np.ndarray | None = None
     """[prompts, samples]; None: not asked."""
+    reasons: Sequence[str] = ()
+    """For each prompt, why there is no verdict, else ""."""
 
 
 def annotate(
     annotator: Any, algorithm: Algorithm, prompts: Sequence[str], texts: Sequence[Sequence[str]]
 ) -> Annotated:
-    """Ask for what an algorithm reads: preferences between all pairs, or rewards.
+    """Ask for what an algorithm reads: preferences between all pairs, rewards, or nothing.
 
     Args:
       annotator: `preferences(prompts, first, second)` for preferences; for rewards also
@@ -194,6 +219,8 @@ def annotate(
       UserError: the annotator gives no rewards, and the algorithm needs them.
     """
     number, samples = len(texts), len(texts[0])
+    if algorithm.annotation == "none":
+        return Annotated()
     if algorithm.annotation == "rewards":
         if not hasattr(annotator, "rewards"):
             raise UserError(
@@ -202,21 +229,38 @@ def annotate(
             )
         asked = [prompt for prompt in prompts for _ in range(samples)]
         given = annotator.rewards(asked, [text for row in texts for text in row])
-        return Annotated(reward=np.asarray(given, np.float64).reshape(number, samples))
+        reward = np.asarray(given, np.float64).reshape(number, samples)
+        whole = [bool(np.isfinite(row).all()) for row in reward]
+        return Annotated(reward=reward, reasons=["" if one else "no reward" for one in whole])
     pairs = list(itertools.combinations(range(samples), 2))
     asked = [prompt for prompt in prompts for _ in pairs]
     first = [row[i] for row in texts for i, _ in pairs]
     second = [row[j] for row in texts for _, j in pairs]
-    said = np.asarray(annotator.preferences(asked, first, second).preference)
+    verdicts = annotator.preferences(asked, first, second)
+    said = np.asarray(verdicts.preference)
     preference = np.full((number, samples, samples), 0.5)
     for at, (i, j) in enumerate(pairs):
         preference[:, i, j] = said.reshape(number, len(pairs))[:, at]
         preference[:, j, i] = 1 - preference[:, i, j]
-    return Annotated(preference=preference)
+    why = [verdicts.reasons[at * len(pairs) : (at + 1) * len(pairs)] for at in range(number)]
+    return Annotated(preference=preference, reasons=[next(filter(None, row), "") for row in why])
 
 
-def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) -> RolloutBatch:
-    """Samples and annotations as the step reads them; prompts without a verdict have weight 0."""
+def rollout_batch(
+    prompts: PromptBatch,
+    sampled: Sampled,
+    annotated: Annotated,
+    *,
+    unfinished_penalty: float = 0.0,
+) -> RolloutBatch:
+    """Samples and annotations as the step reads them; prompts without a verdict have weight 0.
+
+    Args:
+      prompts: on the host.
+      sampled: the responses.
+      annotated: what was said of them.
+      unfinished_penalty: taken from the reward of each response that was cut off.
+    """
     number, samples, _ = sampled.tokens.shape
     room = -(-int(sampled.length.max()) // ROUND) * ROUND
     room = min(room, sampled.tokens.shape[-1])
@@ -232,6 +276,7 @@ def rollout_batch(prompts: PromptBatch, sampled: Sampled, annotated: Annotated) 
         preference = np.full((number, samples, samples), 0.5)
     if reward is None:
         reward = np.zeros((number, samples))
+    reward = reward - unfinished_penalty * ~sampled.finished
     said = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
     reward = np.where(said[:, None], reward, 0.0)
     return RolloutBatch(

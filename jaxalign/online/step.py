@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,19 @@ from jaxalign.online.sampler import (
     Sampler,
     annotate,
     draws_of,
+    from_data,
     joined,
     rollout_batch,
 )
 from jaxalign.sharding import batch_sharding
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import Policy
-from jaxalign.training.optimizers import AverageState
+from jaxalign.training.optimizers import (
+    AverageState,
+    IterationState,
+    with_average,
+    with_iterations,
+)
 from jaxalign.training.step import TrainState, compile_step, train_step
 
 
@@ -44,7 +51,21 @@ def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) ->
     }
     if isinstance(state.opt_state, AverageState):
         policies["average"] = policy.policy(state.opt_state.average, frozen["policy"])
+    if isinstance(state.opt_state, IterationState):
+        policies["previous"] = policy.policy(state.opt_state.previous, frozen["policy"])
     return policies
+
+
+def remembering(
+    algorithm: Algorithm, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The update rule, keeping the earlier parameters that an algorithm reads."""
+    if algorithm.average_decay is not None:
+        return with_average(algorithm.average_decay, optimizer)
+    if algorithm.iteration is not None:
+        updates = algorithm.iteration * algorithm.updates * algorithm.minibatches
+        return with_iterations(updates, optimizer)
+    return optimizer
 
 
 def update_step(
@@ -61,16 +82,29 @@ def update_step(
     With a critic, values and advantages are those of the policy that sampled.
     """
     algorithm = objective.algorithm
+    if isinstance(state.opt_state, IterationState):
+        frozen = {**frozen, "previous": state.opt_state.previous}
     if algorithm.advantages is not None:
         batch = _with_advantages(objective, state, frozen, batch)
     one: Callable[..., Any] = functools.partial(
         train_step, objective=cast(Any, objective), optimizer=optimizer, micro_batches=micro_batches
     )
-    if algorithm.updates == 1:
+    passes, parts = algorithm.updates, algorithm.minibatches
+    if passes == parts == 1:
         return one(state, frozen, batch)
-    after, metrics = jax.lax.scan(
-        lambda state, _: one(state, frozen, batch), state, None, length=algorithm.updates
-    )
+
+    def update(state: TrainState, rows: jax.Array | None) -> Any:
+        part = batch if rows is None else jax.tree.map(lambda x: x[rows], batch)
+        return one(state, frozen, part)
+
+    orders = None
+    if parts > 1:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        number = batch.responses.weight.shape[0]
+        orders = jax.vmap(lambda key: jax.random.permutation(key, number))(
+            jax.random.split(jax.random.fold_in(key, 0x0DD5), passes)
+        ).reshape(passes * parts, -1)
+    after, metrics = jax.lax.scan(update, state, orders, length=passes * parts)
 
     def over_updates(values: Any) -> Any:
         if isinstance(values, Mean):
@@ -126,6 +160,9 @@ class OnlineStep:
       mesh: of the update.
       key: of all draws; the step's number is folded in.
       record: takes the sampled texts of a step.
+      responses: tokens of the responses beside the prompts, by their number, where it learns from
+        them.
+      unfinished_penalty: taken from the reward of each response that was cut off.
     """
 
     algorithm: Algorithm
@@ -138,6 +175,8 @@ class OnlineStep:
     mesh: Mesh
     key: jax.Array
     record: Callable[[int, Sequence[str], Sampled, Annotated], None]
+    responses: Sequence[np.ndarray] = ()
+    unfinished_penalty: float = 0.0
 
     def __call__(
         self, state: TrainState, frozen: Any, prompts: PromptBatch
@@ -150,19 +189,28 @@ class OnlineStep:
                 self.sampler(
                     policies, draw.weights, prompts, jax.random.fold_in(key, at), samples=samples
                 )
+                if draw.weights
+                else from_data(prompts, self.responses, self.sampler)
                 for at, (draw, samples) in enumerate(draws_of(self.algorithm))
             ]
         sampled = joined(parts)
         drawn = time.perf_counter()
         texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
-        with jax.profiler.TraceAnnotation("annotate"):
-            annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+        try:
+            with jax.profiler.TraceAnnotation("annotate"):
+                annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+        except UserError as error:
+            self.record(number, texts, sampled, _no_verdict(sampled, str(error)))
+            raise
         self.record(number, texts, sampled, annotated)
-        batch = rollout_batch(prompts, sampled, annotated)
+        penalty = self.unfinished_penalty
+        batch = rollout_batch(prompts, sampled, annotated, unfinished_penalty=penalty)
         if not batch.responses.weight.any():
+            [(reason, often), *_] = Counter(annotated.reasons).most_common()
             raise UserError(
                 f"rollout.annotator: no verdict on any of the {len(texts)} prompts of step "
-                f"{number + 1}; their responses are kept in the run folder's rollouts.jsonl"
+                f"{number + 1} ({often}: {reason}); their responses are kept in the run folder's "
+                "rollouts.jsonl"
             )
         sharding = batch_sharding(self.mesh)
         placed = jax.tree.map(
@@ -196,6 +244,8 @@ class OnlineStep:
             "annotation/failed": float(1 - weight.sum() / max(prompts.weight.sum(), 1)),
         }
         said = weight > 0
+        if self.algorithm.annotation == "none":
+            return out
         if self.algorithm.annotation == "rewards":
             return out | {"rollout/reward": float(batch.reward[said].mean())}
         others = batch.preference[said][:, 0, 1:]
@@ -203,6 +253,13 @@ class OnlineStep:
             "rollout/preference": float(others.mean()),  # 1/2 where all draws are alike
             "rollout/decided": float(np.abs(others - 0.5).mean() * 2),
         }
+
+
+def _no_verdict(sampled: Sampled, reason: str) -> Annotated:
+    """What is kept of responses that nothing was said of."""
+    number, samples = sampled.length.shape
+    nothing = np.full((number, samples, samples), np.nan)
+    return Annotated(preference=nothing, reasons=[reason] * number)
 
 
 def compile_update(
@@ -229,14 +286,16 @@ class TextRecorder:
     def __call__(
         self, step: int, texts: Sequence[str], sampled: Sampled, annotated: Annotated
     ) -> None:
-        name = "reward" if annotated.preference is None else "preference"
-        said = getattr(annotated, name)
-        whole = np.isfinite(said.reshape(len(texts), -1)).all(1)
-        nothing = not whole.any()  # no verdict at all: then every sample is kept
+        verdicts = {"preference": annotated.preference, "reward": annotated.reward}
+        verdicts = {name: said for name, said in verdicts.items() if said is not None}
+        whole = [np.isfinite(said.reshape(len(texts), -1)).all(1) for said in verdicts.values()]
+        nothing = any(not one.any() for one in whole)  # then every sample is kept
         with self._path.open("a", encoding="utf-8") as file:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
-                line[name] = _plain(said[at])
+                line |= {name: _plain(said[at]) for name, said in verdicts.items()}
+                if annotated.reasons and annotated.reasons[at]:
+                    line["reason"] = annotated.reasons[at]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -245,7 +304,9 @@ class TextRecorder:
             return
         lines = self._path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch = self._path.with_suffix(".partial")  # a kill while writing loses nothing
+        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        scratch.replace(self._path)
 
 
 def _step_of(line: str) -> float | int:

@@ -33,6 +33,11 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         ends = [run.first_and_last(STAGE, metric) for run in runs]
         cells = [[form.format(x) for x in both] if both else ["", ""] for both in ends]
         rows.append([label, *(cells[0] if len(runs) == 1 else map(" → ".join, cells))])
+    failed = [run.curve(STAGE, "train", "annotation/failed")[1] for run in runs]
+    if any(map(any, failed)):
+        cells = [f"{sum(one) / max(len(one), 1):.3f}" for one in failed]
+        before = [""] if len(runs) == 1 else []
+        rows.append(["training prompts without a verdict", *before, *cells])
     names = ["before", "after"] if len(runs) == 1 else [run.name for run in runs]
     return ["held-out prompts", *names], rows
 
@@ -81,19 +86,19 @@ def samples(run: Run, *, number: int = 4) -> str:
     path = run.folder / SAMPLES
     if not path.is_file() or not number:
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()[-number:]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
     rows = []
-    for line in map(json.loads, lines):
+    for line in map(json.loads, lines[-number:]):
         texts = "<br>".join(f"{at}. {_cell(x)}" for at, x in enumerate(line["responses"], 1))
         rewards = ", ".join("none" if x is None else f"{x:.3g}" for x in line.get("reward", []))
-        verdict = f"rewards {rewards}" if rewards else _verdict(line["preference"])
+        verdict = f"rewards {rewards}" if rewards else _verdict(line.get("preference", []))
         rows.append(f"| {line['step']} | {_cell(line['prompt'])} | {texts} | {verdict} |")
     header = ["| step | prompt | responses | verdict |", "|---:|---|---|---|"]
     return f"## Samples of {run.name}\n\n" + "\n".join(header + rows) + "\n"
 
 
 def _verdict(preference: Sequence[Sequence[float | None]]) -> str:
-    first = preference[0][1] if len(preference) > 1 else None
+    first = preference[0][1] if len(preference) > 1 else None  # nobody was asked, or could say
     return "none" if first is None else f"P(1 better than 2) = {first:.2f}"
 
 

@@ -137,6 +137,16 @@ def run_stage(
         for writer in writers:
             writer.flush()
 
+    def rescue(at: int, position: Any) -> None:
+        """Save what was done before a step that could not be made, for others may have paid for it.
+
+        Several processes do not fail together, and could not save together.
+        """
+        whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+        if at and whole and jax.process_count() == 1:
+            checkpoints.save(at, state, {"iterator": position, "step": at, "stage": name})
+            checkpoints.wait()
+
     def finish(at: int, pending: tuple[Any, Any]) -> None:
         """Read a dispatched step's metrics, check and record them."""
         nonlocal last_finish, stopping
@@ -172,10 +182,17 @@ def run_stage(
         while done < steps:
             trace.before(done, state)
             with jax.profiler.StepTraceAnnotation(name, step_num=done):
+                position = batches.get_state()
                 batch = next(batches)
                 placed = place_batch(batch)
                 counts = throughput.tokens(placed), throughput.computed(placed)
-                state, metrics = step(done)(state, frozen, placed)
+                try:
+                    state, metrics = step(done)(state, frozen, placed)
+                except UserError:
+                    if pending is not None:
+                        finish(done, pending)
+                    rescue(done, position)
+                    raise
             done += 1
             if pending is not None:
                 finish(done - 1, pending)

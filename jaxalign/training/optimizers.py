@@ -99,6 +99,41 @@ def with_average(
     return optax.GradientTransformation(init, update)
 
 
+class IterationState(NamedTuple):
+    """What `with_iterations` keeps."""
+
+    others: Any
+    previous: Any
+    updates: Any
+
+
+def with_iterations(
+    length: int, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Keeps the parameters as they were when an iteration of so many updates began.
+
+    Args:
+      length: updates of an iteration, >= 1.
+      others: the update rule, which is left alone.
+    """
+    if length < 1:
+        raise UserError(f"iteration: {length} is not positive")
+
+    def init(params: Any) -> IterationState:
+        previous = jax.tree.map(jnp.copy, params)
+        return IterationState(others=others.init(params), previous=previous, updates=jnp.int32(0))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, IterationState]:
+        updates, inner = others.update(updates, state.others, params)
+        moved, done = optax.apply_updates(params, updates), state.updates + 1
+        previous = jax.tree.map(
+            lambda new, old: jnp.where(done % length == 0, new, old), moved, state.previous
+        )
+        return updates, IterationState(others=inner, previous=previous, updates=done)
+
+    return optax.GradientTransformation(init, update)
+
+
 def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:
     r"""What AdamW multiplied each element of its first moment with, but for the learning rate.
 

@@ -147,6 +147,15 @@ def test_unknown_parameters_are_left_out_from_then_on(unwilling):
     assert ["seed" in body for body in asked] == [True, False, False]
 
 
+def test_rules_of_the_draw_are_sent_and_never_left_out_in_silence(unwilling):
+    backend, asked = unwilling(FINE, (400, {"error": "unknown parameter: top_k"}))
+    backend.generate(["q"], Decoding(temperature=1.0, min_p=0.1, repetition_penalty=1.2))
+    assert (asked[0]["min_p"], asked[0]["repetition_penalty"]) == (0.1, 1.2)
+    assert "top_k" not in asked[0]
+    with pytest.raises(UserError, match="knows no top_k"):
+        backend.generate(["q"], Decoding(temperature=1.0, top_k=5))
+
+
 def test_a_key_that_is_refused_ends_it(unwilling):
     backend, _ = unwilling((401, {}))
     with pytest.raises(UserError, match="HTTP 401"):

@@ -65,6 +65,18 @@ def test_stops_end_a_text_and_are_no_part_of_it(model):
     assert said.finished
 
 
+def test_rules_of_the_draw_reach_the_sampler(model):
+    """With one token to choose from, whatever is drawn is the greedy text."""
+    [[greedy]] = model.generate(PROMPTS[:1], Decoding(max_tokens=8))
+    for only in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
+        [[drawn]] = model.generate(PROMPTS[:1], Decoding(max_tokens=8, temperature=1.0, **only))
+        assert drawn == greedy
+    free = Decoding(max_tokens=40, repetition_penalty=50.0)
+    [[varied]] = model.generate(PROMPTS[:1], free)
+    tokens = model.tokenizer.encode(varied.text, add_special_tokens=False)
+    assert len(set(tokens)) > 0.9 * len(tokens)
+
+
 def test_scores_are_sums_of_log_softmax(model):
     continuations = [" little girl", " went to the park", " cat"]
     found = model.score(PROMPTS, continuations)

@@ -1,6 +1,8 @@
 """`jaxalign generate`: files that resume to what they would have been."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -57,6 +59,42 @@ def test_other_settings_are_refused(command, capsys):
     assert command() == 0
     assert command("--temperature", "0.5") == 2
     assert "was made with temperature 0.0, not 0.5" in capsys.readouterr().err
+
+
+def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys):
+    """It refuses the fourth prompt at first: the third, of the same batch, was answered."""
+    asked, refused = [], [PROMPTS[3]]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][0]["content"]
+            asked.append(prompt)
+            status = 400 if prompt in refused else 200
+            data = json.dumps({"choices": [{"message": {"content": prompt[::-1]}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    command = ["generate", "--model", f"openai:http://127.0.0.1:{here.server_address[1]}#m"]
+    command += ["--prompts", str(file), "--output", str(output), "--batch-size", "2"]
+    assert main(command) == 2
+    assert f"{file}:4: HTTP 400" in capsys.readouterr().err
+    refused.clear()
+    assert main(command) == 0
+    assert sorted(asked) == sorted([*PROMPTS, PROMPTS[3]])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["response"] for row in rows] == [prompt[::-1] for prompt in PROMPTS]
+    here.shutdown()
+    here.server_close()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_two_policies(world, capsys):
     assert [found["win_rate"][name] for name in ("wins", "ties", "losses")] == [15, 1, 4]
     printed = capsys.readouterr().out
     assert "15/1/4" in printed
+    assert "0.557 – 0.904" in printed  # Wilson's of 15.5 of 20, by hand
     with open("out/verdicts.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     assert [line["preference"] for line in lines] == [1.0] * 15 + [0.0] * 4 + [0.5]

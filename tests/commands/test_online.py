@@ -1,6 +1,9 @@
 """`jaxalign train` with an online stage: one command, resumable, and clear about what is wrong."""
 
 import json
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -43,6 +46,9 @@ def short(prompt, response):
 
 def silent(prompt, response):
     return None
+
+def choosy(prompt, response):
+    return None if "7" in prompt else -len(response)
 
 def compared(prompt, first, second):
     return 0.25 if len(first) > len(second) else 0.75
@@ -97,6 +103,24 @@ def test_one_command_samples_learns_evaluates_exports_and_reports(here, capsys):
     assert counted["train_prompts"]["records"] + counted["held_out_prompts"]["records"] <= 44
 
 
+def test_what_has_no_verdict_is_counted_and_reported(here, capsys):
+    flags = ("--rollout.annotator", "rule:rules.py:choosy", "--rollout.max-eval-prompts", "0")
+    assert train(*flags) == 0
+    lines = metrics(here / "runs" / "run")
+    failed = [line["annotation/failed"] for line in lines]
+    assert 0 < np.mean(failed) < 0.5
+    kept = [json.loads(x) for x in (here / "runs/run/rollouts.jsonl").read_text().splitlines()]
+    for line in kept:
+        said = line["preference"][0][1]
+        assert (said is None) == ("7" in line["prompt"])
+        assert line.get("reason", "") == (
+            "it returns a NoneType, not a number" if said is None else ""
+        )
+    printed = capsys.readouterr().out
+    assert "training prompts without a verdict" in printed
+    assert f"{np.mean(failed):.3f}" in printed
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(here):
     assert train("--name", "whole") == 0
     (here / "armed").touch()
@@ -108,6 +132,61 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(here):
     assert (whole / "rollouts.jsonl").read_text() == (broken / "rollouts.jsonl").read_text()
 
 
+@pytest.fixture
+def judge():
+    """A judge behind an endpoint that can be down: its questions, and what it says of each."""
+    asked, down = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if down and len(asked) >= down[0]:
+                self.close_connection = True
+                return  # and no reply
+            question = body["messages"][0]["content"]
+            asked.append(question)
+            verdict = "AB"[zlib.crc32(question.encode()) % 2]
+            data = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"openai:http://127.0.0.1:{here.server_address[1]}#judge", asked, down
+    here.shutdown()
+    here.server_close()
+
+
+def test_a_judge_that_goes_down_is_asked_for_the_rest_and_nothing_twice(here, judge, capsys):
+    address, asked, down = judge
+    flags = ("--rollout.annotator", address, "--rollout.judge.attempts", "1")
+    flags += ("--rollout.judge.workers", "2", "--online.steps", "3", "--online.save-every", "0")
+    assert train(*flags, "--name", "whole") == 0
+    whole = sorted(asked)
+    assert len(set(whole)) == len(whole)
+    asked.clear()
+    down.append(len(whole) // 2)
+    assert train(*flags, "--name", "broken") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be reached" in error
+    assert "the same command asks for the rest" in error
+    kept = (here / "runs" / "broken" / "rollouts.jsonl").read_text().splitlines()
+    assert "cannot be reached" in json.loads(kept[-1])["reason"]
+    paid = len(asked)
+    assert paid == len(whole) // 2
+    down.clear()
+    assert train(*flags, "--name", "broken") == 0
+    assert sorted(asked) == whole
+    assert metrics(here / "runs" / "whole") == metrics(here / "runs" / "broken")
+    files = [here / "runs" / name / "rollouts.jsonl" for name in ("whole", "broken")]
+    assert files[0].read_text() == files[1].read_text()
+
+
 def test_adapters_learn_online_and_a_comparing_rule_judges(here):
     flags = ("--lora.rank", "2", "--rollout.annotator", "rule:rules.py:compared")
     assert (
@@ -117,9 +196,10 @@ def test_adapters_learn_online_and_a_comparing_rule_judges(here):
 
 
 @pytest.mark.slow
-def test_sampling_on_another_mesh_changes_nothing(here):
-    assert train("--name", "same") == 0
-    assert train("--name", "other", "--rollout.mesh", "data", "4", "tensor", "2") == 0
+@pytest.mark.parametrize("flags", [(), ("--lora.rank", "2")])
+def test_sampling_on_another_mesh_changes_nothing(here, flags):
+    assert train("--name", "same", *flags) == 0
+    assert train("--name", "other", *flags, "--rollout.mesh", "data", "4", "tensor", "2") == 0
     first, second = (metrics(here / "runs" / name)[1:3] for name in ("same", "other"))
     for one, other in zip(first, second, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -155,6 +235,7 @@ def test_a_config_with_rollouts_round_trips(here):
         (("--rollout.max-tokens", "0"), "rollout.max_tokens: 0 is not positive"),
         (("--rollout.temperature", "0"), "rollout.temperature: 0.0 is not positive"),
         (("--rollout.prompts", "empty.jsonl"), "empty.jsonl:2"),
+        (("--rollout.judge.timeout", "0"), "rollout.judge.timeout: 0.0 is not positive"),
         (("--rollout.mesh", "rows", "2"), "rollout.mesh: no axis rows"),
         (("--online.batch-size", "3"), "online.batch_size: 3 is not a multiple"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Verdicts, make_annotator
-from jaxalign.evaluation.reward_models import NOT_FINITE, PreferenceModel, RewardModel
+from jaxalign.evaluation.reward_models import NOT_FINITE, PreferenceModel, RewardModel, Scorer
 from jaxalign.evaluation.sampled_cycles import sampled_cycles
 from jaxalign.models import (
     Decoder,
@@ -150,18 +150,21 @@ def test_over_long_prompts_lose_their_beginning_and_are_counted(folders):
     assert model.scorer.report.records == 3
 
 
-def test_a_score_that_is_no_number_is_reported(tmp_path):
+def test_a_score_that_is_no_number_is_reported(tmp_path, monkeypatch):
     key = jax.random.key(0)
     head = {"kernel": jnp.full((16, 1), jnp.nan)}
     model = ScoreModel(CONFIG, with_head(decoder.init_params(CONFIG, key), head))
     fields = {"jaxalign": FORMS["reward"]}
     save_pretrained(model, tmp_path, tokenizer=embedded_tokenizer(), fields=fields)
     broken = RewardModel.load(tmp_path)
-    with pytest.raises(UserError, match="not a finite number"):
-        broken.rewards(["a"], ["b"])
+    with pytest.raises(UserError, match="all 2 responses the score is not a finite number"):
+        broken.rewards(["a", "c"], ["b", "d"])
     verdicts = broken.preferences(["a"], ["b"], ["c"])
     assert np.isnan(verdicts.preference[0])
     assert verdicts.reasons == (NOT_FINITE,)
+    monkeypatch.setattr(Scorer, "__call__", lambda *_: np.array([np.inf, 2.0]))
+    bias = FORMS["reward"]["reward_bias"]
+    np.testing.assert_array_equal(broken.rewards(["a", "c"], ["b", "d"]), [np.nan, 2.0 - bias])
 
 
 def test_an_encoder_decoder_is_a_preference_model_too(tmp_path):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, compile_generate, generate, stop_table
-from jaxalign.models import DecoderConfig, load_pretrained
+from jaxalign.models import DecoderConfig, cached_decoder, decoder, load_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import response_log_probs
@@ -88,19 +89,39 @@ def scored(policy, prompts, samples, **options):
     ).log_prob
 
 
+def from_folder(case, *, key=0, samples=1, **rules):
+    """The model of a fixture, its prompts and their lengths, and samples."""
+    model, prompts = load_pretrained(folder_of(case)), jnp.asarray(GREEDY[case]["prompts"])
+    length = jnp.sum(prompts != 0, axis=1)
+    run = jax.jit(
+        lambda params: generate(
+            [{"params": params}],
+            model.config,
+            prompts,
+            length,
+            jax.random.key(key),
+            sampling=Sampling(**rules),
+            samples=samples,
+        )
+    )
+    return model, prompts, length, run(model.params)
+
+
 @pytest.mark.parametrize("case", sorted(set(GREEDY) - CHANGES_WITH_LENGTH))
 def test_greedy_tokens_are_those_of_transformers(case):
-    model, expected = load_pretrained(folder_of(case)), GREEDY[case]
-    prompts = jnp.asarray(expected["prompts"], jnp.int32)
-    samples = generate(
-        [{"params": model.params}],
-        model.config,
-        prompts,
-        jnp.sum(prompts != 0, axis=1),
-        jax.random.key(0),
-        sampling=Sampling(max_tokens=len(expected["tokens"][0]), temperature=0.0),
-    )
-    np.testing.assert_array_equal(samples.tokens, expected["tokens"])
+    expected = GREEDY[case]["tokens"]
+    *_, samples = from_folder(case, max_tokens=len(expected[0]), temperature=0.0)
+    np.testing.assert_array_equal(samples.tokens, expected)
+
+
+@pytest.mark.parametrize("case", [case for case, of in GREEDY.items() if "penalised" in of])
+def test_a_repetition_penalty_is_that_of_transformers(case):
+    """Padding on the left is no token of a prompt; an encoder's tokens are none of a decoder's."""
+    expected = GREEDY[case]["penalised"]
+    rules = {"max_tokens": len(expected[0]), "temperature": 0.0}
+    *_, samples = from_folder(case, repetition_penalty=1.3, **rules)
+    np.testing.assert_array_equal(samples.tokens, expected)
+    assert expected != GREEDY[case]["tokens"]
 
 
 PROMPTS = [[3, 4, 5, 6, 7], [9], [2, 8, 2]]
@@ -113,6 +134,54 @@ def test_sampled_log_probs_are_those_of_the_training_forward():
         expected = scored(one, PROMPTS, samples)
         np.testing.assert_allclose(samples.policy_log_probs[:, number], expected, atol=1e-5)
     assert len(set(np.asarray(samples.length))) > 1  # some ended early
+
+
+def test_an_encoder_decoders_sampled_log_probs_are_those_of_its_training_forward():
+    rules = {"max_tokens": 9, "temperature": 1.4, "end_tokens": tuple(range(1, 9))}
+    model, prompts, length, samples = from_folder("t5_v1_1", key=3, samples=4, **rules)
+    first = np.zeros(prompts.shape, np.int32)  # the training forward pads on the right
+    for row, size in enumerate(np.asarray(length)):
+        first[row, :size] = prompts[row, prompts.shape[1] - size :]
+    expected = response_log_probs(
+        config=model.config,
+        tokens=jnp.repeat(jnp.asarray(first), 4, axis=0),
+        prompt_length=jnp.repeat(length, 4),
+        response_tokens=samples.tokens,
+        response_length=samples.length,
+        params=model.params,
+    )
+    np.testing.assert_allclose(samples.policy_log_probs[:, 0], expected.log_prob, atol=1e-4)
+    assert len(set(np.asarray(samples.length))) > 1
+
+
+def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch):
+    steps, advance = [], cached_decoder.advance
+
+    def counted(**given):
+        jax.debug.callback(lambda: steps.append(1))  # whenever the compiled loop goes round
+        return advance(**given)
+
+    monkeypatch.setattr(cached_decoder, "advance", counted)
+    samples = sampled([policy_of(0)], PROMPTS, max_tokens=50, end_tokens=tuple(range(0, 19, 2)))
+    jax.effects_barrier()
+    assert samples.finished.all()
+    assert len(steps) == int(samples.length.max()) - 1  # prompts gave the first token
+
+
+def test_positions_that_were_learned_end_where_they_end():
+    model = load_pretrained(folder_of("gpt2"))
+    most = model.config.context_length
+    prompts, sampling = jnp.full((2, 4), 5), Sampling(max_tokens=most - 2)
+    arguments = [{"params": model.params}], model.config, prompts
+    with pytest.raises(
+        UserError, match=f"prompts of 4 tokens.*{most} positions; ask for {most - 4}"
+    ):
+        generate(*arguments, jnp.array([4, 1]), jax.random.key(0), sampling=sampling)
+    run = compile_generate(
+        model.config, make_mesh(devices=jax.devices()[:1]), sampling=Sampling(max_tokens=most)
+    )
+    with pytest.raises(UserError, match="max_tokens"):
+        run(arguments[0], prompts, jnp.array([4, 1]), jax.random.key(0), jnp.ones(1), 0)
 
 
 def test_adapters_are_read_by_both():
@@ -157,8 +226,6 @@ def test_frequencies_are_those_of_the_distribution():
 
 
 def _logits(policy, prompt):
-    from jaxalign.models import decoder
-
     return decoder.logits(policy["params"], CONFIG, jnp.asarray([prompt]))[0, -1]
 
 
@@ -176,6 +243,58 @@ def test_the_mixture_is_the_geometric_one_and_its_ends_are_the_policies():
     for weights, one in (((1.0, 0.0), policy), ((0.0, 1.0), reference)):
         at_the_end = sampled(both, PROMPTS, weights=weights)
         np.testing.assert_array_equal(at_the_end.tokens, sampled([one], PROMPTS).tokens)
+
+
+def test_a_mixture_of_three_is_the_weighted_sum_and_its_draws_follow_it():
+    """Chi-square of the first token's counts: the 0.999 quantile of 18 degrees is 42.3."""
+    policies, weights, number = [policy_of(seed) for seed in range(3)], (0.5, 0.3, 0.2), 4096
+    samples = sampled(policies, PROMPTS[:1], weights=weights, samples=number, max_tokens=1)
+    logits = [np.asarray(_logits(one, PROMPTS[0]), np.float64) for one in policies]
+    mixed = sum(weight * one for weight, one in zip(weights, logits, strict=True))
+    mixed -= np.log(np.exp(mixed).sum())
+    tokens = np.asarray(samples.tokens[:, 0])
+    np.testing.assert_allclose(samples.log_prob[:, 0], mixed[tokens], atol=1e-5)
+    for own, one in zip(
+        logits, np.moveaxis(np.asarray(samples.policy_log_probs), 1, 0), strict=True
+    ):
+        expected = own - np.log(np.exp(own).sum())
+        np.testing.assert_allclose(one[:, 0], expected[tokens], atol=1e-5)
+    expected = number * np.exp(mixed)
+    counts = np.bincount(tokens, minlength=19)
+    assert np.sum((counts - expected) ** 2 / expected) < 42.3
+    alone = number * np.exp(logits[0] - np.log(np.exp(logits[0]).sum()))
+    assert np.sum((counts - alone) ** 2 / alone) > 42.3
+
+
+def test_tokens_are_mixed_one_by_one_which_is_not_a_mixture_of_sequences():
+    """All sequences of two tokens: products of mixtures sum to 1, mixtures of products differ."""
+    one, other = policy_of(0), policy_of(1)
+    begun = [[*PROMPTS[0], token] for token in range(19)]
+
+    def table(policy):
+        """Log-probs of the first token, and of the second after each first one."""
+        first = jax.nn.log_softmax(_logits(policy, PROMPTS[0]))
+        rows = decoder.logits(policy["params"], CONFIG, jnp.asarray(begun))[:, -1]
+        return np.asarray(first, np.float64), np.asarray(jax.nn.log_softmax(rows), np.float64)
+
+    def normal(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    tables = [table(policy) for policy in (one, other)]
+    samples = sampled([one, other], PROMPTS[:1], weights=(0.5, 0.5), samples=2048, max_tokens=2)
+    drawn = np.asarray(samples.tokens)
+    first, second = (normal(sum(t[at] for t in tables) / 2) for at in (0, 1))
+    by_token = first[:, None] + second
+    np.testing.assert_allclose(
+        samples.log_prob.sum(-1), by_token[drawn[:, 0], drawn[:, 1]], atol=1e-4
+    )
+    joint = [(t[0][:, None] + t[1]).reshape(1, -1) for t in tables]
+    by_sequence = normal(sum(joint) / 2).reshape(19, 19)
+    assert abs(np.exp(by_token).sum() - 1) < 1e-6
+    assert np.abs(np.exp(by_token) - np.exp(by_sequence)).sum() / 2 > 0.01
+    # The draws themselves tell the two apart.
+    gain = np.mean((by_token - by_sequence)[drawn[:, 0], drawn[:, 1]])
+    assert gain > 0
 
 
 def test_rows_end_at_end_tokens_and_the_rest_is_padding():

@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, distribution, draw, mixture
+from jaxalign.generation.sampling import likeliest
 
 
 def by_definition(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -62,6 +63,15 @@ def test_temperature_zero_is_the_likeliest_token(rng):
 
 
 @pytest.mark.parametrize("vocabulary", [3, 128, 300])
+def test_the_likeliest_token_is_numpys_first_of_equals(rng, vocabulary):
+    logits = rng.integers(-3, 3, size=(50, vocabulary)).astype(np.float32)  # many are equal
+    logits[0] = -np.inf
+    logits[0, -1] = -5.0
+    found = likeliest(jnp.asarray(logits))
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [3, 128, 300])
 def test_draws_invert_the_distribution_function(rng, vocabulary):
     """Uniform numbers on a grid give every token its share of the grid."""
     logits = rng.normal(size=vocabulary) * 2
@@ -102,6 +112,7 @@ def test_one_policy_alone_is_itself_and_two_are_their_weighted_sum(rng):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
     ],
 )
 def test_impossible_rules_are_refused_by_name(wrong):

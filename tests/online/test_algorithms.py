@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 
 from jaxalign.data import PairBatch
 from jaxalign.games import divergence, equilibrium, mixture
 from jaxalign.online import ALGORITHMS, OnlineObjective, RolloutBatch
-from jaxalign.online.step import update_step
+from jaxalign.online.step import remembering, update_step
 from jaxalign.training.objectives import Policy
 from jaxalign.training.step import gradients, initial_state
 from tests.online.world import CONFIG, World
@@ -23,15 +25,21 @@ from tests.online.world import CONFIG, World
 TAU, BETA = 0.2, 0.25
 
 
-def exact_batch(world, algorithm, params):
+DATA = np.array([0.4, 0.1, 0.2, 0.3])
+
+
+def exact_batch(world, algorithm, params, previous=None):
     """Every combination of responses, weighed with its probability under the algorithm's draws."""
     tokens, prompt, response, length = world.rows()
     number = len(length)
     policy, reference = world.policy(params), world.policy(world.params)
     weight = np.ones((1,))
     for draw in algorithm.draws:
-        assert world.most == 1 or not draw.reference  # of tokens the mixture is another one
-        drawn_from = mixture(policy, reference, draw.reference)
+        drawn_from = world.mixture(policy, reference, draw.reference)
+        if draw.previous:
+            drawn_from = world.policy(previous)
+        if draw.from_data:
+            drawn_from = DATA
         weight = np.outer(weight, drawn_from).reshape(-1)
     grid = np.indices((number,) * len(algorithm.draws)).reshape(len(algorithm.draws), -1).T
     reward = world.rewards(None, world.names)
@@ -60,17 +68,21 @@ def objective_of(name, **options):
 def learned(world, name, *, steps, rate, **options):
     """Probabilities of the responses after exact updates."""
     objective = objective_of(name, **options)
-    optimizer = optax.chain(
+    algorithm = objective.algorithm
+    falling = optax.cosine_decay_schedule(rate, algorithm.iteration or steps)
+    rule = optax.chain(
         optax.scale_by_rms(decay=0.99),
-        optax.scale_by_learning_rate(optax.cosine_decay_schedule(rate, steps)),
+        optax.scale_by_learning_rate(lambda at: falling(at % (algorithm.iteration or steps))),
     )
+    optimizer = remembering(algorithm, rule)
     state = initial_state(world.params, optimizer, seed=0)
     frozen = {"policy": None, "reference": world.params}
     step = jax.jit(
         functools.partial(update_step, objective=objective, optimizer=optimizer, micro_batches=1)
     )
     for _ in range(steps):
-        state, _ = step(state, frozen, exact_batch(world, objective.algorithm, state.params))
+        previous = getattr(state.opt_state, "previous", None)
+        state, _ = step(state, frozen, exact_batch(world, algorithm, state.params, previous))
     return world.policy(state.params)
 
 
@@ -81,19 +93,53 @@ def learned(world, name, *, steps, rate, **options):
         ("self_play_pg", 2, {}),
         ("ipo_md", 1, {"beta": BETA}),
         ("nash_md_pg", 1, {"beta": BETA}),
+        ("ipo_md", 2, {"beta": BETA}),
     ],
 )
 def test_the_fixed_point_is_the_papers(optimised, name, most, options):
     world = World(most)
     reference, beta = world.policy(world.params), options.get("beta", 0.0)
-    target = equilibrium(world.win, reference, TAU, beta=beta)
+    target = world.target(TAU, beta)
+    if most == 1 or not beta:  # of several tokens the mixture is not that of sequences
+        np.testing.assert_allclose(target, equilibrium(world.win, reference, TAU, beta=beta))
     assert divergence(target, reference) > 0.02
     found = learned(world, name, steps=400, rate=0.003, tau=TAU, **options)
     assert divergence(target, found) < 1e-3
-    if beta:  # the mixture is the equilibrium, at another temperature; the policy is not
+    if (
+        beta and most == 1
+    ):  # the mixture is the equilibrium, at another temperature; the policy is not
         nash = equilibrium(world.win, reference, TAU / (1 - beta))
         assert divergence(nash, mixture(found, reference, beta)) < 1e-4
         assert divergence(nash, found) > 1e-3
+
+
+def test_an_iteration_of_sppo_is_a_step_of_multiplicative_weights(optimised):
+    """Twice the regression of log-ratios on win rates, solved apart from this code."""
+    world, beta, length = World(1), 0.5, 200
+    expected = world.policy(world.params)
+    for _ in range(2):
+        before, wins = expected, world.win @ expected
+
+        def error(logits, before=before, wins=wins):
+            return before @ (log_softmax(logits) - np.log(before) - (wins - 0.5) / beta) ** 2
+
+        expected = softmax(minimize(error, np.log(before), tol=1e-12).x)
+    found = learned(
+        world, "sppo", steps=2 * length, rate=0.01, beta=beta, samples=2, iteration=length
+    )
+    assert divergence(expected, world.policy(world.params)) > 0.02
+    assert divergence(expected, found) < 1e-4
+
+
+def test_spin_tilts_the_policy_to_the_data_and_stays_there(optimised):
+    """Logits of a data set's odds over the policy's, divided by beta; at beta 1 it is the data."""
+    world = World(1)
+    for beta, length, steps in ((2.0, 250, 250), (1.0, 250, 500)):
+        found = learned(world, "spin", steps=steps, rate=0.01, beta=beta, iteration=length)
+        before = world.policy(world.params)
+        expected = before * (DATA / before) ** (1 / beta)
+        assert divergence(DATA, before) > 0.05
+        assert divergence(expected / expected.sum(), found) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["online_dpo", "online_slic"])

@@ -1,11 +1,11 @@
 """A world small enough for exact numbers: a tiny decoder, all of whose responses are listed."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
+from jaxalign.evaluation import Verdicts
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.responses import response_log_probs
@@ -26,13 +26,6 @@ CONFIG = DecoderConfig(
 CYCLE = {(0, 1): 0.9, (1, 2): 0.8, (2, 0): 0.7}  # a skewed circle of three kinds
 
 
-@dataclass(frozen=True)
-class Said:
-    """What annotators answer with."""
-
-    preference: np.ndarray
-
-
 class Tokenizer:
     """Tokens are letters."""
 
@@ -45,7 +38,7 @@ class Tokenizer:
 class World:
     """All responses of at most so many tokens to one prompt, and who beats whom."""
 
-    def __init__(self, most):
+    def __init__(self, most, *, seed=7):
         self.most = most
         self.responses = [(END,)] if most > 1 else [(token,) for token in range(len(LETTERS))]
         if most > 1:
@@ -58,7 +51,7 @@ class World:
                 if (one, other) in CYCLE:
                     win[i, j], win[j, i] = CYCLE[one, other], 1 - CYCLE[one, other]
         self.win = win
-        self.params = init_params(CONFIG, jax.random.key(7))
+        self.params = init_params(CONFIG, jax.random.key(seed))
 
     def rows(self):
         """Tokens, prompt lengths, response tokens and lengths of all responses."""
@@ -81,10 +74,39 @@ class World:
         assert abs(probabilities.sum() - 1) < 1e-5
         return probabilities / probabilities.sum()
 
+    def mixture(self, policy, reference, beta):
+        """Probabilities of the responses where every token is drawn from the geometric mixture."""
+        first = np.array([response[0] for response in self.responses])
+
+        def by_token(policy):
+            """Of each response's first token, and of what follows it."""
+            begun = np.array([policy[first == token].sum() for token in first])
+            return begun, policy / begun
+
+        mixed = [
+            x ** (1 - beta) * y**beta
+            for x, y in zip(by_token(policy), by_token(reference), strict=True)
+        ]
+        kinds = np.unique(first, return_index=True)[1]
+        rest = np.array([mixed[1][first == token].sum() for token in first])
+        return mixed[0] / mixed[0][kinds].sum() * mixed[1] / rest
+
+    def target(self, tau, beta):
+        """What IPO-MD and Nash-MD-PG learn: the best response to its own token-wise mixture."""
+        reference = self.policy(self.params)
+        ratio = np.zeros(len(reference))
+        for _ in range(20_000):
+            policy = softmax(np.log(reference) + ratio)
+            gain = self.win @ self.mixture(policy, reference, beta) / tau
+            ratio += 0.02 * (gain - gain.mean() - ratio)
+        assert np.abs(gain - gain.mean() - ratio).max() < 1e-9
+        return policy
+
     def preferences(self, prompts, first, second):
         """As an annotator."""
         at = {name: number for number, name in enumerate(self.names)}
-        return Said(np.array([self.win[at[x], at[y]] for x, y in zip(first, second, strict=True)]))
+        said = [self.win[at[x], at[y]] for x, y in zip(first, second, strict=True)]
+        return Verdicts(preference=np.array(said), reasons=("",) * len(said))
 
     def rewards(self, prompts, responses):
         """As an annotator: the number of letters a."""

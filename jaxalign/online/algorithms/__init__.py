@@ -7,6 +7,8 @@ from jaxalign.online.algorithms.contrastive import ipo_md, online_dpo, online_ip
 from jaxalign.online.algorithms.nash_md import nash_ema_pg, nash_md_pg, self_play_pg
 from jaxalign.online.algorithms.policy_gradient import regularised_policy_gradient, rloo
 from jaxalign.online.algorithms.ppo import ppo
+from jaxalign.online.algorithms.spin import spin
+from jaxalign.online.algorithms.sppo import sppo
 from jaxalign.online.algorithms.xpo import xpo
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
@@ -21,6 +23,8 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
     "rloo": rloo,
     "ppo": ppo,
     "xpo": xpo,
+    "sppo": sppo,
+    "spin": spin,
 }
 
 __all__ = ["ALGORITHMS"]

@@ -22,6 +22,7 @@ def ppo(
     gamma: float = 1.0,
     lam: float = 0.95,
     updates: int = 4,
+    minibatches: int = 1,
 ) -> Algorithm:
     r"""Clipped surrogate plus the critic's clipped error, averaged over tokens.
 
@@ -37,7 +38,8 @@ def ppo(
       value_weight: weight c_V of the critic's loss. Default 0.1.
       gamma: discount of later rewards. Default 1.
       lam: decay of the advantage estimates. Default 0.95.
-      updates: on each rollout. Default 4.
+      updates: passes over each rollout. Default 4.
+      minibatches: parts of a rollout that make an update each. Default 1.
     """
 
     def advantages(
@@ -73,6 +75,7 @@ def ppo(
         annotation="rewards",
         trained=1,
         updates=updates,
+        minibatches=minibatches,
         per_token=True,
         advantages=advantages,
     )
