@@ -187,18 +187,19 @@ def measure(
         out = decoder.unembed(x[:, 0], config, *decoder.unembedding(params, config))
         return x + 1e-6 * out[:, None, : config.width]
 
-    def choice(shift: jax.Array, out: jax.Array) -> jax.Array:
-        out = out + shift[:, None]
-        token = likeliest(out)
-        chosen = jnp.take_along_axis(out, token[:, None], axis=1)[:, 0]
-        return 1e-6 * (chosen - jax.nn.logsumexp(out, axis=-1))
+    def chosen(x: jax.Array, params: Any) -> jax.Array:
+        """Logits, and then a token with its log-prob."""
+        out = decoder.unembed(x[:, 0], config, *decoder.unembedding(params, config))
+        own = jnp.take_along_axis(out, likeliest(out)[:, None], axis=1)
+        own = own - jax.nn.logsumexp(out, axis=-1, keepdims=True)
+        return x + 1e-6 * own[:, None]
 
     head = VOCABULARY * config.width
     inner = shape.matrix_parameters - head
     entries = sum(cache.size for cache in caches)
     queries = x[:, 0, : config.heads * config.head_width]
     queries = queries.reshape(batch, config.heads, config.head_width)
-    out = jnp.asarray(rng.normal(size=(batch, VOCABULARY)), jnp.float32)
+    of_logits = repeated(logits, x, model.params, **how)
     groups = config.heads // config.kv_heads
     return whole, [
         Part(
@@ -215,14 +216,14 @@ def measure(
         ),
         Part(
             name="logits",
-            seconds=repeated(logits, x, model.params, **how),
+            seconds=of_logits,
             operations=2.0 * batch * head,
             read=4.0 * head,
         ),
         Part(
             name="choice and log-probs",
-            seconds=repeated(choice, jnp.zeros(batch), out, **how),
-            read=4.0 * out.size,
+            seconds=repeated(chosen, x, model.params, **how) - of_logits,
+            read=4.0 * batch * VOCABULARY,
         ),
     ]
 
