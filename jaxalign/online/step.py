@@ -33,7 +33,7 @@ from jaxalign.sharding import batch_sharding
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import AverageState
-from jaxalign.training.step import TrainState, compile_step, train_step
+from jaxalign.training.step import TrainState, train_step
 
 
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,21 +203,6 @@ class OnlineStep:
             "rollout/preference": float(others.mean()),  # 1/2 where all draws are alike
             "rollout/decided": float(np.abs(others - 0.5).mean() * 2),
         }
-
-
-def compile_update(
-    objective: OnlineObjective,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    mesh: Mesh,
-    *,
-    micro_batches: int,
-) -> Callable[..., Any]:
-    """`update_step` under `jit`, sharded as the training step is."""
-    step = functools.partial(
-        update_step, objective=objective, optimizer=optimizer, micro_batches=micro_batches
-    )
-    return compile_step(step, state, mesh)
 
 
 class TextRecorder:

@@ -23,11 +23,11 @@ from jaxalign.online.sampler import (
     joined,
     rollout_batch,
 )
-from jaxalign.online.step import OnlineStep, TextRecorder, compile_update, policies_of
+from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, update_step
 from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import with_average
-from jaxalign.training.step import initial_state
+from jaxalign.training.step import compile_step, initial_state
 from tests.online.world import CONFIG, END, PROMPT, Said, Tokenizer, World
 
 WORLD = World(2)
@@ -65,6 +65,8 @@ def online(
         params = params | {"score": {"kernel": jnp.zeros((CONFIG.width, 1))}}
     state = place(initial_state(params, optimizer, seed=0), mesh)
     objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    how = {"objective": objective, "optimizer": optimizer, "micro_batches": 1}
+    update = functools.partial(update_step, **how)
     step = OnlineStep(
         algorithm=algorithm,
         policy=policy,
@@ -75,7 +77,7 @@ def online(
             mesh=mesh,
         ),
         annotator=annotator,
-        update=compile_update(objective, optimizer, state, mesh, micro_batches=1),
+        update=compile_step(update, state, mesh),
         hand_over=lambda policies: policies,
         prompt_texts=["dc"],
         mesh=mesh,
