@@ -107,7 +107,7 @@ def draw(options: Options, plans: dict[str, Plan]) -> None:
     """Memory and seconds by number of chips."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, model in enumerate(options.models):
         own = [plans[f"{model} {chips} {options.length}"] for chips in options.chips]
         color = f"C{number}"
@@ -128,7 +128,7 @@ def draw(options: Options, plans: dict[str, Plan]) -> None:
         axes.set(xlabel="chips (one pair each)", xscale="log", xticks=options.chips)
         axes.set_xticklabels([f"{chips:,}" for chips in options.chips])
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
     assert options.plot is not None
     figure.savefig(options.plot, dpi=130)
