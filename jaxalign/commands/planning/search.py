@@ -91,13 +91,14 @@ def _slowness(each: Draft) -> tuple[float, float]:
 
 
 def _takes_more(each: Draft, other: Draft) -> bool:
-    """Whether a step has as many rows a chip as another on the same mesh, and keeps as much."""
+    """Whether a step has as many copies, and rows a chip, as another, and keeps as much of them."""
 
-    def size(one: Draft) -> tuple[int, int]:
-        stage = getattr(one.config, one.stage)
-        return stage.batch_size // stage.micro_batches, -REMAT.index(one.config.remat)
+    def size(one: Draft) -> tuple[int, ...]:
+        stage, mesh = getattr(one.config, one.stage), one.mesh.shape
+        kept = -REMAT.index(one.config.remat)
+        return mesh["data"], stage.batch_size // stage.micro_batches, kept
 
-    return each.mesh.shape == other.mesh.shape and all(
+    return each.mesh.shape["tensor"] == other.mesh.shape["tensor"] and all(
         a >= b for a, b in zip(size(each), size(other), strict=True)
     )
 
