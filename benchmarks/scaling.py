@@ -7,7 +7,7 @@ Expect:   one table (tpu/README.md shows it) and one figure
 One pair a chip (prompt 1,024, responses 1,024), bfloat16, everything rematerialised, AdamW, a live
 reference in float32; parameters are split over up to 256 chips, whole copies of them over the rest.
 Memory is what the TPU's compiler reserves on each chip; FLOPs and bytes over links are by formula
-(`jaxalign.training.planning.work`), seconds are these over the chip's data sheet, whichever is
+(`jaxalign.training.work`), seconds are these over the chip's data sheet, whichever is
 longest: no step is faster.
 """
 
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxalign.commands.plan import Plan, make_plan
+from jaxalign.commands.planning.steps import Plan, make_plan
 from jaxalign.config import MeshConfig, StageConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,26 +83,23 @@ def compiled(model: str, chips: int, length: int) -> Plan:
         dtype="bfloat16",
         remat="full",
     )
-    return make_plan(config, TOPOLOGIES[chips], length // 2)
+    return make_plan(config, TOPOLOGIES[chips], "preference", response=length // 2)
 
 
 def row(model: str, chips: int, plan: Plan) -> str:
     """One line of the table."""
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
-    gib, doing = 2**30, plan.work
-    if plan.memory is None:
+    gib, links = 2**30, sum(plan.work["links"].values())
+    if plan.total is None:
         need = f"{plan.needed[0] / gib:.0f}" if plan.needed else "more than there are"
         space = f"does not fit ({need} of temporaries)"
-        lasting = ""
     else:
-        total = sum(plan.memory.values())
-        space = f"{total / gib:.1f}" + ("" if plan.fits else " (does not fit)")
-        lasting = f"{(total - plan.memory['temporaries'] - plan.memory['program']) / gib:.1f}"
-    used = doing["model_flops"] / plan.bound * plan.seconds["compute"] / doing["flops"]
+        space = f"{plan.total / gib:.1f}" + ("" if plan.fits else " (does not fit)")
+    lasting = f"{sum(plan.lasting.values()) / gib:.1f}"
     limit = max(plan.seconds, key=lambda name: plan.seconds[name])
     return (
-        f"| {model} | {chips:,} | {mesh} | {space} | {lasting} | {doing['link_bytes'] / gib:.1f} "
-        f"| {plan.bound:.2f} ({limit}) | {used:.0%} |"
+        f"| {model} | {chips:,} | {mesh} | {space} | {lasting} | {links / gib:.1f} "
+        f"| {plan.bound:.2f} ({limit}) | {plan.utilisation:.0%} |"
     )
 
 
@@ -110,18 +107,16 @@ def draw(options: Options, plans: dict[str, Plan]) -> None:
     """Memory and seconds by number of chips."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, model in enumerate(options.models):
         own = [plans[f"{model} {chips} {options.length}"] for chips in options.chips]
         color = f"C{number}"
-        fitting = [
-            (chips, plan)
+        totals = {
+            chips: plan.total / 2**30
             for chips, plan in zip(options.chips, own, strict=True)
-            if plan.memory is not None
-        ]
-        sizes = [chips for chips, _ in fitting]
-        totals = [sum((plan.memory or {}).values()) / 2**30 for _, plan in fitting]
-        left.plot(sizes, totals, "o-", color=color, label=model)
+            if plan.total is not None
+        }
+        left.plot(totals.keys(), totals.values(), "o-", color=color, label=model)
         for name, style in (("compute", "-"), ("links", "--")):
             seconds = [plan.seconds[name] for plan in own]
             right.plot(options.chips, seconds, "o" + style, color=color, label=f"{model}: {name}")
@@ -133,7 +128,7 @@ def draw(options: Options, plans: dict[str, Plan]) -> None:
         axes.set(xlabel="chips (one pair each)", xscale="log", xticks=options.chips)
         axes.set_xticklabels([f"{chips:,}" for chips in options.chips])
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
     assert options.plot is not None
     figure.savefig(options.plot, dpi=130)

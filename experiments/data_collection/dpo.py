@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 
@@ -17,9 +17,10 @@ def config(scale: str = "tiny") -> TrainConfig:
             model="mistralai/Mistral-7B-Instruct-v0.2",
             data="runs/collected/pairs.jsonl",
             max_length=1024,
-            preference=StageConfig(steps=1_000, batch_size=64, micro_batches=8, optimizer=rule),
+            preference=StageConfig(steps=1_000, batch_size=64, micro_batches=2, optimizer=rule),
             dtype="bfloat16",
             remat="full",
+            mesh=MeshConfig(fsdp=8),
         )
     rule = OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=5)
     return TrainConfig(

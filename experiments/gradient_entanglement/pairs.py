@@ -65,15 +65,20 @@ def settings(
     )
 
 
-def supervised(model: str, scale: str) -> str:
-    """The folder of the SFT model that all runs start from."""
+def sft_settings(model: str, scale: str) -> TrainConfig:
+    """SFT on the chosen responses, from which all runs start."""
     start = settings("sft", model, scale, "dpo", {}, entanglement=EntanglementConfig())
     stage = StageConfig(
         steps=2_500 if scale == "paper" else 60,
         batch_size=64 if scale == "paper" else 16,
         optimizer=OptimizerConfig(learning_rate=5e-7 if scale == "paper" else 3e-4),
     )
-    config = replace(start, sft=stage, preference=StageConfig(), export=True)
+    return replace(start, sft=stage, preference=StageConfig(), export=True)
+
+
+def supervised(model: str, scale: str) -> str:
+    """The folder of the SFT model, which is made where it is missing."""
+    config = sft_settings(model, scale)
     folder = Path(config.output) / config.name / "export"
     if not folder.is_dir():
         finished(config)

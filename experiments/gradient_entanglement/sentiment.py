@@ -73,8 +73,8 @@ def held_out(path: Path) -> Path:
     return path.with_stem(f"{path.stem}_held_out")
 
 
-def supervised(task: str, data: Path, model: str, scale: str) -> str:
-    """The folder of a task's SFT model, which is made where it is missing."""
+def sft_settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
+    """SFT on the right labels of a task."""
     paper = scale == "paper"
     start = settings(task, data, model, scale)
     optimizer = OptimizerConfig(
@@ -83,9 +83,14 @@ def supervised(task: str, data: Path, model: str, scale: str) -> str:
     stage = StageConfig(
         steps=64 if paper else 200, batch_size=16 if paper else 32, optimizer=optimizer
     )
-    config = replace(
+    return replace(
         start, name=f"{start.name}_sft", sft=stage, preference=StageConfig(), export=True
     )
+
+
+def supervised(task: str, data: Path, model: str, scale: str) -> str:
+    """The folder of a task's SFT model, which is made where it is missing."""
+    config = sft_settings(task, data, model, scale)
     folder = Path(config.output) / config.name / "export"
     if not folder.is_dir():
         finished(config)

@@ -300,8 +300,8 @@ def _share(runs: dict[str, list[Path]], share: str) -> float:
     return float(np.mean([read_run(x).curve("online", "train", share)[1][1:] for x in folders]))
 
 
-def _elo(scale, at: int) -> str:
-    return f"{scale.elo[at]:.0f} ({scale.low[at]:.0f} to {scale.high[at]:.0f})"
+def _elo(found, at: int) -> str:
+    return f"{found.elo[at]:.0f} ({found.low[at]:.0f} to {found.high[at]:.0f})"
 
 
 def draw(runs: dict[str, list[Path]]) -> None:

@@ -15,10 +15,10 @@ from experiments.page import put, table
 from experiments.rahf import methods
 from experiments.rahf.compare import answers
 from jaxalign.commands.convert import main as convert
-from jaxalign.commands.representation import make_reader
 from jaxalign.commands.stages import read_run_config
 from jaxalign.commands.train import enable_compilation_cache
 from jaxalign.commands.training_data import instructions_of, tokenization
+from jaxalign.commands.updates import make_reader
 from jaxalign.config import TrainConfig
 from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
 from jaxalign.evaluation.reward_models import RewardModel

@@ -12,9 +12,9 @@ from pathlib import Path
 from experiments.page import put, table
 from experiments.rahf.compare import FOLDER, shortened
 from experiments.rahf.looking import tuned_model
-from jaxalign.commands.representation import make_reader
 from jaxalign.commands.stages import read_run_config
 from jaxalign.commands.train import train
+from jaxalign.commands.updates import make_reader
 from jaxalign.config import StageConfig
 from jaxalign.reporting import read_run
 

@@ -1,6 +1,5 @@
 """`jaxalign convert SOURCE TARGET`: run folder or Orbax folder to Hugging Face, and back."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,15 @@ from jaxalign.commands.stages import (
     with_adapter,
     write_model_config,
 )
-from jaxalign.commands.updates import make_update_rule
+from jaxalign.commands.updates import (
+    kept_parameters,
+    make_update_rule,
+    trained_parameters,
+)
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
-from jaxalign.models.lora import init_adapters, merge
-from jaxalign.models.score import SCORE, ScoreModel
+from jaxalign.models.lora import merge
+from jaxalign.models.score import ScoreModel
 from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.training.checkpoints import Checkpoints, newest_step
 from jaxalign.training.step import initial_state
@@ -87,27 +90,22 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
     if step is None or step not in checkpoints.steps():
         there = ", ".join(map(str, checkpoints.steps())) or "none"
         raise UserError(f"{folder}: stage {stage} has no checkpoint {step}; there: {there}")
-    optimizer, _ = make_update_rule(getattr(config, stage))
-    scored = trains_scores(config, stage)
-    structs = parameter_structs(model_config, scored=scored)
-    lora = stage_adapters(config, stage)
-    trained = structs
-    if lora is not None:
-        make = functools.partial(init_adapters, rank=lora.rank, targets=lora.targets)
-        trained = jax.eval_shape(make, structs, jax.random.key(0))
-        if scored:
-            trained = {**trained, SCORE: structs[SCORE]}
-    like = jax.eval_shape(
-        functools.partial(initial_state, optimizer=optimizer, seed=config.seed), trained
-    )
-    state, _ = checkpoints.restore(step, like, mesh)
+    optimizer, _ = make_update_rule(config, stage)
+    structs = parameter_structs(model_config, scored=trains_scores(config, stage))
+
+    def fresh(params: Any) -> Any:
+        trained = trained_parameters(config, stage, model_config, params)
+        return initial_state(trained, optimizer, seed=config.seed)
+
+    state, _ = checkpoints.restore(step, jax.eval_shape(fresh, structs), mesh)
     checkpoints.close()
+    learned, lora = kept_parameters(config, stage, state.params), stage_adapters(config, stage)
     if lora is None:
-        return as_model(model_config, state.params)
+        return as_model(model_config, learned)
     stages = trained_stages(config)
     before = stages[: stages.index(stage)]
     base = run_model(folder, before[-1], None).params if before else run_base(folder, model_config)
-    base, adapters = take_head(place(base, mesh), state.params)
+    base, adapters = take_head(place(base, mesh), learned)
     return as_model(model_config, merge(base, adapters, lora.scale))
 
 

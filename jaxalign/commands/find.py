@@ -1,6 +1,7 @@
-"""Which loss a name on the command line stands for."""
+"""Which loss or online algorithm a name on the command line stands for."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import UserError
@@ -12,6 +13,7 @@ from jaxalign.losses import (
     TokenLogProbs,
 )
 from jaxalign.modules import find_function
+from jaxalign.online import ALGORITHMS, Algorithm
 from jaxalign.training.objectives import couples_pairs
 
 
@@ -44,3 +46,31 @@ def find_loss(name: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"loss: {name} fails on a batch of two pairs: {reason[0]}") from error
+
+
+def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
+    """An online algorithm of the table, or a function of the user's own: "FILE.py:FUNCTION".
+
+    Raises:
+      UserError: there is none of that name, or it lacks an option.
+    """
+    found: Any = ALGORITHMS.get(name)
+    if found is None:
+        if ":" not in name:
+            raise UserError(
+                f"rollout.algorithm: {name!r} is neither FILE.py:FUNCTION nor one of "
+                f"{', '.join(ALGORITHMS)}"
+            )
+        found = find_function(name, "algorithm")
+    parameters = inspect.signature(found).parameters
+    if unknown := sorted(set(options) - set(parameters)):
+        known = ", ".join(parameters) or "none"
+        raise UserError(f"rollout.options: {name} has no {', '.join(unknown)}; it has {known}")
+    whole = {  # options are numbers on the command line; counts are whole ones
+        key: int(value) if isinstance(parameters[key].default, int) else float(value)
+        for key, value in options.items()
+    }
+    algorithm = found(**whole)
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"rollout.algorithm: {name} returned {type(algorithm).__name__}")
+    return algorithm

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,18 @@ import numpy as np
 
 from jaxalign.backends.local import end_tokens
 from jaxalign.commands.drive import World, drive
-from jaxalign.commands.stages import STAGES, stage_folder
-from jaxalign.commands.updates import make_policy, make_update_rule
-from jaxalign.config import RolloutConfig, StageConfig, TrainConfig
+from jaxalign.commands.stages import stage_folder
+from jaxalign.commands.updates import (
+    algorithm_of,
+    frozen_parameters,
+    kept_parameters,
+    make_objective,
+    make_policy,
+    make_update_rule,
+    stage_step,
+    trained_parameters,
+)
+from jaxalign.config import RolloutConfig, TrainConfig
 from jaxalign.data import (
     PromptRecord,
     ReadReport,
@@ -31,51 +39,20 @@ from jaxalign.data.record_text import text_of
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.generation import Sampling
-from jaxalign.models import DecoderConfig, tempered
-from jaxalign.models.lora import init_adapters
-from jaxalign.models.score import SCORE, init_head
-from jaxalign.modules import find_function
-from jaxalign.online import ALGORITHMS, Algorithm, OnlineObjective, PromptBatch
+from jaxalign.models import DecoderConfig
+from jaxalign.online import PromptBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
-from jaxalign.online.step import OnlineStep, TextRecorder, compile_update, remembering
+from jaxalign.online.step import OnlineStep, TextRecorder
 from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.loop import Throughput
-from jaxalign.training.step import TrainState
+from jaxalign.training.step import TrainState, compile_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
 ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers.jsonl"
-
-
-def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
-    """An online algorithm of the table, or a function of the user's own: "FILE.py:FUNCTION".
-
-    Raises:
-      UserError: there is none of that name, or it lacks an option.
-    """
-    found: Any = ALGORITHMS.get(name)
-    if found is None:
-        if ":" not in name:
-            raise UserError(
-                f"rollout.algorithm: {name!r} is neither FILE.py:FUNCTION nor one of "
-                f"{', '.join(ALGORITHMS)}"
-            )
-        found = find_function(name, "algorithm")
-    parameters = inspect.signature(found).parameters
-    if unknown := sorted(set(options) - set(parameters)):
-        known = ", ".join(parameters) or "none"
-        raise UserError(f"rollout.options: {name} has no {', '.join(unknown)}; it has {known}")
-    whole = {  # options are numbers on the command line; counts are whole ones
-        key: int(value) if isinstance(parameters[key].default, int) else float(value)
-        for key, value in options.items()
-    }
-    algorithm = found(**whole)
-    if not isinstance(algorithm, Algorithm):
-        raise UserError(f"rollout.algorithm: {name} returned {type(algorithm).__name__}")
-    return algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +91,7 @@ def load_prompts(
             f"{wanted.max_tokens} are more than the model's context of {context}"
         )
     report: dict[str, Any] = {}
-    algorithm = find_algorithm(wanted.algorithm, wanted.options)
+    algorithm = algorithm_of(config)
 
     def read(source: str, name: str) -> list[Any]:
         counted = ReadReport()
@@ -177,6 +154,18 @@ def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
     return [in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records]
 
 
+def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
+    """How a rollout's tokens are drawn, until one of these ends a response."""
+    wanted = config.rollout
+    return Sampling(
+        max_tokens=wanted.max_tokens,
+        top_k=wanted.top_k,
+        top_p=wanted.top_p,
+        min_p=wanted.min_p,
+        end_tokens=tuple(sorted(set(ends))),
+    )
+
+
 def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     """The online stage, from its newest checkpoint or from the start.
 
@@ -185,40 +174,23 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     """
     config, mesh = world.config, world.mesh
     stage, wanted = config.online, config.rollout
-    algorithm = find_algorithm(wanted.algorithm, wanted.options)
-    model_config = tempered(world.model_config, wanted.temperature)
-    policy = make_policy(config, name, model_config)
-    objective = OnlineObjective(policy=policy, algorithm=algorithm)
-    optimizer, schedule = _update_rule(stage, algorithm)
-    lora = config.lora if config.lora.rank else None
-    trained, key = params, jax.random.key(config.seed + 1 + STAGES.index(name))
-    if lora is not None:
-        trained = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
-    if algorithm.advantages is not None:
-        trained = {**trained, SCORE: init_head(world.model_config.width, key)}
-    frozen = {
-        "policy": params if lora is not None else None,
-        # a copy: the policy's own buffers are donated to the first step
-        "reference": params if lora is not None else place(params, mesh),
-    }
+    algorithm, adapted = algorithm_of(config), config.lora.rank > 0
+    policy = make_policy(config, name, world.model_config)
+    optimizer, schedule = make_update_rule(config, name)
+    one_update = stage_step(config, name, make_objective(config, name, policy), optimizer)
+    trained = trained_parameters(config, name, world.model_config, params)
+    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
     data: PromptData = world.data[name]
     number, count = share_of_rows(mesh)
     annotator = _annotator(
         wanted, world.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
     )
     sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
+    ends = [int(world.tokenizer.eos_token_id), *end_tokens(config.model)]
     sampler = Sampler(
-        config=model_config,
+        config=policy.config,
         tokenizer=world.tokenizer,
-        sampling=Sampling(
-            max_tokens=wanted.max_tokens,
-            top_k=wanted.top_k,
-            top_p=wanted.top_p,
-            min_p=wanted.min_p,
-            end_tokens=tuple(
-                sorted({int(world.tokenizer.eos_token_id), *end_tokens(config.model)})
-            ),
-        ),
+        sampling=sampling_rules(config, ends=ends),
         mesh=sampling_mesh,
         stop=wanted.stop,
         dtype=policy.dtype,
@@ -259,9 +231,7 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             policy=policy,
             sampler=sampler,
             annotator=annotator,
-            update=compile_update(
-                objective, optimizer, state, mesh, micro_batches=stage.micro_batches
-            ),
+            update=compile_step(one_update, state, mesh),
             hand_over=hand_over,
             prompt_texts=data.train_texts,
             mesh=mesh,
@@ -304,12 +274,12 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             tokens=lambda batch: 0,  # the step counts its own
             computed=lambda batch: 0,
             flops_per_token=algorithm.updates
-            * flops_per_token(params, live_reference=True, adapters=lora is not None),
+            * flops_per_token(params, live_reference=True, adapters=adapted),
             peak_flops=peak_flops(),
         ),
     )
-    learned = {name: tree for name, tree in state.params.items() if name != SCORE}
-    return (learned, None) if lora is None else (params, learned)
+    learned = kept_parameters(config, name, state.params)
+    return (params, learned) if adapted else (learned, None)
 
 
 def check_online(config: TrainConfig) -> None:
@@ -319,7 +289,7 @@ def check_online(config: TrainConfig) -> None:
       UserError: it has not.
     """
     wanted, size = config.rollout, config.online.batch_size
-    algorithm = find_algorithm(wanted.algorithm, wanted.options)
+    algorithm = algorithm_of(config)
     if wanted.annotator is None and algorithm.annotation != "none":
         raise UserError(
             "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
@@ -346,12 +316,3 @@ def _annotator(wanted: RolloutConfig, answers: Path) -> Any:
     if wanted.judge.template is not None:
         options["template"] = Path(wanted.judge.template)
     return make_annotator(wanted.annotator, AnnotatorOptions(**options, answers_file=answers))
-
-
-def _update_rule(stage: StageConfig, algorithm: Algorithm) -> tuple[Any, Any]:
-    """The stage's optimiser; its schedule counts rollouts, the optimiser updates."""
-    times = algorithm.updates * algorithm.minibatches
-    rule = dataclasses.replace(stage.optimizer, warmup_steps=stage.optimizer.warmup_steps * times)
-    stretched = dataclasses.replace(stage, steps=stage.steps * times, optimizer=rule)
-    optimizer, schedule = make_update_rule(stretched)
-    return remembering(algorithm, optimizer), lambda step: schedule(step * times)

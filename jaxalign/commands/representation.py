@@ -15,19 +15,24 @@ import numpy as np
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.stages import STAGES
 from jaxalign.commands.training_data import PreferenceData, instructions_of, tokenization
-from jaxalign.commands.updates import make_policy, make_update_rule
+from jaxalign.commands.updates import (
+    frozen_parameters,
+    make_objective,
+    make_policy,
+    make_reader,
+    make_update_rule,
+    stage_step,
+    trained_parameters,
+)
 from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
 from jaxalign.errors import UserError
-from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
+from jaxalign.losses import dpo
 from jaxalign.models import DecoderConfig, load_pretrained
-from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.lora import merge
 from jaxalign.models.peft import save_adapters
 from jaxalign.representation import (
-    Reader,
-    RepresentationObjective,
     StimulusBatch,
-    default_layers,
     responses_of,
     stimulus_batches,
     tokenize_stimuli,
@@ -37,10 +42,9 @@ from jaxalign.sharding.processes import share_of_rows
 from jaxalign.training.evaluation import evaluate_losses, evaluate_preferences
 from jaxalign.training.loop import Throughput
 from jaxalign.training.objectives import PreferenceObjective
-from jaxalign.training.step import TrainState, compile_step, train_step
+from jaxalign.training.step import TrainState, compile_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
-LOSSES = {"squared": hidden_state_matching, "norm": hidden_state_distance}
 POSITIONS = {"scit": 512, "dual": 64}
 RESPONSES = {"scit": "random", "dual": "both"}
 """The paper's settings, where a config has none."""
@@ -109,21 +113,6 @@ def load_stimuli(
     return data
 
 
-def make_reader(config: TrainConfig, model_config: Any, **how: Any) -> Reader:
-    """The hidden states that a config names.
-
-    Raises:
-      UserError: the model has no such layer.
-    """
-    depth = getattr(model_config, "layers", 0)
-    layers = config.alignment.layers or default_layers(depth, config.alignment.method)
-    layers = tuple(sorted(set(layers)))
-    reader = Reader(config=model_config, layers=layers, **how)
-    if not 1 <= layers[0] <= layers[-1] <= depth:
-        raise UserError(f"alignment.layers: {list(layers)}; the model's are 1 to {depth}")
-    return reader
-
-
 def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
     """The representation stage, from its newest checkpoint or from the start.
 
@@ -135,19 +124,12 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
     wanted = config.alignment
     lora, data = wanted.lora, world.data[name]
     assert isinstance(data, StimulusData)
-    policy = dataclasses.replace(
-        make_policy(config, name, world.model_config),
-        adapter_scale=lora.scale,
-        adapter_dropout=lora.dropout,
-    )
-    reader = make_reader(config, world.model_config, remat=policy.remat, dtype=policy.dtype)
-    objective: Any = RepresentationObjective(
-        policy=policy, reader=reader, alpha=wanted.alpha, loss=LOSSES[wanted.distance]
-    )
-    optimizer, schedule = make_update_rule(stage)
-    key = jax.random.key(config.seed + 1 + STAGES.index(name))
-    adapters = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
-    frozen = {"policy": params, "reference": params} | stimulus_models(world, wanted)
+    policy = make_policy(config, name, world.model_config)
+    objective = make_objective(config, name, policy)
+    optimizer, schedule = make_update_rule(config, name)
+    adapters = trained_parameters(config, name, world.model_config, params)
+    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
+    frozen |= stimulus_models(wanted, functools.partial(load_like, world))
     number, count = share_of_rows(mesh)
     mine = {"process_index": number, "process_count": count}
     sharding = batch_sharding(mesh)
@@ -176,9 +158,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
             evaluate_preferences(implicit, pairs, mesh),
             evaluate_losses(objective, list(batches(data.held_out, **fixed)), mesh),
         )
-    one_step = functools.partial(
-        train_step, objective=objective, optimizer=optimizer, micro_batches=stage.micro_batches
-    )
+    one_step = stage_step(config, name, objective, optimizer)
 
     def make_step(state: TrainState) -> Callable[[int], Callable]:
         compiled = compile_step(one_step, state, mesh)
@@ -225,25 +205,34 @@ def of_both(
     return lambda params, frozen: preferences(params, frozen) | fit(params, frozen)
 
 
-def stimulus_models(world: World, wanted: AlignmentConfig) -> dict[str, Any]:
+def stimulus_models(wanted: AlignmentConfig, load: Callable[[str, str], Any]) -> dict[str, Any]:
     """The parameters of the models that read the stimuli; None where the base itself does.
 
-    Raises:
-      UserError: a model of another architecture.
+    Args:
+      wanted: whose models.
+      load: (the folder's field, the folder) -> its parameters.
     """
-    models = {}
-    for side in ("positive", "negative"):
-        folder = getattr(wanted, f"{side}_model") if wanted.method == "dual" else None
-        models[side] = None
-        if folder is not None:
-            loaded = load_pretrained(folder, dtype=jnp.float32, mesh=world.mesh)
-            if not isinstance(loaded.config, DecoderConfig) or loaded.config != world.model_config:
-                raise UserError(
-                    f"alignment.{side}_model: {folder} is of another architecture than "
-                    f"{world.config.model}; tune both from one model"
-                )
-            models[side] = loaded.params
-    return models
+    names = ("positive_model", "negative_model")
+    folders = {name: getattr(wanted, name) if wanted.method == "dual" else None for name in names}
+    return {
+        name.removesuffix("_model"): None if folder is None else load(name, folder)
+        for name, folder in folders.items()
+    }
+
+
+def load_like(world: World, name: str, folder: str) -> Any:
+    """The parameters in a folder, which are to be of the run's own architecture.
+
+    Raises:
+      UserError: they are of another one.
+    """
+    loaded = load_pretrained(folder, dtype=jnp.float32, mesh=world.mesh)
+    if not isinstance(loaded.config, DecoderConfig) or loaded.config != world.model_config:
+        raise UserError(
+            f"alignment.{name}: {folder} is of another architecture than {world.config.model}; "
+            "tune both from one model"
+        )
+    return loaded.params
 
 
 @jax.jit

@@ -32,6 +32,7 @@ from jaxalign.commands.stages import (
     STAGES,
     as_model,
     embedded_config,
+    stage_adapters,
     stage_folder,
     with_adapter,
     write_model_config,
@@ -43,18 +44,21 @@ from jaxalign.commands.training_data import (
     load_tokenizer_for,
 )
 from jaxalign.commands.updates import (
+    frozen_parameters,
     keeps_reference_live,
+    kept_parameters,
     make_objective,
     make_policy,
     make_update_rule,
     make_watch,
+    stage_step,
+    trained_parameters,
 )
 from jaxalign.config import StageConfig, TrainConfig
-from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
-from jaxalign.models.lora import init_adapters, merge, stack
+from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
 from jaxalign.reporting import comparison, online, read_run, representation, write_report
@@ -67,12 +71,11 @@ from jaxalign.training.evaluation import (
     evaluate_scores,
 )
 from jaxalign.training.loop import Stopped, Throughput
-from jaxalign.training.masking import HEAD, whole_responses
+from jaxalign.training.masking import whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
 from jaxalign.training.objectives import ReferencedBatch
-from jaxalign.training.optimizers import with_rule
 from jaxalign.training.reference import precompute_reference
-from jaxalign.training.step import TrainState, compile_step, train_step
+from jaxalign.training.step import TrainState, compile_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
 
 
@@ -215,52 +218,35 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     """
     config, mesh = world.config, world.mesh
     stage: StageConfig = getattr(config, name)
-    lora = config.lora if config.lora.rank and name != "pretrain" else None
     scored = trains_scores(config, name)
+    is_preference = name == "preference" and not scored
+    adapted = stage_adapters(config, name) is not None
     if scored:
         params = with_own_head(config, world.model_config.width, params)
         params[SCORE] = place(params[SCORE], mesh)
-    adapters = None
-    if lora is not None:
-        key = jax.random.key(config.seed + 1 + STAGES.index(name))
-        adapters = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
     policy = make_policy(config, name, world.model_config)
-    optimizer, schedule = make_update_rule(stage)
-    trained: Any = params if lora is None else adapters
-    if scored:
-        trained = {**trained, SCORE: params[SCORE]}  # a head is trained whole, also with adapters
-    is_preference = name == "preference" and not scored
-    learned = is_preference and config.entanglement.mask == "learned"
-    if learned:
-        shape = world.model_config
-        trained = {**trained, HEAD: initial_head(shape.width, shape.vocab_size)}
-        optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
-    data = world.data[name]
-
-    frozen: dict[str, Any] = {"policy": params if lora is not None else None}
-    if is_preference:
-        # a copy: the policy's own buffers are donated to the first step
-        frozen["reference"] = params if lora is not None else place(params, mesh)
     objective = make_objective(config, name, policy)
+    optimizer, schedule = make_update_rule(config, name)
+    trained = trained_parameters(config, name, world.model_config, params)
+    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
+    data = world.data[name]
     place_batch, precomputed = feed(world, name, objective, frozen)
     evaluation = data.evaluation(stage.batch_size)
-    one_step = functools.partial(
-        train_step, objective=objective, optimizer=optimizer, micro_batches=stage.micro_batches
-    )
+    one_step = functools.partial(stage_step, config, name, objective, optimizer)
+    watch, every = make_watch(config, name, objective), config.entanglement.every
 
     def make_step(state: TrainState) -> Callable[[int], Callable]:
-        plain, every = compile_step(one_step, state, mesh), config.entanglement.every
-        if not (is_preference and every):
+        plain = compile_step(one_step(), state, mesh)
+        if watch is None:
             return lambda done: plain
-        watch = make_watch(config, objective)
-        seen = compile_step(functools.partial(one_step, watch=watch), state, mesh)
+        seen = compile_step(one_step(watch), state, mesh)
         return lambda done: plain if done % every else seen
 
     live = is_preference and not precomputed
     throughput = Throughput(
         tokens=count_tokens,
         computed=count_computed,
-        flops_per_token=flops_per_token(params, live_reference=live, adapters=lora is not None),
+        flops_per_token=flops_per_token(params, live_reference=live, adapters=adapted),
         peak_flops=peak_flops(),
     )
     evaluate_with = None
@@ -282,8 +268,8 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         evaluation=evaluate_with,
         throughput=throughput,
     )
-    trained = {key: tree for key, tree in state.params.items() if key != HEAD}
-    return (trained, None) if lora is None else take_head(params, trained)
+    trained = kept_parameters(config, name, state.params)
+    return take_head(params, trained) if adapted else (trained, None)
 
 
 def feed(

@@ -75,6 +75,17 @@ def _tokenizer(config: TrainConfig, kept: Path) -> Any:
     return tokenizer
 
 
+def vocabulary_of(config: TrainConfig) -> int:
+    """Tokens of the model that is made where none is named; of one trained on text at most so many.
+
+    Raises:
+      UserError: there is no such tokenizer.
+    """
+    if config.tokenizer is not None:
+        return len(load_tokenizer(config.tokenizer))
+    return config.architecture.vocabulary if config.text else len(embedded_tokenizer())
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageData:
     """What one stage trains on and is evaluated on."""

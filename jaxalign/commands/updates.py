@@ -1,27 +1,46 @@
-"""What a stage's step is made of, from its config: policy, objective, update rule."""
+"""What a stage's step is made of, from its config: the same objects for a run and for its plan."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.commands.find import find_loss
+from jaxalign.commands.find import find_algorithm, find_loss
 from jaxalign.commands.scores import trains_scores
+from jaxalign.commands.stages import STAGES, stage_adapters
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.entanglement.cures import CURES
+from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
-from jaxalign.training.masking import MaskedPreferenceObjective
+from jaxalign.losses import hidden_state_distance, hidden_state_matching
+from jaxalign.models import tempered
+from jaxalign.models.lora import init_adapters
+from jaxalign.models.score import SCORE, init_head
+from jaxalign.online import Algorithm, OnlineObjective
+from jaxalign.online.step import remembering, update_step
+from jaxalign.representation import Reader, RepresentationObjective, default_layers
+from jaxalign.training.masking import HEAD, MaskedPreferenceObjective
 from jaxalign.training.objectives import (
     Policy,
     PreferenceObjective,
     SupervisedObjective,
     TokenPreferenceObjective,
 )
-from jaxalign.training.optimizers import make_optimizer, make_schedule, preconditioner
+from jaxalign.training.optimizers import (
+    make_optimizer,
+    make_schedule,
+    preconditioner,
+    with_rule,
+)
 from jaxalign.training.reward_objectives import VALUES, ScoreObjective
+from jaxalign.training.step import train_step
 from jaxalign.training.watching import Watch
+
+DISTANCES = {"squared": hidden_state_matching, "norm": hidden_state_distance}
+"""`alignment.distance` -> its loss."""
 
 
 def remat_on(config: TrainConfig, platform: str) -> str:
@@ -49,8 +68,17 @@ def keeps_reference_live(config: TrainConfig, objective: Any, pairs: int) -> boo
 def make_policy(
     config: TrainConfig, name: str, model_config: Any, *, platform: str | None = None
 ) -> Policy:
-    """How a stage's parameters make up the policy; pretraining trains all of them."""
-    lora = config.lora if config.lora.rank and name != "pretrain" else None
+    """How a stage's parameters make up the policy.
+
+    Args:
+      config: of the run.
+      name: the stage's.
+      model_config: the architecture; the online stage has it at its temperature.
+      platform: that it is for; None: this process's own.
+    """
+    lora = stage_adapters(config, name)
+    if name == "online":
+        model_config = tempered(model_config, config.rollout.temperature)
     return Policy(
         config=model_config,
         adapter_scale=None if lora is None else lora.scale,
@@ -64,8 +92,16 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
     """What a stage minimises.
 
     Raises:
-      UserError: the loss needs the reference itself and its log-probs alone are kept.
+      UserError: the loss needs the reference itself and its log-probs alone are kept; the model has
+        no layer that is to be aligned.
     """
+    if name == "online":
+        return OnlineObjective(policy=policy, algorithm=algorithm_of(config))
+    if name == "representation":
+        wanted = config.alignment
+        reader = make_reader(config, policy.config, remat=policy.remat, dtype=policy.dtype)
+        loss: Any = DISTANCES[wanted.distance]
+        return RepresentationObjective(policy=policy, reader=reader, alpha=wanted.alpha, loss=loss)
     if name != "preference":
         return SupervisedObjective(policy=policy)
     options = dict(config.loss_options)
@@ -91,9 +127,31 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
     )
 
 
-def make_watch(config: TrainConfig, objective: Any) -> Watch:
-    """What the preference stage sees of its pairs."""
+def algorithm_of(config: TrainConfig) -> Algorithm:
+    """The algorithm of the online stage."""
+    return find_algorithm(config.rollout.algorithm, config.rollout.options)
+
+
+def make_reader(config: TrainConfig, model_config: Any, **how: Any) -> Reader:
+    """The hidden states that a config names.
+
+    Raises:
+      UserError: the model has no such layer.
+    """
+    depth = getattr(model_config, "layers", 0)
+    layers = config.alignment.layers or default_layers(depth, config.alignment.method)
+    layers = tuple(sorted(set(layers)))
+    reader = Reader(config=model_config, layers=layers, **how)
+    if not 1 <= layers[0] <= layers[-1] <= depth:
+        raise UserError(f"alignment.layers: {list(layers)}; the model's are 1 to {depth}")
+    return reader
+
+
+def make_watch(config: TrainConfig, name: str, objective: Any) -> Watch | None:
+    """What a stage sees of its pairs; None: nothing."""
     wanted, rule = config.entanglement, config.preference.optimizer
+    if name != "preference" or trains_scores(config, name) or not wanted.every:
+        return None
     weigh = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
     return Watch(
         objective=objective,
@@ -104,16 +162,48 @@ def make_watch(config: TrainConfig, objective: Any) -> Watch:
     )
 
 
+def stage_step(
+    config: TrainConfig,
+    name: str,
+    objective: Any,
+    optimizer: optax.GradientTransformation,
+    watch: Watch | None = None,
+) -> Callable[[Any, Any, Any], Any]:
+    """(state, frozen, batch) -> (state, metrics): what `compile_step` compiles for a stage."""
+    parts = getattr(config, name).micro_batches
+    how = {"objective": objective, "optimizer": optimizer, "micro_batches": parts}
+    if name == "online":
+        return functools.partial(update_step, **how)
+    return functools.partial(train_step, **how, watch=watch)
+
+
 def make_update_rule(
-    stage: StageConfig,
+    config: TrainConfig, name: str
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser and its learning-rate schedule."""
+    """A stage's optimiser and its learning-rate schedule.
+
+    The online stage's schedule counts rollouts, its optimiser updates.
+    """
+    stage, algorithm = getattr(config, name), algorithm_of(config) if name == "online" else None
+    times = 1 if algorithm is None else algorithm.updates * algorithm.minibatches
+    optimizer, schedule = _update_rule(stage, times)
+    if algorithm is not None:
+        optimizer = remembering(algorithm, optimizer)
+    if _learns_mask(config, name):
+        optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
+    return optimizer, schedule if times == 1 else lambda step: schedule(step * times)
+
+
+def _update_rule(
+    stage: StageConfig, times: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The rule of a stage whose every step is so many updates."""
     config = stage.optimizer
     schedule = make_schedule(
         learning_rate=config.learning_rate,
-        steps=stage.steps,
+        steps=stage.steps * times,
         schedule=config.schedule,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup_steps * times,
         final_fraction=config.final_fraction,
     )
     optimizer = make_optimizer(
@@ -128,3 +218,55 @@ def make_update_rule(
         parameter_scale=config.parameter_scale,
     )
     return optimizer, schedule
+
+
+# ------------------------------------------------------------------------------ parameters
+
+
+def trained_parameters(config: TrainConfig, name: str, model_config: Any, params: Any) -> Any:
+    """What a stage trains, given the parameters that it begins with (with their head, if any)."""
+    key = jax.random.key(config.seed + 1 + STAGES.index(name))
+    lora, trained = stage_adapters(config, name), params
+    if lora is not None:
+        trained = init_adapters(params, key, rank=lora.rank, targets=lora.targets)
+    if trains_scores(config, name):  # a head is trained whole, also with adapters
+        trained = {**trained, SCORE: params[SCORE]}
+    if _learns_mask(config, name):
+        head = initial_head(model_config.width, model_config.vocab_size)
+        trained = {**trained, HEAD: head}
+    if _has_critic(config, name):
+        trained = {**trained, SCORE: init_head(model_config.width, key)}
+    return trained
+
+
+def frozen_parameters(
+    config: TrainConfig, name: str, params: Any, copy: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """What a stage's step reads and never changes: {"policy", "reference"}, None where not needed.
+
+    Args:
+      config: of the run.
+      name: the stage's.
+      params: that the stage begins with.
+      copy: makes the reference where the policy's own buffers are donated to the first step.
+    """
+    adapted = stage_adapters(config, name) is not None
+    frozen = {"policy": params if adapted else None, "reference": None}
+    if name in ("preference", "online", "representation") and not trains_scores(config, name):
+        frozen["reference"] = params if adapted else copy(params)
+    return frozen
+
+
+def kept_parameters(config: TrainConfig, name: str, trained: Any) -> Any:
+    """Of what a stage has trained, what the next one goes on with: no mask and no critic."""
+    left = {HEAD} if _learns_mask(config, name) else set()
+    left |= {SCORE} if _has_critic(config, name) else set()
+    return {key: tree for key, tree in trained.items() if key not in left} if left else trained
+
+
+def _learns_mask(config: TrainConfig, name: str) -> bool:
+    return name == "preference" and config.entanglement.mask == "learned"
+
+
+def _has_critic(config: TrainConfig, name: str) -> bool:
+    return name == "online" and algorithm_of(config).advantages is not None

@@ -1,7 +1,7 @@
 """Sampling with caches from one policy or a geometric mixture of several, on the devices alone."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -240,7 +240,9 @@ def _layers(policy: Mapping[str, Any], config: Any) -> list[Any]:
     return cached_decoder.layers_of(policy["params"]["decoder"]["layers"], config.decoder_layers)
 
 
-def compile_generate(config: Any, mesh: Mesh, *, samples: int = 1, **options: Any) -> Callable:
+def compile_generate(
+    config: Any, mesh: Mesh, *, samples: int = 1, **options: Any
+) -> jax.stages.Wrapped:
     """`generate` under `jit` on a mesh, rows split over data and fsdp.
 
     Args:

@@ -23,13 +23,18 @@ HARMLESS = re.compile(
     r"|attention\.masked_bias)$"
 )
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+CONFIG_FILES = ("config.json",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
 SCORE_TENSOR = "score.weight"
 
 
-def find_folder(path_or_hub_name: str | Path) -> Path:
-    """The local folder of that name, or the hub's snapshot of it (safetensors and JSON alone).
+def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
+    """The local folder of that name, or the hub's snapshot of it.
+
+    Args:
+      path_or_hub_name: "folder" or "org/name".
+      files: patterns of what is wanted from the hub; by default safetensors, JSON and tokenizers.
 
     Raises:
       UserError: if there is neither.
@@ -43,7 +48,7 @@ def find_folder(path_or_hub_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(

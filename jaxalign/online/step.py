@@ -40,7 +40,7 @@ from jaxalign.training.optimizers import (
     with_average,
     with_iterations,
 )
-from jaxalign.training.step import TrainState, compile_step, train_step
+from jaxalign.training.step import TrainState, train_step
 
 
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,21 +260,6 @@ def _no_verdict(sampled: Sampled, reason: str) -> Annotated:
     number, samples = sampled.length.shape
     nothing = np.full((number, samples, samples), np.nan)
     return Annotated(preference=nothing, reasons=[reason] * number)
-
-
-def compile_update(
-    objective: OnlineObjective,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    mesh: Mesh,
-    *,
-    micro_batches: int,
-) -> Callable[..., Any]:
-    """`update_step` under `jit`, sharded as the training step is."""
-    step = functools.partial(
-        update_step, objective=objective, optimizer=optimizer, micro_batches=micro_batches
-    )
-    return compile_step(step, state, mesh)
 
 
 class TextRecorder:

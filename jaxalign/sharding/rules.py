@@ -65,14 +65,14 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     serves parameters, moments and accumulated gradients.
 
     Args:
-      tree: arrays or shape structs.
+      tree: arrays, numbers or shape structs.
       mesh: a mesh from `make_mesh`.
 
     Returns:
       The same tree with a `NamedSharding` at each leaf.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
+        lambda path, leaf: NamedSharding(mesh, _spec(path, np.shape(leaf), mesh)), tree
     )
 
 

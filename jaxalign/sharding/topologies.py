@@ -18,7 +18,7 @@ class Chip:
     """One accelerator, from its maker's data sheet; None where there is none."""
 
     memory: int | None
-    """Bytes."""
+    """Bytes that the compiler has for a program."""
     flops: float | None
     """Dense bfloat16 FLOP/s."""
     bandwidth: float | None
@@ -28,12 +28,13 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(memory=16 * GIB, flops=197e12, bandwidth=819e9, link=200e9),
-    "v5p": Chip(memory=95 * GIB, flops=459e12, bandwidth=2765e9, link=600e9),
-    "v6e": Chip(memory=32 * GIB, flops=918e12, bandwidth=1638e9, link=400e9),
+    "v5e": Chip(memory=int(15.75 * GIB), flops=197e12, bandwidth=819e9, link=200e9),
+    "v5p": Chip(memory=int(95.74 * GIB), flops=459e12, bandwidth=2765e9, link=600e9),
+    "v6e": Chip(memory=int(31.25 * GIB), flops=918e12, bandwidth=1638e9, link=400e9),
     "cpu": Chip(memory=None, flops=None, bandwidth=None, link=None),
 }
-"""Google's pages of v5e, v5p and v6e; the links' figure there counts both directions."""
+"""Google's pages of v5e, v5p and v6e; the links' figure there counts both directions. Memory is
+what the TPU's compiler says there is for a program: on v5e and v6e less than on the page."""
 
 
 def slice_devices(name: str) -> tuple[Sequence[Any], Chip]:
@@ -61,6 +62,7 @@ def slice_devices(name: str) -> tuple[Sequence[Any], Chip]:
             )
         return devices[: int(shape)], CHIPS[kind]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip that two could want
     from jax.experimental import topologies
 
     try:

@@ -184,8 +184,9 @@ def test_a_step_is_planned_without_a_reference(tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text(SMALL.replace("def config()", "def config(scale)"))
     plans = {}
     for loss in ("dpo", "bradley_terry"):
-        flags = ["--topology", "cpu:4", "--loss", loss, "--json", f"{loss}.json"]
+        flags = ["--topology", "cpu:4", "--stage", "preference", "--loss", loss]
+        flags += ["--json", f"{loss}.json"]
         assert main(["plan", "small.py", *flags]) == 0
         (plans[loss],) = json.loads((tmp_path / f"{loss}.json").read_text())
-    assert plans["dpo"]["memory"]["frozen"] > 0
-    assert plans["bradley_terry"]["memory"]["frozen"] == 0
+    assert plans["dpo"]["lasting"]["frozen"] > 0
+    assert plans["bradley_terry"]["lasting"]["frozen"] == 0

@@ -29,14 +29,13 @@ from jaxalign.online.sampler import (
 from jaxalign.online.step import (
     OnlineStep,
     TextRecorder,
-    compile_update,
     policies_of,
     remembering,
     update_step,
 )
 from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy
-from jaxalign.training.step import initial_state
+from jaxalign.training.step import compile_step, initial_state
 from tests.online.world import CONFIG, END, PROMPT, Tokenizer, World
 
 WORLD = World(2)
@@ -72,6 +71,8 @@ def online(
         params = params | {"score": {"kernel": jnp.zeros((CONFIG.width, 1))}}
     state = place(initial_state(params, optimizer, seed=0), mesh)
     objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    how = {"objective": objective, "optimizer": optimizer, "micro_batches": 1}
+    update = functools.partial(update_step, **how)
     step = OnlineStep(
         responses=[np.int32([2, END])],
         algorithm=algorithm,
@@ -83,7 +84,7 @@ def online(
             mesh=mesh,
         ),
         annotator=annotator,
-        update=compile_update(objective, optimizer, state, mesh, micro_batches=1),
+        update=compile_step(update, state, mesh),
         hand_over=lambda policies: policies,
         prompt_texts=["dc"],
         mesh=mesh,
