@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.gradient_entanglement.runs import DATA, TINY
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 PAIRS = Path("runs/judging/pairs.jsonl")
 SOURCES = ("ultrafeedback_train", "rasbt_instruction_preference")
@@ -55,6 +55,7 @@ def config(scale: str = "tiny", model: str = TINY) -> TrainConfig:
         loss="bradley_terry",
         prompt_format="Human: {prompt}\n\nAssistant: ",
         max_length=1024 if paper else 320,
+        mesh=MeshConfig(fsdp=8) if paper else MeshConfig(),
         dtype="bfloat16" if paper else "float32",
         remat="full" if paper else "none",
         preference=StageConfig(

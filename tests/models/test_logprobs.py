@@ -347,6 +347,7 @@ def test_gradient_of_a_model_under_a_mesh(rng):
     everywhere = NamedSharding(mesh, PartitionSpec())
     gradient = jax.jit(jax.grad(total))
     ours = gradient(jax.device_put(params, everywhere), jax.device_put(batch, rows))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, gradient(params, batch)
+    expected = gradient(params, batch)
+    jax.tree.map(  # sums of 8 rows in another order: elements are as large as 10
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, expected
     )
