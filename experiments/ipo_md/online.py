@@ -1,7 +1,7 @@
 """What the runs of the online methods share: models, prompts, annotators, schedules.
 
-`tiny` continues the first sentences of film reviews with the base model of `experiments/base_lm`;
-its annotators are trained by `summarisation.py`. `paper` is the paper's set-up where
+`tiny` continues the first sentences of TinyStories with the 260K-parameter Llama of the folder of
+real weights; its annotators are trained by `summarisation.py`. `paper` is the paper's set-up where
 it is known (appendix B): a T5 v1.1 large policy after SFT on TL;DR, XSum prompts, preference and
 reward models of T5 v1.1 XL's size, Adafactor without momentum at a constant rate, 32 prompts a
 step; lengths and the temperature are not in the paper, and are ours.
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.gradient_entanglement.runs import TINY
+from experiments.gradient_entanglement.runs import DATA
 from jaxalign.config import (
     MeshConfig,
     OptimizerConfig,
@@ -22,9 +22,7 @@ from jaxalign.config import (
 
 FOLDER = Path("runs/ipo_md")
 """Where everything of this study lies."""
-REFERENCE = TINY
-LONGEST = 24
-"""Tokens of a continuation."""
+STORIES = DATA / "models" / "stories260K"
 PROMPTS, TEST_PROMPTS = FOLDER / "prompts.jsonl", FOLDER / "test_prompts.jsonl"
 POLICY_GRADIENTS = ("regularised_policy_gradient", "nash_md_pg", "self_play_pg", "nash_ema_pg")
 REWARDED = ("regularised_policy_gradient", "rloo", "ppo")
@@ -66,7 +64,7 @@ def _tiny(algorithm: str, options: dict[str, float]) -> TrainConfig:
     return TrainConfig(
         name=algorithm,
         output=str(FOLDER),
-        model=REFERENCE,
+        model=str(STORIES),
         holdout=0.1,
         online=StageConfig(
             steps=100,
@@ -80,8 +78,8 @@ def _tiny(algorithm: str, options: dict[str, float]) -> TrainConfig:
             options=options,
             prompts=str(PROMPTS),
             annotator=annotator(algorithm),
-            max_prompt_length=32,
-            max_tokens=LONGEST,
+            max_prompt_length=48,
+            max_tokens=32,
             max_eval_prompts=128,
             record=2,
         ),

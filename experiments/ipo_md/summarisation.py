@@ -1,17 +1,16 @@
 """The paper's comparison: six online methods, a sweep of tau, all against all before a judge.
 
 Command:  python -m experiments.ipo_md.summarisation [--seeds 3] [--steps 100]
-Time:     about an hour and a half on two CPU cores; what is finished is not done again
-Needs:    the base model of experiments/base_lm
+Time:     about three quarters of an hour on two CPU cores; what is finished is not done again
 Expect:   the sections "sweep" and "all against all" of this folder's README, summarisation.png
 
 The paper summarises news with T5 models of 770M and 3B parameters and a preference model trained on
-people's comparisons. Here the policy is the base model of this project, which goes on with the
-first sentences of film reviews; preferred is what a classifier of sentiment finds more positive.
-Its verdicts on pairs of continuations train a preference model and a reward model of the policy's
-size, from which all methods learn; a second classifier, made from other rated reviews, judges.
-Choices as in the paper: tau by the win rate on validation prompts, here over the reference; then
-three seeds, all nine pairings, on test prompts.
+people's comparisons. Here the policy is the 260K-parameter Llama of TinyStories, which continues
+the first sentences of its own stories; preferred is what a classifier of sentiment finds more
+positive. Its verdicts on pairs of continuations train a preference model and a reward model of the
+policy's size, from which all methods learn; a second classifier, made from other rated reviews,
+judges. Choices as in the paper: tau by the win rate on validation prompts, here over the
+reference; then three seeds, all nine pairings, on test prompts.
 """
 
 import dataclasses
@@ -28,8 +27,8 @@ import numpy as np
 import tyro
 
 from experiments.gradient_entanglement.runs import DATA, finished
-from experiments.ipo_md.online import FOLDER, LONGEST, PROMPTS, REFERENCE, TEST_PROMPTS, online
-from experiments.ipo_md.sentiment import Classifier, labelled, two_classifiers
+from experiments.ipo_md.online import FOLDER, PROMPTS, STORIES, TEST_PROMPTS, online
+from experiments.ipo_md.sentiment import Classifier, two_classifiers
 from experiments.page import put, table
 from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
 from jaxalign.data import load_tokenizer, prompt_records, tokenize_prompts
@@ -46,12 +45,12 @@ from jaxalign.sharding import make_mesh
 HERE = Path(__file__).parent
 LABELS = DATA / "imdb"
 METHODS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "online_ipo": ("IPO", "tau", (0.03, 0.1, 0.3, 1.0)),
-    "ipo_md": ("IPO-MD", "tau", (0.03, 0.1, 0.3, 1.0)),
-    "online_dpo": ("DPO", "beta", (0.03, 0.1, 0.3, 1.0)),
-    "nash_md_pg": ("Nash-MD-PG", "tau", (0.002, 0.008, 0.03, 0.1)),
-    "online_slic": ("SLiC", "beta", (0.03, 0.1, 0.3, 1.0)),
-    "regularised_policy_gradient": ("RL", "tau", (0.01, 0.02, 0.05, 0.2)),
+    "online_ipo": ("IPO", "tau", (0.1, 0.3, 1.0)),
+    "ipo_md": ("IPO-MD", "tau", (0.1, 0.3, 1.0)),
+    "online_dpo": ("DPO", "beta", (0.1, 0.3, 1.0)),
+    "nash_md_pg": ("Nash-MD-PG", "tau", (0.008, 0.03, 0.1)),
+    "online_slic": ("SLiC", "beta", (0.1, 0.3, 1.0)),
+    "regularised_policy_gradient": ("RL", "tau", (0.02, 0.05, 0.2)),
 }
 """Algorithm -> the paper's name, the strength of its regularisation, and the values tried."""
 BETA = 0.125  # of IPO-MD and Nash-MD-PG: the paper's choice
@@ -93,25 +92,27 @@ def main(options: Options) -> None:
 
 
 def write_prompts() -> None:
-    """First sentences of reviews: 2,000 of those to train on, 400 of those to test with."""
+    """First sentences of stories; every fifth is a test prompt."""
+    text = (DATA / "text" / "tinystories" / "tinystories_2MB.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    firsts = list(dict.fromkeys(re.split(r"(?<=[.!?])\s", story)[0] for story in stories))
+    firsts = [first for first in firsts if 20 <= len(first) <= 120]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for path, name, number in ((PROMPTS, "train", 2_000), (TEST_PROMPTS, "test", 400)):
-        reviews, _ = labelled(LABELS / f"{name}.jsonl.xz")
-        firsts = dict.fromkeys(re.split(r"(?<=[.!?])\s", review)[0] for review in reviews)
-        usable = [first for first in firsts if 20 <= len(first) <= 100 and "<" not in first]
-        chosen = usable[:: len(usable) // number][:number]
-        lines = [json.dumps({"prompt": first}) + "\n" for first in chosen]
-        path.write_text("".join(lines), encoding="utf-8")
+    for path, own in (
+        (TEST_PROMPTS, firsts[::5]),
+        (PROMPTS, [x for i, x in enumerate(firsts) if i % 5]),
+    ):
+        path.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in own), encoding="utf-8")
 
 
 def continuations(folder: Path | str, prompts: Path, *, samples: int, seed: int) -> list[list[str]]:
     """What a model says after each prompt of a file, at temperature 1."""
     model, tokenizer = load_pretrained(folder, dtype=jnp.float32), load_tokenizer(folder)
-    rows, _ = tokenize_prompts(prompt_records(str(prompts)), tokenizer, max_length=32)
+    rows, _ = tokenize_prompts(prompt_records(str(prompts)), tokenizer, max_length=48)
     sampler = Sampler(
         config=model.config,
         tokenizer=tokenizer,
-        sampling=Sampling(max_tokens=LONGEST, end_tokens=(int(tokenizer.eos_token_id),)),
+        sampling=Sampling(max_tokens=32, end_tokens=(int(tokenizer.eos_token_id),)),
         mesh=make_mesh(),
     )
     texts: list[list[str]] = [[] for _ in range(len(rows))]
@@ -135,7 +136,7 @@ def annotators(options: Options, labeller: Classifier, judge: Classifier) -> dic
         each += each % 2
         lines = []
         for prompt, texts in zip(
-            prompts, continuations(REFERENCE, PROMPTS, samples=each, seed=1), strict=True
+            prompts, continuations(STORIES, PROMPTS, samples=each, seed=1), strict=True
         ):
             for first, second in zip(texts[::2], texts[1::2], strict=True):
                 verdict = labeller.preferences([str(prompt)], [first], [second]).preference[0]
@@ -161,17 +162,17 @@ def annotator_config(kind: str, loss: str, data: Path) -> TrainConfig:
     return TrainConfig(
         name=f"{kind}_model",
         output=str(FOLDER),
-        model=REFERENCE,
+        model=str(STORIES),
         data=str(data),
         loss=loss,
-        max_length=128 if kind == "preference" else 64,
+        max_length=176 if kind == "preference" else 96,
         comparison_format=" A: {first} B: {second} Better:",
         end_token=False,
         holdout=0.1,
         preference=StageConfig(
             steps=200,
             batch_size=32,
-            optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=20),
+            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20),
             eval_every=100,
         ),
     )
@@ -229,7 +230,7 @@ def all_against_all(
         for name, folders in runs.items()
     }
     said["reference"] = [
-        [row[0] for row in continuations(REFERENCE, TEST_PROMPTS, samples=1, seed=7 + seed)]
+        [row[0] for row in continuations(STORIES, TEST_PROMPTS, samples=1, seed=7 + seed)]
         for seed in range(1, 1 + len(next(iter(runs.values()))))
     ]
     names = list(said)
