@@ -20,7 +20,9 @@ REFUSING = {
     403: f"access is refused; check {KEY} and what it may use",
     404: "there is no such endpoint or model; check URL and MODEL",
 }
-UNSUPPORTED = re.compile(r"support|unknown|unrecogni[sz]ed|extra|permitted|not allowed", re.I)
+UNSUPPORTED = re.compile(
+    r"support|unknown|unexpected|unrecogni[sz]ed|extra|permitted|not allowed", re.I
+)
 CONTENT = {"chat/completions": "messages", "completions": "prompt", "embeddings": "input"}
 """Of each kind of request, the field that holds what is asked."""
 NEEDED = ("top_k", "min_p", "repetition_penalty")

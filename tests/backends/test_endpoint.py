@@ -147,8 +147,15 @@ def test_unknown_parameters_are_left_out_from_then_on(unwilling):
     assert ["seed" in body for body in asked] == [True, False, False]
 
 
-def test_rules_of_the_draw_are_sent_and_never_left_out_in_silence(unwilling):
-    backend, asked = unwilling(FINE, (400, {"error": "unknown parameter: top_k"}))
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, {"error": "unknown parameter: top_k"}),
+        (422, {"detail": "Unexpected fields in the request: {'top_k'}"}),  # transformers serve
+    ],
+)
+def test_rules_of_the_draw_are_sent_and_never_left_out_in_silence(unwilling, refusal):
+    backend, asked = unwilling(FINE, refusal)
     backend.generate(["q"], Decoding(temperature=1.0, min_p=0.1, repetition_penalty=1.2))
     assert (asked[0]["min_p"], asked[0]["repetition_penalty"]) == (0.1, 1.2)
     assert "top_k" not in asked[0]
