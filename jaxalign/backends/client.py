@@ -202,7 +202,7 @@ class Client:
             except openai.APIConnectionError as error:
                 raise self._lost(f"it cannot be reached ({error.__cause__ or error})") from None
             except openai.APIStatusError as error:
-                name = self._refused(error.status_code, error.response.text, rest)
+                name = self._refused(kind, error.status_code, error.response.text, rest)
             except json.JSONDecodeError:
                 raise UnusableError("the reply is not JSON") from None
             self._unknown.add(name)
@@ -230,10 +230,10 @@ class Client:
             "rest"
         )
 
-    def _refused(self, status: int, words: str, parameters: Mapping[str, Any]) -> str:
+    def _refused(self, kind: str, status: int, words: str, parameters: Mapping[str, Any]) -> str:
         """The parameter that the server does not know; anything else is raised."""
         if status in REFUSING:
-            raise UserError(f"{self.url}: HTTP {status}: {REFUSING[status]}")
+            raise UserError(f"{self.url}/{kind}: HTTP {status}: {REFUSING[status]}")
         if status in (400, 422) and UNSUPPORTED.search(words):
             for name in parameters:
                 if re.search(rf"\b{name}\b", words):

@@ -59,6 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     _check(given)
     seeds = _seeds(given.seeds)
     queries = _queries(given)
+    if given.search != "none" and len(queries) - given.validate < 2:
+        raise UserError(
+            f"queries: of {len(queries)}, --validate keeps {given.validate} to choose by; fewer "
+            "than two are left for the search: give more --queries or a smaller --validate"
+        )
     if _told_cost(given, len(seeds)):
         return 0
     answers = AnswerFile(given.output / "answers.jsonl")
@@ -133,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.search == "none":
         found, rows, chosen = None, [], given.first_prompt
     else:
-        found = _searched(given, world, len(pool))
+        found = _searched(given, world)
         prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
         rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
         chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
@@ -229,10 +234,7 @@ def _tell(
         print(f"page: {page}")
 
 
-def _searched(given: argparse.Namespace, world: SystemPromptWorld, queries: int) -> Found:
-    if queries < 2:
-        raise UserError("queries: fewer than two are left for the search; give more --queries")
-
+def _searched(given: argparse.Namespace, world: SystemPromptWorld) -> Found:
     def watch(nodes: Sequence[Node]) -> None:
         _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
 

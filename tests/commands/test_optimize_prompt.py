@@ -117,3 +117,11 @@ def test_the_papers_setting_is_told_and_nothing_is_asked(command, capsys):
     assert "180 optimizer" in said
     assert "15 rewriter" in said  # three seeds here
     assert not Path("out").exists()
+
+
+def test_too_few_queries_are_told_before_anything_is_asked(command, capsys):
+    run, folder = command
+    more = "--evaluator", f"scored:{folder}", "--optimizer", "bank:bank.txt"
+    assert run(*more, "--validate", "100") != 0
+    assert "smaller --validate" in capsys.readouterr().err
+    assert not Path("out").exists()
