@@ -266,7 +266,7 @@ class LocalModel:
             elif len(continuation) == 1 and not self._apart:
                 options.setdefault(tuple(prompt), []).append(at)
         options = {prompt: places for prompt, places in options.items() if len(places) > 1}
-        asked = list(options)
+        asked = sorted(options, key=len)  # rows of like length pad each other least
         for begin in range(0, len(asked), self.batch_size):
             mine = asked[begin : begin + self.batch_size]
             tokens, length = self._padded(mine, left=False, most=self.context)
@@ -275,6 +275,7 @@ class LocalModel:
                 for at in options[prompt]:
                     found[at] = Score(log_prob=float(row[pairs[at][1][0]]), tokens=1)
         rest = [at for at, score in enumerate(found) if score is None]
+        rest.sort(key=lambda at: sum(map(len, pairs[at])))
         for begin in range(0, len(rest), self.batch_size):
             places = rest[begin : begin + self.batch_size]
             mine = [pairs[at] for at in places]
@@ -314,13 +315,15 @@ class LocalModel:
             (self._encoder.begun(list(encoding.ids)) or self._encoder.start)[: self.context]
             for encoding in self._encoder.encode(texts)
         ]
-        parts = [np.zeros((0, self.model.config.width), np.float32)]
+        vectors = np.zeros((len(rows), self.model.config.width), np.float32)
+        order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
         for begin in range(0, len(rows), self.batch_size):
-            mine = rows[begin : begin + self.batch_size]
+            places = order[begin : begin + self.batch_size]
+            mine = [rows[at] for at in places]
             tokens, length = self._padded(mine, left=False, most=self.context)
             pooled = _pooled(self.model.params, self.model.config, tokens, length)
-            parts.append(np.asarray(pooled)[: len(mine)])
-        return np.concatenate(parts)
+            vectors[places] = np.asarray(pooled)[: len(mine)]
+        return vectors
 
 
 @functools.partial(jax.jit, static_argnames="config")
