@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from scipy.stats import t as student
+
 
 def put(folder: Path, name: str, text: str) -> None:
     """Replace the section between `<!-- name -->` and `<!-- /name -->` of a folder's README."""
@@ -18,3 +21,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, text to the left and numbers to the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval around the mean of two or more seeds (Student's t)."""
+    number = len(values)
+    error = float(np.std(values, ddof=1)) / number**0.5
+    return float(student.ppf(0.975, number - 1)) * error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.gradient_entanglement.runs import DATA
-from experiments.page import put, table
+from experiments.page import half_width, put, table
 from jaxalign.backends import Backend, Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel
@@ -131,12 +131,9 @@ def row(model: Backend, seed: int, shown: int, search: str | None) -> tuple[floa
 
 def interval(values: Sequence[float], form: str = "{:.3f}") -> str:
     """Mean and half-width of the 95 % interval over seeds (Student's t)."""
-    from scipy.stats import t
-
     if len(values) < 2:
         return form.format(values[0])
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{form.format(np.mean(values))} ± {half:.3f}"
+    return f"{form.format(np.mean(values))} ± {half_width(values):.3f}"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit
 
 from experiments.gradient_entanglement.runs import finished
-from experiments.page import put, table
+from experiments.page import half_width, put, table
 from experiments.rahf import methods
 from jaxalign.commands.training_data import instructions_of
 from jaxalign.config import TrainConfig
@@ -199,12 +199,11 @@ def map_lengths(said: Said) -> np.ndarray:
 
 
 def cell(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds; of several, with the half-width of its 95 % interval (normal)."""
+    """Mean over seeds; of several, with the half-width of its 95 % interval (Student's t)."""
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    error = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{mean} ± {error:.{digits}f}"
+    return f"{mean} ± {half_width(values):.{digits}f}"
 
 
 def side_by_side(matrices: Sequence[np.ndarray]) -> str:
