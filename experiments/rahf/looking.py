@@ -91,7 +91,7 @@ def look(run: Path) -> tuple[Any, str]:
         line[-1].plot(list(layers), accuracy, marker="o")
         line[-1].axhline(0.5, color="grey", linewidth=0.8)
         line[-1].set(title=f"{name}: probe, held-out pairs", xlabel="layer", ylim=(0.45, 1.02))
-    figure.savefig(FOLDER / "separability.png", dpi=80)
+    figure.savefig(FOLDER / "separability.png", dpi=60)
     plt.close(figure)
     header = ["model, layer", "norm of v", "norm of states", "coherence", "probe accuracy"]
     return models["tuned"], table(header, rows)

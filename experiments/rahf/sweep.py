@@ -1,6 +1,6 @@
 """The effect of alpha and of the layers: fits from one instruction-tuned model.
 
-Command:  python -m experiments.rahf.sweep [--run runs/rahf_scit] [--steps 60]
+Command:  python -m experiments.rahf.sweep [--run runs/rahf_scit] [--steps 120]
 Time:     under a minute for each fit on two CPU cores
 Needs:    base and scit of this folder
 """
