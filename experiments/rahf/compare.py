@@ -1,7 +1,7 @@
 """The README's table: every method on the same pairs and base, scored by a held-out reward model.
 
 Command:  python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     with three seeds about an hour and a half on two CPU cores; runs that are there are not run again
+Time:     three seeds take an hour and a half on two CPU cores; what is there is not run again
 Needs:    the base model of experiments/base_lm
 """
 
