@@ -232,7 +232,7 @@ def load_like(world: World, name: str, folder: str) -> Any:
             f"alignment.{name}: {folder} is of another architecture than {world.config.model}; "
             "tune both from one model"
         )
-    return loaded.params
+    return place(loaded.params, world.mesh)
 
 
 @jax.jit

@@ -148,7 +148,7 @@ VARIANTS = {
     "two models read": {
         "model": "base",
         "representation": STAGE,
-        "alignment": AlignmentConfig(method="dual", negative_model="base"),
+        "alignment": AlignmentConfig(method="dual", negative_model="other"),
     },
     "critic, sampling on another mesh": {
         "online": STAGE,
@@ -166,7 +166,8 @@ VARIANTS = {
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_kind_of_step_is_planned_as_it_runs(here, monkeypatch, fields):
     shape = embedded_config(config().architecture, len(tokenizer := embedded_tokenizer()))
-    save_pretrained(init_model(shape, jax.random.key(0)), Path("base"), tokenizer=tokenizer)
+    for seed, folder in enumerate(("base", "other")):
+        save_pretrained(init_model(shape, jax.random.key(seed)), Path(folder), tokenizer=tokenizer)
     given = dict(fields)
     rollout = dataclasses.replace(config().rollout, **given.pop("rollout", {}))
     check(config(rollout=rollout, **given), monkeypatch)
