@@ -121,7 +121,7 @@ def _preferences(config: TrainConfig, objective: Any, response: int, platform: s
         shape = {"rows": stage.batch_size, "length": joint, "scored": 2 * seen}
     if scored:
         return pairs, [Rows(**shape, forward=1, backward=1)]
-    live = config.reference != "precomputed"
+    live = config.reference != "precomputed"  # auto: how many pairs there are is not known
     twice = objective.coupled and stage.micro_batches > 1  # first the statistic, then the gradient
     forward = 1 + live + twice + (config.entanglement.every > 0 and config.entanglement.realised)
     known = None if live else _struct(stage.batch_size, 2, dtype=jnp.float32)
