@@ -133,13 +133,15 @@ def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """Which examples make up which batch: a pure function of the batch's number.
+class BatchOrder:
+    """Which examples make up which batch: a pure function of the seed and the batch's number.
 
-    Examples come in a stream, one permutation of all of them after the other (epoch by epoch).
-    A window of some batches is cut off the stream, its examples are sorted by length, cut into
-    batches, and the batches shuffled: each example comes once per epoch, and a batch holds
-    examples of like length.
+    Each epoch is a permutation of all examples, and batches are cut off the stream of epochs. An
+    epoch whose length is no multiple of the batch ends within a batch; the examples that the next
+    epoch adds to it are others than those already there, so no batch holds an example twice unless
+    there are fewer examples than a batch. The batches that lie within one epoch hold examples of
+    like length: windows of them are sorted by length, cut into batches, and all batches of the
+    epoch shuffled.
     """
 
     lengths: np.ndarray
@@ -148,7 +150,7 @@ class Order:
     seed: int
     shuffle: bool
     window: int
-    """Batches per window; 1 does not sort."""
+    """Batches of an epoch that are sorted together; 1 does not sort."""
     epochs: int | None
     drop_remainder: bool
 
@@ -163,48 +165,82 @@ class Order:
 
     def batch(self, number: int) -> np.ndarray:
         """Int [batch_size or fewer]: the examples of a batch."""
-        window, place = divmod(number, self.window)
-        return self._windows(window)[place]
-
-    @functools.cached_property
-    def _windows(self) -> Callable[[int], list[np.ndarray]]:
-        return functools.lru_cache(maxsize=4)(self._window)  # threads ask for neighbours
-
-    @functools.cached_property
-    def _epoch(self) -> Callable[[int], np.ndarray]:
-        return functools.lru_cache(maxsize=2)(self._permutation)
+        examples, size = len(self.lengths), self.batch_size
+        start = number * size
+        stop = start + size if self.epochs is None else min(start + size, examples * self.epochs)
+        first, last = start // examples, (stop - 1) // examples
+        if examples < size:
+            parts = [self._permutation(epoch) for epoch in range(first, last + 1)]
+            return np.concatenate(parts)[start - first * examples : stop - first * examples]
+        if first == last and stop - start == size:
+            return self._inner_batches(first)[number - -(-first * examples // size)]
+        tail = self._ends(first)[1]
+        return tail if first == last else np.concatenate([tail, self._ends(last)[0]])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.lengths))
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths))
 
-    def _window(self, window: int) -> list[np.ndarray]:
-        size, examples = self.window * self.batch_size, len(self.lengths)
-        start, stop = window * size, (window + 1) * size
-        if self.epochs is not None:
-            last = examples * self.epochs
-            # before the sorting, which would leave the longest to the batch that is dropped
-            last -= last % self.batch_size if self.drop_remainder else 0
-            stop = min(stop, last)
-        parts = []
-        for epoch in range(start // examples, -(-stop // examples)):
-            first = max(start - epoch * examples, 0)
-            parts.append(self._epoch(epoch)[first : stop - epoch * examples])
-        members = np.concatenate(parts)
+    def _ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's first and last examples, which share a batch with another epoch's.
+
+        The first ones depend on the last ones of the epoch before, and so on from epoch 0. That
+        takes at most two batches of random numbers an epoch.
+        """
+        known = self._known_ends
+        while len(known) <= epoch:
+            before = known[-1][1] if known else np.empty(0, np.int64)
+            known.append(self._draw_ends(len(known), before))
+        return known[epoch]
+
+    @functools.cached_property
+    def _known_ends(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return []
+
+    def _draw_ends(self, epoch: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        examples = len(self.lengths)
+        head, tail = -epoch * examples % self.batch_size, (epoch + 1) * examples % self.batch_size
+        if not self.shuffle:
+            return np.arange(head), np.arange(examples - tail, examples)
+        rng = np.random.default_rng([self.seed, 2, epoch])
+        first = _draw_others(rng, examples, before, head)
+        return first, _draw_others(rng, examples, first, tail)
+
+    @functools.cached_property
+    def _inner_batches(self) -> Callable[[int], np.ndarray]:
+        return functools.lru_cache(maxsize=2)(self._plan_epoch)  # threads ask for neighbours
+
+    def _plan_epoch(self, epoch: int) -> np.ndarray:
+        """Int [batches, batch_size]: the batches that lie within an epoch, in order."""
+        members = self._permutation(epoch)
+        members = members[~np.isin(members, np.concatenate(self._ends(epoch)))]
+        batches = members.reshape(-1, self.batch_size)
         if self.window > 1:
-            members = members[np.argsort(self.lengths[members], kind="stable")]
-        batches = [
-            members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)
-        ]
+            windows = np.array_split(batches, max(1, -(-len(batches) // self.window)))
+            batches = np.concatenate([self._by_length(window) for window in windows])
         if self.shuffle:
-            order = np.random.default_rng([self.seed, 1, window]).permutation(len(batches))
-            batches = [batches[at] for at in order]
+            batches = np.random.default_rng([self.seed, 1, epoch]).permutation(batches)
         return batches
+
+    def _by_length(self, batches: np.ndarray) -> np.ndarray:
+        members = batches.ravel()
+        order = np.argsort(self.lengths[members], kind="stable")
+        return members[order].reshape(batches.shape)
+
+
+def _draw_others(
+    rng: np.random.Generator, examples: int, taken: np.ndarray, number: int
+) -> np.ndarray:
+    """Int [number]: different random examples, none of which is taken already."""
+    drawn = rng.choice(examples - len(taken), number, replace=False)
+    for hole in np.sort(taken):  # the k-th example that is not taken
+        drawn += drawn >= hole
+    return drawn
 
 
 def _share(
-    order: Order, number: int, process_index: int, process_count: int
+    order: BatchOrder, number: int, process_index: int, process_count: int
 ) -> tuple[Any, Any, Any]:
     """All examples of a batch, this process's share filled up with copies, and its weights."""
     members = order.batch(number)
@@ -233,6 +269,9 @@ def ordered_batches(
 ) -> Iterations:
     """Batches of examples, in an order that the seed alone decides.
 
+    Every epoch holds each example once, and a batch of at most as many examples as there are holds
+    none twice (`BatchOrder`).
+
     Args:
       lengths: Int [examples]: what to sort by.
       make: (all examples of a batch, this process's with copies where it is filled up, their
@@ -241,7 +280,7 @@ def ordered_batches(
       seed: of the order.
       epochs: passes over the data; None: no end.
       shuffle: a new order in every epoch; off: as given.
-      window: batches within which examples are sorted by length (the batches are then shuffled).
+      window: batches of an epoch that are sorted by length together (then all are shuffled).
       drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
       process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
       process_count: processes that share each batch; all see the same shapes.
@@ -253,7 +292,7 @@ def ordered_batches(
     """
     import grain
 
-    order = Order(
+    order = BatchOrder(
         lengths=lengths,
         batch_size=batch_size,
         seed=seed,
@@ -416,7 +455,7 @@ def text_batches(
       packed: off: one example per row, padded to `buckets` (`TokenizedRows` only).
       buckets: as for `pair_batches`; used where `packed` is off.
       shuffle: documents and rows in random order; off: as given.
-      window: batches within which rows are sorted by length, where `packed` is off.
+      window: batches that are sorted by length together, where `packed` is off.
       **order: the others of `ordered_batches`: batch_size, epochs and so on.
 
     Returns:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data import TokenizedPairs, TokenizedRows, TokenizedTexts, pair_batches, text_batches
-from jaxalign.data.batches import choose_buckets, pack
+from jaxalign.data.batches import BatchOrder, choose_buckets, pack
 from jaxalign.errors import UserError
 
 
@@ -76,6 +76,75 @@ def test_every_pair_comes_once_an_epoch_in_an_order_of_the_seed():
     # shuffled over the whole set: neighbours in a batch are far apart in the file
     assert first[:53] != sorted(first[:53])
     assert np.abs(np.diff(first[:53])).mean() > 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    examples=st.integers(1, 1000),
+    batch_size=st.integers(1, 64),
+    window=st.sampled_from([1, 2, 16]),
+    shuffle=st.booleans(),
+    epochs=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_epoch_holds_each_example_once_and_no_batch_holds_one_twice(
+    examples, batch_size, window, shuffle, epochs, seed
+):
+    how = {"seed": seed, "shuffle": shuffle, "window": window, "epochs": epochs}
+    lengths = np.random.default_rng(seed).integers(1, 300, examples)
+    order = BatchOrder(lengths=lengths, batch_size=batch_size, drop_remainder=False, **how)
+    number = -(-(epochs or 3) * examples // batch_size)
+    assert order.num_batches == (None if epochs is None else number)
+    batches = [order.batch(at) for at in range(number)]
+    stream = np.concatenate(batches)
+    for epoch in range(epochs or 3):
+        once = stream[epoch * examples : (epoch + 1) * examples]
+        assert sorted(once.tolist()) == list(range(examples))
+    if examples >= batch_size:
+        assert all(len(set(batch.tolist())) == len(batch) for batch in batches)
+    fresh = BatchOrder(lengths=lengths, batch_size=batch_size, drop_remainder=False, **how)
+    for at in np.random.default_rng(seed).permutation(number)[:5]:  # whatever was asked before
+        np.testing.assert_array_equal(fresh.batch(int(at)), batches[at])
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(12, 4), (128, 32), (400, 32), (12, 5)])
+def test_small_data_are_seen_whole_before_any_example_comes_again(examples, batch_size):
+    pairs = make_pairs(examples)
+    seen = []
+    for batch in take(pair_batches(pairs, batch_size=batch_size), -(-examples // batch_size)):
+        assert len(set(batch.record_index.tolist())) == batch_size
+        seen += batch.record_index.tolist()
+    assert set(seen[:examples]) == set(range(examples))
+
+
+def test_examples_that_share_a_batch_with_another_epoch_are_chance():
+    """Five examples in batches of four: who comes twice in a row must not be the order's choice."""
+    order = BatchOrder(
+        lengths=np.ones(5, int),
+        batch_size=4,
+        seed=0,
+        shuffle=True,
+        window=16,
+        epochs=None,
+        drop_remainder=False,
+    )
+    batches = [order.batch(at) for at in range(4000)]
+    missing = [(set(range(5)) - set(batch.tolist())).pop() for batch in batches]
+    counts = np.bincount(missing, minlength=5)
+    assert np.abs(counts - 800).max() < 5 * np.sqrt(4000 * 0.2 * 0.8)
+
+
+def test_sorting_by_length_saves_padding_within_each_epoch():
+    rng = np.random.default_rng(0)
+    lengths = np.repeat(rng.integers(5, 400, 500), 2)
+    pairs = TokenizedPairs(rows=make_rows(lengths, np.ones(1000)))
+
+    def padded(window):
+        buckets = tuple(range(8, 408, 8))  # as little as the order allows
+        batches = take(pair_batches(pairs, batch_size=8, epochs=2, window=window, buckets=buckets))
+        return sum(batch.tokens.size for batch in batches) / (2 * lengths.sum())
+
+    assert padded(16) < 1.2 < 1.6 < padded(1)
 
 
 def test_every_epoch_has_an_order_of_its_own():
