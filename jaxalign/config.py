@@ -349,9 +349,11 @@ class TrainConfig:
     responses; both have a scalar head and no reference."""
     loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
-    reference: Literal["auto", "live", "precomputed"] = "auto"
-    """Reference log-probs: computed in each step, or once before the first one and stored; auto:
-    once where the steps pass over the pairs more than once, and the loss reads log-probs alone."""
+    reference: Literal["auto", "live", "precomputed", "none"] = "auto"
+    """Reference log-probs: computed in each step, or once before the first one and stored, or not
+    at all; auto: none where the loss reads none (then there are no rewards and no KL in the
+    metrics), once where the steps pass over the pairs more than once and the loss reads log-probs
+    alone, else live."""
     share_prompts: Literal["auto", "always", "never"] = "auto"
     """Compute once what both rows of a pair begin with (decoders; the same numbers): where it saves
     a quarter of the tokens and not on a GPU, whose fused attention wants whole rows; or always."""
@@ -421,7 +423,7 @@ class TrainConfig:
                 "alignment.negative_model: dual compares two models; name the folder of the one "
                 "that was tuned with --sft-responses rejected"
             )
-        if self.entanglement.mask != "none" and self.reference == "precomputed":
+        if self.entanglement.mask != "none" and self.reference in ("precomputed", "none"):
             raise UserError(
                 "entanglement.mask: weighs the reference's tokens; set --reference live"
             )

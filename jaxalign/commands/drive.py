@@ -1,5 +1,6 @@
 """A stage driven from its newest checkpoint to its last step; what all stages of a run share."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -47,8 +49,9 @@ def drive(
     make_step: Callable[[TrainState], Callable[[int], Callable]],
     place_batch: Callable[[Any], Any],
     describe: Callable[[Any], Sequence[str]],
-    evaluation: Callable[[Any, Any], dict[str, float]] | None,
+    evaluation: Callable[[TrainState, Any], dict[str, float]] | None,
     throughput: Throughput,
+    running: Mapping[str, float] | None = None,
 ) -> TrainState:
     """Go from a stage's newest checkpoint, or from its start, to its last step.
 
@@ -65,6 +68,7 @@ def drive(
       describe: as in `run_stage`.
       evaluation: as in `run_stage`.
       throughput: as in `run_stage`.
+      running: the loss's running statistics at the start; None: it has none.
 
     Returns:
       The state after the last step.
@@ -75,10 +79,12 @@ def drive(
     with Checkpoints(stage_folder(world.folder, name)) as checkpoints:
         latest = checkpoints.latest()
         if latest is None:
-            state = place(fresh(trained), world.mesh)
+            state = place(fresh(trained, running=running), world.mesh)
         else:
             state, meta = checkpoints.restore(latest, jax.eval_shape(fresh, trained), world.mesh)
             batches.set_state(meta["iterator"])
+            values = {name: jnp.float32(x) for name, x in meta.get("running", {}).items()}
+            state = dataclasses.replace(state, running=place(values, world.mesh))
         start = int(state.step)
         first = min(start + 2, max(stage.steps - config.profile, start))
         traced = config.profile and jax.process_index() == 0

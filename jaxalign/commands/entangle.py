@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,20 @@ from jaxalign.entanglement import (
     norm_ratio,
     pair_geometry,
 )
-from jaxalign.entanglement.tokens import PairTokens, token_geometry
+from jaxalign.entanglement.tokens import (
+    PairTokens,
+    TokenGeometry,
+    last_layer_geometry,
+    token_geometry,
+)
 from jaxalign.errors import UserError
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
 from jaxalign.reporting.entanglement_page import HeatMap, LossRow, Page, PairRow, write_page
+
+HEAT_MAPS = {"all": token_geometry, "unembedding": last_layer_geometry}
+"""`--heat-map-parameters` -> what computes a heat map."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,6 +59,13 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--pairs", type=int, default=64, help="pairs to look at, from the first on")
     flags.add_argument("--heat-maps", type=int, default=2, help="most and least entangled pairs")
     flags.add_argument("--heat-map-tokens", type=int, default=40, help="first tokens of each side")
+    flags.add_argument(
+        "--heat-map-parameters",
+        choices=tuple(HEAT_MAPS),
+        default="all",
+        help="whose gradients the heat maps compare: of all parameters (one backward pass a "
+        "token), or of the unembedding alone (one forward pass)",
+    )
     flags.add_argument("--output", type=Path, default=Path("entanglement"), help="folder to write")
     given = flags.parse_args(arguments)
     for name in ("pairs", "heat_map_tokens"):
@@ -77,7 +92,15 @@ def main(arguments: Sequence[str]) -> int:
         left_out=loaded.left_out,
         pairs=pair_rows(loaded, geometry, pairs, loss, scores),
         losses=[loss_row(name, own, geometry, pairs) for name, own in losses.items()],
-        heat_maps=heat_maps(loaded, list(dict.fromkeys(map(int, shown))), given.heat_map_tokens),
+        heat_maps=heat_maps(
+            loaded,
+            list(dict.fromkeys(map(int, shown))),
+            given.heat_map_tokens,
+            HEAT_MAPS[given.heat_map_parameters],
+        ),
+        heat_map_parameters={"all": "all parameters"}.get(
+            given.heat_map_parameters, "the unembedding alone"
+        ),
     )
     given.output.mkdir(parents=True, exist_ok=True)
     with (given.output / "pairs.jsonl").open("w", encoding="utf-8") as file:
@@ -190,10 +213,15 @@ def loss_row(name: str, loss: Any, geometry: PairGeometry, pairs: PairLogProbs) 
     )
 
 
-def heat_maps(loaded: ModelAndPairs, shown: Sequence[int], most: int) -> list[HeatMap]:
+def heat_maps(
+    loaded: ModelAndPairs,
+    shown: Sequence[int],
+    most: int,
+    geometry: Callable[..., TokenGeometry] = token_geometry,
+) -> list[HeatMap]:
     """Token against token for some pairs, the first tokens of either response."""
     model, maps, one_by_one = loaded.model, [], loaded.batches(1)
-    compiled = jax.jit(lambda params, pair: token_geometry(params, model.config, pair))
+    compiled = jax.jit(lambda params, pair: geometry(params, model.config, pair))
     for at in shown:
         batch = one_by_one[at]
         length = np.minimum(batch.response_length[0], most)

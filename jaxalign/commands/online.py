@@ -177,9 +177,10 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
     algorithm, adapted = algorithm_of(config), config.lora.rank > 0
     policy = make_policy(config, name, world.model_config)
     optimizer, schedule = make_update_rule(config, name)
-    one_update = stage_step(config, name, make_objective(config, name, policy), optimizer)
+    objective = make_objective(config, name, policy)
+    one_update = stage_step(config, name, objective, optimizer)
     trained = trained_parameters(config, name, world.model_config, params)
-    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
+    frozen = frozen_parameters(config, name, objective, params, functools.partial(place, mesh=mesh))
     data: PromptData = world.data[name]
     number, count = share_of_rows(mesh)
     annotator = _annotator(

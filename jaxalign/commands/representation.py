@@ -39,7 +39,7 @@ from jaxalign.representation import (
 )
 from jaxalign.sharding import batch_sharding, place
 from jaxalign.sharding.processes import share_of_rows
-from jaxalign.training.evaluation import evaluate_losses, evaluate_preferences
+from jaxalign.training.evaluation import Evaluation, evaluate_losses, evaluate_preferences
 from jaxalign.training.loop import Throughput
 from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.step import TrainState, compile_step
@@ -128,7 +128,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
     objective = make_objective(config, name, policy)
     optimizer, schedule = make_update_rule(config, name)
     adapters = trained_parameters(config, name, world.model_config, params)
-    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
+    frozen = frozen_parameters(config, name, objective, params, functools.partial(place, mesh=mesh))
     frozen |= stimulus_models(wanted, functools.partial(load_like, world))
     number, count = share_of_rows(mesh)
     mine = {"process_index": number, "process_count": count}
@@ -198,11 +198,9 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
     return place(merge(params, state.params, lora.scale), mesh), None
 
 
-def of_both(
-    preferences: Callable[[Any, Any], dict[str, float]], fit: Callable[[Any, Any], dict[str, float]]
-) -> Callable[[Any, Any], dict[str, float]]:
+def of_both(preferences: Evaluation, fit: Evaluation) -> Evaluation:
     """Held-out preferences (rewards are log-ratios in nats) and how well the states fit."""
-    return lambda params, frozen: preferences(params, frozen) | fit(params, frozen)
+    return lambda state, frozen: preferences(state, frozen) | fit(state, frozen)
 
 
 def stimulus_models(wanted: AlignmentConfig, load: Callable[[str, str], Any]) -> dict[str, Any]:

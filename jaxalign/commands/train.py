@@ -45,6 +45,7 @@ from jaxalign.commands.training_data import (
 )
 from jaxalign.commands.updates import (
     frozen_parameters,
+    has_reference,
     keeps_reference_live,
     kept_parameters,
     make_objective,
@@ -73,7 +74,7 @@ from jaxalign.training.evaluation import (
 from jaxalign.training.loop import Stopped, Throughput
 from jaxalign.training.masking import whole_responses
 from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
-from jaxalign.training.objectives import ReferencedBatch
+from jaxalign.training.objectives import PreferenceObjective, ReferencedBatch
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import TrainState, compile_step
 from jaxalign.training.throughput import flops_per_token, peak_flops
@@ -228,7 +229,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     objective = make_objective(config, name, policy)
     optimizer, schedule = make_update_rule(config, name)
     trained = trained_parameters(config, name, world.model_config, params)
-    frozen = frozen_parameters(config, name, params, functools.partial(place, mesh=mesh))
+    frozen = frozen_parameters(config, name, objective, params, functools.partial(place, mesh=mesh))
     data = world.data[name]
     place_batch, precomputed = feed(world, name, objective, frozen)
     evaluation = data.evaluation(stage.batch_size)
@@ -242,7 +243,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         seen = compile_step(one_step(watch), state, mesh)
         return lambda done: plain if done % every else seen
 
-    live = is_preference and not precomputed
+    live = is_preference and has_reference(objective) and not precomputed
     throughput = Throughput(
         tokens=count_tokens,
         computed=count_computed,
@@ -267,6 +268,7 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
         describe=data.describe,
         evaluation=evaluate_with,
         throughput=throughput,
+        running=objective.statistics.start if isinstance(objective, PreferenceObjective) else None,
     )
     trained = kept_parameters(config, name, state.params)
     return take_head(params, trained) if adapted else (trained, None)
@@ -286,7 +288,7 @@ def feed(
 
     if name != "preference" or trains_scores(config, name):
         return put, False
-    if keeps_reference_live(config, objective, len(data.train)):
+    if not has_reference(objective) or keeps_reference_live(config, objective, len(data.train)):
         return lambda batch: put(ReferencedBatch(pairs=batch, reference=None)), False
     table = precompute_reference(
         objective,

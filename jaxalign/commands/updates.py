@@ -28,6 +28,7 @@ from jaxalign.training.objectives import (
     PreferenceObjective,
     SupervisedObjective,
     TokenPreferenceObjective,
+    reads_reference,
 )
 from jaxalign.training.optimizers import (
     make_optimizer,
@@ -50,8 +51,15 @@ def remat_on(config: TrainConfig, platform: str) -> str:
     return config.remat
 
 
+def has_reference(objective: Any) -> bool:
+    """Whether an objective's loss or metrics read a reference."""
+    return not isinstance(objective, PreferenceObjective) or objective.has_reference
+
+
 def keeps_reference_live(config: TrainConfig, objective: Any, pairs: int) -> bool:
-    """Whether each step computes the reference's log-probs; else they are computed before all.
+    """Whether each step computes the reference's log-probs, where it has a reference.
+
+    Else they are computed once, before the first step.
 
     Args:
       config: of the run.
@@ -109,7 +117,7 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
         return ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
     loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
     if reads_tokens:
-        if config.reference == "precomputed":
+        if config.reference in ("precomputed", "none"):
             raise UserError(
                 f"reference: {config.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
@@ -117,7 +125,18 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
         return TokenPreferenceObjective(policy=policy, loss=loss, options=options)
     mask = config.entanglement.mask
     if mask == "none":
-        return PreferenceObjective(policy=policy, loss=loss, options=options, coupled=coupled)
+        needed = reads_reference(loss, options)
+        if needed and config.reference == "none":
+            raise UserError(
+                f"reference: {config.loss} reads the reference's log-probs; set --reference auto"
+            )
+        return PreferenceObjective(
+            policy=policy,
+            loss=loss,
+            options=options,
+            coupled=coupled,
+            has_reference=needed or config.reference in ("live", "precomputed"),
+        )
     return MaskedPreferenceObjective(
         policy=policy,
         loss=loss,
@@ -240,18 +259,21 @@ def trained_parameters(config: TrainConfig, name: str, model_config: Any, params
 
 
 def frozen_parameters(
-    config: TrainConfig, name: str, params: Any, copy: Callable[[Any], Any]
+    config: TrainConfig, name: str, objective: Any, params: Any, copy: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """What a stage's step reads and never changes: {"policy", "reference"}, None where not needed.
 
     Args:
       config: of the run.
       name: the stage's.
+      objective: what it minimises.
       params: that the stage begins with.
       copy: makes the reference where the policy's own buffers are donated to the first step.
     """
     adapted = stage_adapters(config, name) is not None
     frozen = {"policy": params if adapted else None, "reference": None}
+    if not has_reference(objective):
+        return frozen
     if name in ("preference", "online", "representation") and not trains_scores(config, name):
         frozen["reference"] = params if adapted else copy(params)
     return frozen

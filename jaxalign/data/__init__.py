@@ -22,7 +22,6 @@ from jaxalign.data.records import (
     UnpairedRecord,
 )
 from jaxalign.data.sources import (
-    chosen_responses,
     preference_records,
     prompt_records,
     response_records,
@@ -56,7 +55,6 @@ __all__ = [
     "TokenizedRows",
     "TokenizedTexts",
     "UnpairedRecord",
-    "chosen_responses",
     "compared",
     "comparison",
     "embedded_preferences",

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import UserError
@@ -74,8 +73,3 @@ def as_tokenizer(description: str, *, chat_template: str | None = CHAT_TEMPLATE)
     )
     tokenizer.chat_template = chat_template
     return tokenizer
-
-
-def save_tokenizer(tokenizer: Any, folder: Path | str) -> None:
-    """A folder that `load_tokenizer` and transformers' AutoTokenizer open."""
-    tokenizer.save_pretrained(str(folder))

@@ -115,14 +115,6 @@ def text_records(
     return _records(source, lambda row: [_text(row)], bad_records, report)
 
 
-def chosen_responses(records: Iterable[PreferenceRecord]) -> Iterator[PromptResponseRecord]:
-    """The preferred halves of pairs, for supervised fine-tuning."""
-    for record in records:
-        yield PromptResponseRecord(
-            prompt=record.prompt, response=record.chosen, source=record.source, line=record.line
-        )
-
-
 def split_holdout(
     records: Iterable[P], fraction: float, *, seed: int = 0
 ) -> tuple[list[P], list[P]]:

@@ -157,8 +157,3 @@ def unweighted(
 def total(parts: Contributions) -> Float[Array, "pairs 3"]:
     """The sum over all parameters."""
     return sum((x.sum(1) if x.ndim == 3 else x for x in parts.values()), jnp.zeros(()))
-
-
-def by_layer(parts: Contributions) -> Float[Array, "pairs layers 3"]:
-    """The sum over the kinds of matrices, layer by layer (of a decoder)."""
-    return sum((x for x in parts.values() if x.ndim == 3), jnp.zeros(()))

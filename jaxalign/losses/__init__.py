@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from jaxalign.losses.alpha_dpo import alpha_dpo, alpha_dpo_statistics
-from jaxalign.losses.aot import aot, aot_statistics
+from jaxalign.losses.alpha_dpo import alpha_dpo
+from jaxalign.losses.aot import aot
 from jaxalign.losses.apo import apo_down, apo_zero
-from jaxalign.losses.bco import bco, bco_statistics
-from jaxalign.losses.beta_dpo import beta_dpo, beta_dpo_statistics
+from jaxalign.losses.bco import bco
+from jaxalign.losses.beta_dpo import beta_dpo
 from jaxalign.losses.cal_dpo import cal_dpo
 from jaxalign.losses.cpo import cpo
 from jaxalign.losses.discopop import discopop
@@ -21,7 +21,7 @@ from jaxalign.losses.hidden_states import (
     shifted_states,
 )
 from jaxalign.losses.ipo import ipo, ipo_mean
-from jaxalign.losses.kto import kto, kto_kl, kto_statistics, kto_unpaired
+from jaxalign.losses.kto import kto, kto_kl, kto_unpaired
 from jaxalign.losses.nca import nca
 from jaxalign.losses.orpo import orpo
 from jaxalign.losses.pairs import PairLogProbs
@@ -45,6 +45,7 @@ from jaxalign.losses.slic import slic, slic_norm
 from jaxalign.losses.soft_labels import soft_label
 from jaxalign.losses.sppo import sppo, sppo_soft
 from jaxalign.losses.stable_alignment import stable_alignment, stable_alignment_rated
+from jaxalign.losses.statistics import Statistics, statistics_of, with_statistics
 from jaxalign.losses.supervised import sft_sequence_sum, sft_token_mean
 from jaxalign.losses.tdpo import tdpo1, tdpo2
 from jaxalign.losses.tokens import TokenLogProbs
@@ -101,21 +102,11 @@ REWARD_LOSSES: dict[str, PreferenceLoss] = {
     "preference_model": preference_model,
 }
 
-# What a batch-coupled loss takes from its whole batch: `statistics(pairs, weight)` gives keyword
-# arguments of the loss, so that micro-batches add up to the batch that they are parts of. Values
-# of shape [pairs] go with their pairs.
-BATCH_STATISTICS: dict[str, Callable[..., dict[str, Array]]] = {
-    "alpha_dpo": alpha_dpo_statistics,
-    "aot": aot_statistics,
-    "bco": bco_statistics,
-    "beta_dpo": beta_dpo_statistics,
-    "kto": kto_statistics,
-}
-BATCH_COUPLED = frozenset(BATCH_STATISTICS)
+# Losses that take statistics from their whole batch (`Statistics`).
+BATCH_COUPLED = frozenset(name for name, loss in PREFERENCE_LOSSES.items() if statistics_of(loss))
 
 __all__ = [
     "BATCH_COUPLED",
-    "BATCH_STATISTICS",
     "CONTRASTIVE_LOSSES",
     "PREFERENCE_LOSSES",
     "REWARD_LOSSES",
@@ -123,6 +114,7 @@ __all__ = [
     "PairLogProbs",
     "PreferenceLoss",
     "SampleLogProbs",
+    "Statistics",
     "TokenLogProbs",
     "alpha_dpo",
     "aot",
@@ -177,8 +169,10 @@ __all__ = [
     "sppo_soft",
     "stable_alignment",
     "stable_alignment_rated",
+    "statistics_of",
     "tdpo1",
     "tdpo2",
     "whiten",
+    "with_statistics",
     "xpo",
 ]

@@ -5,11 +5,24 @@ from jaxtyping import Array, Float
 
 from jaxalign.losses.domains import positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean, weighted_std
 
 SMALLEST_STD = 1e-6  # a batch of one pair, or of equal pairs, has no spread to divide by
 
 
+def alpha_dpo_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Mean and standard deviation of the per-token margin over a batch, without gradient."""
+    margin = jax.lax.stop_gradient(_mean_margin(pairs))
+    return {
+        "mean_margin": weighted_mean(margin, weight),
+        "std_margin": weighted_std(margin, weight),
+    }
+
+
+@with_statistics(Statistics(batch=alpha_dpo_statistics))
 def alpha_dpo(
     pairs: PairLogProbs,
     *,
@@ -34,9 +47,9 @@ def alpha_dpo(
       gamma: target reward margin common to all pairs. Default 1.5: gamma / beta = 0.6, as there.
       alpha: nats per token of extra target per standard deviation of the margin M. Default 0.2,
         as there. At 0 the loss is SimPO's.
-      mean_margin: mean of M over the batch, in nats per token, a scalar without gradient; the
-        authors keep a moving average (decay 0.9). Default None: that of the pairs given
-        (`alpha_dpo_statistics`), which makes a pair's loss depend on its batch.
+      mean_margin: mean of M over the batch, in nats per token, a scalar without gradient: a
+        batch statistic, as in the paper; the authors' code keeps moving averages (decay 0.9)
+        instead. Default None: that of the pairs given (`alpha_dpo_statistics`).
       std_margin: standard deviation of M, likewise.
 
     Returns:
@@ -55,17 +68,6 @@ def alpha_dpo(
     standardised = (_mean_margin(pairs) - mean_margin) / (std_margin + SMALLEST_STD)
     target = jax.lax.stop_gradient(alpha * standardised)
     return -jax.nn.log_sigmoid(beta * (pairs.chosen_mean - pairs.rejected_mean - target) - gamma)
-
-
-def alpha_dpo_statistics(
-    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
-) -> dict[str, Array]:
-    """Mean and standard deviation of the per-token margin over a batch, without gradient."""
-    margin = jax.lax.stop_gradient(_mean_margin(pairs))
-    return {
-        "mean_margin": weighted_mean(margin, weight),
-        "std_margin": weighted_std(margin, weight),
-    }
 
 
 def _mean_margin(pairs: PairLogProbs) -> Float[Array, " pairs"]:

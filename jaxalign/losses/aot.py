@@ -6,8 +6,28 @@ from jaxtyping import Array, Float
 
 from jaxalign.losses.domains import flip_probability, positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.statistics import Statistics, with_statistics
 
 
+def aot_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Reference margin of the same rank as each pair's policy margin, without gradient.
+
+    Pairs of weight 0 are ranked last on both sides, and so are matched among themselves.
+    """
+    policy = jax.lax.stop_gradient(pairs.chosen - pairs.rejected)
+    reference = jax.lax.stop_gradient(pairs.reference_chosen - pairs.reference_rejected)
+    if weight is None:
+        weight = jnp.ones_like(policy)
+    filler = (weight == 0).astype(jnp.int32)
+    by_policy = jnp.lexsort((policy, filler))
+    by_reference = jnp.lexsort((reference, filler))
+    matched = jnp.zeros_like(reference).at[by_policy].set(reference[by_reference])
+    return {"reference_margin": matched}
+
+
+@with_statistics(Statistics(batch=aot_statistics))
 def aot(
     pairs: PairLogProbs,
     *,
@@ -27,9 +47,8 @@ def aot(
       pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
       beta: inverse temperature, > 0. Default 0.1: TRL's.
       label_smoothing: probability epsilon that a label is flipped, in [0, 0.5). Default 0.
-      reference_margin: the reference margin matched to each pair, [pairs], in nats. Default None:
-        matched by rank among the pairs given (`aot_statistics`), which makes a pair's loss depend
-        on its batch.
+      reference_margin: the reference margin matched to each pair, [pairs], in nats: a batch
+        statistic. Default None: matched by rank among the pairs given (`aot_statistics`).
 
     Returns:
       One loss per pair, in the order of the pairs, [pairs], not reduced. At policy = reference it
@@ -48,21 +67,3 @@ def aot(
     lead = pairs.chosen - pairs.rejected - reference_margin
     agree, flipped = jax.nn.log_sigmoid(beta * lead), jax.nn.log_sigmoid(-beta * lead)
     return -(1 - label_smoothing) * agree - label_smoothing * flipped
-
-
-def aot_statistics(
-    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
-) -> dict[str, Array]:
-    """Reference margin of the same rank as each pair's policy margin, without gradient.
-
-    Pairs of weight 0 are ranked last on both sides, and so are matched among themselves.
-    """
-    policy = jax.lax.stop_gradient(pairs.chosen - pairs.rejected)
-    reference = jax.lax.stop_gradient(pairs.reference_chosen - pairs.reference_rejected)
-    if weight is None:
-        weight = jnp.ones_like(policy)
-    filler = (weight == 0).astype(jnp.int32)
-    by_policy = jnp.lexsort((policy, filler))
-    by_reference = jnp.lexsort((reference, filler))
-    matched = jnp.zeros_like(reference).at[by_policy].set(reference[by_reference])
-    return {"reference_margin": matched}

@@ -6,9 +6,40 @@ from jaxtyping import Array, Float
 
 from jaxalign.losses.domains import positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean
 
 
+def bco_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Mean log-ratio of all responses of a batch, without gradient: `bco`'s reward shift / beta."""
+    both = jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio])
+    doubled = None if weight is None else jnp.concatenate([weight, weight])
+    return {"mean_log_ratio": jax.lax.stop_gradient(weighted_mean(both, doubled))}
+
+
+def _update_mean(
+    running: dict[str, Array], pairs: PairLogProbs, weight: Float[Array, " pairs"] | None
+) -> dict[str, Array]:
+    """Mean log-ratio of all responses so far, and their number, with those of this batch."""
+    pairs_now = pairs.chosen.shape[0] if weight is None else jnp.sum(weight)
+    responses = running["responses"] + 2 * pairs_now
+    change = bco_statistics(pairs, weight)["mean_log_ratio"] - running["mean_log_ratio"]
+    fraction = 2 * pairs_now / jnp.maximum(responses, 1)
+    return {
+        "mean_log_ratio": running["mean_log_ratio"] + change * fraction,
+        "responses": responses,
+    }
+
+
+@with_statistics(
+    Statistics(
+        start={"mean_log_ratio": 0.0, "responses": 0.0},
+        update=_update_mean,
+        arguments=("mean_log_ratio",),
+    )
+)
 def bco(
     pairs: PairLogProbs,
     *,
@@ -24,9 +55,10 @@ def bco(
       pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
       beta: inverse temperature of the implicit reward, > 0. Default 0.01: the paper's.
       mean_log_ratio: mean log-ratio over chosen and rejected responses in nats, so that the
-        reward shift delta is beta times it; a scalar without gradient. The paper keeps a moving
-        average. Default None: the mean over the pairs given (`bco_statistics`), which makes a
-        pair's loss depend on its batch.
+        reward shift delta is beta times it; a scalar without gradient. In training it is a
+        running statistic: the mean over all responses since the start, this batch's included, as
+        in TRL's BCO trainer, and saved with the checkpoint. Default None: the mean over the pairs
+        given (`bco_statistics`), which makes a pair's loss depend on its batch.
 
     Returns:
       One loss per pair, [pairs], not reduced. At policy = reference it is 2 log 2.
@@ -43,12 +75,3 @@ def bco(
     chosen = beta * (pairs.chosen_log_ratio - mean_log_ratio)
     rejected = beta * (pairs.rejected_log_ratio - mean_log_ratio)
     return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
-
-
-def bco_statistics(
-    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
-) -> dict[str, Array]:
-    """Mean log-ratio of all responses of a batch, without gradient: `bco`'s reward shift / beta."""
-    both = jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio])
-    doubled = None if weight is None else jnp.concatenate([weight, weight])
-    return {"mean_log_ratio": jax.lax.stop_gradient(weighted_mean(both, doubled))}

@@ -6,11 +6,36 @@ from jaxtyping import Array, Float
 
 from jaxalign.losses.domains import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean
 
 MIN_BETA = 1e-3  # the authors' code clamps here
+MOMENTUM = 0.9  # of the running mean, as in the authors' code
 
 
+def beta_dpo_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Mean margin of a batch, without gradient."""
+    return {"mean_margin": jax.lax.stop_gradient(weighted_mean(pairs.margin, weight))}
+
+
+def _update_threshold(
+    running: dict[str, Array], pairs: PairLogProbs, weight: Float[Array, " pairs"] | None
+) -> dict[str, Array]:
+    """M_0 with this batch's mean margin."""
+    mean = beta_dpo_statistics(pairs, weight)["mean_margin"]
+    return {"threshold": MOMENTUM * running["threshold"] + (1 - MOMENTUM) * mean}
+
+
+@with_statistics(
+    Statistics(
+        batch=beta_dpo_statistics,
+        start={"threshold": 0.0},
+        update=_update_threshold,
+        arguments=("threshold",),
+    )
+)
 def beta_dpo(
     pairs: PairLogProbs,
     *,
@@ -32,10 +57,11 @@ def beta_dpo(
       beta: beta of an average batch, > 0. Default 0.1: the paper's.
       alpha: how fast beta follows, per nat of margin, >= 0. Default 0.6: the paper's. At 0 the
         loss is DPO's.
-      threshold: M_0, the running mean of the margin over past batches, in nats; the authors decay
-        it by 0.9. Default 0: its value at the start, where policy = reference.
-      mean_margin: mean margin of the batch in nats, a scalar without gradient. Default None: that
-        of the pairs given (`beta_dpo_statistics`), which makes a pair's loss depend on its batch.
+      threshold: M_0, the running mean of the batches' mean margins, in nats. In training it is a
+        running statistic: 0 at the start, 0.9 M_0 + 0.1 mean before each batch's loss, as in the
+        authors' code, and saved with the checkpoint. Default 0: its value at the start.
+      mean_margin: mean margin of the batch in nats, a scalar without gradient: a batch
+        statistic. Default None: that of the pairs given (`beta_dpo_statistics`).
 
     Returns:
       One loss per pair, [pairs], not reduced. At policy = reference it is log 2.
@@ -53,10 +79,3 @@ def beta_dpo(
         mean_margin = beta_dpo_statistics(pairs)["mean_margin"]
     batch_beta = jnp.maximum(beta * (1 + alpha * (mean_margin - threshold)), MIN_BETA)
     return -jax.nn.log_sigmoid(batch_beta * pairs.margin)
-
-
-def beta_dpo_statistics(
-    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
-) -> dict[str, Array]:
-    """Mean margin of a batch, without gradient."""
-    return {"mean_margin": jax.lax.stop_gradient(weighted_mean(pairs.margin, weight))}

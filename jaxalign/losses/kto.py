@@ -6,9 +6,20 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign.losses.domains import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean
 
 
+def kto_statistics(
+    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
+) -> dict[str, Array]:
+    """Zero point of the paired form: `kto_kl` over chosen and rejected responses alike."""
+    both = jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio])
+    doubled = None if weight is None else jnp.concatenate([weight, weight])
+    return {"kl": kto_kl(both, doubled)}
+
+
+@with_statistics(Statistics(batch=kto_statistics))
 def kto(
     pairs: PairLogProbs,
     *,
@@ -28,9 +39,8 @@ def kto(
       beta: inverse temperature of the implicit reward, > 0. Default 0.1: the paper's.
       lambda_desirable: weight lambda_D of chosen responses, >= 0. Default 1: the paper's.
       lambda_undesirable: weight lambda_U of rejected responses, >= 0. Default 1: the paper's.
-      kl: zero point z_0 in nats, >= 0, a scalar without gradient. Default None: `kto_kl` of all
-        log-ratios of the pairs given (`kto_statistics`), which makes a pair's loss depend on its
-        batch.
+      kl: zero point z_0 in nats, >= 0, a scalar without gradient: a batch statistic. Default None:
+        `kto_kl` of all log-ratios of the pairs given (`kto_statistics`).
 
     Returns:
       One loss per pair, [pairs], not reduced. At policy = reference it is 1.
@@ -72,15 +82,6 @@ def kto_kl(
       Ethayarajh et al., 2024, arXiv:2402.01306, section 4.
     """
     return jax.lax.stop_gradient(jnp.maximum(weighted_mean(log_ratios, weight), 0.0))
-
-
-def kto_statistics(
-    pairs: PairLogProbs, weight: Float[Array, " pairs"] | None = None
-) -> dict[str, Array]:
-    """Zero point of the paired form: `kto_kl` over chosen and rejected responses alike."""
-    both = jnp.concatenate([pairs.chosen_log_ratio, pairs.rejected_log_ratio])
-    doubled = None if weight is None else jnp.concatenate([weight, weight])
-    return {"kl": kto_kl(both, doubled)}
 
 
 def kto_unpaired(

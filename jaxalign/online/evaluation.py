@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxalign.online.rollouts import PromptBatch
 from jaxalign.online.sampler import Sampled, Sampler
+from jaxalign.training.step import TrainState
 
 
 class HeldOut:
@@ -81,6 +82,6 @@ def _mean(values: np.ndarray) -> float:
 
 def evaluator(
     held_out: HeldOut, policies: Callable[[Any, Any], Mapping[str, Any]]
-) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> metrics, as the loop wants it."""
-    return lambda params, frozen: held_out(policies(params, frozen))
+) -> Callable[[TrainState, Any], dict[str, float]]:
+    """(state, frozen) -> held-out numbers, as the loop calls it."""
+    return lambda state, frozen: held_out(policies(state.params, frozen))

@@ -91,6 +91,8 @@ class Page:
     pairs: Sequence[PairRow]
     losses: Sequence[LossRow]
     heat_maps: Sequence[HeatMap]
+    heat_map_parameters: str = "all parameters"
+    """Whose gradients the heat maps compare."""
 
 
 def write_page(page: Page, folder: Path) -> Path:
@@ -113,7 +115,7 @@ def write_page(page: Page, folder: Path) -> Path:
         "<h2>Most and least entangled pairs</h2>",
         "<p>Red: the two tokens' gradients point the same way, so pushing the rejected token down "
         "pulls the chosen one down. Blue: they oppose each other, which is what one wants. Over "
-        "all parameters; the pointer on a cell tells the cosine.</p>",
+        f"{page.heat_map_parameters}; the pointer on a cell shows the cosine.</p>",
         *(_pair(page, shown, folder) for shown in page.heat_maps),
     ]
     text = (

@@ -74,6 +74,8 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
     # reward models have no log-probs
     of_policies = any(run.curve("preference", "eval", "logps/chosen")[0] for run in runs)
     shown = "logps" if of_policies else "rewards"
+    has_rewards = all(run.curve("preference", "eval", "rewards/margins")[0] for run in runs)
+    accuracy = "rewards/accuracies" if has_rewards else "logps/mean_accuracies"
     for index, run in enumerate(runs):
         colour = colours[index % len(colours)]
         label = run.name if len(runs) > 1 else None
@@ -86,20 +88,20 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
                 marker=".",
                 label=f"{run.name}: {side}" if len(runs) > 1 else side,
             )
-        own_units = len(runs) == 1 or not of_policies
+        own_units = (len(runs) == 1 and has_rewards) or not of_policies
         middle.plot(*_margin(run, own_units=own_units), color=colour, marker=".", label=label)
         right.plot(
-            *run.curve("preference", "eval", "rewards/accuracies"),
+            *run.curve("preference", "eval", accuracy),
             color=colour,
             marker=".",
             label=label,
         )
     margins = ("Reward margin", "chosen − rejected")
-    if len(runs) > 1 and of_policies:  # rewards of different losses have different units
+    if of_policies and not (len(runs) == 1 and has_rewards):  # rewards have units of their own
         margins = ("Log-prob margin, change from the start", "nats, chosen − rejected")
     first = ("Log-prob of the response", "nats, summed over tokens")
     first = first if of_policies else ("Reward of the response", "reward")
-    titles = (first[0], margins[0], "Reward accuracy")
+    titles = (first[0], margins[0], "Reward accuracy" if has_rewards else "Accuracy per token")
     units = (first[1], margins[1], "share of held-out pairs")
     for axis, title, unit in zip((left, middle, right), titles, units, strict=True):
         axis.set(title=title, xlabel="step", ylabel=unit)
@@ -120,6 +122,18 @@ def _margin(run: Run, *, own_units: bool) -> tuple[list[int], list[float]]:
     _, rejected = run.curve("preference", "eval", "logps/rejected")
     gaps = [c - r for c, r in zip(chosen, rejected, strict=True)]
     return steps, [gap - gaps[0] for gap in gaps]
+
+
+def _without_reference(run: Run) -> str:
+    """Why a run of log-probs has no rewards, if it has none."""
+    if not run.first_and_last("preference", "logps/chosen"):
+        return ""
+    if run.first_and_last("preference", "rewards/margins"):
+        return ""
+    return (
+        f"{run.name}: its loss reads no reference, so none was kept or evaluated, and there are no "
+        "rewards and no KL; `--reference live` adds them.\n"
+    )
 
 
 def _calibration_table(run: Run) -> str:
@@ -193,7 +207,11 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     text = [f"# {', '.join(run.name for run in runs)}\n"]
     if rows:
         _plot_preference(runs, folder / "preference.png")
-        text += [_markdown_table(header, rows), "![held-out curves](preference.png)\n"]
+        text += [
+            _markdown_table(header, rows),
+            *filter(None, map(_without_reference, runs)),
+            "![held-out curves](preference.png)\n",
+        ]
     if sampled := [run for run in runs if online.has_stage(run)]:
         online.plot(sampled, folder / "online.png")
         text += [

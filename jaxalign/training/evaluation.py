@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.data.batches import PairBatch
 from jaxalign.sharding import batch_sharding, replicated
 from jaxalign.training.calibration import reliability
 from jaxalign.training.loop import evaluate
-from jaxalign.training.metrics import Mean
+from jaxalign.training.metrics import Mean, to_floats
 from jaxalign.training.objectives import (
     Objective,
     PreferenceObjective,
@@ -19,7 +20,10 @@ from jaxalign.training.objectives import (
     TokenPreferenceObjective,
 )
 from jaxalign.training.reward_objectives import ScoreObjective
-from jaxalign.training.step import on_mesh
+from jaxalign.training.step import TrainState, on_mesh
+
+Evaluation = Callable[[TrainState, Any], dict[str, float]]
+"""(state, frozen) -> held-out numbers."""
 
 
 def _put(batch: Any, mesh: Mesh) -> Any:
@@ -29,10 +33,8 @@ def _put(batch: Any, mesh: Mesh) -> Any:
     )
 
 
-def evaluate_losses(
-    objective: Objective, batches: Sequence[Any], mesh: Mesh
-) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> the objective's own metrics over all held-out batches."""
+def evaluate_losses(objective: Objective, batches: Sequence[Any], mesh: Mesh) -> Evaluation:
+    """(state, frozen) -> the objective's own metrics over all held-out batches."""
 
     def step(params: Any, frozen: Any, batch: Any) -> Any:
         outputs = objective.forward(params, frozen, batch, None)
@@ -40,44 +42,105 @@ def evaluate_losses(
 
     compiled = jax.jit(on_mesh(step, mesh))
 
-    def run(params: Any, frozen: Any) -> dict[str, float]:
-        return evaluate(compiled, params, frozen, [_put(batch, mesh) for batch in batches])
+    def run(state: TrainState, frozen: Any) -> dict[str, float]:
+        placed = [_put(batch, mesh) for batch in batches]
+        return evaluate(compiled, state.params, frozen, placed)
 
     return run
 
 
 def evaluate_preferences(
-    objective: PreferenceObjective | TokenPreferenceObjective, batches: Sequence[Any], mesh: Mesh
-) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> loss, log-probs, rewards, margin, accuracy and KL on held-out pairs.
+    objective: PreferenceObjective | TokenPreferenceObjective,
+    batches: Sequence[PairBatch],
+    mesh: Mesh,
+) -> Evaluation:
+    """(state, frozen) -> loss, log-probs, rewards, margin, accuracy and KL on held-out pairs.
 
     `kl` is the divergence KL(policy || reference) of the next-token distributions in nats per
     token, exact at each position and averaged over the positions of the chosen responses: an
-    estimate of the policy's own KL, whose positions would be its own samples'.
+    estimate of the policy's own KL, whose positions would be its own samples'. It is left out
+    where the objective has no reference.
     """
+    if isinstance(objective, TokenPreferenceObjective):
+        return _evaluate_token_preferences(objective, batches, mesh)
+    has_reference = objective.has_reference
 
-    def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
-        outputs: Any = objective.forward(params, frozen, batch, None)
-        metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
-        policy, weight = objective.policy, batch.pairs.weight
-        arguments = policy.policy(params, frozen["policy"])
-        kl = policy.compare(batch.pairs, frozen["reference"], **arguments).kl[:, 0].sum(-1)
-        tokens = jnp.sum(batch.pairs.response_length[:, 0] * weight).astype(jnp.float32)
-        return metrics | {"kl": Mean(total=jnp.sum(kl * weight), count=tokens)}
+    def forward(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
+        outputs = objective.forward(params, frozen, batch, None)
+        rows = outputs, batch.pairs.response_length, batch.pairs.record_index, batch.pairs.weight
+        kl = _divergence(objective, params, frozen, batch) if has_reference else {}
+        return rows, kl
 
-    compiled = jax.jit(on_mesh(step, mesh))
+    compiled = jax.jit(on_mesh(forward, mesh), out_shardings=replicated(mesh))
+    reduce = jax.jit(lambda *arguments: objective.reduce(*arguments)[1])
 
-    def run(params: Any, frozen: Any) -> dict[str, float]:
-        placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
-        return evaluate(compiled, params, frozen, placed)
+    def run(state: TrainState, frozen: Any) -> dict[str, float]:
+        parts, kl = [], []
+        for batch in batches:
+            placed = _put(ReferencedBatch(pairs=batch, reference=None), mesh)
+            rows, divergence = jax.device_get(compiled(state.params, frozen, placed))
+            parts.append(jax.tree.map(lambda x, kept=rows[-1] > 0: x[kept], rows))
+            kl.append(divergence)
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+        order = np.argsort(rows[2], kind="stable")  # one sum, however the pairs were batched
+        outputs, lengths, number, weight = jax.tree.map(lambda x: x[order], rows)
+        held_out = ReferencedBatch(pairs=_without_tokens(lengths, number, weight), reference=None)
+        running = jax.device_get(state.running)
+        metrics = to_floats(reduce(outputs, held_out, np.float32(weight.sum()), running))
+        total = jax.tree.map(lambda *xs: np.sum(xs, dtype=np.float64), *kl)
+        return metrics | to_floats(total)
 
     return run
 
 
-def evaluate_scores(
-    objective: ScoreObjective, batches: Sequence[Any], mesh: Mesh
-) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, frozen) -> the objective's numbers on held-out pairs, and their calibration.
+def _evaluate_token_preferences(
+    objective: TokenPreferenceObjective, batches: Sequence[PairBatch], mesh: Mesh
+) -> Evaluation:
+    """As `evaluate_preferences`; a pair's value depends on no other pair."""
+
+    def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
+        outputs = objective.forward(params, frozen, batch, None)
+        metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
+        return metrics | _divergence(objective, params, frozen, batch)
+
+    compiled = jax.jit(on_mesh(step, mesh))
+
+    def run(state: TrainState, frozen: Any) -> dict[str, float]:
+        placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
+        return evaluate(compiled, state.params, frozen, placed)
+
+    return run
+
+
+def _divergence(
+    objective: PreferenceObjective | TokenPreferenceObjective,
+    params: Any,
+    frozen: Any,
+    batch: ReferencedBatch,
+) -> dict[str, Mean]:
+    """KL to the reference over the tokens of the chosen responses."""
+    policy, weight = objective.policy, batch.pairs.weight
+    arguments = policy.policy(params, frozen["policy"])
+    kl = policy.compare(batch.pairs, frozen["reference"], **arguments).kl[:, 0].sum(-1)
+    tokens = jnp.sum(batch.pairs.response_length[:, 0] * weight).astype(jnp.float32)
+    return {"kl": Mean(total=jnp.sum(kl * weight), count=tokens)}
+
+
+def _without_tokens(lengths: np.ndarray, number: np.ndarray, weight: np.ndarray) -> PairBatch:
+    """Held-out pairs as a loss and its metrics read them: lengths and weights."""
+    no_tokens = np.zeros((*lengths.shape, 0), np.int32)
+    return PairBatch(
+        tokens=no_tokens,
+        prompt_length=np.zeros_like(lengths),
+        response_tokens=no_tokens,
+        response_length=lengths,
+        record_index=number,
+        weight=weight,
+    )
+
+
+def evaluate_scores(objective: ScoreObjective, batches: Sequence[Any], mesh: Mesh) -> Evaluation:
+    """(state, frozen) -> the objective's numbers on held-out pairs, and their calibration.
 
     `calibration/error` is the expected calibration error, and `calibration/LOW/...` are the bins of
     `reliability` that hold any pair, named by their lower end.
@@ -89,10 +152,10 @@ def evaluate_scores(
 
     compiled = jax.jit(on_mesh(step, mesh), out_shardings=replicated(mesh))
 
-    def run(params: Any, frozen: Any) -> dict[str, float]:
+    def run(state: TrainState, frozen: Any) -> dict[str, float]:
         parts = []
         for batch in batches:
-            values, weight = jax.device_get(compiled(params, frozen, _put(batch, mesh)))
+            values, weight = jax.device_get(compiled(state.params, frozen, _put(batch, mesh)))
             parts.append({name: value[weight > 0] for name, value in values.items()})
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         table = reliability(values["preferences/chosen"])

@@ -1,5 +1,6 @@
 """The one loop: steps, evaluations, checkpoints and metrics of one stage of a run."""
 
+import dataclasses
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,7 @@ def run_stage(
     describe: Callable[[Any], Sequence[str]],
     steps: int,
     schedule: Callable[[int], Any],
-    evaluation: Callable[[Any, Any], dict[str, float]] | None,
+    evaluation: Callable[[TrainState, Any], dict[str, float]] | None,
     eval_every: int,
     save_every: int,
     checkpoints: Checkpoints,
@@ -103,7 +104,7 @@ def run_stage(
       describe: host batch -> where its records came from, for messages.
       steps: updates in all.
       schedule: learning rate by step, for the log.
-      evaluation: (params, frozen) -> metrics of the held-out set.
+      evaluation: (state, frozen) -> metrics of the held-out set.
       eval_every: steps between evaluations; 0: first and last alone.
       save_every: steps between checkpoints; 0: last alone.
       checkpoints: where they go.
@@ -130,10 +131,15 @@ def run_stage(
 
     def evaluate_at(at: int) -> None:
         if evaluation is not None:
-            write("eval", at, evaluation(state.params, frozen))
+            write("eval", at, evaluation(state, frozen))
+
+    def save_state(at: int, position: Any) -> None:
+        running = {name: float(value) for name, value in jax.device_get(state.running).items()}
+        meta = {"iterator": position, "step": at, "stage": name, "running": running}
+        checkpoints.save(at, dataclasses.replace(state, running={}), meta)
 
     def save(at: int) -> None:
-        checkpoints.save(at, state, {"iterator": batches.get_state(), "step": at, "stage": name})
+        save_state(at, batches.get_state())
         for writer in writers:
             writer.flush()
 
@@ -144,7 +150,7 @@ def run_stage(
         """
         whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
         if at and whole and jax.process_count() == 1:
-            checkpoints.save(at, state, {"iterator": position, "step": at, "stage": name})
+            save_state(at, position)
             checkpoints.wait()
 
     def finish(at: int, pending: tuple[Any, Any]) -> None:

@@ -1,5 +1,6 @@
 """A preference loss of masked responses: only some tokens' log-probs are added up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,13 @@ class MaskedPreferenceObjective(PreferenceObjective):
         )
 
     def reduce(
-        self, outputs: Any, batch: ReferencedBatch, count: Float[Array, ""]
+        self,
+        outputs: Any,
+        batch: ReferencedBatch,
+        count: Float[Array, ""],
+        running: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        loss, metrics = super().reduce(outputs, batch, count)
+        loss, metrics = super().reduce(outputs, batch, count, running)
         weight, lengths = batch.pairs.weight, jnp.maximum(batch.pairs.response_length, 1)
         share = outputs.kept / lengths
         for side, name in enumerate(("chosen", "rejected")):
@@ -107,4 +112,5 @@ def whole_responses(objective: Any) -> Any:
         loss=objective.loss,
         options=objective.options,
         coupled=objective.coupled,
+        has_reference=objective.has_reference,
     )

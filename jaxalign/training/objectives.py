@@ -1,7 +1,7 @@
 """What a step minimises: log-probs of a batch under the policy, reduced by a pure loss."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
-from jaxalign.losses import PairLogProbs, TokenLogProbs
+from jaxalign.losses import PairLogProbs, Statistics, TokenLogProbs, statistics_of
 from jaxalign.models.responses import (
     JointRows,
     ResponseComparison,
@@ -112,10 +112,11 @@ def joint_rows(batch: PairBatch) -> JointRows | None:
     )
 
 
-def reads_reference(loss: PreferenceLoss) -> bool:
+def reads_reference(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
     """Whether a loss depends on the reference log-probs: a NaN there shows in what it returns."""
     nan = jnp.full(2, jnp.nan)
-    return bool(jnp.isnan(loss(_two_pairs(reference_chosen=nan, reference_rejected=nan))).any())
+    pairs = _two_pairs(reference_chosen=nan, reference_rejected=nan)
+    return bool(jnp.isnan(loss(pairs, **options)).any())
 
 
 def couples_pairs(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
@@ -126,13 +127,14 @@ def couples_pairs(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
     """
     above, below = jnp.array([0.0, 50.0]), jnp.array([0.0, -50.0])
     probes: list[dict[str, Array]] = [{}, {"chosen": above}, {"chosen": below}, {"rejected": above}]
-    firsts = set()
+    firsts, statistics = set(), statistics_of(loss) or Statistics()
     for second in probes:
-        values = loss(_two_pairs(**second, reference_chosen=jnp.array([0.0, 0.5])), **options)
+        pairs = _two_pairs(**second, reference_chosen=jnp.array([0.0, 0.5]))
+        values = loss(pairs, **{**statistics.of(pairs, None, {}), **options})
         if jnp.shape(values) != (2,):
             raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
         firsts.add(float(values[0]))
-    return len(firsts) > 1
+    return len(firsts) > 1 or statistics_of(loss) is not None
 
 
 def _two_pairs(**added: Array) -> PairLogProbs:
@@ -167,17 +169,27 @@ def pair_metrics(
     losses: Float[Array, " pairs"],
     weight: Float[Array, " pairs"],
     *,
-    scale: float,
+    scale: float | None,
 ) -> dict[str, Mean]:
-    """The usual numbers of a batch of pairs, under TRL's names."""
-    chosen = scale * (pairs.chosen - pairs.reference_chosen)
-    rejected = scale * (pairs.rejected - pairs.reference_rejected)
-    values = {
-        "loss": losses,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": wins(chosen, rejected),
+    """The usual numbers of a batch of pairs, under TRL's names.
+
+    Args:
+      pairs: log-probs.
+      losses: of the pairs.
+      weight: of the pairs.
+      scale: of the log-ratios in the rewards; None: no reference is known, and no rewards.
+    """
+    values = {"loss": losses}
+    if scale is not None:
+        chosen = scale * (pairs.chosen - pairs.reference_chosen)
+        rejected = scale * (pairs.rejected - pairs.reference_rejected)
+        values |= {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": wins(chosen, rejected),
+        }
+    values |= {
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
         "logps/accuracies": wins(pairs.chosen, pairs.rejected),
@@ -196,7 +208,10 @@ class ReferencedBatch:
 
 @record
 class PairOutputs:
-    """What the networks say of a batch of pairs: all that a loss and its metrics read."""
+    """What the networks say of a batch of pairs: all that a loss and its metrics read.
+
+    The reference's log-probs are NaN where the objective has no reference.
+    """
 
     policy: Float[Array, "pairs 2"]
     reference: Float[Array, "pairs 2"]
@@ -227,12 +242,33 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceObjective:
-    """A preference loss of the policy's and the reference's log-probs of chosen and rejected."""
+    """A preference loss of the policy's and the reference's log-probs of chosen and rejected.
+
+    What the loss declares to take from its batch (`jaxalign.losses.Statistics`) is computed over
+    the pairs that `reduce` is given: all of a training batch, or the whole held-out set.
+    """
 
     policy: Policy
     loss: PreferenceLoss
     options: dict[str, Any]
     coupled: bool = False
+    has_reference: bool = True
+    """Off: neither loss nor metrics read reference log-probs, and none are computed."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the loss takes from its batch."""
+        return statistics_of(self.loss) or Statistics()
+
+    def update_running(
+        self, running: Mapping[str, Array], outputs: PairOutputs, batch: ReferencedBatch
+    ) -> Mapping[str, Array]:
+        """The loss's running statistics with a training batch."""
+        if self.statistics.update is None:
+            return running
+        pairs = as_pairs(outputs.policy, outputs.reference, batch.pairs)
+        updated = self.statistics.update(running, pairs, batch.pairs.weight)
+        return jax.lax.stop_gradient(updated)
 
     def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
         return jnp.sum(batch.pairs.weight)
@@ -245,7 +281,9 @@ class PreferenceObjective:
                 batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
             )
         reference = batch.reference
-        if reference is None:
+        if not self.has_reference:
+            reference = jnp.full(batch.pairs.response_length.shape, jnp.nan)
+        elif reference is None:
             with jax.named_scope("reference"):
                 reference = self.policy.log_probs(batch.pairs, frozen["reference"])
             reference = reference.log_prob.sum(-1)
@@ -257,13 +295,30 @@ class PreferenceObjective:
         )
 
     def reduce(
-        self, outputs: PairOutputs, batch: ReferencedBatch, count: Float[Array, ""]
+        self,
+        outputs: PairOutputs,
+        batch: ReferencedBatch,
+        count: Float[Array, ""],
+        running: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """The batch's share of the loss, and its metrics.
+
+        Args:
+          outputs: of `forward`, for all pairs from which the loss takes statistics.
+          batch: the pairs.
+          count: weight of the whole batch.
+          running: the loss's running statistics, with this batch in training.
+        """
         pairs, weight = as_pairs(outputs.policy, outputs.reference, batch.pairs), batch.pairs.weight
-        losses = self.loss(pairs, **self.options)
-        scale = reward_scale(self.loss, self.options)
+        running = {} if running is None else running
+        taken = self.statistics.of(pairs, weight, running)
+        losses = self.loss(pairs, **{**taken, **self.options})
+        scale = reward_scale(self.loss, self.options) if self.has_reference else None
         metrics = pair_metrics(pairs, losses, weight, scale=scale)
         metrics["entropy"] = mean_of(outputs.entropy, weight)
+        for name, value in {**running, **taken}.items():
+            if value.ndim == 0:
+                metrics[f"statistics/{name}"] = Mean(total=value, count=jnp.float32(1))
         return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
 
 

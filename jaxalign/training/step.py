@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxalign.sharding import (
 )
 from jaxalign.training.metrics import Mean, add_means
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
-from jaxalign.training.objectives import Objective
+from jaxalign.training.objectives import Objective, PreferenceObjective
 from jaxalign.training.watching import Watch
 
 Params = Any
@@ -31,20 +31,34 @@ Params = Any
 
 @record
 class TrainState:
-    """All arrays that a run must save to go on; `params` are the trained ones alone."""
+    """All arrays that a run must save to resume; `params` are the trained ones alone."""
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     key: Any
     skipped: Int[Array, ""]
+    running: Any = dataclasses.field(default_factory=dict)
+    """The loss's running statistics, by name; most losses have none."""
 
 
 def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, *, seed: int
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    running: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Step zero."""
+    """Step zero.
+
+    Args:
+      params: the trained ones.
+      optimizer: the update rule.
+      seed: of dropout and whatever else is drawn in a step.
+      running: the loss's running statistics at the start (`Statistics.start`).
+    """
     return TrainState(
+        running={name: jnp.float32(value) for name, value in (running or {}).items()},
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
@@ -62,15 +76,24 @@ def gradients(
     *,
     micro_batches: int = 1,
     watch: Watch | None = None,
+    running: Mapping[str, Array] | None = None,
 ) -> tuple[Params, dict[str, Mean], Observation | None]:
     """The gradient of the mean loss over the whole batch, the batch's metrics, its geometry.
 
     With micro-batches the result is the same: each part's loss is divided by the whole batch's
     weight. Where the loss couples rows (a batch statistic), a first pass collects the outputs of
     all parts, the loss is differentiated in these, and a second pass pulls each part's cotangent
-    back through the network.
+    back through the network. Running statistics of the loss come back, with this batch, as the
+    metrics `statistics/NAME`.
     """
     count = objective.count(batch)
+
+    def reduce(outputs: Any, rows: Any) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        if not running:
+            return objective.reduce(outputs, rows, count)
+        assert isinstance(objective, PreferenceObjective)
+        updated = objective.update_running(running, outputs, rows)
+        return objective.reduce(outputs, rows, count, updated)
 
     def of_part(part, key, slopes=None):
         """Gradient, metrics and observation of a part, from its own loss or from given slopes."""
@@ -84,7 +107,7 @@ def gradients(
         outputs, backward = jax.vjp(forward, trained, probes)
         metrics = {}
         if slopes is None:
-            slopes, metrics = jax.grad(objective.reduce, has_aux=True)(outputs, part, count)
+            slopes, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
         if watch is None:
             return backward(slopes)[0], metrics, None
         if watch.cure is None:
@@ -109,7 +132,7 @@ def gradients(
             return objective.forward(trained, frozen, part, key)
 
         outputs = join_micro_batches(jax.lax.map(forward, (parts, keys)))
-        slopes, metrics = jax.grad(objective.reduce, has_aux=True)(outputs, batch, count)
+        slopes, metrics = jax.grad(reduce, has_aux=True)(outputs, batch)
 
         def pull_back(grads, inputs):
             more, _, seen = of_part(*inputs)
@@ -144,8 +167,16 @@ def train_step(
     """One update on one batch; an update that is not finite leaves the parameters as they were."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     grads, metrics, seen = gradients(
-        objective, state.params, frozen, batch, key, micro_batches=micro_batches, watch=watch
+        objective,
+        state.params,
+        frozen,
+        batch,
+        key,
+        micro_batches=micro_batches,
+        watch=watch,
+        running=state.running,
     )
+    running = {name: metrics[f"statistics/{name}"].total for name in state.running}
     with jax.named_scope("update"):
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -166,6 +197,7 @@ def train_step(
         opt_state=keep(opt_state, state.opt_state),
         key=state.key,
         skipped=state.skipped + jnp.where(finite, 0, 1),
+        running=keep(running, state.running),
     )
     return after, {**metrics, "grad_norm": grad_norm, "skipped": after.skipped, "finite": finite}
 

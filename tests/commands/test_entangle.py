@@ -47,10 +47,12 @@ def test_a_loss_of_the_users_own_and_errors_in_one_line(world, capsys):
     folder, flags = world
     own = folder / "mine.py"
     own.write_text("def push(pairs):\n    return pairs.rejected - 2 * pairs.chosen\n")
-    out = ["--heat-maps", "0", "--output", str(folder / "out")]
+    out = ["--heat-maps", "1", "--heat-map-parameters", "unembedding"]
+    out += ["--output", str(folder / "out")]
     assert main(["entangle", *flags, "--loss", f"{own}:push", *out]) == 0
     lines = (folder / "out" / "pairs.jsonl").read_text().splitlines()
     assert {json.loads(line)["d_w"] for line in lines} == {2.0}
+    assert "Over the unembedding alone" in (folder / "out/index.html").read_text(encoding="utf-8")
     capsys.readouterr()
     assert main(["entangle", *flags, "--loss", "tdpo1"]) == 2
     assert "tdpo1" in capsys.readouterr().err

@@ -22,6 +22,7 @@ def config():
             steps=40, batch_size=8, micro_batches=2, optimizer=rate, eval_every=16, save_every=8
         ),
         reference="precomputed",
+        loss="beta_dpo",  # remembers past batches
     )
 """
 TIMES = ("tokens_per_second", "mfu")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from jaxalign.data import (
     ReadReport,
-    chosen_responses,
     preference_records,
     response_records,
     split_holdout,
@@ -250,12 +249,6 @@ def test_pairs_are_a_liked_and_a_disliked_completion(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     records = list(unpaired_records(str(tmp_path / "x.jsonl")))
     assert [(r.completion, r.label) for r in records] == [("a", True), ("b", False)]
-
-
-def test_chosen_responses_keep_their_place():
-    record = PreferenceRecord(prompt="p", chosen="a", rejected="b", source="f", line=7)
-    (response,) = chosen_responses([record])
-    assert (response.prompt, response.response, response.line) == ("p", "a", 7)
 
 
 def records(prompts):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxalign.losses import BATCH_COUPLED, BATCH_STATISTICS, PREFERENCE_LOSSES, PairLogProbs
+from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, PairLogProbs, statistics_of
 
 every_loss = pytest.mark.parametrize(
     "loss", PREFERENCE_LOSSES.values(), ids=PREFERENCE_LOSSES.keys()
@@ -37,6 +37,22 @@ def random_pairs(rng, pairs=7, dtype=np.float32):
 
 def rows(pairs, index):
     return jax.tree.map(lambda field: field[index], pairs)
+
+
+def batch_statistics(loss, pairs, weight=None):
+    """What the training step passes to a loss for its first batch, but for beta-DPO's M_0.
+
+    That one a loss by itself holds at its start (its own test is in test_statistics.py).
+    """
+    statistics = statistics_of(loss)
+    if statistics is None:
+        return {}
+    dtype = pairs.chosen.dtype
+    running = {name: jnp.asarray(value, dtype) for name, value in statistics.start.items()}
+    if statistics.update is not None:
+        running = statistics.update(running, pairs, weight)
+    taken = statistics.of(pairs, weight, running)
+    return {name: value for name, value in taken.items() if name != "threshold"}
 
 
 def hyperparameters(loss):
@@ -86,7 +102,7 @@ def test_a_coupled_pair_depends_on_the_company_but_not_on_the_order(loss, rng):
 @pytest.mark.parametrize("loss", coupled.values(), ids=coupled.keys())
 def test_micro_batches_with_the_statistics_of_the_whole_batch_add_up_to_it(loss, rng):
     pairs = random_pairs(rng)
-    statistics = BATCH_STATISTICS[loss.__name__](pairs)
+    statistics = batch_statistics(loss, pairs)
     np.testing.assert_allclose(loss(pairs, **statistics), loss(pairs), rtol=1e-6)
     for part in (slice(0, 2), slice(2, 7)):
         own = {name: x[part] if x.ndim else x for name, x in statistics.items()}
@@ -98,7 +114,7 @@ def test_rows_of_weight_zero_do_not_enter_the_statistics(loss, rng):
     pairs = random_pairs(rng)
     weight = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     kept = np.flatnonzero(weight)
-    statistics = BATCH_STATISTICS[loss.__name__](pairs, weight)
+    statistics = batch_statistics(loss, pairs, weight)
     alone = loss(rows(pairs, kept))
     np.testing.assert_allclose(loss(pairs, **statistics)[kept], alone, rtol=1e-5)
 
@@ -107,7 +123,7 @@ def test_rows_of_weight_zero_do_not_enter_the_statistics(loss, rng):
 def test_no_gradient_flows_through_the_statistics(loss, rng):
     """A pair's slope is that with the statistics held, and no pair moves another."""
     pairs = random_pairs(rng)
-    statistics = BATCH_STATISTICS[loss.__name__](pairs)
+    statistics = batch_statistics(loss, pairs)
 
     def values(chosen, **given):
         return loss(replace(pairs, chosen=chosen), **given)
@@ -136,7 +152,7 @@ def test_gradient_against_finite_differences(loss, rng):
     with jax.enable_x64(True):
         pairs = random_pairs(rng, dtype=np.float64)
 
-        statistics = BATCH_STATISTICS.get(loss.__name__, lambda pairs: {})(pairs)
+        statistics = batch_statistics(loss, pairs)
 
         def total(chosen, rejected):  # check_grads probes with NumPy arrays
             chosen, rejected = jnp.asarray(chosen), jnp.asarray(rejected)

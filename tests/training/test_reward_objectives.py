@@ -191,7 +191,7 @@ def test_what_can_be_told_apart_is_learned(world, name, rng):
     for _ in range(200):
         state, _ = step(state, FROZEN, separable(rng, 32, pairwise=pairwise))
     fresh = separable(np.random.default_rng(99), 64, pairwise=pairwise)
-    found = evaluate_scores(objective, [fresh], make_mesh())(state.params, FROZEN)
+    found = evaluate_scores(objective, [fresh], make_mesh())(state, FROZEN)
     assert found["rewards/accuracies"] == 1
     assert found.get("preferences/consistency", 1.0) == 1
     assert found["preferences/chosen"] > 0.9
@@ -245,9 +245,8 @@ def test_frequencies_that_are_the_probabilities_have_no_error(rng):
 
 def test_evaluation_is_over_real_pairs_alone(world):
     params, batch = world
-    found = evaluate_scores(objective_of("bradley_terry"), [batch, batch], make_mesh())(
-        params, FROZEN
-    )
+    evaluation = evaluate_scores(objective_of("bradley_terry"), [batch, batch], make_mesh())
+    found = evaluation(initial_state(params, optax.sgd(0.1), seed=0), FROZEN)
     scores = np.asarray(plain_scores(params, batch), np.float64)[:-1]
     gap = scores[:, 0] - scores[:, 1]
     np.testing.assert_allclose(found["rewards/margins"], gap.mean(), rtol=1e-3, atol=1e-5)

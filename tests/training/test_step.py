@@ -235,7 +235,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(world):
 
 
 def test_which_losses_read_the_reference():
-    needs = {name for name, loss in PREFERENCE_LOSSES.items() if reads_reference(loss)}
+    needs = {name for name, loss in PREFERENCE_LOSSES.items() if reads_reference(loss, {})}
     assert {"dpo", "ipo", "kto", "dpop"} <= needs
     assert not needs & {"simpo", "cpo", "orpo", "rrhf", "slic"}
 
@@ -278,7 +278,7 @@ def test_tdpo_gradient_is_that_of_the_formula(world):
 def test_evaluation_reports_the_exact_divergence_per_chosen_token(world):
     params, frozen, batch = world
     evaluation = evaluate_preferences(objective_of("dpo"), [batch.pairs], make_mesh())
-    got = evaluation(params, frozen)
+    got = evaluation(initial_state(params, optax.sgd(0.1), seed=0), frozen)
     policy, scored = dense_distributions(params, batch.pairs)
     reference, _ = dense_distributions(frozen["reference"], batch.pairs)
     kl = (jnp.exp(policy) * (policy - reference)).sum(-1)[:-1, 0]

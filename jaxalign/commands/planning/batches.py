@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxalign.commands.representation import POSITIONS
 from jaxalign.commands.scores import trains_scores
 from jaxalign.commands.training_data import joint_share
+from jaxalign.commands.updates import has_reference
 from jaxalign.config import TrainConfig
 from jaxalign.data import PairBatch, TextBatch
 from jaxalign.models import DecoderConfig
@@ -121,10 +122,12 @@ def _preferences(config: TrainConfig, objective: Any, response: int, platform: s
         shape = {"rows": stage.batch_size, "length": joint, "scored": 2 * seen}
     if scored:
         return pairs, [Rows(**shape, forward=1, backward=1)]
-    live = config.reference != "precomputed"  # auto: how many pairs there are is not known
+    # auto: how many pairs there are is not known
+    live = has_reference(objective) and config.reference != "precomputed"
     twice = objective.coupled and stage.micro_batches > 1  # first the statistic, then the gradient
     forward = 1 + live + twice + (config.entanglement.every > 0 and config.entanglement.realised)
-    known = None if live else _struct(stage.batch_size, 2, dtype=jnp.float32)
+    stored = has_reference(objective) and not live
+    known = _struct(stage.batch_size, 2, dtype=jnp.float32) if stored else None
     batch = _built(ReferencedBatch, pairs=pairs, reference=known)
     return batch, [Rows(**shape, forward=forward, backward=1)]
 

@@ -28,6 +28,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.weights import CONFIG_FILES, find_folder, read_config
 from jaxalign.sharding import make_mesh
 from jaxalign.sharding.topologies import Chip, slice_devices
+from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.planning import (
     Structs,
     TooLargeError,
@@ -180,12 +181,14 @@ def shapes_of(config: TrainConfig, name: str) -> Shapes:
     model_config = model_of(config)
     params = parameter_structs(model_config, scored=trains_scores(config, name))
     optimizer, _ = make_update_rule(config, name)
+    objective = make_objective(config, name, make_policy(config, name, model_config))
+    running = objective.statistics.start if isinstance(objective, PreferenceObjective) else None
 
     def begin(params: Any) -> TrainState:
         trained = trained_parameters(config, name, model_config, params)
-        return initial_state(trained, optimizer, seed=config.seed)
+        return initial_state(trained, optimizer, seed=config.seed, running=running)
 
-    frozen = frozen_parameters(config, name, params, _another)
+    frozen = frozen_parameters(config, name, objective, params, _another)
     if name == "representation":
         frozen |= stimulus_models(config.alignment, lambda field, folder: _another(params))
     return Shapes(params=params, state=jax.eval_shape(begin, params), frozen=frozen)

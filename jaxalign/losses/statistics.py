@@ -1,0 +1,71 @@
+"""What a loss takes from all pairs of its batch at once, and what it remembers of past batches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from jaxtyping import Array, Float
+
+from jaxalign.losses.pairs import PairLogProbs
+
+Weight = Float[Array, " pairs"] | None
+Arguments = dict[str, Array]
+Loss = TypeVar("Loss", bound=Callable)
+
+
+def no_arguments(pairs: PairLogProbs, weight: Weight = None) -> Arguments:
+    """Nothing is taken from the batch itself."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Where the batch-wide arguments of a loss come from.
+
+    The training step computes them over all pairs of the batch that count, whatever micro-batch,
+    device or process they are on, and passes them to the loss as keyword arguments. A held-out
+    loss takes them over the whole held-out set. Declare those of your own loss with
+    `with_statistics`.
+
+    Attributes:
+      batch: `(pairs, weight)` -> keyword arguments, scalars or one value per pair, without
+        gradient; pairs of weight 0 only fill up a batch and must not enter.
+      start: running statistics before the first step, by name. They are part of a run's
+        checkpoints, and the loss takes those that are named in `arguments`.
+      update: `(running, pairs, weight)` -> the running statistics with this batch; called before
+        the loss of a training batch, never on held-out pairs.
+      arguments: names of the running statistics that are arguments of the loss.
+    """
+
+    batch: Callable[..., Arguments] = no_arguments
+    start: Mapping[str, float] = field(default_factory=dict)
+    update: Callable[..., Arguments] | None = None
+    arguments: tuple[str, ...] = ()
+
+    def of(self, pairs: PairLogProbs, weight: Weight, running: Mapping[str, Array]) -> Arguments:
+        """The keyword arguments of the loss for these pairs.
+
+        Where no running statistics are kept, the loss's own defaults stand for them.
+        """
+        remembered = {name: running[name] for name in self.arguments if name in running}
+        return {**self.batch(pairs, weight), **remembered}
+
+
+def with_statistics(statistics: Statistics) -> Callable[[Loss], Loss]:
+    """Declare what a loss takes from its batch.
+
+    Example: `@with_statistics(Statistics(batch=my_statistics))` above a loss that has a keyword
+    argument of each name that `my_statistics(pairs, weight)` returns.
+    """
+
+    def declare(loss: Loss) -> Loss:
+        loss.__dict__["statistics"] = statistics
+        return loss
+
+    return declare
+
+
+def statistics_of(loss: Callable) -> Statistics | None:
+    """What a loss declares to take from its batch; None: nothing."""
+    declared = getattr(loss, "statistics", None)
+    return declared if isinstance(declared, Statistics) else None
