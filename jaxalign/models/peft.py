@@ -17,7 +17,14 @@ from jaxalign.models import lora
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import find_folder, flatten, model_class, to_host, write_json
+from jaxalign.models.weights import (
+    TensorFiles,
+    find_folder,
+    flatten,
+    model_class,
+    to_host,
+    write_json,
+)
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -312,9 +319,6 @@ def _read_fields(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     file = folder / TENSOR_FILE
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -323,10 +327,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
                 f"refused, convert them to {TENSOR_FILE}"
             )
         raise UserError(f"{folder}: no {TENSOR_FILE}")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    files = TensorFiles([file])
+    return {name: files.read(name) for name in files.shapes}
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
