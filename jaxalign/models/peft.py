@@ -305,8 +305,23 @@ def _read_fields(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing; an adapter folder has it and {TENSOR_FILE}") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("r"), int) or fields["r"] < 1:
+    if not isinstance(fields, dict) or not _is_rank(fields.get("r")):
         raise UserError(f"{file}: r: a rank of at least 1 is expected")
+    if not _is_alpha(fields.get("lora_alpha", 8)):
+        raise UserError(f"{file}: lora_alpha: {fields['lora_alpha']!r} is not a finite number")
+    for field, fits, values in (
+        ("rank_pattern", _is_rank, "a rank of at least 1"),
+        ("alpha_pattern", _is_alpha, "a finite number"),
+    ):
+        patterns = fields.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{file}: {field}: an object of patterns and numbers is expected")
+        for pattern, value in patterns.items():
+            _check_pattern(pattern, f"{file}: {field}")
+            if not fits(value):
+                raise UserError(f"{file}: {field}: {pattern}: {value!r} is not {values}")
+    if isinstance(fields.get("target_modules"), str):
+        _check_pattern(fields["target_modules"], f"{file}: target_modules")
     for field, value in fields.items():
         allowed = CHECKED_FIELDS.get(field)
         if allowed is not None:
@@ -316,6 +331,23 @@ def _read_fields(file: Path) -> dict[str, Any]:
         if not idle:
             raise UserError(f"{file}: {field}: {value!r} is not supported, plain LoRA alone is")
     return fields
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _check_pattern(pattern: str, source: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError) as error:
+        raise UserError(
+            f"{source}: {pattern!r} is not a regular expression ({error}); write .* for any text"
+        ) from None
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
