@@ -109,8 +109,9 @@ class Asker:
             for (at, prompt), some in zip(asking, answers, strict=True):
                 for answer in some:
                     try:
-                        if answer.failure:
-                            raise MalformedError(answer.failure)
+                        if answer.failure:  # the backend has tried again where that may help
+                            self.malformed[role] += 1
+                            continue
                         found[at].append(read[at](read_object(answer.text)))
                     except MalformedError as fault:
                         self.malformed[role] += 1
