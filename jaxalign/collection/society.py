@@ -305,9 +305,9 @@ def society_data(encounter: Encounter) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
       "imitation": both answers with the observer's ratings (of alignment alone, where the sandbox
-      has engagement, too); "self_critic": feedback on the draft, if there is one; "realignment": the
-      revision, where it is rated above the draft and above 4; "pairs": draft and revision, the better one chosen,
-      where ratings differ.
+      has engagement, too); "self_critic": feedback on the draft, if there is one; "realignment":
+      the revision, where it is rated above the draft and above 4; "pairs": draft and revision, the
+      better one chosen, where ratings differ.
 
     References:
       Liu et al. 2023, arXiv:2305.16960, section 3 and the released data.

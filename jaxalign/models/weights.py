@@ -356,33 +356,42 @@ def _settle(
     for name, alias in getattr(family, "ALIASES", {}).items():
         if name not in files.shapes:
             renamed[name] = alias
-    outer = {w.paths: w.name for w in family.weights(dataclasses.replace(config, tied=False))}
-    embedding, head = outer["embed/embedding",], outer["unembed/kernel",]
-    names = renamed.get(embedding, embedding), renamed.get(head, head)
+    names: dict[tuple[str, ...], str] = {
+        weight.paths: weight.name
+        for weight in family.weights(dataclasses.replace(config, tied=False))
+    }
+    embedding, head = names["embed/embedding",], names["unembed/kernel",]
+
+    def stored(name: str) -> str:
+        return renamed.get(name, name)
+
     copies = [name for name in getattr(family, "COPIES", ()) if name in files.shapes]
-    if names[0] not in files.shapes:
-        stored = [*copies, *([names[1]] if config.tied and names[1] in files.shapes else [])]
-        if stored:
-            renamed |= {embedding: stored[0]} | ({head: stored[0]} if names[1] == names[0] else {})
-            names = stored[0], renamed.get(head, head)
+    if stored(embedding) not in files.shapes:
+        others = [name for name in (*copies, stored(head)) if name in files.shapes]
+        if others and (copies or config.tied):
+            if stored(head) == stored(embedding):
+                renamed[head] = others[0]
+            renamed[embedding] = others[0]
     for name in copies:
-        if not _equal(files, name, names[0]):
+        if not _equal(files, name, stored(embedding)):
             raise UserError(
-                f"{folder}: {name} differs from {names[0]}; embeddings apart are not supported"
+                f"{folder}: {name} differs from {stored(embedding)}; separate embeddings are not "
+                "supported"
             )
     if scored:
         return config, renamed
-    if names[1] not in files.shapes and not config.tied:
+    if stored(head) not in files.shapes and not config.tied:
         raise UserError(
             f"{folder}: {head}: missing, and config.json does not tie it to the embedding; if the "
             "model shares them, set tie_word_embeddings to true there"
         )
-    if config.tied and names[1] in files.shapes and not _equal(files, *names):
+    both = config.tied and stored(head) in files.shapes
+    if both and not _equal(files, stored(embedding), stored(head)):
         config = dataclasses.replace(config, tied=False)
         if jax.process_index() == 0:
             LOGGER.warning(
-                f"{folder}: config.json ties the embedding and the head, but {names[1]} and "
-                f"{names[0]} differ; they are not tied, as in transformers"
+                f"{folder}: config.json ties {embedding} and {head}, but the files hold both and "
+                "they differ; they are not tied, as in transformers"
             )
     return config, renamed
 

@@ -91,9 +91,9 @@ def check_numbers(hf: Mapping[str, Any]) -> None:
             raise UserError(f"{field}: {value!r} is not a positive integer")
         elif name in SWITCHES and type(value) is not bool:
             raise UserError(f"{field}: {value!r} is not true or false")
-        elif name in POSITIVE and not (type(value) in (int, float) and value > 0):
+        elif name in POSITIVE and not _number(value) > 0:
             raise UserError(f"{field}: {value!r} is not a positive number")
-        elif name in NOT_NEGATIVE and not (type(value) in (int, float) and value >= 0):
+        elif name in NOT_NEGATIVE and not _number(value) >= 0:
             raise UserError(f"{field}: {value!r} is not a number of 0 or more")
         elif name in ("rope_scaling", "rope_parameters") and value is not None:
             raise UserError(f"{field}: {value!r} is not an object")
@@ -102,6 +102,12 @@ def check_numbers(hf: Mapping[str, Any]) -> None:
     for field, value in hf.items():
         if field not in unread:
             check(field, field, value)
+
+
+def _number(value: object) -> float:
+    """NaN, which no comparison admits, of what is not a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
 
 
 def head_width(hf: Mapping[str, Any], *, width: str, heads: str) -> int:
