@@ -79,7 +79,7 @@ def read_config(folder: Path) -> Any:
     if not isinstance(fields, dict):
         raise UserError(f"{file}: a JSON object is expected")
     family = fields.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
     if fields.get("quantization_config"):
@@ -233,9 +233,9 @@ def load_pretrained(
     files = tensor_files(folder)
     scored = SCORE_TENSOR in files.shapes
     config, renamed = _settle(files, config, folder, scored=scored)
-    if scored and files.shapes[SCORE_TENSOR][0] != 1:
-        labels = files.shapes[SCORE_TENSOR][0]
-        raise UserError(f"{folder}: {SCORE_TENSOR}: {labels} labels; a scalar head has one")
+    if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
+        labels = files.shapes[SCORE_TENSOR][:1]
+        raise UserError(f"{folder}: {SCORE_TENSOR}: {sum(labels)} labels; a scalar head has one")
     make, shapes = model_class(config, scored=scored)
     leaves = flatten(shapes)
     table = weight_table(config, scored=scored)
@@ -399,8 +399,8 @@ def _settle(
 def _equal(files: TensorFiles, name: str, other: str) -> bool:
     """Whether two tensors, [rows, width], are the same; some rows of each are held at a time."""
     shape = files.shapes[name]
-    if name == other or shape != files.shapes[other]:
-        return name == other
+    if name == other or shape != files.shapes[other] or len(shape) != 2:
+        return shape == files.shapes[other]
     some = max(1, 2**24 // shape[1])
     for start in range(0, shape[0], some):
         rows = slice(start, min(start + some, shape[0])), slice(None)

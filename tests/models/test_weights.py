@@ -19,6 +19,7 @@ from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.peft import load_adapters
 from jaxalign.models.weights import TensorFiles, read_config
+from jaxalign.sharding import make_mesh
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
@@ -272,9 +273,26 @@ def test_weights_that_are_not_finite_are_named(value, dtype, tmp_path):
     tensors = {k: v.astype(dtype) for k, v in tensors_of("models/llama2").items()}
     load_pretrained(folder_with(tmp_path, tensors))
     tensors[QUERY][1, 2] = value
-    with pytest.raises(UserError, match=f"{QUERY}: holds NaN or infinity") as caught:
+    folder = folder_with(tmp_path, tensors)
+    for mesh in (None, make_mesh(fsdp=8)):
+        with pytest.raises(UserError, match=f"{QUERY}: holds NaN or infinity") as caught:
+            load_pretrained(folder, mesh=mesh)
+        assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (2, 16)])
+def test_a_head_that_is_not_one_row_is_one_line(shape, tmp_path):
+    tensors = tensors_of("models/llama2") | {"score.weight": np.zeros(shape, np.float32)}
+    with pytest.raises(UserError, match="labels; a scalar head has one"):
         load_pretrained(folder_with(tmp_path, tensors))
-    assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (40,), (3, 3)])
+def test_an_embedding_of_another_shape_is_one_line(shape, tmp_path):
+    tensors = tensors_of("models/llama2")
+    tensors |= {name: np.zeros(shape, np.float32) for name in (EMBEDDING, HEAD)}
+    with pytest.raises(UserError, match=f"{EMBEDDING}: shape .* but config.json says"):
+        load_pretrained(folder_with(tmp_path, tensors, tie_word_embeddings=True))
 
 
 def test_the_largest_numbers_are_finite(tmp_path):

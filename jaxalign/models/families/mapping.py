@@ -106,8 +106,9 @@ def check_numbers(hf: Mapping[str, Any]) -> None:
 
 def _number(value: object) -> float:
     """NaN, which no comparison admits, of what is not a number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return math.nan
 
 
 def head_width(hf: Mapping[str, Any], *, width: str, heads: str) -> int:
