@@ -52,6 +52,7 @@ def asker_of(answer, **options):
         '{"a": "x {y}"}',
         'Sure!\n```json\n{"a": "x {y}"}\n```\nDone.',
         'Here: {"a": "x {y}"} and {"b": 1}',
+        '<think>Perhaps {"a": "z"}?</think>\n{"a": "x {y}"}',
     ],
 )
 def test_objects_are_found(text):
