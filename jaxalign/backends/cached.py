@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,8 @@ class Cached:
         self.backend, self.answers = backend, answers
         self.asked = 0
         """Prompts and texts that were not found and had to be asked for."""
+        self.failures: Counter[str] = Counter()
+        """Responses that could not be had, by reason."""
 
     @property
     def identity(self) -> str:
@@ -114,6 +117,7 @@ class Cached:
         wanted = [prompts[places[key][0]] for key in missing]
 
         def come(at: int, generations: list[Generation]) -> None:
+            self.failures.update(one.failure for one in generations if one.failure)
             if not any(one.failure for one in generations):
                 answer = [asdict(one) for one in generations]
                 self.answers.add(missing[at], answer, prompt=wanted[at], decoding=settings)

@@ -32,11 +32,25 @@ THINKING_TOKENS = 1024
 
 
 class UnusableError(Exception):
-    """A reply that is not what was asked for: why, and what was said instead."""
+    """A reply that is not what was asked for: why, and what was said instead.
 
-    def __init__(self, reason: str = "the reply is not what was asked for", said: str = ""):
+    Args:
+      reason: in words.
+      said: what the model wrote.
+      cut: it was cut off at the most tokens allowed.
+      final: the same request will not do better.
+    """
+
+    def __init__(
+        self,
+        reason: str = "the reply is not what was asked for",
+        said: str = "",
+        *,
+        cut: bool = False,
+        final: bool = False,
+    ):
         super().__init__(reason)
-        self.said = said
+        self.said, self.cut, self.final = said, cut, final
 
 
 class RefusedError(UnusableError):
@@ -68,8 +82,9 @@ class Client:
 
     The package openai sends, waits and tries again where that may help (lost connections, timeouts,
     HTTP 408, 409, 429 and 5xx, as long as the server wants); here is what it leaves open: a reply
-    that is not what was asked for is asked for again, parameters that a server does not know are
-    left out from then on, and a server that is not there ends everything.
+    that is not what was asked for is requested again, parameters that a server does not know are
+    left out from then on, and a server that is not there ends everything. What a model has written
+    at temperature 0 it would write again, and is not requested again.
 
     Args:
       url: without a path's end, e.g. "http://localhost:8000/v1"; the key is read from the
@@ -145,21 +160,23 @@ class Client:
         Args:
           kind: "chat/completions", "completions" or "embeddings".
           body: of the request.
-          read: makes of the reply's fields what is wanted, or raises `UnusableError`; KeyError,
-            IndexError, TypeError and ValueError mean the same.
+          read: makes of the reply's fields what is wanted, or raises `UnusableError`; errors of
+            fields that are missing or of another type mean a broken reply.
           stopped: set when nobody waits any more.
 
         Raises:
           RefusedError: there is none after all attempts.
           UserError: key, URL or model are refused, or the server cannot be reached.
         """
-        fault = UnusableError("stopped")
+        fault, draws = UnusableError("stopped"), 0
         for _ in range(self.attempts):
             self._pace.wait(stopped or threading.Event())
             if stopped is not None and stopped.is_set():
                 break
+            # a draw that cannot be used would be the same with the same seed
+            own = {"seed": body["seed"] + draws} if "seed" in body else {}
             try:
-                reply = self._reply(kind, body)
+                reply = self._reply(kind, {**body, **own})
             except RefusedError as error:
                 fault = error
                 break
@@ -169,12 +186,18 @@ class Client:
             try:
                 return read(reply)
             except UnusableError as error:
-                fault = error
-            except (KeyError, IndexError, TypeError, ValueError):
-                fault = UnusableError()
+                fault, draws = error, draws + 1
+                if error.final or not self._is_drawn(body):
+                    break
+            except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+                fault = UnusableError(_error_of(reply))
         with self._lock:
             self.usage.failures += 1
-        raise RefusedError(str(fault), fault.said)
+        raise RefusedError(str(fault), fault.said, cut=fault.cut, final=fault.final)
+
+    def _is_drawn(self, body: Mapping[str, Any]) -> bool:
+        """Whether the same request may have another answer."""
+        return body.get("temperature") != 0 or "temperature" in self._unknown
 
     def _reply(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """A reply's fields, asked for without the parameters that the server does not know."""
@@ -210,12 +233,11 @@ class Client:
         if not hasattr(reply, "model_dump"):  # the client hands text on as it is
             raise UnusableError("the reply is not JSON")
         fields = reply.model_dump(exclude_unset=True, warnings=False)
-        used = fields.get("usage") or {}
         with self._lock:
             self._unreached, self._answered = 0, True
             self.usage.requests += 1
-            self.usage.prompt_tokens += int(used.get("prompt_tokens") or 0)
-            self.usage.completion_tokens += int(used.get("completion_tokens") or 0)
+            self.usage.prompt_tokens += tokens_used(fields, "prompt_tokens")
+            self.usage.completion_tokens += tokens_used(fields, "completion_tokens")
         return fields
 
     def _lost(self, reason: str) -> Exception:
@@ -243,6 +265,63 @@ class Client:
                         )
                     return name
         raise RefusedError(f"HTTP {status}: {' '.join(words.split())[:200]}".rstrip(": "))
+
+
+def tokens_used(reply: Mapping[str, Any], name: str) -> int:
+    """A count of a reply's `usage`; 0 where the server gives no such number."""
+    used = reply.get("usage")
+    count = used.get(name) if isinstance(used, Mapping) else None
+    return count if type(count) is int and count > 0 else 0
+
+
+def _error_of(reply: Mapping[str, Any]) -> str:
+    """Why a reply is broken: some servers report errors with HTTP 200."""
+    error = reply.get("error")
+    said = error.get("message") if isinstance(error, Mapping) else error
+    if not isinstance(said, str) or not said.strip():
+        return "the reply is not what was asked for"
+    return f"the server reports an error: {' '.join(said.split())[:200]}"
+
+
+def text_of_choice(choice: Mapping[str, Any], *, plain: bool = False) -> str:
+    """What the model wrote.
+
+    A text that the model wrote is kept as it is; parts of type text are joined.
+
+    Args:
+      choice: of a reply's `choices`.
+      plain: of a completion, which may be empty: a text can end at once.
+
+    Raises:
+      UnusableError: there is no text, and why: a content filter (also one that cut a text off), a
+        refusal, a call of a tool, thinking that took all tokens allowed.
+    """
+    ended = choice.get("finish_reason")
+    message = {"content": choice["text"]} if plain else choice["message"]
+    content, refusal = message.get("content"), message.get("refusal")
+    if isinstance(content, list):
+        refusals = [part["refusal"] for part in content if part.get("type") == "refusal"]
+        refusal = refusal or " ".join(refusals)
+        texts = [part["text"] for part in content if part.get("type") in ("text", "output_text")]
+        content = "".join(texts)
+    if content is not None and not isinstance(content, str):
+        raise UnusableError("the content of the reply is not text")
+    if ended == "content_filter":
+        raise UnusableError("the content filter stopped the reply", content or "", final=True)
+    if content and (content.strip() or plain):
+        return content
+    if refusal:
+        said = " ".join(str(refusal).split())[:200]
+        raise UnusableError(f"the model refused: {said}", str(refusal), final=True)
+    if ended in ("tool_calls", "function_call") or message.get("tool_calls"):
+        raise UnusableError("the model called a tool and wrote no text")
+    if ended == "length":
+        raise UnusableError(
+            "the most tokens allowed were used before any text; allow more", cut=True, final=True
+        )
+    if plain and content is not None and ended != "error":
+        return content
+    raise UnusableError("the reply has no text")
 
 
 def leave_out(parameters: dict[str, Any], name: str, most: int) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from jaxalign.backends.client import Client, RefusedError, Usage, split_address
+from jaxalign.backends.client import (
+    Client,
+    RefusedError,
+    UnusableError,
+    Usage,
+    split_address,
+    text_of_choice,
+    tokens_used,
+)
 from jaxalign.backends.interface import (
     Decoding,
     Generation,
@@ -111,12 +119,12 @@ class ChatEndpoint:
 
         def read(reply: Any) -> Generation:
             choice = reply["choices"][0]
-            text = str((choice["text"] if plain else choice["message"]["content"]) or "")
+            text = text_of_choice(choice, plain=plain)
             cuts = [at for at in map(text.find, decoding.stop) if at >= 0]
             return Generation(
                 text=text[: min(cuts)] if cuts else text,
                 finished=choice.get("finish_reason") != "length",
-                tokens=int((reply.get("usage") or {}).get("completion_tokens") or 0),
+                tokens=tokens_used(reply, "completion_tokens"),
             )
 
         try:
@@ -148,14 +156,11 @@ class ChatEndpoint:
             def read(reply: Any) -> Score:
                 given = reply["choices"][0]["logprobs"]
                 end = len(prompt) + len(continuations[at])
-                values = [
-                    float(value)
-                    for value, offset in zip(
-                        given["token_logprobs"], given["text_offset"], strict=True
-                    )
-                    if len(prompt) <= offset < end
-                ]
-                return Score(log_prob=sum(values), tokens=len(values))
+                tokens = zip(given["token_logprobs"], given["text_offset"], strict=True)
+                mine = [(x, offset) for x, offset in tokens if len(prompt) <= offset < end]
+                if continuations[at] and not any(offset == len(prompt) for _, offset in mine):
+                    raise UnusableError("no token begins where the prompt ends", final=True)
+                return Score(log_prob=sum(float(x) for x, _ in mine), tokens=len(mine))
 
             try:
                 return self.client.ask("completions", body, read, stopped)
@@ -179,7 +184,11 @@ class ChatEndpoint:
 
         def read(reply: Any) -> np.ndarray:
             rows = sorted(reply["data"], key=lambda row: row["index"])
-            return np.array([row["embedding"] for row in rows], np.float32)
+            vectors = np.array([row["embedding"] for row in rows], np.float32)
+            numbered = [row["index"] for row in rows] == list(range(len(texts)))
+            if not numbered or vectors.ndim != 2 or not np.isfinite(vectors).all():
+                raise UnusableError(f"the reply does not hold {len(texts)} vectors of numbers")
+            return vectors
 
         try:
             vectors = self.client.ask("embeddings", body, read)

@@ -20,7 +20,8 @@ class MalformedError(Exception):
 def read_object(text: str) -> Mapping[str, Any]:
     """The JSON object of an answer: in a fence, or the first braces that balance.
 
-    Line breaks within strings are allowed; nothing is guessed or mended.
+    Thoughts before the answer are passed over. Line breaks within strings are allowed; nothing is
+    guessed or mended.
 
     Args:
       text: what the model wrote.
@@ -28,6 +29,7 @@ def read_object(text: str) -> Mapping[str, Any]:
     Raises:
       MalformedError: there is none.
     """
+    text = text.rpartition("</think>")[2]
     fence = FENCED.search(text)
     text = fence[1] if fence else text
     begin = text.find("{")
@@ -109,8 +111,9 @@ class Asker:
             for (at, prompt), some in zip(asking, answers, strict=True):
                 for answer in some:
                     try:
-                        if answer.failure:
-                            raise MalformedError(answer.failure)
+                        if answer.failure:  # the backend has tried again where that may help
+                            self.malformed[role] += 1
+                            continue
                         found[at].append(read[at](read_object(answer.text)))
                     except MalformedError as fault:
                         self.malformed[role] += 1

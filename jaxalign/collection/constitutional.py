@@ -179,6 +179,8 @@ def revised(
 
 
 def _step_fault(prompt: str, before: str, critique: str, revision: str) -> str:
+    if not before:
+        return "response: empty"
     if wrong := fault(critique, prompt, before):
         return f"critique: {wrong}"
     if wrong := fault(revision, prompt, before, critique):

@@ -227,7 +227,8 @@ class Society:
         revisions = said(prompts, 2, "\nQuestion:")
         ratings = self._observed([*asked, *asked], [*drafts, *revisions])
         for at in agents:
-            self.memory[at][asked[at]] = revisions[at], vectors[at]
+            if revisions[at]:
+                self.memory[at][asked[at]] = revisions[at], vectors[at]
         return [
             Encounter(
                 round=number,
@@ -304,9 +305,9 @@ def society_data(encounter: Encounter) -> dict[str, list[dict[str, Any]]]:
 
     Returns:
       "imitation": both answers with the observer's ratings (of alignment alone, where the sandbox
-      has engagement, too); "self_critic": feedback on the draft; "realignment": the revision, where
-      it is rated above the draft and above 4; "pairs": draft and revision, the better one chosen,
-      where ratings differ.
+      has engagement, too); "self_critic": feedback on the draft, if there is one; "realignment":
+      the revision, where it is rated above the draft and above 4; "pairs": draft and revision, the
+      better one chosen, where ratings differ.
 
     References:
       Liu et al. 2023, arXiv:2305.16960, section 3 and the released data.
@@ -325,7 +326,7 @@ def society_data(encounter: Encounter) -> dict[str, list[dict[str, Any]]]:
                 "rating": rating,
             }
             for _, rating, text in one.feedback
-            if math.isfinite(rating)
+            if math.isfinite(rating) and one.draft
         ],
         "realignment": [],
         "pairs": [],

@@ -78,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     with PairWriter(given.output / "pairs.jsonl", most_similar=given.most_similar) as writer:
         more = collect(given, model, backend, answers, records, decoding, writer)
     found = writer.statistics.summary() | more
+    found |= {"responses_without_text": dict(model.failures)}
     found |= {"model": model.identity, "decoding": vars(decoding)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     (given.output / "statistics.json").write_text(text + "\n", encoding="utf-8")
@@ -105,7 +106,7 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
     rng = np.random.default_rng(given.seed)
     prompts = [record.prompt for record in records]
     kept: list[Any] = []
-    equal = 0
+    equal = answered = 0
     for one in sampled_candidates(
         model,
         prompts,
@@ -115,7 +116,7 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
         batch_size=given.batch_size,
         kept=(answers, given.annotator),
     ):
-        record = records[one.number]
+        record, answered = records[one.number], answered + 1
         if given.select == "raft":
             kept.append(one)
             continue
@@ -143,7 +144,9 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
                     "from": f"{record.source}:{record.line}",
                 },
             )
+    equal += len(records) - answered
     more: dict[str, Any] = {"prompts": len(records), "prompts_without_a_pair": equal}
+    more["prompts_without_a_response"] = len(records) - answered
     if kept:
         written, faults = _raft(given, kept)
         more |= {"sft": written, "faults": faults, "prompts_without_a_pair": len(records)}

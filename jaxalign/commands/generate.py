@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     done = _begun(given.output, settings, records, given.samples, given.batch_size)
     if done:
         print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
-    cut = 0
+    written = cut = 0
+    missing: list[str] = []
     with given.output.open("a", encoding="utf-8") as file:
         for begin in _shown(range(done, len(records), given.batch_size)):
             mine = records[begin : begin + given.batch_size]
@@ -83,19 +84,22 @@ def main(arguments: Sequence[str]) -> int:
             for record, generations in zip(mine, found, strict=True):
                 for sample, one in enumerate(generations):
                     if one.failure:
-                        raise UserError(
-                            f"{record.source}:{record.line}: {one.failure}; the same command goes "
-                            "on from here"
-                        )
-                    cut += not one.finished
+                        missing.append(f"{record.source}:{record.line}: {one.failure}")
+                        continue
+                    written, cut = written + 1, cut + (not one.finished)
                     text = one.text if artefact is None else without_marks(one.text)
                     row = _row(record, text, sample, given.samples)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-    written = (len(records) - done) * given.samples
     print(
         f"{given.output}: {written:,} responses written, {cut:,} cut at {given.max_tokens} tokens"
     )
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{missing[0]}{more}; {given.output} lacks {len(missing):,} responses, and the same "
+            "command requests them again"
+        )
     return 0
 
 
@@ -183,7 +187,9 @@ def _begun(
 ) -> int:
     """How many prompts an earlier command has finished, in whole batches; the rest is cut off.
 
-    Whole batches alone make a resumed file the same as an uninterrupted one.
+    Whole batches alone make a resumed file the same as an uninterrupted one. From the first
+    response that is missing on, all are requested again; of an endpoint, those that were answered
+    are found in the file of its answers.
 
     Raises:
       UserError: the file was made with other settings or from other prompts.
@@ -205,18 +211,26 @@ def _begun(
                 "another --output, or delete it"
             )
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = len(lines) - bool(lines and not lines[-1].endswith(b"\n"))
-    done = min(whole // samples, len(records))
+    whole = lines[: len(lines) - bool(lines and not lines[-1].endswith(b"\n"))]
+    slots = [
+        (_row(record, "", sample, samples)["id"], record.prompt)
+        for record in records
+        for sample in range(samples)
+    ]
+    rows = [(row["id"], row["prompt"]) for row in map(json.loads, whole)]
+    known = {json.dumps(slot) for slot in slots}
+    for number, row in enumerate(rows[: len(slots)], 1):
+        if json.dumps(row) not in known:
+            raise UserError(
+                f"{path}:{number}: another prompt than in {records[0].source}; name another "
+                "--output, or delete it"
+            )
+    same = (row == slot for row, slot in zip(rows, slots, strict=False))
+    kept = sum(itertools.takewhile(bool, same))
+    done = kept // samples
     if done < len(records):
         done -= done % batch
-    kept = lines[: done * samples]
-    for number, (line, record) in enumerate(zip(kept[::samples], records, strict=False)):
-        if json.loads(line)["prompt"] != record.prompt:
-            raise UserError(
-                f"{path}:{number * samples + 1}: another prompt than {record.source}:"
-                f"{record.line}; name another --output, or delete it"
-            )
-    os.truncate(path, sum(map(len, kept)))
+    os.truncate(path, sum(map(len, lines[: done * samples])))
     return done
 
 

@@ -213,6 +213,9 @@ def _tell(
         for role, number in one.malformed.items():
             failed = one.failed[role]
             facts.append(f"{role}: {number:,} answers could not be read, {failed:,} never mended")
+    for name, cached in backends.items():
+        for reason, number in cached.failures.most_common(3):
+            facts.append(f"{name}: {number:,} responses without text: {reason}")
     for cached in backends.values():
         if (usage := getattr(cached.backend, "usage", None)) is not None:
             facts.append(

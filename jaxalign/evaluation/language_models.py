@@ -65,9 +65,11 @@ class LanguageModelJudge:
         found = question_tokens(self.tokenizer, questions, self.labels[0], encoder_decoder=apart)
         rows = [tokens for tokens, _ in found]
         fit = []
-        for number, row in enumerate(rows):
+        for number, (row, label) in enumerate(found):
             if row is None:
                 reason = "a token straddles the question's end"
+            elif label != self.label_tokens[0]:
+                reason = "after this question the label is another token"
             elif len(row) > self.max_length:
                 reason = f"the question is longer than {self.max_length} tokens"
             else:

@@ -238,9 +238,14 @@ def _gap(
     one: Sequence[str],
     other: Sequence[str],
 ) -> Float64[np.ndarray, " n"]:
-    """X - y; 0 for equal texts, which rows of one batch may leave a last bit apart."""
+    """X - y; 0 for equal texts, which rows of one batch may leave a last bit apart.
+
+    NaN where one of the two is not finite: infinity is a fault, not a certain victory.
+    """
     same = np.array([a == b for a, b in zip(one, other, strict=True)], bool)
-    return np.where(same & np.isfinite(x), 0.0, x - y)
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = np.where(finite, x, np.nan), np.where(finite, y, np.nan)
+    return np.where(same & finite, 0.0, x - y)
 
 
 def _verdicts(

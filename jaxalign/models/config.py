@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from jaxalign.errors import UserError
@@ -60,6 +61,11 @@ class Rope:
         for field in needs.get(self.kind, ()):
             if getattr(self, field) is None:
                 raise UserError(f"rope kind {self.kind!r} needs {field}, which is missing")
+        if not 0 < self.theta < math.inf:
+            raise UserError(f"rope theta: {self.theta} is not a positive number")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise UserError(f"low_freq_factor: {low} is not below high_freq_factor {high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,15 +122,35 @@ class DecoderConfig:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"{field}: {getattr(self, field)!r} is not one of {choices}")
-        for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width"):
+        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+        for field in (*sizes, "context_length"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}: {getattr(self, field)} is not positive")
+        if not 0 <= self.norm_eps < math.inf:
+            raise UserError(f"norm_eps: {self.norm_eps} is not a number of 0 or more")
         if self.heads % self.kv_heads:
             raise UserError(f"heads: {self.heads} is no multiple of kv_heads {self.kv_heads}")
         if self.windowed and len(self.windowed) != self.layers:
             raise UserError(f"windowed: {len(self.windowed)} entries for {self.layers} layers")
         if any(self.windowed) and not self.window:
             raise UserError("window: missing, but some layers are sliding-window layers")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window: {self.window} is not positive")
+        if self.position_kind == "rope":
+            for rope in filter(None, (self.rope, self.local_rope)):
+                self._check_rope(rope)
+
+    def _check_rope(self, rope: Rope) -> None:
+        rotated = int(self.head_width * rope.rotated)
+        if rotated < 2 or rotated % 2:
+            raise UserError(
+                f"head_width: {rotated} of {self.head_width} numbers of a head would be rotated; "
+                "an even number is needed"
+            )
+        for field in ("short_factor", "long_factor"):
+            factors = getattr(rope, field)
+            if factors is not None and len(factors) != rotated // 2:
+                raise UserError(f"{field}: {len(factors)} factors for {rotated // 2} frequencies")
 
     @property
     def scale(self) -> float:
@@ -199,9 +225,16 @@ class EncoderDecoderConfig:
                 f"activation: {self.activation!r} is not one of {CHOICES['activation']}"
             )
         sizes = ("vocab_size", "width", "layers", "decoder_layers", "heads", "head_width")
-        for field in sizes:
+        for field in (*sizes, "mlp_width"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field}: {getattr(self, field)} is not positive")
+        if not 0 <= self.norm_eps < math.inf:
+            raise UserError(f"norm_eps: {self.norm_eps} is not a number of 0 or more")
+        if not 0 <= self.start_token < self.vocab_size:
+            raise UserError(
+                f"decoder_start_token_id: {self.start_token} is not in the vocabulary of "
+                f"{self.vocab_size}"
+            )
         if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets:
             raise UserError(
                 f"relative positions: {self.relative_buckets} buckets up to a distance of "

@@ -17,7 +17,14 @@ from jaxalign.models import lora
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import find_folder, flatten, model_class, to_host, write_json
+from jaxalign.models.weights import (
+    TensorFiles,
+    find_folder,
+    flatten,
+    model_class,
+    to_host,
+    write_json,
+)
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -298,8 +305,23 @@ def _read_fields(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing; an adapter folder has it and {TENSOR_FILE}") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("r"), int) or fields["r"] < 1:
+    if not isinstance(fields, dict) or not _is_rank(fields.get("r")):
         raise UserError(f"{file}: r: a rank of at least 1 is expected")
+    if not _is_alpha(fields.get("lora_alpha", 8)):
+        raise UserError(f"{file}: lora_alpha: {fields['lora_alpha']!r} is not a finite number")
+    for field, fits, values in (
+        ("rank_pattern", _is_rank, "a rank of at least 1"),
+        ("alpha_pattern", _is_alpha, "a finite number"),
+    ):
+        patterns = fields.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{file}: {field}: an object of patterns and numbers is expected")
+        for pattern, value in patterns.items():
+            _check_pattern(pattern, f"{file}: {field}")
+            if not fits(value):
+                raise UserError(f"{file}: {field}: {pattern}: {value!r} is not {values}")
+    if isinstance(fields.get("target_modules"), str):
+        _check_pattern(fields["target_modules"], f"{file}: target_modules")
     for field, value in fields.items():
         allowed = CHECKED_FIELDS.get(field)
         if allowed is not None:
@@ -311,10 +333,24 @@ def _read_fields(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value >= 1
 
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _check_pattern(pattern: str, source: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError) as error:
+        raise UserError(
+            f"{source}: {pattern!r} is not a regular expression ({error}); write .* for any text"
+        ) from None
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     file = folder / TENSOR_FILE
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -323,10 +359,8 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
                 f"refused, convert them to {TENSOR_FILE}"
             )
         raise UserError(f"{folder}: no {TENSOR_FILE}")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    files = TensorFiles([file])
+    return {name: files.read(name) for name in files.shapes}
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxalign.errors import UserError
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.families.mapping import Weight, transposed
+from jaxalign.models.families.mapping import Weight, check_numbers, transposed
 
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
@@ -25,8 +26,10 @@ HARMLESS = re.compile(
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CONFIG_FILES = ("config.json",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+FLOATING = ("F64", "F32", "F16", "BF16")
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
 SCORE_TENSOR = "score.weight"
+LOGGER = logging.getLogger(__name__)
 
 
 def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
@@ -76,12 +79,13 @@ def read_config(folder: Path) -> Any:
     if not isinstance(fields, dict):
         raise UserError(f"{file}: a JSON object is expected")
     family = fields.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
     if fields.get("quantization_config"):
         raise UserError(f"{file}: quantization_config: quantised weights are not supported")
     try:
+        check_numbers(fields)
         config = FAMILIES[family].config(fields)
     except UserError as error:
         raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
@@ -91,23 +95,40 @@ def read_config(folder: Path) -> Any:
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors files, read one at a time.
+    """The tensors of safetensors files, read one at a time.
 
     A file is opened for each read and closed after it: the pages of an open memory map count as
     the process's own memory, and would add the whole model once more.
+
+    Args:
+      files: to read from.
+      weight_map: tensor -> the name of the file that holds it, from an index: copies elsewhere and
+        tensors that are not listed are not read. None: every tensor is read.
+
+    Raises:
+      UserError: if a file cannot be read, or a tensor is not of floating-point numbers.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, files: Iterable[Path], weight_map: Mapping[str, str] | None = None):
         from safetensors import SafetensorError
 
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in _weight_files(folder):
+        for file in files:
             try:
                 with self._open(file) as opened:
                     for name in opened.keys():  # noqa: SIM118, it is no dict
+                        if weight_map is not None and weight_map.get(name) != file.name:
+                            continue
+                        part = opened.get_slice(name)
+                        kind = part.get_dtype()
+                        if kind not in FLOATING and not HARMLESS.search(name):
+                            raise UserError(
+                                f"{file}: {name}: {kind} weights are not supported; save the "
+                                "model in float32, float16 or bfloat16"
+                            )
                         self.files[name] = file
-                        self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                        self.shapes[name] = tuple(part.get_shape())
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
 
@@ -117,27 +138,46 @@ class TensorFiles:
         return safe_open(file, framework="numpy")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor, or the part of it that `index` names, without reading the rest."""
+        """One tensor, or the part of it that `index` names, without reading the rest.
+
+        Raises:
+          UserError: if a value in it is not finite.
+        """
         with self._open(self.files[name]) as opened:
-            return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+            tensor = opened.get_slice(name)[index] if index else opened.get_tensor(name)
+        if not _is_finite(tensor):
+            raise UserError(
+                f"{self.files[name]}: {name}: holds NaN or infinity; the file is damaged or the "
+                "training that wrote it diverged"
+            )
+        return tensor
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The single file, or those that the index names."""
+def _is_finite(x: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, by the bits: half the time of copying `x`."""
+    infinity, size = np.array(np.inf, x.dtype), x.dtype.itemsize
+    return all(
+        x.view(kind).max(initial=0) < bound.view(kind)
+        for kind, bound in ((f"i{size}", infinity), (f"u{size}", -infinity))
+    )
+
+
+def tensor_files(folder: Path) -> TensorFiles:
+    """The tensors of a model folder: of its single file, or those that its index lists.
+
+    Raises:
+      UserError: if there are none, or index and files do not agree.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return TensorFiles([single])
     if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: broken index ({type(error).__name__}: {error})") from None
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"{index}: names {name}, which is not in the folder")
-        return [folder / name for name in names]
+        listed = _weight_map(index)
+        files = TensorFiles([folder / name for name in sorted(set(listed.values()))], listed)
+        for name, file in listed.items():
+            if name not in files.shapes:
+                raise UserError(f"{index}: {name}: is not in {file}, where the index has it")
+        return files
     pickles = sorted(file.name for kind in PICKLES for file in folder.glob(kind))
     if pickles:
         raise UserError(
@@ -145,6 +185,22 @@ def _weight_files(folder: Path) -> list[Path]:
             "convert them to model.safetensors"
         )
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file in the index's folder that holds it."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: broken index ({type(error).__name__}: {error})") from None
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index}: weight_map: an object of tensor and file names is expected")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: {name}: {file!r} is not the name of a file in the folder")
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index}: {name}: names {file}, which is not in the folder")
+    return listed
 
 
 def load_pretrained(
@@ -174,14 +230,16 @@ def load_pretrained(
     """
     folder = find_folder(path_or_hub_name)
     config = read_config(folder)
-    files = TensorFiles(folder)
+    files = tensor_files(folder)
     scored = SCORE_TENSOR in files.shapes
-    if scored and files.shapes[SCORE_TENSOR][0] != 1:
-        labels = files.shapes[SCORE_TENSOR][0]
-        raise UserError(f"{folder}: {SCORE_TENSOR}: {labels} labels; a scalar head has one")
+    config, renamed = _settle(files, config, folder, scored=scored)
+    if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
+        labels = files.shapes[SCORE_TENSOR][:1]
+        raise UserError(f"{folder}: {SCORE_TENSOR}: {sum(labels)} labels; a scalar head has one")
     make, shapes = model_class(config, scored=scored)
     leaves = flatten(shapes)
-    sources = _sources(files, weight_table(config, scored=scored), leaves, config, folder)
+    table = weight_table(config, scored=scored)
+    sources = _sources(files, table, renamed, leaves, config, folder)
     params: dict[str, Any] = {}
     for path, shape in leaves.items():
         sharding = _sharding(path, shape, mesh, rule)
@@ -244,6 +302,7 @@ def _layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[
 def _sources(
     files: TensorFiles,
     table: Iterable[Weight],
+    renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
     config: Any,
     folder: Path,
@@ -252,11 +311,6 @@ def _sources(
 
     Checks on the way that the files hold exactly the tensors of this config, in its shapes.
     """
-    table = list(table)
-    aliases = getattr(FAMILIES[config.family], "ALIASES", {})
-    renamed = _bare_names(files, table) | {
-        name: alias for name, alias in aliases.items() if name not in files.shapes
-    }
     sources: dict[str, tuple[Weight, int, list[str]]] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for weight in table:
@@ -270,10 +324,11 @@ def _sources(
     missing = [name for name in expected if present[name] not in files.shapes]
     if missing:
         raise UserError(f"{folder}: missing weights: {_some(missing)}")
-    copies = set(getattr(FAMILIES[config.family], "COPIES", ()))
-    extra = set(files.shapes) - set(present.values()) - copies
-    idle = config.tied or "score/kernel" in leaves
-    tied = {"lm_head.weight", "embed_out.weight"} if idle else set()
+    family = FAMILIES[config.family]
+    idle = {*getattr(family, "COPIES", ()), *getattr(family, "UNUSED", ())}
+    extra = set(files.shapes) - set(present.values()) - idle
+    headless = config.tied or "score/kernel" in leaves
+    tied = {"lm_head.weight", "embed_out.weight"} if headless else set()
     surplus = sorted(name for name in extra - tied if not HARMLESS.search(name))
     if surplus:
         raise UserError(f"{folder}: weights that a {config.family} does not have: {_some(surplus)}")
@@ -286,8 +341,78 @@ def _sources(
     return sources
 
 
-def _bare_names(files: TensorFiles, table: list[Weight]) -> dict[str, str]:
+def _settle(
+    files: TensorFiles, config: Any, folder: Path, *, scored: bool
+) -> tuple[Any, dict[str, str]]:
+    """The config as the files have it, and the file's names of tensors where they are others.
+
+    Embedding and head are tied by transformers' rule: not where both are stored and differ, and
+    where one of a tied pair is stored, it is both (`PreTrainedModel.tie_weights`, transformers 5).
+
+    Raises:
+      UserError: if there is no head, or an encoder or decoder has an embedding of its own.
+    """
+    family, renamed = FAMILIES[config.family], _bare_names(files, config)
+    for name, alias in getattr(family, "ALIASES", {}).items():
+        if name not in files.shapes:
+            renamed[name] = alias
+    names: dict[tuple[str, ...], str] = {
+        weight.paths: weight.name
+        for weight in family.weights(dataclasses.replace(config, tied=False))
+    }
+    embedding, head = names["embed/embedding",], names["unembed/kernel",]
+
+    def stored(name: str) -> str:
+        return renamed.get(name, name)
+
+    copies = [name for name in getattr(family, "COPIES", ()) if name in files.shapes]
+    if stored(embedding) not in files.shapes:
+        others = [name for name in (*copies, stored(head)) if name in files.shapes]
+        if others and (copies or config.tied):
+            if stored(head) == stored(embedding):
+                renamed[head] = others[0]
+            renamed[embedding] = others[0]
+    for name in copies:
+        if not _equal(files, name, stored(embedding)):
+            raise UserError(
+                f"{folder}: {name} differs from {stored(embedding)}; separate embeddings are not "
+                "supported"
+            )
+    if scored:
+        return config, renamed
+    if stored(head) not in files.shapes and not config.tied:
+        raise UserError(
+            f"{folder}: {head}: missing, and config.json does not tie it to the embedding; if the "
+            "model shares them, set tie_word_embeddings to true there"
+        )
+    both = config.tied and stored(head) in files.shapes
+    if both and not _equal(files, stored(embedding), stored(head)):
+        config = dataclasses.replace(config, tied=False)
+        if jax.process_index() == 0:
+            LOGGER.warning(
+                f"{folder}: config.json ties {embedding} and {head}, but the files hold both and "
+                "they differ; they are not tied, as in transformers"
+            )
+    return config, renamed
+
+
+def _equal(files: TensorFiles, name: str, other: str) -> bool:
+    """Whether two tensors, [rows, width], are the same; some rows of each are held at a time."""
+    shape = files.shapes[name]
+    if name == other or shape != files.shapes[other] or len(shape) != 2:
+        return shape == files.shapes[other]
+    some = max(1, 2**24 // shape[1])
+    for start in range(0, shape[0], some):
+        rows = slice(start, min(start + some, shape[0])), slice(None)
+        x, y = (files.read(one, rows).astype(np.float32) for one in (name, other))
+        if not np.array_equal(x, y):
+            return False
+    return True
+
+
+def _bare_names(files: TensorFiles, config: Any) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
+    table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}
     if any(name.startswith(tuple(prefixes)) for name in files.shapes):
         return {}

@@ -100,9 +100,13 @@ class SystemPromptWorld:
     def tried(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, float]]:
         """States and rewards of (prompt, query)."""
         prompts = [self.composer.prompt(*pair) for pair in pairs]
-        answers = self.model.generate(prompts, self.decoding)
-        outputs = [without_marks(answer.text) for [answer] in answers]
-        evaluations = self.reward([query for _, query in pairs], outputs)
+        answers = [answer for [answer] in self.model.generate(prompts, self.decoding)]
+        outputs = [without_marks(answer.text) for answer in answers]
+        evaluations = [Evaluation(failure=answer.failure) for answer in answers]
+        said = [at for at, answer in enumerate(answers) if not answer.failure]
+        rewards = self.reward([pairs[at][1] for at in said], [outputs[at] for at in said])
+        for at, evaluation in zip(said, rewards, strict=True):
+            evaluations[at] = evaluation
         return [
             (
                 asdict(

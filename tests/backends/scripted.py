@@ -9,11 +9,11 @@ from jaxalign.backends.words import WordVectors
 
 
 class Scripted:
-    """`answer(text, sample)` writes; `likes(prompt, continuation)` is a log-prob."""
+    """`answer(text, sample)` writes, or None: no text; `likes(prompt, continuation)`: log-prob."""
 
     def __init__(
         self,
-        answer: Callable[[str, int], str] = lambda text, sample: "",
+        answer: Callable[[str, int], str | None] = lambda text, sample: "",
         likes: Callable[[str, str], float] = lambda prompt, continuation: 0.0,
         identity: str = "scripted",
     ):
@@ -25,9 +25,12 @@ class Scripted:
         for at, prompt in enumerate(prompts):
             text = prompt if isinstance(prompt, str) else "\n".join(t["content"] for t in prompt)
             self.asked.append(text)
+            said = [self.answer(text, sample) for sample in range(samples)]
             row = [
-                Generation(text=self.answer(text, sample), finished=True, tokens=1)
-                for sample in range(samples)
+                Generation(text="", finished=False, tokens=0, failure="no text")
+                if one is None
+                else Generation(text=one, finished=True, tokens=1)
+                for one in said
             ]
             found.append(row)
             if keep is not None:

@@ -196,3 +196,114 @@ def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"pip install 'jaxalign\[openai\]'"):
         ChatEndpoint("http://localhost:1#m")
+
+
+def choice(content, ended="stop", **message):
+    return {"message": {"content": content} | message, "finish_reason": ended}
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NO_TEXT = [
+    (choice(None, "content_filter"), "the content filter stopped the reply", 1),
+    (choice("Half of a", "content_filter"), "the content filter stopped the reply", 1),
+    (choice(None, refusal="I cannot"), "the model refused: I cannot", 1),
+    (choice([{"type": "refusal", "refusal": "I cannot"}]), "the model refused: I cannot", 1),
+    (choice(None, "tool_calls", tool_calls=[CALL]), "the model called a tool", 3),
+    (choice(None, "length", reasoning_content="Let me think"), "the most tokens allowed", 1),
+    (choice(None), "the reply has no text", 3),
+    (choice(""), "the reply has no text", 3),
+    (choice(" \n"), "the reply has no text", 3),
+    (choice([]), "the reply has no text", 3),
+    (choice({"a": 1}), "the content of the reply is not text", 3),
+    ({"finish_reason": "stop"}, "the reply is not what was asked for", 3),
+]
+
+
+@pytest.mark.parametrize(("reply", "reason", "requests"), NO_TEXT)
+def test_a_reply_without_text_is_a_failure_and_not_kept(
+    unwilling, tmp_path, reply, reason, requests
+):
+    """A draw is requested again, with another seed, where that may help."""
+    backend, asked = unwilling((200, {"choices": [reply]}))
+    cached = Cached(backend, AnswerFile(tmp_path / "answers.jsonl"))
+    [[one]] = cached.generate(["q"], Decoding(temperature=1.0))
+    assert (one.text, one.finished) == ("", False)
+    assert reason in one.failure
+    assert len(asked) == requests
+    assert backend.usage.failures == 1
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_what_is_drawn_again_is_drawn_with_another_seed(unwilling):
+    empty = 200, {"choices": [choice("")]}
+    backend, asked = unwilling(empty, (200, {"choices": []}), FINE)
+    [[one]] = backend.generate(["q"], Decoding(temperature=1.0))
+    assert not one.failure
+    seeds = [body["seed"] for body in asked]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 1]  # a broken reply was no draw
+
+
+@pytest.mark.parametrize(("reply", "reason", "_"), NO_TEXT[4:9])
+def test_at_temperature_0_what_a_model_wrote_is_not_requested_again(unwilling, reply, reason, _):
+    backend, asked = unwilling((200, {"choices": [reply]}))
+    [[one]] = backend.generate(["q"], Decoding())
+    assert reason in one.failure
+    assert len(asked) == 1
+
+
+def test_content_in_parts_is_joined(unwilling):
+    parts = [
+        {"type": "thinking", "thinking": "Hm."},
+        {"type": "text", "text": "One, "},
+        {"type": "text", "text": "two."},
+    ]
+    backend, _ = unwilling((200, {"choices": [choice(parts)]}))
+    [[one]] = backend.generate(["q"], Decoding())
+    assert (one.text, one.failure, one.finished) == ("One, two.", "", True)
+
+
+def test_a_continuation_may_be_empty_but_not_missing(unwilling):
+    ended = {"text": "", "finish_reason": "stop"}
+    filtered = {"text": None, "finish_reason": "content_filter"}
+    backend, _ = unwilling(
+        *((200, {"choices": [one]}) for one in (ended, filtered)), options={"completions": True}
+    )
+    [[first], [second]] = backend.generate(["a", "b"], Decoding())
+    assert (first.text, first.failure) == ("", "")
+    assert second.failure == "the content filter stopped the reply"
+
+
+@pytest.mark.parametrize("used", [None, [], "many", {"completion_tokens": "3"}, {"a": 1}, -1])
+def test_a_count_of_tokens_that_is_none_is_0(unwilling, used):
+    backend, _ = unwilling((200, FINE[1] | {"usage": used}))
+    [[one]] = backend.generate(["q"], Decoding())
+    assert (one.text[:3], one.tokens, backend.usage.completion_tokens) == ("yes", 0, 0)
+
+
+def test_errors_under_http_200_are_named(unwilling):
+    backend, asked = unwilling((200, {"error": {"message": "the upstream is busy", "code": 502}}))
+    [[one]] = backend.generate(["q"], Decoding())
+    assert one.failure == "the server reports an error: the upstream is busy"
+    assert len(asked) == 3
+
+
+def test_a_token_across_the_end_of_the_prompt_is_no_score(unwilling):
+    given = {"token_logprobs": [None, -1.0, -2.0], "text_offset": [0, 1, 3]}
+    backend, _ = unwilling((200, {"choices": [{"logprobs": given}]}))
+    with pytest.raises(UserError, match="no token begins where the prompt ends"):
+        backend.score(["ab"], ["cde"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"index": 0, "embedding": [1.0, 0.0]}],
+        [{"index": 0, "embedding": [1.0, 0.0]}, {"index": 0, "embedding": [0.0, 1.0]}],
+        [{"index": 0, "embedding": [1.0]}, {"index": 1, "embedding": [0.0, 1.0]}],
+        [{"index": 0, "embedding": [1.0, 0.0]}, {"index": 1, "embedding": [float("nan"), 1.0]}],
+    ],
+)
+def test_vectors_that_are_not_one_for_each_text_are_refused(unwilling, data):
+    backend, _ = unwilling((200, {"data": data}))
+    with pytest.raises(UserError, match="gives no embeddings"):
+        backend.embed(["a", "b"])

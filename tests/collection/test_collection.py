@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,9 @@ def test_equal_samples_are_one_candidate():
     [one] = sampled_candidates(backend, ["p"], Longer(), DRAWN, samples=4)
     assert list(one.responses) == ["aa", "b"]
     assert one.rewards.tolist() == [1.0, 0.0]
+    backend = Scripted(lambda text, sample: None if sample else "aa")
+    [one] = sampled_candidates(backend, ["p"], Longer(), DRAWN, samples=4)
+    assert list(one.responses) == ["aa"]
 
 
 # ------------------------------------------------------------------------ writing
@@ -205,6 +209,15 @@ def test_steps_without_use_are_passed_over():
     assert "Assistant: first\n" in third
     [empty] = revised(Scripted(lambda *_: ""), ["x"], PRINCIPLES, DRAWN, revisions=2)
     assert (empty.last, sft_rows(empty)) == ("", [])
+
+
+def test_no_response_is_not_a_response_to_revise():
+    def answer(text, sample):
+        return "better" if text.endswith(("Critique:", "Revision:")) else None
+
+    [trace] = revised(Scripted(answer), ["x"], PRINCIPLES, DRAWN, revisions=2)
+    assert {step["fault"] for step in trace.steps} == {"response: empty"}
+    assert (trace.usable, sft_rows(trace)) == ([], [])
 
 
 def test_conversations_stay_what_they_are():
@@ -390,6 +403,8 @@ def test_what_a_revision_teaches(before, after, kept, pairs):
     data = society_data(one)
     assert (len(data["realignment"]), len(data["pairs"])) == (kept, pairs)
     assert len(data["self_critic"]) == 1
+    silent = society_data(replace(one, draft=""))  # no answer is no answer to criticise
+    assert not silent["self_critic"] + silent["pairs"] + silent["realignment"]
 
 
 def test_answers_to_a_question_are_compared_over_rounds():

@@ -61,17 +61,21 @@ def test_other_settings_are_refused(command, capsys):
     assert "was made with temperature 0.0, not 0.5" in capsys.readouterr().err
 
 
-def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys):
-    """It refuses the fourth prompt at first: the third, of the same batch, was answered."""
-    asked, refused = [], [PROMPTS[3]]
+@pytest.mark.parametrize("filtered", [True, False])
+def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys, filtered):
+    """It refuses or filters the second and the fourth prompt at first; all others are answered."""
+    asked, refused = [], [PROMPTS[1], PROMPTS[3]]
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = body["messages"][0]["content"]
             asked.append(prompt)
-            status = 400 if prompt in refused else 200
-            data = json.dumps({"choices": [{"message": {"content": prompt[::-1]}}]}).encode()
+            status = 400 if prompt in refused and not filtered else 200
+            choice = {"message": {"content": prompt[::-1]}, "finish_reason": "stop"}
+            if prompt in refused:
+                choice = {"message": {"content": None}, "finish_reason": "content_filter"}
+            data = json.dumps({"choices": [choice]}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -87,12 +91,26 @@ def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys):
     command = ["generate", "--model", f"openai:http://127.0.0.1:{here.server_address[1]}#m"]
     command += ["--prompts", str(file), "--output", str(output), "--batch-size", "2"]
     assert main(command) == 2
-    assert f"{file}:4: HTTP 400" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    reason = "the content filter stopped the reply" if filtered else "HTTP 400"
+    assert f"{file}:2: {reason}" in error
+    assert "lacks 2 responses" in error
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [PROMPTS[0], PROMPTS[2], PROMPTS[4]]
+    again = refused.pop(), refused[0]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{file}:2: {reason}" in error
+    assert f"{output} lacks 1 responses" in error
     refused.clear()
     assert main(command) == 0
-    assert sorted(asked) == sorted([*PROMPTS, PROMPTS[3]])
+    assert sorted(asked) == sorted([*PROMPTS, *again, again[1]])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["response"] for row in rows] == [prompt[::-1] for prompt in PROMPTS]
+    file.write_text(json.dumps({"prompt": "another"}) + "\n" + file.read_text())
+    assert main(command) == 2
+    assert f"{output}:1: another prompt than in {file}" in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == len(PROMPTS)
     here.shutdown()
     here.server_close()
 

@@ -110,8 +110,8 @@ def test_log_probs_make_soft_verdicts(server):
         ("[[A]]", 1.0),
         ("**tie**", 0.5),
         ("Tie", 0.5),
-        ("A is better", None),
-        ("a", None),
+        ("A is better", 1.0),
+        ("a", 1.0),
         ("AB", None),
         ("", None),
         ("Neither", None),
@@ -124,8 +124,16 @@ def test_answers_are_read_strictly(text, value):
 
 @pytest.mark.parametrize(
     "first",
-    [(500, "oops"), (429, {}), (503, {}), (200, "no JSON"), (200, {"choices": []}), said("Well,")],
-    ids=["500", "429", "503", "text", "empty", "nonsense"],
+    [
+        *((500, "oops"), (429, {}), (503, {}), (200, "no JSON"), (200, {"choices": []})),
+        *(
+            (200, {"choices": None}),
+            (200, {"choices": ["A"]}),
+            (200, {"error": {"message": "busy"}}),
+        ),
+        *((200, {"choices": [{"message": "A"}]}), said("Well,"), (200, [])),
+    ],
+    ids=lambda first: json.dumps(first)[:40],
 )
 def test_what_passes_is_tried_again(server, first):
     address, asked = server(first, prefers_long)
@@ -133,12 +141,135 @@ def test_what_passes_is_tried_again(server, first):
     assert len(asked) == 3
 
 
-def test_nonsense_for_ever_is_a_counted_failure(server):
+@pytest.mark.parametrize(("attempts", "requests"), [(4, 2), (1, 1)])
+def test_a_judge_without_a_verdict_is_reminded_once_and_not_asked_the_same_again(
+    server, attempts, requests
+):
     address, asked = server(said("I like both"))
-    verdicts = ask(address, attempts=3)
+    verdicts = ask(address, attempts=attempts, workers=1)
     assert np.isnan(verdicts.preference).all()
     assert verdicts.failures == {"the answer is neither A, B nor tie": 1}
-    assert len(asked) == 6
+    assert len(asked) == 2 * requests  # in both orders
+    if requests == 2:
+        question, again = (asked[at][1]["messages"] for at in (0, 1))
+        assert again[:2] == [*question, {"role": "assistant", "content": "I like both"}]
+        assert "Reply with A, B or tie" in again[2]["content"]
+
+
+def test_a_reminded_judge_may_find_its_verdict(server):
+    address, asked = server(said("I like both"), said("B"), said("A"))
+    assert ask(address, workers=1).preference.tolist() == [0.0]
+    assert len(asked) == 3
+
+
+def test_a_judge_that_was_cut_off_gets_more_tokens(server):
+    """Thoughts or reasons took all of them; what was said so far is no verdict."""
+    cut = {"message": {"content": "Response A is better in"}, "finish_reason": "length"}
+    address, asked = server((200, {"choices": [cut]}), said("It is.\n\nVerdict: B"), said("A"))
+    assert ask(address, workers=1).preference.tolist() == [0.0]
+    bodies = [body for _, body, _ in asked]
+    assert [body["max_tokens"] for body in bodies] == [16, 1024, 16]
+    assert bodies[0]["messages"] == bodies[1]["messages"]
+
+
+def tokens(*parts):
+    """Log-probs of a reply's tokens, each (token, {alternative: probability})."""
+    content = [
+        {
+            "token": token,
+            "logprob": math.log(top[token]),
+            "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top.items()],
+        }
+        for token, top in parts
+    ]
+    return {"content": content}
+
+
+MISLEADING = {"B": 0.3, "A": 0.1}  # stands where the label does not
+
+
+@pytest.mark.parametrize(
+    ("parts", "value"),
+    [
+        ([("A", {"A": 0.6, "B": 0.2})], 0.75),
+        ([("**", {"**": 0.5} | MISLEADING), ("A", {"A": 0.9, "B": 0.1}), ("**", {"**": 1.0})], 0.9),
+        ([("\n\n", {"\n\n": 0.5} | MISLEADING), ("A", {"A": 0.9, "B": 0.1})], 0.9),
+        ([('"', {'"': 0.5} | MISLEADING), ("B", {"B": 0.8, "A": 0.2}), ('"', {'"': 1.0})], 0.2),
+        (
+            [
+                ("Answer", {"Answer": 0.5} | MISLEADING),
+                (":", {":": 1.0}),
+                (" A", {" A": 0.5, " B": 0.3, "A": 0.1, " tie": 0.1}),
+            ],
+            0.65,
+        ),
+        ([("[[", {"[[": 0.5} | MISLEADING), ("B", {"B": 0.8, "A": 0.2}), ("]]", {"]]": 1.0})], 0.2),
+        ([("(A", {"(A": 0.6, "(B": 0.2, "(": 0.1}), (")", {")": 1.0})], 0.75),
+        # a tie of several tokens: its first one stands for it
+        ([("t", {"t": 0.8, "A": 0.2}), ("ie", {"ie": 1.0} | MISLEADING)], 0.6),
+        # nothing of the other label in its place: never that of another place
+        ([("**", {"**": 0.5} | MISLEADING), ("A", {"A": 0.9, "I": 0.1}), ("**", {"**": 1.0})], 1.0),
+        ([("**", {"**": 0.5} | MISLEADING), ("B", {"B": 0.9}), ("**", {"**": 1.0})], 0.0),
+        # the label has a token, but is not among the alternatives that are shown
+        ([("A", {"A": 0.3, "B": 0.1})], 0.75),
+    ],
+)
+def test_log_probs_are_those_of_the_labels_position(parts, value):
+    text = "".join(token for token, _ in parts)
+    assert preference_of(text, tokens(*parts)) == pytest.approx(value)
+    thought = [("Hm, A", {"Hm, A": 1.0}), ("</think>", {"</think>": 1.0})]
+    assert preference_of(text, tokens(*thought, *parts)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        {},
+        {"content": None},
+        {"content": []},
+        {"content": "A"},
+        {"content": [{"token": "**", "logprob": -0.1, "top_logprobs": []}]},  # the first alone
+        {"content": [{"token": "x"}]},
+        {"content": [{"token": "**A**", "logprob": 0.0, "top_logprobs": None}]},
+        {"content": [{"token": "**A**", "logprob": "?", "top_logprobs": []}]},
+        {"content": [{"token": "**A**", "logprob": math.nan, "top_logprobs": []}]},
+        {"content": [{"token": "**A**", "logprob": -math.inf, "top_logprobs": []}]},
+        tokens(("**", {"**": 0.5} | MISLEADING)),
+        tokens(("**", {"**": 0.5} | MISLEADING), ("B", {"B": 1.0})),  # of another text
+    ],
+)
+def test_log_probs_that_say_nothing_of_the_label_leave_what_was_said(logprobs):
+    assert preference_of("**A**", logprobs) == 1.0
+    assert preference_of("**A**".replace("A", "tie"), logprobs) == 0.5
+
+
+FILTERED = {"message": {"content": None}, "finish_reason": "content_filter"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason", "requests"),
+    [
+        (FILTERED, "the content filter stopped the reply", 1),
+        ({"message": {"content": None, "refusal": "I cannot"}}, "the model refused: I cannot", 1),
+        ({"message": {"content": None, "tool_calls": [{"id": "1"}]}}, "called a tool", 1),
+        ({"message": {"content": ""}, "finish_reason": "stop"}, "the reply has no text", 1),
+        ({"message": {"content": None}, "finish_reason": "length"}, "the most tokens allowed", 2),
+    ],
+)
+def test_a_judge_without_text_is_a_counted_failure(server, choice, reason, requests):
+    address, asked = server((200, {"choices": [choice]}))
+    verdicts = ask(address, workers=1)
+    assert np.isnan(verdicts.preference).all()
+    [said_why] = verdicts.failures
+    assert reason in said_why
+    assert len(asked) == 2 * requests
+
+
+def test_a_judges_text_in_parts_is_joined(server):
+    parts = [{"type": "text", "text": "Answer: "}, {"type": "text", "text": "A"}]
+    address, _ = server((200, {"choices": [{"message": {"content": parts}}]}))
+    assert ask(address).by_order.tolist() == [[1.0, 0.0]]
 
 
 def test_a_slow_server_times_out_and_others_go_on(server):

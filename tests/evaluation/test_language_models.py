@@ -71,6 +71,16 @@ def test_questions_beyond_the_length_have_no_verdict(folder, template):
     assert verdicts.failures == {"the question is longer than 40 tokens": 1}
 
 
+def test_a_label_that_becomes_another_token_has_no_verdict(folder, template, monkeypatch):
+    from jaxalign.evaluation import language_models
+
+    judge = language_model(str(folder), template=template, batch_size=2)
+    monkeypatch.setattr(language_models, "question_tokens", lambda *_, **__: [([1, 2], -7)])
+    [answer] = judge.answers(["p"], ["a"], ["b"])
+    assert np.isnan(answer.preference)
+    assert answer.reason == "after this question the label is another token"
+
+
 def test_labels_that_are_one_token_to_the_tokenizer_are_refused(folder, tmp_path, monkeypatch):
     from jaxalign.evaluation import language_models
 

@@ -152,7 +152,7 @@ def test_over_long_prompts_lose_their_beginning_and_are_counted(folders):
 
 def test_a_score_that_is_no_number_is_reported(tmp_path, monkeypatch):
     key = jax.random.key(0)
-    head = {"kernel": jnp.full((16, 1), jnp.nan)}
+    head = {"kernel": jnp.full((16, 1), 3e38)}  # finite, and its products are not
     model = ScoreModel(CONFIG, with_head(decoder.init_params(CONFIG, key), head))
     fields = {"jaxalign": FORMS["reward"]}
     save_pretrained(model, tmp_path, tokenizer=embedded_tokenizer(), fields=fields)
@@ -165,6 +165,9 @@ def test_a_score_that_is_no_number_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Scorer, "__call__", lambda *_: np.array([np.inf, 2.0]))
     bias = FORMS["reward"]["reward_bias"]
     np.testing.assert_array_equal(broken.rewards(["a", "c"], ["b", "d"]), [np.nan, 2.0 - bias])
+    verdicts = broken.preferences(["a"], ["b"], ["c"])  # rewards of infinity and 2
+    assert np.isnan(verdicts.preference[0])
+    assert verdicts.reasons == (NOT_FINITE,)
 
 
 def test_an_encoder_decoder_is_a_preference_model_too(tmp_path):

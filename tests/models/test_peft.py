@@ -148,6 +148,50 @@ def test_other_kinds_are_refused_by_their_field(field, value, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rank_pattern", {"*.q_proj": 4}, r"'\*\.q_proj' is not a regular expression"),
+        ("alpha_pattern", {"*.q_proj": 4}, r"'\*\.q_proj' is not a regular expression"),
+        ("alpha_pattern", {"layers.[0-1": 4}, "is not a regular expression"),
+        ("target_modules", "*.q_proj", "is not a regular expression"),
+        ("rank_pattern", {"q_proj": 0}, "q_proj: 0 is not a rank"),
+        ("rank_pattern", {"q_proj": "4"}, "q_proj: '4' is not a rank"),
+        ("rank_pattern", ["q_proj"], "an object of patterns"),
+        ("alpha_pattern", {"q_proj": None}, "q_proj: None is not a finite number"),
+        ("alpha_pattern", {"q_proj": np.inf}, "q_proj: inf is not a finite number"),
+        ("lora_alpha", "16", "'16' is not a finite number"),
+        ("lora_alpha", np.nan, "nan is not a finite number"),
+        ("r", True, "a rank of at least 1"),
+    ],
+)
+def test_patterns_and_numbers_that_are_none_are_refused_by_their_field(
+    field, value, message, tmp_path
+):
+    shutil.copytree(folder_of("llama"), tmp_path, dirs_exist_ok=True)
+    fields = fields_of(tmp_path) | {field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    config = read_config(base_of("llama"))
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {field}: .*{message}") as caught:
+        load_adapters(tmp_path, config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "^model.layers.0.self_attn.q_proj", r".*\.q_proj"])
+def test_patterns_are_matched_as_peft_matches_them(pattern, tmp_path):
+    """get_pattern_key of peft.utils: the key is, as a regular expression, an end of the name."""
+    shutil.copytree(folder_of("llama"), tmp_path, dirs_exist_ok=True)
+    fields = fields_of(tmp_path)
+    fields |= {"alpha_pattern": {pattern: 3 * fields["lora_alpha"]}, "target_modules": ["*.q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    config = read_config(base_of("llama"))
+    before, scale, _ = load_adapters(folder_of("llama"), config)
+    after, same_scale, _ = load_adapters(tmp_path, config)
+    assert same_scale == scale
+    ratio = after["layers"]["q"]["b"][0] / before["layers"]["q"]["b"][0]
+    np.testing.assert_allclose(ratio, 3.0, rtol=1e-6)
+
+
 def change(folder, **changes):
     """Tensors renamed, dropped (None) or replaced in a copied folder."""
     file = folder / "adapter_model.safetensors"

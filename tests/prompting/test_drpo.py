@@ -52,6 +52,7 @@ def asker_of(answer, **options):
         '{"a": "x {y}"}',
         'Sure!\n```json\n{"a": "x {y}"}\n```\nDone.',
         'Here: {"a": "x {y}"} and {"b": 1}',
+        '<think>Perhaps {"a": "z"}?</think>\n{"a": "x {y}"}',
     ],
 )
 def test_objects_are_found(text):
@@ -118,6 +119,14 @@ def test_malformed_scores_are_asked_again_and_counted(bad):
     assert math.isnan(found.mean)  # which is not a low score
     assert never.malformed["evaluator"] == 3
     assert never.failed["evaluator"] == 1
+
+
+def test_a_reply_without_text_is_not_shown_to_the_model_as_its_own():
+    asker = asker_of(lambda text, sample: None, attempts=3)
+    [found] = AskedReward(asker, criteria=("Depth", "Safety"))(["q"], ["y"])
+    assert math.isnan(found.mean)
+    assert len(asker.backend.asked) == 1  # the backend has tried again where that may help
+    assert asker.failed["evaluator"] == 1
 
 
 @pytest.mark.parametrize("names", [["Depth"], ["Depth", "Charm"], "Depth", list("abcdef")])
@@ -307,6 +316,18 @@ def test_the_best_prompt_is_found_where_it_is_known():
     assert first == (best, 4.5, 2)
     greedy = greedy_search(world, actions=25, depth=4, more_depth=0)
     assert {line[2:] for line in bullets(greedy.nodes[greedy.best].state["prompt"])} == TARGET
+
+
+def test_an_answer_without_text_has_no_reward_rather_than_that_of_an_empty_one(tmp_path):
+    silent = Scripted(lambda text, sample: None if "bad query" in text else obeys(text, sample))
+    cached = Cached(silent, AnswerFile(tmp_path / "answers.jsonl"))
+    world = world_of(cached)
+    world.reward = RuleReward(lambda query, output: 1.0 if not output else 4.0)
+    [(state, reward), (_, other)] = world.tried([("Help.", "bad query"), ("Help.", "query")])
+    assert math.isnan(reward)
+    assert state["evaluation"]["failure"] == "no text"
+    assert other == 4.0
+    assert cached.failures == {"no text": 1}
 
 
 def test_every_prompt_of_a_level_is_tried_on_the_same_query_and_queries_end_the_search():

@@ -11,6 +11,7 @@ from jaxalign.models.families.mapping import (
     activation,
     fused,
     given,
+    head_width,
     refuse,
     same,
     transposed,
@@ -45,7 +46,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         layers=hf["n_layer"],
         heads=heads,
         kv_heads=heads,
-        head_width=width // heads,
+        head_width=head_width(hf, width="n_embd", heads="n_head"),
         mlp_width=given(hf, "n_inner", 4 * width),
         context_length=hf["n_positions"],
         norm="layer",
@@ -57,7 +58,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         mlp_bias=True,
         position_kind="learned",
         query_scale=None if hf["scale_attn_weights"] else 1.0,
-        tied=hf["tie_word_embeddings"],
+        tied=bool(hf["tie_word_embeddings"]),
         initializer_range=hf["initializer_range"],
     )
 

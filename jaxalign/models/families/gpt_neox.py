@@ -11,6 +11,7 @@ from jaxalign.models.families.mapping import (
     Weight,
     activation,
     given,
+    head_width,
     linear,
     rope,
     rope_scaling,
@@ -49,7 +50,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         layers=hf["num_hidden_layers"],
         heads=heads,
         kv_heads=heads,
-        head_width=hf["hidden_size"] // heads,
+        head_width=head_width(hf, width="hidden_size", heads="num_attention_heads"),
         mlp_width=hf["intermediate_size"],
         context_length=hf["max_position_embeddings"],
         norm="layer",
@@ -61,7 +62,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         output_bias=hf["attention_bias"],
         mlp_bias=True,
         rope=rope(hf, parameters, theta=theta, rotated=float(given(hf, "rotary_pct", 0.25))),
-        tied=hf["tie_word_embeddings"],
+        tied=bool(hf["tie_word_embeddings"]),
         initializer_range=hf["initializer_range"],
     )
 

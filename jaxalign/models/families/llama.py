@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxalign.errors import UserError
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families.mapping import (
     HF_ACTIVATIONS,
     Weight,
     activation,
     given,
+    head_width,
     linear,
     rope,
     rope_scaling,
@@ -36,17 +38,23 @@ DEFAULTS = {  # of transformers' LlamaConfig, for fields that a config.json leav
 def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that all families of Llama's naming share."""
     heads = hf["num_attention_heads"]
+    kv_heads = given(hf, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(f"num_key_value_heads: {kv_heads} does not divide {heads} heads")
+    own_width = hf.get("head_dim")
+    if own_width is None:
+        own_width = head_width(hf, width="hidden_size", heads="num_attention_heads")
     return {
         "vocab_size": hf["vocab_size"],
         "width": hf["hidden_size"],
         "layers": hf["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": given(hf, "num_key_value_heads", heads),
-        "head_width": given(hf, "head_dim", hf["hidden_size"] // heads),
+        "kv_heads": kv_heads,
+        "head_width": own_width,
         "mlp_width": hf["intermediate_size"],
         "context_length": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        "tied": hf["tie_word_embeddings"],
+        "tied": bool(hf["tie_word_embeddings"]),
         "initializer_range": hf["initializer_range"],
     }
 

@@ -1,6 +1,7 @@
 """What every family file is written with: entries of a weight table, and fields of a config."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,93 @@ ROPE_NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
+SIZES = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model"),
+    *("intermediate_size", "n_inner", "d_ff"),
+    *("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"),
+    *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim", "d_kv"),
+    *("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
+    *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+)
+POSITIVE = (
+    *("rope_theta", "rotary_emb_base", "rope_local_base_freq", "rotary_pct"),
+    *("partial_rotary_factor", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("factor", "attention_factor", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "short_factor", "long_factor"),
+)
+NOT_NEGATIVE = (
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("initializer_range", "initializer_factor", "max_window_layers"),
+)
+SWITCHES = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("use_parallel_residual", "scale_attn_weights", "scale_decoder_outputs"),
+)
+NULLABLE = (  # for which transformers derives a number
+    *("n_inner", "num_decoder_layers", "num_key_value_heads", "head_dim", "sliding_window"),
+    *("original_max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern"),
+    *("max_window_layers", "tie_word_embeddings"),
+)
+
+
+def check_numbers(hf: Mapping[str, Any]) -> None:
+    """Refuses sizes that are not positive integers and numbers out of their range, by field.
+
+    Args:
+      hf: a config.json; fields that are absent have the family's defaults.
+
+    Raises:
+      UserError: the first such field; also a number anywhere that is not finite.
+    """
+
+    def check(field: str, name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                check(f"{field}.{key}", key, inner)
+        elif isinstance(value, list):
+            for at, inner in enumerate(value):
+                check(f"{field}[{at}]", name, inner)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{field}: {value} is not a finite number")
+        elif value is None and name in NULLABLE + POSITIVE:
+            return
+        elif name in SIZES and (type(value) is not int or value < 1):
+            raise UserError(f"{field}: {value!r} is not a positive integer")
+        elif name in SWITCHES and type(value) is not bool:
+            raise UserError(f"{field}: {value!r} is not true or false")
+        elif name in POSITIVE and not _number(value) > 0:
+            raise UserError(f"{field}: {value!r} is not a positive number")
+        elif name in NOT_NEGATIVE and not _number(value) >= 0:
+            raise UserError(f"{field}: {value!r} is not a number of 0 or more")
+        elif name in ("rope_scaling", "rope_parameters") and value is not None:
+            raise UserError(f"{field}: {value!r} is not an object")
+
+    unread = ("sliding_window",) if hf.get("use_sliding_window") is False else ()
+    for field, value in hf.items():
+        if field not in unread:
+            check(field, field, value)
+
+
+def _number(value: object) -> float:
+    """NaN, which no comparison admits, of what is not a number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return math.nan
+
+
+def head_width(hf: Mapping[str, Any], *, width: str, heads: str) -> int:
+    """The width of a head, where the heads divide the model's.
+
+    Args:
+      hf: the config.
+      width: field of the model's width.
+      heads: field of the number of heads.
+    """
+    if hf[width] % hf[heads]:
+        raise UserError(f"{heads}: {hf[heads]} does not divide {width} {hf[width]}")
+    return hf[width] // hf[heads]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +280,10 @@ def windowed(hf: Mapping[str, Any], otherwise: list[bool]) -> tuple[bool, ...]:
         for kind in types:
             if kind not in ("sliding_attention", "full_attention"):
                 raise UserError(f"config.json: layer_types: {kind!r} is not supported")
+        if len(types) != len(otherwise):
+            raise UserError(
+                f"config.json: layer_types: {len(types)} entries for {len(otherwise)} layers"
+            )
         otherwise = [kind == "sliding_attention" for kind in types]
     return tuple(otherwise) if any(otherwise) else ()
 

@@ -24,11 +24,8 @@ DEFAULTS = {  # of transformers' T5Config
 }
 ALIASES = {"lm_head.weight": "shared.weight"}  # untied, but stored once, as transformers 5 does
 # Old files hold the shared embedding under each of its names, and a table that nothing reads.
-COPIES = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
 def config(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
@@ -83,7 +80,8 @@ def hf_config(config: EncoderDecoderConfig) -> dict[str, Any]:
         "initializer_factor": config.initializer_factor,
         "feed_forward_proj": f"gated-{name}" if config.gated else name,
         "decoder_start_token_id": config.start_token,
-        "tie_word_embeddings": config.tied,
+        # says whether logits are scaled; a head that is stored with values of its own is not tied
+        "tie_word_embeddings": config.tied or config.logit_scale is not None,
         "is_encoder_decoder": True,
     }
 
