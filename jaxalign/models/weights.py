@@ -76,13 +76,16 @@ def read_config(source: Path) -> Any:
         return _config(source, json.dumps(config_fields(source)))
     file = source / "config.json"
     try:
-        return _config(file, file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
     except FileNotFoundError:
         found = next(iter(sorted(source.glob("*.gguf"))), None)
         hint = "" if found is None else f"; for the GGUF file there, name {found}"
         raise UserError(
             f"{file}: missing; a model folder has config.json and safetensors{hint}"
         ) from None
+    return _config(file, text)
 
 
 def _config(file: Path, text: str) -> Any:
