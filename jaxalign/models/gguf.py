@@ -245,9 +245,7 @@ def _phi3(meta: Metadata) -> Fields:
     fields = _llama_like(meta)
     context = fields["max_position_embeddings"]
     return fields | {
-        "original_max_position_embeddings": meta(
-            "rope.scaling.original_context_length", context
-        ),
+        "original_max_position_embeddings": meta("rope.scaling.original_context_length", context),
         "partial_rotary_factor": meta("rope.dimension_count", fields["head_dim"])
         / fields["head_dim"],
         "sliding_window": meta("attention.sliding_window") or None,
@@ -258,7 +256,7 @@ def _gemma(meta: Metadata, every: int, largest: int) -> Fields:
     """Gemma 2 and 3; the largest of each scales queries by its width and not by the heads'."""
     fields = _llama_like(meta)
     layers = fields["num_hidden_layers"]
-    pattern = meta.file.metadata.get(f"{meta.architecture}.{PATTERN}", every)
+    pattern: Any = meta.file.metadata.get(f"{meta.architecture}.{PATTERN}", every)
     if not isinstance(pattern, list):
         pattern = [layer % pattern < pattern - 1 for layer in range(layers)]
     scalar = fields["head_dim"]
