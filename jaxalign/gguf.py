@@ -18,19 +18,7 @@ from jaxalign.errors import UserError
 SUFFIX = ".gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 CHUNK = 2**20  # elements that are dequantised at a time
 NO_MODEL = {
@@ -91,9 +79,8 @@ def _join_parts(file: Path, count: int) -> GGUF:
         raise UserError(
             f"{file}: one of {count} parts; name them NAME-00001-of-{count:05d}{SUFFIX} and so on"
         )
-    files = [
-        file.with_name(f"{match[1]}-{i:05d}-of-{match[3]}{SUFFIX}") for i in range(1, count + 1)
-    ]
+    numbers = (f"{number:05d}-of-{count:05d}" for number in range(1, count + 1))
+    files = [file.with_name(f"{match[1]}-{number}{SUFFIX}") for number in numbers]
     missing = [part.name for part in files if not part.is_file()]
     if missing:
         raise UserError(f"{file}: one of {count} parts, but {', '.join(missing)} is not beside it")

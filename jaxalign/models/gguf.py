@@ -10,6 +10,9 @@ import numpy as np
 
 from jaxalign.errors import UserError
 from jaxalign.gguf import GGUF, StoredTensor, read_gguf, read_tensor
+from jaxalign.models.config import Rope
+from jaxalign.models.families.mapping import rope
+from jaxalign.models.rope import rope_frequencies
 
 PATTERN = "attention.sliding_window_pattern"
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
@@ -198,21 +201,15 @@ def _longrope(meta: Metadata) -> Fields:
 
 def _stretched(meta: Metadata, factors: list[float], rotated: int) -> Fields | None:
     """One factor per dimension, whatever the length: Llama 3's, or a longrope of one set."""
-    from jaxalign.models.config import Rope
-    from jaxalign.models.rope import rope_frequencies
-
     if all(factor == 1 for factor in factors):
         return None
     theta, context = meta("rope.freq_base", 10_000.0), meta.number("context_length")
     plain = Rope(theta=theta)
-    llama3 = {"factor": max(factors)} | LLAMA3
-    names = {"original_max_position_embeddings": "original_context"}
-    scaled = Rope(
-        theta=theta, kind="llama3", **{names.get(name, name): x for name, x in llama3.items()}
-    )
-    usual = np.divide(*(rope_frequencies(x, rotated, context, 1)[0] for x in (plain, scaled)))
-    if np.allclose(usual, factors, rtol=1e-5):
-        return {"rope_type": "llama3"} | llama3
+    llama3 = {"rope_type": "llama3", "factor": max(factors)} | LLAMA3
+    scaled = rope({"max_position_embeddings": context}, llama3, theta=theta)
+    kept, slowed = (rope_frequencies(x, rotated, context, 1)[0] for x in (plain, scaled))
+    if np.allclose(np.asarray(kept) / np.asarray(slowed), factors, rtol=1e-5):
+        return llama3
     return {
         "rope_type": "longrope",
         "short_factor": factors,
