@@ -17,6 +17,7 @@ from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, transposed
+from jaxalign.models.gguf import GGUFTensors, config_fields
 
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
@@ -71,8 +72,6 @@ def read_config(source: Path) -> Any:
       UserError: if the file is missing or broken, or the family is not supported.
     """
     if is_gguf(source):
-        from jaxalign.models.gguf import config_fields
-
         return _config(source, json.dumps(config_fields(source)))
     file = source / "config.json"
     try:
@@ -196,7 +195,7 @@ def load_pretrained(
     """
     folder = find_model(path_or_hub_name)
     config = read_config(folder)
-    files = _open_tensors(folder)
+    files = GGUFTensors(folder) if is_gguf(folder) else TensorFiles(folder)
     scored = SCORE_TENSOR in files.shapes
     if scored and files.shapes[SCORE_TENSOR][0] != 1:
         labels = files.shapes[SCORE_TENSOR][0]
@@ -209,15 +208,6 @@ def load_pretrained(
         sharding = _sharding(path, shape, mesh, rule)
         _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
     return make(config, params)
-
-
-def _open_tensors(source: Path) -> Any:
-    """The tensors of a folder or a GGUF file, under their Hugging Face names."""
-    if is_gguf(source):
-        from jaxalign.models.gguf import GGUFTensors
-
-        return GGUFTensors(source)
-    return TensorFiles(source)
 
 
 def weight_table(config: Any, *, scored: bool) -> list[Weight]:
@@ -273,7 +263,7 @@ def _layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[
 
 
 def _sources(
-    files: TensorFiles,
+    files: TensorFiles | GGUFTensors,
     table: Iterable[Weight],
     leaves: Mapping[str, tuple[int, ...]],
     config: Any,
@@ -317,7 +307,7 @@ def _sources(
     return sources
 
 
-def _bare_names(files: TensorFiles, table: list[Weight]) -> dict[str, str]:
+def _bare_names(files: TensorFiles | GGUFTensors, table: list[Weight]) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     prefixes = {weight.name.split(".")[0] + "." for weight in table}
     if any(name.startswith(tuple(prefixes)) for name in files.shapes):
