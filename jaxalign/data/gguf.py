@@ -7,7 +7,7 @@ from typing import Any
 from jaxalign.errors import UserError
 from jaxalign.gguf import read_gguf
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "\u2581"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -72,7 +72,19 @@ def gguf_tokenizer(path: str | Path) -> Any:
                 f"{len(tokens)} tokens"
             )
         named[f"{ours}_token"] = tokens[number]
-    backend = makers[kind](path, known, named)
+    kinds = _kinds(known)
+    if len(kinds) != len(tokens):
+        raise UserError(
+            f"{path}: tokenizer.ggml.token_type: {len(kinds)} types for {len(tokens)} tokens"
+        )
+    try:
+        backend = makers[kind](path, known, named)
+    except UserError:
+        raise
+    except Exception as error:  # the library has no class of its own
+        raise UserError(
+            f"{path}: tokenizer: the vocabulary and the merges do not agree ({error})"
+        ) from None
     _mark_tokens(backend, known, strips=_strips_after_special(known))
     _begin_and_end(backend, known, named)
     tokenizer = PreTrainedTokenizerFast(
@@ -158,7 +170,9 @@ def _sentencepiece(path: str | Path, known: Mapping[str, Any], named: Mapping[st
 
 def _kinds(known: Mapping[str, Any]) -> Sequence[int]:
     """Per token, llama.cpp's type of it: 1 is a usual one."""
-    return known.get("tokenizer.ggml.token_type") or [1] * len(known["tokenizer.ggml.tokens"])
+    return known.get("tokenizer.ggml.token_type") or [NORMAL] * len(
+        known.get("tokenizer.ggml.tokens") or []
+    )
 
 
 def _listed_merges(known: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -184,10 +198,13 @@ def scored_merges(
     """
     ranked = []
     for token, number in vocabulary.items():
-        if kinds[number] in (1, USER_DEFINED):
+        if kinds[number] in (NORMAL, USER_DEFINED):
             learned = kinds[number] != USER_DEFINED
-            pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            found = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+            found = [
+                (token[:cut], token[cut:])
+                for cut in range(1, len(token))
+                if token[:cut] in vocabulary and token[cut:] in vocabulary
+            ]
             found.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
             if found:
                 ranked.append((learned, -scores[number], number, found))
