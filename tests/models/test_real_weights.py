@@ -45,7 +45,7 @@ GGUF_FILES = {
 
 
 @pytest.mark.parametrize("name", GGUF_FILES)
-def test_gguf_gives_what_transformers_gives_for_it(shared, real_weights, name, tmp_path):
+def test_gguf_gives_what_transformers_gives_for_it(shared, real_weights, name, tmp_path, optimised):
     """Token ids, log-probs, last logits and greedy tokens, from the file and from its folder."""
     if not (real_weights / name).is_file():
         pytest.skip(f"{name} is not in JAXALIGN_REAL_WEIGHTS")
@@ -53,6 +53,7 @@ def test_gguf_gives_what_transformers_gives_for_it(shared, real_weights, name, t
     assert main(["convert", str(real_weights / name), str(tmp_path / "folder")]) == 0
     for source in (real_weights / name, tmp_path / "folder"):
         model, tokenizer = load_pretrained(source), load_tokenizer(source)
+        rows = []
         for reference in references:
             ids = tokenizer(reference["prompt"]).input_ids
             if tokenizer.chat_template is not None:
@@ -62,12 +63,17 @@ def test_gguf_gives_what_transformers_gives_for_it(shared, real_weights, name, t
                 )
             assert ids == reference["input_ids"]
             assert tokenizer.decode(reference["greedy_ids"]) == reference["greedy_text"]
-            row = np.asarray(ids + reference["greedy_ids"], np.int32)
-            logits = np.asarray(model(row[None])[0])
+            rows.append(ids + reference["greedy_ids"])
+        tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)  # what follows is not seen
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        for row, logits, reference in zip(rows, np.asarray(model(tokens)), references, strict=True):
+            length = len(reference["input_ids"])
             log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-            read = log_probs[np.arange(len(ids) - 1), ids[1:]]
+            read = log_probs[np.arange(length - 1), row[1:length]]
             np.testing.assert_allclose(read, reference["log_prob_of_input"], rtol=0, atol=1e-4)
-            last = logits[len(ids) - 1]
+            last = logits[length - 1]
             assert abs(last.max() - reference["last_logits_max"]) < 1e-4
             assert abs(last.mean() - reference["last_logits_mean"]) < 1e-4
-            assert list(logits[len(ids) - 1 : -1].argmax(-1)) == reference["greedy_ids"]
+            greedy = logits[length - 1 : len(row) - 1].argmax(-1)
+            assert list(greedy) == reference["greedy_ids"]
