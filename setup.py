@@ -31,13 +31,15 @@ REQUIRED = [
     "matplotlib>=3.8",
     "numpy>=2.0",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6", "openai>=2"]
+GGUF = ["gguf>=0.17"]
+TEST = [*GGUF, "pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6", "openai>=2"]
 EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "wandb": ["wandb>=0.20"],
     "hub": ["datasets>=4"],
     "openai": ["openai>=2"],
+    "gguf": GGUF,
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
     "test": TEST,
     "dev": [

@@ -289,7 +289,7 @@ class TrainConfig:
     output: str = "runs"
     """Folder in which run folders are made."""
     model: str = "embedded"
-    """Hugging Face folder or hub name, or "embedded": random weights of `architecture`."""
+    """Hugging Face folder, hub name, GGUF file, or "embedded": random weights of `architecture`."""
     adapter: str | None = None
     """PEFT folder or hub name of adapters that are merged into the model before the first stage."""
     tokenizer: str | None = None

@@ -48,3 +48,12 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"no real weights and data at {folder} (set JAXALIGN_SHARED)")
     return folder / "data"
+
+
+@pytest.fixture
+def real_weights():
+    """The folder of larger real models, as docs/models.md fetches them; skips where none is set."""
+    folder = os.environ.get("JAXALIGN_REAL_WEIGHTS")
+    if folder is None:
+        pytest.skip("JAXALIGN_REAL_WEIGHTS does not name a folder of GGUF files")
+    return Path(folder)

@@ -27,7 +27,9 @@ from jaxalign.data.records import Text
 from jaxalign.data.tokenizers import Encoder, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, compile_generate, stop_table, token_texts
+from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
+from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
 from jaxalign.sharding import make_mesh
@@ -81,7 +83,7 @@ class LocalModel:
 
     @classmethod
     def load(cls, folder: str | Path, *, tokenizer: str | None = None, **options: Any):
-        """From a Hugging Face folder or hub name, or a run folder with an `export`.
+        """From a Hugging Face folder, hub name or GGUF file, or a run folder with an `export`.
 
         Args:
           folder: where it lies.
@@ -349,17 +351,22 @@ def _pooled(params, config, tokens, length):
 
 
 def weights_identity(folder: str) -> str:
-    """A name that changes when the weights in a folder do."""
+    """A name that changes when the weights in a folder or file do."""
     path = Path(folder)
-    if not path.is_dir():
+    if not path.exists():
         return folder
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
     return " ".join([str(path.resolve()), *stamps])
 
 
 def end_tokens(folder: str | Path) -> list[int]:
-    """What `generation_config.json` says ends a response: chat models often name a turn's end."""
+    """What `generation_config.json` says ends a response: chat models often name a turn's end.
+
+    A GGUF file's metadata say as much.
+    """
+    if is_gguf(folder) and not Path(folder).is_dir():
+        return generation_fields(Path(folder)).get("eos_token_id", [])
     path = Path(folder) / "generation_config.json"
     if not path.is_file():
         return []

@@ -37,7 +37,7 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
     """The backend that a name stands for.
 
     Args:
-      name: "openai:URL#MODEL", or a folder, hub name or run folder.
+      name: "openai:URL#MODEL", or a folder, hub name, run folder or GGUF file.
       options: what else it may need.
 
     Raises:

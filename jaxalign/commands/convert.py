@@ -1,4 +1,4 @@
-"""`jaxalign convert SOURCE TARGET`: run folder or Orbax folder to Hugging Face, and back."""
+"""`jaxalign convert SOURCE TARGET`: run, Orbax folder or GGUF to Hugging Face, or that to Orbax."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +27,11 @@ from jaxalign.commands.updates import (
     trained_parameters,
 )
 from jaxalign.errors import UserError
+from jaxalign.gguf import is_gguf
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.lora import merge
 from jaxalign.models.score import ScoreModel
+from jaxalign.models.weights import write_json
 from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.training.checkpoints import Checkpoints, newest_step
 from jaxalign.training.step import initial_state
@@ -41,9 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     """Convert; which way is read from what SOURCE is."""
     flags = parser(
         "convert",
-        "Run folder or Orbax folder -> Hugging Face folder; Hugging Face -> Orbax folder.",
+        "Run folder, Orbax folder or GGUF file -> Hugging Face folder; "
+        "Hugging Face -> Orbax folder.",
     )
-    flags.add_argument("source", help="run folder, Orbax folder, Hugging Face folder or hub name")
+    flags.add_argument(
+        "source", help="run folder, Orbax folder, GGUF file, Hugging Face folder or hub name"
+    )
     flags.add_argument("target", type=Path, help="folder to make; must not exist")
     flags.add_argument("--stage", choices=STAGES, help="of a run; default: its last")
     flags.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
@@ -62,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         save_pretrained(model, given.target, tokenizer=tokenizer, dtype=dtype, fields=fields)
     elif (source / "params").is_dir():
         save_pretrained(orbax_model(source), given.target, dtype=dtype)
+    elif is_gguf(source) and not source.is_dir():
+        gguf_to_hugging_face(source, given.target, dtype)
     else:
         hugging_face_to_orbax(given.source, given.target, dtype)
     print(given.target)
@@ -119,6 +126,16 @@ def run_base(folder: Path, model_config: Any) -> Any:
     from jaxalign.models.decoder import init_params
 
     return init_params(model_config, jax.random.key(config.seed))
+
+
+def gguf_to_hugging_face(source: Path, target: Path, dtype: Any) -> None:
+    """The folder that the file was made from, its weights dequantised."""
+    from jaxalign.data import load_tokenizer
+    from jaxalign.models.gguf import generation_fields
+
+    tokenizer = load_tokenizer(source)
+    save_pretrained(load_pretrained(source, dtype=dtype), target, tokenizer=tokenizer)
+    write_json(target / "generation_config.json", generation_fields(source))
 
 
 def hugging_face_to_orbax(source: str, target: Path, dtype: Any) -> None:

@@ -110,7 +110,9 @@ def _flags() -> argparse.ArgumentParser:
         "The same command goes on where an earlier one ended.",
     )
     flags.add_argument(
-        "--model", required=True, help="folder, hub name, run folder, or openai:URL#MODEL"
+        "--model",
+        required=True,
+        help="folder, hub name, run folder, GGUF file, or openai:URL#MODEL",
     )
     flags.add_argument(
         "--prompts", required=True, help="{prompt} rows, or any records; also FILE#[:100]"

@@ -44,7 +44,7 @@ class ModelAndPairs:
 
 def add_arguments(flags: argparse.ArgumentParser) -> None:
     """The flags that `load` reads."""
-    flags.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    flags.add_argument("--model", required=True, help="Hugging Face folder, hub name or GGUF file")
     flags.add_argument("--data", required=True, help="preference pairs, as in jaxalign train")
     flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
     flags.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response")

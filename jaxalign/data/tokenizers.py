@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import UserError
+from jaxalign.gguf import is_gguf
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
 SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # what may stand before a response that is alone
 
 
 def load_tokenizer(path_or_hub_name: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder or hub name; code in a repository is never run.
+    """The tokenizer of a Hugging Face folder, hub name or GGUF file; no code in it is ever run.
 
     An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
     <|endoftext|> and the like).
@@ -26,6 +27,10 @@ def load_tokenizer(path_or_hub_name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     name = str(path_or_hub_name)
+    if is_gguf(name) and not Path(name).is_dir():
+        from jaxalign.data.gguf import gguf_tokenizer
+
+        return with_end_token(gguf_tokenizer(name))
     if Path(name).is_dir() and _only_sentencepiece(Path(name)):
         return _sentencepiece_tokenizer(Path(name))
     try:

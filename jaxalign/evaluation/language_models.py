@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxalign.backends.local import weights_identity
 from jaxalign.data.batches import bucket_edges
 from jaxalign.data.record_text import text_of
 from jaxalign.data.tokenizers import Encoder, load_tokenizer
@@ -176,7 +177,7 @@ def language_model(
     batch_size: int = 8,
     dtype: str = "float32",
 ) -> LanguageModelJudge:
-    """The judge of a Hugging Face folder.
+    """The judge of a Hugging Face folder or GGUF file.
 
     The tokenizer's chat template is used where there is one.
 
@@ -218,7 +219,7 @@ def language_model(
         label_tokens=ids,
         max_length=longest,
         batch_size=batch_size,
-        identity=f"lm {_weights(folder)} {words.fingerprint} {labels[0]!r} {dtype}",
+        identity=f"lm {weights_identity(folder)} {words.fingerprint} {labels[0]!r} {dtype}",
     )
 
 
@@ -245,13 +246,3 @@ def _label_tokens(
         if known and first != second:
             return template, labels, (first, second)
     return None
-
-
-def _weights(folder: str) -> str:
-    """A name that changes when the weights in a folder do."""
-    path = Path(folder)
-    if not path.is_dir():
-        return folder
-    files = sorted(path.glob("*.safetensors"))
-    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
-    return " ".join([str(path.resolve()), *stamps])

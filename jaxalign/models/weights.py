@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxalign.errors import UserError
+from jaxalign.gguf import is_gguf
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, check_numbers, transposed
+from jaxalign.models.gguf import GGUFTensors, config_fields
 
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
@@ -60,20 +62,38 @@ def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) 
         ) from error
 
 
-def read_config(folder: Path) -> Any:
-    """Our description of the model in a folder, from its `config.json`.
+def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
+    """The GGUF file of that name, or the folder as `find_folder` finds it."""
+    path = Path(path_or_hub_name).expanduser()
+    return path if is_gguf(path) and not path.is_dir() else find_folder(path_or_hub_name, files)
+
+
+def read_config(source: Path) -> Any:
+    """Our description of a model, from its folder's `config.json` or its GGUF file's metadata.
 
     Raises:
       UserError: if the file is missing or broken, or the family is not supported.
     """
-    file = folder / "config.json"
+    if is_gguf(source):
+        return _config(source, json.dumps(config_fields(source)))
+    file = source / "config.json"
     try:
         text = file.read_text(encoding="utf-8")
-        fields = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
     except FileNotFoundError:
+        found = next(iter(sorted(source.glob("*.gguf"))), None)
+        hint = "" if found is None else f"; for the GGUF file there, name {found}"
         raise UserError(
-            f"{file}: missing; a model folder has config.json and safetensors"
+            f"{file}: missing; a model folder has config.json and safetensors{hint}"
         ) from None
+    return _config(file, text)
+
+
+def _config(file: Path, text: str) -> Any:
+    """The description in a config's text; the file is named in messages."""
+    try:
+        fields = json.loads(text)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
@@ -210,14 +230,15 @@ def load_pretrained(
     mesh: Mesh | None = None,
     rule: Rule | None = None,
 ) -> Any:
-    """A model from a Hugging Face folder or hub name, its weights streamed into place.
+    """A model from a Hugging Face folder, hub name or GGUF file, its weights streamed into place.
 
     Every leaf is read, converted and placed before the next one; with a mesh, each device's part
     is read from the files by itself. So the host never holds the model twice.
 
     Args:
-      path_or_hub_name: folder with config.json and safetensors, or a name such as "org/model".
-      dtype: of the parameters; None keeps the file's own.
+      path_or_hub_name: folder with config.json and safetensors, a GGUF file, or a name such as
+        "org/model".
+      dtype: of the parameters; None keeps the file's own (float32 where it is quantised).
       mesh: devices to place the parameters on; None is the default device.
       rule: path ("layers/q/kernel") and shape -> PartitionSpec; by default the largest axis that
         the mesh's "fsdp" axis divides is split over it.
@@ -228,9 +249,9 @@ def load_pretrained(
     Raises:
       UserError: if the folder, its config or its weights cannot be used; the message says why.
     """
-    folder = find_folder(path_or_hub_name)
+    folder = find_model(path_or_hub_name)
     config = read_config(folder)
-    files = tensor_files(folder)
+    files = GGUFTensors(folder) if is_gguf(folder) else tensor_files(folder)
     scored = SCORE_TENSOR in files.shapes
     config, renamed = _settle(files, config, folder, scored=scored)
     if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
@@ -300,7 +321,7 @@ def _layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[
 
 
 def _sources(
-    files: TensorFiles,
+    files: TensorFiles | GGUFTensors,
     table: Iterable[Weight],
     renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
@@ -342,7 +363,7 @@ def _sources(
 
 
 def _settle(
-    files: TensorFiles, config: Any, folder: Path, *, scored: bool
+    files: TensorFiles | GGUFTensors, config: Any, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
     """The config as the files have it, and the file's names of tensors where they are others.
 
@@ -396,7 +417,7 @@ def _settle(
     return config, renamed
 
 
-def _equal(files: TensorFiles, name: str, other: str) -> bool:
+def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
     """Whether two tensors, [rows, width], are the same; some rows of each are held at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
@@ -410,7 +431,7 @@ def _equal(files: TensorFiles, name: str, other: str) -> bool:
     return True
 
 
-def _bare_names(files: TensorFiles, config: Any) -> dict[str, str]:
+def _bare_names(files: TensorFiles | GGUFTensors, config: Any) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}
@@ -460,7 +481,7 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         index = tuple(slice(start, stop) for start, stop, _ in bounds)
         if not weight.per_layer:
-            return np.ascontiguousarray(part(names[0], index).astype(stored))
+            return np.ascontiguousarray(part(names[0], index).astype(stored, copy=False))
         out = np.empty([s.stop - s.start for s in index], stored)
         for i, layer in enumerate(range(index[0].start, index[0].stop)):
             out[i] = part(names[layer], index[1:])

@@ -25,7 +25,7 @@ from jaxalign.commands.updates import (
 )
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
-from jaxalign.models.weights import CONFIG_FILES, find_folder, read_config
+from jaxalign.models.weights import CONFIG_FILES, find_model, read_config
 from jaxalign.sharding import make_mesh
 from jaxalign.sharding.topologies import Chip, slice_devices
 from jaxalign.training.objectives import PreferenceObjective
@@ -159,7 +159,7 @@ def model_of(config: TrainConfig) -> Any:
     if config.model == "embedded":
         return embedded_config(config.architecture, vocabulary_of(config))
     try:
-        return read_config(find_folder(config.model, CONFIG_FILES))
+        return read_config(find_model(config.model, CONFIG_FILES))
     except UserError as error:
         raise UserError(
             f"model: {error}; a plan needs its config.json alone: --model tpu/shapes/NAME"

@@ -1,0 +1,497 @@
+"""Models in GGUF files: llama.cpp's metadata and tensors under the names of Hugging Face."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign.errors import UserError
+from jaxalign.gguf import GGUF, StoredTensor, read_gguf, read_tensor
+from jaxalign.models.config import Rope
+from jaxalign.models.families.mapping import rope
+from jaxalign.models.rope import rope_frequencies
+
+PATTERN = "attention.sliding_window_pattern"
+LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+OUTER = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+BRANCHES = {
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+PRE_NORM = BRANCHES | {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+POST_NORM = BRANCHES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+SANDWICH = POST_NORM | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+# Tensors that say how positions are rotated; they become fields of the config.
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Llama 3.1 to 3.3; the files keep the factors that follow from it.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Settings that change what a model computes and that these families do not have.
+REFUSED = (
+    "expert_count",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+)
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+Fields = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """One model's metadata, its architecture's prefix left out."""
+
+    file: GGUF
+    architecture: str
+
+    def __call__(self, name: str, otherwise: Any = None) -> Any:
+        """The value, `otherwise` where there is none; one for all layers."""
+        value = self.file.metadata.get(f"{self.architecture}.{name}", otherwise)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            return value[0]
+        return value
+
+    def number(self, name: str, otherwise: Any = None) -> Any:
+        """A number that the file must have, or else `otherwise`."""
+        value = self(name, otherwise)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            found = "missing" if value is None else f"{value!r} is not one number"
+            raise UserError(f"{self.file.file}: {self.architecture}.{name}: {found}")
+        return _shortest(value)
+
+    def stored(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return name in self.file.tensors
+
+    def vector(self, name: str) -> list[float]:
+        """A tensor's numbers."""
+        return [_shortest(float(x)) for x in read_tensor(self.file.tensors[name])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp keeps one of our families.
+
+    Attributes:
+      family: the name in the table of families.
+      config: metadata -> the fields of config.json that the family reads.
+      outer: names of the tensors outside the layers, llama.cpp's to Hugging Face's.
+      layers: names within a layer.
+      prefix: of a layer's names; "{layer}" stands for its number.
+      permuted: whether queries and keys are kept with the two halves of a head interleaved.
+      norm_offset: what is added to the norms' weights in the file.
+      transposed: the ends of names of matrices kept transposed.
+    """
+
+    family: str
+    config: Callable[[Metadata], Fields]
+    outer: Mapping[str, str] = dataclasses.field(default_factory=lambda: OUTER)
+    layers: Mapping[str, str] = dataclasses.field(default_factory=lambda: PRE_NORM)
+    prefix: str = "model.layers.{layer}."
+    permuted: bool = False
+    norm_offset: float = 0.0
+    transposed: tuple[str, ...] = ()
+
+    def name(self, stored: str) -> str:
+        """The Hugging Face name of a tensor; its own where there is none."""
+        stem, _, kind = stored.rpartition(".")
+        match = LAYER.fullmatch(stored)
+        if match is None:
+            return f"{self.outer[stem]}.{kind}" if stem in self.outer else stored
+        if match[2] not in self.layers:
+            return stored
+        return f"{self.prefix.format(layer=match[1])}{self.layers[match[2]]}.{match[3]}"
+
+
+def _shortest(value: Any) -> Any:
+    """1e-05 rather than 9.999999747378752e-06: the decimal that float32 was written from."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _llama_like(meta: Metadata) -> Fields:
+    """The fields that all families of Llama's naming share."""
+    heads, width = meta.number("attention.head_count"), meta.number("embedding_length")
+    head = meta.number("attention.key_length", width // heads)
+    return {
+        "hidden_size": width,
+        "intermediate_size": meta.number("feed_forward_length"),
+        "num_hidden_layers": meta.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.number("attention.head_count_kv", heads),
+        "head_dim": head,
+        "hidden_act": "silu",
+        "max_position_embeddings": meta.number("context_length"),
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": _shortest(meta("rope.freq_base", 10_000.0)),
+        "rope_scaling": _rope_scaling(meta, head),
+        "attention_bias": meta.stored("blk.0.attn_q.bias"),
+    }
+
+
+def _rope_scaling(meta: Metadata, head: int) -> Fields | None:
+    """The dict of a config's rotary variant; None is the plain one."""
+    rotated = meta("rope.dimension_count", head)
+    if rotated != head and meta.architecture not in ("phi3", "gptneox"):
+        _refuse(meta, "rope.dimension_count", rotated, f"heads are {head} wide")
+    kind, factor = meta("rope.scaling.type"), meta("rope.scaling.factor", 0.0)
+    if kind is None:
+        factor = factor or meta("rope.scale_linear", 0.0)
+        kind = "linear" if factor else "none"
+    if meta.stored("rope_factors_long.weight"):
+        return _longrope(meta)
+    if meta.stored("rope_freqs.weight"):
+        return _stretched(meta, meta.vector("rope_freqs.weight"), rotated)
+    if kind == "none" or (kind == "linear" and factor in (0, 1)):
+        return None
+    if kind not in ("linear", "yarn"):
+        _refuse(meta, "rope.scaling.type", kind, "linear and yarn are supported")
+    scaling = {"rope_type": kind, "factor": _shortest(float(factor))}
+    if kind == "linear":
+        return scaling
+    context = meta("rope.scaling.original_context_length", meta.number("context_length"))
+    scaling["original_max_position_embeddings"] = context
+    for theirs, ours in (
+        ("yarn_attn_factor", "attention_factor"),
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
+    ):
+        value = meta(f"rope.scaling.{theirs}")
+        if value is not None:
+            scaling[ours] = _shortest(value)
+    return scaling
+
+
+def _longrope(meta: Metadata) -> Fields:
+    """One factor per dimension, in a short and a long set (Phi-3)."""
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": meta.vector("rope_factors_short.weight"),
+        "long_factor": meta.vector("rope_factors_long.weight"),
+    }
+    if meta("rope.scaling.attn_factor") is not None:
+        scaling["attention_factor"] = _shortest(meta("rope.scaling.attn_factor"))
+    return scaling
+
+
+def _stretched(meta: Metadata, factors: list[float], rotated: int) -> Fields | None:
+    """One factor per dimension, whatever the length: Llama 3's, or a longrope of one set."""
+    if all(factor == 1 for factor in factors):
+        return None
+    theta, context = meta("rope.freq_base", 10_000.0), meta.number("context_length")
+    plain = Rope(theta=theta)
+    llama3 = {"rope_type": "llama3", "factor": max(factors)} | LLAMA3
+    scaled = rope({"max_position_embeddings": context}, llama3, theta=theta)
+    kept, slowed = (rope_frequencies(x, rotated, context, 1)[0] for x in (plain, scaled))
+    if np.allclose(np.asarray(kept) / np.asarray(slowed), factors, rtol=1e-5):
+        return llama3
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": context,
+        "attention_factor": 1.0,
+    }
+
+
+def _refuse(meta: Metadata, name: str, value: Any, reason: str) -> None:
+    raise UserError(
+        f"{meta.file.file}: {meta.architecture}.{name}: {value!r} is not supported; {reason}"
+    )
+
+
+def _llama(meta: Metadata) -> Fields:
+    window = meta("attention.sliding_window")
+    fields = _llama_like(meta) | {"mlp_bias": meta.stored("blk.0.ffn_up.bias")}
+    return fields | ({"model_type": "mistral", "sliding_window": window} if window else {})
+
+
+def _no_window(meta: Metadata) -> Fields:
+    window = meta("attention.sliding_window")
+    if window:
+        _refuse(meta, "attention.sliding_window", window, "no layer of this family has a window")
+    return _llama_like(meta)
+
+
+def _phi3(meta: Metadata) -> Fields:
+    fields = _llama_like(meta)
+    context = fields["max_position_embeddings"]
+    return fields | {
+        "original_max_position_embeddings": meta("rope.scaling.original_context_length", context),
+        "partial_rotary_factor": meta("rope.dimension_count", fields["head_dim"])
+        / fields["head_dim"],
+        "sliding_window": meta("attention.sliding_window") or None,
+    }
+
+
+def _gemma(meta: Metadata, every: int, largest: int) -> Fields:
+    """Gemma 2 and 3; the largest of each scales queries by its width and not by the heads'."""
+    fields = _llama_like(meta)
+    layers = fields["num_hidden_layers"]
+    pattern: Any = meta.file.metadata.get(f"{meta.architecture}.{PATTERN}", every)
+    if not isinstance(pattern, list):
+        pattern = [layer % pattern < pattern - 1 for layer in range(layers)]
+    scalar = fields["head_dim"]
+    if layers == largest:
+        scalar = fields["hidden_size"] // fields["num_attention_heads"]
+    if meta("attention.scale"):
+        scalar = round(meta("attention.scale") ** -2)
+    return fields | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": meta("attention.sliding_window", 4096),
+        "layer_types": [
+            "sliding_attention" if local else "full_attention" for local in pattern[:layers]
+        ],
+        "attn_logit_softcapping": _shortest(meta("attn_logit_softcapping", 0.0)) or None,
+        "final_logit_softcapping": _shortest(meta("final_logit_softcapping", 0.0)) or None,
+    }
+
+
+def _gemma2(meta: Metadata) -> Fields:
+    fields = _gemma(meta, every=2, largest=46)
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    missing = {name: cap for name, cap in caps.items() if meta(name) is None}
+    return fields | missing
+
+
+def _gemma3(meta: Metadata) -> Fields:
+    fields = _gemma(meta, every=6, largest=62)
+    theta = meta("rope.freq_base", 1_000_000.0)
+    local = meta("rope.freq_base_swa", 10_000.0)
+    return fields | {"rope_theta": _shortest(theta), "rope_local_base_freq": _shortest(local)}
+
+
+def _gpt2(meta: Metadata) -> Fields:
+    return {
+        "n_embd": meta.number("embedding_length"),
+        "n_layer": meta.number("block_count"),
+        "n_head": meta.number("attention.head_count"),
+        "n_positions": meta.number("context_length"),
+        "n_inner": meta.number("feed_forward_length"),
+        "layer_norm_epsilon": meta.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+def _gpt_neox(meta: Metadata) -> Fields:
+    heads, width = meta.number("attention.head_count"), meta.number("embedding_length")
+    return {
+        "hidden_size": width,
+        "intermediate_size": meta.number("feed_forward_length"),
+        "num_hidden_layers": meta.number("block_count"),
+        "num_attention_heads": heads,
+        "hidden_act": "gelu",
+        "max_position_embeddings": meta.number("context_length"),
+        "layer_norm_eps": meta.number("attention.layer_norm_epsilon"),
+        "use_parallel_residual": bool(meta("use_parallel_residual", True)),
+        "attention_bias": meta.stored("blk.0.attn_qkv.bias"),
+        "rotary_emb_base": _shortest(meta("rope.freq_base", 10_000.0)),
+        "rotary_pct": meta("rope.dimension_count", width // heads) / (width // heads),
+        "rope_scaling": _rope_scaling(meta, width // heads),
+    }
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", _llama, permuted=True),
+    "qwen2": Architecture("qwen2", _no_window),
+    "qwen3": Architecture("qwen3", _no_window),
+    "phi3": Architecture("phi3", _phi3, layers=PRE_NORM | {"ffn_up": "mlp.gate_up_proj"}),
+    "olmo2": Architecture("olmo2", _no_window, layers=POST_NORM),
+    "gemma2": Architecture("gemma2", _gemma2, layers=SANDWICH, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", _gemma3, layers=SANDWICH, norm_offset=1.0),
+    "gpt2": Architecture(
+        "gpt2",
+        _gpt2,
+        outer={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers={
+            "attn_norm": "ln_1",
+            "ffn_norm": "ln_2",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        prefix="transformer.h.{layer}.",
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        _gpt_neox,
+        outer={
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+        },
+        layers={
+            "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        prefix="gpt_neox.layers.{layer}.",
+    ),
+}
+
+
+def _architecture(file: GGUF) -> tuple[str, Architecture]:
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(
+            f"{file.file}: general.architecture: {name!r} is not supported; it has {known}"
+        )
+    if "token_embd.weight" not in file.tensors:
+        raise UserError(f"{file.file}: no token_embd.weight; it holds no language model's weights")
+    return name, ARCHITECTURES[name]
+
+
+def config_fields(path: Path) -> Fields:
+    """The fields of config.json that a GGUF file stands for.
+
+    Raises:
+      UserError: the architecture or one of its settings is not supported.
+    """
+    file = read_gguf(path)
+    name, architecture = _architecture(file)
+    meta = Metadata(file, name)
+    for setting in REFUSED:
+        if meta(setting):
+            _refuse(meta, setting, meta(setting), f"no {name} here has it")
+    if meta("attention.value_length") not in (None, meta("attention.key_length")):
+        _refuse(meta, "attention.value_length", meta("attention.value_length"), "keys are as wide")
+    rows, known = file.tensors["token_embd.weight"].shape[0], file.metadata
+    tokens = len(known.get("tokenizer.ggml.tokens", ()))
+    if tokens > rows:
+        raise UserError(
+            f"{path}: tokenizer.ggml.tokens: {tokens} tokens, but the embedding has {rows} rows"
+        )
+    ids = {
+        f"{ours}_token_id": known[f"tokenizer.ggml.{theirs}_token_id"]
+        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        if f"tokenizer.ggml.{theirs}_token_id" in known
+    }
+    outer = {
+        "model_type": architecture.family,
+        "vocab_size": rows,
+        "tie_word_embeddings": _tied(file),
+    }
+    return outer | architecture.config(meta) | ids
+
+
+def _tied(file: GGUF) -> bool:
+    """Whether the embedding unembeds: no matrix of its own, or the same bytes once more."""
+    if "output.weight" not in file.tensors:
+        return True
+    one, other = file.tensors["token_embd.weight"], file.tensors["output.weight"]
+    if (one.kind, one.shape) != (other.kind, other.shape):
+        return False
+    step = max(1, 2**20 // one.shape[1])
+    for start in range(0, one.shape[0], step):
+        rows = (slice(start, start + step), slice(None))
+        if not np.array_equal(read_tensor(one, rows), read_tensor(other, rows)):
+            return False
+    return True
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file under their Hugging Face names, read one at a time."""
+
+    def __init__(self, path: Path):
+        file = read_gguf(path)
+        name, self._kind = _architecture(file)
+        meta = Metadata(file, name)
+        self._heads = int(meta.number("attention.head_count"))
+        self._kv_heads = int(meta.number("attention.head_count_kv", self._heads))
+        self._stored: dict[str, StoredTensor] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in file.tensors.items():
+            if name in ROPE_TENSORS or name.endswith("attn_rot_embd"):
+                continue
+            ours = self._kind.name(name)
+            self._stored[ours] = tensor
+            flipped = ours.endswith(self._kind.transposed) if self._kind.transposed else False
+            self.shapes[ours] = tensor.shape[::-1] if flipped else tensor.shape
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or the part of it that `index` names, as the Hugging Face file has it."""
+        tensor, kind = self._stored[name], self._kind
+        if kind.transposed and name.endswith(kind.transposed):
+            return read_tensor(tensor, index[::-1]).T
+        if kind.norm_offset and name.endswith("norm.weight"):
+            return read_tensor(tensor, index).astype(np.float32) - np.float32(kind.norm_offset)
+        part = re.search(r"\.(q|k)_proj\.|\.(query_key_value)\.", name)
+        if part is None or not (kind.permuted or part[2]):
+            return read_tensor(tensor, index)
+        if part[2]:
+            return _interleaved(read_tensor(tensor), self._heads)[index]
+        heads = self._heads if part[1] == "q" else self._kv_heads
+        return _halved(read_tensor(tensor), heads)[index]
+
+
+def _halved(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (pair, half) of every head -> (half, pair), the reverse of llama.cpp's permutation."""
+    pairs = x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(x.shape)
+
+
+def _interleaved(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (part, head, entry) -> (head, part, entry): GPT-NeoX's queries, keys and values."""
+    parts = x.reshape(3, heads, x.shape[0] // heads // 3, *x.shape[1:])
+    return parts.swapaxes(0, 1).reshape(x.shape)
+
+
+def generation_fields(path: Path) -> Fields:
+    """The fields of generation_config.json: the tokens that begin, end and pad, and sampling.
+
+    A turn's end that the chat template writes ends a response too.
+    """
+    known = read_gguf(path).metadata
+    ends = [known.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, template = known.get("tokenizer.ggml.tokens", []), known.get("tokenizer.chat_template")
+    ends += [tokens.index(end) for end in TURN_ENDS if end in (template or "") and end in tokens]
+    fields = {
+        "bos_token_id": known.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(int(end) for end in ends if end is not None)) or None,
+        "pad_token_id": known.get("tokenizer.ggml.padding_token_id"),
+    }
+    sampling = {
+        ours: _shortest(known[f"general.sampling.{theirs}"])
+        for theirs, ours in SAMPLING.items()
+        if f"general.sampling.{theirs}" in known
+    }
+    fields |= sampling | ({"do_sample": True} if sampling else {})
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,118 @@
+"""Commands read a GGUF file as they read the folder it was made from."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from jaxalign.backends.local import LocalModel, end_tokens
+from jaxalign.cli import main
+from jaxalign.commands.planning.steps import model_of
+from jaxalign.config import TrainConfig
+from jaxalign.evaluation.language_models import language_model
+from jaxalign.models import load_pretrained
+from tests.gguf_files import write_gguf
+from tests.tiny_model import save_tiny_model
+
+EXPERIMENT = """
+from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+
+def config():
+    rate = OptimizerConfig(learning_rate=1e-3)
+    return TrainConfig(
+        name="small", max_length=64,
+        preference=StageConfig(steps=1, batch_size=8, optimizer=rate),
+    )
+"""
+ROWS = [
+    {"prompt": "Say it.", "chosen": "The cat is here.", "rejected": "The dog is here."},
+    {"prompt": "Why?", "chosen": "Because it rains all day.", "rejected": "Go away now."},
+]
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A tiny model's folder and its GGUF file, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, _ = save_tiny_model(tmp_path / "folder", context_length=400)
+    numbers = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    special = set(tokenizer.all_special_tokens)
+    tokens = sorted(numbers, key=numbers.get)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+    write_gguf(tmp_path / "folder", tmp_path / "model.gguf", metadata=metadata)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "small.py").write_text(EXPERIMENT)
+    return "folder", "model.gguf"
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_convert_writes_the_folder_it_was_made_from(models, tmp_path, capsys):
+    folder, file = models
+    assert main(["convert", file, "made"]) == 0
+    original, made = load_pretrained(folder), load_pretrained("made")
+    assert made.config == original.config
+    same(made, original)
+    before, after = (AutoTokenizer.from_pretrained(name) for name in (folder, "made"))
+    text = "<|begin|>It's 12 caf\u00e9s,\n\n  here <|end|>"
+    assert after(text).input_ids == before(text).input_ids
+    assert after.chat_template == before.chat_template
+    ends = json.loads((tmp_path / "made" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [before.eos_token_id] == end_tokens(file)
+    assert main(["convert", file, "half", "--dtype", "bfloat16"]) == 0
+    assert load_pretrained("half", dtype=None).params["embed"]["embedding"].dtype == "bfloat16"
+    assert main(["convert", "absent.gguf", "other"]) == 2
+    assert "absent.gguf: no such file" in capsys.readouterr().err
+
+
+def test_generate_does_the_same(models, capsys):
+    texts = []
+    for name in models:
+        flags = ["--prompts", "pairs.jsonl", "--max-tokens", "4", "--output", f"{name}.jsonl"]
+        assert main(["generate", "--model", name, *flags]) == 0
+        lines = Path(f"{name}.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["response"] for line in lines])
+    assert texts[0] == texts[1]
+
+
+def test_judges_agree_and_know_another_file(models):
+    _, file = models
+    judges = [language_model(name) for name in models]
+    asked = ["Say it."], ["The cat."], ["The dog."]
+    first, second = (list(judge.answers(*asked)) for judge in judges)
+    assert str(first) == str(second)
+    before = LocalModel.load(file).identity, language_model(file).identity
+    os.utime(file, (1, 1))
+    after = LocalModel.load(file).identity, language_model(file).identity
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_a_plan_knows_its_architecture(models):
+    config = model_of(TrainConfig(model="model.gguf"))
+    assert config == load_pretrained("folder").config
+
+
+def test_training_starts_from_it(models, capsys):
+    data = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl"]
+    for name in models:
+        flags = ["--model", name, "--name", name.split(".")[0]]
+        assert main(["train", "small.py", *data, *flags]) == 0
+    same(load_pretrained("runs/folder/export"), load_pretrained("runs/model/export"))
