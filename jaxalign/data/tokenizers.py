@@ -142,17 +142,33 @@ class Encoder:
         return list(self.encode([response])[0].ids)
 
     def joint(
-        self, texts: Sequence[tuple[str, str]]
+        self, texts: Sequence[tuple[str, str]], *, alike: int = 1
     ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """(prompt tokens, response tokens, straddled) of each (prompt, response)."""
+        """(prompt tokens, response tokens, straddled) of each (prompt, response).
+
+        Args:
+          texts: prompts and responses.
+          alike: so many neighbours have one prompt, and get the same tokens for it: where joint
+            texts give them different ones, prompt and responses are tokenised apart.
+        """
         encodings = self.encode([prompt + response for prompt, response in texts])
-        for (prompt, response), encoding in zip(texts, encodings, strict=True):
-            cut = self.boundary(encoding, len(prompt))
-            if cut is not None:
-                ids = list(encoding.ids)
-                yield ids[:cut], ids[cut:], False
-            else:
-                yield list(self.encode([prompt])[0].ids), self.alone(response), True
+        for begin in range(0, len(texts), alike):
+            rows = []
+            for (prompt, response), encoding in zip(
+                texts[begin : begin + alike], encodings[begin : begin + alike], strict=True
+            ):
+                cut, ids = self.boundary(encoding, len(prompt)), list(encoding.ids)
+                if cut is None:
+                    rows.append((*self.apart(prompt, response), True))
+                else:
+                    rows.append((ids[:cut], ids[cut:], False))
+            if any(row[0] != rows[0][0] for row in rows):
+                rows = [(*self.apart(*text), True) for text in texts[begin : begin + alike]]
+            yield from rows
+
+    def apart(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt and of a response, each by itself."""
+        return list(self.encode([prompt])[0].ids), self.alone(response)
 
 
 def _keep_spaces_in_offsets(description: Any) -> None:

@@ -156,7 +156,7 @@ def question_tokens(
             found.append((tokens, answer[0]) if len(answer) == 1 else (None, -1))
         return found
     # behind a turn of the assistant stands its end, which is not part of the label
-    texts = [(in_text(question, label, "a comparison")[0], label) for question in questions]
+    texts = [(in_text(question, [label], "a comparison").prompt, label) for question in questions]
     for tokens, answer, straddled in encoder.joint(texts):
         if straddled or len(answer) != 1:
             found.append((None, -1))

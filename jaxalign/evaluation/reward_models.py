@@ -88,8 +88,7 @@ class Scorer:
         if not records:
             return scores
         rows, report = tokenize_responses(records, self._tokenizer, **self._options)
-        for name, count in vars(report).items():
-            setattr(self.report, name, getattr(self.report, name) + count)
+        self.report.add(report)
         doublings = np.ceil(np.log2(np.maximum(rows.length / SHORTEST, 1))).astype(np.int64)
         for doubling in np.unique(doublings):
             members = np.flatnonzero(doublings == doubling)
