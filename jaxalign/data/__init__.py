@@ -35,12 +35,13 @@ from jaxalign.data.tokenize import (
     TokenizedRows,
     TokenizedTexts,
     TokenizeReport,
+    tokenize_conversations,
     tokenize_pairs,
     tokenize_prompts,
     tokenize_responses,
     tokenize_texts,
 )
-from jaxalign.data.tokenizers import load_tokenizer
+from jaxalign.data.tokenizers import check_ids, check_vocabulary, load_tokenizer
 
 __all__ = [
     "PairBatch",
@@ -56,6 +57,8 @@ __all__ = [
     "TokenizedRows",
     "TokenizedTexts",
     "UnpairedRecord",
+    "check_ids",
+    "check_vocabulary",
     "chosen_responses",
     "compared",
     "comparison",
@@ -72,6 +75,7 @@ __all__ = [
     "split_holdout",
     "text_batches",
     "text_records",
+    "tokenize_conversations",
     "tokenize_pairs",
     "tokenize_prompts",
     "tokenize_responses",

@@ -130,15 +130,22 @@ def render(
       UserError: the template refuses the conversation, fails, or exceeds a limit.
     """
     turns = [_with_thoughts(turn) for turn in messages]
+    given = {
+        **tokenizer.special_tokens_map,
+        "tools": list(tools) if tools else None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
         with _within_limits(_printed_size([turns, list(tools or ())])):
-            text = _compiled(template.text).program.render(
-                **tokenizer.special_tokens_map,
-                messages=turns,
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            program = _compiled(template.text).program
+            try:
+                text = program.render(messages=turns, **given)
+            except TypeError:  # some templates (DeepSeek's) add arguments to texts
+                written = [written_arguments(turn) for turn in turns]
+                if written == turns:
+                    raise
+                text = program.render(messages=written, **given)
         text.encode("utf-8")
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
@@ -154,6 +161,17 @@ def render(
         kind = type(error).__name__
         raise UserError(f"{place}: {template.label} fails: {kind}: {_line(error)}") from None
     return text
+
+
+def written_arguments(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn whose calls have their arguments as JSON text, as OpenAI's interface has them."""
+    calls = []
+    for call in turn.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+        function = {**function, "arguments": arguments}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**turn, "tool_calls": calls} if calls else dict(turn)
 
 
 def _line(error: Exception) -> str:

@@ -343,6 +343,44 @@ def tokenize_prompts(
     return rows.finish(), report
 
 
+def tokenize_conversations(
+    records: Iterable[PromptResponseRecord], tokenizer: Any, *, max_length: int
+) -> tuple[TokenizedRows, TokenizeReport]:
+    """Tokens of conversations as their chat template writes them, nothing added or taken off.
+
+    What transformers' `apply_chat_template` gives; plain prompts and responses are turns.
+
+    Args:
+      records: prompts and responses.
+      tokenizer: from `load_tokenizer`.
+      max_length: most tokens of a conversation; longer ones lose their beginning.
+
+    Returns:
+      Rows whose prompt is all but the last token, and the counts.
+    """
+    report, rows = TokenizeReport(), _RowWriter()
+    in_text = text_of(tokenizer, "{prompt}", None, strings_as_chat=True)
+    encoder = Encoder(tokenizer)
+    texts = (
+        in_text.whole(record.prompt, record.response, f"{record.source}:{record.line}")
+        for record in records
+    )
+    for chunk in _chunks(texts, CHUNK):
+        for encoding in encoder.encode(chunk):
+            ids = list(encoding.ids)
+            if len(ids) > max_length:
+                report.truncated_prompts += 1
+                begin = encoder.prefix if ids[: len(encoder.prefix)] == encoder.prefix else []
+                ids = begin + ids[len(ids) - max_length + len(begin) :]
+            rows.add(ids[:-1], ids[-1:], report.records)
+            report.records += 1
+    report.tokens = rows.tokens
+    report._note(in_text)
+    if not len(rows):
+        raise UserError("no records to tokenise")
+    return rows.finish(), report
+
+
 def tokenize_texts(
     texts: Iterable[str | TextRecord], tokenizer: Any, *, cache: Path | None = None
 ) -> TokenizedTexts:
