@@ -172,6 +172,9 @@ class JudgeConfig:
     """Comparisons or responses at a time, of models that run here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of such a model's computation."""
+    reward_rows: Literal["template", "end_token"] | None = None
+    """reward: how rows of a model from elsewhere end; by default as its chat template writes a
+    conversation, if it has one."""
     workers: int = 8
     """openai: requests at a time."""
     timeout: float = 60.0

@@ -24,6 +24,7 @@ from jaxalign.backends.interface import (
     Score,
     draw_number,
 )
+from jaxalign.data.chat_templates import written_arguments
 from jaxalign.errors import UserError
 
 EXTRAS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -107,7 +108,7 @@ class ChatEndpoint:
         elif isinstance(prompt, str):
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
-            body["messages"] = list(prompt)
+            body["messages"] = [written_arguments(turn) for turn in prompt]
         if decoding.top_p < 1:
             body["top_p"] = decoding.top_p
         wanted = {name: getattr(decoding, name) for name in EXTRAS}

@@ -24,14 +24,21 @@ from jaxalign.backends.interface import (
 )
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
-from jaxalign.data.tokenizers import Encoder, load_tokenizer
+from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
 from jaxalign.errors import UserError
-from jaxalign.generation import Sampling, compile_generate, stop_table, token_texts
+from jaxalign.generation import (
+    ResponseText,
+    Sampling,
+    compile_generate,
+    stop_table,
+    token_bytes,
+)
 from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
+from jaxalign.models.weights import find_folder
 from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
@@ -75,10 +82,12 @@ class LocalModel:
         self.identity = f"{identity} {prompt_format!r} {strings_as_chat} {dtype}"
         self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self.dtype = jnp.dtype(dtype)
+        check_vocabulary(tokenizer, model.config.vocab_size)
         self._encoder = Encoder(tokenizer, end_token=False)
         self._in_text = text_of(tokenizer, prompt_format, None, strings_as_chat)
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
+        self._said = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
         self._programs: dict[tuple[Decoding, int], Callable] = {}
 
     @classmethod
@@ -103,7 +112,7 @@ class LocalModel:
             model,
             load_tokenizer(tokenizer or name),
             identity=f"local {weights_identity(name)} {tokenizer or ''}".strip(),
-            end_tokens=end_tokens(place),
+            end_tokens=end_tokens(name, model.config.vocab_size),
             **options,
         )
 
@@ -119,7 +128,7 @@ class LocalModel:
           prompt: text or conversation.
           place: where the user finds it, for messages.
         """
-        if not isinstance(prompt, str) and self.tokenizer.chat_template is None:
+        if not isinstance(prompt, str) and not self.tokenizer.chat_template:
             return "\n\n".join(str(turn["content"]).strip() for turn in prompt) + "\n\n"
         return self._in_text.prompt(prompt, place)
 
@@ -150,6 +159,7 @@ class LocalModel:
                     f"than the model's context of {self.context}; shorten the prompt or lower "
                     "max_tokens"
                 )
+            check_ids(row, self.tokenizer, self.model.config.vocab_size)
             rows.append(row)
         return rows
 
@@ -192,7 +202,7 @@ class LocalModel:
         if asked not in self._programs:
             stops = None
             if decoding.stop:
-                stops = jnp.asarray(stop_table(decoding.stop, self._token_texts))
+                stops = jnp.asarray(stop_table(decoding.stop, self._token_bytes))
             self._programs[asked] = compile_generate(
                 self.model.config,
                 self.mesh,
@@ -212,26 +222,12 @@ class LocalModel:
         return self._programs[asked]
 
     @functools.cached_property
-    def _token_texts(self) -> list[str]:
-        return token_texts(self.tokenizer, self.model.config.vocab_size)
-
-    @functools.cached_property
-    def _anchor(self) -> tuple[list[int], str]:
-        """Tokens before a response, and their text: decoders drop a space that begins a text."""
-        tokens = self.tokenizer.encode("a", add_special_tokens=False)
-        return tokens, self._decode(tokens)
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _token_bytes(self) -> list[bytes]:
+        return token_bytes(self.tokenizer, self.model.config.vocab_size)
 
     def _generation(self, out: Any, row: int, decoding: Decoding) -> Generation:
         length = int(out.length[row])
-        tokens, begun = ([], "") if self._apart else self._anchor
-        text = self._decode([*tokens, *out.tokens[row, :length].tolist()])[len(begun) :]
-        cuts = [at for at in map(text.find, decoding.stop) if at >= 0]
-        text = text[: min(cuts)] if cuts else text
+        text = self._said(out.tokens[row, :length].tolist(), decoding.stop)
         return Generation(text=text, finished=bool(out.finished[row]), tokens=length)
 
     def _padded(
@@ -239,6 +235,8 @@ class LocalModel:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows of one batch, the last one repeated; their length is a power of two times 32."""
         filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+        for row in rows:
+            check_ids(row, self.tokenizer, self.model.config.vocab_size)
         size = SHORTEST
         while size < max(map(len, filled)):
             size *= 2
@@ -360,15 +358,43 @@ def weights_identity(folder: str) -> str:
     return " ".join([str(path.resolve()), *stamps])
 
 
-def end_tokens(folder: str | Path) -> list[int]:
-    """What `generation_config.json` says ends a response: chat models often name a turn's end.
+def end_tokens(folder: str | Path, vocabulary: int) -> list[int]:
+    """What a model's files say ends a response: chat models often name a turn's end.
 
-    A GGUF file's metadata say as much.
+    `generation_config.json` counts, and where it names none `config.json`.
+
+    Args:
+      folder: of the model, or its hub name.
+      vocabulary: how many tokens the model has.
+
+    Raises:
+      UserError: `generation_config.json` is not JSON, or names what is no token of the model.
     """
-    if is_gguf(folder) and not Path(folder).is_dir():
+    if is_gguf(folder) and not Path(folder).is_dir():  # its metadata say as much
         return generation_fields(Path(folder)).get("eos_token_id", [])
-    path = Path(folder) / "generation_config.json"
-    if not path.is_file():
-        return []
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    path = find_folder(folder) / "generation_config.json"
+    if path.is_file():
+        fields = _json_object(path)
+        if (named := fields.get("eos_token_id")) is not None:
+            ends = named if isinstance(named, list) else [named]
+            for end in ends:
+                if type(end) is not int or not 0 <= end < vocabulary:
+                    raise UserError(
+                        f"{path}: eos_token_id: {end!r} is not a token of the model, a number from "
+                        f"0 to {vocabulary - 1}; correct it or leave it out"
+                    )
+            return ends
+    path = path.with_name("config.json")
+    named = _json_object(path).get("eos_token_id") if path.is_file() else None
+    ends = named if isinstance(named, list) else [named]
+    return [end for end in ends if type(end) is int and 0 <= end < vocabulary]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON: {error}; correct it or remove it") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: is not a JSON object; correct it or remove it")
+    return fields

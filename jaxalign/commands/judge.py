@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
             max_length=given.max_length,
             batch_size=given.batch_size,
             dtype=given.dtype,
+            reward_rows=given.reward_rows,
             workers=given.workers,
             timeout=given.timeout,
             attempts=given.attempts,
@@ -122,6 +123,12 @@ def _flags() -> argparse.ArgumentParser:
     of_models.add_argument("--max-length", type=int, help="lm: tokens (default: the context)")
     of_models.add_argument("--batch-size", type=int, default=8, help="lm: comparisons at a time")
     of_models.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    of_models.add_argument(
+        "--reward-rows",
+        choices=("template", "end_token"),
+        help="reward: a model from elsewhere scores the conversation as its chat template writes "
+        "it (default), or the response with the end-of-sequence token",
+    )
     of_models.add_argument("--workers", type=int, default=8, help="openai: requests at a time")
     of_models.add_argument("--timeout", type=float, default=60.0, help="openai: seconds a request")
     of_models.add_argument("--attempts", type=int, default=4, help="openai: for each comparison")
@@ -151,7 +158,8 @@ def _files(given: argparse.Namespace) -> dict[str, list[str]]:
 
 def _identity(annotator: Annotator, spec: str) -> str:
     """The judge's name with what its answers depend on."""
-    known = annotator.judge.identity if isinstance(annotator, JudgeAnnotator) else None
+    judge = annotator.judge if isinstance(annotator, JudgeAnnotator) else annotator
+    known = getattr(judge, "identity", None)
     return spec if known is None else f"{spec} ({known})"
 
 

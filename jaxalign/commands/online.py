@@ -187,7 +187,9 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
         wanted, world.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
     )
     sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
-    ends = [int(world.tokenizer.eos_token_id), *end_tokens(config.model)]
+    ends = [int(world.tokenizer.eos_token_id)]
+    if config.model != "embedded":
+        ends += end_tokens(config.model, world.model_config.vocab_size)
     sampler = Sampler(
         config=policy.config,
         tokenizer=world.tokenizer,

@@ -11,6 +11,8 @@ from jaxalign.data import (
     PairBatch,
     ReadReport,
     TokenizedPairs,
+    check_ids,
+    check_vocabulary,
     load_tokenizer,
     pair_batches,
     preference_records,
@@ -83,6 +85,7 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
             f"{context}; set --max-length {context} or less"
         )
     tokenizer = load_tokenizer(given.tokenizer or given.model)
+    check_vocabulary(tokenizer, model.config.vocab_size)
     read = ReadReport()
     records = []
     for record in preference_records(given.data, bad_records=given.bad_records, report=read):
@@ -98,6 +101,7 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
         prompt_format=given.prompt_format,
         encoder_decoder=not isinstance(model.config, DecoderConfig),
     )
+    check_ids(pairs.rows.flat, tokenizer, model.config.vocab_size)
     if not len(pairs):
         raise UserError(f"{given.data}: no pair whose responses differ in their tokens")
     return ModelAndPairs(

@@ -38,6 +38,7 @@ from jaxalign.commands.stages import (
     write_model_config,
 )
 from jaxalign.commands.training_data import (
+    check_tokens,
     count_computed,
     count_tokens,
     load_stages,
@@ -56,6 +57,7 @@ from jaxalign.commands.updates import (
     trained_parameters,
 )
 from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.data import check_vocabulary
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.decoder import init_params
@@ -105,12 +107,14 @@ def train(config: TrainConfig) -> Path:
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
     check_start(config, params)
+    check_vocabulary(tokenizer, model_config.vocab_size)
     write_model_config(folder, model_config)
     data: dict[str, Any] = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
     if config.online.steps:
         data["online"] = load_prompts(config, tokenizer, folder, model_config)
     if config.representation.steps:
         data["representation"] = load_stimuli(config, tokenizer, folder, model_config)
+    check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
     if jax.process_index() == 0:
         resume_metrics(folder)
     world = World(

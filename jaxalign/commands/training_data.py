@@ -21,6 +21,7 @@ from jaxalign.data import (
     TokenizedPairs,
     TokenizedRows,
     TokenizedTexts,
+    check_ids,
     compared,
     embedded_tokenizer,
     load_tokenizer,
@@ -209,6 +210,22 @@ def load_stages(
     return {name: dataclasses.replace(stage, share=share) for name, stage in stages.items()}
 
 
+def check_tokens(data: Any, tokenizer: Any, vocabulary: int) -> None:
+    """See to it that all tokens of a stage's data are rows of the model's embedding.
+
+    Raises:
+      UserError: one is not.
+    """
+    if isinstance(data, TokenizedRows | TokenizedTexts):
+        check_ids(data.flat, tokenizer, vocabulary)
+    elif isinstance(data, list | tuple):
+        for part in data:
+            check_tokens(part, tokenizer, vocabulary)
+    elif dataclasses.is_dataclass(data):
+        for field in dataclasses.fields(data):
+            check_tokens(getattr(data, field.name), tokenizer, vocabulary)
+
+
 def _limit(records: list[Any], most: int | None) -> list[Any]:
     return records if most is None else records[:most]
 
@@ -263,6 +280,9 @@ class PreferenceData:
     def _tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
         tokens, report = tokenize(records, self._tokenizer, **self._options | more)
         self._report[name] = dataclasses.asdict(report)
+        if jax.process_index() == 0:
+            for note in report.notes():
+                print(f"{name.replace('_', ' ')}: {note}")
         return tokens
 
     def _instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:

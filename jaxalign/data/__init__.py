@@ -34,12 +34,13 @@ from jaxalign.data.tokenize import (
     TokenizedRows,
     TokenizedTexts,
     TokenizeReport,
+    tokenize_conversations,
     tokenize_pairs,
     tokenize_prompts,
     tokenize_responses,
     tokenize_texts,
 )
-from jaxalign.data.tokenizers import load_tokenizer
+from jaxalign.data.tokenizers import check_ids, check_vocabulary, load_tokenizer
 
 __all__ = [
     "PairBatch",
@@ -55,6 +56,8 @@ __all__ = [
     "TokenizedRows",
     "TokenizedTexts",
     "UnpairedRecord",
+    "check_ids",
+    "check_vocabulary",
     "compared",
     "comparison",
     "embedded_preferences",
@@ -70,6 +73,7 @@ __all__ = [
     "split_holdout",
     "text_batches",
     "text_records",
+    "tokenize_conversations",
     "tokenize_pairs",
     "tokenize_prompts",
     "tokenize_responses",

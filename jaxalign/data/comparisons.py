@@ -26,8 +26,19 @@ class ScoreFormat:
     """Whether plain prompts are put through the tokenizer's chat template, too."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
+    whole_conversation: bool = False
+    """Whether a row is the conversation as the chat template writes it, nothing added or taken off:
+    what the cards of most reward models do. Otherwise a response ends with its turn's mark."""
     reward_bias: float = 0.0
     """Subtracted from rewards, so that good responses have about 0."""
+
+    @property
+    def rule(self) -> str:
+        """How rows end, in words."""
+        if self.whole_conversation:
+            return "conversations as the chat template writes them, scored at their last token"
+        end = "their end-of-sequence token" if self.end_token else "their last token"
+        return f"prompt and response, scored at {end}"
 
     @property
     def tokenize_options(self) -> dict[str, Any]:

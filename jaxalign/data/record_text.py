@@ -1,10 +1,28 @@
 """The text of records: chat templates for conversations, a format for plain prompts."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from jaxalign.data.records import Text, shared_length
+from jaxalign.data.chat_templates import ChatTemplate, find_template, reads, render, unset_variables
+from jaxalign.data.records import ASKING, Conversation, Message, Text, shared_length, tools_of
 from jaxalign.errors import UserError
+
+PROBES = "Yes", "No"
+"""Responses by which a template shows where responses begin: they share no character."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordText:
+    """A prompt and the responses to it as texts."""
+
+    prompt: str
+    """Always the same for all responses, whatever they say."""
+    responses: tuple[str, ...]
+    differs: bool
+    """Whether the template writes the prompt otherwise when no response follows."""
+    asking: int = 0
+    """Responses that hold a user's or system's turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,50 +34,156 @@ class TextOf:
     chat_template: str | None
     strings_as_chat: bool
     special: frozenset[str]
+    unread: set[str] = field(default_factory=set)
+    """Fields of the conversations so far that their template does not read."""
+    templates: set[ChatTemplate] = field(default_factory=set)
+    """Those used so far."""
 
-    def __call__(self, prompt: Text, response: Text, place: str) -> tuple[str, str, bool]:
-        """(prompt text, response text, whether the template differs)."""
-        if isinstance(prompt, str) and isinstance(response, str) and not self.strings_as_chat:
-            return self.prompt_format.replace("{prompt}", prompt), response, False
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        after = (
-            [{"role": "assistant", "content": response}]
-            if isinstance(response, str)
-            else list(response)
+    def __call__(self, prompt: Text, responses: Sequence[Text], place: str) -> RecordText:
+        """The texts of a record.
+
+        The boundary is where the prompt's own text ends, if a template writes that before any
+        response. Otherwise (a generation prompt that opens <think>, earlier thoughts that are left
+        out) it is the end of what two renderings with unlike responses share.
+
+        Args:
+          prompt: text or conversation.
+          responses: texts or turns.
+          place: file and line, for messages.
+
+        Raises:
+          UserError: there is no template for a conversation, the template fails, or it writes
+            another prompt before one of the responses.
+        """
+        texts = [response for response in responses if isinstance(response, str)]
+        if len(texts) == len(responses) and (plain := self._plain(prompt)) is not None:
+            begun = self.prompt_format.replace("{prompt}", plain)
+            return RecordText(prompt=begun, responses=tuple(texts), differs=False)
+        before, tools = _turns(prompt, "user"), tools_of(prompt)
+        template = self._template(before, tools, place)
+        begun = self._render(template, before, tools, place, add_generation_prompt=True)
+        sides = [
+            self._response(template, before, response, begun, tools, place)
+            for response in responses
+        ]
+        prompts = {prompt for prompt, _ in sides}
+        if len(prompts) > 1:
+            raise UserError(
+                f"{place}: {template.label} writes another prompt before each of the responses; "
+                "their first turns need the same role"
+            )
+        (own,) = prompts
+        asking = [any(turn["role"] in ASKING for turn in _turns(one, "")) for one in responses]
+        return RecordText(
+            prompt=own,
+            responses=tuple(text for _, text in sides),
+            differs=own != begun,
+            asking=sum(asking),
         )
-        begun = self._apply(before, place, add_generation_prompt=True)
-        whole = self._apply(before + after, place, add_generation_prompt=False)
-        differs = not whole.startswith(begun)
-        cut = shared_length(begun, whole) if differs else len(begun)
-        return whole[:cut], self._without_trailing_space(whole[cut:]), differs
+
+    def _response(
+        self,
+        template: ChatTemplate,
+        before: Sequence[Message],
+        response: Text,
+        begun: str,
+        tools: Sequence[Any],
+        place: str,
+    ) -> tuple[str, str]:
+        """The prompt's text before a response of this role, and the response's."""
+        after = _turns(response, "assistant")
+        self._note(template, after, ())
+        probes = (Message(role=after[0]["role"], content=content) for content in PROBES)
+        shown = (self._render(template, [*before, probe], tools, place) for probe in probes)
+        own, first = begun, next(shown)
+        if not first.startswith(begun):
+            second = next(shown)
+            own = first[: shared_length(first, second)]
+            if not all(
+                text[len(own) :].lower().startswith(content.lower())
+                for text, content in zip((first, second), PROBES, strict=True)
+            ):
+                raise UserError(
+                    f"{place}: {template.label} writes no common text before all responses; "
+                    "give another template"
+                )
+        whole = self._render(template, [*before, *after], tools, place)
+        if not whole.startswith(own):
+            raise UserError(
+                f"{place}: {template.label} writes the prompt otherwise before this response than "
+                "before others; leave the record out, or give another template"
+            )
+        return own, self._without_trailing_space(whole[len(own) :])
 
     def prompt(self, prompt: Text, place: str) -> str:
         """The text that a response would continue."""
-        if isinstance(prompt, str) and not self.strings_as_chat:
-            return self.prompt_format.replace("{prompt}", prompt)
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return self._apply(turns, place, add_generation_prompt=True)
+        if (plain := self._plain(prompt)) is not None:
+            return self.prompt_format.replace("{prompt}", plain)
+        turns, tools = _turns(prompt, "user"), tools_of(prompt)
+        template = self._template(turns, tools, place)
+        return self._render(template, turns, tools, place, add_generation_prompt=True)
 
-    def _apply(self, messages: list[Any], place: str, **options: Any) -> str:
-        import jinja2
+    def whole(self, prompt: Text, response: Text, place: str) -> str:
+        """A whole conversation as its template writes it, nothing cut."""
+        turns, tools = [*_turns(prompt, "user"), *_turns(response, "assistant")], tools_of(prompt)
+        return self._render(self._template(turns, tools, place), turns, tools, place)
 
-        template = self.chat_template or self.tokenizer.chat_template
+    def _plain(self, prompt: Text) -> str | None:
+        """The prompt where no template is for it."""
+        if self.strings_as_chat:
+            return None
+        if isinstance(prompt, Conversation) and prompt.text is not None:
+            self.unread.update({"system"} if prompt[0]["role"] == "system" else ())
+            self.unread.update({"tools"} if prompt.tools else ())
+            return prompt.text
+        return prompt if isinstance(prompt, str) else None
+
+    def _template(self, turns: Sequence[Message], tools: Sequence[Any], place: str) -> ChatTemplate:
+        template = find_template(self.tokenizer, self.chat_template, tools=bool(tools))
         if template is None:
             raise UserError(
                 f"{place}: a conversation, but the tokenizer has no chat template; "
                 "name one, or give prompt, chosen and rejected as text"
             )
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=template, **options
-            )
-        except jinja2.exceptions.TemplateError as error:
-            raise UserError(f"{place}: the chat template refuses it: {error}") from None
+        self._note(template, turns, tools)
+        return template
+
+    def _note(self, template: ChatTemplate, turns: Sequence[Message], tools: Sequence[Any]) -> None:
+        names = {name for turn in turns for name in turn} | ({"tools"} if tools else set())
+        self.unread.update(name for name in names if not reads(template, name))
+        self.templates.add(template)
+
+    def unset(self) -> list[str]:
+        """Variables that the templates so far read, and nothing sets."""
+        found = (unset_variables(template, self.tokenizer) for template in self.templates)
+        return sorted({name for names in found for name in names})
+
+    def _render(
+        self,
+        template: ChatTemplate,
+        turns: Sequence[Message],
+        tools: Sequence[Any],
+        place: str,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        return render(
+            template,
+            self.tokenizer,
+            turns,
+            place,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def _without_trailing_space(self, text: str) -> str:
         """A turn's end mark is the end; templates often put a newline after it."""
         stripped = text.rstrip()
         return stripped if any(stripped.endswith(token) for token in self.special) else text
+
+
+def _turns(text: Text, role: str) -> list[Message]:
+    return [Message(role=role, content=text)] if isinstance(text, str) else list(text)
 
 
 def text_of(

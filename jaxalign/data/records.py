@@ -1,8 +1,12 @@
 """What a source yields: text with the place it came from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
+
+ASKING = frozenset({"user", "human", "system", "developer"})
+NOT_RESPONDING = ASKING | {"tool"}
+"""Roles whose turns no response begins or ends with."""
 
 
 class Message(TypedDict):
@@ -12,13 +16,31 @@ class Message(TypedDict):
     content: str
     name: NotRequired[str]
     tool_calls: NotRequired[Sequence[Any]]
-    """As the chat template wants them."""
+    """Each with a function's name and its arguments as a mapping."""
     tool_call_id: NotRequired[str]
     reasoning_content: NotRequired[str]
 
 
 Text = str | Sequence[Message]
 """Plain text, or the turns of a conversation that a chat template makes into text."""
+
+
+class Conversation(list[Message]):
+    """Turns, and what their chat template is given beside them."""
+
+    def __init__(
+        self, turns: Iterable[Message], *, tools: Sequence[Any] = (), text: str | None = None
+    ):
+        super().__init__(turns)
+        self.tools = tuple(tools)
+        """Schemas of functions that may be called."""
+        self.text = text
+        """The prompt as it stood, where it was text beside a column for the system or the tools."""
+
+
+def tools_of(text: Text) -> tuple[Any, ...]:
+    """The tools that come with a conversation."""
+    return text.tools if isinstance(text, Conversation) else ()
 
 
 def transcript(text: Text) -> str:

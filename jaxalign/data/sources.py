@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxalign.data.embedded import embedded_preferences, embedded_responses, embedded_texts
 from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, read_rows, refuse
 from jaxalign.data.records import (
+    NOT_RESPONDING,
+    Conversation,
     Message,
     PreferenceRecord,
     PromptRecord,
@@ -22,8 +25,7 @@ from jaxalign.errors import UserError
 R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
 
-ASSISTANT = "\n\nAssistant:"  # HH-RLHF's mark of an assistant turn
-NOT_RESPONDING = frozenset({"user", "human", "system", "tool"})  # roles
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # HH-RLHF's marks of turns
 
 
 def preference_records(
@@ -165,13 +167,20 @@ def _records(
 
 
 def _fields(row: Row) -> Mapping[str, Any]:
-    """The row as a mapping; a builder of ours keeps conversations as JSON."""
+    """The row as a mapping; a builder of ours keeps conversations as JSON.
+
+    Tables (Parquet, Arrow) give every turn and every argument all columns, filled up with nulls:
+    those go. In JSON a null was written by somebody.
+    """
     if not isinstance(row.value, Mapping):
         raise BadRecordError(
             "wrong type", f"the record is a {type(row.value).__name__}, not an object with fields"
         )
     if row.value.get("form") != "messages":
-        return row.value
+        is_json = re.search(r"\.jsonl?(\.gz|\.xz)?$", row.source)
+        if is_json:
+            return row.value
+        return {name: _without_nulls(value) for name, value in row.value.items()}
     try:
         return {
             key: json.loads(value) if key in ("prompt", "chosen", "rejected") and value else value
@@ -181,6 +190,14 @@ def _fields(row: Row) -> Mapping[str, Any]:
         raise BadRecordError(
             "wrong type", f"form is messages, but a field is not turns as JSON text: {error}"
         ) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _string(value: Any, name: str) -> str:
@@ -210,12 +227,69 @@ def _messages(value: Sequence[Any], name: str) -> list[Message]:
             content=_string("" if content is None else content, f"content of {where}"),
         )
         if calls:
-            message["tool_calls"] = calls
+            message["tool_calls"] = _calls(calls, where)
         for key in ("name", "tool_call_id", "reasoning_content"):
             if turn.get(key) is not None:
                 message[key] = _string(turn[key], f"{key} of {where}")
         turns.append(message)
     return turns
+
+
+def _decoded(value: Any) -> Any:
+    """What JSON text holds, also where it was encoded twice; other values as they are."""
+    while isinstance(value, str):
+        value = json.loads(value) if value.strip() else {}
+    return value
+
+
+def _calls(calls: Any, where: str) -> list[Any]:
+    """Calls of tools, the arguments of each as a mapping: templates write them as they like."""
+    try:
+        calls = _decoded(calls)
+        found = []
+        for call in calls:
+            inner = call.get("function")
+            function = call if inner is None else inner
+            arguments = _decoded(function.get("arguments") or {})
+            if not isinstance(arguments, Mapping):
+                raise TypeError
+            function = {**function, "arguments": arguments}
+            found.append(function if inner is None else {**call, "function": function})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise BadRecordError(
+            "wrong type",
+            f"tool_calls of {where}: not a list of {{function: {{name, arguments}}}} whose "
+            "arguments are an object, or one as JSON text",
+        ) from None
+    return found
+
+
+def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
+    """A prompt with what other columns say of it: the system's turn, and the tools."""
+    try:
+        tools = _decoded(fields.get("tools")) or []
+        tools = [_decoded(tool) for tool in tools]
+        if not all(isinstance(tool, Mapping) for tool in tools):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise BadRecordError(
+            "wrong type", "tools is not a list of schemas, nor such a list as JSON text"
+        ) from None
+    system = fields.get("system")
+    system = "" if system is None else _string(system, "system")
+    if not tools and not system.strip():
+        return prompt
+    text = prompt if isinstance(prompt, str) else None
+    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+    if system.strip():
+        own = turns[0]["content"] if turns[0]["role"] == "system" else None
+        if own is None:
+            turns = [Message(role="system", content=system), *turns]
+        elif own.strip() != system.strip():
+            raise BadRecordError(
+                "two system turns", "the prompt begins with another one than the column system has"
+            )
+    return Conversation(turns, tools=tools, text=text)
 
 
 def _either(value: Any, name: str) -> Text:
@@ -241,8 +315,12 @@ def _response_text(value: Text, name: str) -> Text:
         empty = not any(turn["content"].strip() or turn.get("tool_calls") for turn in value)
     if empty:
         raise BadRecordError("empty response", f"{name} is empty")
-    if not isinstance(value, str) and (role := value[-1]["role"]) in NOT_RESPONDING:
-        raise BadRecordError("no response", f"the last turn of {name} is of role {role}")
+    if not isinstance(value, str):
+        for which, turn in (("last", value[-1]), ("first", value[0])):
+            if turn["role"] in NOT_RESPONDING:
+                raise BadRecordError(
+                    "no response", f"the {which} turn of {name} is of role {turn['role']}"
+                )
     return value
 
 
@@ -267,20 +345,18 @@ def preference_of_row(row: Row) -> PreferenceRecord:
     chosen = _either(_required(fields, "chosen"), "chosen")
     rejected = _either(_required(fields, "rejected"), "rejected")
     prompt = fields.get("prompt")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRecordError("wrong type", "one of chosen and rejected is text, the other is turns")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None and ASSISTANT not in chosen:
             _required(fields, "prompt")
-        if prompt is None:
-            prompt, chosen, rejected = split_transcripts(chosen, rejected)
-        prompt = _prompt_text(prompt)
+        prompt, chosen, rejected = _split_texts(prompt, chosen, rejected)
+    elif isinstance(chosen, str) or isinstance(rejected, str):
+        raise BadRecordError("wrong type", "one of chosen and rejected is text, the other is turns")
     else:
         prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
     if chosen == rejected:
         raise BadRecordError("identical responses", "chosen and rejected are the same")
     return PreferenceRecord(
-        prompt=prompt,
+        prompt=_with_columns(prompt, fields),
         chosen=_response_text(chosen, "chosen"),
         rejected=_response_text(rejected, "rejected"),
         source=row.source,
@@ -303,21 +379,64 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _split_conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Text, str, str]:
+    """Prompt and responses of two texts, which may be dialogues that bring their prompt."""
+    dialogues = all(
+        text.lstrip().startswith(HUMAN.strip()) and ASSISTANT in text for text in (chosen, rejected)
+    )
+    if prompt is None:
+        return split_transcripts(chosen, rejected)
+    if not dialogues or not isinstance(prompt, str):
+        return _prompt_text(prompt), chosen, rejected
+    shared, first, second = split_transcripts(chosen, rejected)
+    if prompt.strip() not in shared:
+        raise BadRecordError("another prompt", REPEATED)
+    return shared, first, second
+
+
+REPEATED = (
+    "chosen and rejected are whole conversations, which do not hold the prompt; leave the prompt "
+    "out, or give the responses alone"
+)
+
+
+def _split_conversations(
+    prompt: Any, chosen: Sequence[Message], rejected: Sequence[Message]
+) -> tuple[Text, Sequence[Message], Sequence[Message]]:
     """Prompt and responses of two conversations which may both begin with the prompt."""
+    if not chosen or not rejected:
+        raise BadRecordError("empty response", "chosen or rejected is a list without turns")
     shared = shared_length(chosen, rejected)
-    if isinstance(prompt, list | tuple) and prompt:
-        given = _messages(prompt, "prompt")
-        if given == chosen[: len(given)] and given == rejected[: len(given)]:
-            return given, chosen[len(given) :], rejected[len(given) :]
-        return given, chosen, rejected
+    begun = list(chosen[:shared])
+    given = _messages(prompt, "prompt") if isinstance(prompt, list | tuple) else []
+    if given and begun[: len(given)] == given:
+        return given, chosen[len(given) :], rejected[len(given) :]
     if shared == len(chosen) == len(rejected):
         raise BadRecordError("identical responses", "chosen and rejected are the same")
-    if shared:
-        return chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt and not isinstance(prompt, str):
-        raise BadRecordError("no shared prompt", "chosen and rejected share no first turn")
-    return [Message(role="user", content=_string(prompt, "prompt"))], chosen, rejected
+    asking = [side[0]["role"] for side in (chosen, rejected) if side[0]["role"] in NOT_RESPONDING]
+    if not asking and given:
+        return given, chosen, rejected
+    if not asking and not given and (prompt or (isinstance(prompt, str) and not shared)):
+        return [Message(role="user", content=_string(prompt, "prompt"))], chosen, rejected
+    if not shared:
+        begins = f", and one begins with a turn of role {asking[0]}" if asking else ""
+        raise BadRecordError("no shared prompt", f"chosen and rejected share no first turn{begins}")
+    if given:
+        held = any(begun[at : at + len(given)] == given for at in range(shared))
+    else:
+        said = (prompt or "").strip()
+        held = not said or any(said == turn["content"].strip() for turn in begun)
+    if not held:
+        raise BadRecordError("another prompt", REPEATED)
+    return begun, chosen[shared:], rejected[shared:]
+
+
+def _alone(prompt: Text, response: Text) -> tuple[Text, Text]:
+    """A response without the prompt, where it is a conversation that begins with it."""
+    given = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(response, str) and list(response[: len(given)]) == given:
+        return given, response[len(given) :]
+    return prompt, response
 
 
 def _response(row: Row) -> PromptResponseRecord:
@@ -329,12 +448,13 @@ def _response(row: Row) -> PromptResponseRecord:
         prompt, response = turns[:-1], turns[-1:]
     elif _is_pair(fields):
         pair = preference_of_row(row)
-        prompt, response = pair.prompt, pair.chosen
+        return next(chosen_responses([pair]))
     else:
         prompt = _prompt_text(_required(fields, "prompt"))
         response = _either(_required(fields, "response", "completion"), "response")
+        prompt, response = _alone(prompt, response)
     return PromptResponseRecord(
-        prompt=prompt,
+        prompt=_with_columns(prompt, fields),
         response=_response_text(response, "response"),
         source=row.source,
         line=row.line,
@@ -343,10 +463,11 @@ def _response(row: Row) -> PromptResponseRecord:
 
 def _prompt(row: Row) -> PromptRecord:
     """A prompt that says something."""
+    fields: Mapping[str, Any] = {} if isinstance(row.value, str) else _fields(row)
     if isinstance(row.value, str):
         prompt: Text = _string(row.value, "the prompt")
-    elif _is_pair(fields := _fields(row)):
-        prompt = preference_of_row(row).prompt
+    elif _is_pair(fields):
+        prompt, fields = preference_of_row(row).prompt, {}
     elif fields.get("prompt") is None and fields.get("messages") is not None:
         turns = _messages(fields["messages"], "messages")
         while turns and turns[-1]["role"] not in NOT_RESPONDING:
@@ -357,7 +478,7 @@ def _prompt(row: Row) -> PromptRecord:
     said = prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
     if not said.strip():
         raise BadRecordError("empty prompt", "the prompt is empty")
-    return PromptRecord(prompt=prompt, source=row.source, line=row.line)
+    return PromptRecord(prompt=_with_columns(prompt, fields), source=row.source, line=row.line)
 
 
 def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
@@ -380,9 +501,10 @@ def _unpaired(row: Row) -> list[UnpairedRecord]:
     if label not in (True, False):
         raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
     completion = _either(_required(fields, "completion", "response"), "completion")
+    prompt, completion = _alone(_prompt_text(_required(fields, "prompt")), completion)
     return [
         UnpairedRecord(
-            prompt=_prompt_text(_required(fields, "prompt")),
+            prompt=_with_columns(prompt, fields),
             completion=_response_text(completion, "completion"),
             label=bool(label),
             source=row.source,

@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxalign.data.record_text import text_of
+from jaxalign.data.record_text import TextOf, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptRecord,
@@ -121,8 +121,10 @@ class TokenizeReport:
     """Rows in which one token of the joint text lay on both sides of the boundary: prompt and
     response were tokenised apart."""
     template_differs: int = 0
-    """Rows whose chat template does not begin with the prompt's own text: the common part is the
-    prompt."""
+    """Rows whose chat template writes the prompt otherwise where no response follows: the prompt is
+    what stands before any response."""
+    user_turns: int = 0
+    """Rows whose response holds a turn of the user or the system, which is scored with the rest."""
     truncated_prompts: int = 0
     """Rows whose prompt lost its beginning."""
     truncated_responses: int = 0
@@ -131,6 +133,10 @@ class TokenizeReport:
     """Pairs left out because both responses have the same tokens (after truncation)."""
     tokens: int = 0
     """Tokens kept."""
+    unread: list[str] = field(default_factory=list)
+    """Columns and fields that the records have and the chat template does not read."""
+    unset: list[str] = field(default_factory=list)
+    """Variables that the chat template reads and nothing sets."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -140,11 +146,31 @@ class TokenizeReport:
             "truncated_responses",
             "straddling",
             "template_differs",
+            "user_turns",
             "identical",
         ):
             if count := getattr(self, name):
                 parts.append(f"{name.replace('_', ' ')}: {count}")
-        return "; ".join(parts)
+        return "; ".join(parts + self.notes())
+
+    def notes(self) -> list[str]:
+        """What is to be said of the records' fields, once for all of them."""
+        notes = []
+        if self.unread:
+            notes.append(f"not read by the chat template: {', '.join(self.unread)}")
+        if self.unset:
+            notes.append(f"read by the chat template, but not set: {', '.join(self.unset)}")
+        return notes
+
+    def add(self, other: "TokenizeReport") -> None:
+        """Take the counts and notes of more records in."""
+        for name, found in vars(other).items():
+            own = getattr(self, name)
+            joined = sorted({*own, *found}) if isinstance(found, list) else own + found
+            setattr(self, name, joined)
+
+    def _note(self, in_text: TextOf) -> None:
+        self.unread, self.unset = sorted(in_text.unread), in_text.unset()
 
 
 # ------------------------------------------------------------------------------ tokenisation
@@ -197,13 +223,14 @@ def tokenize_pairs(
     def sides() -> Iterator[tuple[str, str]]:
         for record in records:
             place = f"{record.source}:{record.line}"
-            for response in (record.chosen, record.rejected):
-                prompt_text, response_text, differs = in_text(record.prompt, response, place)
-                report.template_differs += differs
-                yield prompt_text, response_text
+            texts = in_text(record.prompt, (record.chosen, record.rejected), place)
+            report.template_differs += 2 * texts.differs
+            report.user_turns += texts.asking
+            for response in texts.responses:
+                yield texts.prompt, response
 
     rows = _RowWriter()
-    pairs = _encoded(sides(), encoder, report, encoder_decoder)
+    pairs = _encoded(sides(), encoder, report, encoder_decoder, alike=2)
     for index, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
         report.records += 1
         cut = _truncate([chosen, rejected], max_length, min_prompt_length, encoder, report)
@@ -213,6 +240,7 @@ def tokenize_pairs(
         for prompt, response in cut:
             rows.add(prompt, response, index)
     report.tokens = rows.tokens
+    report._note(in_text)
     if not len(rows):
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
@@ -250,9 +278,10 @@ def tokenize_responses(
     def texts() -> Iterator[tuple[str, str]]:
         for record in records:
             place = f"{record.source}:{record.line}"
-            prompt_text, response_text, differs = in_text(record.prompt, record.response, place)
-            report.template_differs += differs
-            yield prompt_text, response_text
+            texts = in_text(record.prompt, (record.response,), place)
+            report.template_differs += texts.differs
+            report.user_turns += texts.asking
+            yield texts.prompt, texts.responses[0]
 
     rows = _RowWriter()
     for index, encoded in enumerate(_encoded(texts(), encoder, report, encoder_decoder)):
@@ -260,6 +289,7 @@ def tokenize_responses(
         [(prompt, response)] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
         rows.add(prompt, response, index)
     report.tokens = rows.tokens
+    report._note(in_text)
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report
@@ -307,8 +337,47 @@ def tokenize_prompts(
             rows.add(prompt, [], report.records)
             report.records += 1
     report.tokens = rows.tokens
+    report._note(in_text)
     if not len(rows):
         raise UserError("no prompts to tokenise")
+    return rows.finish(), report
+
+
+def tokenize_conversations(
+    records: Iterable[PromptResponseRecord], tokenizer: Any, *, max_length: int
+) -> tuple[TokenizedRows, TokenizeReport]:
+    """Tokens of conversations as their chat template writes them, nothing added or taken off.
+
+    What transformers' `apply_chat_template` gives; plain prompts and responses are turns.
+
+    Args:
+      records: prompts and responses.
+      tokenizer: from `load_tokenizer`.
+      max_length: most tokens of a conversation; longer ones lose their beginning.
+
+    Returns:
+      Rows whose prompt is all but the last token, and the counts.
+    """
+    report, rows = TokenizeReport(), _RowWriter()
+    in_text = text_of(tokenizer, "{prompt}", None, strings_as_chat=True)
+    encoder = Encoder(tokenizer)
+    texts = (
+        in_text.whole(record.prompt, record.response, f"{record.source}:{record.line}")
+        for record in records
+    )
+    for chunk in _chunks(texts, CHUNK):
+        for encoding in encoder.encode(chunk):
+            ids = list(encoding.ids)
+            if len(ids) > max_length:
+                report.truncated_prompts += 1
+                begin = encoder.prefix if ids[: len(encoder.prefix)] == encoder.prefix else []
+                ids = begin + ids[len(ids) - max_length + len(begin) :]
+            rows.add(ids[:-1], ids[-1:], report.records)
+            report.records += 1
+    report.tokens = rows.tokens
+    report._note(in_text)
+    if not len(rows):
+        raise UserError("no records to tokenise")
     return rows.finish(), report
 
 
@@ -388,9 +457,13 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _encoded(
-    texts: Iterable[tuple[str, str]], encoder: Encoder, report: TokenizeReport, apart: bool
+    texts: Iterable[tuple[str, str]],
+    encoder: Encoder,
+    report: TokenizeReport,
+    apart: bool,
+    alike: int = 1,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and response tokens, begun and ended."""
+    """Prompt and response tokens, begun and ended; the same prompt's for so many neighbours."""
     for chunk in _chunks(texts, CHUNK):
         if apart:
             prompts = encoder.encode([prompt for prompt, _ in chunk])
@@ -399,7 +472,7 @@ def _encoded(
                 begun = encoder.begun(list(prompt.ids)) + encoder.suffix
                 yield begun or encoder.start, encoder.ended(list(response.ids))
         else:
-            for prompt, response, straddled in encoder.joint(chunk):
+            for prompt, response, straddled in encoder.joint(chunk, alike=alike):
                 report.straddling += straddled
                 yield encoder.begun(prompt) or encoder.start, encoder.ended(response)
 

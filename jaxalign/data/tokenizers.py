@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
 
@@ -20,13 +22,25 @@ def load_tokenizer(path_or_hub_name: str | Path) -> Any:
     An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
     <|endoftext|> and the like).
 
+    Args:
+      path_or_hub_name: folder or hub name; "FOLDER#NAME" takes one of several chat templates.
+
     Raises:
-      UserError: there is no such folder or hub name, or no fast tokenizer in it.
+      UserError: there is no such folder or hub name, no fast tokenizer in it, or no such template.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer
 
     name = str(path_or_hub_name)
+    base, mark, template = name.rpartition("#")
+    if mark and not Path(name).exists():
+        tokenizer = load_tokenizer(base)
+        named = tokenizer.chat_template
+        if not isinstance(named, dict) or template not in named:
+            known = ", ".join(sorted(named)) if isinstance(named, dict) else "none by name"
+            raise UserError(f"tokenizer {base}: no chat template {template!r}; it has {known}")
+        tokenizer.chat_template = named[template]
+        return tokenizer
     if is_gguf(name) and not Path(name).is_dir():
         from jaxalign.data.gguf import gguf_tokenizer
 
@@ -59,6 +73,48 @@ def with_end_token(tokenizer: Any) -> Any:
                     tokenizer.bos_token = token  # GPT-2: one token begins and ends a document
                 break
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+    """See to it that a tokenizer's ids are rows of a model's embedding.
+
+    Those of its own vocabulary count, of the tokens that begin and end texts, and of added tokens
+    that the chat template writes. Other added tokens may lie beyond (Gemma 3's for images, in
+    models of text alone): `check_ids` refuses them where a text holds one. An embedding that is
+    larger than the vocabulary is padded.
+
+    Raises:
+      UserError: an id is too large.
+    """
+    ids = {*tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()}
+    ids.update(tokenizer("a").input_ids)
+    ids.update((tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id))
+    template = tokenizer.chat_template or ""
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    for token, number in tokenizer.get_added_vocab().items():
+        if any(token in text for text in texts):
+            ids.add(number)
+    highest = max(number for number in ids if number is not None)
+    if highest >= vocabulary:
+        raise UserError(
+            f"tokenizer: ids up to {highest}, but the model's vocabulary has {vocabulary}; name "
+            "the model's own tokenizer, or resize its embedding"
+        )
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: int) -> None:
+    """See to it that the tokens of texts are rows of a model's embedding.
+
+    Raises:
+      UserError: one is not.
+    """
+    highest = int(np.max(ids, initial=0))
+    if highest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"tokenizer: a text holds {token!r}, id {highest}, but the model's vocabulary has "
+            f"{vocabulary}; take it out of the text"
+        )
 
 
 def _only_sentencepiece(folder: Path) -> bool:
@@ -147,17 +203,33 @@ class Encoder:
         return list(self.encode([response])[0].ids)
 
     def joint(
-        self, texts: Sequence[tuple[str, str]]
+        self, texts: Sequence[tuple[str, str]], *, alike: int = 1
     ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """(prompt tokens, response tokens, straddled) of each (prompt, response)."""
+        """(prompt tokens, response tokens, straddled) of each (prompt, response).
+
+        Args:
+          texts: prompts and responses.
+          alike: so many neighbours have one prompt, and get the same tokens for it: where joint
+            texts give them different ones, prompt and responses are tokenised apart.
+        """
         encodings = self.encode([prompt + response for prompt, response in texts])
-        for (prompt, response), encoding in zip(texts, encodings, strict=True):
-            cut = self.boundary(encoding, len(prompt))
-            if cut is not None:
-                ids = list(encoding.ids)
-                yield ids[:cut], ids[cut:], False
-            else:
-                yield list(self.encode([prompt])[0].ids), self.alone(response), True
+        for begin in range(0, len(texts), alike):
+            rows = []
+            for (prompt, response), encoding in zip(
+                texts[begin : begin + alike], encodings[begin : begin + alike], strict=True
+            ):
+                cut, ids = self.boundary(encoding, len(prompt)), list(encoding.ids)
+                if cut is None:
+                    rows.append((*self.apart(prompt, response), True))
+                else:
+                    rows.append((ids[:cut], ids[cut:], False))
+            if any(row[0] != rows[0][0] for row in rows):
+                rows = [(*self.apart(*text), True) for text in texts[begin : begin + alike]]
+            yield from rows
+
+    def apart(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt and of a response, each by itself."""
+        return list(self.encode([prompt])[0].ids), self.alone(response)
 
 
 def _keep_spaces_in_offsets(description: Any) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Annotator, JudgeAnnotator, Verdicts, as_they_come
@@ -25,6 +25,8 @@ class AnnotatorOptions:
     """Comparisons at a time, of models that run here."""
     dtype: str = "float32"
     """Of such a model's parameters."""
+    reward_rows: Literal["template", "end_token"] | None = None
+    """How rows of a reward model from elsewhere end (default: as its chat template writes them)."""
     workers: int = 8
     """Requests at a time, to an endpoint."""
     timeout: float = 60.0
@@ -79,7 +81,9 @@ def _language_model(folder: str, options: AnnotatorOptions) -> Annotator:
 def _reward_model(folder: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.reward_models import RewardModel
 
-    return RewardModel.load(folder, batch_size=options.batch_size, dtype=options.dtype)
+    return RewardModel.load(
+        folder, rows=options.reward_rows, batch_size=options.batch_size, dtype=options.dtype
+    )
 
 
 def _preference_model(folder: str, options: AnnotatorOptions) -> Annotator:

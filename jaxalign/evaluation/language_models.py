@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign.backends.local import weights_identity
 from jaxalign.data.batches import bucket_edges
 from jaxalign.data.record_text import text_of
-from jaxalign.data.tokenizers import Encoder, load_tokenizer
+from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation.templates import CHAT, COMPLETION, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
@@ -65,6 +65,8 @@ class LanguageModelJudge:
         apart = not isinstance(self.model.config, DecoderConfig)
         found = question_tokens(self.tokenizer, questions, self.labels[0], encoder_decoder=apart)
         rows = [tokens for tokens, _ in found]
+        for row in rows:
+            check_ids(row or (), self.tokenizer, self.model.config.vocab_size)
         fit = []
         for number, (row, label) in enumerate(found):
             if row is None:
@@ -148,7 +150,7 @@ def question_tokens(
     Returns:
       (None, -1) where the answer is not one token, or shares one with the question.
     """
-    chat = tokenizer.chat_template is not None
+    chat = bool(tokenizer.chat_template)
     in_text = text_of(tokenizer, "{prompt}", None, chat)
     encoder = Encoder(tokenizer, end_token=False)
     found: list[tuple[list[int] | None, int]] = []
@@ -159,7 +161,7 @@ def question_tokens(
             found.append((tokens, answer[0]) if len(answer) == 1 else (None, -1))
         return found
     # behind a turn of the assistant stands its end, which is not part of the label
-    texts = [(in_text(question, label, "a comparison")[0], label) for question in questions]
+    texts = [(in_text(question, [label], "a comparison").prompt, label) for question in questions]
     for tokens, answer, straddled in encoder.joint(texts):
         if straddled or len(answer) != 1:
             found.append((None, -1))
@@ -194,8 +196,9 @@ def language_model(
     """
     model = load_pretrained(folder, dtype=jnp.dtype(dtype))
     own = load_tokenizer(tokenizer or folder)
+    check_vocabulary(own, model.config.vocab_size)
     apart = not isinstance(model.config, DecoderConfig)
-    plain = not apart and own.chat_template is None
+    plain = not apart and not own.chat_template
     words = read_template(template, COMPLETION if plain else CHAT)
     found = _label_tokens(words, own, plain, apart)
     if found is None:

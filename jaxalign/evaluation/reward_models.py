@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,12 @@ from jaxalign.data import (
     PromptResponseRecord,
     ScoreFormat,
     TokenizeReport,
+    check_ids,
+    check_vocabulary,
     comparison,
     load_tokenizer,
     read_format,
+    tokenize_conversations,
     tokenize_responses,
 )
 from jaxalign.data.records import Text
@@ -29,6 +32,7 @@ from jaxalign.training.step import on_mesh
 
 SHORTEST = 32
 """Tokens of the shortest row that is compiled for; the others are its doublings."""
+RewardRows = Literal["template", "end_token"]
 NOT_FINITE = "the score is not a finite number"
 
 
@@ -63,7 +67,7 @@ class Scorer:
         mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self._params, self._tokenizer, self._batch_size = model.params, tokenizer, batch_size
         self._sharding, config, kind = batch_sharding(mesh), model.config, jnp.dtype(dtype)
-        self._options = form.tokenize_options
+        self._options, self._vocabulary = form.tokenize_options, config.vocab_size
         self._options["encoder_decoder"] = not isinstance(config, DecoderConfig)
 
         def scores(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -87,9 +91,13 @@ class Scorer:
         ]
         if not records:
             return scores
-        rows, report = tokenize_responses(records, self._tokenizer, **self._options)
-        for name, count in vars(report).items():
-            setattr(self.report, name, getattr(self.report, name) + count)
+        if self.form.whole_conversation:
+            most = self.form.max_length
+            rows, report = tokenize_conversations(records, self._tokenizer, max_length=most)
+        else:
+            rows, report = tokenize_responses(records, self._tokenizer, **self._options)
+        check_ids(rows.flat, self._tokenizer, self._vocabulary)
+        self.report.add(report)
         doublings = np.ceil(np.log2(np.maximum(rows.length / SHORTEST, 1))).astype(np.int64)
         for doubling in np.unique(doublings):
             members = np.flatnonzero(doublings == doubling)
@@ -105,19 +113,24 @@ class Scorer:
         return scores
 
 
-def load_scorer(folder: str | Path, kind: str, **options: Any) -> Scorer:
+def load_scorer(
+    folder: str | Path, kind: str, *, rows: RewardRows | None = None, **options: Any
+) -> Scorer:
     """A model with a scalar head, its tokenizer, and the format that its folder remembers.
 
-    A folder from elsewhere remembers none: its tokenizer's chat template is used where there is
-    one, and its context is the longest row.
+    A folder from elsewhere remembers none. Where its tokenizer has a chat template, rows are what
+    cards of such models score: the conversation as the template writes it, at its last token.
+    Otherwise a row is the text with the end-of-sequence token. Its context is the longest row.
 
     Args:
       folder: a Hugging Face folder or hub name, or a run folder with an `export`.
       kind: "reward" or "preference"; a folder of the other kind is refused.
+      rows: of a folder from elsewhere: "template" or "end_token" (the response, whatever its
+        template puts after the turn's end, ends with the end-of-sequence token).
       **options: of `Scorer`.
 
     Raises:
-      UserError: the folder holds no such model.
+      UserError: the folder holds no such model, or says itself how its rows end.
     """
     export = Path(folder) / "export"
     place = export if export.is_dir() else folder
@@ -125,12 +138,22 @@ def load_scorer(folder: str | Path, kind: str, **options: Any) -> Scorer:
     if not isinstance(model, ScoreModel):
         raise UserError(f"{place}: has no scalar head (score.weight); train one with --loss")
     tokenizer, fields = load_tokenizer(place), model.config.source_fields
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if "jaxalign" in fields:
         form = read_format(fields["jaxalign"], f"{place}/config.json")
+        if rows is not None:
+            raise UserError(f"reward_rows: {place} remembers how its rows end; leave it out")
     else:
-        context = getattr(model.config, "context_length", 512)
-        chat = tokenizer.chat_template is not None
-        form = ScoreFormat(kind="reward", max_length=context, strings_as_chat=chat)
+        context = getattr(model.config, "context_length", None) or 512
+        chat = bool(tokenizer.chat_template)
+        if rows == "template" and not chat:
+            raise UserError(f"reward_rows: the tokenizer of {place} has no chat template")
+        form = ScoreFormat(
+            kind="reward",
+            max_length=context,
+            strings_as_chat=chat,
+            whole_conversation=chat and rows != "end_token",
+        )
     if form.kind != kind:
         raise UserError(f"{place}: holds a {form.kind} model; name it {form.kind}:{folder}")
     return Scorer(model, tokenizer, form, **options)
@@ -146,6 +169,11 @@ class RewardModel:
     def load(cls, folder: str | Path, **options: Any) -> "RewardModel":
         """From a folder; see `load_scorer`."""
         return cls(load_scorer(folder, "reward", **options))
+
+    @property
+    def identity(self) -> str:
+        """How rows become scores."""
+        return self.scorer.form.rule
 
     def rewards(
         self, prompts: Sequence[Text], responses: Sequence[str]
@@ -196,6 +224,11 @@ class PreferenceModel:
     def load(cls, folder: str | Path, **options: Any) -> "PreferenceModel":
         """From a folder; see `load_scorer`."""
         return cls(load_scorer(folder, "preference", **options))
+
+    @property
+    def identity(self) -> str:
+        """How rows become scores."""
+        return self.scorer.form.rule
 
     def preferences(
         self, prompts: Sequence[Text], first: Sequence[str], second: Sequence[str]

@@ -2,9 +2,10 @@
 
 from jaxalign.generation.generate import Samples, compile_generate, generate
 from jaxalign.generation.sampling import Sampling, distribution, draw, mixture
-from jaxalign.generation.stopping import stop_table, token_texts
+from jaxalign.generation.stopping import ResponseText, stop_table, token_bytes
 
 __all__ = [
+    "ResponseText",
     "Samples",
     "Sampling",
     "compile_generate",
@@ -13,5 +14,5 @@ __all__ = [
     "generate",
     "mixture",
     "stop_table",
-    "token_texts",
+    "token_bytes",
 ]

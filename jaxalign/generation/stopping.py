@@ -1,6 +1,9 @@
-"""Stop strings on the device: a table says how far each token takes each match."""
+"""Where responses stop, and what they say: stop strings on the device, and texts of tokens."""
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,17 +13,20 @@ from jaxalign.errors import UserError
 
 StopTable = Int[np.ndarray, "strings states vocabulary"]
 
+ANCHORS = ("a", "0", ".", "A")
+"""Texts that a response may continue: decoders drop a space that begins a text."""
 
-def stop_table(stops: Sequence[str], texts: Sequence[str]) -> StopTable:
-    """For each stop string, how many of its characters match after a token of a given text.
 
-    The automaton of Knuth, Morris and Pratt over characters, walked through each token's text: a
-    string is found wherever it begins and ends within tokens. Its last state, the whole string, is
-    never left.
+def stop_table(stops: Sequence[str], tokens: Sequence[bytes]) -> StopTable:
+    """For each stop string, how many of its bytes match after a token.
+
+    The automaton of Knuth, Morris and Pratt over the bytes of UTF-8, walked through each token's: a
+    string is found wherever it begins and ends within tokens, also where one character takes
+    several of them. Its last state, the whole string, is never left.
 
     Args:
       stops: strings, none of them empty.
-      texts: what each token of the vocabulary adds to a text (`token_texts`).
+      tokens: what each token of the vocabulary adds to a text (`token_bytes`).
 
     Returns:
       int16 [strings, states, vocabulary]: the state after a token from the state before it; strings
@@ -31,16 +37,17 @@ def stop_table(stops: Sequence[str], texts: Sequence[str]) -> StopTable:
     """
     if "" in stops:
         raise UserError("stop: an empty string would stop at once; leave it out")
-    longest = max(map(len, stops))
-    table = np.zeros((len(stops), longest + 1, len(texts)), np.int16)
-    lengths = np.array([len(text) for text in texts])
-    for number, stop in enumerate(stops):
-        step, alphabet = _automaton(stop)
-        codes = np.full((len(texts), int(lengths.max(initial=1))), len(alphabet), np.int16)
-        for token, text in enumerate(texts):
-            codes[token, : len(text)] = [alphabet.get(char, len(alphabet)) for char in text]
+    wanted = [stop.encode("utf-8") for stop in stops]
+    longest = max(map(len, wanted))
+    table = np.zeros((len(wanted), longest + 1, len(tokens)), np.int16)
+    lengths = np.array([len(token) for token in tokens])
+    codes = np.zeros((len(tokens), int(lengths.max(initial=1))), np.uint8)
+    for row, token in enumerate(tokens):
+        codes[row, : len(token)] = np.frombuffer(token, np.uint8)
+    for number, stop in enumerate(wanted):
+        step = _automaton(stop)
         for state in range(len(stop)):
-            at = np.full(len(texts), state, np.int16)
+            at = np.full(len(tokens), state, np.int16)
             for place in range(codes.shape[1]):
                 at = np.where(place < lengths, step[at, codes[:, place]], at)
             table[number, state] = np.where(at == len(stop), longest, at)
@@ -48,30 +55,101 @@ def stop_table(stops: Sequence[str], texts: Sequence[str]) -> StopTable:
     return table
 
 
-def _automaton(stop: str) -> tuple[np.ndarray, dict[str, int]]:
-    """Next state by state and character; the last column is for all other characters."""
-    alphabet = {char: code for code, char in enumerate(sorted(set(stop)))}
-    step = np.zeros((len(stop) + 1, len(alphabet) + 1), np.int16)
+def _automaton(stop: bytes) -> np.ndarray:
+    """Next state by state and byte."""
+    step = np.zeros((len(stop) + 1, 256), np.int16)
     step[-1] = len(stop)
     for state in range(len(stop)):
-        for char, code in alphabet.items():
-            seen = stop[:state] + char
+        for code in set(stop):
+            seen = stop[:state] + bytes([code])
             step[state, code] = next(
                 size for size in range(len(seen), -1, -1) if seen.endswith(stop[:size])
             )
-    return step, alphabet
+    return step
 
 
-def token_texts(tokenizer: Any, vocabulary: int) -> list[str]:
-    """What each token adds to a text that it continues.
+def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
+    """What each token adds to a text that it continues, in UTF-8.
+
+    A token that is a part of a character has no text: its bytes are read off its name, "<0x9F>"
+    (SentencePiece) or characters that stand for bytes (GPT-2).
 
     Args:
       tokenizer: a Hugging Face tokenizer.
       vocabulary: how many tokens the model has; those that the tokenizer lacks add nothing.
     """
-    anchor = tokenizer.encode("a", add_special_tokens=False)
+    anchor, begin = _anchor(tokenizer)
     known = min(vocabulary, len(tokenizer))
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    begin = tokenizer.decode(anchor, **options)
-    texts = tokenizer.batch_decode([[*anchor, token] for token in range(known)], **options)
-    return [text[len(begin) :] for text in texts] + [""] * (vocabulary - known)
+    texts = tokenizer.batch_decode(
+        [[*anchor, token] for token in range(known)],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    found = []
+    for text, name in zip(texts, tokenizer.convert_ids_to_tokens(list(range(known))), strict=True):
+        added = text[len(begin) :].encode("utf-8")
+        if "\ufffd" in text and name is not None:
+            if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
+                added = bytes([int(name[3:5], 16)])
+            elif all(character in _byte_characters() for character in name):
+                added = bytes(_byte_characters()[character] for character in name)
+        found.append(added)
+    return found + [b""] * (vocabulary - known)
+
+
+@functools.cache
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's characters and the bytes that they stand for: printable ones for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [code for code in range(256) if code not in printable]
+    return {chr(code): code for code in printable} | {
+        chr(256 + number): code for number, code in enumerate(others)
+    }
+
+
+def _anchor(tokenizer: Any) -> tuple[list[int], str]:
+    """Tokens that stand before a response, and their text."""
+    for text in ANCHORS:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        decoded = tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if decoded == text:
+            return tokens, decoded
+    return [], ""
+
+
+@dataclass(frozen=True)
+class ResponseText:
+    """What the tokens of a response say, so that prompt and response are the sampled text.
+
+    Its end token is no part of it, whether or not the tokenizer calls it special, and nothing from
+    a stop string on.
+    """
+
+    tokenizer: Any
+    ends: frozenset[int]
+    """End tokens."""
+    continues: bool = True
+    """Whether a response continues its prompt's text; an encoder-decoder's begins one."""
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        return _anchor(self.tokenizer) if self.continues else ([], "")
+
+    def __call__(self, tokens: Sequence[int], stops: Iterable[str] = ()) -> str:
+        """The text.
+
+        Args:
+          tokens: sampled, padding left out.
+          stops: strings at which it was to stop.
+        """
+        own = [int(token) for token in tokens]
+        while own and own[-1] in self.ends:
+            own.pop()
+        anchor, begin = self._anchor
+        text = self.tokenizer.decode(
+            [*anchor, *own], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )[len(begin) :]
+        cuts = [at for at in map(text.find, stops) if at >= 0]
+        return text[: min(cuts)] if cuts else text

@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.errors import UserError
-from jaxalign.generation import Samples, Sampling, compile_generate, stop_table, token_texts
+from jaxalign.generation import (
+    ResponseText,
+    Samples,
+    Sampling,
+    compile_generate,
+    stop_table,
+    token_bytes,
+)
+from jaxalign.models import DecoderConfig
 from jaxalign.online.algorithm import Algorithm, Draw
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
 from jaxalign.sharding import batch_sharding
@@ -59,8 +67,14 @@ class Sampler:
     def _stops(self) -> jax.Array | None:
         if not self.stop:
             return None
-        texts = token_texts(self.tokenizer, self.config.vocab_size)
-        return jnp.asarray(stop_table(self.stop, texts))
+        tokens = token_bytes(self.tokenizer, self.config.vocab_size)
+        return jnp.asarray(stop_table(self.stop, tokens))
+
+    @functools.cached_property
+    def _said(self) -> ResponseText:
+        continues = isinstance(self.config, DecoderConfig)
+        ends = frozenset((*self.sampling.end_tokens, int(self.tokenizer.eos_token_id)))
+        return ResponseText(self.tokenizer, ends, continues=continues)
 
     def _program(self, samples: int) -> Callable:
         if samples not in self._programs:
@@ -120,10 +134,8 @@ class Sampler:
         return jax.make_array_from_process_local_data(batch_sharding(self.mesh), np.asarray(x))
 
     def text(self, tokens: np.ndarray) -> str:
-        """What a response says: no special tokens, and nothing from a stop text on."""
-        said = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        cut = [at for at in map(said.find, self.stop) if at >= 0]
-        return said[: min(cut)] if cut else said
+        """What a response says, as `ResponseText` reads it."""
+        return self._said(tokens.tolist(), self.stop)
 
 
 def own_rows(x: jax.Array) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxalign.data import (
     TokenizedRows,
     tokenize_responses,
 )
-from jaxalign.data.records import Message, Text, transcript
+from jaxalign.data.records import Conversation, Message, Text, tools_of, transcript
 from jaxalign.errors import UserError
 from jaxalign.representation.instructions import Instructions
 
@@ -66,10 +66,12 @@ class Stimuli:
 
 def instructed(prompt: Text, instruction: str, *, strings_as_chat: bool) -> Text:
     """A conversation that begins with the instruction as the system's turn; text as it is."""
-    if isinstance(prompt, str) and not strings_as_chat:
-        return prompt
+    text = prompt.text if isinstance(prompt, Conversation) else prompt
+    if isinstance(text, str) and not strings_as_chat:
+        return text
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    return [Message(role="system", content=instruction), *turns]
+    own = Message(role="system", content=instruction)
+    return Conversation([own, *turns], tools=tools_of(prompt))
 
 
 def tokenize_stimuli(

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from jaxalign.data import (
     ReadReport,
     preference_records,
+    prompt_records,
     response_records,
     split_holdout,
     text_records,
@@ -99,6 +102,155 @@ def test_conversations_are_split_whether_or_not_they_repeat_the_prompt(tmp_path,
     assert list(record.prompt) == [USER]
     assert list(record.chosen) == [TURN]
     assert list(record.rejected) == [OTHER]
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[USER], "hello", " hello", "", None],
+)
+def test_turns_shared_beyond_the_prompt_are_the_prompt(tmp_path, prompt):
+    """Whole conversations bring the system's turn, which the prompt beside them lacks."""
+    row = {"prompt": prompt, "chosen": [SYSTEM, USER, TURN], "rejected": [SYSTEM, USER, OTHER]}
+    record = one(tmp_path, row)
+    assert list(record.prompt) == [SYSTEM, USER]
+    assert (list(record.chosen), list(record.rejected)) == ([TURN], [OTHER])
+
+
+SPACED = USER | {"content": "hello "}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (([USER], [USER, TURN], [SPACED, OTHER]), "no first turn, and one begins with"),
+        (("hello", [USER, TURN], [SPACED, OTHER]), "no first turn, and one begins with"),
+        (([USER], [SPACED, TURN], [SPACED, OTHER]), "which do not hold the prompt"),
+        (("other words", [USER, TURN], [USER, OTHER]), "which do not hold the prompt"),
+        (([USER], [TURN], [SYSTEM, OTHER]), "role system"),
+        (([USER], [], [OTHER]), "without turns"),
+        (([USER, TURN], [USER, TURN, USER, TURN], [USER, TURN, SYSTEM, TURN]), "role user"),
+        (("say it", f"{HUMAN}q{ASSISTANT} a", f"{HUMAN}q{ASSISTANT} b"), "do not hold the prompt"),
+    ],
+)
+def test_conversations_that_differ_from_their_prompt_are_refused(tmp_path, row, said):
+    prompt, chosen, rejected = row
+    with pytest.raises(UserError, match=r"x\.jsonl:1: [^\n]*$") as error:
+        one(tmp_path, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", f"{HUMAN}q{ASSISTANT}", "q", None])
+def test_transcripts_beside_a_prompt_are_cut_at_the_shared_turn(tmp_path, prompt):
+    dialogue = f"{HUMAN}q{ASSISTANT}"
+    row = {"prompt": prompt, "chosen": f"{dialogue} yes", "rejected": f"{dialogue} no"}
+    record = one(tmp_path, row)
+    assert (record.prompt, record.chosen, record.rejected) == (dialogue, " yes", " no")
+
+
+def test_a_response_that_repeats_its_prompt_is_cut(tmp_path):
+    for prompt in ([USER], "hello"):
+        row = {"prompt": prompt, "response": [USER, TURN]}
+        record = one(tmp_path, row, response_records)
+        assert (list(record.prompt), list(record.response)) == ([USER], [TURN])
+        row = {"prompt": prompt, "completion": [USER, TURN], "label": True}
+        assert list(one(tmp_path, row, unpaired_records).completion) == [TURN]
+
+
+def calling(arguments):
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"x": 1}, {"x": 1}),
+        ('{"x": 1}', {"x": 1}),
+        (json.dumps('{"x": 1}'), {"x": 1}),  # encoded twice
+        ("", {}),
+        (None, {}),
+        ({"x": None, "y": "1"}, {"x": None, "y": "1"}),  # in JSON a null was meant
+    ],
+)
+def test_arguments_of_calls_are_mappings(tmp_path, written, read):
+    row = {"prompt": [USER], "chosen": [calling(written)], "rejected": [OTHER]}
+    (call,) = one(tmp_path, row).chosen[0]["tool_calls"]
+    assert call == {"function": {"name": "f", "arguments": read}}
+
+
+def test_calls_as_text_and_without_an_envelope(tmp_path):
+    flat = [{"name": "f", "arguments": '{"x": 1}'}]
+    for calls in (flat, json.dumps(flat)):
+        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        record = one(tmp_path, {"prompt": [USER], "chosen": [turn], "rejected": [OTHER]})
+        assert record.chosen[0]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+
+
+@pytest.mark.parametrize("written", ["{", "[1]", "3", '"x', [1], 3])
+def test_arguments_that_are_no_object_are_named(tmp_path, written):
+    row = {"prompt": [USER], "chosen": [calling(written)], "rejected": [OTHER]}
+    with pytest.raises(UserError, match=r"x\.jsonl:1: wrong type: tool_calls of turn 1 of chosen"):
+        one(tmp_path, row)
+
+
+def test_nulls_that_fill_up_a_table_go(tmp_path):
+    row = [
+        {"prompt": [USER], "chosen": [calling(arguments)], "rejected": [OTHER], "tools": tools}
+        for arguments, tools in (({"city": "Rome"}, [{"name": "f"}]), ({"day": 3}, [{"size": 2}]))
+    ]
+    pq.write_table(pa.Table.from_pylist(row), tmp_path / "x.parquet")
+    first, second = preference_records(str(tmp_path / "x.parquet"))
+    arguments = [r.chosen[0]["tool_calls"][0]["function"]["arguments"] for r in (first, second)]
+    assert arguments == [{"city": "Rome"}, {"day": 3}]
+    assert (first.prompt.tools, second.prompt.tools) == (({"name": "f"},), ({"size": 2},))
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])
+@pytest.mark.parametrize("prompt", ["hello", [USER], [SYSTEM, USER]])
+@pytest.mark.parametrize(
+    ("read", "rest"),
+    [
+        (preference_records, {"chosen": [TURN], "rejected": [OTHER]}),
+        (response_records, {"response": [TURN]}),
+        (unpaired_records, {"completion": [TURN], "label": True}),
+        (prompt_records, {}),
+    ],
+)
+def test_columns_for_system_and_tools_go_with_the_prompt(tmp_path, tools, prompt, read, rest):
+    record = one(tmp_path, {"prompt": prompt, "tools": tools, "system": "be brief"} | rest, read)
+    assert list(record.prompt) == [SYSTEM, USER]
+    assert record.prompt.tools == tuple(TOOLS)
+    plain = isinstance(prompt, str) and read is not preference_records
+    assert record.prompt.text == (prompt if plain else None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"tools": "{"}, "tools is not a list"),
+        ({"tools": [3]}, "tools is not a list"),
+        ({"tools": 3}, "tools is not a list"),
+        ({"system": 3}, "system is a int"),
+        ({"system": "be long"}, "two system turns"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(tmp_path, columns, said):
+    row = {"prompt": [SYSTEM, USER], "chosen": [TURN], "rejected": [OTHER]}
+    with pytest.raises(UserError, match=r"x\.jsonl:1: [^\n]*$") as error:
+        one(tmp_path, row | columns)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [{"system": ""}, {"system": None}, {"tools": []}, {"tools": ""}])
+def test_empty_columns_change_nothing(tmp_path, empty):
+    record = one(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"} | empty)
+    assert record.prompt == "p"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Tokens of prompts and responses: those of the joint text, ended once, begun once, cut rightly."""
 
+import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -23,10 +25,16 @@ from jaxalign.data import (
     load_tokenizer,
     preference_records,
     tokenize_pairs,
+    tokenize_prompts,
     tokenize_responses,
     tokenize_texts,
 )
-from jaxalign.data.records import PreferenceRecord, PromptResponseRecord
+from jaxalign.data.records import (
+    Conversation,
+    PreferenceRecord,
+    PromptRecord,
+    PromptResponseRecord,
+)
 from jaxalign.errors import UserError
 
 TEXTS = [
@@ -351,7 +359,7 @@ def test_templates_give_the_tokens_that_transformers_gives(
 
 
 def test_a_template_that_rewrites_the_prompt_is_counted(tokenizers):
-    """Some leave out old thoughts once there is an answer: the shared beginning is the prompt."""
+    """Some leave out old thoughts once there is an answer: the prompt is what stands before it."""
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content | upper }}\n"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -359,8 +367,129 @@ def test_a_template_that_rewrites_the_prompt_is_counted(tokenizers):
     tokenizer = tokenizers["byte_level"]
     rows, report = sides(tokenizer, ASKED[1:], *ANSWERS, chat_template=template)
     assert report.template_differs == 2
-    assert tokenizer.decode(rows[0][0]) == "user: "
-    assert tokenizer.decode(rows[0][1][:-1]) == "SAY HELLO, WHY?\nassistant: it can, of course\n"
+    assert tokenizer.decode(rows[0][0]) == "user: SAY HELLO, WHY?\nassistant: "
+    assert tokenizer.decode(rows[0][1][:-1]) == "it can, of course\n"
+
+
+THINKING = (  # DeepSeek's: the generation prompt opens a thought that finished turns lack
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "response", ["<table>yes</table>", "<think>\nhm</think>yes", "<think>", "No way", "<", "Yes"]
+)
+def test_the_boundary_does_not_depend_on_what_a_response_says(tokenizers, response):
+    tokenizer = tokenizers["byte_level"]
+    answers = [[{"role": "assistant", "content": text}] for text in (response, "of course")]
+    rows, report = sides(tokenizer, ASKED[1:], *answers, chat_template=THINKING)
+    begun = "[user]say hello, why?</s>[assistant]"
+    for (before, after), text in zip(rows, (response, "of course"), strict=True):
+        assert (tokenizer.decode(before), tokenizer.decode(after)) == (begun, f"{text}</s>")
+    assert report.template_differs == 2
+
+
+@given(texts=st.lists(st.text("Y N<think>\n o", min_size=1, max_size=9), min_size=2, max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_both_rows_of_a_pair_have_the_same_prompt_tokens(tokenizers, texts):
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    for kind in ("byte_level", "metaspace"):
+        for template in (THINKING, CHATML, INSTRUCTIONS, TEMPLATE):
+            pair = [record(ASKED[1:], *answers)]
+            if texts[0].strip() == texts[1].strip():
+                continue
+            pairs, _ = tokenize_pairs(
+                pair, tokenizers[kind], max_length=500, chat_template=template
+            )
+            (lengths,) = pairs.prompt_length.tolist()
+            rows = [pairs.rows[i][: lengths[i]].tolist() for i in (0, 1)]
+            assert rows[0] == rows[1]
+
+
+def test_one_response_across_the_boundary_takes_both_apart(tokenizers):
+    """A word over the boundary is one token: the rival must not see another prompt."""
+    tokenizer = tokenizers["byte_level"]
+    rows, report = sides(tokenizer, "say o", "f course", " why")
+    assert rows[0][0] == rows[1][0] == tokenizer("say o").input_ids
+    assert report.straddling >= 1
+
+
+def test_a_prompt_that_depends_on_the_response_is_refused(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    each = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    counting = "{{ messages[-1].content | length }}" + each
+    with pytest.raises(UserError, match=r"f:1: the chat template writes no common text"):
+        sides(tokenizer, ASKED[1:], *ANSWERS, chat_template=counting)
+    politely = "{{ 'Listen: ' if messages[-1].content == 'hello' }}" + each
+    with pytest.raises(UserError, match=r"f:1: the chat template writes the prompt otherwise"):
+        sides(tokenizer, ASKED[1:], *ANSWERS, chat_template=politely)
+    other = [ANSWERS[0], [{"role": "model", "content": "hello"}]]
+    with pytest.raises(UserError, match=r"f:1: the chat template writes another prompt"):
+        sides(tokenizer, ASKED[1:], *other, chat_template=THINKING)
+
+
+def test_turns_of_a_user_in_a_response_are_counted(tokenizers):
+    long = [*ANSWERS[0], {"role": "user", "content": "why?"}, *ANSWERS[1]]
+    tokenizer = tokenizers["byte_level"]
+    _, report = sides(tokenizer, ASKED, long, ANSWERS[1], max_length=500, chat_template=CHATML)
+    assert report.user_turns == 1
+    assert "user turns: 1" in report.summary()
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+
+
+def test_tools_and_system_reach_the_template(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    template = "{% if tools %}TOOLS{{ tools | tojson }}{% endif %}" + THINKING
+    prompt = Conversation(ASKED, tools=TOOLS)
+    rows, report = sides(tokenizer, prompt, *ANSWERS, max_length=500, chat_template=template)
+    begun = f"TOOLS{json.dumps(TOOLS)}[system]be brief</s>[user]say hello, why?</s>[assistant]"
+    assert tokenizer.decode(rows[0][0]) == begun
+    assert report.notes() == []
+
+
+def test_what_a_template_does_not_read_and_what_it_misses_is_said_once(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    prompt = Conversation(ASKED, tools=TOOLS)
+    thoughts = [ANSWERS[0][0] | {"reasoning_content": "hm"}]
+    template = "{{ date }}{% if deep is defined %}{{ deep }}{% endif %}" + THINKING
+    records = [record(prompt, thoughts, ANSWERS[1])] * 3
+    _, report = tokenize_pairs(records, tokenizer, max_length=200, chat_template=template)
+    assert report.summary().endswith(
+        "; not read by the chat template: reasoning_content, tools"
+        "; read by the chat template, but not set: date"
+    )
+    # beside plain text no template is asked
+    plain = Conversation(ASKED, tools=TOOLS, text="say hello, why?")
+    rows, report = sides(tokenizer, plain, " it can", " no")
+    assert tokenizer.decode(rows[0][0]) == "say hello, why?"
+    assert report.unread == ["system", "tools"]
+
+
+@pytest.mark.parametrize("tools", [(), TOOLS])
+def test_of_named_templates_transformers_choice_applies(tokenizers, tools):
+    tokenizer = copy.copy(tokenizers["byte_level"])
+    named = {"default": CHATML, "tool_use": "T" + THINKING, "rag": "R" + THINKING}
+    tokenizer.chat_template = named
+    prompt = Conversation(ASKED, tools=tools)
+    options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": True}
+    rows, _ = tokenize_prompts(
+        [PromptRecord(prompt=prompt, source="f", line=1)], tokenizer, max_length=200
+    )
+    assert tokenizer.decode(rows[0]) == tokenizer.apply_chat_template(ASKED, **options)
+    options["chat_template"] = "rag"
+    rows, _ = tokenize_prompts(
+        [PromptRecord(prompt=prompt, source="f", line=1)],
+        tokenizer,
+        max_length=200,
+        chat_template="rag",
+    )
+    assert tokenizer.decode(rows[0]) == tokenizer.apply_chat_template(ASKED, **options)
+    tokenizer.chat_template = {"rag": THINKING}
+    with pytest.raises(UserError, match='named rag, none of them "default"'):
+        sides(tokenizer, ASKED, *ANSWERS)
 
 
 def test_a_character_of_several_tokens_is_not_cut(tokenizers):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.errors import UserError
-from jaxalign.evaluation import Verdicts, make_annotator
+from jaxalign.evaluation import AnnotatorOptions, Verdicts, make_annotator
 from jaxalign.evaluation.reward_models import NOT_FINITE, PreferenceModel, RewardModel, Scorer
 from jaxalign.evaluation.sampled_cycles import sampled_cycles
 from jaxalign.models import (
@@ -195,6 +195,51 @@ def test_a_folder_from_elsewhere_is_a_reward_model_of_its_context(tmp_path):
     save_pretrained(ScoreModel(CONFIG, params), tmp_path, tokenizer=embedded_tokenizer())
     form = RewardModel.load(tmp_path).scorer.form
     assert (form.kind, form.max_length, form.reward_bias) == ("reward", 128, 0.0)
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}END{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", "###\n", ""])
+def test_a_folder_from_elsewhere_is_scored_as_its_card_does(tmp_path, end):
+    """The conversation as the chat template writes it, at its last token: transformers' ids."""
+    key = jax.random.key(0)
+    params = with_head(decoder.init_params(CONFIG, key), init_head(16, key))
+    model, tokenizer = ScoreModel(CONFIG, params), embedded_tokenizer()
+    tokenizer.chat_template = TURNS.replace("END", end)
+    save_pretrained(model, tmp_path, tokenizer=tokenizer)
+    prompts, responses = ["the fox?", [{"role": "user", "content": "a lamp"}]], ["red", "goes "]
+    card = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = [*turns, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        card.append(float(model(np.array([ids], np.int32), np.array([len(ids)], np.int32))[0]))
+    judge = make_annotator(f"reward:{tmp_path}")
+    assert "as the chat template writes them" in judge.identity
+    np.testing.assert_allclose(judge.rewards(prompts, responses), card, atol=1e-5)
+    ended = make_annotator(f"reward:{tmp_path}", AnnotatorOptions(reward_rows="end_token"))
+    assert "end-of-sequence token" in ended.identity
+    turn = "" if end == "<|end|>\n" else end.removesuffix("<|end|>")
+    ids = tokenizer(f"user:the fox?{end}assistant:red{turn}<|end|>").input_ids
+    reward = float(model(np.array([ids], np.int32), np.array([len(ids)], np.int32))[0])
+    np.testing.assert_allclose(ended.rewards(prompts[:1], responses[:1]), [reward], atol=1e-5)
+
+
+def test_an_option_for_rows_needs_a_folder_that_does_not_say(folders, tmp_path):
+    with pytest.raises(UserError, match="remembers how its rows end"):
+        RewardModel.load(folders["reward"], rows="template")
+    key = jax.random.key(0)
+    params = with_head(decoder.init_params(CONFIG, key), init_head(16, key))
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = None
+    save_pretrained(ScoreModel(CONFIG, params), tmp_path, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="has no chat template"):
+        RewardModel.load(tmp_path, rows="template")
+    assert "end-of-sequence" in RewardModel.load(tmp_path).identity
 
 
 @dataclasses.dataclass

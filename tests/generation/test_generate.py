@@ -314,7 +314,7 @@ def test_rows_end_at_end_tokens_and_the_rest_is_padding():
 def test_a_stop_string_stops_a_row_wherever_tokens_are_cut():
     texts = [*"abcdefgh", "xa", "bx", "ab", "cd", "bcd", "", "zz", "xab", "cab", "a", "b"]
     free = sampled([policy_of(0)], PROMPTS, samples=20, max_tokens=12)
-    table = jnp.asarray(stop_table(["ab", "cd"], texts))
+    table = jnp.asarray(stop_table(["ab", "cd"], [text.encode() for text in texts]))
     stopped = sampled([policy_of(0)], PROMPTS, samples=20, max_tokens=12, stops=table)
     for row in range(60):
         said = [texts[token] for token in np.asarray(free.tokens[row])]

@@ -177,12 +177,12 @@ class Moody:
 
 
 def test_a_prompt_without_a_verdict_weighs_nothing_and_is_counted():
-    step, state, frozen = online("online_ipo", annotator=Moody(lambda text: text == "b"))
+    step, state, frozen = online("online_ipo", annotator=Moody(lambda text: not text))
     key = jax.random.fold_in(jax.random.fold_in(step.key, 0), 0)
     drawn = step.sampler(
         policies_of(step.policy, state, frozen), {"policy": 1.0}, prompts_of(16), key, samples=2
     )
-    silent = np.mean(["b" in row for row in drawn.texts])
+    silent = np.mean(["" in row for row in drawn.texts])
     assert 0 < silent < 1
     _, lines = run(step, state, frozen, steps=1)
     assert lines[0]["annotation/failed"] == pytest.approx(silent)
@@ -221,7 +221,7 @@ def test_samples_are_kept_where_the_annotator_fails_altogether(tmp_path):
 def test_a_reward_that_is_no_number_is_counted_and_weighs_nothing():
     class Half:
         def rewards(self, prompts, responses):
-            return np.array([np.nan if "b" in text else 1.0 for text in responses])
+            return np.array([np.nan if len(text) < 2 else 1.0 for text in responses])
 
     step, state, frozen = online("rloo", annotator=Half())
     state, lines = run(step, state, frozen, steps=1)

@@ -31,7 +31,10 @@ class Tokenizer:
 
     eos_token_id = END
 
-    def decode(self, tokens, skip_special_tokens):
+    def encode(self, text, add_special_tokens):
+        return [LETTERS.index(letter) for letter in text]
+
+    def decode(self, tokens, skip_special_tokens, clean_up_tokenization_spaces=False):
         return "".join(LETTERS[token] for token in tokens)
 
 
@@ -43,7 +46,11 @@ class World:
         self.responses = [(END,)] if most > 1 else [(token,) for token in range(len(LETTERS))]
         if most > 1:
             self.responses += [(a, b) for a in (0, 2, 3) for b in range(len(LETTERS))]
-        self.names = [Tokenizer().decode(response, True) for response in self.responses]
+        # the end token is no part of a text
+        self.names = [
+            Tokenizer().decode([token for token in response if token != END], True)
+            for response in self.responses
+        ]
         kinds = [number % 3 for number in range(len(self.responses))]
         win = np.full((len(kinds), len(kinds)), 0.5)
         for i, one in enumerate(kinds):
