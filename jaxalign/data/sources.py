@@ -448,7 +448,9 @@ def _response(row: Row) -> PromptResponseRecord:
         prompt, response = turns[:-1], turns[-1:]
     elif _is_pair(fields):
         pair = preference_of_row(row)
-        return next(chosen_responses([pair]))
+        return PromptResponseRecord(
+            prompt=pair.prompt, response=pair.chosen, source=row.source, line=row.line
+        )
     else:
         prompt = _prompt_text(_required(fields, "prompt"))
         response = _either(_required(fields, "response", "completion"), "response")

@@ -76,7 +76,7 @@ def test_convert_writes_the_folder_it_was_made_from(models, tmp_path, capsys):
     assert after(text).input_ids == before(text).input_ids
     assert after.chat_template == before.chat_template
     ends = json.loads((tmp_path / "made" / "generation_config.json").read_text())["eos_token_id"]
-    assert ends == [before.eos_token_id] == end_tokens(file)
+    assert ends == [before.eos_token_id] == end_tokens(file, len(before))
     assert main(["convert", file, "half", "--dtype", "bfloat16"]) == 0
     assert load_pretrained("half", dtype=None).params["embed"]["embedding"].dtype == "bfloat16"
     assert main(["convert", "absent.gguf", "other"]) == 2
