@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxalign.errors import UserError
+from jaxalign.files import replacing, write_json, writing
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, transposed
 
@@ -57,13 +58,13 @@ def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) 
         ) from error
 
 
-def read_config(folder: Path) -> Any:
-    """Our description of the model in a folder, from its `config.json`.
+def read_config(folder: Path, name: str = "config.json") -> Any:
+    """Our description of the model in a folder, from its `config.json` or a file like it.
 
     Raises:
       UserError: if the file is missing or broken, or the family is not supported.
     """
-    file = folder / "config.json"
+    file = folder / name
     try:
         text = file.read_text(encoding="utf-8")
         fields = json.loads(text)
@@ -398,7 +399,8 @@ def save_pretrained(
         shards[-1].append(entry)
         filled, total = filled + size, total + size
     if writer:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     files = [
         "model.safetensors"
         if len(shards) == 1
@@ -410,9 +412,8 @@ def save_pretrained(
         if writer:
             from safetensors.numpy import save_file
 
-            partial = folder / f"{file}.partial"
-            save_file(tensors, partial, metadata={"format": "pt"})
-            partial.replace(folder / file)
+            with replacing(folder / file) as scratch:
+                save_file(tensors, scratch, metadata={"format": "pt"})
     if writer:
         _remove_old_weights(folder, keep=files)
         if len(shards) > 1:
@@ -426,7 +427,8 @@ def save_pretrained(
         written = hf_config(model.config, dtype=target, scored=scored) | dict(fields or {})
         write_json(folder / "config.json", written)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            with writing(folder):
+                tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -497,10 +499,3 @@ def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
     for file in folder.iterdir():
         if pattern.fullmatch(file.name) and file.name not in keep:
             file.unlink()
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
