@@ -47,7 +47,8 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
         if not folder and path.exists():
             path.open("ab").close()
         else:
-            (inside / f"{path.name}{PARTIAL}").exists()  # raises where the name is too long
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(inside / f"{path.name}{PARTIAL}")  # is it a name?
             tempfile.TemporaryFile(dir=inside).close()
     except FileExistsError:
         raise UserError(f"{path}: cannot be written: Not a directory; set {option}") from None
@@ -94,6 +95,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             yield path
         return
+    path = path.resolve() if path.is_symlink() else path
     scratch = path.with_name(f"{path.name}{PARTIAL}")
     with writing(path):
         try:

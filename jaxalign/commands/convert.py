@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxalign.commands.arguments import parser
 from jaxalign.commands.exports import export_model
+from jaxalign.commands.inputs import check_inputs, input_digests
 from jaxalign.commands.scores import take_head, trains_scores
 from jaxalign.commands.stages import (
     STAGES,
@@ -126,6 +127,8 @@ def run_base(folder: Path, model_config: Any) -> Any:
     if config.pretrain.steps:
         return run_model(folder, "pretrain", None)[0].params
     if config.model != "embedded":
+        if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):
+            raise UserError(f"{faults[0]}; restore it: the run's adapters belong to it alone")
         return with_adapter(config, model_config, load_pretrained(config.model).params)
     from jaxalign.models.decoder import init_params
 

@@ -137,12 +137,13 @@ UNREAD = ("places", "share", "joint_share")
 """Fields of a stage's data that say where it came from or how devices share it."""
 
 
-def check_inputs(folder: Path, now: Digests) -> list[str]:
+def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None) -> list[str]:
     """What differs from what the run in a folder began with, a phrase for each.
 
     Args:
       folder: of the run.
       now: from `input_digests`.
+      fields: to look at; None: all.
 
     Returns:
       Phrases; none where nothing differs, or where the folder keeps no digests.
@@ -158,15 +159,13 @@ def check_inputs(folder: Path, now: Digests) -> list[str]:
     if not isinstance(before, dict) or not all(isinstance(x, dict) for x in before.values()):
         raise UserError(f"{path}: not a list of digests; restore or remove it")
     changed = []
-    for field in [field for field in now if field in before]:
+    for field in before if fields is None else [one for one in fields if one in before]:
+        if field not in now:
+            changed.append(f"{field}: {', '.join(before[field])} cannot be found")
+            continue
         for file in sorted({*now[field], *before[field]}):
             if now[field].get(file) != before[field].get(file):
                 changed.append(f"{field}: {file} is not what the run began with")
-    changed += [
-        f"{field}: {', '.join(before[field])} cannot be found"
-        for field in before
-        if field not in now
-    ]
     return changed
 
 

@@ -7,7 +7,7 @@ from jaxalign.commands.arguments import parser
 from jaxalign.errors import notice
 from jaxalign.files import check_output
 from jaxalign.reporting import comparison, read_run, write_report
-from jaxalign.training.checkpoints import damage
+from jaxalign.training.checkpoints import DIGESTS, damage
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     for run in runs:
         for fault in run.skipped:
             notice(f"{fault}; the line is left out of the report")
-        for step in sorted((run.folder / "checkpoints").glob("*/[0-9]*")):
-            if step.name.isdigit() and (fault := damage(step)) is not None:
+        for kept in sorted((run.folder / "checkpoints").glob(f"*/[0-9]*/{DIGESTS}")):
+            if (fault := damage(kept.parent)) is not None:
                 notice(f"{fault}; the checkpoint is damaged")
     path = write_report(runs, folder)
     header, rows = comparison(runs)
