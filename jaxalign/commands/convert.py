@@ -1,5 +1,6 @@
 """`jaxalign convert SOURCE TARGET`: run folder or Orbax folder to Hugging Face, and back."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     given = flags.parse_args(arguments)
-    if given.target.exists():
+    if os.path.lexists(given.target):
         raise UserError(f"{given.target}: exists already; name a folder that does not")
     check_output(given.target, "TARGET")
     source, dtype = Path(given.source), jnp.dtype(given.dtype)
