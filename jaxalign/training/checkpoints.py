@@ -5,6 +5,7 @@ committed with it; a checkpoint whose files do not match it is damaged.
 """
 
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,14 @@ def newest_whole_step(folder: Path, *, stop: bool = False, set_aside: bool = Fal
         target = next(folder / name for name in names if not (folder / name).exists())
         (folder / str(step)).rename(target)
     return max(set(steps) - set(damaged), default=None)
+
+
+def _is_not_raised(entry: logging.LogRecord) -> bool:
+    return entry.exc_info is None
+
+
+for _logger in ("absl", "asyncio"):  # Orbax logs each error with its traceback, and raises it, too
+    logging.getLogger(_logger).addFilter(_is_not_raised)
 
 
 class Checkpoints:

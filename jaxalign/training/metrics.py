@@ -107,20 +107,25 @@ class TensorBoard:
 
     def _open(self, stage: str) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue] (made when it is imported)
+            SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
         folder = self._folder / stage
         folder.mkdir(parents=True, exist_ok=True)
         earlier = len(list(folder.iterdir()))
         writer = EventsWriter(str(folder / "events"), f".{earlier}")
         if earlier:
-            start = SessionLog(status=SessionLog.START)  # pyright: ignore
+            start = SessionLog(status=SessionLog.START)
             purged = self._keep.get(stage, -1) + 1
             writer.write_event(Event(wall_time=time.time(), step=purged, session_log=start))
         return writer
 
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue] (made when it is imported)
+        )
         from tensorboardX.summary import scalar
 
         with writing(self._folder):
