@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from jaxalign.errors import UserError
+from jaxalign.errors import OutputError, UserError
 
 USAGE = """usage: jaxalign COMMAND ...
 
@@ -24,7 +24,11 @@ jaxalign COMMAND --help tells more of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 where the user can mend something, 143 after SIGTERM."""
+    """Run a command; its exit status.
+
+    0 on success, 1 where an output could no longer be written (a full disk), 2 where the user can
+    fix something, 143 after SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments else "--help"
     try:
@@ -66,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxalign {command}: {error}", file=sys.stderr)
         return 2
+    except OutputError as error:
+        print(f"jaxalign {command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"jaxalign {command}: interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -6,9 +6,11 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxalign.errors import UserError
+from jaxalign.files import read_json
 from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 
 
@@ -376,6 +378,9 @@ class TrainConfig:
     profile: int = 0
     """Steps of every stage to trace, after the first two; the trace goes into the run folder's
     `profile`, for Perfetto and xprof."""
+    damaged_checkpoints: Literal["fall_back", "stop"] = "fall_back"
+    """Where the newest checkpoint's files are not what was written: resume from the newest that is
+    whole, or stop."""
     export: bool = True
     """Write a Hugging Face folder `export` at the end."""
     wandb_project: str | None = None
@@ -456,6 +461,23 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> TrainConfig:
     """The config that `to_json` wrote."""
     return _build(TrainConfig, json.loads(text), "config")
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The config in a run folder.
+
+    Raises:
+      UserError: names the file, which cannot be read or holds something else.
+    """
+    fields = read_json(path, "config of a run")
+    try:
+        if missing := [name for name in ("name", "model", "data", "seed") if name not in fields]:
+            raise UserError(f"no {', '.join(missing)}")
+        return _build(TrainConfig, fields, "config")
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not the config of a run ({error}); restore it, or remove the folder"
+        ) from None
 
 
 def _build(cls: Any, value: Any, name: str) -> Any:

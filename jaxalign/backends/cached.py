@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxalign.backends.interface import Backend, Decoding, Generation, Keep, Prompt, Score
-from jaxalign.errors import UserError
+from jaxalign.errors import notice
+from jaxalign.files import writing
 
 
 class AnswerFile:
@@ -28,13 +29,20 @@ class AnswerFile:
     def __init__(self, path: Path):
         self.path, self._lock, self._known = path, threading.Lock(), {}
         if path.exists():
+            lost: list[int] = []
             with path.open(encoding="utf-8", errors="replace") as file:
-                for line in file:
+                for number, line in enumerate(file, start=1):
                     try:
                         row = json.loads(line)
                         self._known[row["key"]] = row["answer"]
-                    except (json.JSONDecodeError, KeyError, TypeError):
-                        continue
+                    except (ValueError, KeyError, TypeError, RecursionError):
+                        if line.endswith("\n"):
+                            lost.append(number)
+            if lost:
+                notice(
+                    f"{path}:{lost[0]}: cannot be read ({len(lost)} such lines); what was answered "
+                    "there is requested again"
+                )
 
     def __len__(self) -> int:
         return len(self._known)
@@ -48,15 +56,13 @@ class AnswerFile:
         with self._lock:
             self._known[key] = answer
             line = json.dumps({"key": key, **beside, "answer": answer}).encode() + b"\n"
-            try:
+            with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a+b") as file:
                     if file.tell():
                         file.seek(-1, 2)
                         line = line if file.read(1) == b"\n" else b"\n" + line
                     file.write(line)
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
 
 def key_of(*parts: Any) -> str:

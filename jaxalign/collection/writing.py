@@ -12,6 +12,7 @@ from typing import Any
 from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
 from jaxalign.errors import UserError
+from jaxalign.files import open_text
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class PairWriter:
 
     def __enter__(self) -> "PairWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
+        self._file = open_text(self.path, "w")
         return self
 
     def __exit__(self, *_: object) -> None:

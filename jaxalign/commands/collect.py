@@ -38,6 +38,7 @@ from jaxalign.data import preference_records, prompt_records
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
+from jaxalign.files import check_output, open_text, write_text
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in sizes:
         if getattr(given, name, 1) < 1:
             raise UserError(f"{name}: {getattr(given, name)} is not positive")
+    check_output(given.output, "--output", folder=True)
     records = list(itertools.islice(prompt_records(given.prompts), given.most))
-    given.output.mkdir(parents=True, exist_ok=True)
     answers = AnswerFile(given.output / "answers.jsonl")
 
     def backend(name: str) -> Cached:
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     found |= {"responses_without_text": dict(model.failures)}
     found |= {"model": model.identity, "decoding": vars(decoding)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
-    (given.output / "statistics.json").write_text(text + "\n", encoding="utf-8")
+    write_text(given.output / "statistics.json", text + "\n")
     print(f"{writer.path}: {found['pairs']:,} pairs; asked anew: {model.asked:,}")
     for name in (name for name in found if name not in ("model", "decoding")):
         print(f"  {name}: {_short(found[name])}")
@@ -162,7 +163,7 @@ def _raft(given: argparse.Namespace, kept: Sequence[Any]) -> tuple[int, dict[str
         rewards[at, : len(one.responses)] = one.rewards
     chosen = raft_selection(rewards, keep=given.keep, ranking=given.ranking)
     chosen = [(at, sample) for at, sample in chosen if np.isfinite(rewards[at, sample])]
-    with (given.output / "sft.jsonl").open("w", encoding="utf-8") as file:
+    with open_text(given.output / "sft.jsonl", "w") as file:
         for at, sample in chosen:
             row = {"prompt": kept[at].prompt, "response": kept[at].responses[sample]}
             if wrong := fault(row["response"], transcript(row["prompt"])):
@@ -179,7 +180,7 @@ def _constitutional(given, model, backend, answers, records, decoding, writer) -
     faults: Counter[str] = Counter()
     with ExitStack() as stack:
         files = {
-            name: stack.enter_context((given.output / f"{name}.jsonl").open("w", encoding="utf-8"))
+            name: stack.enter_context(open_text(given.output / f"{name}.jsonl", "w"))
             for name in ("traces", "sft")
         }
         for trace, record in zip(
@@ -228,7 +229,7 @@ def _self_align(given, model, backend, answers, records, decoding, writer) -> di
     named: Counter[str] = Counter()
     with ExitStack() as stack:
         files = {
-            name: stack.enter_context((given.output / f"{name}.jsonl").open("w", encoding="utf-8"))
+            name: stack.enter_context(open_text(given.output / f"{name}.jsonl", "w"))
             for name in ("traces", "sft")
         }
         found = self_aligned(
@@ -278,7 +279,7 @@ def _society(given, model, backend, answers, records, decoding, writer) -> dict[
     questions = [transcript(record.prompt) for record in records]
     with ExitStack() as stack:
         files = {
-            name: stack.enter_context((given.output / f"{name}.jsonl").open("w", encoding="utf-8"))
+            name: stack.enter_context(open_text(given.output / f"{name}.jsonl", "w"))
             for name in ("encounters", "imitation", "self_critic", "realignment", "comparisons")
         }
         for one in society.rounds(questions, given.rounds):

@@ -1,5 +1,6 @@
 """`jaxalign convert SOURCE TARGET`: run, Orbax folder or GGUF to Hugging Face, or that to Orbax."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.commands.arguments import parser
-from jaxalign.commands.scores import exported_fields, take_head, trains_scores
+from jaxalign.commands.exports import export_model
+from jaxalign.commands.inputs import check_inputs, input_digests
+from jaxalign.commands.scores import take_head, trains_scores
 from jaxalign.commands.stages import (
     STAGES,
     as_model,
@@ -27,13 +30,12 @@ from jaxalign.commands.updates import (
     trained_parameters,
 )
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, replacing, write_json
 from jaxalign.gguf import is_gguf
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.lora import merge
-from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import write_json
 from jaxalign.sharding import make_mesh, parameter_shardings, place
-from jaxalign.training.checkpoints import Checkpoints, newest_step
+from jaxalign.training.checkpoints import Checkpoints, checkpoint_steps, damage, newest_whole_step
 from jaxalign.training.step import initial_state
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,49 +56,56 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     given = flags.parse_args(arguments)
-    if given.target.exists():
+    if os.path.lexists(given.target):
         raise UserError(f"{given.target}: exists already; name a folder that does not")
+    check_output(given.target, "TARGET")
     source, dtype = Path(given.source), jnp.dtype(given.dtype)
-    if (source / "checkpoints").is_dir():
-        model = run_model(source, given.stage, given.step)
-        tokenizer, fields = _tokenizer(source), None
-        if isinstance(model, ScoreModel):
-            config, step = read_run_config(source), given.step
-            step = newest_step(stage_folder(source, "preference")) if step is None else step
-            fields = exported_fields(config, tokenizer, source, step)
-        save_pretrained(model, given.target, tokenizer=tokenizer, dtype=dtype, fields=fields)
-    elif (source / "params").is_dir():
-        save_pretrained(orbax_model(source), given.target, dtype=dtype)
-    elif is_gguf(source) and not source.is_dir():
-        gguf_to_hugging_face(source, given.target, dtype)
-    else:
-        hugging_face_to_orbax(given.source, given.target, dtype)
+    with replacing(given.target) as target:
+        if (source / "checkpoints").is_dir():
+            export_run(source, target, stage=given.stage, step=given.step, dtype=dtype)
+        elif (source / "params").is_dir():
+            save_pretrained(orbax_model(source), target, dtype=dtype)
+        elif is_gguf(source) and not source.is_dir():
+            gguf_to_hugging_face(source, target, dtype)
+        else:
+            hugging_face_to_orbax(given.source, target, dtype)
     print(given.target)
     return 0
 
 
-def _tokenizer(run: Path) -> Any:
-    """The tokenizer kept in a run folder."""
+def export_run(
+    folder: Path, target: Path, *, stage: str | None, step: int | None, dtype: Any
+) -> None:
+    """Write the model of a run's checkpoint as the end of a run does."""
     from jaxalign.data import load_tokenizer
 
-    return load_tokenizer(run / "tokenizer")
+    config, tokenizer = read_run_config(folder), load_tokenizer(folder / "tokenizer")
+    model, step = run_model(folder, stage, step)
+    export_model(folder, config, model, target, tokenizer=tokenizer, step=step, dtype=dtype)
 
 
-def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
-    """The model of a run's checkpoint, adapters merged in.
+def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, int]:
+    """The model of a run's checkpoint, adapters merged in, and the checkpoint's step.
+
+    Args:
+      folder: of the run.
+      stage: of the run; None: its last.
+      step: of the stage; None: its newest whole checkpoint.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: there is no such checkpoint, or it is damaged.
     """
     config = read_run_config(folder)
     stage = stage or trained_stages(config)[-1]
     model_config = read_model_config(folder)
     mesh = make_mesh()
-    checkpoints = Checkpoints(stage_folder(folder, stage))
-    step = checkpoints.latest() if step is None else step
-    if step is None or step not in checkpoints.steps():
-        there = ", ".join(map(str, checkpoints.steps())) or "none"
+    saved = stage_folder(folder, stage)
+    wanted = newest_whole_step(saved) if step is None else step
+    if wanted is None or wanted not in checkpoint_steps(saved):
+        there = ", ".join(map(str, checkpoint_steps(saved))) or "none"
         raise UserError(f"{folder}: stage {stage} has no checkpoint {step}; there: {there}")
+    if step is not None and (fault := damage(saved / str(step))) is not None:
+        raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")
     optimizer, _ = make_update_rule(config, stage)
     structs = parameter_structs(model_config, scored=trains_scores(config, stage))
 
@@ -104,24 +113,29 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> Any:
         trained = trained_parameters(config, stage, model_config, params)
         return initial_state(trained, optimizer, seed=config.seed)
 
-    state, _ = checkpoints.restore(step, jax.eval_shape(fresh, structs), mesh)
-    checkpoints.close()
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(wanted, jax.eval_shape(fresh, structs), mesh)
     learned, lora = kept_parameters(config, stage, state.params), stage_adapters(config, stage)
     if lora is None:
-        return as_model(model_config, learned)
+        return as_model(model_config, learned), wanted
     stages = trained_stages(config)
     before = stages[: stages.index(stage)]
-    base = run_model(folder, before[-1], None).params if before else run_base(folder, model_config)
+    if before:
+        base = run_model(folder, before[-1], None)[0].params
+    else:
+        base = run_base(folder, model_config)
     base, adapters = take_head(place(base, mesh), learned)
-    return as_model(model_config, merge(base, adapters, lora.scale))
+    return as_model(model_config, merge(base, adapters, lora.scale)), wanted
 
 
 def run_base(folder: Path, model_config: Any) -> Any:
     """The parameters under a run's adapters: the model it was started from, or its pretraining."""
     config = read_run_config(folder)
     if config.pretrain.steps:
-        return run_model(folder, "pretrain", None).params
+        return run_model(folder, "pretrain", None)[0].params
     if config.model != "embedded":
+        if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):
+            raise UserError(f"{faults[0]}; restore it: the run's adapters belong to it alone")
         return with_adapter(config, model_config, load_pretrained(config.model).params)
     from jaxalign.models.decoder import init_params
 

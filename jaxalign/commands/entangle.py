@@ -35,6 +35,7 @@ from jaxalign.entanglement.tokens import (
     token_geometry,
 )
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, open_text
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     loss, reads_tokens, _ = find_loss(given.loss, {})
     if reads_tokens:
         raise UserError(f"loss: {given.loss} reads whole distributions; name another")
+    check_output(given.output, "--output", folder=True)
     loaded = load(given, most=given.pairs)
     reference = loaded.model
     if given.reference:
@@ -102,8 +104,7 @@ def main(arguments: Sequence[str]) -> int:
             given.heat_map_parameters, "the unembedding alone"
         ),
     )
-    given.output.mkdir(parents=True, exist_ok=True)
-    with (given.output / "pairs.jsonl").open("w", encoding="utf-8") as file:
+    with open_text(given.output / "pairs.jsonl", "w") as file:
         for row in page.pairs:
             values = dataclasses.asdict(row)
             numbers = values.pop("numbers")

@@ -17,6 +17,7 @@ from jaxalign.entanglement.similarity import (
     hidden_states_of_pairs,
 )
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, replacing
 
 SCORES = (*HIDDEN_SIMILARITIES, "edit")
 
@@ -40,13 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     given = flags.parse_args(arguments)
     if not 0 < given.keep <= 1:
         raise UserError(f"keep: {given.keep} is not in (0, 1]")
+    check_output(given.output, "--output")
     loaded = load(given)
     scores = similarities(loaded, given.batch_size)
     own = scores[given.by]
     kept = np.sort(np.argsort(own, kind="stable")[: math.ceil(given.keep * len(own))])
     numbers = np.asarray(loaded.pairs.record_index)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    with given.output.open("w", encoding="utf-8") as file:
+    with replacing(given.output) as scratch, scratch.open("w", encoding="utf-8") as file:
         for at in kept:
             record = loaded.records[int(numbers[at])]
             line: dict[str, Any] = {

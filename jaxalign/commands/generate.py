@@ -21,6 +21,7 @@ from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.commands.arguments import parser
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, open_text, read_json, write_json, writing
 from jaxalign.prompting import Composer, PromptArtefact, read_artefact
 from jaxalign.prompting.composing import without_marks
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
+    check_output(given.output, "--output")
     records = list(itertools.islice(prompt_records(given.prompts), given.most))
     places = [f"{record.source}:{record.line}" for record in records]
     model = make_backend(
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
     written = cut = 0
     missing: list[str] = []
-    with given.output.open("a", encoding="utf-8") as file:
+    with open_text(given.output, "a") as file:
         for begin in _shown(range(done, len(records), given.batch_size)):
             mine = records[begin : begin + given.batch_size]
             asked = prompts[begin : begin + given.batch_size]
@@ -199,13 +201,13 @@ def _begun(
     beside = path.with_name(path.name + ".settings.json")
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        path.touch()  # last: a file without settings is taken for somebody else's
+        write_json(beside, settings)
+        with writing(path):
+            path.touch()  # last: a file without settings is taken for somebody else's
         return 0
     if not beside.exists():
         raise UserError(f"{path}: exists, and was not made by this command; name another --output")
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    before = read_json(beside, "list of settings")
     for name in settings:
         if before.get(name) != settings[name]:
             raise UserError(
@@ -219,7 +221,7 @@ def _begun(
         for record in records
         for sample in range(samples)
     ]
-    rows = [(row["id"], row["prompt"]) for row in map(json.loads, whole)]
+    rows = [_id_and_prompt(line) for line in whole]
     known = {json.dumps(slot) for slot in slots}
     for number, row in enumerate(rows[: len(slots)], 1):
         if json.dumps(row) not in known:
@@ -234,6 +236,15 @@ def _begun(
         done -= done % batch
     os.truncate(path, sum(map(len, lines[: done * samples])))
     return done
+
+
+def _id_and_prompt(line: bytes) -> tuple[Any, Any]:
+    """Which slot of the output a line fills; (None, None) where it is damaged."""
+    try:
+        row = json.loads(line)
+        return row["id"], row["prompt"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None, None
 
 
 def _shown(batches: Sequence[int]) -> Iterable[int]:

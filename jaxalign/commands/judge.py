@@ -15,6 +15,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
+from jaxalign.files import check_output, write_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("most", "resamples", "batch_size", "workers", "attempts", "timeout"):
         if (value := getattr(given, name)) is not None and value <= 0:
             raise UserError(f"{name}: {value} is not positive")
+    check_output(given.output, "--output", folder=True)
     matched = match(files, common=given.common, most=given.most) if files else None
     labelled = read_labelled(given.human, given.by, given.most) if given.human else []
     annotator = make_annotator(
@@ -47,7 +49,6 @@ def main(arguments: Sequence[str]) -> int:
             progress=_progress,
         ),
     )
-    given.output.mkdir(parents=True, exist_ok=True)
     facts = [f"judge {_identity(annotator, given.judge)}"]
     results: dict[str, Any] = {"judge": _identity(annotator, given.judge)}
     parts: list[Table | Intervals | Examples] = []
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     heading = f"Side by side: {title}" if files else "A judge beside people"
     write_page(heading, [*facts, *results.get("notes", [])], parts, page)
     text = json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False)
-    (given.output / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_text(given.output / "results.json", text + "\n")
     print(f"page: {page}")
     return 0
 

@@ -12,6 +12,7 @@ from jaxalign.commands.judged_examples import against_people
 from jaxalign.commands.judged_words import headings, in_numbers, in_words, plain
 from jaxalign.commands.outputs import Labelled
 from jaxalign.evaluation import Agreement, Annotator, agreement
+from jaxalign.files import open_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table
 
 HEADER = ("kappa", "ties", "judged", "no verdict")
@@ -34,7 +35,7 @@ def beside_people(
         name: agreement(verdicts.preference[of], label[of], confidence=given.confidence)
         for name, of in groups.items()
     }
-    with (given.output / "human.jsonl").open("w", encoding="utf-8") as file:
+    with open_text(given.output / "human.jsonl", "w") as file:
         for number, row in enumerate(labelled):
             verdict = {
                 "preference": verdicts.preference[number],

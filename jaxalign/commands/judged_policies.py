@@ -28,6 +28,7 @@ from jaxalign.evaluation import (
     win_rate,
 )
 from jaxalign.evaluation.win_rates import length_feature, moved_far
+from jaxalign.files import open_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table
 
 MODELS_FOR_DIFFICULTY = 3  # fewer than these beside the baseline say little about a prompt
@@ -91,7 +92,7 @@ def side_by_side(
         )
         for number, (item, names, seeds, texts) in enumerate(asked)
     ]
-    with (given.output / "verdicts.jsonl").open("w", encoding="utf-8") as file:
+    with open_text(given.output / "verdicts.jsonl", "w") as file:
         for own in comparisons:
             line = {"prompt": matched.prompts[own.item], "place": matched.places[own.item]}
             line |= {key: x for key, x in vars(own).items() if key not in ("item", "responses")}

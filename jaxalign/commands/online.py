@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from jaxalign.data import (
 from jaxalign.data.record_text import text_of
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
+from jaxalign.files import read_json, write_json
 from jaxalign.generation import Sampling
 from jaxalign.models import DecoderConfig
 from jaxalign.online import PromptBatch
@@ -143,8 +143,7 @@ def load_prompts(
     )
     if jax.process_index() == 0:
         path = folder / "data.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(json.dumps(before | report, indent=2) + "\n", encoding="utf-8")
+        write_json(path, read_json(path, "counts of a run's data") | report)
     return data
 
 

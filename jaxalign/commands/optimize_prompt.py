@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.data import prompt_records
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, write_text
 from jaxalign.modules import find_function
 from jaxalign.prompting import (
     FIXED,
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if _told_cost(given, len(seeds)):
         return 0
+    check_output(given.output, "--output", folder=True)
     answers = AnswerFile(given.output / "answers.jsonl")
     backends: dict[str, Cached] = {}
 
@@ -112,7 +114,6 @@ def main(arguments: Sequence[str]) -> int:
         name = given.optimizer or evaluator
         optimizer = AskedOptimizer(asker(name, proposing))
         rewriter = AskedRewriter(asker(name))
-    given.output.mkdir(parents=True, exist_ok=True)
     examples = seeds
     if rewriter is not None and given.iterations and seeds:
         examples, history = improve_examples(
@@ -249,12 +250,8 @@ def _searched(given: argparse.Namespace, world: SystemPromptWorld) -> Found:
     return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
 
 
-def _write_lines(path: Path, rows: Any) -> None:
-    """The whole file at once, or as it was."""
-    scratch = path.with_name(path.name + ".new")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _mean(values: Sequence[float]) -> float:

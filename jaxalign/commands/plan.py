@@ -12,6 +12,7 @@ from jaxalign.commands.arguments import parser
 from jaxalign.commands.experiment import parse
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, write_text
 
 if TYPE_CHECKING:
     from jaxalign.commands.planning.steps import Draft, Plan
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     given, fields = flags.parse_known_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is only compiled for
     config = parse([given.experiment, "--scale", given.scale, *fields])
+    if given.json is not None:
+        check_output(given.json, "--json")
     stages = stages_of(config, given.stage)
     if given.sweep and len(stages) > 1:
         raise UserError(f"--sweep: is of one stage; add --stage {' or --stage '.join(stages)}")
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     plans = [plan for name in stages for plan in each(config, name, given)]
     if given.json is not None:
         text = json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2)
-        given.json.write_text(text + "\n", encoding="utf-8")
+        write_text(given.json, text + "\n")
     fits = [plan.fits for plan in plans]
     return 0 if (any(fits) if given.sweep else all(fits)) else 1
 

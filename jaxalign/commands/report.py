@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxalign.commands.arguments import parser
+from jaxalign.errors import notice
+from jaxalign.files import check_output
 from jaxalign.reporting import comparison, read_run, write_report
+from jaxalign.training.checkpoints import DIGESTS, damage
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -17,6 +20,13 @@ def main(arguments: Sequence[str]) -> int:
     given = flags.parse_args(arguments)
     runs = [read_run(folder) for folder in given.runs]
     folder = given.output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
+    check_output(folder, "--output", folder=True)
+    for run in runs:
+        for fault in run.skipped:
+            notice(f"{fault}; the line is left out of the report")
+        for kept in sorted((run.folder / "checkpoints").glob(f"*/[0-9]*/{DIGESTS}")):
+            if (fault := damage(kept.parent)) is not None:
+                notice(f"{fault}; the checkpoint is damaged")
     path = write_report(runs, folder)
     header, rows = comparison(runs)
     if rows:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from jaxalign.commands.updates import (
 from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
 from jaxalign.errors import UserError
+from jaxalign.files import read_json, write_json
 from jaxalign.losses import dpo
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.lora import merge
@@ -108,8 +108,7 @@ def load_stimuli(
     )
     if jax.process_index() == 0:
         path = folder / "data.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(json.dumps(before | report, indent=2) + "\n", encoding="utf-8")
+        write_json(path, read_json(path, "counts of a run's data") | report)
     return data
 
 

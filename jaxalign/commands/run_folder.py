@@ -1,14 +1,23 @@
-"""A run folder: config, versions, metrics, checkpoints, report; made anew or gone on with."""
+"""A run folder: config, versions, metrics, checkpoints, report; begun or resumed."""
 
-import json
+import contextlib
+import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from jaxalign.config import TrainConfig, from_json, to_json
+import jax
+
+from jaxalign.commands.inputs import INPUTS, check_inputs, input_digests, keep_inputs
+from jaxalign.config import TrainConfig, read_config, to_json
 from jaxalign.errors import UserError
+from jaxalign.files import check_output, locked, remove, write_json, write_text
 from jaxalign.sharding.processes import in_turn
+from jaxalign.training.checkpoints import DAMAGED
+from jaxalign.training.metrics import parse_metrics
 
 PACKAGES = (
     "jaxalign",
@@ -22,54 +31,115 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-MAY_CHANGE = ("mesh", "output", "export", "wandb_project")
-"""Fields that a run may be gone on with in another form: they do not change what it computes."""
+MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints")
+"""Fields in which a resumed run may differ: they do not change what it computes."""
+LOCK = ".lock"
+MADE = (
+    "config.json",
+    INPUTS,
+    "environment.json",
+    "data.json",
+    "model.json",
+    "generation_config.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "reference_log_probs.npz",
+    "tokenizer",
+    "tokens",
+    "checkpoints",
+    "tensorboard",
+    "profile",
+)
+"""What a run that fails before its first step may leave; a judge's answers are kept."""
 
 
-def open_run_folder(config: TrainConfig) -> Path:
-    """The folder output/name, made now or left by the same config.
+@contextlib.contextmanager
+def run_folder(config: TrainConfig) -> Iterator[Path]:
+    """The folder output/name, made now or left by the same config; for this command alone.
+
+    What a command left that failed before its first step is replaced.
 
     Raises:
-      UserError: the folder holds a run of another config.
+      UserError: the folder cannot be written, another command is writing it, or it holds a run of
+        another config or of other inputs.
     """
-    with in_turn("run folder"):
-        return _open(config, Path(config.output) / config.name)
+    folder = Path(config.output) / _checked_name(config.name)
+    with contextlib.ExitStack() as stack:
+        with in_turn("run folder"):
+            if jax.process_index() == 0:
+                check_output(folder, "--output", folder=True)
+                advice = "wait for it, or set --name to start another run"
+                stack.enter_context(locked(folder / LOCK, str(folder), advice))
+                _open(config, folder)
+            elif not (folder / "config.json").exists():
+                raise UserError(
+                    f"{folder}: is not the folder that process 0 made; set --output to one that "
+                    "all processes share"
+                )
+        yield folder
 
 
-def _open(config: TrainConfig, folder: Path) -> Path:
-    import jax
+def _checked_name(name: str) -> str:
+    """A run's name, which stays below the output folder."""
+    parts = Path(name).parts
+    fault = None
+    if "\0" in name:
+        fault = "has a NUL character"
+    elif not parts:
+        fault = "names no folder"
+    elif Path(name).is_absolute() or ".." in parts:
+        fault = "leaves the output folder"
+    elif max(len(os.fsencode(part)) for part in parts) > 255:
+        fault = "has more than 255 bytes"
+    if fault is not None:
+        raise UserError(f"name: {name[:80]!r} {fault}; set --name to a plain name")
+    return name
 
-    written = folder / "config.json"
-    if not written.exists() and jax.process_index() != 0:
-        raise UserError(
-            f"{folder}: is not the folder that process 0 made; set --output to one that all "
-            "processes share"
-        )
-    if written.exists():
-        before = from_json(written.read_text(encoding="utf-8"))
+
+def _open(config: TrainConfig, folder: Path) -> None:
+    """Check what the folder holds, or begin."""
+    path, inputs = folder / "config.json", input_digests(config)
+    if path.exists():
+        before = read_config(path)
         changed = [
             name
             for name in vars(config)
             if name not in MAY_CHANGE and getattr(before, name) != getattr(config, name)
         ]
-        if changed:
-            raise UserError(
-                f"{folder}: holds a run whose {', '.join(changed)} differ; "
-                "set --name to start another, or remove the folder"
-            )
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
-    scratch = folder / "config.partial"
-    scratch.write_text(to_json(config) + "\n", encoding="utf-8")
-    scratch.replace(written)
-    return folder
+        faults = check_inputs(folder, inputs)
+        if not changed and not faults:
+            keep_inputs(folder, inputs)
+            return
+        if _has_progress(folder):
+            if changed:
+                raise UserError(
+                    f"{folder}: holds a run whose {', '.join(changed)} differ; "
+                    "set --name to start another, or remove the folder"
+                )
+            raise UserError(f"{faults[0]}; restore it, or set --name to start another run")
+        for name in MADE:
+            remove(folder / name)
+    elif _has_progress(folder):
+        raise UserError(f"{path}: missing, and there are checkpoints or metrics; restore it")
+    write_json(folder / "environment.json", _environment())
+    keep_inputs(folder, inputs)
+    write_text(path, to_json(config) + "\n")
 
 
-def _environment() -> dict:
+def _has_progress(folder: Path) -> bool:
+    """Whether a run has come to its first step."""
+    saved = (folder / "checkpoints").glob("*/*")
+    if any(one.name.isdigit() or one.name.startswith(DAMAGED) for one in saved):
+        return True
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return False
+    lines, faults = parse_metrics(metrics)
+    return bool(faults) or any(line["step"] > 0 for line in lines)
+
+
+def _environment() -> dict[str, Any]:
     """Versions, devices and git revision: what a reader needs to run it again."""
-    import jax
-
     versions = {}
     for package in PACKAGES:
         try:

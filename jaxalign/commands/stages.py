@@ -1,20 +1,20 @@
 """The stages of a run and what they leave in its folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxalign.config import ArchitectureConfig, LoraConfig, TrainConfig, from_json
+from jaxalign import config as configs
+from jaxalign.config import ArchitectureConfig, LoraConfig, TrainConfig
 from jaxalign.errors import UserError
+from jaxalign.files import write_json
 from jaxalign.models import Decoder, DecoderConfig, EncoderDecoder
-from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
 from jaxalign.models.score import SCORE, ScoreModel, init_head, with_head
-from jaxalign.models.weights import hf_config, write_json
+from jaxalign.models.weights import hf_config, read_config
 
 STAGES = ("pretrain", "sft", "preference", "online", "representation")
 
@@ -43,9 +43,12 @@ def write_model_config(folder: Path, model_config: Any) -> None:
 
 
 def read_model_config(folder: Path) -> Any:
-    """The architecture that a run folder keeps."""
-    fields = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    return FAMILIES[fields["model_type"]].config(fields)
+    """The architecture that a run folder keeps.
+
+    Raises:
+      UserError: the file is missing or broken.
+    """
+    return read_config(folder, "model.json")
 
 
 def read_run_config(folder: Path) -> TrainConfig:
@@ -57,7 +60,7 @@ def read_run_config(folder: Path) -> TrainConfig:
     path = folder / "config.json"
     if not path.is_file() or not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: not a run folder (config.json and checkpoints are missing)")
-    return from_json(path.read_text(encoding="utf-8"))
+    return configs.read_config(path)
 
 
 def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig:

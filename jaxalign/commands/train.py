@@ -16,14 +16,15 @@ from jax.sharding import Mesh
 
 from jaxalign.commands.drive import World, drive
 from jaxalign.commands.experiment import parse
+from jaxalign.commands.exports import export_model, keep_generation_config
 from jaxalign.commands.find import find_loss
+from jaxalign.commands.inputs import INPUTS, check_examples
 from jaxalign.commands.online import check_online, load_prompts, run_online
 from jaxalign.commands.report import print_table
 from jaxalign.commands.representation import load_stimuli, run_representation
-from jaxalign.commands.run_folder import open_run_folder
+from jaxalign.commands.run_folder import run_folder
 from jaxalign.commands.scores import (
     check_start,
-    exported_fields,
     take_head,
     trains_scores,
     with_own_head,
@@ -59,15 +60,16 @@ from jaxalign.commands.updates import (
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.data import check_vocabulary
 from jaxalign.errors import UserError
-from jaxalign.models import load_pretrained, save_pretrained
+from jaxalign.files import digest
+from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
 from jaxalign.reporting import comparison, online, read_run, representation, write_report
 from jaxalign.sharding import batch_sharding, make_mesh, place
-from jaxalign.sharding.processes import ending_together, share_of_rows, start
-from jaxalign.training.checkpoints import newest_step
+from jaxalign.sharding.processes import ending_together, in_turn, share_of_rows, start
+from jaxalign.training.checkpoints import newest_step, newest_whole_step
 from jaxalign.training.evaluation import (
     evaluate_losses,
     evaluate_preferences,
@@ -103,12 +105,20 @@ def train(config: TrainConfig) -> Path:
         check_online(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
-    folder = open_run_folder(config)
+    with run_folder(config) as folder:
+        _train(config, mesh, folder)
+    return folder
+
+
+def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
+    """Run or resume the stages in the run folder, which is this command's alone."""
+    resumed = find_checkpoints(config, folder)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
     check_start(config, params)
     check_vocabulary(tokenizer, model_config.vocab_size)
     write_model_config(folder, model_config)
+    keep_generation_config(config, folder)
     data: dict[str, Any] = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
     if config.online.steps:
         data["online"] = load_prompts(config, tokenizer, folder, model_config)
@@ -116,7 +126,8 @@ def train(config: TrainConfig) -> Path:
         data["representation"] = load_stimuli(config, tokenizer, folder, model_config)
     check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
     if jax.process_index() == 0:
-        resume_metrics(folder)
+        check_examples(folder, data)
+        rewind(folder / "metrics.jsonl", resumed)
     world = World(
         config=config,
         folder=folder,
@@ -124,7 +135,7 @@ def train(config: TrainConfig) -> Path:
         model_config=model_config,
         tokenizer=tokenizer,
         data=data,
-        writers=make_writers(config, folder),
+        writers=make_writers(config, folder, resumed),
     )
     adapters = []
     try:
@@ -141,7 +152,6 @@ def train(config: TrainConfig) -> Path:
         export(world, params, adapters)
     if jax.process_index() == 0:
         report(folder)
-    return folder
 
 
 RUNS = {"online": run_online, "representation": run_representation}
@@ -194,20 +204,24 @@ def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any,
     return model_config, place(params, mesh)
 
 
-def resume_metrics(folder: Path) -> None:
-    """Cut the metrics file back to the newest checkpoint, so that later lines are written anew."""
+def find_checkpoints(config: TrainConfig, folder: Path) -> dict[str, int]:
+    """The step from which each stage resumes; damaged checkpoints are named and set aside."""
+    with in_turn("checkpoints"):
+        if jax.process_index() == 0:
+            stop = config.damaged_checkpoints == "stop"
+            for name in STAGES:
+                newest_whole_step(stage_folder(folder, name), stop=stop, set_aside=True)
     newest = {name: newest_step(stage_folder(folder, name)) for name in STAGES}
-    keep = {name: step for name, step in newest.items() if step is not None}
-    rewind(folder / "metrics.jsonl", keep)
+    return {name: step for name, step in newest.items() if step is not None}
 
 
-def make_writers(config: TrainConfig, folder: Path) -> list[Writer]:
+def make_writers(config: TrainConfig, folder: Path, resumed: Mapping[str, int]) -> list[Writer]:
     """JSON Lines and TensorBoard always, Weights & Biases where asked; on process 0 alone."""
     if jax.process_index() != 0:
         return []
     writers: list[Writer] = [
         JsonLines(folder / "metrics.jsonl"),
-        TensorBoard(folder / "tensorboard"),
+        TensorBoard(folder / "tensorboard", resumed),
     ]
     if config.wandb_project:
         values = json.loads((folder / "config.json").read_text())
@@ -301,6 +315,7 @@ def feed(
         put,
         world.folder / "reference_log_probs.npz",
         mesh,
+        digest(world.folder / INPUTS),
     )
 
     def put_with_reference(batch: Any) -> Any:
@@ -331,9 +346,5 @@ def export(world: World, params: Any, adapters: Sequence[Any]) -> None:
     folder = world.folder / "export"
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
-    fields = None
-    if SCORE in params and jax.process_index() == 0:
-        steps = config.preference.steps
-        fields = exported_fields(config, world.tokenizer, world.folder, steps)
-    model = as_model(world.model_config, params)
-    save_pretrained(model, folder, tokenizer=world.tokenizer, fields=fields)
+    model, step = as_model(world.model_config, params), config.preference.steps
+    export_model(world.folder, config, model, folder, tokenizer=world.tokenizer, step=step)

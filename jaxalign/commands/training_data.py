@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from jaxalign.data import (
     tokenize_texts,
 )
 from jaxalign.errors import UserError
+from jaxalign.files import replacing, write_json
 from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.models import DecoderConfig
 from jaxalign.representation import (
@@ -70,9 +70,8 @@ def _tokenizer(config: TrainConfig, kept: Path) -> Any:
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
     else:
         tokenizer = embedded_tokenizer()
-    scratch = kept.with_suffix(".partial")
-    tokenizer.save_pretrained(scratch)
-    scratch.replace(kept)
+    with replacing(kept) as scratch:
+        tokenizer.save_pretrained(scratch)
     return tokenizer
 
 
@@ -206,7 +205,7 @@ def load_stages(
             joint = joint_share(config.share_prompts, model_config, jax.default_backend())
             stages["preference"] = dataclasses.replace(pairs.stage(), joint_share=joint)
     if jax.process_index() == 0:
-        (folder / "data.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "data.json", report)
     return {name: dataclasses.replace(stage, share=share) for name, stage in stages.items()}
 
 

@@ -1,7 +1,6 @@
 """Text to tokens: exact prompt/response boundaries, chat templates, truncation that is counted."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +18,7 @@ from jaxalign.data.records import (
 )
 from jaxalign.data.tokenizers import Encoder
 from jaxalign.errors import UserError
+from jaxalign.files import read_arrays, write_arrays
 
 T = TypeVar("T")
 
@@ -397,23 +397,19 @@ def tokenize_texts(
         return _tokenize_texts(plain, encoder)
     documents = list(plain)
     path = cache / f"{_fingerprint(documents, encoder)}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            return TokenizedTexts(
-                flat=stored["flat"],
-                offsets=stored["offsets"],
-                characters=int(stored["characters"]),
-            )
+    stored = read_arrays(path, ("flat", "offsets", "characters"))
+    if stored is not None:
+        return TokenizedTexts(
+            flat=stored["flat"], offsets=stored["offsets"], characters=int(stored["characters"])
+        )
     tokenized = _tokenize_texts(documents, encoder)
     cache.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(
-        scratch,
+    write_arrays(
+        path,
         flat=tokenized.flat,
         offsets=tokenized.offsets,
-        characters=tokenized.characters,
+        characters=np.asarray(tokenized.characters),
     )
-    scratch.replace(path)
     return tokenized
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
-from jaxalign.errors import UserError
+from jaxalign.files import writing
 
 FINEST = 2.0**53  # steps of this inverse below 1 are exact in float64, and so is 1 less of them
 
@@ -229,11 +229,9 @@ class _Appending:
         if self.path is None:
             self.file = None
             return lambda row: None
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a+b")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         if self.file.tell():
             self.file.seek(-1, 2)
             if self.file.read(1) != b"\n":  # a kill cut the last line off
@@ -242,8 +240,10 @@ class _Appending:
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(row).encode() + b"\n")
-        self.file.flush()
+        assert self.path is not None
+        with writing(self.path):
+            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.flush()
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:

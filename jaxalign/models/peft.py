@@ -13,18 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.errors import UserError
+from jaxalign.files import replacing, write_json
 from jaxalign.models import lora
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import (
-    TensorFiles,
-    find_folder,
-    flatten,
-    model_class,
-    to_host,
-    write_json,
-)
+from jaxalign.models.weights import TensorFiles, find_folder, flatten, model_class, to_host
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -205,9 +199,8 @@ def save_adapters(
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{TENSOR_FILE}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / TENSOR_FILE)
+        with replacing(folder / TENSOR_FILE) as scratch:
+            save_file(tensors, scratch, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, fields)
     return folder
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxalign.errors import UserError
+from jaxalign.files import replacing, write_json, writing
 from jaxalign.gguf import is_gguf
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, check_numbers, transposed
@@ -68,15 +69,15 @@ def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -
     return path if is_gguf(path) and not path.is_dir() else find_folder(path_or_hub_name, files)
 
 
-def read_config(source: Path) -> Any:
-    """Our description of a model, from its folder's `config.json` or its GGUF file's metadata.
+def read_config(source: Path, name: str = "config.json") -> Any:
+    """Our description of a model: from its folder's config file, or its GGUF file's metadata.
 
     Raises:
       UserError: if the file is missing or broken, or the family is not supported.
     """
     if is_gguf(source):
         return _config(source, json.dumps(config_fields(source)))
-    file = source / "config.json"
+    file = source / name
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -544,7 +545,8 @@ def save_pretrained(
         shards[-1].append(entry)
         filled, total = filled + size, total + size
     if writer:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     files = [
         "model.safetensors"
         if len(shards) == 1
@@ -556,9 +558,8 @@ def save_pretrained(
         if writer:
             from safetensors.numpy import save_file
 
-            partial = folder / f"{file}.partial"
-            save_file(tensors, partial, metadata={"format": "pt"})
-            partial.replace(folder / file)
+            with replacing(folder / file) as scratch:
+                save_file(tensors, scratch, metadata={"format": "pt"})
     if writer:
         _remove_old_weights(folder, keep=files)
         if len(shards) > 1:
@@ -572,7 +573,8 @@ def save_pretrained(
         written = hf_config(model.config, dtype=target, scored=scored) | dict(fields or {})
         write_json(folder / "config.json", written)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            with writing(folder):
+                tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -643,10 +645,3 @@ def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
     for file in folder.iterdir():
         if pattern.fullmatch(file.name) and file.name not in keep:
             file.unlink()
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)

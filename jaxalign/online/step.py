@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.errors import UserError
+from jaxalign.files import open_text, write_text
 from jaxalign.losses import SampleLogProbs
 from jaxalign.online.algorithm import Algorithm
 from jaxalign.online.objective import OnlineObjective
@@ -32,6 +33,7 @@ from jaxalign.online.sampler import (
     rollout_batch,
 )
 from jaxalign.sharding import batch_sharding
+from jaxalign.training.loop import stop_if_asked
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import (
@@ -193,6 +195,7 @@ class OnlineStep:
                 else from_data(prompts, self.responses, self.sampler)
                 for at, (draw, samples) in enumerate(draws_of(self.algorithm))
             ]
+            stop_if_asked()
         sampled = joined(parts)
         drawn = time.perf_counter()
         texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
@@ -275,7 +278,7 @@ class TextRecorder:
         verdicts = {name: said for name, said in verdicts.items() if said is not None}
         whole = [np.isfinite(said.reshape(len(texts), -1)).all(1) for said in verdicts.values()]
         nothing = any(not one.any() for one in whole)  # then every sample is kept
-        with self._path.open("a", encoding="utf-8") as file:
+        with open_text(self._path, "a") as file:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
                 line |= {name: _plain(said[at]) for name, said in verdicts.items()}
@@ -287,17 +290,15 @@ class TextRecorder:
         """Forget what came after a step: it will be sampled again."""
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if _step_of(line) <= step]
-        scratch = self._path.with_suffix(".partial")  # a kill while writing loses nothing
-        scratch.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        scratch.replace(self._path)
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> float | int:
+def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")  # the line a kill cut short
 
 

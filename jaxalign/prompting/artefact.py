@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import UserError
+from jaxalign.files import write_text
 
 LAYOUTS = ("continue", "transcript", "chat")
 
@@ -46,8 +47,7 @@ class PromptArtefact:
 def write_artefact(artefact: PromptArtefact, path: Path) -> None:
     """Write it as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(artefact), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(asdict(artefact), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_artefact(path: Path) -> PromptArtefact:

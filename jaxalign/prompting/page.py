@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxalign.files import write_text
 from jaxalign.prompting.search import Node
 
 STYLE = """
@@ -50,11 +51,11 @@ def write_tree(
         waiting.append(None)
         waiting.extend(reversed(children.get(node.number, [])))
     lines = "<br>".join(map(html.escape, facts))
-    path.write_text(
+    write_text(
+        path,
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{lines}</p>{''.join(body)}</body></html>\n",
-        encoding="utf-8",
     )
 
 

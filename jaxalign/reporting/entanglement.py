@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxalign.reporting.figures import save_figure
 from jaxalign.reporting.runs import Run
 
 ROWS = (
@@ -90,7 +91,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     for axis in (left, middle, right):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 

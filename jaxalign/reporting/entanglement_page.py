@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxalign.files import write_text
 from jaxalign.reporting import heat_map
+from jaxalign.reporting.figures import save_figure
 
 COLOURS = {
     "ideal": "#4c9f70",
@@ -124,7 +126,7 @@ def write_page(page: Page, folder: Path) -> Path:
         f"<body>{''.join(body)}</body></html>\n"
     )
     path = folder / "index.html"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -172,7 +174,7 @@ def _overview(page: Page, folder: Path) -> str:
         title="Ideal for equal coefficients (DPO): below the line",
     )
     right.legend(fontsize=8)
-    figure.savefig(folder / "overview.png", dpi=110)
+    save_figure(figure, folder / "overview.png")
     image = heat_map.inline(figure)
     plt.close(figure)
     rows = "".join(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxalign.reporting.figures import save_figure
+
 
 def readable(token: str) -> str:
     """A token as a reader sees it: spaces and line breaks have signs."""
@@ -39,7 +41,7 @@ def draw(
     axis.set(xlabel="rejected", ylabel="chosen")
     axis.set_title(title, fontsize=8)
     figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the tokens' gradients")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxalign.files import write_text
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
@@ -90,11 +92,11 @@ def write_page(
                 body.append(_intervals(part))
             case Examples():
                 body.append(_examples(part))
-    path.write_text(
+    write_text(
+        path,
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
         f"<body>{''.join(body)}</body></html>\n",
-        encoding="utf-8",
     )
 
 

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from jaxalign.reporting.figures import save_figure
 from jaxalign.reporting.runs import Run
 
 STAGE = "online"
@@ -72,7 +74,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     right.set(title="Share of the time of a step", ylim=(0, 1))
     right.tick_params(axis="x", labelrotation=20 if len(runs) > 2 else 0, labelsize=8)
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -86,15 +88,25 @@ def samples(run: Run, *, number: int = 4) -> str:
     path = run.folder / SAMPLES
     if not path.is_file() or not number:
         return ""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     rows = []
-    for line in map(json.loads, lines[-number:]):
+    for line in filter(None, map(_sample, lines[-number:])):
         texts = "<br>".join(f"{at}. {_cell(x)}" for at, x in enumerate(line["responses"], 1))
         rewards = ", ".join("none" if x is None else f"{x:.3g}" for x in line.get("reward", []))
         verdict = f"rewards {rewards}" if rewards else _verdict(line.get("preference", []))
         rows.append(f"| {line['step']} | {_cell(line['prompt'])} | {texts} | {verdict} |")
     header = ["| step | prompt | responses | verdict |", "|---:|---|---|---|"]
     return f"## Samples of {run.name}\n\n" + "\n".join(header + rows) + "\n"
+
+
+def _sample(line: str) -> dict[str, Any] | None:
+    """A line of the samples; None where it is damaged."""
+    try:
+        value = json.loads(line)
+        texts = [value["prompt"], *value["responses"]]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return value if "step" in value and all(isinstance(text, str) for text in texts) else None
 
 
 def _verdict(preference: Sequence[Sequence[float | None]]) -> str:

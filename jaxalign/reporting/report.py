@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxalign.files import check_output, write_text
 from jaxalign.reporting import entanglement, online, representation
+from jaxalign.reporting.figures import save_figure
 from jaxalign.reporting.runs import Run
 
 ROWS = (
@@ -110,7 +112,7 @@ def _plot_preference(runs: Sequence[Run], path: Path) -> None:
     right.axhline(0.5, color="grey", linewidth=0.8)
     if len(runs) > 1:
         right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -187,7 +189,7 @@ def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
         axis.set(title=stage, xlabel="step", ylabel="loss")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     return stages
 
@@ -202,7 +204,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     Returns:
       The path of `report.md`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder, "--output", folder=True)
     header, rows = comparison(runs)
     text = [f"# {', '.join(run.name for run in runs)}\n"]
     if rows:
@@ -236,7 +238,13 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     if _plot_losses(runs, folder / "loss.png"):
         text.append("![loss by stage](loss.png)\n")
     text += [table for table in map(_calibration_table, runs) if table]
+    text += [
+        f"## Metrics of {run.name} that could not be read\n\n"
+        + "".join(f"- {fault}\n" for fault in run.skipped)
+        for run in runs
+        if run.skipped
+    ]
     text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]
     path = folder / "report.md"
-    path.write_text("\n".join(text), encoding="utf-8")
+    write_text(path, "\n".join(text))
     return path

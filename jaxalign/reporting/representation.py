@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxalign.reporting.figures import save_figure
 from jaxalign.reporting.runs import Run
 
 STAGE = "representation"
@@ -63,5 +64,5 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     if len(runs) > 1:
         left.legend(fontsize=8)
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)

@@ -1,6 +1,5 @@
 """A run folder, read: its config, its metrics, the counts of its data."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.errors import UserError
+from jaxalign.files import read_json
+from jaxalign.training.metrics import parse_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Run:
     lines: Sequence[Mapping[str, Any]]
     data: Mapping[str, Mapping[str, Any]]
     """What was read and tokenised, by name: `data.json`."""
+    skipped: Sequence[str] = ()
+    """Lines of `metrics.jsonl` that cannot be used, each with its number and what is wrong."""
 
     def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty where it was not recorded."""
@@ -52,19 +55,25 @@ def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Raises:
-      UserError: it is not one.
+      UserError: it is not one, or one of its files but the metrics is broken.
     """
     folder = Path(folder)
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; give a folder that jaxalign train has made")
-    lines = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line a kill cut short
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines, skipped = parse_metrics(folder / "metrics.jsonl")
+    config = read_json(folder / "config.json", "config of a run")
+    if not isinstance(config.get("name"), str):
+        raise UserError(f"{folder / 'config.json'}: no name; give a folder of jaxalign train")
     data = folder / "data.json"
-    counts = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
-    return Run(folder=folder, name=config["name"], config=config, lines=lines, data=counts)
+    counts = read_json(data, "counts of a run's data") if data.is_file() else {}
+    if not all(isinstance(one, Mapping) for one in counts.values()):
+        raise UserError(f"{data}: not the counts of a run's data; remove it to report without")
+    return Run(
+        folder=folder,
+        name=config["name"],
+        config=config,
+        lines=lines,
+        data=counts,
+        skipped=skipped,
+    )

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.errors import UserError
+from jaxalign.errors import OutputError, UserError
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_COORDINATOR",
@@ -179,6 +179,8 @@ def ending_together(command: str) -> Iterator[None]:
             raise
         if isinstance(error, UserError):
             text, status = str(error), 2
+        elif isinstance(error, OutputError):
+            text, status = str(error), 1
         elif any(word in str(error) for word in BROKEN):
             reason = str(error).splitlines()[0]
             text = f"another process has ended, and so does this one ({reason}); {GO_ON}"

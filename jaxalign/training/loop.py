@@ -1,7 +1,11 @@
 """The one loop: steps, evaluations, checkpoints and metrics of one stage of a run."""
 
 import dataclasses
+import os
+import select
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,23 +39,104 @@ class Throughput:
     """FLOP/s of all devices together."""
 
 
+GRACE = 20.0
+"""Seconds after SIGTERM within which a step has to end for its state to be saved."""
+IDLE_GRACE = 2.0
+"""The same where there is nothing to save, as while the first step is compiled."""
+
+
+_SIGTERM = threading.Event()
+
+
+def stop_if_asked() -> None:
+    """For steps that take minutes, where nothing of their state has changed yet.
+
+    Several processes stop between steps, together.
+
+    Raises:
+      Stopped: SIGTERM came.
+    """
+    if _SIGTERM.is_set() and jax.process_count() == 1:
+        raise Stopped("stopped by SIGTERM")
+
+
 class _Terminated:
-    """Remembers SIGTERM instead of dying of it, for the time of a `with`."""
+    """Remembers SIGTERM instead of dying of it, for the time of a `with`.
+
+    The loop acts on it between steps. A thread ends the process where the loop does not come to
+    that in time (Python runs no handler while the main thread compiles or waits for a device), or
+    at a second SIGTERM: a kill at any moment loses no more than what is not saved yet.
+
+    Args:
+      name: of the stage.
+      committed: the newest step on disk.
+    """
+
+    def __init__(self, name: str, committed: Callable[[], int]):
+        self.name, self.done, self.saved = name, 0, 0
+        self._committed = committed
+
+    @property
+    def asked(self) -> bool:
+        """Whether SIGTERM came."""
+        return _SIGTERM.is_set()
 
     def __enter__(self):
-        self.asked = False
+        _SIGTERM.clear()
         try:
             self._before = signal.signal(signal.SIGTERM, self._remember)
         except ValueError:  # not the main thread: nobody sends it signals
             self._before = None
+            return self
+        self._end, write = os.pipe()
+        os.set_blocking(write, False)
+        self._wakeup = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
         return self
 
     def _remember(self, *_):
-        self.asked = True
+        _SIGTERM.set()
+
+    def _watch(self) -> None:
+        """Wait for SIGTERM; then for the loop, for a while, or for a second SIGTERM."""
+        if self._next_signal(None) == 0:
+            return
+        came = time.monotonic()
+        while True:
+            idle = self.done == self.saved and jax.process_count() == 1
+            left = came + (IDLE_GRACE if idle else GRACE) - time.monotonic()
+            number = self._next_signal(max(min(left, 0.1), 0))
+            if number == 0:
+                return
+            if self._committed() < self.saved:  # what is being written is worth the wait
+                came = time.monotonic()
+            if number == signal.SIGTERM or left <= 0:
+                break
+        sys.stderr.write(
+            f"jaxalign train: {self.name}: stopped by SIGTERM after step {self.done}; saved up to "
+            f"step {self._committed()}; run the same command again to resume\n"
+        )
+        sys.stderr.flush()
+        os._exit(143)
+
+    def _next_signal(self, timeout: float | None) -> int | None:
+        """SIGTERM, 0 at the end of the `with`, None where nothing came in time."""
+        while select.select([self._end], [], [], timeout)[0]:
+            if (number := os.read(self._end, 1)[0]) in (0, signal.SIGTERM):
+                return number
+        return None
 
     def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._before is None:
+            return
+        write, before = self._wakeup
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, self._before)
+        os.write(write, b"\0")
+        self._thread.join()
+        os.close(write)
+        os.close(self._end)
 
 
 def evaluate(
@@ -134,6 +219,7 @@ def run_stage(
             write("eval", at, evaluation(state, frozen))
 
     def save_state(at: int, position: Any) -> None:
+        terminated.saved = at
         running = {name: float(value) for name, value in jax.device_get(state.running).items()}
         meta = {"iterator": position, "step": at, "stage": name, "running": running}
         checkpoints.save(at, dataclasses.replace(state, running={}), meta)
@@ -180,7 +266,9 @@ def run_stage(
         write("train", at, values)
         progress(at, values)
 
-    with _Terminated() as terminated, trace or Trace(None) as trace:
+    terminated = _Terminated(name, checkpoints.committed)
+    terminated.done = terminated.saved = done
+    with terminated, trace or Trace(None) as trace:
         if done == 0:
             evaluate_at(0)
         pending = None
@@ -194,12 +282,16 @@ def run_stage(
                 counts = throughput.tokens(placed), throughput.computed(placed)
                 try:
                     state, metrics = step(done)(state, frozen, placed)
-                except UserError:
+                except (UserError, Stopped) as error:
                     if pending is not None:
                         finish(done, pending)
                     rescue(done, position)
+                    if isinstance(error, Stopped):
+                        saved = checkpoints.committed()
+                        raise Stopped(f"{name}: {error} at step {saved}; it is saved") from None
                     raise
             done += 1
+            terminated.done = done
             if pending is not None:
                 finish(done - 1, pending)
             # all processes read the same flag of the same step, and stop together

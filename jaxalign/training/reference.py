@@ -1,6 +1,6 @@
 """Reference log-probs of every training pair, computed once and kept in the run folder."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.errors import notice
+from jaxalign.files import read_arrays, write_arrays
 from jaxalign.sharding import replicated
 from jaxalign.sharding.processes import first_says
 from jaxalign.training.objectives import PreferenceObjective
@@ -23,6 +25,7 @@ def precompute_reference(
     put: Callable[[Any], Any],
     path: Path,
     mesh: Mesh,
+    fingerprint: str,
 ) -> np.ndarray:
     """Log-probs of chosen and rejected under the reference, by record number.
 
@@ -31,14 +34,17 @@ def precompute_reference(
       params: the reference's parameters.
       batches: every training pair once; filler pairs have weight 0.
       put: host batch -> device batch.
-      path: an .npz file; read where it exists (a resumed run), written where not.
+      path: an .npz file; read where it is of these pairs (a resumed run), else written.
       mesh: the devices that `put` spreads a batch over.
+      fingerprint: of the data and weights that the log-probs follow from.
 
     Returns:
       [highest record number + 1, 2] in nats; NaN where no pair has that number.
     """
-    if first_says(path.exists()):
-        return np.load(path, allow_pickle=False)["log_probs"]
+    batches = list(batches)
+    stored = _stored(path, batches, fingerprint) if jax.process_index() == 0 else None
+    if first_says(stored is not None):
+        return np.load(path, allow_pickle=False)["log_probs"] if stored is None else stored
 
     @partial(jax.jit, out_shardings=replicated(mesh))  # every process keeps the whole table
     @partial(on_mesh, mesh=mesh)
@@ -55,7 +61,26 @@ def precompute_reference(
     table = np.full((index.max() + 1, 2), np.nan, np.float32)
     table[index] = np.concatenate(values)
     if jax.process_index() == 0:
-        scratch = path.with_suffix(".partial.npz")
-        np.savez(scratch, log_probs=table)
-        scratch.replace(path)
+        write_arrays(path, log_probs=table, fingerprint=np.asarray(fingerprint))
+    return table
+
+
+def _stored(path: Path, batches: Sequence[PairBatch], fingerprint: str) -> np.ndarray | None:
+    """The table in a file, where it was computed from this data and these weights."""
+    if not path.exists():
+        return None
+    found = read_arrays(path, ("log_probs",), optional=("fingerprint",))
+    if found is None:
+        return None
+    table, numbers = found["log_probs"], [batch.record_index[batch.weight > 0] for batch in batches]
+    index = np.concatenate(numbers)
+    fits = table.ndim == 2 and table.shape[1] == 2 and index.max(initial=-1) < len(table)
+    if not fits or not np.isfinite(table[index]).all():
+        notice(f"{path}: does not hold the log-probs of these pairs, and is computed again")
+        return None
+    if "fingerprint" not in found:
+        notice(f"{path}: written by a version that kept no fingerprint; it is taken to be right")
+    elif str(found["fingerprint"]) != fingerprint:
+        notice(f"{path}: computed from other data or weights, and computed again")
+        return None
     return table

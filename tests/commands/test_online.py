@@ -1,6 +1,8 @@
 """`jaxalign train` with an online stage: one command, resumable, and clear about what is wrong."""
 
 import json
+import os
+import signal
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +13,7 @@ import pytest
 from jaxalign.cli import main
 from jaxalign.config import from_json, to_json
 from jaxalign.models import load_pretrained
+from jaxalign.online.sampler import Sampler
 
 EXPERIMENT = """
 from jaxalign.config import (
@@ -185,6 +188,28 @@ def test_a_judge_that_goes_down_is_asked_for_the_rest_and_nothing_twice(here, ju
     assert metrics(here / "runs" / "whole") == metrics(here / "runs" / "broken")
     files = [here / "runs" / name / "rollouts.jsonl" for name in ("whole", "broken")]
     assert files[0].read_text() == files[1].read_text()
+
+
+def test_sigterm_while_sampling_saves_and_asks_nobody(here, monkeypatch, capsys):
+    flags = ("--online.save-every", "0", "--online.eval-every", "0", "--online.steps", "4")
+    assert train(*flags, "--name", "whole") == 0
+    sampled, called = Sampler.__call__, []
+
+    def sample(self, *arguments, **options):
+        called.append(signal.SIGTERM)
+        if len(called) == 4:  # in a later step than the first
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sampled(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", sample)
+        assert train(*flags, "--name", "broken") == 143
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    step = metrics(here / "runs/broken")[-1]["step"]
+    assert 0 < step < 4
+    assert f"online: stopped by SIGTERM at step {step}; it is saved" in said
+    assert train(*flags, "--name", "broken") == 0
+    assert metrics(here / "runs/broken") == metrics(here / "runs/whole")
 
 
 def test_adapters_learn_online_and_a_comparing_rule_judges(here):
