@@ -22,6 +22,7 @@ from jaxalign.commands.arguments import parser
 from jaxalign.commands.outputs import read_outputs
 from jaxalign.commands.report import print_table
 from jaxalign.data import prompt_records
+from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.modules import find_function
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
             f"optimizer: {kind}: proposes no prompt; name a model, or bank:FILE of bullet points"
         )
     if kind == "bank":
-        optimizer: Any = BankOptimizer(_bank(Path(rest)), seed=given.seed)
+        optimizer: Any = BankOptimizer(read_text(Path(rest)).splitlines(), seed=given.seed)
     else:
         proposing = Decoding(
             max_tokens=given.judge_tokens, temperature=0.2, top_p=0.95, seed=given.seed
@@ -268,15 +269,6 @@ def _queries(given: argparse.Namespace) -> list[str]:
     records = prompt_records(given.queries or given.seeds)
     most = given.validate + given.depth + given.more_depth + 1
     return [transcript(record.prompt) for record in itertools.islice(records, most)]
-
-
-def _bank(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"optimizer: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"optimizer: {path} is no text") from None
 
 
 def _check(given: argparse.Namespace) -> None:
