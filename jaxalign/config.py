@@ -38,6 +38,8 @@ class Range:
 Finite = Annotated[float, Range("(-inf, inf)")]
 Positive = Annotated[float, Range("(0, inf)")]
 NonNegative = Annotated[float, Range("[0, inf)")]
+Fraction = Annotated[float, Range("(0, 1]")]
+Share = Annotated[float, Range("[0, 1]")]
 BelowOne = Annotated[float, Range("[0, 1)")]
 Count = Annotated[int, Range("[0, inf)")]
 AtLeastOne = Annotated[int, Range("[1, inf)")]
@@ -57,7 +59,7 @@ class OptimizerConfig:
     """What follows the warm-up."""
     warmup_steps: Count = 0
     """Updates over which the learning rate rises linearly from 0."""
-    final_fraction: Annotated[float, Range("[0, 1]")] = 0.0
+    final_fraction: Share = 0.0
     """Last learning rate as a fraction of the peak."""
     weight_decay: NonNegative = 0.0
     """Decoupled decay of matrices; norms and biases are never decayed."""
@@ -228,9 +230,9 @@ class RolloutConfig:
     """Of the policies: they sample, score and learn at it."""
     top_k: Count = 0
     """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
-    top_p: Annotated[float, Range("(0, 1]")] = 1.0
+    top_p: Fraction = 1.0
     """Draw from the likeliest tokens of this share of the probability; 1: from all."""
-    min_p: Annotated[float, Range("[0, 1]")] = 0.0
+    min_p: Share = 0.0
     """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""

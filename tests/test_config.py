@@ -146,7 +146,13 @@ def test_numbers_that_bound_each_other(fields, said):
 
 def test_a_range_is_read_as_mathematicians_write_it():
     half_open = Range("[0, 1)")
-    assert [x in half_open for x in (-0.1, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
+    assert [x in half_open for x in (-0.1, 0, 0.5, 1, math.nan)] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert -1 in Range("[1, inf)", also=-1)
     assert 0 not in Range("[1, inf)", also=-1)
     assert str(Range("[1, inf)", also=-1)) == "[1, inf) or -1"

@@ -43,11 +43,8 @@ from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 def main(arguments: Sequence[str]) -> int:
     """Collect, or go on: what was asked before is found in the folder."""
     given = collect_flags().parse_args(arguments)
-    sizes = "samples", "max_tokens", "batch_size", "workers", "rounds", "revisions", "each"
-    for name in sizes:
-        if getattr(given, name, 1) < 1:
-            raise UserError(f"{name}: {getattr(given, name)} is not positive")
-    records = list(itertools.islice(prompt_records(given.prompts), given.most))
+    prompts = prompt_records(given.prompts, bad_records=given.bad_records)
+    records = list(itertools.islice(prompts, given.most))
     given.output.mkdir(parents=True, exist_ok=True)
     answers = AnswerFile(given.output / "answers.jsonl")
 
@@ -263,7 +260,10 @@ def _society(given, model, backend, answers, records, decoding, writer) -> dict[
         seed=given.seed,
     )
     if given.memories is not None:
-        pairs = [(transcript(one.prompt), one) for one in preference_records(given.memories)]
+        pairs = [
+            (transcript(one.prompt), one)
+            for one in preference_records(given.memories, bad_records=given.bad_records)
+        ]
         known = [
             Memory(question=question, good=transcript(one.chosen), bad=transcript(one.rejected))
             for question, one in pairs

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.scores import exported_fields, take_head, trains_scores
 from jaxalign.commands.stages import (
     STAGES,
@@ -26,6 +26,7 @@ from jaxalign.commands.updates import (
     make_update_rule,
     trained_parameters,
 )
+from jaxalign.config import Count
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.lora import merge
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("source", help="run folder, Orbax folder, Hugging Face folder or hub name")
     flags.add_argument("target", type=Path, help="folder to make; must not exist")
     flags.add_argument("--stage", choices=STAGES, help="of a run; default: its last")
-    flags.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
+    flags.add_argument(
+        "--step", type=within(Count), help="of a run; default: the newest checkpoint"
+    )
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     given = flags.parse_args(arguments)
     if given.target.exists():

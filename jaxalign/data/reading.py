@@ -396,9 +396,11 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 for value in _plain_rows(batch):
                     number += 1
-                    fault = value if isinstance(value, BadRecordError) else None
-                    fields = None if fault is not None else dict.fromkeys(names) | value
-                    yield Row(str(path), number, fields, fault, unit="record")
+                    if isinstance(value, BadRecordError):
+                        yield Row(str(path), number, None, value, unit="record")
+                    else:
+                        fields = dict.fromkeys(names) | value
+                        yield Row(str(path), number, fields, unit="record")
     except pyarrow.ArrowInvalid as error:
         what = "not a Parquet file" if not number else f"damaged after record {number}"
         raise UserError(f"{path}: {what} ({_first_line(error)}); fetch it again") from None
