@@ -102,7 +102,7 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
     rng = np.random.default_rng(given.seed)
     prompts = [record.prompt for record in records]
     kept: list[Any] = []
-    equal = 0
+    equal = without = rewarded = 0
     for one in sampled_candidates(
         model,
         prompts,
@@ -113,8 +113,9 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
         kept=(answers, given.annotator),
     ):
         record = records[one.number]
+        without, rewarded = without + one.without_reward, rewarded + len(one.responses)
         if given.select == "raft":
-            kept.append(one)
+            kept += [one] if one.responses else []
             continue
         if given.select == "rrhf":
             pairs = ranked_pairs(one.rewards)
@@ -124,7 +125,8 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
             sides = [sorted(some, key=lambda at: -one.rewards[at]) for some in two]
             pairs = [(i, j) for i, j in sides if one.rewards[i] != one.rewards[j]]
         else:
-            pairs = [pair] if (pair := best_and_worst(one.rewards)) else []
+            pair = best_and_worst(one.rewards) if len(one.rewards) else None
+            pairs = [pair] if pair else []
         equal += not pairs
         for better, worse in pairs:
             writer.write(
@@ -140,7 +142,14 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
                     "from": f"{record.source}:{record.line}",
                 },
             )
+    if without and not rewarded:
+        raise UserError(
+            f"annotator: {given.annotator} has no reward for any of {without:,} responses; look at "
+            "what it returns"
+        )
     more: dict[str, Any] = {"prompts": len(records), "prompts_without_a_pair": equal}
+    if without:
+        more["responses_without_a_reward"] = without
     if kept:
         written, faults = _raft(given, kept)
         more |= {"sft": written, "faults": faults, "prompts_without_a_pair": len(records)}
