@@ -536,8 +536,16 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> TrainConfig:
-    """The config that `to_json` wrote."""
-    return _build(TrainConfig, json.loads(text), "config")
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: it is not JSON, or a field is unknown or out of its range.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config.json: invalid JSON: {error}") from None
+    return _build(TrainConfig, fields, "config")
 
 
 def _build(cls: Any, value: Any, name: str) -> Any:

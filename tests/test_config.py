@@ -163,5 +163,7 @@ def test_a_stored_config_is_checked_when_it_is_read():
     assert from_json(text) == TrainConfig()
     with pytest.raises(UserError, match=r"holdout: 2\.0 is not in \[0, 1\)"):
         from_json(text.replace('"holdout": 0.1', '"holdout": 2.0'))
+    with pytest.raises(UserError, match=r"config.json: invalid JSON: "):
+        from_json(text[:-9])
     with pytest.raises(UserError, match=r"config\.sft: 3 is not an object"):
         from_json('{"sft": 3}')

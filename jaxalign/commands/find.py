@@ -1,5 +1,6 @@
 """Which loss or online algorithm a name on the command line stands for."""
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -52,7 +53,19 @@ def find_loss(name: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
     reads_tokens = _reads_tokens(loss, name, options)
     with users_code(f"loss: {name} fails on two pairs"):
         _check_values(loss, name, options, reads_tokens)
-        return loss, reads_tokens, not reads_tokens and couples_pairs(loss, options)
+        coupled = not reads_tokens and couples_pairs(loss, options)
+    return _in_one_line(loss, f"loss: {name}"), reads_tokens, coupled
+
+
+def _in_one_line(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """The function of a user's, its errors in one line: what fits two pairs may not fit a batch."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        with users_code(what):
+            return function(*arguments, **options)
+
+    return called
 
 
 def _reads_tokens(loss: Callable[..., Any], name: str, options: Mapping[str, Any]) -> bool:
@@ -169,7 +182,7 @@ def _check_values(
                 raise UserError(f"loss: {name}: the {what} is not finite {when}: {numbers}")
         moves = moves or any(bool(array.any()) for array in found.values())
     if not moves:
-        _warn(f"loss: {name}: its gradient is zero everywhere that was looked; nothing is learned")
+        _warn(f"loss: {name}: its gradient is zero on all pairs that were tried; it learns nothing")
 
 
 @functools.cache
@@ -185,7 +198,8 @@ def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
       UserError: there is none of that name, or it lacks an option.
     """
     found: Any = ALGORITHMS.get(name)
-    if found is None:
+    own = found is None
+    if own:
         if ":" not in name:
             raise UserError(
                 f"rollout.algorithm: {name!r} is neither FILE.py:FUNCTION nor one of "
@@ -203,4 +217,7 @@ def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
         algorithm = found(**values)
     if not isinstance(algorithm, Algorithm):
         raise UserError(f"rollout.algorithm: {name} returned {type(algorithm).__name__}")
-    return algorithm
+    if not own:
+        return algorithm
+    loss = _in_one_line(algorithm.loss, f"rollout.algorithm: {name}: loss")
+    return dataclasses.replace(algorithm, loss=loss)

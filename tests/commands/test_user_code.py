@@ -1,5 +1,6 @@
 """What users bring along fails in one line that shows their own line."""
 
+import jax.numpy as jnp
 import pytest
 
 from jaxalign.cli import main
@@ -60,6 +61,9 @@ def raises(pairs):
 def leaves(pairs):
     raise SystemExit(3)
 
+def of_two(pairs):
+    return pairs.margin * jnp.ones(2)
+
 def flat(pairs):
     return jnp.zeros(2)
 
@@ -111,10 +115,20 @@ def test_a_loss_that_cannot_be_trained_says_where(folder, name, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_loss_that_fits_two_pairs_alone_says_where(folder):
+    from jaxalign.losses import PairLogProbs
+
+    loss, *_ = find_loss("own.py:of_two", {})
+    four = dict.fromkeys(PairLogProbs.__dataclass_fields__, jnp.ones(4))
+    four |= {name: jnp.ones(4, int) for name in ("chosen_length", "rejected_length")}
+    with pytest.raises(UserError, match=r"^loss: own.py:of_two: TypeError: .*: return pairs.mar"):
+        loss(PairLogProbs(**four))
+
+
 @pytest.mark.parametrize("name", ["flat", "stopped"])
 def test_a_loss_without_gradient_is_warned_of(folder, name, capsys):
     find_loss(f"own.py:{name}", {})
-    assert f"own.py:{name}: its gradient is zero everywhere" in capsys.readouterr().err
+    assert f"own.py:{name}: its gradient is zero on all pairs" in capsys.readouterr().err
 
 
 def test_losses_that_can_be_trained(folder, capsys):

@@ -210,6 +210,18 @@ def test_a_hash_in_a_name_is_part_of_the_name_where_the_file_is_there(tmp_path):
     assert len(contents(f"{tmp_path}/folder #1#train[:2]")) == 2
 
 
+def test_what_follows_the_last_hash_is_a_split(tmp_path):
+    from jaxalign.data.reading import split_name
+
+    assert split_name("a.jsonl") == ("a.jsonl", "")
+    assert split_name("org/name#train[:90%]") == ("org/name", "train[:90%]")
+    assert split_name("tfds:x#test") == ("tfds:x", "test")
+    (tmp_path / "set #1").mkdir()
+    folder = f"tfds:x@{tmp_path}/set #1"
+    assert split_name(folder) == (folder, "")
+    assert split_name(f"{folder}#train") == (folder, "train")
+
+
 def test_a_folder_that_is_named_like_a_file_and_files_without_permission(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").mkdir()
     with pytest.raises(UserError, match=r"train\.jsonl: no file \* of a kind that can be read"):
