@@ -150,15 +150,20 @@ def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[R
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source}: cannot be read: {reason}") from None
-    if {_suffix(path), _suffix(Path(source))} & {*FILES} or not re.fullmatch(
-        r"[\w.-]+(/[\w.-]+)?", name
-    ):
-        hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
+    hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
+    is_file = _suffix(path) in FILES or _suffix(Path(source)) in FILES
+    if is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"{source}: no such file; data is a file ({', '.join(FILES)}), "
             f"tfds:NAME, a Hugging Face hub name, or embedded{hint}"
         )
-    yield from _hub_rows(source, name, split or "train")
+    try:
+        yield from _hub_rows(name, split or "train")
+    except ImportError:
+        raise UserError(
+            f"{source}: there is no such file, and a Hugging Face hub name needs the extra: "
+            f"pip install 'jaxalign[hub]'{hint}"
+        ) from None
 
 
 def _suffix(path: Path) -> str:
@@ -443,14 +448,9 @@ def _plain_text(path: Path) -> Iterator[Row]:
     yield Row(str(path), line, text, BadRecordError("invalid UTF-8", reason) if reason else None)
 
 
-def _hub_rows(source: str, name: str, split: str) -> Iterator[Row]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            f"{source}: there is no such file, and a Hugging Face hub name needs the extra: "
-            "pip install 'jaxalign[hub]'"
-        ) from None
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    import datasets  # pyright: ignore[reportMissingImports]
+
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:

@@ -297,6 +297,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path, name, raw, said):
         ("./absent", "no such file"),
         ("a/b/c", "no such file"),
         ("org/name", "extra: pip install"),
+        ("C#", "C#: there is no such file"),
+        ("C#", "what follows a # is a split"),
         ("tfds:not_a_set", "cannot be read"),
         ("{path}#test", "a single file has no split 'test'"),
         ("{path}#[a:b]", "not of the form"),
