@@ -1,9 +1,22 @@
 """The door: commands by name, and one-line errors for users."""
 
+import difflib
+import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jaxalign.errors import OutputError, UserError
+
+COMMANDS = {
+    name: f"jaxalign.commands.{name.replace('-', '_')}"
+    for name in (
+        *("train", "convert", "losses", "report", "entangle", "plan", "filter", "generate"),
+        *("collect", "optimize-prompt", "judge"),
+    )
+}
+"""Command -> its module, which is imported when the command is given."""
 
 USAGE = """usage: jaxalign COMMAND ...
 
@@ -20,7 +33,7 @@ commands:
   optimize-prompt --model M --seeds F    search for examples and a system prompt (DRPO)
   judge --a A --b B --judge J            outputs side by side: win rates, Elo, examples
 
-jaxalign COMMAND --help tells more of each."""
+jaxalign COMMAND --help tells more of each; --debug, or JAXALIGN_DEBUG=1, shows tracebacks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,52 +43,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fix something, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("JAXALIGN_DEBUG", "0") not in ("", "0")
+    arguments = [text for text in arguments if text != "--debug"]
     command = arguments.pop(0) if arguments else "--help"
     try:
-        match command:
-            case "train":
-                from jaxalign.commands.train import main as run
-            case "convert":
-                from jaxalign.commands.convert import main as run
-            case "losses":
-                from jaxalign.commands.losses import main as run
-            case "report":
-                from jaxalign.commands.report import main as run
-            case "entangle":
-                from jaxalign.commands.entangle import main as run
-            case "plan":
-                from jaxalign.commands.plan import main as run
-            case "filter":
-                from jaxalign.commands.filter import main as run
-            case "generate":
-                from jaxalign.commands.generate import main as run
-            case "collect":
-                from jaxalign.commands.collect import main as run
-            case "optimize-prompt":
-                from jaxalign.commands.optimize_prompt import main as run
-            case "judge":
-                from jaxalign.commands.judge import main as run
-            case "-h" | "--help":
-                print(USAGE)
-                return 0
-            case "--version":
-                from jaxalign import __version__
-
-                print(f"jaxalign {__version__}")
-                return 0
-            case _:
-                print(f"jaxalign: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
-                return 2
-        return run(arguments)
+        try:
+            return _run(command, arguments)
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not when Python leaves
     except UserError as error:
+        if debug:
+            traceback.print_exc()
         print(f"jaxalign {command}: {error}", file=sys.stderr)
         return 2
     except OutputError as error:
+        if debug:
+            traceback.print_exc()
         print(f"jaxalign {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"jaxalign {command}: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (flushed at exit)
+        return 141
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from jaxalign import __version__
+
+        print(f"jaxalign {__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = " or ".join(difflib.get_close_matches(command, COMMANDS))
+        raise UserError(
+            "there is no such command" + (f"; did you mean {near}?" if near else "; see --help")
+        )
+    return importlib.import_module(COMMANDS[command]).main(arguments)
 
 
 if __name__ == "__main__":

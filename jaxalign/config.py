@@ -1,17 +1,52 @@
 """Configs: frozen dataclasses of plain values, checked when built, stored as JSON."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxalign.errors import UserError
 from jaxalign.files import read_json
 from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a number may have; stands beside its field, or beside a flag.
+
+    Attributes:
+      interval: "[0, 1)": square brackets include their end, round ones do not.
+      also: one more value that is allowed.
+    """
+
+    interval: str
+    also: float | int | None = None
+
+    def __contains__(self, value: float | int) -> bool:
+        low, high = map(float, self.interval[1:-1].split(","))
+        above = low <= value if self.interval[0] == "[" else low < value
+        below = value <= high if self.interval[-1] == "]" else value < high
+        return (above and below) or value == self.also
+
+    def __str__(self) -> str:
+        return self.interval if self.also is None else f"{self.interval} or {self.also}"
+
+
+Finite = Annotated[float, Range("(-inf, inf)")]
+Positive = Annotated[float, Range("(0, inf)")]
+NonNegative = Annotated[float, Range("[0, inf)")]
+Fraction = Annotated[float, Range("(0, 1]")]
+Share = Annotated[float, Range("[0, 1]")]
+BelowOne = Annotated[float, Range("[0, 1)")]
+Count = Annotated[int, Range("[0, inf)")]
+AtLeastOne = Annotated[int, Range("[1, inf)")]
+Parts = Annotated[int, Range("[1, inf)", also=-1)]
+Seed = Annotated[int, Range("[0, 4294967296)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,25 +55,25 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adafactor", "lion", "rmsprop", "sgd"] = "adamw"
     """Update rule."""
-    learning_rate: float = 5e-7
+    learning_rate: NonNegative = 5e-7
     """Peak learning rate; 5e-7 is the DPO repository's."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What follows the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Updates over which the learning rate rises linearly from 0."""
-    final_fraction: float = 0.0
+    final_fraction: Share = 0.0
     """Last learning rate as a fraction of the peak."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled decay of matrices; norms and biases are never decayed."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; None does not clip."""
-    b1: float = 0.9
+    b1: BelowOne = 0.9
     """Decay of the first moment."""
-    b2: float = 0.999
+    b2: BelowOne = 0.999
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    momentum: float | None = None
+    momentum: BelowOne | None = None
     """Momentum of sgd and rmsprop."""
     parameter_scale: bool = False
     """Adafactor's rate is relative to each parameter's root mean square, as T5X has it."""
@@ -48,47 +83,37 @@ class OptimizerConfig:
 class StageConfig:
     """One stage of a run: pretraining on text, supervised fine-tuning, or preferences."""
 
-    steps: int = 0
+    steps: Count = 0
     """Updates; 0 leaves the stage out."""
-    batch_size: int = 32
+    batch_size: AtLeastOne = 32
     """Pairs (rows of text in pretraining) per update, over all devices and micro-batches."""
-    micro_batches: int = 1
+    micro_batches: AtLeastOne = 1
     """Parts in which a batch passes the device; the gradient is the whole batch's."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and learning rate."""
-    eval_every: int = 0
+    eval_every: Count = 0
     """Steps between evaluations on held-out data; 0: at the start and at the end alone."""
-    save_every: int = 0
+    save_every: Count = 0
     """Steps between checkpoints; 0: at the end alone."""
-
-    def __post_init__(self):
-        for name in ("steps", "eval_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
-        if self.micro_batches < 1 or self.batch_size < 1 or self.batch_size % self.micro_batches:
-            raise UserError(
-                f"batch_size: {self.batch_size} is not a multiple of "
-                f"micro_batches: {self.micro_batches}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
     """A Llama-shaped decoder to start from random weights, where no model is named."""
 
-    width: int = 128
+    width: AtLeastOne = 128
     """Width of the residual stream."""
-    layers: int = 4
+    layers: AtLeastOne = 4
     """Number of blocks."""
-    heads: int = 4
+    heads: AtLeastOne = 4
     """Query heads."""
-    kv_heads: int = 4
+    kv_heads: AtLeastOne = 4
     """Key and value heads."""
-    mlp_width: int = 384
+    mlp_width: AtLeastOne = 384
     """Inner width of the gated MLP."""
-    context: int = 256
+    context: Annotated[int, Range("[2, inf)")] = 256
     """Longest sequence."""
-    vocabulary: int = 4096
+    vocabulary: Annotated[int, Range("[259, inf)")] = 4096
     """Size of the BPE vocabulary trained on the text, where no tokenizer is named."""
 
 
@@ -96,11 +121,11 @@ class ArchitectureConfig:
 class LoraConfig:
     """Low-rank adapters; rank 0 trains all parameters instead."""
 
-    rank: int = 0
+    rank: Count = 0
     """Rank of each adapter; 0: none."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The adapter's output is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """Probability that an input feature of an adapter is dropped in training."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Names of the matrices that get an adapter; patterns with * are allowed."""
@@ -115,13 +140,13 @@ class LoraConfig:
 class MeshConfig:
     """Devices in a grid; the product of the sizes is their number."""
 
-    data: int = -1
+    data: Parts = -1
     """Replicas; -1: what is left over."""
-    fsdp: int = 1
+    fsdp: Parts = 1
     """Parts of parameters and optimiser state (ZeRO-3)."""
-    sequence: int = 1
+    sequence: Parts = 1
     """Parts of every row's positions, for long rows; parameters are split over them, too."""
-    tensor: int = 1
+    tensor: Parts = 1
     """Parts of heads, MLP width and vocabulary."""
 
 
@@ -129,7 +154,7 @@ class MeshConfig:
 class EntanglementConfig:
     """What the preference stage logs of the gradients of its pairs (arXiv:2410.13828)."""
 
-    every: int = 0
+    every: Count = 0
     """Steps between two that are watched: exact geometry of all pairs, cases, coefficients; 0:
     none."""
     parts: bool = False
@@ -144,18 +169,14 @@ class EntanglementConfig:
     mask: Literal["none", "differing", "learned"] = "none"
     """Tokens that the loss counts: all, those in which the two responses differ, or weights learned
     with a penalty on what is kept."""
-    mask_penalty: float = 1e-3
+    mask_penalty: NonNegative = 1e-3
     """Penalty of a learned mask on the sum of its weights, per pair."""
-    mask_learning_rate: float = 1e-2
+    mask_learning_rate: NonNegative = 1e-2
     """Learning rate (Adam's) of a learned mask."""
 
     def __post_init__(self):
-        if self.every < 0:
-            raise UserError(f"entanglement.every: {self.every} is negative; use 0 or more")
         if self.cure != "none" and self.every != 1:
             raise UserError(f"entanglement.cure: {self.cure} acts in every step; set every to 1")
-        if self.mask_penalty < 0:
-            raise UserError(f"entanglement.mask_penalty: {self.mask_penalty} is negative")
         if self.preconditioned and self.mask == "learned":
             raise UserError("entanglement.preconditioned: not with a learned mask; set one of them")
 
@@ -168,26 +189,21 @@ class JudgeConfig:
     """File with {prompt}, {first} and {second}: the question, whose answer is A or B."""
     tokenizer: str | None = None
     """lm: folder or hub name; by default the model's."""
-    max_length: int | None = None
+    max_length: AtLeastOne | None = None
     """lm: most tokens of a question; by default the model's context."""
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     """Comparisons or responses at a time, of models that run here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of such a model's computation."""
     reward_rows: Literal["template", "end_token"] | None = None
     """reward: how rows of a model from elsewhere end; by default as its chat template writes a
     conversation, if it has one."""
-    workers: int = 8
+    workers: AtLeastOne = 8
     """openai: requests at a time."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """openai: seconds for a request."""
-    attempts: int = 4
+    attempts: AtLeastOne = 4
     """openai: for each comparison, with waits that double between them."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "workers", "timeout", "attempts"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"rollout.judge.{name}: {getattr(self, name)} is not positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,55 +213,42 @@ class RolloutConfig:
     algorithm: str = "ipo_md"
     """A row of the table of online algorithms (`jaxalign losses`), or your own:
     "FILE.py:FUNCTION", from hyperparameters to an `Algorithm`."""
-    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
     prompts: str = "embedded"
     """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
     rows with a prompt, whatever else they hold; for spin also with a response."""
     eval_prompts: str | None = None
     """Held-out prompts; by default `holdout` of the prompts."""
-    max_eval_prompts: int = 128
+    max_eval_prompts: Count = 128
     """Use at most this many held-out prompts; 0 does not evaluate."""
     annotator: str | None = None
     """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
     openai:URL#MODEL; None where the algorithm asks nobody (spin)."""
     judge: JudgeConfig = JudgeConfig()
     """How it is asked, if it is a model."""
-    max_prompt_length: int = 128
+    max_prompt_length: AtLeastOne = 128
     """Longest prompt in tokens; longer ones lose their beginning and are counted."""
-    max_tokens: int = 64
+    max_tokens: AtLeastOne = 64
     """Longest response in tokens."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the policies: they sample, score and learn at it."""
-    top_k: int = 0
+    top_k: Count = 0
     """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
-    top_p: float = 1.0
+    top_p: Fraction = 1.0
     """Draw from the likeliest tokens of this share of the probability; 1: from all."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
     stop: tuple[str, ...] = ()
     """Texts at which a response stops."""
-    unfinished_penalty: float = 0.0
+    unfinished_penalty: Finite = 0.0
     """Taken from the reward of a response that max_tokens cut off, so that policies learn to end
     (Huang et al., 2024, arXiv:2403.17031); for algorithms on rewards."""
-    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    mesh: dict[str, Parts] = dataclasses.field(default_factory=dict)
     """How the devices share the sampling, e.g. data 2 tensor 4, parameters handed over before every
     rollout; empty: as they share the updates."""
-    record: int = 4
+    record: Count = 4
     """Prompts of each step whose responses are kept in the run folder's rollouts.jsonl."""
-
-    def __post_init__(self):
-        for name in ("max_prompt_length", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"rollout.{name}: {getattr(self, name)} is not positive")
-        axes = [field.name for field in dataclasses.fields(MeshConfig)]
-        if unknown := sorted(set(self.mesh) - set(axes)):
-            raise UserError(f"rollout.mesh: no axis {', '.join(unknown)}; {', '.join(axes)}")
-        if not self.temperature > 0:
-            raise UserError(f"rollout.temperature: {self.temperature} is not positive")
-        for name in ("max_eval_prompts", "record"):
-            if getattr(self, name) < 0:
-                raise UserError(f"rollout.{name}: {getattr(self, name)} is negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,12 +267,12 @@ class AlignmentConfig:
     """Dual: folder of the model tuned on chosen responses; None: the base itself."""
     negative_model: str | None = None
     """Dual: folder of the model tuned on rejected responses."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[Count, ...] = ()
     """Hidden states to fit (0: embeddings, l: what block l - 1 leaves); none: the paper's, 10 to 18
     (dual: 20) of 32 by twos, as shares of the depth."""
-    alpha: float = 5.0
+    alpha: Finite = 5.0
     """How far along the difference; 5 in the paper."""
-    positions: int | None = None
+    positions: AtLeastOne | None = None
     """First tokens of a response that are fitted; None: the paper's, 512 (dual: 64)."""
     responses: Literal["chosen", "rejected", "both", "random"] | None = None
     """Responses that are read; None: the paper's, one of a pair at random (dual: both)."""
@@ -277,12 +280,6 @@ class AlignmentConfig:
     """Squared, as the paper writes it, or not, as its released code has it."""
     lora: LoraConfig = LoraConfig(rank=8, dropout=0.05, targets=("q", "v"))
     """Adapters that are fitted, merged at the stage's end; the paper's."""
-
-    def __post_init__(self):
-        if self.lora.rank < 1:
-            raise UserError(f"alignment.lora.rank: {self.lora.rank}; the fit is of adapters, use 8")
-        if self.positions is not None and self.positions < 1:
-            raise UserError(f"alignment.positions: {self.positions} is not positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,7 +303,7 @@ class TrainConfig:
     "embedded"."""
     eval_data: str | None = None
     """Held-out pairs; by default `holdout` of the data's prompts."""
-    holdout: float = 0.1
+    holdout: BelowOne = 0.1
     """Share of prompts held out for evaluation where `eval_data` is not given."""
     sft_data: str | None = None
     """Prompt and response records for the SFT stage; by default the chosen responses."""
@@ -319,7 +316,7 @@ class TrainConfig:
     """Held-out text files for the pretraining stage."""
     bad_records: Literal["error", "skip"] = "error"
     """What a record that cannot be used does: stop with its line, or be skipped and counted."""
-    max_length: int = 256
+    max_length: Annotated[int, Range("[2, inf)")] = 256
     """Longest prompt plus response in tokens; prompts lose their beginning."""
     prompt_format: str = "{prompt}"
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
@@ -329,9 +326,9 @@ class TrainConfig:
     """Put plain prompts through the tokenizer's chat template, too."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
-    max_records: int | None = None
+    max_records: AtLeastOne | None = None
     """Use at most this many training records."""
-    max_eval_records: int | None = 512
+    max_eval_records: Count | None = 512
     """Use at most this many held-out records."""
     pretrain: StageConfig = StageConfig()
     """Next-token prediction on packed text."""
@@ -352,7 +349,7 @@ class TrainConfig:
     """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION".
     bradley_terry trains a reward model instead of a policy, preference_model one that reads two
     responses; both have a scalar head and no reference."""
-    loss_options: dict[str, float] = dataclasses.field(default_factory=dict)
+    loss_options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["auto", "live", "precomputed", "none"] = "auto"
     """Reference log-probs: computed in each step, or once before the first one and stored, or not
@@ -375,7 +372,7 @@ class TrainConfig:
     """How devices share the work."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with the record numbers, or skip and count."""
-    profile: int = 0
+    profile: Count = 0
     """Steps of every stage to trace, after the first two; the trace goes into the run folder's
     `profile`, for Perfetto and xprof."""
     damaged_checkpoints: Literal["fall_back", "stop"] = "fall_back"
@@ -385,10 +382,12 @@ class TrainConfig:
     """Write a Hugging Face folder `export` at the end."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (extra `wandb`)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self):
+        check(self)
+        _check_sizes(self)
         losses = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
         if self.loss in losses:
             parameters = inspect.signature(losses[self.loss]).parameters.values()
@@ -438,8 +437,6 @@ class TrainConfig:
         rule = self.preference.optimizer.name
         if self.entanglement.preconditioned and rule != "adamw":
             raise UserError(f"entanglement.preconditioned: {rule} is not adamw")
-        if not 0 <= self.holdout < 1:
-            raise UserError(f"holdout: {self.holdout} is not in [0, 1)")
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} does not hold {{prompt}}")
         for name in ("{first}", "{second}"):
@@ -447,10 +444,100 @@ class TrainConfig:
                 raise UserError(
                     f"comparison_format: {self.comparison_format!r} does not hold {name} once"
                 )
-        if self.profile < 0:
-            raise UserError(f"profile: {self.profile} is negative; use 0 or a number of steps")
-        if self.max_length < 2:
-            raise UserError(f"max_length: {self.max_length} leaves no room for a response")
+
+
+def check(config: Any) -> None:
+    """See to it that every field of a config, and of those in it, has its type and range.
+
+    Args:
+      config: a dataclass; numbers have a `Range` in their annotation.
+
+    Raises:
+      UserError: names the first field that has not, with its stage: "sft.optimizer.b1: ...".
+    """
+    for name, value, hint in _leaves(config):
+        _check_value(name, value, hint)
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and annotation of every field, those of nested configs by their path."""
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, hint
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        _check_value(name, value, arguments[0])
+        if value not in arguments[1]:
+            raise UserError(f"{name}: {value} is not in {arguments[1]}")
+    elif origin in (types.UnionType, typing.Union):
+        if value is not None:
+            _check_value(name, value, arguments[0])
+    elif origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{name}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    elif origin is tuple:
+        _check_type(name, value, tuple)
+        for number, one in enumerate(value):
+            _check_value(f"{name}[{number}]", one, arguments[0])
+    elif origin is dict:
+        _check_type(name, value, dict)
+        for key, one in value.items():
+            _check_value(f"{name}.{key}", one, arguments[1])
+    else:
+        _check_type(name, value, hint)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Numbers that bound each other."""
+    for name, stage in vars(config).items():
+        if not isinstance(stage, StageConfig):
+            continue
+        if stage.batch_size % stage.micro_batches:
+            raise UserError(
+                f"{name}.batch_size: {stage.batch_size} is not a multiple of "
+                f"{name}.micro_batches: {stage.micro_batches}"
+            )
+        if stage.steps and stage.optimizer.warmup_steps > stage.steps:
+            raise UserError(
+                f"{name}.optimizer.warmup_steps: {stage.optimizer.warmup_steps} is more than "
+                f"{name}.steps: {stage.steps}"
+            )
+    shape = config.architecture
+    if shape.width % shape.heads or shape.width // shape.heads % 2:
+        raise UserError(
+            f"architecture.width: {shape.width} is not an even multiple of architecture.heads: "
+            f"{shape.heads}"
+        )
+    if shape.heads % shape.kv_heads:
+        raise UserError(
+            f"architecture.heads: {shape.heads} is not a multiple of architecture.kv_heads: "
+            f"{shape.kv_heads}"
+        )
+    if config.alignment.lora.rank < 1:
+        raise UserError("alignment.lora.rank: 0; the fit is of adapters, use 8")
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    for name, sizes in (("mesh", vars(config.mesh)), ("rollout.mesh", config.rollout.mesh)):
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"{name}: one axis may be -1 (what is left over), not several")
+        if unknown := sorted(set(sizes) - set(axes)):
+            raise UserError(f"{name}: no axis {', '.join(unknown)}; {', '.join(axes)}")
 
 
 def to_json(config: Any) -> str:
@@ -459,8 +546,16 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> TrainConfig:
-    """The config that `to_json` wrote."""
-    return _build(TrainConfig, json.loads(text), "config")
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: it is not JSON, or a field is unknown or out of its range.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config.json: invalid JSON: {error}") from None
+    return _build(TrainConfig, fields, "config")
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -483,6 +578,8 @@ def read_config(path: Path) -> TrainConfig:
 def _build(cls: Any, value: Any, name: str) -> Any:
     """A value of the annotated type from what JSON left of it."""
     if dataclasses.is_dataclass(cls):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}: {value!r} is not an object with fields")
         hints = typing.get_type_hints(cls)
         if unknown := sorted(set(value) - set(hints)):
             raise UserError(f"{name}: unknown field {', '.join(unknown)}")

@@ -1,14 +1,61 @@
 """Python that users bring along: files or modules by name, and functions in them."""
 
+import contextlib
 import importlib
 import importlib.util
+import linecache
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from jaxalign.errors import UserError
+
+OURS = (str(Path(__file__).parent), *{sysconfig.get_path(x) for x in ("stdlib", "purelib")}, "<")
+"""Where the files begin that users have not written."""
+
+
+def users_line(error: BaseException) -> str:
+    """The innermost line of the user's own that an error passed: "FILE:LINE: source", or ""."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(OURS)]
+    if not own:
+        return ""
+    last = own[-1]
+    text = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
+    return f"{last.filename}:{last.lineno}: {text}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of the user's code says, and at which line of it."""
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    words = (said.strip().splitlines() or [""])[0].rstrip(".:")
+    text = f"{type(error).__name__}{': ' if words else ''}{words}"
+    line = users_line(error)
+    return f"{text} (at {line})" if line else text
+
+
+@contextlib.contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Errors of the user's code become one line; `--debug` shows the rest.
+
+    Args:
+      what: begins the line: the file, or the option that names it.
+
+    Raises:
+      UserError: of whatever is raised inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what}: {in_one_line(error)}; --debug shows the traceback") from error
 
 
 def find_module(name: str, kind: str) -> ModuleType:
@@ -17,6 +64,9 @@ def find_module(name: str, kind: str) -> ModuleType:
     Args:
       name: "folder/file.py" or "package.module".
       kind: what the user wants from it, for the message: "experiment", "loss".
+
+    Raises:
+      UserError: there is none, or it fails when it is imported.
     """
     path = Path(name)
     if (here := str(Path.cwd())) not in sys.path:
@@ -34,14 +84,17 @@ def find_module(name: str, kind: str) -> ModuleType:
             raise UserError(f"{name}: not a Python file; give a .py file or a module")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        with users_code(name):
+            spec.loader.exec_module(module)
         return module
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+    with users_code(name):
+        try:
+            return importlib.import_module(name)
+        except (ModuleNotFoundError, ValueError, TypeError) as error:
+            absent = getattr(error, "name", None)
+            if absent is None or name == absent or name.startswith(f"{absent}."):
+                raise UserError(f"{name}: neither a Python file nor a module") from error
             raise
-        raise UserError(f"{name}: neither a Python file nor a module") from error
 
 
 def find_function(name: str, kind: str) -> Callable[..., Any]:
@@ -50,9 +103,12 @@ def find_function(name: str, kind: str) -> Callable[..., Any]:
     Args:
       name: as above.
       kind: what the user wants from it, for the message.
+
+    Raises:
+      UserError: there is none.
     """
     module, _, attribute = name.rpartition(":")
-    if not module:
+    if not module or not attribute.isidentifier():
         raise UserError(f"{kind}: {name!r} names no function; write FILE.py:FUNCTION")
     found = getattr(find_module(module, kind), attribute, None)
     if not callable(found):

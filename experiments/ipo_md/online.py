@@ -63,7 +63,6 @@ def _tiny(algorithm: str, options: dict[str, float]) -> TrainConfig:
     rate = 1e-4 if algorithm in POLICY_GRADIENTS else 3e-4  # the paper's have such a ratio, too
     return TrainConfig(
         name=algorithm,
-        output=str(FOLDER),
         model=str(STORIES),
         holdout=0.1,
         online=StageConfig(
@@ -90,7 +89,6 @@ def _paper(algorithm: str, options: dict[str, float]) -> TrainConfig:
     rate = 3e-5 if algorithm == "nash_md_pg" else 1e-4
     return TrainConfig(
         name=f"xsum_{algorithm}",
-        output=str(FOLDER),
         model=str(FOLDER / "tldr_sft" / "export"),
         prompt_format="summarize: {prompt}",
         online=StageConfig(

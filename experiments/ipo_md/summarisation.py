@@ -190,7 +190,7 @@ def run_config(name: str, strength: float, steps: int, seed: int, prefix: str = 
     config = online("tiny", name, options, name=f"{prefix}{name}_{strength:g}_{seed}", seed=seed)
     stage = dataclasses.replace(config.online, steps=steps)
     # the same reference, prompts and held-out prompts for all seeds; draws and order differ
-    return dataclasses.replace(config, online=stage)
+    return dataclasses.replace(config, online=stage, output=str(FOLDER))
 
 
 SWEPT = ("win rate over the reference", "KL, nats", "tokens")

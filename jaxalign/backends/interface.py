@@ -40,7 +40,7 @@ class Decoding:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: {self.max_tokens} is not positive")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f"temperature: {self.temperature} is negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is not in (0, 1]")

@@ -1,5 +1,6 @@
 """Several responses to each prompt, with what an annotator thinks of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class Candidates:
     """Each once: equal samples are one candidate."""
     rewards: Float64[np.ndarray, " responses"]
     """Of a reward model or a rule; else the mean preference over the other candidates."""
+    without_reward: int = 0
+    """Further responses, of which the annotator could say nothing."""
 
 
 def sampled_candidates(
@@ -55,8 +58,15 @@ def sampled_candidates(
         for (number, prompt), responses, rewards in zip(
             some, texts, _rewards(annotator, asked, texts, kept), strict=True
         ):
+            known = np.isfinite(rewards)
             if responses:
-                yield Candidates(number=number, prompt=prompt, responses=responses, rewards=rewards)
+                yield Candidates(
+                    number=number,
+                    prompt=prompt,
+                    responses=[text for text, one in zip(responses, known, strict=True) if one],
+                    rewards=rewards[known],
+                    without_reward=int((~known).sum()),
+                )
 
 
 def _rewards(
@@ -74,7 +84,7 @@ def _rewards(
     asked = [prompts[at] for at in missing], [texts[at] for at in missing]
     for at, rewards in zip(missing, rewards_of(annotator, *asked), strict=True):
         known[at] = rewards.tolist()
-        if kept is not None:
+        if kept is not None and np.isfinite(rewards).all():  # else it is asked again
             kept[0].add(keys[at], known[at])
     return [np.array(one, np.float64) for one in known]
 
@@ -87,7 +97,8 @@ def rewards_of(
     .. math:: r(y_i) = \frac{1}{n - 1} \sum_{j \neq i} p(y_i \succ y_j)
 
     Args:
-      annotator: as in `sampled_candidates`; a comparison without a verdict counts as a tie.
+      annotator: as in `sampled_candidates`; a comparison without a verdict counts as a tie, and a
+        response without any verdict has no reward (NaN).
       prompts: n texts.
       texts: the responses to each.
     """
@@ -105,7 +116,14 @@ def rewards_of(
         [texts[at][j] for at, _, j in pairs],
     ).preference
     sums = [np.zeros(len(row)) for row in texts]
-    for (at, i, j), value in zip(pairs, np.nan_to_num(said, nan=0.5), strict=True):
-        sums[at][i] += value
-        sums[at][j] += 1 - value
-    return [s / (len(s) - 1) if len(s) > 1 else np.full(len(s), 0.5) for s in sums]
+    judged = [np.zeros(len(row), bool) for row in texts]
+    for (at, i, j), value in zip(pairs, said, strict=True):
+        if math.isfinite(value):
+            judged[at][[i, j]] = True
+        share = value if math.isfinite(value) else 0.5
+        sums[at][i] += share
+        sums[at][j] += 1 - share
+    return [
+        np.where(known, s / (len(s) - 1), np.nan) if len(s) > 1 else np.full(len(s), 0.5)
+        for s, known in zip(sums, judged, strict=True)
+    ]

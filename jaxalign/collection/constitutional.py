@@ -10,6 +10,7 @@ from typing import Any
 from jaxalign.backends import Backend, Decoding
 from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches
+from jaxalign.data.reading import BadRecordError, read_json, text_fields
 from jaxalign.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -61,25 +62,19 @@ def read_principles(path: Path) -> list[Principle]:
     Raises:
       UserError: there is no such file, or it is not of either form.
     """  # noqa: D205
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"principles: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"principles: {path} is not JSON: {error}") from None
+    given = read_json(path)
     try:
         if isinstance(given, dict):
-            found = [
-                Principle(
-                    name=name,
-                    critique=_request(fields["prompt"][0], "CritiqueRequest:", "Critique:"),
-                    revision=_request(fields["edit_request"], "RevisionRequest:", "Revision:"),
-                )
+            given = [
+                {
+                    "name": name,
+                    "critique": _request(fields["prompt"][0], "CritiqueRequest:", "Critique:"),
+                    "revision": _request(fields["edit_request"], "RevisionRequest:", "Revision:"),
+                }
                 for name, fields in given.items()
             ]
-        else:
-            found = [Principle(**fields) for fields in given]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        found = [text_fields(Principle, fields) for fields in given]
+    except (BadRecordError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"principles: {path} is no list of {{name, critique, revision}} ({error})"
         ) from None
@@ -100,12 +95,7 @@ def read_examples(path: Path | None) -> str:
     """
     if path is None:
         return ""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"examples: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"examples: {path} is not JSON: {error}") from None
+    given = read_json(path)
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise UserError(f"examples: {path} is no list of texts")
     return "\n\n".join(text.strip() for text in given)

@@ -1,6 +1,5 @@
 """Principle-driven self-alignment: a model thinks of its rules, answers, and learns the answer."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from jaxalign.backends import Backend, Decoding
 from jaxalign.collection.constitutional import ASSISTANT, HUMAN, opened
 from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches
+from jaxalign.data.reading import BadRecordError, read_json, text_fields
 from jaxalign.errors import UserError
 
 THOUGHTS = "\n\nThoughts:"
@@ -96,16 +96,14 @@ def read_rules(path: Path | None) -> tuple[Sequence[Rule], Sequence[Shown]]:
     """  # noqa: D205
     if path is None:
         return RULES, WORKED
+    given = read_json(path)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        rules = [Rule(**fields) for fields in given["rules"]]
-        shown = [Shown(**fields) for fields in given.get("examples", ())]
-    except OSError as error:
-        raise UserError(f"rules: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rules = [text_fields(Rule, fields) for fields in given["rules"]]
+        shown = [text_fields(Shown, fields) for fields in given.get("examples", ())]
+    except (BadRecordError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'rules: {path} is no {{"rules": [{{name, text}}], "examples": [{{request, thoughts, '
-            f"response}}]}} ({error!r})"
+            f"response}}]}} ({error})"
         ) from None
     if not rules:
         raise UserError(f"rules: {path} holds none")

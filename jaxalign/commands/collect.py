@@ -44,12 +44,9 @@ from jaxalign.files import check_output, open_text, write_text
 def main(arguments: Sequence[str]) -> int:
     """Collect, or go on: what was asked before is found in the folder."""
     given = collect_flags().parse_args(arguments)
-    sizes = "samples", "max_tokens", "batch_size", "workers", "rounds", "revisions", "each"
-    for name in sizes:
-        if getattr(given, name, 1) < 1:
-            raise UserError(f"{name}: {getattr(given, name)} is not positive")
     check_output(given.output, "--output", folder=True)
-    records = list(itertools.islice(prompt_records(given.prompts), given.most))
+    prompts = prompt_records(given.prompts, bad_records=given.bad_records)
+    records = list(itertools.islice(prompts, given.most))
     answers = AnswerFile(given.output / "answers.jsonl")
 
     def backend(name: str) -> Cached:
@@ -107,7 +104,7 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
     rng = np.random.default_rng(given.seed)
     prompts = [record.prompt for record in records]
     kept: list[Any] = []
-    equal = answered = 0
+    equal = answered = without = rewarded = 0
     for one in sampled_candidates(
         model,
         prompts,
@@ -118,8 +115,9 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
         kept=(answers, given.annotator),
     ):
         record, answered = records[one.number], answered + 1
+        without, rewarded = without + one.without_reward, rewarded + len(one.responses)
         if given.select == "raft":
-            kept.append(one)
+            kept += [one] if one.responses else []
             continue
         if given.select == "rrhf":
             pairs = ranked_pairs(one.rewards)
@@ -129,7 +127,8 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
             sides = [sorted(some, key=lambda at: -one.rewards[at]) for some in two]
             pairs = [(i, j) for i, j in sides if one.rewards[i] != one.rewards[j]]
         else:
-            pairs = [pair] if (pair := best_and_worst(one.rewards)) else []
+            pair = best_and_worst(one.rewards) if len(one.rewards) else None
+            pairs = [pair] if pair else []
         equal += not pairs
         for better, worse in pairs:
             writer.write(
@@ -145,9 +144,16 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
                     "from": f"{record.source}:{record.line}",
                 },
             )
+    if without and not rewarded:
+        raise UserError(
+            f"annotator: {given.annotator} has no reward for any of {without:,} responses; look at "
+            "what it returns"
+        )
     equal += len(records) - answered
     more: dict[str, Any] = {"prompts": len(records), "prompts_without_a_pair": equal}
     more["prompts_without_a_response"] = len(records) - answered
+    if without:
+        more["responses_without_a_reward"] = without
     if kept:
         written, faults = _raft(given, kept)
         more |= {"sft": written, "faults": faults, "prompts_without_a_pair": len(records)}
@@ -267,7 +273,10 @@ def _society(given, model, backend, answers, records, decoding, writer) -> dict[
         seed=given.seed,
     )
     if given.memories is not None:
-        pairs = [(transcript(one.prompt), one) for one in preference_records(given.memories)]
+        pairs = [
+            (transcript(one.prompt), one)
+            for one in preference_records(given.memories, bad_records=given.bad_records)
+        ]
         known = [
             Memory(question=question, good=transcript(one.chosen), bad=transcript(one.rejected))
             for question, one in pairs

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.exports import export_model
 from jaxalign.commands.inputs import check_inputs, input_digests
 from jaxalign.commands.scores import take_head, trains_scores
@@ -29,6 +29,7 @@ from jaxalign.commands.updates import (
     make_update_rule,
     trained_parameters,
 )
+from jaxalign.config import Count
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, replacing, write_json
 from jaxalign.gguf import is_gguf
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     flags.add_argument("target", type=Path, help="folder to make; must not exist")
     flags.add_argument("--stage", choices=STAGES, help="of a run; default: its last")
-    flags.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
+    flags.add_argument(
+        "--step", type=within(Count), help="of a run; default: the newest checkpoint"
+    )
     flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     given = flags.parse_args(arguments)
     if os.path.lexists(given.target):

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.filter import similarities
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.pairs import ModelAndPairs, add_arguments, load
 from jaxalign.commands.report import print_table
+from jaxalign.config import AtLeastOne, Count
 from jaxalign.data import PairBatch
 from jaxalign.data.records import transcript
 from jaxalign.entanglement import (
@@ -57,9 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument(
         "--loss", default="dpo", help='a row of `jaxalign losses`, or "FILE.py:FUNCTION"'
     )
-    flags.add_argument("--pairs", type=int, default=64, help="pairs to look at, from the first on")
-    flags.add_argument("--heat-maps", type=int, default=2, help="most and least entangled pairs")
-    flags.add_argument("--heat-map-tokens", type=int, default=40, help="first tokens of each side")
+    flags.add_argument(
+        "--pairs", type=within(AtLeastOne), default=64, help="pairs to look at, from the first on"
+    )
+    flags.add_argument(
+        "--heat-maps", type=within(Count), default=2, help="most and least entangled pairs"
+    )
+    flags.add_argument(
+        "--heat-map-tokens", type=within(AtLeastOne), default=40, help="first tokens of each side"
+    )
     flags.add_argument(
         "--heat-map-parameters",
         choices=tuple(HEAT_MAPS),
@@ -69,9 +76,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     flags.add_argument("--output", type=Path, default=Path("entanglement"), help="folder to write")
     given = flags.parse_args(arguments)
-    for name in ("pairs", "heat_map_tokens"):
-        if getattr(given, name) < 1:
-            raise UserError(f"{name}: {getattr(given, name)} is not positive")
     loss, reads_tokens, _ = find_loss(given.loss, {})
     if reads_tokens:
         raise UserError(f"loss: {given.loss} reads whole distributions; name another")

@@ -4,11 +4,16 @@ import contextlib
 import dataclasses
 import inspect
 import io
-from collections.abc import Sequence
+import itertools
+import sys
+import typing
+from collections.abc import Mapping, Sequence
 
-from jaxalign.config import TrainConfig
+from jaxalign.commands.arguments import check_names
+from jaxalign.config import EntanglementConfig, StageConfig, TrainConfig
 from jaxalign.errors import UserError
-from jaxalign.modules import find_module
+from jaxalign.losses import REWARD_LOSSES, TOKEN_LOSSES
+from jaxalign.modules import find_module, users_code
 
 SCALES = ("tiny", "paper")
 
@@ -19,8 +24,9 @@ def load_config(name: str, scale: str) -> TrainConfig:
     function = getattr(module, "config", None)
     if not callable(function):
         raise UserError(f"{name}: has no function config() that returns a TrainConfig")
-    takes_scale = "scale" in inspect.signature(function).parameters
-    config = function(scale=scale) if takes_scale else function()
+    with users_code(f"{name}: config()"):
+        takes_scale = "scale" in inspect.signature(function).parameters
+        config = function(scale=scale) if takes_scale else function()
     if not isinstance(config, TrainConfig):
         raise UserError(f"{name}: config() returned {type(config).__name__}, not a TrainConfig")
     return config
@@ -36,7 +42,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     import tyro
 
-    rest = list(arguments)
+    rest = [
+        part
+        for text in arguments
+        for part in (text.split("=", 1) if text.startswith("--scale=") else [text])
+    ]
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] not in ("-h", "--help"):
             raise UserError(f"EXPERIMENT comes first, before {rest[0]}; see jaxalign train --help")
@@ -52,6 +62,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
                 raise UserError(f"--scale: {scale!r} is not one of {', '.join(SCALES)}")
             del rest[at : at + 2]
         config = load_config(experiment, scale)
+        check_names(rest, _names(TrainConfig), "jaxalign train --help")
+        config, notes = fitted(config, _typed(rest))
+        for note in notes:
+            print(f"{experiment}: {note}", file=sys.stderr)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -72,6 +86,70 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     loss = config.loss_options if own else given.loss_options
     own = not given.rollout.options and given.rollout.algorithm == config.rollout.algorithm
     return _with_options(given, loss, config.rollout.options if own else given.rollout.options)
+
+
+def _typed(arguments: Sequence[str]) -> dict[str, str]:
+    """Field -> the first value of it on the command line; "" where none follows."""
+    typed = {}
+    for text, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if text.startswith("--"):
+            name, equals, value = text[2:].partition("=")
+            typed[name.replace("-", "_")] = value if equals else following
+    return typed
+
+
+def _names(cls: type, prefix: str = "") -> list[str]:
+    """The flags of a config's fields."""
+    names = ["--help"] if not prefix else []
+    for name, hint in typing.get_type_hints(cls).items():
+        flag = name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            names += _names(typing.cast(type, hint), f"{prefix}{flag}.")
+        else:
+            names += [f"--{prefix}{flag}", *([f"--{prefix}no-{flag}"] if hint is bool else [])]
+    return names
+
+
+def fitted(config: TrainConfig, typed: Mapping[str, str]) -> tuple[TrainConfig, list[str]]:
+    """An experiment's config without what does not go with fields set on the command line.
+
+    What was typed itself stays, and is refused where it does not go.
+
+    Args:
+      config: the experiment's.
+      typed: field -> value, of the command line.
+
+    Returns:
+      The config, and a line for each change.
+    """
+    notes: list[str] = []
+    loss = typed.get("loss", config.loss)
+    watched = config.entanglement != EntanglementConfig()
+    mine = any(name.startswith("entanglement.") for name in typed)
+    if watched and not mine and loss in TOKEN_LOSSES | REWARD_LOSSES:
+        config = dataclasses.replace(config, entanglement=EntanglementConfig())
+        notes.append(f"entanglement: switched off; {loss} has no log-probs of pairs to watch")
+    rule = typed.get("preference.optimizer.name", config.preference.optimizer.name)
+    if config.entanglement.preconditioned and not mine and rule != "adamw":
+        watch = dataclasses.replace(config.entanglement, preconditioned=False)
+        config = dataclasses.replace(config, entanglement=watch)
+        notes.append(f"entanglement.preconditioned: switched off; {rule} is not adamw")
+    for name in ("online", "representation"):
+        stage: StageConfig = getattr(config, name)
+        if stage.steps and f"{name}.steps" not in typed and loss in REWARD_LOSSES:
+            config = dataclasses.replace(config, **{name: StageConfig()})
+            notes.append(f"{name}: left out; {loss} makes no policy")
+    for name, stage in vars(config).items():
+        steps = typed.get(f"{name}.steps", "")
+        if not isinstance(stage, StageConfig) or not steps.isdecimal() or not int(steps):
+            continue
+        warmup = f"{name}.optimizer.warmup_steps"
+        if stage.optimizer.warmup_steps > int(steps) and warmup not in typed:
+            rule = dataclasses.replace(stage.optimizer, warmup_steps=int(steps))
+            shorter = dataclasses.replace(stage, optimizer=rule, steps=int(steps))
+            config = dataclasses.replace(config, **{name: shorter})
+            notes.append(f"{warmup}: {steps}, as the stage has no more steps")
+    return config, notes
 
 
 def _with_options(config: TrainConfig, loss: dict, algorithm: dict) -> TrainConfig:

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.pairs import ModelAndPairs, add_arguments, load
+from jaxalign.config import Fraction
 from jaxalign.entanglement.similarity import (
     HIDDEN_SIMILARITIES,
     edit_similarity,
     hidden_states_of_pairs,
 )
-from jaxalign.errors import UserError
 from jaxalign.files import check_output, replacing
 
 SCORES = (*HIDDEN_SIMILARITIES, "edit")
@@ -36,11 +36,11 @@ def main(arguments: Sequence[str]) -> int:
         help="similarity: CHES, its length-normalised form (default), last hidden states' inner "
         "product, or minus the edit distance",
     )
-    flags.add_argument("--keep", type=float, default=0.95, help="share of the pairs to keep")
+    flags.add_argument(
+        "--keep", type=within(Fraction), default=0.95, help="share of the pairs to keep"
+    )
     flags.add_argument("--output", type=Path, required=True, help="JSON Lines file to write")
     given = flags.parse_args(arguments)
-    if not 0 < given.keep <= 1:
-        raise UserError(f"keep: {given.keep} is not in (0, 1]")
     check_output(given.output, "--output")
     loaded = load(given)
     scores = similarities(loaded, given.batch_size)

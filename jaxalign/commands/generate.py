@@ -18,7 +18,8 @@ from jaxalign.backends import (
     make_embedder,
 )
 from jaxalign.backends.cached import AnswerFile, Cached
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import add_bad_records, parser, within
+from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, Seed, Share
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, open_text, read_json, write_json, writing
@@ -32,10 +33,6 @@ ANSWERS = ".answers.jsonl"
 def main(arguments: Sequence[str]) -> int:
     """Generate what is missing, a batch at a time, each on disk before the next."""
     given = _flags().parse_args(arguments)
-    if given.samples < 1:
-        raise UserError(f"samples: {given.samples} is not positive")
-    if given.most is not None and given.most < 1:
-        raise UserError(f"most: {given.most} is not positive")
     decoding = Decoding(
         max_tokens=given.max_tokens,
         temperature=given.temperature,
@@ -49,7 +46,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
     check_output(given.output, "--output")
-    records = list(itertools.islice(prompt_records(given.prompts), given.most))
+    records = list(
+        itertools.islice(prompt_records(given.prompts, bad_records=given.bad_records), given.most)
+    )
     places = [f"{record.source}:{record.line}" for record in records]
     model = make_backend(
         given.model,
@@ -120,20 +119,30 @@ def _flags() -> argparse.ArgumentParser:
         "--prompts", required=True, help="{prompt} rows, or any records; also FILE#[:100]"
     )
     flags.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
-    flags.add_argument("--samples", type=int, default=1, help="responses to each prompt")
-    flags.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    flags.add_argument("--top-p", type=float, default=1.0, help="share of the probability to keep")
-    flags.add_argument("--top-k", type=int, default=0, help="likeliest tokens to keep; 0: all")
+    add_bad_records(flags)
     flags.add_argument(
-        "--min-p", type=float, default=0.0, help="least probability, as a share of the likeliest's"
+        "--samples", type=within(AtLeastOne), default=1, help="responses to each prompt"
+    )
+    flags.add_argument("--temperature", type=within(NonNegative), default=0.0, help="0 is greedy")
+    flags.add_argument(
+        "--top-p", type=within(Fraction), default=1.0, help="share of the probability to keep"
+    )
+    flags.add_argument(
+        "--top-k", type=within(Count), default=0, help="likeliest tokens to keep; 0: all"
+    )
+    flags.add_argument(
+        "--min-p",
+        type=within(Share),
+        default=0.0,
+        help="least probability, as a share of the likeliest's",
     )
     flags.add_argument(
         "--repetition-penalty",
-        type=float,
+        type=within(Positive),
         default=1.0,
         help="on tokens that are there already; 1 is none, RAHF's evaluation takes 1.2",
     )
-    flags.add_argument("--max-tokens", type=int, default=128, help="of a response")
+    flags.add_argument("--max-tokens", type=within(AtLeastOne), default=128, help="of a response")
     flags.add_argument(
         "--prompt-artefact",
         type=Path,
@@ -141,9 +150,9 @@ def _flags() -> argparse.ArgumentParser:
         help="system prompt and examples, as `jaxalign optimize-prompt` writes them",
     )
     flags.add_argument("--stop", nargs="*", default=[], help="texts that end a response")
-    flags.add_argument("--seed", type=int, default=0, help="of the draws")
-    flags.add_argument("--most", type=int, help="prompts to take, from the first on")
-    flags.add_argument("--batch-size", type=int, default=8, help="prompts at a time")
+    flags.add_argument("--seed", type=within(Seed), default=0, help="of the draws")
+    flags.add_argument("--most", type=within(AtLeastOne), help="prompts to take, from the first on")
+    flags.add_argument("--batch-size", type=within(AtLeastOne), default=8, help="prompts at a time")
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
     flags.add_argument(
         "--chat", action="store_true", help="put plain prompts through the chat template"
@@ -152,7 +161,9 @@ def _flags() -> argparse.ArgumentParser:
         "--completions", action="store_true", help="openai: continue texts, as base models do"
     )
     flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
-    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    flags.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
+    )
     return flags
 
 

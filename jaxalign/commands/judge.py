@@ -4,14 +4,15 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import add_bad_records, parser, within
 from jaxalign.commands.judged_people import beside_people
 from jaxalign.commands.judged_policies import read_lines, side_by_side
 from jaxalign.commands.judged_words import plain
 from jaxalign.commands.outputs import match, read_labelled
 from jaxalign.commands.report import print_table
+from jaxalign.config import AtLeastOne, Count, Positive, Range, Seed
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
@@ -25,14 +26,10 @@ def main(arguments: Sequence[str]) -> int:
     files = _files(given)
     if not files and given.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
-    if not 0 < given.confidence < 1:
-        raise UserError(f"confidence: {given.confidence} is not between 0 and 1")
-    for name in ("most", "resamples", "batch_size", "workers", "attempts", "timeout"):
-        if (value := getattr(given, name)) is not None and value <= 0:
-            raise UserError(f"{name}: {value} is not positive")
     check_output(given.output, "--output", folder=True)
-    matched = match(files, common=given.common, most=given.most) if files else None
-    labelled = read_labelled(given.human, given.by, given.most) if given.human else []
+    how = {"most": given.most, "bad_records": given.bad_records}
+    matched = match(files, common=given.common, **how) if files else None
+    labelled = read_labelled(given.human, given.by, **how) if given.human else []
     annotator = make_annotator(
         given.judge,
         AnnotatorOptions(
@@ -110,29 +107,49 @@ def _flags() -> argparse.ArgumentParser:
         "{prompt, first, second, preference} with 1, 0 or 0.5",
     )
     flags.add_argument("--by", metavar="FIELD", help="part the labelled comparisons by this field")
-    flags.add_argument("--most", type=int, help="prompts to take, from the first on")
+    flags.add_argument("--most", type=within(AtLeastOne), help="prompts to take, from the first on")
+    add_bad_records(flags)
     flags.add_argument("--output", type=Path, default=Path("judged"), help="folder to write")
-    flags.add_argument("--examples", type=int, default=5, help="of each kind on the page")
-    flags.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
-    flags.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    flags.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    flags.add_argument("--examples", type=within(Count), default=5, help="of each kind on the page")
+    flags.add_argument(
+        "--confidence",
+        type=within(Annotated[float, Range("(0, 1)")]),
+        default=0.95,
+        help="of the intervals",
+    )
+    flags.add_argument(
+        "--resamples", type=within(AtLeastOne), default=1000, help="of the bootstrap"
+    )
+    flags.add_argument("--seed", type=within(Seed), default=0, help="of the bootstrap")
     of_models = flags.add_argument_group("language models as judges")
     of_models.add_argument(
         "--template", type=Path, help="file with {prompt}, {first} and {second}; the answer A or B"
     )
     of_models.add_argument("--tokenizer", help="lm: folder or hub name (default: the model's)")
-    of_models.add_argument("--max-length", type=int, help="lm: tokens (default: the context)")
-    of_models.add_argument("--batch-size", type=int, default=8, help="lm: comparisons at a time")
-    of_models.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    of_models.add_argument(
+        "--max-length", type=within(AtLeastOne), help="lm: tokens (default: the context)"
+    )
+    of_models.add_argument(
+        "--batch-size", type=within(AtLeastOne), default=8, help="lm: comparisons at a time"
+    )
+    of_models.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="lm: of the computation"
+    )
     of_models.add_argument(
         "--reward-rows",
         choices=("template", "end_token"),
         help="reward: a model from elsewhere scores the conversation as its chat template writes "
         "it (default), or the response with the end-of-sequence token",
     )
-    of_models.add_argument("--workers", type=int, default=8, help="openai: requests at a time")
-    of_models.add_argument("--timeout", type=float, default=60.0, help="openai: seconds a request")
-    of_models.add_argument("--attempts", type=int, default=4, help="openai: for each comparison")
+    of_models.add_argument(
+        "--workers", type=within(AtLeastOne), default=8, help="openai: requests at a time"
+    )
+    of_models.add_argument(
+        "--timeout", type=within(Positive), default=60.0, help="openai: seconds a request"
+    )
+    of_models.add_argument(
+        "--attempts", type=within(AtLeastOne), default=4, help="openai: for each comparison"
+    )
     return flags
 
 

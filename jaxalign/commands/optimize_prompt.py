@@ -18,10 +18,12 @@ from jaxalign.backends import (
 )
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.structured import Asker
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import add_bad_records, parser, within
 from jaxalign.commands.outputs import read_outputs
 from jaxalign.commands.report import print_table
+from jaxalign.config import AtLeastOne, Count, NonNegative, Positive, Seed
 from jaxalign.data import prompt_records
+from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, write_text
@@ -57,8 +59,7 @@ FIRST = "You are a helpful assistant."
 def main(arguments: Sequence[str]) -> int:
     """Search, or go on searching: what was asked before is found in the folder."""
     given = _flags().parse_args(arguments)
-    _check(given)
-    seeds = _seeds(given.seeds)
+    seeds = _seeds(given)
     queries = _queries(given)
     if given.search != "none" and len(queries) - given.validate < 2:
         raise UserError(
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             f"optimizer: {kind}: proposes no prompt; name a model, or bank:FILE of bullet points"
         )
     if kind == "bank":
-        optimizer: Any = BankOptimizer(_bank(Path(rest)), seed=given.seed)
+        optimizer: Any = BankOptimizer(read_text(Path(rest)).splitlines(), seed=given.seed)
     else:
         proposing = Decoding(
             max_tokens=given.judge_tokens, temperature=0.2, top_p=0.95, seed=given.seed
@@ -259,33 +260,16 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(known) / len(known) if known else math.nan
 
 
-def _seeds(source: str) -> list[Example]:
+def _seeds(given: argparse.Namespace) -> list[Example]:
     """{prompt, response} rows: the universal examples."""
-    return [Example(query=row.prompt, response=row.response) for row in read_outputs(source)]
+    rows = read_outputs(given.seeds, given.bad_records)
+    return [Example(query=row.prompt, response=row.response) for row in rows]
 
 
 def _queries(given: argparse.Namespace) -> list[str]:
-    records = prompt_records(given.queries or given.seeds)
+    records = prompt_records(given.queries or given.seeds, bad_records=given.bad_records)
     most = given.validate + given.depth + given.more_depth + 1
     return [transcript(record.prompt) for record in itertools.islice(records, most)]
-
-
-def _bank(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"optimizer: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"optimizer: {path} is no text") from None
-
-
-def _check(given: argparse.Namespace) -> None:
-    for name in ("width", "actions", "depth", "attempts", "batch_size", "workers", "judge_tokens"):
-        if getattr(given, name) < 1:
-            raise UserError(f"{name}: {getattr(given, name)} is not positive")
-    for name in ("more_depth", "validate", "iterations", "examples"):
-        if getattr(given, name) < 0:
-            raise UserError(f"{name}: {getattr(given, name)} is negative")
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -307,6 +291,7 @@ def _flags() -> argparse.ArgumentParser:
     )
     flags.add_argument("--seeds", required=True, help="{prompt, response} rows: the examples")
     flags.add_argument("--queries", help="{prompt} rows to search with (default: the seeds')")
+    add_bad_records(flags)
     flags.add_argument("--output", type=Path, default=Path("prompts"), help="folder to write")
     flags.add_argument(
         "--search",
@@ -314,42 +299,63 @@ def _flags() -> argparse.ArgumentParser:
         default="beam",
         help="none: better examples alone, under the first prompt",
     )
-    flags.add_argument("--width", type=int, default=2, help="paths that are kept")
-    flags.add_argument("--actions", type=int, default=3, help="prompts proposed from each")
+    flags.add_argument("--width", type=within(AtLeastOne), default=2, help="paths that are kept")
     flags.add_argument(
-        "--depth", type=int, default=19, help="levels below the first prompt's, one query each"
+        "--actions", type=within(AtLeastOne), default=3, help="prompts proposed from each"
     )
-    flags.add_argument("--more-depth", type=int, default=10, help="levels added by good prompts")
+    flags.add_argument(
+        "--depth",
+        type=within(AtLeastOne),
+        default=19,
+        help="levels below the first prompt's, one query each",
+    )
+    flags.add_argument(
+        "--more-depth", type=within(Count), default=10, help="levels added by good prompts"
+    )
     flags.add_argument(
         "--reward",
         choices=("dynamic", "fixed"),
         default="dynamic",
         help="criteria chosen for each query, or always the same five",
     )
-    flags.add_argument("--examples", type=int, default=2, help="shown while searching")
-    flags.add_argument("--examples-at-inference", type=int, help="shown later (default: as many)")
-    flags.add_argument("--iterations", type=int, default=5, help="of the examples; 0 keeps them")
+    flags.add_argument("--examples", type=within(Count), default=2, help="shown while searching")
     flags.add_argument(
-        "--validate", type=int, default=8, help="fresh queries to choose by; 0: none"
+        "--examples-at-inference", type=within(Count), help="shown later (default: as many)"
+    )
+    flags.add_argument(
+        "--iterations", type=within(Count), default=5, help="of the examples; 0 keeps them"
+    )
+    flags.add_argument(
+        "--validate", type=within(Count), default=8, help="fresh queries to choose by; 0: none"
     )
     flags.add_argument("--first-prompt", default=FIRST, help="system prompt of the root")
-    flags.add_argument("--layout", choices=LAYOUTS, default="continue")
+    flags.add_argument("--layout", choices=LAYOUTS, default="continue", help="of the prompt")
     flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
-    flags.add_argument("--max-tokens", type=int, default=256, help="of the model's answers")
-    flags.add_argument("--judge-tokens", type=int, default=2048, help="of the other roles' answers")
+    flags.add_argument(
+        "--max-tokens", type=within(AtLeastOne), default=256, help="of the model's answers"
+    )
+    flags.add_argument(
+        "--judge-tokens", type=within(AtLeastOne), default=2048, help="of the other roles' answers"
+    )
     flags.add_argument("--stop", nargs="*", default=[], help="texts that end an answer")
-    flags.add_argument("--attempts", type=int, default=2, help="for an answer that can be read")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--batch-size", type=int, default=8, help="local: prompts at a time")
-    flags.add_argument("--workers", type=int, default=8, help="openai: requests at a time")
+    flags.add_argument(
+        "--attempts", type=within(AtLeastOne), default=2, help="for an answer that can be read"
+    )
+    flags.add_argument("--seed", type=within(Seed), default=0, help="of the proposals")
+    flags.add_argument(
+        "--batch-size", type=within(AtLeastOne), default=8, help="local: prompts at a time"
+    )
+    flags.add_argument(
+        "--workers", type=within(AtLeastOne), default=8, help="openai: requests at a time"
+    )
     flags.add_argument(
         "--estimate", action="store_true", help="say what the search may cost, and do nothing"
     )
-    flags.add_argument("--requests-per-minute", type=float, help="openai: at most")
+    flags.add_argument("--requests-per-minute", type=within(Positive), help="openai: at most")
     flags.add_argument("--completions", action="store_true", help="openai: --model is a base model")
     flags.add_argument(
         "--prices",
-        type=float,
+        type=within(NonNegative),
         nargs=2,
         default=(0.0, 0.0),
         metavar=("IN", "OUT"),

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from jaxalign.data.reading import BadRecordError, Row, read_rows
+from jaxalign.data.reading import BadRecordError, BadRecords, Row
 from jaxalign.data.records import transcript
-from jaxalign.data.sources import preference_of_row
+from jaxalign.data.sources import (
+    COLUMNS,
+    fields_of,
+    preference_of_row,
+    read_records,
+    text_or_turns,
+)
 from jaxalign.errors import UserError
 
 PROMPT = ("prompt", "instruction")
@@ -50,52 +57,48 @@ class Labelled:
     place: str
 
 
-def read_outputs(source: str) -> list[Output]:
+def read_outputs(source: str, bad_records: BadRecords = "error") -> list[Output]:
     """The rows of a file: {prompt, response}, or {instruction, output} as AlpacaEval writes them.
+
+    Args:
+      source: as for `preference_records`.
+      bad_records: "error" or "skip".
 
     Raises:
       UserError: names file and line of the first row that cannot be used.
     """
-    outputs = []
-    for row in read_rows(source):
-        fields = _fields(row)
+
+    def output(row: Row) -> list[Output]:
+        fields = fields_of(row)
         key = fields.get("id")
-        outputs.append(
+        return [
             Output(
                 key=None if key is None else str(key),
-                prompt=_text(fields, PROMPT, row.place),
-                response=_text(fields, RESPONSE, row.place),
+                prompt=_text(fields, PROMPT),
+                response=_text(fields, RESPONSE),
                 place=row.place,
             )
-        )
-    if not outputs:
-        raise UserError(f"{source}: no rows in it")
-    return outputs
+        ]
+
+    columns = ("id", *PROMPT, *RESPONSE)
+    return list(read_records(source, output, bad_records, columns=columns))
 
 
-def _fields(row: Row) -> Mapping[str, Any]:
-    if row.fault is not None:
-        raise UserError(f"{row.place}: {row.fault.kind}: {row.fault}")
-    if not isinstance(row.value, Mapping):
-        raise UserError(f"{row.place}: not an object with fields")
-    return row.value
-
-
-def _text(fields: Mapping[str, Any], names: Sequence[str], place: str) -> str:
+def _text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
         value = fields.get(name)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
-            return transcript(value)
         if value is not None:
-            raise UserError(f"{place}: {name} is a {type(value).__name__}, not text")
+            return transcript(text_or_turns(value, name))
     there = ", ".join(map(str, fields)) or "none"
-    raise UserError(f"{place}: no {' or '.join(names)}; its fields are {there}")
+    raise BadRecordError("missing field", f"no {' or '.join(names)}; its fields are {there}")
 
 
 def match(
-    files: Mapping[str, Sequence[str]], *, common: bool = False, most: int | None = None
+    files: Mapping[str, Sequence[str]],
+    *,
+    common: bool = False,
+    most: int | None = None,
+    bad_records: BadRecords = "error",
 ) -> Matched:
     """The same prompts in every file, by id where all rows have one, else by their text.
 
@@ -103,11 +106,12 @@ def match(
       files: policy -> its files, one per seed.
       common: leave out prompts that some file lacks, instead of refusing.
       most: prompts to take, from the first on; None: all.
+      bad_records: "error" or "skip".
 
     Raises:
       UserError: a prompt that comes twice or is missing, with file and line.
     """
-    read = {source: read_outputs(source) for some in files.values() for source in some}
+    read = {source: read_outputs(source, bad_records) for some in files.values() for source in some}
     by_id = all(row.key is not None for rows in read.values() for row in rows)
     tables = {source: _table(rows, by_id) for source, rows in read.items()}
     first, *others = tables
@@ -154,7 +158,9 @@ def _table(rows: Sequence[Output], by_id: bool) -> dict[str, Output]:
     return table
 
 
-def read_labelled(source: str, by: str | None, most: int | None = None) -> list[Labelled]:
+def read_labelled(
+    source: str, by: str | None, most: int | None = None, bad_records: BadRecords = "error"
+) -> list[Labelled]:
     """Comparisons with people's verdicts.
 
     Args:
@@ -162,38 +168,37 @@ def read_labelled(source: str, by: str | None, most: int | None = None) -> list[
         the better one; or rows {prompt, first, second, preference} with 1, 0 or 0.5.
       by: field whose values part the table.
       most: rows to take, from the first on; None: all.
+      bad_records: "error" or "skip".
+
+    Raises:
+      UserError: names file and line of the first row that cannot be used.
     """
-    found = []
-    for row in read_rows(source):
-        if len(found) == most:
-            break
-        fields = _fields(row)
-        if by is not None and by not in fields:
-            raise UserError(f"{row.place}: no {by}; its fields are {', '.join(map(str, fields))}")
-        group = "" if by is None else f"{by} {fields[by]}"
-        if "preference" in fields:
+
+    def labelled(row: Row) -> list[Labelled]:
+        fields = fields_of(row)
+        if by is not None and fields.get(by) is None:
+            there = ", ".join(map(str, fields))
+            raise BadRecordError("missing field", f"no {by}; its fields are {there}")
+        if fields.get("preference") is not None:
             label = fields["preference"]
             if isinstance(label, bool) or label not in (0, 0.5, 1):
-                raise UserError(f"{row.place}: preference is {label!r}, not 1, 0 or 0.5")
-            sides = [_text(fields, (name,), row.place) for name in ("first", "second")]
-            prompt = _text(fields, PROMPT, row.place)
+                raise BadRecordError("wrong type", f"preference is {label!r}, not 1, 0 or 0.5")
+            prompt, first, second = (
+                _text(fields, names) for names in (PROMPT, ("first",), ("second",))
+            )
         else:
-            try:
-                pair = preference_of_row(row)
-            except BadRecordError as fault:
-                raise UserError(f"{row.place}: {fault.kind}: {fault}") from None
-            sides, label = [transcript(pair.chosen), transcript(pair.rejected)], 1.0
-            prompt = transcript(pair.prompt)
-        found.append(
+            pair, label = preference_of_row(row), 1.0
+            prompt, first, second = map(transcript, (pair.prompt, pair.chosen, pair.rejected))
+        return [
             Labelled(
                 prompt=prompt,
-                first=sides[0],
-                second=sides[1],
+                first=first,
+                second=second,
                 label=float(label),
-                group=group,
+                group="" if by is None else f"{by} {fields[by]}",
                 place=row.place,
             )
-        )
-    if not found:
-        raise UserError(f"{source}: no rows in it")
-    return found
+        ]
+
+    columns = (*COLUMNS, "preference", "first", "second", *PROMPT, *([by] if by else []))
+    return list(islice(read_records(source, labelled, bad_records, columns=columns), most))

@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 
+from jaxalign.commands.arguments import add_bad_records, within
+from jaxalign.config import AtLeastOne, Range
 from jaxalign.data import (
     PairBatch,
     ReadReport,
@@ -49,15 +51,15 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--model", required=True, help="Hugging Face folder, hub name or GGUF file")
     flags.add_argument("--data", required=True, help="preference pairs, as in jaxalign train")
     flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
-    flags.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response")
-    flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
     flags.add_argument(
-        "--bad-records",
-        choices=("error", "skip"),
-        default="error",
-        help="what a record that cannot be used does",
+        "--max-length",
+        type=within(Annotated[int, Range("[2, inf)")]),
+        default=256,
+        help="tokens of prompt and response",
     )
-    flags.add_argument("--batch-size", type=int, default=8, help="pairs at a time")
+    flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
+    add_bad_records(flags)
+    flags.add_argument("--batch-size", type=within(AtLeastOne), default=8, help="pairs at a time")
 
 
 def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs:
@@ -70,9 +72,6 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
     Raises:
       UserError: nothing usable in the source, or sequences longer than the model reads.
     """
-    for name in ("max_length", "batch_size"):
-        if getattr(given, name) < 2 - (name == "batch_size"):
-            raise UserError(f"{name}: {getattr(given, name)} is too small")
     if "{prompt}" not in given.prompt_format:
         raise UserError(f"prompt_format: {given.prompt_format!r} does not hold {{prompt}}")
     model = load_pretrained(given.model, dtype=jnp.float32)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxalign.commands.arguments import parser
+from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.experiment import parse
-from jaxalign.config import TrainConfig
+from jaxalign.config import AtLeastOne, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, write_text
 
@@ -37,14 +37,18 @@ def main(arguments: Sequence[str]) -> int:
     flags.add_argument("--scale", default="paper", help="of the experiment: tiny or paper")
     flags.add_argument("--stage", help="one of those that the config runs; default: all of them")
     flags.add_argument(
-        "--response", type=int, help="tokens of the longest response; all of max_length if not set"
+        "--response",
+        type=within(AtLeastOne),
+        help="tokens of the longest response; all of max_length if not set",
     )
     flags.add_argument(
         "--sweep",
         action="store_true",
         help="meshes, batch sizes, micro-batches and remat by their bound, until --most fit",
     )
-    flags.add_argument("--most", type=int, default=5, help="plans that a sweep looks for")
+    flags.add_argument(
+        "--most", type=within(AtLeastOne), default=5, help="plans that a sweep looks for"
+    )
     flags.add_argument("--json", type=Path, help="file for the figures")
     given, fields = flags.parse_known_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is only compiled for

@@ -67,6 +67,7 @@ from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
 from jaxalign.reporting import comparison, online, read_run, representation, write_report
+from jaxalign.reporting.report import skipped_updates
 from jaxalign.sharding import batch_sharding, make_mesh, place
 from jaxalign.sharding.processes import ending_together, in_turn, share_of_rows, start
 from jaxalign.training.checkpoints import newest_step, newest_whole_step
@@ -181,6 +182,8 @@ def report(folder: Path) -> None:
             header, rows = stage.table([finished])
             if rows:
                 print_table(header, rows)
+    for line in skipped_updates(finished):
+        print(line)
     print(f"report: {path}")
 
 

@@ -66,7 +66,11 @@ def _tokenizer(config: TrainConfig, kept: Path) -> Any:
     elif config.text:
         from jaxalign.data.bpe import train_bpe
 
-        texts = (record.text for source in config.text for record in text_records(source))
+        texts = (
+            record.text
+            for source in config.text
+            for record in text_records(source, bad_records=config.bad_records)
+        )
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
     else:
         tokenizer = embedded_tokenizer()

@@ -1,23 +1,36 @@
 """Rows of a file, a hub or a TFDS data set, and what to do with those that cannot be used."""
 
+import contextlib
 import gzip
-import io
 import json
 import lzma
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from jaxalign.errors import UserError
+
+T = TypeVar("T")
 
 BadRecords = Literal["error", "skip"]
 
 FILES = (".jsonl", ".json", ".parquet", ".txt", ".md")
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+OTHERWISE = {
+    b"PAR1": "it holds Parquet; name it .parquet",
+    b"ARROW1": "it holds Arrow; convert it to Parquet or JSON Lines",
+    b"\x1f\x8b": "it is packed by gzip; let its name end in .gz",
+    b"\xfd7zXZ": "it is packed by xz; let its name end in .xz",
+    b"PK\x03\x04": "it is a zip archive; unpack it",
+    b"\xff\xfe": "it is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8",
+}
+"""First bytes of files that are not the text that their names promise, and what to do."""
 
 
 class BadRecordError(Exception):
@@ -77,7 +90,7 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
     """Stop with the row's place, or count it as skipped."""
     message = f"{row.place}: {fault.kind}: {fault}"
     if policy == "error":
-        raise UserError(f"{message}; mend the record, or set bad_records to skip") from None
+        raise UserError(f"{message}; fix the record, or add --bad-records skip") from None
     if policy != "skip":
         raise UserError(f"bad_records: {policy!r} is neither 'error' nor 'skip'")
     report.skipped[fault.kind] += 1
@@ -85,38 +98,72 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
 
 
 def split_name(source: str) -> tuple[str, str]:
-    """`name#train[:90%]` -> ("name", "train[:90%]"); no split is ""."""
-    name, _, split = source.partition("#")
+    """`name#train[:90%]` -> ("name", "train[:90%]"); no split is "".
+
+    A file or folder that exists is a name as it stands, whatever # is in it.
+    """
+    place = source.partition("@")[2] if source.startswith("tfds:") else source
+    name, mark, split = source.rpartition("#")
+    if not mark or _exists(place) or not (_SPLIT.fullmatch(split) or _exists(name)):
+        return source, ""
     return name, split
 
 
-def read_rows(source: str) -> Iterator[Row]:
+_SPLIT = re.compile(r"([\w.-]*)(?:\[(-?\d*%?):(-?\d*%?)\])?")
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long, no permission, no such user
+        return False
+
+
+def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[Row]:
     """Rows of a source: a file, a folder, `tfds:NAME` or a hub name, each with `#split`.
 
+    Args:
+      source: what is read.
+      columns: fields that the caller looks at; of Parquet no others are read, they are None.
+
     Raises:
-      UserError: there is no such source, or its split does not exist.
+      UserError: there is no such source, it cannot be read, or its split does not exist.
     """
     name, split = split_name(source)
     if name.startswith("tfds:"):
         yield from _tfds_rows(name.removeprefix("tfds:"), split or "train")
         return
-    path = Path(name).expanduser()
-    if path.is_dir():
-        base, window = _parse_split(source, split)
-        rows = (row for file in _files_of_split(path, base) for row in _file_rows(file))
-        yield from _slice(rows, window, source)
-    elif path.is_file():
-        base, window = _parse_split(source, split)
-        if base not in ("", "train", "all"):
-            raise UserError(f"{source}: a single file has no split {base!r}; use {name}#[:90%]")
-        yield from _slice(_file_rows(path), window, source)
-    elif _suffix(path) in FILES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            base, window = _parse_split(source, split)
+            files = _files_of_split(path, base)
+            rows = (row for file in files for row in _file_rows(file, columns))
+            yield from _slice(rows, window, source)
+            return
+        if path.is_file():
+            base, window = _parse_split(source, split)
+            if base not in ("", "train", "all"):
+                raise UserError(f"{source}: a single file has no split {base!r}; use {name}#[:90%]")
+            yield from _slice(_file_rows(path, columns), window, source)
+            return
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{source}: cannot be read: {reason}") from None
+    hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
+    is_file = _suffix(path) in FILES or _suffix(Path(source)) in FILES
+    if is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
-            f"{name}: no such file; data is a file ({', '.join(FILES)}), "
-            "tfds:NAME, a Hugging Face hub name, or embedded"
+            f"{source}: no such file; data is a file ({', '.join(FILES)}), "
+            f"tfds:NAME, a Hugging Face hub name, or embedded{hint}"
         )
-    else:
+    try:
         yield from _hub_rows(name, split or "train")
+    except ImportError:
+        raise UserError(
+            f"{source}: there is no such file, and a Hugging Face hub name needs the extra: "
+            f"pip install 'jaxalign[hub]'{hint}"
+        ) from None
 
 
 def _suffix(path: Path) -> str:
@@ -131,7 +178,9 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     files = [
         file
         for file in sorted(folder.iterdir())
-        if _suffix(file) in FILES and file.name.startswith("" if split == "all" else split)
+        if _suffix(file) in FILES
+        and file.name.startswith("" if split == "all" else split)
+        and file.is_file()
     ]
     if not files:
         wanted = f"{split}*" if split else "*"
@@ -143,7 +192,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
 
 def _parse_split(source: str, split: str) -> tuple[str, tuple[str, str] | None]:
     """`train[10%:20%]` -> ("train", ("10%", "20%"))."""
-    match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d*%?):(-?\d*%?)\])?", split)
+    match = _SPLIT.fullmatch(split)
     if match is None:
         raise UserError(
             f"{source}: split {split!r} is not of the form train[:90%] or test[100:200]"
@@ -173,11 +222,11 @@ def _slice(rows: Iterator[Row], window: tuple[str, str] | None, source: str) -> 
     return iter(everything[index(window[0], 0) : index(window[1], len(everything))])
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
     """Rows of one file, by its name's ending."""
     kind = _suffix(path)
     if kind == ".parquet":
-        return _parquet_rows(path)
+        return _parquet_rows(path, columns)
     if kind == ".jsonl":
         return json_lines(path)
     if kind == ".json":
@@ -190,88 +239,218 @@ def _file_rows(path: Path) -> Iterator[Row]:
     )
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    return PACKED[path.suffix](path, "rb") if path.suffix in PACKED else path.open("rb")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file that should hold text, unpacked."""
+    try:
+        with PACKED.get(path.suffix, open)(path, "rb") as file:
+            first = file.peek(8)
+            for mark, what in OTHERWISE.items():
+                if first.startswith(mark):
+                    raise UserError(f"{path}: {what}")
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: damaged archive ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_text(path: Path) -> str:
+    """A whole file of text, unpacked where its name ends in .gz or .xz.
+
+    Raises:
+      UserError: it cannot be read, or is not UTF-8 text.
+    """
+    text, line, reason = _decoded(path)
+    if reason:
+        raise UserError(f"{path}:{line}: invalid UTF-8: {reason}; save it as UTF-8 text")
+    return text
+
+
+def _decoded(path: Path) -> tuple[str, int, str]:
+    """The text of a file; or the line that is none, and why."""
+    with _opened(path) as file:
+        raw = file.read()
+    if (zero := raw.find(b"\0")) >= 0:
+        return "", raw[:zero].count(b"\n") + 1, "a NUL byte"
+    try:
+        return raw.decode("utf-8-sig"), 1, ""
+    except UnicodeDecodeError as error:
+        return "", raw[: error.start].count(b"\n") + 1, error.reason
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      UserError: it cannot be read, or is not JSON.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    try:
+        return parse_json(text)
+    except BadRecordError as fault:
+        line, hint = "", ""
+        if isinstance(error := fault.__cause__, json.JSONDecodeError):
+            line = f":{error.lineno}"
+            if error.msg == "Extra data":
+                hint = "; a file of one record per line is named .jsonl"
+        raise UserError(f"{path}{line}: {fault.kind}: {fault}{hint}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      BadRecordError: it is not JSON, gives one name two values in an object, is nested too deeply,
+        or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise BadRecordError("invalid JSON", str(error)) from error
+    except RecursionError:
+        raise BadRecordError("invalid JSON", "nested too deeply (recursion limit)") from None
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise BadRecordError("invalid JSON", str(error).partition(";")[0]) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise BadRecordError("invalid JSON", f"{name!r} comes twice in an object")
+    return value
+
+
+def text_fields(kind: type[T], value: Any) -> T:
+    """A dataclass whose fields are all texts, from a JSON object that has just those.
+
+    Raises:
+      BadRecordError: something else.
+    """
+    names = [one.name for one in fields(kind)]  # pyright: ignore[reportArgumentType]
+    if not isinstance(value, Mapping) or sorted(value) != sorted(names):
+        there = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+        raise BadRecordError("wrong type", f"{there} instead of an object with {', '.join(names)}")
+    for name, text in value.items():
+        check_text(text, name)
+    return kind(**value)
+
+
+def check_text(value: Any, name: str) -> str:
+    """The value, if it is text that UTF-8 can hold.
+
+    Raises:
+      BadRecordError: it is not.
+    """
+    if not isinstance(value, str):
+        raise BadRecordError("wrong type", f"{name} is a {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecordError("invalid UTF-8", f"{name} holds a lone surrogate") from None
+    return value
 
 
 def json_lines(path: Path) -> Iterator[Row]:
     """One JSON value per line; empty lines are passed over."""
-    source = str(path)
-    with _open(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_row(source, number, line)
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-            raise UserError(f"{path}: damaged archive ({error}); fetch it again") from None
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_row(str(path), number, line)
 
 
 def _json_row(source: str, number: int, line: bytes) -> Row:
     try:
         encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte order mark may come first
-        return Row(source, number, json.loads(line.decode(encoding).rstrip()))
+        return Row(source, number, parse_json(line.decode(encoding).rstrip()))
     except UnicodeDecodeError as error:
         fault = BadRecordError(
             "invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}"
         )
-    except (json.JSONDecodeError, RecursionError) as error:
-        fault = BadRecordError("invalid JSON", str(error))
+    except BadRecordError as error:
+        fault = error
     return Row(source, number, None, fault)
 
 
 def _json_array(path: Path) -> Iterator[Row]:
     """One JSON array of records."""
-    with _open(path) as file:
-        raw = file.read()
-    try:
-        values = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        hint = (
-            "; a file of one record per line is named .jsonl" if "Extra data" in str(error) else ""
-        )
-        raise UserError(f"{path}:{error.lineno}: invalid JSON: {error.msg}{hint}") from None
+    values = read_json(path)
     if not isinstance(values, list):
         raise UserError(f"{path}: a {type(values).__name__}, not an array of records")
     for number, value in enumerate(values, start=1):
         yield Row(str(path), number, value, unit="record")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+    """Rows of a Parquet file: of the columns that are looked at, no times inside of them."""
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from None
     number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(str(path), number, value, unit="record")
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            wanted = set(names if columns is None else columns)
+            for name in wanted & {name for name in names if names.count(name) > 1}:
+                raise UserError(f"{path}: two columns are named {name}; rename one")
+            parts = map(file.schema.column, range(len(file.schema)))
+            read = [part.path for part in parts if _is_read(part, wanted)]
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                for value in _plain_rows(batch):
+                    number += 1
+                    if isinstance(value, BadRecordError):
+                        yield Row(str(path), number, None, value, unit="record")
+                    else:
+                        fields = dict.fromkeys(names) | value
+                        yield Row(str(path), number, fields, unit="record")
+    except pyarrow.ArrowInvalid as error:
+        what = "not a Parquet file" if not number else f"damaged after record {number}"
+        raise UserError(f"{path}: {what} ({_first_line(error)}); fetch it again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(f"{path}: damaged or unreadable Parquet ({reason})") from None
+
+
+def _is_read(part: Any, wanted: set[str]) -> bool:
+    """Whether a leaf of a Parquet schema is wanted; times inside of turns are nobody's business."""
+    column, _, inside = part.path.partition(".")
+    time = part.logical_type.type in ("DATE", "TIME", "TIMESTAMP") or part.physical_type == "INT96"
+    return column in wanted and not (inside and time)
+
+
+def _plain_rows(batch: Any) -> Iterator[Any]:
+    """Rows of a record batch as Python's values, or the fault of a row that has none."""
+    if not batch.num_columns:
+        yield from ({} for _ in range(batch.num_rows))
+        return
+    with contextlib.suppress(ValueError, OverflowError):  # not UTF-8, a time beyond Python's
+        yield from batch.to_pylist()
+        return
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadRecordError("invalid UTF-8", f"byte {error.start + 1} of a field")
+        except (ValueError, OverflowError) as error:
+            yield BadRecordError("wrong type", _first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain_text(path: Path) -> Iterator[Row]:
     """A whole file is one document."""
-    with _open(path) as file:
-        raw = file.read()
-    try:
-        yield Row(str(path), 1, raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        yield Row(str(path), line, None, BadRecordError("invalid UTF-8", error.reason))
+    text, line, reason = _decoded(path)
+    yield Row(str(path), line, text, BadRecordError("invalid UTF-8", reason) if reason else None)
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            f"{name}: there is no such file, and a Hugging Face hub name needs the extra: "
-            "pip install 'jaxalign[hub]'"
-        ) from None
+    import datasets  # pyright: ignore[reportMissingImports]
+
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:

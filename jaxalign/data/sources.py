@@ -3,11 +3,20 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxalign.data.embedded import embedded_preferences, embedded_responses, embedded_texts
-from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, read_rows, refuse
+from jaxalign.data.reading import (
+    BadRecordError,
+    BadRecords,
+    ReadReport,
+    Row,
+    check_text,
+    parse_json,
+    read_rows,
+    refuse,
+)
 from jaxalign.data.records import (
     NOT_RESPONDING,
     Conversation,
@@ -25,6 +34,11 @@ from jaxalign.errors import UserError
 R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
 
+COLUMNS = (
+    *("form", "prompt", "chosen", "rejected", "response", "completion"),
+    *("messages", "tools", "system", "label", "text"),
+)
+"""Fields of a row that are looked at; a Parquet file's others are not read."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # HH-RLHF's marks of turns
 
 
@@ -49,7 +63,7 @@ def preference_records(
     """
     if source == "embedded":
         return iter(embedded_preferences())
-    return _records(source, lambda row: [preference_of_row(row)], bad_records, report)
+    return read_records(source, lambda row: [preference_of_row(row)], bad_records, report)
 
 
 def response_records(
@@ -65,7 +79,7 @@ def response_records(
     """  # noqa: D205
     if source == "embedded":
         return iter(embedded_responses())
-    return _records(source, lambda row: [_response(row)], bad_records, report)
+    return read_records(source, lambda row: [_response(row)], bad_records, report)
 
 
 def prompt_records(
@@ -84,7 +98,7 @@ def prompt_records(
             PromptRecord(prompt=record.prompt, source=record.source, line=record.line)
             for record in embedded_responses()
         )
-    return _records(source, lambda row: [_prompt(row)], bad_records, report)
+    return read_records(source, lambda row: [_prompt(row)], bad_records, report)
 
 
 def unpaired_records(
@@ -99,7 +113,7 @@ def unpaired_records(
     """
     if source == "embedded":
         return _as_unpaired(embedded_preferences())
-    return _records(source, _unpaired, bad_records, report)
+    return read_records(source, _unpaired, bad_records, report)
 
 
 def text_records(
@@ -114,7 +128,7 @@ def text_records(
     """
     if source == "embedded":
         return iter(embedded_texts())
-    return _records(source, lambda row: [_text(row)], bad_records, report)
+    return read_records(source, lambda row: [_text(row)], bad_records, report)
 
 
 def split_holdout(
@@ -144,15 +158,27 @@ def split_holdout(
     return sides
 
 
-def _records(
+def read_records(
     source: str,
     make: Callable[[Row], list[R]],
-    bad_records: BadRecords,
-    report: ReadReport | None,
+    bad_records: BadRecords = "error",
+    report: ReadReport | None = None,
+    columns: Collection[str] = COLUMNS,
 ) -> Iterator[R]:
-    """Rows through `make`; a fault stops or is counted."""
+    """Rows through `make`; a fault stops or is counted.
+
+    Args:
+      source: as for `preference_records`.
+      make: the records of a row; raises a `BadRecordError`.
+      bad_records: "error" or "skip".
+      report: filled while reading.
+      columns: fields that `make` looks at.
+
+    Raises:
+      UserError: names the file and line of the first bad record, or a source without records.
+    """
     report = ReadReport() if report is None else report
-    for row in read_rows(source):
+    for row in read_rows(source, columns):
         report.read += 1
         try:
             if row.fault is not None:
@@ -162,16 +188,22 @@ def _records(
             refuse(row, fault, bad_records, report)
             continue
         yield from made
-    if report.read == 0:
-        raise UserError(f"{source}: no records in it")
+    if not report.kept:
+        what = f"no usable record; {report.summary()}" if report.read else "no records in it"
+        raise UserError(f"{source}: {what}")
 
 
-def _fields(row: Row) -> Mapping[str, Any]:
+def fields_of(row: Row) -> Mapping[str, Any]:
     """The row as a mapping; a builder of ours keeps conversations as JSON.
 
     Tables (Parquet, Arrow) give every turn and every argument all columns, filled up with nulls:
     those go. In JSON a null was written by somebody.
+
+    Raises:
+      BadRecordError: it is something else.
     """
+    if row.fault is not None:
+        raise row.fault
     if not isinstance(row.value, Mapping):
         raise BadRecordError(
             "wrong type", f"the record is a {type(row.value).__name__}, not an object with fields"
@@ -181,12 +213,13 @@ def _fields(row: Row) -> Mapping[str, Any]:
         if is_json:
             return row.value
         return {name: _without_nulls(value) for name, value in row.value.items()}
+    sides = ("prompt", "chosen", "rejected")
     try:
         return {
-            key: json.loads(value) if key in ("prompt", "chosen", "rejected") and value else value
+            key: parse_json(check_text(value, key)) if key in sides and value else value
             for key, value in row.value.items()
         }
-    except (ValueError, TypeError, RecursionError) as error:
+    except BadRecordError as error:
         raise BadRecordError(
             "wrong type", f"form is messages, but a field is not turns as JSON text: {error}"
         ) from None
@@ -197,17 +230,6 @@ def _without_nulls(value: Any) -> Any:
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_without_nulls(item) for item in value]
-    return value
-
-
-def _string(value: Any, name: str) -> str:
-    """Text that UTF-8 can hold."""
-    if not isinstance(value, str):
-        raise BadRecordError("wrong type", f"{name} is a {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRecordError("invalid UTF-8", f"{name} holds a lone surrogate") from None
     return value
 
 
@@ -223,14 +245,14 @@ def _messages(value: Sequence[Any], name: str) -> list[Message]:
             if turn.get(key) is None and not (key == "content" and calls):
                 raise BadRecordError("missing field", f"{where} has no {key}")
         message = Message(
-            role=_string(turn["role"], f"role of {where}"),
-            content=_string("" if content is None else content, f"content of {where}"),
+            role=check_text(turn["role"], f"role of {where}"),
+            content=check_text("" if content is None else content, f"content of {where}"),
         )
         if calls:
             message["tool_calls"] = _calls(calls, where)
         for key in ("name", "tool_call_id", "reasoning_content"):
             if turn.get(key) is not None:
-                message[key] = _string(turn[key], f"{key} of {where}")
+                message[key] = check_text(turn[key], f"{key} of {where}")
         turns.append(message)
     return turns
 
@@ -276,7 +298,7 @@ def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
             "wrong type", "tools is not a list of schemas, nor such a list as JSON text"
         ) from None
     system = fields.get("system")
-    system = "" if system is None else _string(system, "system")
+    system = "" if system is None else check_text(system, "system")
     if not tools and not system.strip():
         return prompt
     text = prompt if isinstance(prompt, str) else None
@@ -292,10 +314,15 @@ def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
     return Conversation(turns, tools=tools, text=text)
 
 
-def _either(value: Any, name: str) -> Text:
+def text_or_turns(value: Any, name: str) -> Text:
+    """Text, or the turns of a conversation.
+
+    Raises:
+      BadRecordError: it is neither.
+    """
     if isinstance(value, list | tuple):
         return _messages(value, name)
-    return _string(value, name)
+    return check_text(value, name)
 
 
 def _required(fields: Mapping[str, Any], *names: str) -> Any:
@@ -328,7 +355,7 @@ def _prompt_text(value: Any, name: str = "prompt") -> Text:
     """Text, which may be empty, or at least one turn."""
     if isinstance(value, list | tuple) and not value:
         raise BadRecordError("missing field", f"{name} is a conversation without turns")
-    return _either(value, name)
+    return text_or_turns(value, name)
 
 
 def _is_pair(fields: Mapping[str, Any]) -> bool:
@@ -339,11 +366,9 @@ def _is_pair(fields: Mapping[str, Any]) -> bool:
 
 def preference_of_row(row: Row) -> PreferenceRecord:
     """The pair of a row, whichever of the three forms it has."""
-    if row.fault is not None:
-        raise row.fault
-    fields = _fields(row)
-    chosen = _either(_required(fields, "chosen"), "chosen")
-    rejected = _either(_required(fields, "rejected"), "rejected")
+    fields = fields_of(row)
+    chosen = text_or_turns(_required(fields, "chosen"), "chosen")
+    rejected = text_or_turns(_required(fields, "rejected"), "rejected")
     prompt = fields.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None and ASSISTANT not in chosen:
@@ -417,7 +442,7 @@ def _split_conversations(
     if not asking and given:
         return given, chosen, rejected
     if not asking and not given and (prompt or (isinstance(prompt, str) and not shared)):
-        return [Message(role="user", content=_string(prompt, "prompt"))], chosen, rejected
+        return [Message(role="user", content=check_text(prompt, "prompt"))], chosen, rejected
     if not shared:
         begins = f", and one begins with a turn of role {asking[0]}" if asking else ""
         raise BadRecordError("no shared prompt", f"chosen and rejected share no first turn{begins}")
@@ -440,9 +465,9 @@ def _alone(prompt: Text, response: Text) -> tuple[Text, Text]:
 
 
 def _response(row: Row) -> PromptResponseRecord:
-    fields = _fields(row)
+    fields = fields_of(row)
     if fields.get("messages") is not None:
-        turns = _either(fields["messages"], "messages")
+        turns = text_or_turns(fields["messages"], "messages")
         if isinstance(turns, str) or len(turns) < 2:
             raise BadRecordError("wrong type", "messages is not a list of two turns or more")
         prompt, response = turns[:-1], turns[-1:]
@@ -453,7 +478,7 @@ def _response(row: Row) -> PromptResponseRecord:
         )
     else:
         prompt = _prompt_text(_required(fields, "prompt"))
-        response = _either(_required(fields, "response", "completion"), "response")
+        response = text_or_turns(_required(fields, "response", "completion"), "response")
         prompt, response = _alone(prompt, response)
     return PromptResponseRecord(
         prompt=_with_columns(prompt, fields),
@@ -465,9 +490,9 @@ def _response(row: Row) -> PromptResponseRecord:
 
 def _prompt(row: Row) -> PromptRecord:
     """A prompt that says something."""
-    fields: Mapping[str, Any] = {} if isinstance(row.value, str) else _fields(row)
+    fields: Mapping[str, Any] = {} if isinstance(row.value, str) else fields_of(row)
     if isinstance(row.value, str):
-        prompt: Text = _string(row.value, "the prompt")
+        prompt: Text = check_text(row.value, "the prompt")
     elif _is_pair(fields):
         prompt, fields = preference_of_row(row).prompt, {}
     elif fields.get("prompt") is None and fields.get("messages") is not None:
@@ -496,13 +521,13 @@ def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
 
 
 def _unpaired(row: Row) -> list[UnpairedRecord]:
-    fields = _fields(row)
+    fields = fields_of(row)
     if _is_pair(fields):
         return list(_as_unpaired([preference_of_row(row)]))
     label = _required(fields, "label")
     if label not in (True, False):
         raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
-    completion = _either(_required(fields, "completion", "response"), "completion")
+    completion = text_or_turns(_required(fields, "completion", "response"), "completion")
     prompt, completion = _alone(_prompt_text(_required(fields, "prompt")), completion)
     return [
         UnpairedRecord(
@@ -516,8 +541,8 @@ def _unpaired(row: Row) -> list[UnpairedRecord]:
 
 
 def _text(row: Row) -> TextRecord:
-    value = row.value if isinstance(row.value, str) else _required(_fields(row), "text")
-    text = _string(value, "text")
+    value = row.value if isinstance(row.value, str) else _required(fields_of(row), "text")
+    text = check_text(value, "text")
     if not text.strip():
         raise BadRecordError("empty text", "the text is empty")
     return TextRecord(text=text, source=row.source, line=row.line)

@@ -1,6 +1,5 @@
 """Scores of single responses by several aspects, with just-eval's conventions."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from jaxtyping import Float64
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.structured import Asker
+from jaxalign.data.reading import BadRecordError, check_text, read_json
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions
 from jaxalign.evaluation.criteria import FIXED
@@ -94,21 +94,19 @@ def read_judgements(path: Path) -> list[Rated]:
     Raises:
       UserError: it is not such a file.
     """
+    given = read_json(path)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
         return [
             Rated(
                 key=str(row["id"]),
-                prompt=row["input"],
-                response=row["output_cand"],
+                prompt=check_text(row["input"], "input"),
+                response=check_text(row["output_cand"], "output_cand"),
                 scores=_scores(row["parsed_result"] or {}),
                 inapplicable=_inapplicable(row["parsed_result"] or {}),
             )
             for row in given
         ]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (BadRecordError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no just-eval judgements ({error!r})") from None
 
 

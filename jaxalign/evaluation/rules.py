@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Annotator, Answer, Verdicts
-from jaxalign.modules import find_function
+from jaxalign.modules import find_function, in_one_line, users_code
 
 ATTEMPTS = 2
 
@@ -49,7 +49,7 @@ class Rule:
                 failed.append(answer)
             yield answer
         if prompts and len(failed) == len(prompts):
-            raise UserError(f"{self.name} fails on all {len(failed)}: {failed[0].reason}")
+            raise self._fails(prompts[0], len(failed), failed[0].reason)
 
     def rewards(
         self, prompts: Sequence[str], responses: Sequence[str]
@@ -63,44 +63,61 @@ class Rule:
         Raises:
           UserError: every call failed.
         """
-        asked = [self._called(*shown) for shown in zip(prompts, responses, strict=True)]
+        asked = [called(self.function, *shown) for shown in zip(prompts, responses, strict=True)]
         if asked and all(reason for _, reason in asked):
-            raise UserError(f"{self.name} fails on all {len(asked)}: {asked[0][1]}")
+            raise self._fails(prompts[0], len(asked), asked[0][1])
         return np.array([score for score, _ in asked])
+
+    def _fails(self, prompt: str, number: int, reason: str) -> UserError:
+        short = prompt if len(prompt) < 60 else f"{prompt[:57]}..."
+        return UserError(f"{self.name} fails on all {number}: {reason}; first on prompt {short!r}")
 
     def _scored(self, prompt: str, first: str, second: str) -> tuple[float, str]:
         scores = []
         for response in (first, second):
-            score, reason = self._called(prompt, response)
+            score, reason = called(self.function, prompt, response)
             if reason:
                 return math.nan, reason
             scores.append(score)
         return 0.5 + 0.5 * float(np.sign(scores[0] - scores[1])), ""
 
     def _asked(self, prompt: str, first: str, second: str) -> tuple[float, str]:
-        probability, reason = self._called(prompt, first, second)
+        probability, reason = called(self.function, prompt, first, second)
         if not reason and not 0 <= probability <= 1:
             return math.nan, "it returns a probability outside [0, 1]"
         return probability, reason
 
-    def _called(self, *arguments: str) -> tuple[float, str]:
-        """A finite number, or NaN and why it is none; a failure is tried once more."""
-        reason = ""
-        for _ in range(ATTEMPTS):
-            try:
-                value = self.function(*arguments)
-            except Exception as error:
-                words = str(error).strip().splitlines() or [""]
-                reason = f"it raises {type(error).__name__}: {words[0]}"
-                continue
-            value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
-            if not isinstance(value, Real):
-                reason = f"it returns a {type(value).__name__}, not a number"
-            elif not math.isfinite(value):
-                reason = "it returns a number that is not finite"
-            else:
-                return float(value), ""
-        return math.nan, reason
+
+def called(function: Callable[..., Any], *texts: str) -> tuple[float, str]:
+    """What a function of the user's says of texts; a failure is tried once more.
+
+    Args:
+      function: returns a finite number; true and false are 1 and 0.
+      *texts: its arguments.
+
+    Returns:
+      The number and "", or NaN and why there is none.
+    """
+    reason = ""
+    for _ in range(ATTEMPTS):
+        try:
+            value = function(*texts)
+        except Exception as error:
+            reason = f"it raises {in_one_line(error)}"
+            continue
+        if hasattr(value, "item") and np.ndim(value) == 0:
+            value = value.item()
+        if hasattr(value, "shape") and np.ndim(value):
+            reason = f"it returns an array of shape {np.shape(value)}, not a number"
+        elif isinstance(value, list | tuple):
+            reason = f"it returns a {type(value).__name__} of {len(value)}, not a number"
+        elif not isinstance(value, Real):
+            reason = f"it returns a {type(value).__name__}, not a number"
+        elif not math.isfinite(value):
+            reason = "it returns a number that is not finite"
+        else:
+            return float(value), ""
+    return math.nan, reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +147,11 @@ def rule(name: str) -> Rule:
       UserError: there is none, or it takes neither two nor three arguments.
     """
     function = find_function(name, "rule")
+    with users_code(f"rule: {name}"):
+        parameters = inspect.signature(function).parameters.values()
     needed = [
         parameter.name
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in parameters
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]

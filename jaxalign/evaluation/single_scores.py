@@ -14,6 +14,7 @@ import numpy as np
 from jaxalign.backends import Backend
 from jaxalign.backends.structured import Asker, MalformedError, text_field
 from jaxalign.evaluation.criteria import CRITERIA
+from jaxalign.evaluation.rules import called
 
 FEWEST, MOST = 2, 5
 """Criteria of a query; the paper's."""
@@ -295,11 +296,7 @@ class RuleReward:
         """As in `Reward`."""
         found = []
         for query, output in zip(queries, outputs, strict=True):
-            value = float(self.function(query, output))
-            known = math.isfinite(value)
-            found.append(
-                Evaluation(scores={self.name: value})
-                if known
-                else Evaluation(failure="the rule returns a number that is not finite")
-            )
+            value, reason = called(self.function, query, output)
+            scores = {} if reason else {self.name: value}
+            found.append(Evaluation(scores=scores, failure=reason))
         return found

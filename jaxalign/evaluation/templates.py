@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxalign.data.reading import read_text
 from jaxalign.errors import UserError
 
 FIELDS = ("prompt", "first", "second")
@@ -53,10 +54,7 @@ def read_template(path: Path | None, default: str) -> Template:
     """
     if path is None:
         return Template(default)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"template: {path} cannot be read: {error}") from None
+    text = read_text(path)
     if missing := [field for field in FIELDS if f"{{{field}}}" not in text]:
         names = ", ".join(f"{{{field}}}" for field in missing)
         raise UserError(f"template: {path} does not hold {names}")

@@ -35,7 +35,7 @@ class Sampling:
     def __post_init__(self):
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: {self.max_tokens} is not positive")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f"temperature: {self.temperature} is negative; 0 is greedy")
         if self.top_k < 0:
             raise UserError(f"top_k: {self.top_k} is negative; 0 keeps all tokens")

@@ -1,21 +1,23 @@
 """Checks of hyperparameters, in one line that names the field, its value and what is allowed."""
 
+from jaxalign.errors import UserError
+
 
 def positive(**values: float) -> None:
     """Refuse a hyperparameter that is not above zero."""
     for name, value in values.items():
         if not value > 0:
-            raise ValueError(f"{name} = {value}: must be > 0")
+            raise UserError(f"{name} = {value}: must be > 0")
 
 
 def non_negative(**values: float) -> None:
     """Refuse a hyperparameter below zero."""
     for name, value in values.items():
         if not value >= 0:
-            raise ValueError(f"{name} = {value}: must be >= 0")
+            raise UserError(f"{name} = {value}: must be >= 0")
 
 
 def flip_probability(*, label_smoothing: float) -> None:
     """Refuse a probability of flipped labels outside [0, 0.5)."""
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5)")
+        raise UserError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5)")

@@ -5,6 +5,7 @@ import math
 import jax
 from jaxtyping import Array, Float
 
+from jaxalign.errors import UserError
 from jaxalign.losses.domains import positive
 from jaxalign.losses.pairs import PairLogProbs
 
@@ -35,7 +36,7 @@ def exo(
     """
     positive(beta=beta)
     if not 0 < label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing = {label_smoothing}: must be in (0, 0.5) for exo")
+        raise UserError(f"label_smoothing = {label_smoothing}: must be in (0, 0.5) for exo")
     scaled = beta * pairs.margin
     agree = jax.nn.log_sigmoid(scaled) - math.log1p(-label_smoothing)
     flipped = jax.nn.log_sigmoid(-scaled) - math.log(label_smoothing)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.errors import UserError
 from jaxalign.losses.domains import positive
 from jaxalign.losses.pairs import PairLogProbs
 
@@ -86,7 +87,7 @@ def bdpo(pairs: PairLogProbs, *, beta: float = 0.1, lambda_: float = 0.5) -> Flo
     """
     positive(beta=beta)
     if not 0 < lambda_ <= 1:
-        raise ValueError(f"lambda_ = {lambda_}: must be in (0, 1], the share of the policy")
+        raise UserError(f"lambda_ = {lambda_}: must be in (0, 1], the share of the policy")
     reference_share = math.log1p(-lambda_) if lambda_ < 1 else -math.inf
     mixed = jnp.logaddexp(math.log(lambda_) + pairs.rejected_log_ratio, reference_share)
     return -jax.nn.log_sigmoid(beta * (pairs.chosen_log_ratio - mixed))

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxalign.data.reading import BadRecordError, check_text, read_json, text_fields
 from jaxalign.errors import UserError
 from jaxalign.files import write_text
 
@@ -56,16 +57,15 @@ def read_artefact(path: Path) -> PromptArtefact:
     Raises:
       UserError: there is no such file, or it is not of this form.
     """
+    fields = read_json(path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    try:
-        examples = tuple(Example(**example) for example in fields.pop("examples", ()))
+        examples = tuple(text_fields(Example, one) for one in fields.pop("examples", ()))
+        for name in ("system_prompt", "layout", "embedder"):
+            check_text(fields.get(name, ""), name)
+        if not isinstance(fields.get("shown", 0), int):
+            raise BadRecordError("wrong type", f"shown is {fields['shown']!r}, not a whole number")
         return PromptArtefact(examples=examples, **fields)
-    except (AttributeError, TypeError) as error:
+    except (BadRecordError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: no prompt artefact ({error}); it has system_prompt, and may have examples "
             "({query, response}), shown, layout, embedder and provenance"

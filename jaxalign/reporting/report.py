@@ -194,6 +194,17 @@ def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
     return stages
 
 
+def skipped_updates(run: Run) -> list[str]:
+    """A line for each stage of which updates were skipped, as their loss was not finite."""
+    last = {line["stage"]: line for line in run.lines if line["split"] == "train"}
+    return [
+        f"{stage}: {line['skipped']:.0f} of {line['step']:,} updates were not finite and were "
+        "skipped"
+        for stage, line in last.items()
+        if line.get("skipped")
+    ]
+
+
 def write_report(runs: Sequence[Run], folder: Path) -> Path:
     """Write `report.md` and its plots.
 
@@ -244,6 +255,9 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
         for run in runs
         if run.skipped
     ]
+    for run in runs:
+        if lines := skipped_updates(run):
+            text.append(f"## Skipped updates of {run.name}\n\n" + "\n".join(lines) + "\n")
     text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]
     path = folder / "report.md"
     write_text(path, "\n".join(text))

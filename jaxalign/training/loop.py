@@ -203,7 +203,7 @@ def run_stage(
       The state after the last step.
 
     Raises:
-      UserError: a loss or gradient was not finite and `nonfinite` is "stop".
+      UserError: a loss or gradient was not finite and `nonfinite` is "stop", or none was finite.
       Stopped: SIGTERM came; everything is saved.
     """
     done = int(state.step)
@@ -258,10 +258,16 @@ def run_stage(
         }
         if not finite and nonfinite == "stop":
             records = ", ".join(describe(batch))
+            advice = (
+                "no update was made before it, so the learning rate is not the cause: look at the "
+                "weights that the stage begins with, the loss and these records"
+                if at == 1
+                else "look at these records, lower the learning rate, or set --nonfinite skip"
+            )
             raise UserError(
                 f"{name} step {at}: loss {values['loss']:.6g}, gradient norm "
                 f"{values['grad_norm']:.6g}: not finite, on records {records}; the update was not "
-                "made. Look at these records, lower the learning rate, or set --nonfinite skip"
+                f"made; {advice}"
             )
         write("train", at, values)
         progress(at, values)
@@ -314,4 +320,9 @@ def run_stage(
         if pending is not None:
             finish(done, pending)
     checkpoints.wait()
+    if steps and int(state.skipped) >= steps:
+        raise UserError(
+            f"{name}: none of the {steps} updates was finite, so all were skipped and nothing was "
+            "learned; run with --nonfinite stop to see the records of the first one"
+        )
     return state

@@ -88,7 +88,7 @@ def test_society(command):
     [
         (("--samples", "1"), "a best and a worst need two"),
         (("--temperature", "0"), "at 0 all samples are the same"),
-        (("--samples", "0"), "samples: 0 is not positive"),
+        (("--samples", "0"), "--samples: 0 is not in [1, inf)"),
     ],
 )
 def test_one_line_errors(command, capsys, more, words):

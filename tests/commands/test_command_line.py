@@ -123,7 +123,7 @@ def test_wrong_commands_are_named(capsys, folder):
     assert "dpo has no tau; it has beta" in complaint(
         capsys, "train", "small.py", "--loss-options", "tau", "1"
     )
-    assert "batch_size: 7 is not a multiple of micro_batches: 2" in complaint(
+    assert "sft.batch_size: 7 is not a multiple of sft.micro_batches: 2" in complaint(
         capsys, "train", "small.py", "--sft.batch-size", "7", "--sft.micro-batches", "2"
     )
     (folder / "empty.py").write_text("")

@@ -205,7 +205,7 @@ def test_errors_name_file_and_line(world, tmp_path, capsys):
     assert "twice.jsonl:1" in error
     bare = write(tmp_path / "bare.jsonl", [row, {"prompt": "p1", "text": "x"}])
     error = complaint(capsys, lambda: judge("--a", a, "--b", bare))
-    assert "bare.jsonl:2: no response or completion or output" in error
+    assert "bare.jsonl:2: missing field: no response or completion or output" in error
     numbered = [{"id": 1, "prompt": "p", "response": "x 1"}]
     other = [{"id": 1, "prompt": "q", "response": "x 1"}]
     one, two = write(tmp_path / "1.jsonl", numbered), write(tmp_path / "2.jsonl", other)

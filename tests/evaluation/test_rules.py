@@ -36,22 +36,75 @@ def mends(prompt, response):
 
 def lonely(prompt):
     return 1
+
+def long(prompt, response):
+    return np.ones(3)
+
+def several(prompt, response):
+    return [1.0, 2.0]
+
+def polite(prompt, response):
+    return "please" in response
+
+def numpy_polite(prompt, response):
+    return np.bool_("please" in response)
+
+def one_number(prompt, response):
+    return np.array(len(response))
+
+def typo(prompt, response):
+    return respones
 """
+
+
+RAISES = 'raise KeyError("no such thing")'
 
 
 @pytest.fixture
 def rules(tmp_path):
     path = tmp_path / "rules.py"
     path.write_text(RULES)
-    return lambda name: make_annotator(f"rule:{path}:{name}")
+    make = lambda name: make_annotator(f"rule:{path}:{name}")  # noqa: E731
+    make.path = path
+    return make
 
 
-@pytest.mark.parametrize("name", ["length", "weighted"])
+@pytest.mark.parametrize("name", ["length", "weighted", "one_number"])
 def test_scores_are_compared(rules, name):
     verdicts = rules(name).preferences(["p"] * 3, ["aa", "b", "cc"], ["b", "aa", "dd"])
     assert verdicts.preference.tolist() == [1.0, 0.0, 0.5]
     assert verdicts.by_order is None
     assert verdicts.order_consistency is None
+
+
+@pytest.mark.parametrize("name", ["polite", "numpy_polite"])
+def test_true_is_better_than_false(rules, name):
+    verdicts = rules(name).preferences(["p"] * 2, ["please", "no"], ["no", "no more"])
+    assert verdicts.preference.tolist() == [1.0, 0.5]
+    assert rules(name).rewards(["p"] * 2, ["please", "no"]).tolist() == [1.0, 0.0]
+
+
+def test_rewards_that_all_fail_name_rule_and_prompt(rules):
+    prompt = "a prompt that goes on and on " * 9
+    with pytest.raises(UserError) as error:
+        rules("odd").rewards([prompt] * 2, ["none", "nan"])
+    said = str(error.value)
+    assert "rules.py:odd fails on all 2: it returns a NoneType, not a number; first on" in said
+    assert said.endswith(
+        "first on prompt 'a prompt that goes on and on a prompt that goes on and on...'"
+    )
+    assert np.isnan(rules("odd").rewards(["p"] * 2, ["none", "fine"])).tolist() == [True, False]
+
+
+def test_a_rule_that_evaluates_a_search_fails_one_by_one(rules):
+    from jaxalign.evaluation.single_scores import RuleReward
+    from jaxalign.modules import find_function
+
+    reward = RuleReward(find_function(f"{rules.path}:odd", "rule"))
+    raised, none, fine = reward(["q"] * 3, ["raise", "none", "fine"])
+    assert raised.failure.startswith("it raises KeyError: 'no such thing' (at ")
+    assert none.failure == "it returns a NoneType, not a number"
+    assert (fine.mean, fine.failure) == (1.0, "")
 
 
 def test_probabilities_are_asked_in_both_orders(rules):
@@ -66,7 +119,7 @@ def test_failures_are_counted_and_never_a_win(rules):
     assert np.isnan(verdicts.preference[:5]).all()
     assert verdicts.preference[5] == 0.5
     assert verdicts.failures == {
-        "it raises KeyError: 'no such thing'": 1,
+        f"it raises KeyError: 'no such thing' (at {rules.path}:15: {RAISES})": 1,
         "it returns a NoneType, not a number": 1,
         "it returns a str, not a number": 1,
         "it returns a number that is not finite": 2,
@@ -88,6 +141,9 @@ def test_equal_texts_are_not_asked(rules):
     [
         ("never", "fails on all 2: it returns a probability outside"),
         ("lonely", "takes 1 arguments"),
+        ("long", r"fails on all 1: it returns an array of shape \(3,\), not a number; first on"),
+        ("several", "it returns a list of 2, not a number; first on prompt 'p'$"),
+        ("typo", r"rule .*rules.py:typo fails on all 1: it raises NameError: .*: return respones"),
         ("absent", "has no function absent"),
     ],
 )
