@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +91,9 @@ def gradients(
     def reduce(outputs: Any, rows: Any) -> tuple[Float[Array, ""], dict[str, Mean]]:
         if not running:
             return objective.reduce(outputs, rows, count)
-        assert isinstance(objective, PreferenceObjective)
-        updated = objective.update_running(running, outputs, rows)
-        return objective.reduce(outputs, rows, count, updated)
+        preference = cast(PreferenceObjective, objective)  # no other has running statistics
+        updated = preference.update_running(running, outputs, rows)
+        return preference.reduce(outputs, rows, count, updated)
 
     def of_part(part, key, slopes=None):
         """Gradient, metrics and observation of a part, from its own loss or from given slopes."""
