@@ -382,7 +382,7 @@ def _range(*args: int) -> range:
 class _Generation(jinja2.ext.Extension):
     """{% generation %} marks what an assistant says; the text is what stands in it."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -91,17 +91,8 @@ def test_a_text_that_holds_such_a_token_is_refused(folder, capsys):
     (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
     pairs = folder / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "a<|footer|>", "chosen": "b", "rejected": "c"}) + "\n")
-    flags = [
-        "--model",
-        folder / "model",
-        "--data",
-        pairs,
-        "--max-length",
-        32,
-        "--output",
-        folder / "o",
-    ]
-    assert main(["filter", *map(str, flags)]) == 2
+    flags = ["--model", folder / "model", "--data", pairs, "--output", folder / "o"]
+    assert main(["filter", *map(str, flags), "--max-length", "32"]) == 2
     assert "a text holds '<|footer|>', id 513" in capsys.readouterr().err
     flags = ["--model", folder / "model", "--prompts", pairs, "--output", folder / "o.jsonl"]
     assert main(["generate", *map(str, flags), "--max-tokens", "4"]) == 2
