@@ -38,7 +38,7 @@ from jaxalign.data import preference_records, prompt_records
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
-from jaxalign.files import check_output, open_text, write_text
+from jaxalign.files import check_output, locked, open_text, write_text
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,6 +49,11 @@ def main(arguments: Sequence[str]) -> int:
         if getattr(given, name, 1) < 1:
             raise UserError(f"{name}: {getattr(given, name)} is not positive")
     check_output(given.output, "--output", folder=True)
+    with locked(given.output, "--output", folder=True):
+        return _collect(given)
+
+
+def _collect(given: argparse.Namespace) -> int:
     records = list(itertools.islice(prompt_records(given.prompts), given.most))
     answers = AnswerFile(given.output / "answers.jsonl")
 

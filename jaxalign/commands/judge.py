@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
-from jaxalign.files import check_output, write_text
+from jaxalign.files import check_output, locked, write_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 
@@ -31,6 +31,11 @@ def main(arguments: Sequence[str]) -> int:
         if (value := getattr(given, name)) is not None and value <= 0:
             raise UserError(f"{name}: {value} is not positive")
     check_output(given.output, "--output", folder=True)
+    with locked(given.output, "--output", folder=True):
+        return _judge(given, files)
+
+
+def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int:
     matched = match(files, common=given.common, most=given.most) if files else None
     labelled = read_labelled(given.human, given.by, given.most) if given.human else []
     annotator = make_annotator(
