@@ -24,6 +24,7 @@ from jaxalign.errors import OutputError, UserError, notice
 
 PARTIAL = ".partial"
 """Behind the name of a file or folder that is still being written."""
+LOCK = ".lock"
 OS_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :=]+'?(\d+)", re.IGNORECASE)
 """How libraries in other languages report an error of the operating system."""
 
@@ -212,17 +213,18 @@ def open_text(path: Path, mode: Literal["w", "a"]) -> io.TextIOWrapper:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str, advice: str) -> Iterator[None]:
-    """Keep a second command out for the time of a `with`; a kill lets go, too.
+def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]:
+    """Keep a second command from writing an output for the time of a `with`; a kill lets go, too.
 
     Args:
-      path: of the lock file, which stays.
-      what: is locked, for the message.
-      advice: what the user can do instead.
+      output: a file or a folder; the lock file stays beside or in it.
+      option: that sets it, for the message.
+      folder: whether it is a folder.
 
     Raises:
       UserError: another process holds the lock.
     """
+    path = output / LOCK if folder else output.with_name(f".{output.name}{LOCK}")
     with writing(path):
         file = path.open("a+")
     with file:
@@ -232,7 +234,9 @@ def locked(path: Path, what: str, advice: str) -> Iterator[None]:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(f"{what}: {holder} is writing it; {advice}") from None
+                raise UserError(
+                    f"{output}: {holder} is writing it; wait for it, or set another {option}"
+                ) from None
             notice(f"{path}: no lock here ({error.strerror}); start no second")
         else:
             file.truncate(0)

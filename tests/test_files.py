@@ -124,30 +124,37 @@ def test_streams_and_devices_name_themselves_where_the_disk_is_full():
         file.close()
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jaxalign.files import locked
+
+with locked(Path(sys.argv[1]), "--name", folder=True):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_lock_keeps_a_second_out_and_a_kill_lets_go(tmp_path):
-    path = tmp_path / ".lock"
-    program = (
-        "import sys, time; from pathlib import Path; from jaxalign.files import locked\n"
-        "with locked(Path(sys.argv[1]), 'run', 'wait'):\n    print('locked', flush=True)\n"
-        "    time.sleep(60)"
-    )
-    root = Path(__file__).parents[1]
     holder = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], cwd=root, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(UserError, match=f"^run: process {holder.pid} on .+ is writing it; wait"),
-            locked(path, "run", "wait"),
-        ):
+        taken = f"^{tmp_path}: process {holder.pid} on .+ is writing it; wait for it, or set anoth"
+        with pytest.raises(UserError, match=taken), locked(tmp_path, "--name", folder=True):
+            pass
+        with locked(tmp_path / "a.jsonl", "--output"):  # another output
             pass
     finally:
         holder.kill()
         holder.communicate()
     for _ in range(2):
-        with locked(path, "run", "wait"):
+        with locked(tmp_path, "--name", folder=True):
             pass
 
 

@@ -38,13 +38,18 @@ from jaxalign.data import preference_records, prompt_records
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
-from jaxalign.files import check_output, open_text, write_text
+from jaxalign.files import check_output, locked, open_text, write_text
 
 
 def main(arguments: Sequence[str]) -> int:
     """Collect, or go on: what was asked before is found in the folder."""
     given = collect_flags().parse_args(arguments)
     check_output(given.output, "--output", folder=True)
+    with locked(given.output, "--output", folder=True):
+        return _collect(given)
+
+
+def _collect(given: argparse.Namespace) -> int:
     prompts = prompt_records(given.prompts, bad_records=given.bad_records)
     records = list(itertools.islice(prompts, given.most))
     answers = AnswerFile(given.output / "answers.jsonl")

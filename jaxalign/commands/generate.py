@@ -22,7 +22,7 @@ from jaxalign.commands.arguments import add_bad_records, parser, within
 from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, Seed, Share
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
-from jaxalign.files import check_output, open_text, read_json, write_json, writing
+from jaxalign.files import check_output, locked, open_text, read_json, write_json, writing
 from jaxalign.prompting import Composer, PromptArtefact, read_artefact
 from jaxalign.prompting.composing import without_marks
 
@@ -46,6 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
     check_output(given.output, "--output")
+    with locked(given.output, "--output"):
+        return _generate(given, decoding)
+
+
+def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
     records = list(
         itertools.islice(prompt_records(given.prompts, bad_records=given.bad_records), given.most)
     )

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from jaxalign.config import AtLeastOne, Count, Positive, Range, Seed
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
-from jaxalign.files import check_output, write_text
+from jaxalign.files import check_output, locked, write_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 
@@ -27,6 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     if not files and given.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
     check_output(given.output, "--output", folder=True)
+    with locked(given.output, "--output", folder=True):
+        return _judge(given, files)
+
+
+def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int:
     how = {"most": given.most, "bad_records": given.bad_records}
     matched = match(files, common=given.common, **how) if files else None
     labelled = read_labelled(given.human, given.by, **how) if given.human else []

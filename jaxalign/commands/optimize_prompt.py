@@ -26,7 +26,7 @@ from jaxalign.data import prompt_records
 from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
-from jaxalign.files import check_output, write_text
+from jaxalign.files import check_output, locked, write_text
 from jaxalign.modules import find_function
 from jaxalign.prompting import (
     FIXED,
@@ -69,6 +69,11 @@ def main(arguments: Sequence[str]) -> int:
     if _told_cost(given, len(seeds)):
         return 0
     check_output(given.output, "--output", folder=True)
+    with locked(given.output, "--output", folder=True):
+        return _search(given, seeds, queries)
+
+
+def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequence[str]) -> int:
     answers = AnswerFile(given.output / "answers.jsonl")
     backends: dict[str, Cached] = {}
 

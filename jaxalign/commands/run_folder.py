@@ -33,7 +33,6 @@ PACKAGES = (
 )
 MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints")
 """Fields in which a resumed run may differ: they do not change what it computes."""
-LOCK = ".lock"
 MADE = (
     "config.json",
     INPUTS,
@@ -68,8 +67,7 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
         with in_turn("run folder"):
             if jax.process_index() == 0:
                 check_output(folder, "--output", folder=True)
-                advice = "wait for it, or set --name to start another run"
-                stack.enter_context(locked(folder / LOCK, str(folder), advice))
+                stack.enter_context(locked(folder, "--name", folder=True))
                 _open(config, folder)
             elif not (folder / "config.json").exists():
                 raise UserError(
