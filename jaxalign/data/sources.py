@@ -449,7 +449,7 @@ def _split_conversations(
     if given:
         held = any(begun[at : at + len(given)] == given for at in range(shared))
     else:
-        said = _string(prompt, "prompt").strip() if prompt else ""
+        said = check_text(prompt, "prompt").strip() if prompt else ""
         held = not said or any(said == turn["content"].strip() for turn in begun)
     if not held:
         raise BadRecordError("another prompt", REPEATED)
