@@ -132,6 +132,10 @@ class LocalModel:
             return "\n\n".join(str(turn["content"]).strip() for turn in prompt) + "\n\n"
         return self._in_text.prompt(prompt, place)
 
+    def notes(self) -> list[str]:
+        """What the chat template did not read of prompts so far, and what nothing set for it."""
+        return self._in_text.notes()
+
     def encode(
         self, prompts: Sequence[Prompt], max_tokens: int, places: Sequence[str] | None = None
     ) -> list[list[int]]:

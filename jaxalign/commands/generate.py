@@ -75,6 +75,8 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
         prompts, decoding = _composed(artefact, model, records, decoding)
     if not given.model.startswith("openai:"):  # what does not fit is said before any work
         cast(Any, model).encode(prompts, decoding.max_tokens, places)
+        for note in cast(Any, model).notes():
+            print(note)
     settings = {"model": model.identity, "samples": given.samples, **vars(decoding)}
     settings["prompt_artefact"] = None if artefact is None else asdict(artefact)
     done = _begun(given.output, settings, records, given.samples, given.batch_size)

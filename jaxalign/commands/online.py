@@ -124,6 +124,9 @@ def load_prompts(
             plain, tokenizer, max_length=wanted.max_prompt_length, **options
         )
         report[name] = dataclasses.asdict(counted)
+        if jax.process_index() == 0:
+            for note in counted.notes:
+                print(f"{name.replace('_', ' ')}: {note}")
         return rows
 
     responses: list[np.ndarray] = []

@@ -284,7 +284,7 @@ class PreferenceData:
         tokens, report = tokenize(records, self._tokenizer, **self._options | more)
         self._report[name] = dataclasses.asdict(report)
         if jax.process_index() == 0:
-            for note in report.notes():
+            for note in report.notes:
                 print(f"{name.replace('_', ' ')}: {note}")
         return tokens
 

@@ -153,10 +153,16 @@ class TextOf:
         self.unread.update(name for name in names if not reads(template, name))
         self.templates.add(template)
 
-    def unset(self) -> list[str]:
-        """Variables that the templates so far read, and nothing sets."""
+    def notes(self) -> list[str]:
+        """What is to be said of the fields of all records so far, a line for each kind."""
         found = (unset_variables(template, self.tokenizer) for template in self.templates)
-        return sorted({name for names in found for name in names})
+        unset = sorted({name for names in found for name in names})
+        notes = []
+        if self.unread:
+            notes.append(f"not read by the chat template: {', '.join(sorted(self.unread))}")
+        if unset:
+            notes.append(f"read by the chat template, but not set: {', '.join(unset)}")
+        return notes
 
     def _render(
         self,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxalign.data.record_text import TextOf, text_of
+from jaxalign.data.record_text import text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptRecord,
@@ -133,10 +133,8 @@ class TokenizeReport:
     """Pairs left out because both responses have the same tokens (after truncation)."""
     tokens: int = 0
     """Tokens kept."""
-    unread: list[str] = field(default_factory=list)
-    """Columns and fields that the records have and the chat template does not read."""
-    unset: list[str] = field(default_factory=list)
-    """Variables that the chat template reads and nothing sets."""
+    notes: list[str] = field(default_factory=list)
+    """What the chat template does not read of the records, and what it reads that nothing sets."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -151,16 +149,7 @@ class TokenizeReport:
         ):
             if count := getattr(self, name):
                 parts.append(f"{name.replace('_', ' ')}: {count}")
-        return "; ".join(parts + self.notes())
-
-    def notes(self) -> list[str]:
-        """What is to be said of the records' fields, once for all of them."""
-        notes = []
-        if self.unread:
-            notes.append(f"not read by the chat template: {', '.join(self.unread)}")
-        if self.unset:
-            notes.append(f"read by the chat template, but not set: {', '.join(self.unset)}")
-        return notes
+        return "; ".join(parts + self.notes)
 
     def add(self, other: "TokenizeReport") -> None:
         """Take the counts and notes of more records in."""
@@ -168,9 +157,6 @@ class TokenizeReport:
             own = getattr(self, name)
             joined = sorted({*own, *found}) if isinstance(found, list) else own + found
             setattr(self, name, joined)
-
-    def _note(self, in_text: TextOf) -> None:
-        self.unread, self.unset = sorted(in_text.unread), in_text.unset()
 
 
 # ------------------------------------------------------------------------------ tokenisation
@@ -240,7 +226,7 @@ def tokenize_pairs(
         for prompt, response in cut:
             rows.add(prompt, response, index)
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.notes = in_text.notes()
     if not len(rows):
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
@@ -289,7 +275,7 @@ def tokenize_responses(
         [(prompt, response)] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
         rows.add(prompt, response, index)
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.notes = in_text.notes()
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report
@@ -337,7 +323,7 @@ def tokenize_prompts(
             rows.add(prompt, [], report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.notes = in_text.notes()
     if not len(rows):
         raise UserError("no prompts to tokenise")
     return rows.finish(), report
@@ -375,7 +361,7 @@ def tokenize_conversations(
             rows.add(ids[:-1], ids[-1:], report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.notes = in_text.notes()
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report

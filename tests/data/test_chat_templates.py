@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxalign.data import chat_templates
-from jaxalign.data.chat_templates import ChatTemplate, find_template, render
+from jaxalign.data.chat_templates import ChatTemplate, find_template, render, written_arguments
 from jaxalign.errors import UserError
 
 
@@ -116,6 +116,15 @@ ENDLESS = {
     "recursive loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "block": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
 }
+
+
+def test_arguments_added_to_text_are_json():
+    """DeepSeek's template adds them to strings, other templates want the mapping."""
+    text = "{% for m in messages %}{% for c in m.tool_calls %}{{ 'x' + c.function.arguments }}"
+    assert shown(text + "{% endfor %}{% endfor %}") == 'x{"zone": "é", "at": [1]}'
+    flat = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert written_arguments(flat)["tool_calls"] == [{"name": "f", "arguments": "{}"}]
+    assert written_arguments(MESSAGES[0]) == MESSAGES[0]
 
 
 @pytest.mark.parametrize("name", ENDLESS)

@@ -447,7 +447,7 @@ def test_tools_and_system_reach_the_template(tokenizers):
     rows, report = sides(tokenizer, prompt, *ANSWERS, max_length=500, chat_template=template)
     begun = f"TOOLS{json.dumps(TOOLS)}[system]be brief</s>[user]say hello, why?</s>[assistant]"
     assert tokenizer.decode(rows[0][0]) == begun
-    assert report.notes() == []
+    assert report.notes == []
 
 
 def test_what_a_template_does_not_read_and_what_it_misses_is_said_once(tokenizers):
@@ -465,7 +465,7 @@ def test_what_a_template_does_not_read_and_what_it_misses_is_said_once(tokenizer
     plain = Conversation(ASKED, tools=TOOLS, text="say hello, why?")
     rows, report = sides(tokenizer, plain, " it can", " no")
     assert tokenizer.decode(rows[0][0]) == "say hello, why?"
-    assert report.unread == ["system", "tools"]
+    assert report.notes == ["not read by the chat template: system, tools"]
 
 
 @pytest.mark.parametrize("tools", [(), TOOLS])
@@ -581,6 +581,18 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path, tokenizers):
         sides(nameless, "a", "b", "c")
     with pytest.raises(UserError, match="leaves no room"):
         sides(tokenizers["byte_level"], "a", "b", "c", max_length=1)
+
+
+def test_one_of_several_templates_is_named_with_the_tokenizer(tmp_path, tokenizers):
+    tokenizer = copy.copy(tokenizers["byte_level"])
+    tokenizer.chat_template = {"default": CHATML, "rag": THINKING}
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t").chat_template == tokenizer.chat_template
+    assert load_tokenizer(f"{tmp_path / 't'}#rag").chat_template == THINKING
+    with pytest.raises(UserError, match="no chat template 'no'; it has default, rag"):
+        load_tokenizer(f"{tmp_path / 't'}#no")
+    (tmp_path / "t").rename(tmp_path / "a#b")  # a folder's name may hold the mark
+    assert load_tokenizer(tmp_path / "a#b").chat_template == tokenizer.chat_template
 
 
 REAL = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260K", "models/babyllama105"]
