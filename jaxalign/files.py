@@ -162,7 +162,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 def read_arrays(
     path: Path, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray] | None:
-    """The arrays that `write_arrays` kept of what can be computed again.
+    """The arrays that `write_arrays` kept of what can be recomputed.
 
     Args:
       path: of the file.
@@ -189,7 +189,7 @@ def read_arrays(
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        notice(f"{path}: damaged ({error}), and computed again")
+        notice(f"{path}: damaged ({error}), and is recomputed")
         return None
 
 

@@ -63,15 +63,16 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{given.target}: exists already; name a folder that does not")
     check_output(given.target, "TARGET")
     source, dtype = Path(given.source), jnp.dtype(given.dtype)
-    with replacing(given.target) as target:
-        if (source / "checkpoints").is_dir():
-            export_run(source, target, stage=given.stage, step=given.step, dtype=dtype)
-        elif (source / "params").is_dir():
-            save_pretrained(orbax_model(source), target, dtype=dtype)
-        elif is_gguf(source) and not source.is_dir():
-            gguf_to_hugging_face(source, target, dtype)
-        else:
-            hugging_face_to_orbax(given.source, target, dtype)
+    if (source / "checkpoints").is_dir():
+        export_run(source, given.target, stage=given.stage, step=given.step, dtype=dtype)
+    elif (source / "params").is_dir():
+        model = orbax_model(source)
+        with replacing(given.target) as target:
+            save_pretrained(model, target, dtype=dtype)
+    elif is_gguf(source) and not source.is_dir():
+        gguf_to_hugging_face(source, given.target, dtype)
+    else:
+        hugging_face_to_orbax(given.source, given.target, dtype)
     print(given.target)
     return 0
 
@@ -84,7 +85,8 @@ def export_run(
 
     config, tokenizer = read_run_config(folder), load_tokenizer(folder / "tokenizer")
     model, step = run_model(folder, stage, step)
-    export_model(folder, config, model, target, tokenizer=tokenizer, step=step, dtype=dtype)
+    with replacing(target) as scratch:
+        export_model(folder, config, model, scratch, tokenizer=tokenizer, step=step, dtype=dtype)
 
 
 def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, int]:
@@ -150,9 +152,10 @@ def gguf_to_hugging_face(source: Path, target: Path, dtype: Any) -> None:
     from jaxalign.data import load_tokenizer
     from jaxalign.models.gguf import generation_fields
 
-    tokenizer = load_tokenizer(source)
-    save_pretrained(load_pretrained(source, dtype=dtype), target, tokenizer=tokenizer)
-    write_json(target / "generation_config.json", generation_fields(source))
+    tokenizer, model = load_tokenizer(source), load_pretrained(source, dtype=dtype)
+    with replacing(target) as scratch:
+        save_pretrained(model, scratch, tokenizer=tokenizer)
+        write_json(scratch / "generation_config.json", generation_fields(source))
 
 
 def hugging_face_to_orbax(source: str, target: Path, dtype: Any) -> None:
@@ -160,10 +163,11 @@ def hugging_face_to_orbax(source: str, target: Path, dtype: Any) -> None:
     import orbax.checkpoint as ocp
 
     model = load_pretrained(source, dtype=dtype)
-    target.mkdir(parents=True)
-    write_model_config(target, model.config)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((target / "params").absolute(), model.params)
+    with replacing(target) as scratch:
+        scratch.mkdir()
+        write_model_config(scratch, model.config)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((scratch / "params").absolute(), model.params)
 
 
 def orbax_model(folder: Path) -> Any:

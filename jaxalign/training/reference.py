@@ -76,11 +76,11 @@ def _stored(path: Path, batches: Sequence[PairBatch], fingerprint: str) -> np.nd
     index = np.concatenate(numbers)
     fits = table.ndim == 2 and table.shape[1] == 2 and index.max(initial=-1) < len(table)
     if not fits or not np.isfinite(table[index]).all():
-        notice(f"{path}: does not hold the log-probs of these pairs, and is computed again")
+        notice(f"{path}: does not hold the log-probs of these pairs, and is recomputed")
         return None
     if "fingerprint" not in found:
         notice(f"{path}: written by a version that kept no fingerprint; it is taken to be right")
     elif str(found["fingerprint"]) != fingerprint:
-        notice(f"{path}: computed from other data or weights, and computed again")
+        notice(f"{path}: computed from other data or weights, and is recomputed")
         return None
     return table
