@@ -74,4 +74,4 @@ def test_the_least_alike_are_kept_in_their_order(world, by, capsys):
     left = np.argsort(scores)[:2]
     assert [row["chosen"] for row in kept] == [ROWS[i]["chosen"] for i in sorted(left)]
     assert main(["filter", *flags, "--keep", "0", "--output", str(some)]) == 2
-    assert "keep: 0.0" in capsys.readouterr().err
+    assert "--keep: 0 is not in (0, 1]" in capsys.readouterr().err
