@@ -323,6 +323,16 @@ def test_an_unknown_quantisation_is_named(tmp_path):
             load_pretrained(path)
 
 
+@pytest.mark.parametrize("size", [0, 2**40, 2**63])
+def test_a_damaged_shape_is_named(size, tmp_path):
+    path = write_gguf(FOLDER / "gpt2", tmp_path / "model.gguf")
+    name = b"token_embd.weight"
+    where = path.read_bytes().index(name) + len(name) + 4
+    damaged(path, patch=(where, struct.pack("<Q", size)))
+    with pytest.raises(UserError, match=r"ends before token_embd\.weight does: it is truncated"):
+        load_pretrained(path)
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     path = write_gguf(FOLDER / "gpt2", tmp_path / "model.gguf")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
