@@ -131,7 +131,9 @@ class _Header:
             name = self._string()
             metadata[name] = self._value(self._scalar("I"))
         infos = [self._tensor() for _ in range(tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise UserError(f"{self.file}: general.alignment: {alignment!r}: {TRUNCATED}")
         data = -(-self.stream.tell() // alignment) * alignment
         stored = {}
         for name, shape, kind, offset in infos:

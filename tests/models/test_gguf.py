@@ -263,6 +263,7 @@ def test_every_cut_of_a_header_is_named(tmp_path):
         ({"general.architecture": "mamba"}, "general.architecture: 'mamba' is not supported; it"),
         ({"general.architecture": "clip"}, "a projector of images or sound; name the GGUF file of"),
         ({"general.type": "mmproj"}, "a projector of images or sound; name the GGUF file of"),
+        ({"general.alignment": 0}, "general.alignment: 0: it is truncated or damaged"),
         ({"general.type": "adapter"}, "an adapter; name the GGUF file of the language model"),
         ({"expert_count": 8}, "llama.expert_count: 8 is not supported"),
         ({"rope.scaling.type": "ntk"}, "llama.rope.scaling.type: 'ntk' is not supported; linear"),
