@@ -5,6 +5,7 @@ tokens takes the library's reader nine seconds, and it keeps the whole file mapp
 """
 
 import dataclasses
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class GGUF:
 
 def is_gguf(path: str | Path) -> bool:
     """Whether a path names a GGUF file, by its suffix."""
-    return Path(path).suffix == SUFFIX
+    return Path(path).suffix.lower() == SUFFIX
 
 
 def read_gguf(path: str | Path) -> GGUF:
@@ -130,7 +131,9 @@ class _Header:
             name = self._string()
             metadata[name] = self._value(self._scalar("I"))
         infos = [self._tensor() for _ in range(tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise UserError(f"{self.file}: general.alignment: {alignment!r}: {TRUNCATED}")
         data = -(-self.stream.tell() // alignment) * alignment
         stored = {}
         for name, shape, kind, offset in infos:
@@ -141,8 +144,8 @@ class _Header:
                 )
             stored[name] = StoredTensor(self.file, data + offset, kind, shape)
             block, size = sizes[kind]
-            count = int(np.prod(shape, dtype=np.int64))
-            if shape[-1] % block or data + offset + count // block * size > self.size:
+            count = math.prod(shape)
+            if count == 0 or shape[-1] % block or data + offset + count // block * size > self.size:
                 raise UserError(f"{self.file}: ends before {name} does: {TRUNCATED}")
         return GGUF(self.file, metadata, stored)
 
@@ -192,7 +195,7 @@ def read_tensor(tensor: StoredTensor, index: tuple[slice, ...] = ()) -> np.ndarr
     """
     library = _library()
     block, size = library.GGML_QUANT_SIZES[tensor.kind]
-    rows, width = int(np.prod(tensor.shape[:-1], dtype=np.int64)), tensor.shape[-1]
+    rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1]
     bounds = [s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=False)]
     bounds = bounds or [(0, n) for n in tensor.shape]
     first, last = bounds[-1]

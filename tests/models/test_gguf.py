@@ -263,6 +263,7 @@ def test_every_cut_of_a_header_is_named(tmp_path):
         ({"general.architecture": "mamba"}, "general.architecture: 'mamba' is not supported; it"),
         ({"general.architecture": "clip"}, "a projector of images or sound; name the GGUF file of"),
         ({"general.type": "mmproj"}, "a projector of images or sound; name the GGUF file of"),
+        ({"general.alignment": 0}, "general.alignment: 0: it is truncated or damaged"),
         ({"general.type": "adapter"}, "an adapter; name the GGUF file of the language model"),
         ({"expert_count": 8}, "llama.expert_count: 8 is not supported"),
         ({"rope.scaling.type": "ntk"}, "llama.rope.scaling.type: 'ntk' is not supported; linear"),
@@ -321,6 +322,16 @@ def test_an_unknown_quantisation_is_named(tmp_path):
         damaged(path, patch=(where, struct.pack("<I", kind)))
         with pytest.raises(UserError, match=message):
             load_pretrained(path)
+
+
+@pytest.mark.parametrize("size", [0, 2**40, 2**63])
+def test_a_damaged_shape_is_named(size, tmp_path):
+    path = write_gguf(FOLDER / "gpt2", tmp_path / "model.gguf")
+    name = b"token_embd.weight"
+    where = path.read_bytes().index(name) + len(name) + 4
+    damaged(path, patch=(where, struct.pack("<Q", size)))
+    with pytest.raises(UserError, match=r"ends before token_embd\.weight does: it is truncated"):
+        load_pretrained(path)
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
