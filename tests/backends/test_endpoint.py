@@ -68,6 +68,11 @@ def test_conversations_go_as_turns(served):
     path, body = server.asked[-1]
     assert path == "/v1/chat/completions"
     assert body["messages"] == turns
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    turns += [{"role": "assistant", "content": "So", "tool_calls": [call]}]
+    endpoint(server).generate([turns], Decoding(max_tokens=2))
+    sent = server.asked[-1][1]["messages"][-1]["tool_calls"]
+    assert sent == [{"function": {"name": "f", "arguments": '{"x": 1}'}}]  # OpenAI's wire form
 
 
 @pytest.mark.weights
