@@ -1,3 +1,3 @@
 """jaxalign: aligning language models with preferences, in JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

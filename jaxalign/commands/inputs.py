@@ -145,8 +145,9 @@ def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None
     path = folder / INPUTS
     if not path.exists():
         notice(
-            f"{folder}: made by a version that kept no digests of its inputs; they are taken to "
-            "be what the run began with"
+            f"{folder}: made before version 0.2, which keeps digests of its inputs and has another "
+            "order of data; the inputs are taken to be what the run began with, and steps that are "
+            "left see the records in the new order (set --name to start another run instead)"
         )
         return []
     before = read_json(path, "list of digests").get("files")

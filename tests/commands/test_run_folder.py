@@ -271,7 +271,7 @@ def test_a_folder_without_digests_is_taken_as_it_is_in_one_line(folder, capsys):
     assert main(["train", "small.py"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "digests" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("jaxalign: runs/small: made by a version that kept no digests")
+    assert lines[0].startswith("jaxalign: runs/small: made before version 0.2, which keeps digests")
     assert (run / "inputs.json").is_file()
 
 
