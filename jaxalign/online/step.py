@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice
 from jaxalign.files import open_text, write_text
 from jaxalign.losses import SampleLogProbs
 from jaxalign.online.algorithm import Algorithm
@@ -291,15 +291,22 @@ class TextRecorder:
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = []
+        for number, line in enumerate(lines[:-1], start=1):  # behind the last end: cut by a kill
+            at = _step_of(line)
+            if at is None:
+                notice(f"{self._path}:{number}: not a line of rollouts; it is kept as it is")
+            if at is None or at <= step:
+                kept.append(line)
         write_text(self._path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> float | None:
+    """The step that a line is of; None where it is damaged."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return float("inf")  # the line a kill cut short
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _plain(values: np.ndarray) -> Any:

@@ -236,6 +236,14 @@ def test_comparisons_do_not_do_where_rewards_are_needed():
         run(step, state, frozen, steps=1)
 
 
+def test_a_damaged_line_of_recorded_texts_is_named_and_kept(tmp_path, capsys):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"step": 1}\n{"step": \x00\n{"step": 2}\n{"step": 3}\n')
+    TextRecorder(path, prompts=1).rewind(2)
+    assert path.read_text() == '{"step": 1}\n{"step": \x00\n{"step": 2}\n'
+    assert "rollouts.jsonl:2: not a line of rollouts" in capsys.readouterr().err
+
+
 def test_recorded_texts_go_back_with_the_run(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     recorder = TextRecorder(path, prompts=1)
