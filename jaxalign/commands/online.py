@@ -189,7 +189,7 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
         wanted, world.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
     )
     if (identity := getattr(annotator, "identity", None)) is not None and number == 0:
-        print(f"online: responses are annotated by {identity}")
+        print(f"online: annotator {wanted.annotator} ({identity})")
     sampling_mesh = make_mesh(**wanted.mesh) if wanted.mesh else mesh
     ends = [int(world.tokenizer.eos_token_id)]
     if config.model != "embedded":
