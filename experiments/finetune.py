@@ -1,20 +1,24 @@
-"""A chat model of your own, aligned with your own pairs: no SFT unless asked, then DPO.
+"""A chat model of your own, aligned with your own pairs: DPO alone, unless SFT is asked for.
 
 Command:  jaxalign train experiments/finetune.py --model FOLDER --data pairs.jsonl [--lora.rank 16]
           jaxalign train experiments/finetune.py --scale small --lora.rank 16
-Time:     TIME
-Expect:   EXPECT
+Time:     of a model of 135 million parameters, 10 to 25 seconds a step of 8 short pairs on two CPU
+          cores; `small` has 124 steps
+Expect:   a held-out accuracy that leaves 0.5 within the first steps: with `--scale small
+          --lora.rank 16 --preference.steps 20` on 64 held-out pairs 0.50 -> 0.86, and a loss of
+          0.693 -> 0.685
 
-Rates are those of pretrained models: 1e-6 for all parameters (TRL's DPOConfig), 5e-5 for adapters
-(ten times the rate for all parameters or more: Schulman et al., 2025, "LoRA Without Regret"; 5e-5
-is SmolLM's neighbourhood, measured below the point where log-probs run away). `--sft.epochs 1`
-puts SFT on the chosen responses before it, at 2e-5 and 2e-4. Any field can be set: `--loss`,
-`--preference.epochs`, `--preference.optimizer.learning-rate`.
+The rates are those of pretrained models: 1e-6 for all parameters (the default of TRL's DPOConfig),
+and for adapters 5e-5, within the 1e-5 to 1e-4 that ten to a hundred times as much is; ten times is
+the least that adapters want (Schulman et al., 2025, "LoRA Without Regret"). `--sft.epochs 1` puts
+SFT on the chosen responses before it, at 2e-5 and 2e-4 (TRL's SFTConfig, and its page on adapters).
+Anything can be set: `--loss`, `--preference.epochs`, `--preference.optimizer.learning-rate` (for a
+reward model, `--loss bradley_terry`, set about 1e-5).
 
-`tiny` has the same settings for the embedded model and pairs (it learns nothing at these rates, and
-shows that the command works); `small` is SmolLM2-135M-Instruct on the pairs of polite and impolite
-answers in the folder of real data; `paper` is Zephyr-7B (arXiv:2310.16944): 5e-7, batch 32, three
-epochs.
+`tiny` has the same settings for the embedded model and pairs: at these rates random weights learn
+nothing, but the command runs. `small` is SmolLM2-135M-Instruct on pairs of polite and impolite
+answers from the folder of real data. `paper` is Zephyr-7B (arXiv:2310.16944): 5e-7 (adapters ten
+times as much), batches of 32, three epochs.
 """
 
 import os

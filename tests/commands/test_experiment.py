@@ -74,8 +74,8 @@ def test_a_warm_up_may_be_a_share_of_the_steps(steps, fraction, warmup):
         )[1]
         for how in ({"warmup_fraction": fraction}, {"warmup_steps": warmup})
     )
-    rates = [float(share(step)) for step in range(steps)]
-    assert rates == [float(number(step)) for step in range(steps)]
+    rates = [np.asarray(share(step)).item() for step in range(steps)]
+    assert rates == [np.asarray(number(step)).item() for step in range(steps)]
     assert int(np.argmax(rates)) == warmup
 
 
