@@ -1,7 +1,7 @@
 """The main job: a small model from scratch, SFT for a moment, then a preference loss.
 
-Command:  jaxalign train experiments/quickstart.py
-          jaxalign train experiments/quickstart.py --model FOLDER --data FILE --loss ipo
+Command:  jaxalign train experiments/quickstart.py [--loss ipo]
+          (its rates are for random weights; experiments/finetune.py is for a model of yours)
 Time:     about two minutes on two CPU cores
 Expect:   held-out reward accuracy of about 0.9 on the embedded preference set
 """

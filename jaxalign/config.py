@@ -61,6 +61,8 @@ class OptimizerConfig:
     """What follows the warm-up."""
     warmup_steps: Count = 0
     """Updates over which the learning rate rises linearly from 0."""
+    warmup_fraction: Share = 0.0
+    """The same as a share of the stage's updates, rounded up; in place of warmup_steps."""
     final_fraction: Share = 0.0
     """Last learning rate as a fraction of the peak."""
     weight_decay: NonNegative = 0.0
@@ -85,6 +87,9 @@ class StageConfig:
 
     steps: Count = 0
     """Updates; 0 leaves the stage out."""
+    epochs: NonNegative = 0.0
+    """Passes over the stage's training data, in place of steps: rows * epochs / batch_size updates,
+    rounded up."""
     batch_size: AtLeastOne = 32
     """Pairs (rows of text in pretraining) per update, over all devices and micro-batches."""
     micro_batches: AtLeastOne = 1
@@ -95,6 +100,11 @@ class StageConfig:
     """Steps between evaluations on held-out data; 0: at the start and at the end alone."""
     save_every: Count = 0
     """Steps between checkpoints; 0: at the end alone."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the stage is not left out."""
+        return self.steps > 0 or self.epochs > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -415,17 +425,17 @@ class TrainConfig:
                     f"entanglement.{field}: {self.loss} trains scores, not log-probs of responses; "
                     f"set {idle}"
                 )
-        if self.online.steps and self.preference.steps and self.loss in REWARD_LOSSES:
+        if self.online.runs and self.preference.runs and self.loss in REWARD_LOSSES:
             raise UserError(
                 f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "
                 "apart, with --rollout.annotator"
             )
         if self.sft_data is not None and self.sft_responses != "chosen":
             raise UserError(f"sft_responses: {self.sft_responses} is of pairs; leave out sft_data")
-        if self.representation.steps and self.loss in REWARD_LOSSES and self.preference.steps:
+        if self.representation.runs and self.loss in REWARD_LOSSES and self.preference.runs:
             raise UserError(f"representation.steps: {self.loss} makes no policy to align; set 0")
         told = self.alignment
-        if self.representation.steps and told.method == "dual" and told.negative_model is None:
+        if self.representation.runs and told.method == "dual" and told.negative_model is None:
             raise UserError(
                 "alignment.negative_model: dual compares two models; name the folder of the one "
                 "that was tuned with --sft-responses rejected"
@@ -514,9 +524,20 @@ def _check_sizes(config: TrainConfig) -> None:
                 f"{name}.batch_size: {stage.batch_size} is not a multiple of "
                 f"{name}.micro_batches: {stage.micro_batches}"
             )
-        if stage.steps and stage.optimizer.warmup_steps > stage.steps:
+        rule = stage.optimizer
+        for one, other, values in (
+            ("epochs", "steps", stage),
+            ("optimizer.warmup_fraction", "optimizer.warmup_steps", rule),
+        ):
+            given = [getattr(values, field.rpartition(".")[2]) for field in (one, other)]
+            if all(given):
+                raise UserError(
+                    f"{name}.{one}: {given[0]:g}, and {name}.{other} is {given[1]}; "
+                    "set one of them to 0"
+                )
+        if stage.steps and rule.warmup_steps > stage.steps:
             raise UserError(
-                f"{name}.optimizer.warmup_steps: {stage.optimizer.warmup_steps} is more than "
+                f"{name}.optimizer.warmup_steps: {rule.warmup_steps} is more than "
                 f"{name}.steps: {stage.steps}"
             )
     shape = config.architecture

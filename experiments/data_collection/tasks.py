@@ -71,12 +71,13 @@ def _ways(task: str, annotator: str, number: int, beta: float) -> dict[str, list
     principles, rule_file = (
         str(FOLDER / f"{name}_{task}.json") for name in ("principles", "rules")
     )
+    revisions = ["constitutional", "--principles", principles, "--revisions", "2", "--keep-cut"]
     society = ["society", "--ratings", "scored", "--rounds", str(math.ceil(number / 9))]
     return {
         "best and worst of 8": sampled,
         "RSO: 4 of 8 accepted": [*sampled, "--select", "rso", "--beta", f"{beta:g}"],
         "RAFT: best of 8 (SFT)": [*sampled, "--select", "raft", "--keep", "0.125"],
-        "critique and revision": ["constitutional", "--principles", principles, "--revisions", "2"],
+        "critique and revision": revisions,
         "self-alignment by rules": ["self-align", "--rules", rule_file],
         "society of 9": society,
     }

@@ -33,6 +33,8 @@ class Trace:
 
     prompt: str
     first: str
+    first_cut: bool
+    """Whether the first response was cut off at the most tokens allowed."""
     steps: Sequence[Mapping[str, str]]
     """{principle, critique, revision, fault}, in order; the fault says why a step is of no use."""
 
@@ -111,11 +113,13 @@ def revised(
     examples: str = "",
     seed: int = 0,
     batch_size: int = 8,
+    keep_cut: bool = False,
 ) -> Iterator[Trace]:
     """Respond, then criticise and revise so many times, each by a principle drawn at random.
 
-    A step whose critique or revision cannot be used (`fault`), or that changes nothing, is kept
-    with its fault; the next one goes on from the text before it.
+    A step whose critique or revision cannot be used (`fault`), whose revision was cut off at the
+    most tokens allowed, or that changes nothing, is kept with its fault; the next one goes on from
+    the text before it.
 
     Args:
       backend: responds, criticises and revises.
@@ -126,6 +130,7 @@ def revised(
       examples: worked transcripts before every critique and revision.
       seed: of the principles.
       batch_size: prompts at a time.
+      keep_cut: use revisions that were cut off, too.
 
     References:
       Bai et al. 2022, arXiv:2212.08073, section 3.
@@ -139,13 +144,15 @@ def revised(
         seed=decoding.seed,
     )
 
-    def written(texts: Sequence[str]) -> list[str]:
-        return [one.text.strip() for [one] in backend.generate(texts, decoding)]
+    def written(texts: Sequence[str]) -> tuple[list[str], list[bool]]:
+        """Texts, and whether each was cut off."""
+        found = [one for [one] in backend.generate(texts, decoding)]
+        return [one.text.strip() for one in found], [not one.finished for one in found]
 
     shown = f"{examples}\n\n" if examples else ""
     for some in batches(prompts, batch_size):
         begun = list(map(opened, some))
-        first = written(begun)
+        first, first_cut = written(begun)
         latest, steps = list(first), [[] for _ in some]
         for step in range(revisions):
             chosen = [_drawn(principles, prompt, step, seed) for prompt in some]
@@ -153,29 +160,31 @@ def revised(
                 f"{shown}{text} {response}\n\nCritiqueRequest: {one.critique}{CRITIQUE}"
                 for text, response, one in zip(begun, latest, chosen, strict=True)
             ]
-            critiques = written(so_far)
+            critiques, _ = written(so_far)
             asked = [
                 f"{text} {critique}\n\nRevisionRequest: {one.revision}{REVISION}"
                 for text, critique, one in zip(so_far, critiques, chosen, strict=True)
             ]
-            rows = zip(chosen, critiques, written(asked), strict=True)
-            for at, (one, critique, revision) in enumerate(rows):
-                wrong = _step_fault(some[at], latest[at], critique, revision)
+            rows = zip(chosen, critiques, *written(asked), strict=True)
+            for at, (one, critique, revision, cut) in enumerate(rows):
+                wrong = _step_fault(
+                    some[at], latest[at], critique, revision, cut=cut and not keep_cut
+                )
                 own = {"principle": one.name, "critique": critique, "revision": revision}
                 steps[at].append(own | {"fault": wrong})
                 latest[at] = latest[at] if wrong else revision
-        for prompt, response, own in zip(some, first, steps, strict=True):
-            yield Trace(prompt=prompt, first=response, steps=own)
+        for prompt, response, cut, own in zip(some, first, first_cut, steps, strict=True):
+            yield Trace(prompt=prompt, first=response, first_cut=cut, steps=own)
 
 
-def _step_fault(prompt: str, before: str, critique: str, revision: str) -> str:
+def _step_fault(prompt: str, before: str, critique: str, revision: str, *, cut: bool) -> str:
     if not before:
         return "response: empty"
     if wrong := fault(critique, prompt, before):
         return f"critique: {wrong}"
     if wrong := fault(revision, prompt, before, critique):
         return f"revision: {wrong}"
-    return ""
+    return "revision: cut at max_tokens" if cut else ""
 
 
 def _drawn(principles: Sequence[Principle], prompt: str, step: int, seed: int) -> Principle:

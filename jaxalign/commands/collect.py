@@ -204,6 +204,7 @@ def _constitutional(given, model, backend, answers, records, decoding, writer) -
                 examples=read_examples(given.examples),
                 seed=given.seed,
                 batch_size=given.batch_size,
+                keep_cut=given.keep_cut,
             ),
             records,
             strict=True,
@@ -217,6 +218,9 @@ def _constitutional(given, model, backend, answers, records, decoding, writer) -
             faults.update(step["fault"] for step in trace.steps if step["fault"])
             if not trace.usable:
                 writer.statistics.left_out["no usable revision"] += 1
+                continue
+            if trace.first_cut and not given.keep_cut:
+                writer.statistics.left_out["rejected: cut at max_tokens"] += 1
                 continue
             writer.write(
                 record.prompt,

@@ -61,6 +61,12 @@ def _common(flags: argparse.ArgumentParser, way: str) -> None:
         flags.add_argument(
             "--revisions", type=within(AtLeastOne), default=4, help="of each response"
         )
+        flags.add_argument(
+            "--keep-cut",
+            action="store_true",
+            help="keep responses and revisions that --max-tokens cut off, as those of a model that "
+            "never ends; otherwise they are left out and counted",
+        )
     elif way == "self-align":
         flags.add_argument(
             "--rules",

@@ -136,7 +136,7 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
 def run_base(folder: Path, model_config: Any) -> Any:
     """The parameters under a run's adapters: the model it was started from, or its pretraining."""
     config = read_run_config(folder)
-    if config.pretrain.steps:
+    if config.pretrain.runs:
         return run_model(folder, "pretrain", None)[0].params
     if config.model != "embedded":
         if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     path = write_page(page, given.output)
     for words in page.left_out:
         print(words)
-    header = ["loss", "ideal", "both down", "both up", "d_w/d_l"]
+    header = ["loss", *CASES, "d_w/d_l"]
     print_table(header, [[row.name, *row.cells(header[1:])] for row in page.losses])
     print(f"{len(page.pairs)} pairs; page: {path}")
     return 0

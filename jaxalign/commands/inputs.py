@@ -35,22 +35,22 @@ def input_digests(config: TrainConfig) -> Digests:
 
 def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
     """Fields of a config with the local files and folders that they name."""
-    reads_pairs = config.sft.steps or config.preference.steps or config.representation.steps
+    reads_pairs = config.sft.runs or config.preference.runs or config.representation.runs
     if reads_pairs:
         yield "data", _data(config.data)
         yield "eval_data", _data(config.eval_data)
-    if config.sft.steps:
+    if config.sft.runs:
         yield "sft_data", _data(config.sft_data)
-    if config.pretrain.steps:
+    if config.pretrain.runs:
         yield "text", [path for source in config.text for path in _data(source)]
         yield "eval_text", [path for source in config.eval_text for path in _data(source)]
     if config.model != "embedded":
         yield "model", [find_model(config.model)]
     yield "tokenizer", _named(config.tokenizer)
     yield "adapter", _named(config.adapter)
-    if config.preference.steps:
+    if config.preference.runs:
         yield "loss", _code(config.loss)
-    if config.online.steps:
+    if config.online.runs:
         rollout = config.rollout
         yield "rollout.prompts", _data(rollout.prompts)
         yield "rollout.eval_prompts", _data(rollout.eval_prompts)
@@ -59,7 +59,7 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
         yield "rollout.annotator", _code(rest) if kind == "rule" else _named(rest or None)
         yield "rollout.judge.template", _named(rollout.judge.template)
         yield "rollout.judge.tokenizer", _named(rollout.judge.tokenizer)
-    if config.representation.steps:
+    if config.representation.runs:
         yield "alignment.positive_model", _named(config.alignment.positive_model)
         yield "alignment.negative_model", _named(config.alignment.negative_model)
 

@@ -68,6 +68,11 @@ class PromptData:
     responses: Sequence[np.ndarray] = ()
     """Tokens of the responses beside the training prompts, where the algorithm reads them."""
 
+    def examples(self, seed: int) -> int:
+        """Prompts of an epoch."""
+        del seed
+        return len(self.train)
+
     def describe(self, batch: PromptBatch) -> list[str]:
         """File and line of a batch's prompts."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]

@@ -63,6 +63,11 @@ class StimulusData:
     places: Sequence[str]
     """Where each training response came from."""
 
+    def examples(self, seed: int) -> int:
+        """Responses of an epoch."""
+        del seed
+        return len(self.train[0])
+
     def describe(self, batch: StimulusBatch) -> list[str]:
         """File and line of a batch's responses."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
@@ -183,7 +188,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
         ),
     )
     changed = config.model == "embedded" or config.adapter is not None
-    changed |= any(getattr(config, other).steps for other in STAGES[: STAGES.index(name)])
+    changed |= any(getattr(config, other).runs for other in STAGES[: STAGES.index(name)])
     save_adapters(
         world.folder / "representation_adapter",
         state.params,

@@ -29,7 +29,7 @@ def check_start(config: TrainConfig, params: Any) -> None:
     """
     if SCORE not in params:
         return
-    if config.pretrain.steps or config.sft.steps or config.loss not in REWARD_LOSSES:
+    if config.pretrain.runs or config.sft.runs or config.loss not in REWARD_LOSSES:
         raise UserError(
             f"model: {config.model} has a scalar head and makes no log-probs; "
             f"set --loss {' or '.join(REWARD_LOSSES)} and no other stage"

@@ -26,7 +26,7 @@ def stage_folder(folder: Path, name: str) -> Path:
 
 def trained_stages(config: TrainConfig) -> list[str]:
     """The stages that a config runs, in order."""
-    return [name for name in STAGES if getattr(config, name).steps]
+    return [name for name in STAGES if getattr(config, name).runs]
 
 
 def stage_adapters(config: TrainConfig, name: str) -> LoraConfig | None:

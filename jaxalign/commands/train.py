@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from jaxalign.commands.exports import export_model, keep_generation_config
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.inputs import INPUTS, check_examples
 from jaxalign.commands.online import check_online, load_prompts, run_online
+from jaxalign.commands.rates import LARGE, high_rates
 from jaxalign.commands.report import print_table
 from jaxalign.commands.representation import load_stimuli, run_representation
 from jaxalign.commands.run_folder import run_folder
@@ -102,7 +104,7 @@ def train(config: TrainConfig) -> Path:
     """Run or resume the stages of a config; returns the run folder."""
     enable_compilation_cache()
     find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
-    if config.online.steps:
+    if config.online.runs:
         check_online(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
@@ -116,16 +118,19 @@ def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
     resumed = find_checkpoints(config, folder)
     tokenizer = load_tokenizer_for(config, folder)
     model_config, params = initial_model(config, tokenizer, mesh)
+    if jax.process_index() == 0:
+        warn_of_rates(config, params)
     check_start(config, params)
     check_vocabulary(tokenizer, model_config.vocab_size)
     write_model_config(folder, model_config)
     keep_generation_config(config, folder)
     data: dict[str, Any] = load_stages(config, tokenizer, folder, model_config, share_of_rows(mesh))
-    if config.online.steps:
+    if config.online.runs:
         data["online"] = load_prompts(config, tokenizer, folder, model_config)
-    if config.representation.steps:
+    if config.representation.runs:
         data["representation"] = load_stimuli(config, tokenizer, folder, model_config)
     check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
+    config = with_steps(config, data)
     if jax.process_index() == 0:
         check_examples(folder, data)
         rewind(folder / "metrics.jsonl", resumed)
@@ -141,7 +146,7 @@ def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
     adapters = []
     try:
         for name in STAGES:
-            if getattr(config, name).steps:
+            if getattr(config, name).runs:
                 params, trained = RUNS.get(name, run)(world, name, params)
                 if trained is not None:  # so the next stage's reference is what this one made
                     params = place(merge(params, trained, config.lora.scale), mesh)
@@ -155,6 +160,41 @@ def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
         report(folder)
 
 
+def warn_of_rates(config: TrainConfig, params: Any) -> None:
+    """A line for each stage that would soon overwrite what the loaded weights know."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if config.model == "embedded" or size < LARGE:
+        return
+    for name, high in high_rates(config).items():
+        print(f"{name}: {high}: expect {config.model} to lose what it knows", file=sys.stderr)
+
+
+def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
+    """The config with steps for every stage that is told its epochs, now that its data is known.
+
+    Args:
+      config: of the run.
+      data: of its stages, by their names; a stage's `examples(seed)` is the rows of an epoch.
+
+    Raises:
+      UserError: the steps are fewer than those of the stage's warm-up.
+    """
+    for name in STAGES:
+        stage: StageConfig = getattr(config, name)
+        if stage.epochs:
+            rows = data[name].examples(config.seed)
+            steps = math.ceil(rows * stage.epochs / stage.batch_size)
+            config = dataclasses.replace(
+                config, **{name: dataclasses.replace(stage, steps=steps, epochs=0.0)}
+            )
+            if jax.process_index() == 0:
+                print(
+                    f"{name}: {steps:,} steps, {stage.epochs:g} epochs of {rows:,} rows in batches "
+                    f"of {stage.batch_size}"
+                )
+    return config
+
+
 RUNS = {"online": run_online, "representation": run_representation}
 """Stages with a run of their own."""
 
@@ -164,7 +204,7 @@ def check_batches(config: TrainConfig, mesh: Mesh) -> None:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in STAGES:
         stage: StageConfig = getattr(config, name)
-        if stage.steps and stage.batch_size % rows:
+        if stage.runs and stage.batch_size % rows:
             raise UserError(
                 f"{name}.batch_size: {stage.batch_size} is not a multiple of data x fsdp = {rows}"
             )
@@ -335,7 +375,7 @@ def export(world: World, params: Any, adapters: Sequence[Any]) -> None:
     """
     config, lora = world.config, world.config.lora
     if adapters:
-        changed = config.model == "embedded" or config.pretrain.steps or config.adapter
+        changed = config.model == "embedded" or config.pretrain.runs or config.adapter
         save_adapters(
             world.folder / "adapter",
             functools.reduce(stack, adapters),

@@ -24,6 +24,7 @@ from jaxalign.data import (
     compared,
     embedded_tokenizer,
     load_tokenizer,
+    packed_rows,
     pair_batches,
     preference_records,
     response_records,
@@ -109,6 +110,12 @@ class StageData:
     def _mine(self) -> dict[str, Any]:
         return dict(zip(("process_index", "process_count"), self.share, strict=True))
 
+    def examples(self, seed: int) -> int:
+        """Rows of an epoch of `batches`: pairs, or packed rows of text."""
+        if isinstance(self.train, TokenizedPairs):
+            return len(self.train)
+        return packed_rows(self.train, length=self.length, seed=seed)
+
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
         mine = self._mine
@@ -178,7 +185,7 @@ def load_stages(
       UserError: a record that cannot be used (where the config says so), or nothing to train on.
     """
     context = getattr(model_config, "context_length", None)
-    reads_rows = config.pretrain.steps or config.sft.steps or config.preference.steps
+    reads_rows = config.pretrain.runs or config.sft.runs or config.preference.runs
     if reads_rows and context is not None and config.max_length > context:
         raise UserError(
             f"max_length: {config.max_length} tokens are more than the model's context of "
@@ -187,14 +194,14 @@ def load_stages(
     report: dict[str, Any] = {}
     stages = {}
     encoder_decoder = not isinstance(model_config, DecoderConfig)
-    if config.pretrain.steps:
+    if config.pretrain.runs:
         if encoder_decoder:
             raise UserError(
                 f"pretrain.steps: packed text is for decoders, and {config.model} is an "
                 "encoder-decoder; set --pretrain.steps 0"
             )
         stages["pretrain"] = _text_stage(config, tokenizer, folder, report)
-    if config.sft.steps or config.preference.steps:
+    if config.sft.runs or config.preference.runs:
         options = {
             "max_length": config.max_length,
             "prompt_format": config.prompt_format,
@@ -203,9 +210,9 @@ def load_stages(
             "encoder_decoder": encoder_decoder,
         }
         pairs = PreferenceData(config, tokenizer, options, report)
-        if config.sft.steps:
+        if config.sft.runs:
             stages["sft"] = pairs.supervised_stage()
-        if config.preference.steps:
+        if config.preference.runs:
             joint = joint_share(config.share_prompts, model_config, jax.default_backend())
             stages["preference"] = dataclasses.replace(pairs.stage(), joint_share=joint)
     if jax.process_index() == 0:

@@ -1,6 +1,7 @@
 """What a stage's step is made of, from its config: the same objects for a run and for its plan."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -218,11 +219,12 @@ def _update_rule(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The rule of a stage whose every step is so many updates."""
     config = stage.optimizer
+    share = math.ceil(config.warmup_fraction * stage.steps - 1e-9)  # 0.1 * 30 is above 3
     schedule = make_schedule(
         learning_rate=config.learning_rate,
         steps=stage.steps * times,
         schedule=config.schedule,
-        warmup_steps=config.warmup_steps * times,
+        warmup_steps=max(config.warmup_steps, share) * times,
         final_fraction=config.final_fraction,
     )
     optimizer = make_optimizer(

@@ -1,6 +1,6 @@
 """Data: records from files, hubs and TFDS; exact tokenisation; Grain pipelines of batches."""
 
-from jaxalign.data.batches import PairBatch, TextBatch, pair_batches, text_batches
+from jaxalign.data.batches import PairBatch, TextBatch, packed_rows, pair_batches, text_batches
 from jaxalign.data.comparisons import (
     ScoreFormat,
     compared,
@@ -65,6 +65,7 @@ __all__ = [
     "embedded_texts",
     "embedded_tokenizer",
     "load_tokenizer",
+    "packed_rows",
     "pair_batches",
     "preference_records",
     "prompt_records",

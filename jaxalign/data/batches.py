@@ -461,11 +461,8 @@ def text_batches(
     Returns:
       An iterator of `TextBatch` with `get_state` and `set_state`.
     """
-    if isinstance(data, TokenizedTexts):
-        rows = _Stream(data, length, np.random.default_rng([seed, 2]) if shuffle else None)
-        edges, window = (length,), 1
-    elif packed:
-        rows = _Groups(data, pack(data.length, length, seed=seed if shuffle else None))
+    if isinstance(data, TokenizedTexts) or packed:
+        rows = _packed(data, length, seed if shuffle else None)
         edges, window = (length,), 1
     else:
         rows = _Groups(data, [np.array([at]) for at in range(len(data))])
@@ -477,6 +474,20 @@ def text_batches(
 
     how = {"seed": seed, "shuffle": shuffle, "window": window}
     return ordered_batches(rows.lengths, make, **how, **order)
+
+
+def packed_rows(data: TokenizedTexts | TokenizedRows, *, length: int, seed: int = 0) -> int:
+    """Rows of an epoch of `text_batches`, packed; the arguments are those."""
+    return len(_packed(data, length, seed).lengths)
+
+
+def _packed(
+    data: TokenizedTexts | TokenizedRows, length: int, seed: int | None
+) -> "_Stream | _Groups":
+    """Documents cut into rows, or whole responses in rows that they share; None: as given."""
+    if isinstance(data, TokenizedTexts):
+        return _Stream(data, length, None if seed is None else np.random.default_rng([seed, 2]))
+    return _Groups(data, pack(data.length, length, seed=seed))
 
 
 def _text_batch(

@@ -66,9 +66,16 @@ class LossRow:
     def cells(self, names: Sequence[str]) -> list[str]:
         """Shares in per cent, the median ratio, the number of pairs with a negative coefficient."""
         values = {name: f"{share:.0%}" for name, share in self.shares.items()}
-        values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": f"{self.ratio:.3g}"}
+        values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": _ratio(self.ratio)}
         values["negative"] = str(self.negative)
         return [values[name] for name in names]
+
+
+def _ratio(value: float) -> str:
+    """A ratio of coefficients; infinite where the lower one is a remainder of rounding."""
+    if abs(value) > 1e6:
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ class Throughput:
     """Of them, those that pass the network, where rows share some."""
     flops_per_token: float
     """Model FLOPs per token and update, rematerialisation not counted."""
-    peak_flops: float
-    """FLOP/s of all devices together."""
+    peak_flops: float | None
+    """FLOP/s of all devices together; None: not known, and no utilisation is told."""
 
 
 GRACE = 20.0
@@ -254,8 +254,10 @@ def run_stage(
             "learning_rate": float(schedule(at - 1)),
             "tokens": tokens,
             "tokens_per_second": rate,
-            "mfu": computed * throughput.flops_per_token / (seconds * throughput.peak_flops),
         }
+        if throughput.peak_flops is not None:
+            flops = computed * throughput.flops_per_token
+            values["mfu"] = flops / (seconds * throughput.peak_flops)
         if not finite and nonfinite == "stop":
             records = ", ".join(describe(batch))
             advice = (

@@ -211,6 +211,30 @@ def test_steps_without_use_are_passed_over():
     assert (empty.last, sft_rows(empty)) == ("", [])
 
 
+class Cut(Scripted):
+    """Cuts off what ends without a full stop."""
+
+    def generate(self, prompts, decoding, **how):
+        found = super().generate(prompts, decoding, **how)
+        return [[replace(one, finished=one.text.endswith(".")) for one in row] for row in found]
+
+
+@pytest.mark.parametrize(("keep_cut", "last"), [(False, "Whole."), (True, "Cut in")])
+def test_revisions_that_were_cut_off_are_of_no_use(keep_cut, last):
+    said = iter(["Whole.", "Cut in"])
+
+    def answer(text, sample):
+        if text.endswith("Revision:"):
+            return next(said)
+        return "unkind" if text.endswith("Critique:") else "the first, and"
+
+    how = {"revisions": 2, "keep_cut": keep_cut}
+    [trace] = revised(Cut(answer), ["x"], PRINCIPLES, DRAWN, **how)
+    faults = ["", "" if keep_cut else "revision: cut at max_tokens"]
+    assert [step["fault"] for step in trace.steps] == faults  # a critique may be cut
+    assert (trace.last, trace.first_cut) == (last, True)
+
+
 def test_no_response_is_not_a_response_to_revise():
     def answer(text, sample):
         return "better" if text.endswith(("Critique:", "Revision:")) else None

@@ -56,7 +56,12 @@ def test_best_of_n(command, capsys):
 def test_constitutional(command, shared):
     principles = [{"name": "short", "critique": "Is it long?", "revision": "Say it shorter."}]
     Path("principles.json").write_text(json.dumps(principles))
-    assert command("constitutional", "--principles", "principles.json", "--revisions", "1") == 0
+    flags = "constitutional", "--principles", "principles.json", "--revisions", "1"
+    assert command(*flags) == 0
+    found = statistics("constitutional")
+    assert found["pairs"] == found["sft"] == 0  # the model does not end within 8 tokens
+    assert found["faults"]["revision: cut at max_tokens"] > 0
+    assert command(*flags, "--keep-cut") == 0
     found = statistics("constitutional")
     assert found["traces"] == 3
     assert found["pairs"] + sum(found["left_out"].values()) == 3

@@ -334,7 +334,8 @@ def test_run_folder_holds_what_a_reader_needs(run):
     for name in ("loss", "logps/chosen", "rewards/margins", "rewards/accuracies", "kl"):
         assert np.isfinite(last[name]), name
     trained = [line for line in lines if line["split"] == "train"]
-    assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 for line in trained)
+    assert all(line["tokens_per_second"] > 0 for line in trained)
+    assert not any("mfu" in line for line in trained)  # what a CPU could do is not known
     assert list((run / "tensorboard").iterdir())
     assert "| reward margin |" in (run / "report" / "report.md").read_text()
 

@@ -29,7 +29,12 @@ def test_a_page_of_pairs(world, capsys):
     output = folder / "out"
     more = ["--heat-maps", "1", "--heat-map-tokens", "8", "--output", str(output)]
     assert main(["entangle", *flags, *more]) == 0
-    assert "3 pairs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 pairs" in said
+    (row,) = [line for line in said.splitlines() if " dpo " in line]
+    shares = [int(cell.strip("│ %")) for cell in row.split("│") if "%" in cell]
+    assert len(shares) == 5
+    assert abs(sum(shares) - 100) <= 2  # every case has a column
     lines = [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
     assert [line["place"].rsplit(":", 1)[1] for line in lines] == ["1", "2", "3"]
     for line in lines:

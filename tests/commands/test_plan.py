@@ -58,7 +58,7 @@ def test_a_page_for_a_slice(experiment, capsys):
 
 
 def test_all_stages_are_planned_or_one(experiment, capsys):
-    sft = ["--sft.steps", "1", "--sft.batch-size", "8"]
+    sft = ["--sft.epochs", "1", "--sft.batch-size", "8"]  # its data need not be known
     assert plan("--topology", "cpu:2", *sft, "--json", "plans.json") == 0
     assert [one["stage"] for one in figures("plans.json")] == ["sft", "preference"]
     assert "next tokens of responses on a model of its own" in capsys.readouterr().out

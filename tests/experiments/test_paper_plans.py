@@ -36,6 +36,7 @@ SLICES = {
     "base_lm.pretrain": ("", "v5e:2x4"),
     "data_collection.dpo": ("mistral-7b-v0.2", "v5p:2x2x2"),
     "ipo_md.ipo_md": ("t5-v1_1-large", "v5e:2x4"),
+    "finetune": ("mistral-7b-v0.2", "v5p:2x2x2"),
     "judging.reward_model": ("mistral-7b-v0.2", "v5p:2x2x2"),
     "reward.reward_model": ("t5-v1_1-xl", "v5e:2x4"),
     "reward.preference_model": ("t5-v1_1-xl", "v5e:2x4"),

@@ -1,5 +1,7 @@
 """What a batch of pairs is said to be: metrics by hand, and what losses are found to read."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -42,3 +44,34 @@ def test_the_reward_is_in_the_losss_own_unit():
 def test_losses_that_do_not_return_a_value_per_pair_are_refused():
     with pytest.raises(ValueError, match="instead of one value per pair"):
         couples_pairs(lambda pairs: pairs.margin.mean(), {})
+
+
+def test_differences_that_rounding_makes_are_draws():
+    """Policy and reference of one model, through two programs: log-probs of a 135M model."""
+    reference = PAIRS.chosen * 7.3, PAIRS.rejected * 9.1
+    off = jnp.array([1.0, -1.0, 1.0, -1.0]) * 2e-6
+    same = dataclasses.replace(
+        PAIRS,
+        chosen=reference[0] * (1 + off),
+        rejected=reference[1] * (1 - off),
+        reference_chosen=reference[0],
+        reference_rejected=reference[1],
+    )
+    weight = jnp.ones(4)
+
+    def accuracy(pairs, scale):
+        mean = pair_metrics(pairs, dpo(pairs), weight, scale=scale)["rewards/accuracies"]
+        return float(mean.total / mean.count)
+
+    moved = dataclasses.replace(same, chosen=same.chosen + jnp.array([0.01, 0.01, 0.01, -0.01]))
+    swapped = dataclasses.replace(
+        moved,
+        chosen=moved.rejected,
+        rejected=moved.chosen,
+        reference_chosen=moved.reference_rejected,
+        reference_rejected=moved.reference_chosen,
+    )
+    for scale in (1e-3, 0.1, 1.0, 50.0):  # the unit of the rewards decides nothing
+        assert accuracy(same, scale) == 0.5
+        assert accuracy(moved, scale) == 0.75
+        assert accuracy(swapped, scale) == 0.25

@@ -1,0 +1,195 @@
+"""What an experiment's config becomes by what was typed: lengths, files and learning rates."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxalign.cli import main
+from jaxalign.commands.experiment import load_config, parse
+from jaxalign.commands.rates import high_rates
+from jaxalign.commands.train import warn_of_rates, with_steps
+from jaxalign.commands.updates import make_update_rule
+from jaxalign.config import LoraConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.modules import find_module
+from tests.commands.test_command_line import EXPERIMENTS
+from tests.tiny_model import save_tiny_model
+
+QUICKSTART, FINETUNE = "experiments/quickstart.py", "experiments/finetune.py"
+SCALED = [
+    (name, scale)
+    for name in EXPERIMENTS
+    for scale in getattr(find_module(name, "experiment"), "SCALES", ("tiny", "paper"))
+]
+
+
+class Rows:
+    """Data of so many rows."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def examples(self, seed):
+        return self.number
+
+
+# ------------------------------------------------------------------------ lengths
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch", "steps"), [(100, 2.0, 8, 25), (101, 2.0, 8, 26), (3, 0.5, 8, 1)]
+)
+def test_epochs_become_steps_when_the_data_is_known(rows, epochs, batch, steps):
+    stage = StageConfig(epochs=epochs, batch_size=batch)
+    config = with_steps(TrainConfig(sft=stage), {"sft": Rows(rows)})
+    assert (config.sft.steps, config.sft.epochs, config.preference.runs) == (steps, 0, False)
+
+
+def test_steps_and_epochs_replace_each_other_and_both_are_refused(capsys):
+    config = parse([QUICKSTART, "--preference.epochs", "2"])
+    assert (config.preference.steps, config.preference.epochs) == (0, 2)
+    rule = config.preference.optimizer
+    assert (rule.warmup_steps, rule.warmup_fraction) == (0, 0.1)  # 8 of 80
+    assert parse([FINETUNE]).preference.epochs == 1
+    config = parse([FINETUNE, "--preference.steps=7"])
+    assert (config.preference.steps, config.preference.epochs) == (7, 0)
+    assert not parse([FINETUNE, "--preference.steps", "0"]).preference.runs
+    rule = parse([FINETUNE, "--preference.optimizer.warmup-steps", "3"]).preference.optimizer
+    assert (rule.warmup_steps, rule.warmup_fraction) == (3, 0)
+    flags = ["--preference.epochs", "2", "--preference.steps", "3"]
+    for experiment in (QUICKSTART, FINETUNE):
+        assert main(["train", experiment, *flags]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "preference.epochs: 2, and preference.steps is 3; set one of them" in line
+    with pytest.raises(UserError, match=r"sft\.optimizer\.warmup_fraction: 0\.5, and sft\.opt"):
+        TrainConfig(sft=StageConfig(optimizer=OptimizerConfig(warmup_steps=1, warmup_fraction=0.5)))
+
+
+@pytest.mark.parametrize(("steps", "fraction", "warmup"), [(30, 0.1, 3), (31, 0.1, 4), (4, 0.0, 0)])
+def test_a_warm_up_may_be_a_share_of_the_steps(steps, fraction, warmup):
+    share, number = (
+        make_update_rule(
+            TrainConfig(sft=StageConfig(steps=steps, optimizer=OptimizerConfig(**how))), "sft"
+        )[1]
+        for how in ({"warmup_fraction": fraction}, {"warmup_steps": warmup})
+    )
+    rates = [np.asarray(share(step)).item() for step in range(steps)]
+    assert rates == [np.asarray(number(step)).item() for step in range(steps)]
+    assert int(np.argmax(rates)) == warmup
+
+
+def test_two_epochs_of_a_file_and_a_failure_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """Also: what fails before its first step does not stand in the way of what is typed next."""
+    experiment = find_module(FINETUNE, "experiment").__file__
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model("model")
+    rows = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(21)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["train", experiment, "--model", "model", "--data", "pairs.jsonl", "--no-export"]
+    given += ["--eval-data", "pairs.jsonl", "--preference.epochs", "2"]
+    assert main(given) == 2
+    assert "more than the model's context of 64" in capsys.readouterr().err
+    assert main([*given, "--max-length", "64"]) == 0
+    said = "preference: 6 steps, 2 epochs of 21 rows in batches of 8"  # 5.25, rounded up
+    assert said in capsys.readouterr().out
+    metrics = tmp_path / "runs/finetune/metrics.jsonl"
+    before = metrics.read_text()
+    assert json.loads(before.splitlines()[-1])["step"] == 6
+    assert main([*given, "--max-length", "64"]) == 0  # finished: the same steps again
+    assert metrics.read_text() == before
+
+
+# ------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_no_file_of_an_experiment_stands_in_the_way_of_typed_data(name, scale, capsys):
+    own = load_config(name, scale)
+    config = parse([name, "--scale", scale, "--data", "mine.jsonl"])
+    assert (config.data, config.eval_data, config.sft_data) == ("mine.jsonl", None, None)
+    assert config.holdout > 0
+    notes = capsys.readouterr().err
+    for field in ("eval_data", "sft_data"):
+        assert (f"{field}: " in notes) == (getattr(own, field) is not None)
+    if own.online.runs:
+        assert config.rollout.prompts == "mine.jsonl"
+        assert config.rollout.eval_prompts is None
+    typed = ["--eval-data", "a.jsonl", "--sft-data", "b.jsonl"]
+    if own.sft_responses == "chosen":
+        config = parse([name, "--scale", scale, "--data", "mine.jsonl", *typed])
+        assert (config.eval_data, config.sft_data) == ("a.jsonl", "b.jsonl")
+    assert parse([name, "--scale", scale]).eval_data == own.eval_data
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "kept"),
+    [
+        ("experiments/ipo_md/ipo_md.py", ["--rollout.prompts", "p.jsonl"], "rollout.eval_prompts"),
+        ("experiments/base_lm/pretrain.py", ["--text", "t.txt"], "eval_text"),
+    ],
+)
+def test_held_out_prompts_and_text_go_with_their_own(name, flags, kept, capsys):
+    config = parse([name, "--scale", "paper", *flags])
+    assert config.rollout.eval_prompts is None
+    assert config.eval_text == ()
+    assert f"{kept}: " in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ rates
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_adapters_have_the_learning_rate_of_adapters(scale):
+    def rate(*flags):
+        return parse([FINETUNE, "--scale", scale, *flags]).preference.optimizer.learning_rate
+
+    assert rate("--lora.rank", "0") == rate() <= 1e-6
+    assert rate("--lora.rank=16") == rate("--lora.rank", "16") >= 10 * rate()
+    typed = ["--preference.optimizer.learning-rate", "3e-6"]
+    assert rate("--lora.rank", "16", *typed) == rate(*typed) == 3e-6
+
+
+def test_rates_for_random_weights_are_refused_for_a_model_that_was_typed(capsys):
+    assert main(["train", QUICKSTART, "--model", "m"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "sft.optimizer: learning rate 0.003" in line
+    assert "experiments/finetune.py" in line
+    with pytest.raises(UserError, match=r"preference\.optimizer: learning rate 0\.0002"):
+        parse([QUICKSTART, "--model", "m", "--sft.steps", "0"])
+    with pytest.raises(UserError, match=r"sft\.optimizer: learning rate 0\.003 for adapters"):
+        parse([QUICKSTART, "--model", "m", "--lora.rank", "4"])
+    flags = ["--sft.optimizer.learning-rate", "3e-3", "--preference.optimizer.learning-rate=1e-3"]
+    assert parse([QUICKSTART, "--model", "m", *flags]).model == "m"
+    assert parse([FINETUNE, "--model", "m"]).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("rule", "rank", "high"),
+    [
+        ({"learning_rate": 1e-4}, 0, False),
+        ({"learning_rate": 2e-4}, 0, True),
+        ({"learning_rate": 2e-4, "name": "lion"}, 0, True),
+        ({"learning_rate": 2e-4, "name": "sgd"}, 0, False),
+        ({"learning_rate": 1e-3, "name": "adafactor", "parameter_scale": True}, 0, False),
+        ({"learning_rate": 1e-3}, 8, False),
+        ({"learning_rate": 2e-3}, 8, True),
+    ],
+)
+def test_high_rates(rule, rank, high):
+    stage = StageConfig(steps=1, optimizer=OptimizerConfig(**rule))
+    config = TrainConfig(sft=stage, lora=LoraConfig(rank=rank), model="folder")
+    assert list(high_rates(config)) == (["sft"] if high else [])
+
+
+def test_high_rates_are_told_once_large_weights_are_loaded(capsys, monkeypatch):
+    config = TrainConfig(sft=StageConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1e-3)))
+    loaded = TrainConfig(sft=config.sft, model="folder")
+    weights = {"kernel": np.zeros(10)}
+    warn_of_rates(loaded, weights)  # a toy bears it
+    monkeypatch.setattr("jaxalign.commands.train.LARGE", 10)
+    warn_of_rates(config, weights)  # so do weights that know nothing yet
+    assert capsys.readouterr().err == ""
+    warn_of_rates(loaded, weights)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sft: learning rate 0.001 for all parameters (1e-7 to 5e-5 is usual)")
