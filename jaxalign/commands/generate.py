@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,8 @@ from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, 
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, locked, open_text, read_json, write_json, writing
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import Progress
 from jaxalign.prompting import Composer, PromptArtefact, read_artefact
 from jaxalign.prompting.composing import without_marks
 
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
     check_output(given.output, "--output")
+    enable_compilation_cache()
     with locked(given.output, "--output"):
         return _generate(given, decoding)
 
@@ -82,8 +85,11 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
         print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
     written = cut = 0
     missing: list[str] = []
-    with open_text(given.output, "a") as file:
-        for begin in _shown(range(done, len(records), given.batch_size)):
+    with (
+        open_text(given.output, "a") as file,
+        Progress("prompts", len(records), done=done) as progress,
+    ):
+        for begin in range(done, len(records), given.batch_size):
             mine = records[begin : begin + given.batch_size]
             asked = prompts[begin : begin + given.batch_size]
             found = model.generate(asked, decoding, samples=given.samples)
@@ -97,6 +103,7 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
                     row = _row(record, text, sample, given.samples)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+            progress(begin + len(mine))
     print(
         f"{given.output}: {written:,} responses written, {cut:,} cut at {given.max_tokens} tokens"
     )
@@ -261,10 +268,3 @@ def _id_and_prompt(line: bytes) -> tuple[Any, Any]:
         return row["id"], row["prompt"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None, None
-
-
-def _shown(batches: Sequence[int]) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, description="batches", console=Console(stderr=True))

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,8 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
 from jaxalign.files import check_output, locked, write_text
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import track
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if not files and given.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     with locked(given.output, "--output", folder=True):
         return _judge(given, files)
 
@@ -48,7 +51,7 @@ def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int
             timeout=given.timeout,
             attempts=given.attempts,
             answers_file=given.output / "answers.jsonl",
-            progress=_progress,
+            progress=lambda answers, total: track(answers, "answers", total),
         ),
     )
     facts = [f"judge {_identity(annotator, given.judge)}"]
@@ -184,10 +187,3 @@ def _identity(annotator: Annotator, spec: str) -> str:
     judge = annotator.judge if isinstance(annotator, JudgeAnnotator) else annotator
     known = getattr(judge, "identity", None)
     return spec if known is None else f"{spec} ({known})"
-
-
-def _progress(answers: Iterable[Any], total: int) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(answers, total=total, description="answers", console=Console(stderr=True))

@@ -27,7 +27,9 @@ from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, locked, write_text
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.modules import find_function
+from jaxalign.progress import Progress, busy
 from jaxalign.prompting import (
     FIXED,
     AskedOptimizer,
@@ -38,6 +40,7 @@ from jaxalign.prompting import (
     Found,
     Node,
     PromptArtefact,
+    Revision,
     RuleReward,
     ScoredReward,
     SystemPromptWorld,
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if _told_cost(given, len(seeds)):
         return 0
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     with locked(given.output, "--output", folder=True):
         return _search(given, seeds, queries)
 
@@ -122,13 +126,15 @@ def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequen
         rewriter = AskedRewriter(asker(name))
     examples = seeds
     if rewriter is not None and given.iterations and seeds:
-        examples, history = improve_examples(
-            seeds,
-            rewriter,
-            reward,
-            iterations=given.iterations,
-            watch=lambda some: _write_lines(given.output / "examples.jsonl", map(asdict, some)),
-        )
+        with Progress("examples", given.iterations + 1, unit="round") as progress:
+
+            def watch(some: Sequence[Revision]) -> None:
+                _write_lines(given.output / "examples.jsonl", map(asdict, some))
+                progress(some[-1].step + 1, f"{len(some):,} responses rewarded")
+
+            examples, history = improve_examples(
+                seeds, rewriter, reward, iterations=given.iterations, watch=watch
+            )
         gained = [one.evaluation.mean for one in history if one.step == 0]
         print(f"examples: {len(examples)}, mean of the seeds {_mean(gained):.2f}")
     composer = Composer(
@@ -147,7 +153,8 @@ def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequen
     else:
         found = _searched(given, world)
         prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
-        rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
+        with busy(f"rewarding {len(prompts) + 1} prompts on {len(fresh)} fresh queries"):
+            rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
         chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
     write_artefact(
         PromptArtefact(
@@ -245,15 +252,18 @@ def _tell(
 
 
 def _searched(given: argparse.Namespace, world: SystemPromptWorld) -> Found:
-    def watch(nodes: Sequence[Node]) -> None:
-        _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
-
     sizes = {"actions": given.actions, "depth": given.depth, "more_depth": given.more_depth}
-    if given.search == "beam":
-        return beam_search(world, width=given.width, watch=watch, **sizes)
-    if given.search == "greedy":
-        return greedy_search(world, watch=watch, **sizes)
-    return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
+    with Progress(f"{given.search} search", given.depth, unit="level") as progress:
+
+        def watch(nodes: Sequence[Node]) -> None:
+            _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
+            progress(nodes[-1].depth, f"{len(nodes):,} prompts rewarded")
+
+        if given.search == "beam":
+            return beam_search(world, width=given.width, watch=watch, **sizes)
+        if given.search == "greedy":
+            return greedy_search(world, watch=watch, **sizes)
+        return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -38,6 +38,7 @@ class ModelAndPairs:
 
     def batches(self, size: int) -> list[PairBatch]:
         """Every pair once, in order; the last batch is filled up with pairs of weight 0."""
+        size = min(size, len(self.pairs))
         return list(pair_batches(self.pairs, batch_size=size, epochs=1, shuffle=False, buckets=2))
 
     def place(self, number: int) -> str:

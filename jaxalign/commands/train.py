@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.commands.drive import World, drive
+from jaxalign.commands.drive import World, drive, of_step
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.exports import export_model, keep_generation_config
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.inputs import INPUTS, check_examples
 from jaxalign.commands.online import check_online, load_prompts, run_online
+from jaxalign.commands.rematerialisation import with_remat
 from jaxalign.commands.report import print_table
 from jaxalign.commands.representation import load_stimuli, run_representation
 from jaxalign.commands.run_folder import run_folder
@@ -63,9 +64,11 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
+from jaxalign.progress import saying
 from jaxalign.reporting import comparison, online, read_run, representation, write_report
 from jaxalign.reporting.report import skipped_updates
 from jaxalign.sharding import batch_sharding, make_mesh, place
@@ -142,7 +145,7 @@ def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
     try:
         for name in STAGES:
             if getattr(config, name).steps:
-                params, trained = RUNS.get(name, run)(world, name, params)
+                params, trained = RUNS.get(name, run)(with_remat(world, name), name, params)
                 if trained is not None:  # so the next stage's reference is what this one made
                     params = place(merge(params, trained, config.lora.scale), mesh)
                     adapters.append(trained)
@@ -185,14 +188,6 @@ def report(folder: Path) -> None:
     for line in skipped_updates(finished):
         print(line)
     print(f"report: {path}")
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, where the user has not said otherwise."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path.home() / ".cache" / "jaxalign" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
@@ -258,10 +253,10 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     watch, every = make_watch(config, name, objective), config.entanglement.every
 
     def make_step(state: TrainState) -> Callable[[int], Callable]:
-        plain = compile_step(one_step(), state, mesh)
+        plain = saying(compile_step(one_step(), state, mesh), of_step("the step"))
         if watch is None:
             return lambda done: plain
-        seen = compile_step(one_step(watch), state, mesh)
+        seen = saying(compile_step(one_step(watch), state, mesh), of_step("the watched step"))
         return lambda done: plain if done % every else seen
 
     live = is_preference and has_reference(objective) and not precomputed

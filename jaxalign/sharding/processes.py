@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign import progress
 from jaxalign.errors import OutputError, UserError
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
@@ -65,6 +66,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
             f"come together ({reason}); start all of them at once and let {', '.join(VARIABLES)} "
             f"say who they are, or set {NUMBER}=1 for a process by itself"
         ) from error
+    if jax.process_index() != 0:
+        progress.silence()
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
