@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.training.micro_batches import split_micro_batches
@@ -50,14 +51,12 @@ def saved_bytes(
         key = x.shape, x.dtype
         if known[key]:
             known[key] -= 1
-        elif not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        elif not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             total += math.prod(x.shape) * x.dtype.itemsize
     return total
 
 
-def choose(
-    activations: Callable[[str], float], other: float, free: float | None
-) -> tuple[str, float]:
+def choose(activations: Callable[[str], float], other: int, free: int | None) -> tuple[str, float]:
     """The fastest way to rematerialise that fits, and what it takes for activations.
 
     Args:
@@ -143,7 +142,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def in_words(bytes_: float) -> str:
+def in_words(bytes_: float | int) -> str:
     """1.3e9 -> 1.2 GiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if bytes_ >= size:
