@@ -58,25 +58,37 @@ def main(arguments: Sequence[str]) -> int:
         "entangled pairs, token heat maps, and what each loss would do (arXiv:2410.13828).",
     )
     add_arguments(flags)
-    flags.add_argument("--reference", help="Hugging Face folder (default: the model itself)")
     flags.add_argument(
-        "--loss", default="dpo", help='a row of `jaxalign losses`, or "FILE.py:FUNCTION"'
+        "--reference", help="reference model: Hugging Face folder (default: the model itself)"
     )
     flags.add_argument(
-        "--pairs", type=within(AtLeastOne), default=64, help="pairs to look at, from the first on"
+        "--loss", default="dpo", help='name of a loss in `jaxalign losses`, or "FILE.py:FUNCTION"'
     )
     flags.add_argument(
-        "--heat-maps", type=within(Count), default=2, help="most and least entangled pairs"
+        "--pairs",
+        type=within(AtLeastOne),
+        default=64,
+        help="number of pairs to measure, counted from the first",
     )
     flags.add_argument(
-        "--heat-map-tokens", type=within(AtLeastOne), default=40, help="first tokens of each side"
+        "--heat-maps",
+        type=within(Count),
+        default=2,
+        help="number of most and of least entangled pairs that get a heat map",
+    )
+    flags.add_argument(
+        "--heat-map-tokens",
+        type=within(AtLeastOne),
+        default=40,
+        help="number of tokens of each response, counted from the first, in a heat map",
     )
     flags.add_argument(
         "--heat-map-parameters",
         choices=tuple(HEAT_MAPS),
         default="all",
-        help="whose gradients the heat maps compare: of all parameters (one backward pass a "
-        "token), or of the unembedding alone (one forward pass)",
+        help="parameters whose gradients the heat maps compare: all (one backward pass per "
+        "token), or "
+        "the unembedding alone (one forward pass)",
     )
     flags.add_argument("--output", type=Path, default=Path("entanglement"), help="folder to write")
     given = flags.parse_args(arguments)

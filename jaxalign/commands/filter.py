@@ -35,11 +35,12 @@ def main(arguments: Sequence[str]) -> int:
         "--by",
         choices=SCORES,
         default="ln_ches",
-        help="similarity: CHES, its length-normalised form (default), last hidden states' inner "
-        "product, or minus the edit distance",
+        help="similarity to filter by: CHES, its length-normalised form, the inner product of the "
+        "last "
+        "hidden states, or the negated edit distance",
     )
     flags.add_argument(
-        "--keep", type=within(Fraction), default=0.95, help="share of the pairs to keep"
+        "--keep", type=within(Fraction), default=0.95, help="fraction of the pairs to keep"
     )
     flags.add_argument("--output", type=Path, required=True, help="JSON Lines file to write")
     given = flags.parse_args(arguments)

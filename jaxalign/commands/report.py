@@ -13,7 +13,7 @@ from jaxalign.training.checkpoints import DIGESTS, damage
 def main(arguments: Sequence[str]) -> int:
     """Print the table and write report.md with its plots."""
     flags = parser("report", "Tables and plots of runs, side by side.")
-    flags.add_argument("runs", nargs="+", metavar="RUN", help="folder made by jaxalign train")
+    flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder made by jaxalign train")
     flags.add_argument(
         "--output", type=Path, help="folder of the report (default: RUN/report, or ./report)"
     )
