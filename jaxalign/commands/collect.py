@@ -88,7 +88,7 @@ def _collect(given: argparse.Namespace) -> int:
     found |= {"model": model.identity, "decoding": vars(decoding)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     write_text(given.output / "statistics.json", text + "\n")
-    print(f"{writer.path}: {found['pairs']:,} pairs; asked anew: {model.asked:,}")
+    print(f"{writer.path}: {found['pairs']:,} pairs; new requests: {model.asked:,}")
     for name in (name for name in found if name not in ("model", "decoding")):
         print(f"  {name}: {_short(found[name])}")
     return 0

@@ -67,7 +67,7 @@ def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int
     if (usage := getattr(getattr(annotator, "judge", None), "usage", None)) is not None:
         results["usage"] = vars(usage)
         facts.append(
-            f"asked anew: {usage.requests:,} requests, {usage.prompt_tokens:,} + "
+            f"new requests: {usage.requests:,}, {usage.prompt_tokens:,} + "
             f"{usage.completion_tokens:,} tokens"
         )
     for line in [*facts, *results.get("notes", [])]:

@@ -215,7 +215,7 @@ def _tell(
     backends: dict[str, Cached],
 ) -> None:
     """Facts on the terminal and on the page."""
-    facts = [f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()]
+    facts = [f"new requests: {cached.asked:,} of {name}" for name, cached in backends.items()]
     if found is not None:
         best = found.nodes[found.best]
         facts.insert(

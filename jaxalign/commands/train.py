@@ -96,7 +96,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             train(config)
         except Stopped as stopped:
-            print(f"jaxalign train: {stopped}; the same command goes on", file=sys.stderr)
+            print(
+                f"jaxalign train: {stopped}; run the same command again to resume", file=sys.stderr
+            )
             return 143
     return 0
 

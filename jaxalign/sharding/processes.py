@@ -31,7 +31,7 @@ HEARTBEAT = 30
 """Seconds without a sign of life after which a process is taken for dead, and the run ends."""
 BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "heartbeat")
 """What errors say whose cause is another process."""
-GO_ON = "the same command in all processes goes on from the newest checkpoint"
+GO_ON = "the same command in all processes resumes from the newest checkpoint"
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
