@@ -25,15 +25,15 @@ commands:
   convert SOURCE TARGET                  run folder or checkpoint -> Hugging Face folder and back
   losses [NAME]                          the table of losses, or one loss's page
   report RUN [RUN ...]                   tables and plots of runs, side by side
-  entangle --model M --data D            the gradients of chosen and rejected, as a page to read
+  entangle --model M --data D            a page on the gradients of chosen and rejected
   plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
-  filter --model M --data D --output F   leave out pairs whose responses are too alike
+  filter --model M --data D --output F   leave out pairs whose responses are too similar
   generate --model M --prompts F --output F   a model's responses to a file of prompts
-  collect best-of-n | constitutional | society   preference data from models
+  collect METHOD --model M --prompts F --output D   preference data from models
   optimize-prompt --model M --seeds F    search for examples and a system prompt (DRPO)
   judge --a A --b B --judge J            outputs side by side: win rates, Elo, examples
 
-jaxalign COMMAND --help tells more of each; --debug, or JAXALIGN_DEBUG=1, shows tracebacks."""
+jaxalign COMMAND --help lists a command's flags; --debug, or JAXALIGN_DEBUG=1, shows tracebacks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxalign {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"jaxalign {command}: interrupted; the same command goes on", file=sys.stderr)
+        print(
+            f"jaxalign {command}: interrupted; run the same command again to resume",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (flushed at exit)

@@ -165,20 +165,23 @@ class EntanglementConfig:
     """What the preference stage logs of the gradients of its pairs (arXiv:2410.13828)."""
 
     every: Count = 0
-    """Steps between two that are watched: exact geometry of all pairs, cases, coefficients; 0:
-    none."""
+    """Steps between two whose per-pair gradient statistics are logged (exact geometry of all pairs,
+    cases, coefficients); 0: none."""
     parts: bool = False
-    """Also the cosine by layer and by kind of matrix."""
+    """Whether to log the cosine by layer and by kind of matrix, too."""
     cure: Literal["none", "normalised", "centred"] = "none"
-    """New weights for the two gradients of each pair in every step: unit vectors for gradients, or
-    coefficients in the centre of the disentanglement band; one more backward pass."""
+    """Reweighting of the two gradients of each pair in every step: gradients scaled to unit norm
+    (normalised), or coefficients in the centre of the disentanglement band (centred); one more
+    backward pass."""
     realised: bool = False
-    """Also how far the update moved the batch's own log-probs: one more forward pass."""
+    """Whether to log how far the update moved the batch's own log-probs, too; one more forward
+    pass."""
     preconditioned: bool = False
-    """Also the geometry in AdamW's own inner product: two more backward passes per pair."""
+    """Whether to log the geometry in AdamW's own inner product, too; two more backward passes per
+    pair."""
     mask: Literal["none", "differing", "learned"] = "none"
-    """Tokens that the loss counts: all, those in which the two responses differ, or weights learned
-    with a penalty on what is kept."""
+    """Tokens that the loss counts: all (none), those in which the two responses differ (differing),
+    or all with learned weights and a penalty on the weights (learned)."""
     mask_penalty: NonNegative = 1e-3
     """Penalty of a learned mask on the sum of its weights, per pair."""
     mask_learning_rate: NonNegative = 1e-2
@@ -196,24 +199,25 @@ class JudgeConfig:
     """How an annotator that is a language model, here or behind an endpoint, is asked."""
 
     template: str | None = None
-    """File with {prompt}, {first} and {second}: the question, whose answer is A or B."""
+    """File with the question; must contain {prompt}, {first} and {second}, and ask for A or B."""
     tokenizer: str | None = None
-    """lm: folder or hub name; by default the model's."""
+    """lm: tokenizer, as a folder or Hub name; by default the model's own."""
     max_length: AtLeastOne | None = None
-    """lm: most tokens of a question; by default the model's context."""
+    """lm: largest number of tokens in a question; by default the model's context."""
     batch_size: AtLeastOne = 8
-    """Comparisons or responses at a time, of models that run here."""
+    """Number of comparisons or responses in a batch, for models that run here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of such a model's computation."""
+    """Data type of the computation, for models that run here."""
     reward_rows: Literal["template", "end_token"] | None = None
-    """reward: how rows of a model from elsewhere end; by default as its chat template writes a
-    conversation, if it has one."""
+    """reward: text that a model not trained here scores: the conversation in its chat template (the
+    default where it has one), or prompt and response with the end-of-sequence token."""
     workers: AtLeastOne = 8
-    """openai: requests at a time."""
+    """Endpoint (openai:): number of simultaneous requests."""
     timeout: Positive = 60.0
-    """openai: seconds for a request."""
+    """Endpoint (openai:): time limit of a request in seconds."""
     attempts: AtLeastOne = 4
-    """openai: for each comparison, with waits that double between them."""
+    """Endpoint (openai:): largest number of attempts for each comparison, with doubling waits in
+    between."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,44 +225,45 @@ class RolloutConfig:
     """What the online stage does between two updates: sample responses, have them annotated."""
 
     algorithm: str = "ipo_md"
-    """A row of the table of online algorithms (`jaxalign losses`), or your own:
-    "FILE.py:FUNCTION", from hyperparameters to an `Algorithm`."""
+    """Name of an online algorithm in `jaxalign losses`, or your own, "FILE.py:FUNCTION": a function
+    from hyperparameters to an `Algorithm`."""
     options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
     prompts: str = "embedded"
     """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
     rows with a prompt, whatever else they hold; for spin also with a response."""
     eval_prompts: str | None = None
-    """Held-out prompts; by default `holdout` of the prompts."""
+    """Held-out prompts; by default a fraction `holdout` of the prompts."""
     max_eval_prompts: Count = 128
-    """Use at most this many held-out prompts; 0 does not evaluate."""
+    """Largest number of held-out prompts; 0: no evaluation."""
     annotator: str | None = None
-    """Who compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER, lm:FOLDER or
-    openai:URL#MODEL; None where the algorithm asks nobody (spin)."""
+    """Annotator that compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER,
+    lm:FOLDER or openai:URL#MODEL; None for algorithms without one (spin)."""
     judge: JudgeConfig = JudgeConfig()
-    """How it is asked, if it is a model."""
+    """Settings of an annotator that is a model."""
     max_prompt_length: AtLeastOne = 128
     """Longest prompt in tokens; longer ones lose their beginning and are counted."""
     max_tokens: AtLeastOne = 64
     """Longest response in tokens."""
     temperature: Positive = 1.0
-    """Of the policies: they sample, score and learn at it."""
+    """Temperature at which policies sample, score and learn."""
     top_k: Count = 0
-    """Draw from the so many likeliest tokens; 0: from all, as the theory has it."""
+    """Keep the k most likely tokens when sampling; 0: all, as the theory has it."""
     top_p: Fraction = 1.0
-    """Draw from the likeliest tokens of this share of the probability; 1: from all."""
+    """Keep the most likely tokens that hold this fraction of the probability when sampling; 1:
+    all."""
     min_p: Share = 0.0
-    """Draw from tokens at least this times as likely as the likeliest; 0: from all."""
+    """Keep tokens at least this fraction as likely as the most likely one when sampling; 0: all."""
     stop: tuple[str, ...] = ()
-    """Texts at which a response stops."""
+    """Strings that end a response."""
     unfinished_penalty: Finite = 0.0
-    """Taken from the reward of a response that max_tokens cut off, so that policies learn to end
-    (Huang et al., 2024, arXiv:2403.17031); for algorithms on rewards."""
+    """Penalty subtracted from the reward of a response cut off at max_tokens, so that policies
+    learn to end (Huang et al., 2024, arXiv:2403.17031); for algorithms on rewards."""
     mesh: dict[str, Parts] = dataclasses.field(default_factory=dict)
-    """How the devices share the sampling, e.g. data 2 tensor 4, parameters handed over before every
-    rollout; empty: as they share the updates."""
+    """Mesh of the devices for sampling, e.g. data 2 tensor 4, to which parameters are resharded
+    before every rollout; empty: the mesh of the updates."""
     record: Count = 4
-    """Prompts of each step whose responses are kept in the run folder's rollouts.jsonl."""
+    """Number of prompts per step whose responses are kept in the run folder's rollouts.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,30 +271,33 @@ class AlignmentConfig:
     """Representation alignment (RAHF, arXiv:2312.15997): stimuli, layers and the fit to them."""
 
     method: Literal["scit", "dual"] = "scit"
-    """Who tells preferred from dispreferred: one model by two instructions, or two models."""
+    """Contrast of preferred and dispreferred: one model with two instructions (scit), or two models
+    (dual)."""
     instructions: Literal["paper", "short"] = "paper"
-    """Wording of the two instructions; "short" for models of little context."""
+    """Wording of the two instructions; "short" for models with a short context."""
     positive: str | None = None
-    """Another text in place of the positive instruction."""
+    """Text that replaces the positive instruction."""
     negative: str | None = None
-    """Another text in place of the negative instruction."""
+    """Text that replaces the negative instruction."""
     positive_model: str | None = None
-    """Dual: folder of the model tuned on chosen responses; None: the base itself."""
+    """dual: folder of the model tuned on chosen responses; None: the base itself."""
     negative_model: str | None = None
-    """Dual: folder of the model tuned on rejected responses."""
+    """dual: folder of the model tuned on rejected responses."""
     layers: tuple[Count, ...] = ()
-    """Hidden states to fit (0: embeddings, l: what block l - 1 leaves); none: the paper's, 10 to 18
-    (dual: 20) of 32 by twos, as shares of the depth."""
+    """Hidden states to fit (0: embeddings, l: output of block l - 1); none: the paper's, every
+    second of 10 to 18 (dual: 20) of 32, scaled to the depth."""
     alpha: Finite = 5.0
-    """How far along the difference; 5 in the paper."""
+    """Multiple of the difference of hidden states that is added to the target; 5 in the paper."""
     positions: AtLeastOne | None = None
-    """First tokens of a response that are fitted; None: the paper's, 512 (dual: 64)."""
+    """Number of tokens of a response, from the first, that are fitted; None: the paper's, 512
+    (dual: 64)."""
     responses: Literal["chosen", "rejected", "both", "random"] | None = None
-    """Responses that are read; None: the paper's, one of a pair at random (dual: both)."""
+    """Responses of a pair that are read; None: the paper's, one at random (dual: both)."""
     distance: Literal["squared", "norm"] = "squared"
-    """Squared, as the paper writes it, or not, as its released code has it."""
+    """Distance to the target: the squared norm, as in the paper, or the norm, as in its released
+    code."""
     lora: LoraConfig = LoraConfig(rank=8, dropout=0.05, targets=("q", "v"))
-    """Adapters that are fitted, merged at the stage's end; the paper's."""
+    """Adapters that are fitted and merged at the end of the stage; the paper's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,20 +309,21 @@ class TrainConfig:
     output: str = "runs"
     """Folder in which run folders are made."""
     model: str = "embedded"
-    """Hugging Face folder, hub name, GGUF file, or "embedded": random weights of `architecture`."""
+    """Model to start from: Hugging Face folder, Hub name, GGUF file, or "embedded" for random
+    weights of `architecture`."""
     adapter: str | None = None
     """PEFT folder or hub name of adapters that are merged into the model before the first stage."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; by default the model's own."""
     architecture: ArchitectureConfig = ArchitectureConfig()
-    """The model that is made where `model` is "embedded"."""
+    """Architecture of the model that is initialised where `model` is "embedded"."""
     data: str = "embedded"
     """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or
     "embedded"."""
     eval_data: str | None = None
-    """Held-out pairs; by default `holdout` of the data's prompts."""
+    """Held-out pairs; by default those of a fraction `holdout` of the prompts."""
     holdout: BelowOne = 0.1
-    """Share of prompts held out for evaluation where `eval_data` is not given."""
+    """Fraction of the prompts held out for evaluation where `eval_data` is not given."""
     sft_data: str | None = None
     """Prompt and response records for the SFT stage; by default the chosen responses."""
     sft_responses: Literal["chosen", "rejected", "hindsight"] = "chosen"
@@ -325,21 +334,22 @@ class TrainConfig:
     eval_text: tuple[str, ...] = ()
     """Held-out text files for the pretraining stage."""
     bad_records: Literal["error", "skip"] = "error"
-    """What a record that cannot be used does: stop with its line, or be skipped and counted."""
+    """Response to a record that cannot be used: stop and name its line, or skip and count it."""
     max_length: Annotated[int, Range("[2, inf)")] = 256
-    """Longest prompt plus response in tokens; prompts lose their beginning."""
+    """Largest number of tokens in prompt and response together; longer prompts lose their
+    beginning."""
     prompt_format: str = "{prompt}"
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
     comparison_format: str = "\n\nResponse A: {first}\n\nResponse B: {second}\n\nBetter response:"
-    """What follows the prompt where a preference model reads two responses."""
+    """Text after the prompt where a preference model reads two responses."""
     strings_as_chat: bool = False
     """Put plain prompts through the tokenizer's chat template, too."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
     max_records: AtLeastOne | None = None
-    """Use at most this many training records."""
+    """Largest number of training records; None: all."""
     max_eval_records: Count | None = 512
-    """Use at most this many held-out records."""
+    """Largest number of held-out records; None: all."""
     pretrain: StageConfig = StageConfig()
     """Next-token prediction on packed text."""
     sft: StageConfig = StageConfig()
@@ -362,36 +372,39 @@ class TrainConfig:
     loss_options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["auto", "live", "precomputed", "none"] = "auto"
-    """Reference log-probs: computed in each step, or once before the first one and stored, or not
-    at all; auto: none where the loss reads none (then there are no rewards and no KL in the
-    metrics), once where the steps pass over the pairs more than once and the loss reads log-probs
-    alone, else live."""
+    """Computation of the reference's log-probs: in each step (live), once before the first step and
+    stored (precomputed), or not at all (none); auto: none where the loss reads none (then there are
+    no rewards and no KL in the metrics), precomputed where each pair is seen more than once and the
+    loss reads log-probs alone, else live."""
     share_prompts: Literal["auto", "always", "never"] = "auto"
-    """Compute once what both rows of a pair begin with (decoders; the same numbers): where it saves
-    a quarter of the tokens and not on a GPU, whose fused attention wants whole rows; or always."""
+    """Whether the common beginning of both rows of a pair is computed once (decoders; the same
+    numbers); auto: where it saves a quarter of the tokens, but not on a GPU, whose fused attention
+    needs whole rows."""
     entanglement: EntanglementConfig = EntanglementConfig()
-    """The gradients of chosen and rejected, seen during the preference stage."""
+    """Statistics of the gradients of chosen and rejected during the preference stage."""
     lora: LoraConfig = LoraConfig()
-    """Low-rank adapters in the SFT and preference stages; a stage's are merged before the next."""
+    """Low-rank adapters in the SFT and preference stages, merged at the end of each stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Computation dtype; parameters and optimiser state are float32."""
+    """Data type of the computation; parameters and optimiser state are float32."""
     remat: Literal["auto", "none", "full", "dots"] = "auto"
-    """What the backward pass computes anew instead of keeping: nothing, whole layers, all but
-    matrix products; auto is full on a CPU, whose memory is the slower part, else none."""
+    """What the backward pass recomputes to save memory: nothing (none), whole layers (full), or all
+    but matrix products (dots); auto: the fastest whose estimated activations fit the device's free
+    memory, kept in the run folder for resuming."""
     mesh: MeshConfig = MeshConfig()
-    """How devices share the work."""
+    """Mesh over which the devices share the work."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop with the record numbers, or skip and count."""
+    """Response to a loss or gradient that is not finite: stop and name the records, or skip and
+    count the update."""
     profile: Count = 0
-    """Steps of every stage to trace, after the first two; the trace goes into the run folder's
-    `profile`, for Perfetto and xprof."""
+    """Number of steps of every stage to trace, after the first two; the trace goes into the run
+    folder's `profile`, for Perfetto and xprof."""
     damaged_checkpoints: Literal["fall_back", "stop"] = "fall_back"
-    """Where the newest checkpoint's files are not what was written: resume from the newest that is
-    whole, or stop."""
+    """Response to a newest checkpoint whose files are not what was written: resume from the newest
+    intact one, or stop."""
     export: bool = True
-    """Write a Hugging Face folder `export` at the end."""
+    """Whether to write a Hugging Face folder `export` at the end."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project (extra `wandb`)."""
+    """Weights & Biases project to log to, too (extra `wandb`); None: no project."""
     seed: Seed = 0
     """Seed of initial weights, data order and dropout."""
 

@@ -39,6 +39,7 @@ from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
 from jaxalign.models.weights import find_folder
+from jaxalign.progress import saying
 from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
@@ -207,7 +208,7 @@ class LocalModel:
             stops = None
             if decoding.stop:
                 stops = jnp.asarray(stop_table(decoding.stop, self._token_bytes))
-            self._programs[asked] = compile_generate(
+            program = compile_generate(
                 self.model.config,
                 self.mesh,
                 samples=samples,
@@ -223,6 +224,15 @@ class LocalModel:
                 stops=stops,
                 dtype=self.dtype,
             )
+
+            def shape(policies: Any, tokens: Any, *_: Any) -> str:
+                del policies
+                return (
+                    f"sampling for {tokens.shape[0]} prompts of {tokens.shape[1]} tokens, "
+                    f"responses of {decoding.max_tokens}"
+                )
+
+            self._programs[asked] = saying(program, shape)
         return self._programs[asked]
 
     @functools.cached_property

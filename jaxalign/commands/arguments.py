@@ -99,5 +99,5 @@ def add_bad_records(flags: argparse.ArgumentParser) -> None:
         "--bad-records",
         choices=("error", "skip"),
         default="error",
-        help="what a record that cannot be used does: stop with its line, or be skipped",
+        help="response to a record that cannot be used: stop and name its line, or skip it",
     )

@@ -39,12 +39,15 @@ from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.files import check_output, locked, open_text, write_text
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import track
 
 
 def main(arguments: Sequence[str]) -> int:
     """Collect, or go on: what was asked before is found in the folder."""
     given = collect_flags().parse_args(arguments)
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     with locked(given.output, "--output", folder=True):
         return _collect(given)
 
@@ -85,7 +88,7 @@ def _collect(given: argparse.Namespace) -> int:
     found |= {"model": model.identity, "decoding": vars(decoding)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     write_text(given.output / "statistics.json", text + "\n")
-    print(f"{writer.path}: {found['pairs']:,} pairs; asked anew: {model.asked:,}")
+    print(f"{writer.path}: {found['pairs']:,} pairs; new requests: {model.asked:,}")
     for name in (name for name in found if name not in ("model", "decoding")):
         print(f"  {name}: {_short(found[name])}")
     return 0
@@ -110,7 +113,7 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
     prompts = [record.prompt for record in records]
     kept: list[Any] = []
     equal = answered = without = rewarded = 0
-    for one in sampled_candidates(
+    candidates = sampled_candidates(
         model,
         prompts,
         annotator,
@@ -118,7 +121,8 @@ def _best_of_n(given, model, backend, answers, records, decoding, writer) -> dic
         samples=given.samples,
         batch_size=given.batch_size,
         kept=(answers, given.annotator),
-    ):
+    )
+    for one in track(candidates, "prompts", len(records)):
         record, answered = records[one.number], answered + 1
         without, rewarded = without + one.without_reward, rewarded + len(one.responses)
         if given.select == "raft":
@@ -194,7 +198,7 @@ def _constitutional(given, model, backend, answers, records, decoding, writer) -
             name: stack.enter_context(open_text(given.output / f"{name}.jsonl", "w"))
             for name in ("traces", "sft")
         }
-        for trace, record in zip(
+        revisions = zip(
             revised(
                 model,
                 [transcript(record.prompt) for record in records],
@@ -208,7 +212,8 @@ def _constitutional(given, model, backend, answers, records, decoding, writer) -
             ),
             records,
             strict=True,
-        ):
+        )
+        for trace, record in track(revisions, "prompts", len(records)):
             traces += 1
             write_row(files["traces"], {**vars(trace), "final": trace.last})
             for row in sft_rows(trace):
@@ -250,7 +255,7 @@ def _self_align(given, model, backend, answers, records, decoding, writer) -> di
         found = self_aligned(
             model, prompts, decoding, rules=rules, shown=shown, batch_size=given.batch_size
         )
-        for one, record in zip(found, records, strict=True):
+        for one, record in track(zip(found, records, strict=True), "prompts", len(records)):
             write_row(files["traces"], vars(one))
             if one.fault:
                 faults[one.fault] += 1
@@ -300,7 +305,8 @@ def _society(given, model, backend, answers, records, decoding, writer) -> dict[
             name: stack.enter_context(open_text(given.output / f"{name}.jsonl", "w"))
             for name in ("encounters", "imitation", "self_critic", "realignment", "comparisons")
         }
-        for one in society.rounds(questions, given.rounds):
+        encounters = society.rounds(questions, given.rounds)
+        for one in track(encounters, "encounters", given.rounds * given.side**2):
             counts["encounters"] += 1
             counts["feedback"] += len(one.feedback)
             counts["feedback_rated"] += sum(math.isfinite(rating) for _, rating, _ in one.feedback)

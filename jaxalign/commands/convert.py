@@ -50,14 +50,18 @@ def main(arguments: Sequence[str]) -> int:
         "Hugging Face -> Orbax folder.",
     )
     flags.add_argument(
-        "source", help="run folder, Orbax folder, GGUF file, Hugging Face folder or hub name"
+        "source",
+        help="what to convert: run folder, Orbax folder, GGUF file, Hugging Face folder or Hub "
+        "name",
     )
-    flags.add_argument("target", type=Path, help="folder to make; must not exist")
-    flags.add_argument("--stage", choices=STAGES, help="of a run; default: its last")
+    flags.add_argument("target", type=Path, help="folder to create; it must not exist")
+    flags.add_argument("--stage", choices=STAGES, help="stage of a run folder (default: its last)")
     flags.add_argument(
-        "--step", type=within(Count), help="of a run; default: the newest checkpoint"
+        "--step", type=within(Count), help="step of a run folder (default: its newest checkpoint)"
     )
-    flags.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    flags.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="data type of the written weights"
+    )
     given = flags.parse_args(arguments)
     if os.path.lexists(given.target):
         raise UserError(f"{given.target}: exists already; name a folder that does not")

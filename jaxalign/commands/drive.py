@@ -14,13 +14,41 @@ from jax.sharding import Mesh
 
 from jaxalign.commands.stages import stage_folder
 from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.progress import Progress
 from jaxalign.sharding import place
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.loop import Throughput, run_stage
 from jaxalign.training.metrics import Writer
 from jaxalign.training.profiling import Trace
-from jaxalign.training.progress import Progress
 from jaxalign.training.step import TrainState, initial_state
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """What a progress line shows of a step's metrics."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if "rewards/accuracies" in values:
+        parts.append(f"accuracy {values['rewards/accuracies']:.2f}")
+    parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def of_step(what: str) -> Callable[[Any, Any, Any], str]:
+    """For `progress.saying`: a step's arguments -> "the step for 8 pairs of 2 x 256 tokens"."""
+
+    def describe(state: Any, frozen: Any, batch: Any) -> str:
+        del state, frozen
+        rows = getattr(batch, "pairs", getattr(batch, "responses", batch))
+        count, *sides, length = rows.tokens.shape
+        each = f"pairs of 2 x {length}" if sides == [2] else f"rows of {length}"
+        each = f"prompts of {sides[0]} x {length}" if sides and sides != [2] else each
+        text = f"{what} for {count} {each} tokens"
+        if (response := getattr(rows, "response_tokens", None)) is not None:
+            text += f", responses of {response.shape[-1]}"
+        if (joint := getattr(rows, "joint_tokens", None)) is not None:
+            text += f", sharing prompts in {joint.shape[-1]}"
+        return text
+
+    return describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +117,7 @@ def drive(
         first = min(start + 2, max(stage.steps - config.profile, start))
         traced = config.profile and jax.process_index() == 0
         folder = world.folder / "profile" / name if traced else None
-        with Progress(name, stage.steps, start=start) as progress:
+        with Progress(name, stage.steps, done=start, unit="step") as progress:
             state = run_stage(
                 name,
                 state=state,
@@ -107,7 +135,7 @@ def drive(
                 writers=world.writers,
                 throughput=throughput,
                 nonfinite=config.nonfinite,
-                progress=progress,
+                progress=lambda step, values: progress(step, in_words(values)),
                 trace=Trace(folder, first=first, steps=config.profile),
             )
     return state

@@ -38,12 +38,16 @@ from jaxalign.entanglement.tokens import (
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, open_text
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
-from jaxalign.models import load_pretrained
+from jaxalign.models import DecoderConfig, load_pretrained
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.responses import response_log_probs
+from jaxalign.progress import saying, track
 from jaxalign.reporting.entanglement_page import HeatMap, LossRow, Page, PairRow, write_page
 
 HEAT_MAPS = {"all": token_geometry, "unembedding": last_layer_geometry}
 """`--heat-map-parameters` -> what computes a heat map."""
+STEP = 16
+"""Rows of heat maps are cut to multiples of so many tokens, for one program to serve several."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,25 +58,37 @@ def main(arguments: Sequence[str]) -> int:
         "entangled pairs, token heat maps, and what each loss would do (arXiv:2410.13828).",
     )
     add_arguments(flags)
-    flags.add_argument("--reference", help="Hugging Face folder (default: the model itself)")
     flags.add_argument(
-        "--loss", default="dpo", help='a row of `jaxalign losses`, or "FILE.py:FUNCTION"'
+        "--reference", help="reference model: Hugging Face folder (default: the model itself)"
     )
     flags.add_argument(
-        "--pairs", type=within(AtLeastOne), default=64, help="pairs to look at, from the first on"
+        "--loss", default="dpo", help='name of a loss in `jaxalign losses`, or "FILE.py:FUNCTION"'
     )
     flags.add_argument(
-        "--heat-maps", type=within(Count), default=2, help="most and least entangled pairs"
+        "--pairs",
+        type=within(AtLeastOne),
+        default=64,
+        help="number of pairs to measure, counted from the first",
     )
     flags.add_argument(
-        "--heat-map-tokens", type=within(AtLeastOne), default=40, help="first tokens of each side"
+        "--heat-maps",
+        type=within(Count),
+        default=2,
+        help="number of most and of least entangled pairs that get a heat map",
+    )
+    flags.add_argument(
+        "--heat-map-tokens",
+        type=within(AtLeastOne),
+        default=40,
+        help="number of tokens of each response, counted from the first, in a heat map",
     )
     flags.add_argument(
         "--heat-map-parameters",
         choices=tuple(HEAT_MAPS),
         default="all",
-        help="whose gradients the heat maps compare: of all parameters (one backward pass a "
-        "token), or of the unembedding alone (one forward pass)",
+        help="parameters whose gradients the heat maps compare: all (one backward pass per "
+        "token), or "
+        "the unembedding alone (one forward pass)",
     )
     flags.add_argument("--output", type=Path, default=Path("entanglement"), help="folder to write")
     given = flags.parse_args(arguments)
@@ -80,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     if reads_tokens:
         raise UserError(f"loss: {given.loss} reads whole distributions; name another")
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     loaded = load(given, most=given.pairs)
     reference = loaded.model
     if given.reference:
@@ -98,12 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         left_out=loaded.left_out,
         pairs=pair_rows(loaded, geometry, pairs, loss, scores),
         losses=[loss_row(name, own, geometry, pairs) for name, own in losses.items()],
-        heat_maps=heat_maps(
-            loaded,
-            list(dict.fromkeys(map(int, shown))),
-            given.heat_map_tokens,
-            HEAT_MAPS[given.heat_map_parameters],
-        ),
+        heat_maps=[],
         heat_map_parameters={"all": "all parameters"}.get(
             given.heat_map_parameters, "the unembedding alone"
         ),
@@ -114,7 +126,14 @@ def main(arguments: Sequence[str]) -> int:
             numbers = values.pop("numbers")
             values |= {key: x if np.isfinite(x) else None for key, x in numbers.items()}
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
-    path = write_page(page, given.output)
+    write_page(page, given.output)  # kept where the heat maps, which take longest, are stopped
+    maps = heat_maps(
+        loaded,
+        list(dict.fromkeys(map(int, shown))),
+        given.heat_map_tokens,
+        HEAT_MAPS[given.heat_map_parameters],
+    )
+    path = write_page(dataclasses.replace(page, heat_maps=maps), given.output)
     for words in page.left_out:
         print(words)
     header = ["loss", *CASES, "d_w/d_l"]
@@ -127,11 +146,8 @@ def measure(
     loaded: ModelAndPairs, reference: Any, batch_size: int
 ) -> tuple[PairGeometry, PairLogProbs]:
     """Geometry and log-probs of every pair, in the order of `loaded.pairs`."""
-    from rich.progress import track
-
     config = loaded.model.config
 
-    @jax.jit
     def of_batch(params: Any, of_reference: Any, batch: PairBatch) -> Any:
         def log_probs(params: Any) -> Any:
             return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
@@ -140,11 +156,18 @@ def measure(
         known = own if of_reference is None else log_probs(of_reference)
         return pair_geometry(params, config, batch), own, known
 
+    compiled = saying(
+        jax.jit(of_batch),
+        lambda _, __, batch: "the gradients of {} pairs of {} x {} tokens".format(
+            *batch.tokens.shape
+        ),
+    )
+
     parts = []
-    for batch in track(loaded.batches(batch_size), description="pairs"):
+    for batch in track(loaded.batches(batch_size), "gradients of pairs", unit="batch"):
         of_reference = None if reference is loaded.model else reference.params
         placed = jax.tree.map(jnp.asarray, batch)
-        found, own, known = jax.device_get(of_batch(loaded.model.params, of_reference, placed))
+        found, own, known = jax.device_get(compiled(loaded.model.params, of_reference, placed))
         real = np.asarray(batch.weight) > 0
         fields = found, own, known, batch.response_length
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], fields))
@@ -226,13 +249,20 @@ def heat_maps(
 ) -> list[HeatMap]:
     """Token against token for some pairs, the first tokens of either response."""
     model, maps, one_by_one = loaded.model, [], loaded.batches(1)
-    compiled = jax.jit(lambda params, pair: geometry(params, model.config, pair))
-    for at in shown:
+    compiled = saying(
+        jax.jit(lambda params, pair: geometry(params, model.config, pair)),
+        lambda _, pair: f"the heat map of a pair of 2 x {pair.tokens.shape[-1]} tokens",
+    )
+    for at in track(shown, "heat maps"):
         batch = one_by_one[at]
         length = np.minimum(batch.response_length[0], most)
         size = min(batch.response_tokens.shape[-1], most)
+        tokens = batch.tokens[0]
+        if isinstance(model.config, DecoderConfig):  # no token depends on those behind it
+            read = int(batch.prompt_length[0].max()) + size
+            tokens = tokens[:, : -(-read // STEP) * STEP]
         pair = PairTokens(
-            tokens=batch.tokens[0],
+            tokens=tokens,
             prompt_length=batch.prompt_length[0],
             response_tokens=batch.response_tokens[0][:, :size],
             response_length=length,

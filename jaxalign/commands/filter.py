@@ -18,6 +18,8 @@ from jaxalign.entanglement.similarity import (
     hidden_states_of_pairs,
 )
 from jaxalign.files import check_output, replacing
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import track
 
 SCORES = (*HIDDEN_SIMILARITIES, "edit")
 
@@ -33,15 +35,17 @@ def main(arguments: Sequence[str]) -> int:
         "--by",
         choices=SCORES,
         default="ln_ches",
-        help="similarity: CHES, its length-normalised form (default), last hidden states' inner "
-        "product, or minus the edit distance",
+        help="similarity to filter by: CHES, its length-normalised form, the inner product of the "
+        "last "
+        "hidden states, or the negated edit distance",
     )
     flags.add_argument(
-        "--keep", type=within(Fraction), default=0.95, help="share of the pairs to keep"
+        "--keep", type=within(Fraction), default=0.95, help="fraction of the pairs to keep"
     )
     flags.add_argument("--output", type=Path, required=True, help="JSON Lines file to write")
     given = flags.parse_args(arguments)
     check_output(given.output, "--output")
+    enable_compilation_cache()
     loaded = load(given)
     scores = similarities(loaded, given.batch_size)
     own = scores[given.by]
@@ -85,7 +89,7 @@ def similarities(loaded: ModelAndPairs, batch_size: int) -> dict[str, np.ndarray
         }
 
     parts = []
-    for batch in loaded.batches(batch_size):
+    for batch in track(loaded.batches(batch_size), "similarities", unit="batch"):
         real = np.asarray(batch.weight) > 0
         found = jax.device_get(of_batch(model.params, batch))
         found = {name: values[real] for name, values in found.items()}

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,8 @@ from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, 
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, locked, open_text, read_json, write_json, writing
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import Progress
 from jaxalign.prompting import Composer, PromptArtefact, read_artefact
 from jaxalign.prompting.composing import without_marks
 
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.samples > 1 and given.temperature == 0:
         raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
     check_output(given.output, "--output")
+    enable_compilation_cache()
     with locked(given.output, "--output"):
         return _generate(given, decoding)
 
@@ -84,8 +87,11 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
         print(f"{given.output}: {done:,} of {len(records):,} prompts have their responses")
     written = cut = 0
     missing: list[str] = []
-    with open_text(given.output, "a") as file:
-        for begin in _shown(range(done, len(records), given.batch_size)):
+    with (
+        open_text(given.output, "a") as file,
+        Progress("prompts", len(records), done=done) as progress,
+    ):
+        for begin in range(done, len(records), given.batch_size):
             mine = records[begin : begin + given.batch_size]
             asked = prompts[begin : begin + given.batch_size]
             found = model.generate(asked, decoding, samples=given.samples)
@@ -99,6 +105,7 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
                     row = _row(record, text, sample, given.samples)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
+            progress(begin + len(mine))
     print(
         f"{given.output}: {written:,} responses written, {cut:,} cut at {given.max_tokens} tokens"
     )
@@ -115,61 +122,96 @@ def _flags() -> argparse.ArgumentParser:
     flags = parser(
         "generate",
         "A model's responses to prompts, as {prompt, response} rows that `jaxalign judge` reads. "
-        "The same command goes on where an earlier one ended.",
+        "Run the same command again to resume.",
     )
     flags.add_argument(
         "--model",
         required=True,
-        help="folder, hub name, run folder, GGUF file, or openai:URL#MODEL",
+        help="model: Hugging Face folder, Hub name, run folder, GGUF file or openai:URL#MODEL",
     )
     flags.add_argument(
-        "--prompts", required=True, help="{prompt} rows, or any records; also FILE#[:100]"
+        "--prompts",
+        required=True,
+        help="file of {prompt} rows; other fields are ignored; FILE#[:100] takes the first 100",
     )
     flags.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
     add_bad_records(flags)
     flags.add_argument(
-        "--samples", type=within(AtLeastOne), default=1, help="responses to each prompt"
-    )
-    flags.add_argument("--temperature", type=within(NonNegative), default=0.0, help="0 is greedy")
-    flags.add_argument(
-        "--top-p", type=within(Fraction), default=1.0, help="share of the probability to keep"
+        "--samples", type=within(AtLeastOne), default=1, help="number of responses to each prompt"
     )
     flags.add_argument(
-        "--top-k", type=within(Count), default=0, help="likeliest tokens to keep; 0: all"
+        "--temperature",
+        type=within(NonNegative),
+        default=0.0,
+        help="sampling temperature; 0: greedy decoding",
+    )
+    flags.add_argument(
+        "--top-p",
+        type=within(Fraction),
+        default=1.0,
+        help="keep the most likely tokens that hold this fraction of the probability; 1: all",
+    )
+    flags.add_argument(
+        "--top-k", type=within(Count), default=0, help="keep the k most likely tokens; 0: all"
     )
     flags.add_argument(
         "--min-p",
         type=within(Share),
         default=0.0,
-        help="least probability, as a share of the likeliest's",
+        help="keep tokens at least this fraction as likely as the most likely one; 0: all",
     )
     flags.add_argument(
         "--repetition-penalty",
         type=within(Positive),
         default=1.0,
-        help="on tokens that are there already; 1 is none, RAHF's evaluation takes 1.2",
+        help="divisor of the logits of tokens that already occur; 1: none, RAHF's evaluation uses "
+        "1.2",
     )
-    flags.add_argument("--max-tokens", type=within(AtLeastOne), default=128, help="of a response")
+    flags.add_argument(
+        "--max-tokens",
+        type=within(AtLeastOne),
+        default=128,
+        help="largest number of tokens in a response",
+    )
     flags.add_argument(
         "--prompt-artefact",
         type=Path,
         metavar="FILE",
-        help="system prompt and examples, as `jaxalign optimize-prompt` writes them",
+        help="prompt.json of `jaxalign optimize-prompt`: its system prompt and examples (default: "
+        "none)",
     )
-    flags.add_argument("--stop", nargs="*", default=[], help="texts that end a response")
-    flags.add_argument("--seed", type=within(Seed), default=0, help="of the draws")
-    flags.add_argument("--most", type=within(AtLeastOne), help="prompts to take, from the first on")
-    flags.add_argument("--batch-size", type=within(AtLeastOne), default=8, help="prompts at a time")
+    flags.add_argument(
+        "--stop", nargs="*", default=[], help="strings that end a response (default: none)"
+    )
+    flags.add_argument("--seed", type=within(Seed), default=0, help="seed of the sampling")
+    flags.add_argument(
+        "--most",
+        type=within(AtLeastOne),
+        help="largest number of prompts, counted from the first (default: all)",
+    )
+    flags.add_argument(
+        "--batch-size",
+        type=within(AtLeastOne),
+        default=8,
+        help="number of prompts in a batch, or of simultaneous requests to an endpoint",
+    )
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
     flags.add_argument(
         "--chat", action="store_true", help="put plain prompts through the chat template"
     )
     flags.add_argument(
-        "--completions", action="store_true", help="openai: continue texts, as base models do"
+        "--completions",
+        action="store_true",
+        help="endpoint (openai:): use the completions API, for base models",
     )
-    flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
     flags.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
+        "--tokenizer", help="tokenizer: folder or Hub name (default: the model's own)"
+    )
+    flags.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="data type of the computation",
     )
     return flags
 
@@ -263,10 +305,3 @@ def _id_and_prompt(line: bytes) -> tuple[Any, Any]:
         return row["id"], row["prompt"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None, None
-
-
-def _shown(batches: Sequence[int]) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(batches, description="batches", console=Console(stderr=True))

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,8 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
 from jaxalign.files import check_output, locked, write_text
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.progress import track
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     if not files and given.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     with locked(given.output, "--output", folder=True):
         return _judge(given, files)
 
@@ -48,7 +51,7 @@ def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int
             timeout=given.timeout,
             attempts=given.attempts,
             answers_file=given.output / "answers.jsonl",
-            progress=_progress,
+            progress=lambda answers, total: track(answers, "answers", total),
         ),
     )
     facts = [f"judge {_identity(annotator, given.judge)}"]
@@ -64,7 +67,7 @@ def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int
     if (usage := getattr(getattr(annotator, "judge", None), "usage", None)) is not None:
         results["usage"] = vars(usage)
         facts.append(
-            f"asked anew: {usage.requests:,} requests, {usage.prompt_tokens:,} + "
+            f"new requests: {usage.requests:,}, {usage.prompt_tokens:,} + "
             f"{usage.completion_tokens:,} tokens"
         )
     for line in [*facts, *results.get("notes", [])]:
@@ -90,70 +93,111 @@ def _flags() -> argparse.ArgumentParser:
         "and at equal length, a matrix and Elo ratings of many, examples to read. Files hold "
         "{prompt, response} rows (or {instruction, output}).",
     )
-    flags.add_argument("--judge", required=True, metavar="KIND:NAME", help=kinds)
-    flags.add_argument("--a", help="outputs of one policy")
-    flags.add_argument("--b", help="outputs of the other")
+    flags.add_argument("--judge", required=True, metavar="KIND:NAME", help=f"judge: {kinds}")
+    flags.add_argument("--a", help="file of the first policy's outputs")
+    flags.add_argument("--b", help="file of the second policy's outputs")
     flags.add_argument(
         "--outputs",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME=FILE",
-        help="two or more policies; a name given again is another seed of it",
+        help="outputs of two or more policies; a repeated name is another seed of that policy",
     )
-    flags.add_argument("--baseline", help="policy to control lengths against (default: the last)")
     flags.add_argument(
-        "--common", action="store_true", help="leave out prompts that some file lacks"
+        "--baseline",
+        help="policy against which length-controlled win rates are computed (default: the last)",
+    )
+    flags.add_argument(
+        "--common", action="store_true", help="use only the prompts that every file has"
     )
     flags.add_argument(
         "--human",
         metavar="DATA",
-        help="measure the judge: pairs {prompt, chosen, rejected} that people labelled, or "
+        help="comparisons labelled by people, to measure the judge: pairs {prompt, chosen, "
+        "rejected}, or "
         "{prompt, first, second, preference} with 1, 0 or 0.5",
     )
-    flags.add_argument("--by", metavar="FIELD", help="part the labelled comparisons by this field")
-    flags.add_argument("--most", type=within(AtLeastOne), help="prompts to take, from the first on")
+    flags.add_argument(
+        "--by",
+        metavar="FIELD",
+        help="field by which agreement on --human is broken down (default: none)",
+    )
+    flags.add_argument(
+        "--most",
+        type=within(AtLeastOne),
+        help="largest number of prompts, counted from the first (default: all)",
+    )
     add_bad_records(flags)
     flags.add_argument("--output", type=Path, default=Path("judged"), help="folder to write")
-    flags.add_argument("--examples", type=within(Count), default=5, help="of each kind on the page")
+    flags.add_argument(
+        "--examples",
+        type=within(Count),
+        default=5,
+        help="number of examples of each kind on the page",
+    )
     flags.add_argument(
         "--confidence",
         type=within(Annotated[float, Range("(0, 1)")]),
         default=0.95,
-        help="of the intervals",
+        help="confidence level of the intervals",
     )
     flags.add_argument(
-        "--resamples", type=within(AtLeastOne), default=1000, help="of the bootstrap"
+        "--resamples", type=within(AtLeastOne), default=1000, help="number of bootstrap resamples"
     )
-    flags.add_argument("--seed", type=within(Seed), default=0, help="of the bootstrap")
+    flags.add_argument("--seed", type=within(Seed), default=0, help="seed of the bootstrap")
     of_models = flags.add_argument_group("language models as judges")
     of_models.add_argument(
-        "--template", type=Path, help="file with {prompt}, {first} and {second}; the answer A or B"
-    )
-    of_models.add_argument("--tokenizer", help="lm: folder or hub name (default: the model's)")
-    of_models.add_argument(
-        "--max-length", type=within(AtLeastOne), help="lm: tokens (default: the context)"
-    )
-    of_models.add_argument(
-        "--batch-size", type=within(AtLeastOne), default=8, help="lm: comparisons at a time"
+        "--template",
+        type=Path,
+        help="file with the question; must contain {prompt}, {first} and {second}, and ask for A "
+        "or B "
+        "(default: built in)",
     )
     of_models.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="lm: of the computation"
+        "--tokenizer", help="lm: tokenizer, as a folder or Hub name (default: the model's own)"
+    )
+    of_models.add_argument(
+        "--max-length",
+        type=within(AtLeastOne),
+        help="lm: largest number of tokens in a question (default: the model's context)",
+    )
+    of_models.add_argument(
+        "--batch-size",
+        type=within(AtLeastOne),
+        default=8,
+        help="lm: number of comparisons in a batch",
+    )
+    of_models.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="lm: data type of the computation",
     )
     of_models.add_argument(
         "--reward-rows",
         choices=("template", "end_token"),
-        help="reward: a model from elsewhere scores the conversation as its chat template writes "
-        "it (default), or the response with the end-of-sequence token",
+        help="reward: text that a model not trained here scores: the conversation in its chat "
+        "template "
+        "(the default where it has one), or prompt and response with the end-of-sequence token",
     )
     of_models.add_argument(
-        "--workers", type=within(AtLeastOne), default=8, help="openai: requests at a time"
+        "--workers",
+        type=within(AtLeastOne),
+        default=8,
+        help="endpoint (openai:): number of simultaneous requests",
     )
     of_models.add_argument(
-        "--timeout", type=within(Positive), default=60.0, help="openai: seconds a request"
+        "--timeout",
+        type=within(Positive),
+        default=60.0,
+        help="endpoint (openai:): time limit of a request in seconds",
     )
     of_models.add_argument(
-        "--attempts", type=within(AtLeastOne), default=4, help="openai: for each comparison"
+        "--attempts",
+        type=within(AtLeastOne),
+        default=4,
+        help="endpoint (openai:): largest number of attempts for each comparison",
     )
     return flags
 
@@ -184,10 +228,3 @@ def _identity(annotator: Annotator, spec: str) -> str:
     judge = annotator.judge if isinstance(annotator, JudgeAnnotator) else annotator
     known = getattr(judge, "identity", None)
     return spec if known is None else f"{spec} ({known})"
-
-
-def _progress(answers: Iterable[Any], total: int) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(answers, total=total, description="answers", console=Console(stderr=True))

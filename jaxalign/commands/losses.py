@@ -49,7 +49,9 @@ def print_algorithms() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("online algorithm", "what it is", "hyperparameters", show_lines=True)
+    table = Table(show_lines=True)
+    for name in ("online algorithm", "what it is", "hyperparameters"):
+        table.add_column(name, overflow="fold")
     for name, algorithm in ALGORITHMS.items():
         summary = (inspect.getdoc(algorithm) or "").splitlines()[0]
         parameters = inspect.signature(algorithm).parameters.values()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxalign.backends.local import end_tokens
-from jaxalign.commands.drive import World, drive
+from jaxalign.commands.drive import World, drive, of_step
 from jaxalign.commands.stages import stage_folder
 from jaxalign.commands.updates import (
     algorithm_of,
@@ -45,6 +45,7 @@ from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
 from jaxalign.online.step import OnlineStep, TextRecorder
+from jaxalign.progress import saying
 from jaxalign.sharding import make_mesh, parameter_shardings, place
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.training.checkpoints import newest_step
@@ -243,7 +244,7 @@ def run_online(world: World, name: str, params: Any) -> tuple[Any, Any]:
             policy=policy,
             sampler=sampler,
             annotator=annotator,
-            update=compile_step(one_update, state, mesh),
+            update=saying(compile_step(one_update, state, mesh), of_step("the update")),
             hand_over=hand_over,
             prompt_texts=data.train_texts,
             mesh=mesh,

@@ -27,7 +27,9 @@ from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, locked, write_text
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.modules import find_function
+from jaxalign.progress import Progress, busy
 from jaxalign.prompting import (
     FIXED,
     AskedOptimizer,
@@ -38,6 +40,7 @@ from jaxalign.prompting import (
     Found,
     Node,
     PromptArtefact,
+    Revision,
     RuleReward,
     ScoredReward,
     SystemPromptWorld,
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if _told_cost(given, len(seeds)):
         return 0
     check_output(given.output, "--output", folder=True)
+    enable_compilation_cache()
     with locked(given.output, "--output", folder=True):
         return _search(given, seeds, queries)
 
@@ -122,13 +126,15 @@ def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequen
         rewriter = AskedRewriter(asker(name))
     examples = seeds
     if rewriter is not None and given.iterations and seeds:
-        examples, history = improve_examples(
-            seeds,
-            rewriter,
-            reward,
-            iterations=given.iterations,
-            watch=lambda some: _write_lines(given.output / "examples.jsonl", map(asdict, some)),
-        )
+        with Progress("examples", given.iterations + 1, unit="round") as progress:
+
+            def watch(some: Sequence[Revision]) -> None:
+                _write_lines(given.output / "examples.jsonl", map(asdict, some))
+                progress(some[-1].step + 1, f"{len(some):,} responses rewarded")
+
+            examples, history = improve_examples(
+                seeds, rewriter, reward, iterations=given.iterations, watch=watch
+            )
         gained = [one.evaluation.mean for one in history if one.step == 0]
         print(f"examples: {len(examples)}, mean of the seeds {_mean(gained):.2f}")
     composer = Composer(
@@ -147,7 +153,8 @@ def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequen
     else:
         found = _searched(given, world)
         prompts = [found.nodes[number].state["prompt"] for number in found.candidates]
-        rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
+        with busy(f"rewarding {len(prompts) + 1} prompts on {len(fresh)} fresh queries"):
+            rows = validate(world, [*prompts, given.first_prompt], fresh) if fresh else []
         chosen = rows[0][0] if rows and math.isfinite(rows[0][1]) else prompts[0]
     write_artefact(
         PromptArtefact(
@@ -208,7 +215,7 @@ def _tell(
     backends: dict[str, Cached],
 ) -> None:
     """Facts on the terminal and on the page."""
-    facts = [f"asked anew: {cached.asked:,} of {name}" for name, cached in backends.items()]
+    facts = [f"new requests: {cached.asked:,} of {name}" for name, cached in backends.items()]
     if found is not None:
         best = found.nodes[found.best]
         facts.insert(
@@ -245,15 +252,18 @@ def _tell(
 
 
 def _searched(given: argparse.Namespace, world: SystemPromptWorld) -> Found:
-    def watch(nodes: Sequence[Node]) -> None:
-        _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
-
     sizes = {"actions": given.actions, "depth": given.depth, "more_depth": given.more_depth}
-    if given.search == "beam":
-        return beam_search(world, width=given.width, watch=watch, **sizes)
-    if given.search == "greedy":
-        return greedy_search(world, watch=watch, **sizes)
-    return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
+    with Progress(f"{given.search} search", given.depth, unit="level") as progress:
+
+        def watch(nodes: Sequence[Node]) -> None:
+            _write_lines(given.output / "tree.jsonl", map(asdict, nodes))
+            progress(nodes[-1].depth, f"{len(nodes):,} prompts rewarded")
+
+        if given.search == "beam":
+            return beam_search(world, width=given.width, watch=watch, **sizes)
+        if given.search == "greedy":
+            return greedy_search(world, watch=watch, **sizes)
+        return monte_carlo(world, paths=given.width * given.actions, depth=given.depth, watch=watch)
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -281,89 +291,152 @@ def _flags() -> argparse.ArgumentParser:
     flags = parser(
         "optimize-prompt",
         "Align a model without training it: rewrite in-context examples by their criticism, then "
-        "search for a system prompt (DRPO, arXiv:2411.08733). Every answer is kept; the same "
-        "command goes on where a killed one ended and asks nothing twice.",
+        "search for a system prompt (DRPO, arXiv:2411.08733). Every answer is "
+        "kept: run the same command again to resume, and nothing is requested twice.",
     )
-    flags.add_argument("--model", required=True, help="whose prompt: a folder, or openai:URL#MODEL")
+    flags.add_argument(
+        "--model",
+        required=True,
+        help="model to find a prompt for: Hugging Face folder or openai:URL#MODEL",
+    )
     flags.add_argument(
         "--optimizer",
-        help="who proposes: such a name, or bank:FILE of bullet points (default: the evaluator)",
+        help="model that proposes prompts, or bank:FILE of bullet points (default: --evaluator)",
     )
     flags.add_argument(
         "--evaluator",
-        help="who rewards: such a name (writes scores and reasons), scored:FOLDER (by log-probs of "
-        "the scores), or rule:FILE.py:FUNCTION of (query, response), 1 to 5 (default: the model)",
+        help="source of rewards: a model that writes scores and reasons, scored:FOLDER (log-probs "
+        "of the "
+        "scores), or rule:FILE.py:FUNCTION of (query, response), 1 to 5 (default: --model)",
     )
-    flags.add_argument("--seeds", required=True, help="{prompt, response} rows: the examples")
-    flags.add_argument("--queries", help="{prompt} rows to search with (default: the seeds')")
+    flags.add_argument(
+        "--seeds", required=True, help="file of {prompt, response} rows: the in-context examples"
+    )
+    flags.add_argument(
+        "--queries", help="file of {prompt} rows to search with (default: the prompts of --seeds)"
+    )
     add_bad_records(flags)
     flags.add_argument("--output", type=Path, default=Path("prompts"), help="folder to write")
     flags.add_argument(
         "--search",
         choices=("beam", "greedy", "monte-carlo", "none"),
         default="beam",
-        help="none: better examples alone, under the first prompt",
+        help="search method; none: only improve the examples, under --first-prompt",
     )
-    flags.add_argument("--width", type=within(AtLeastOne), default=2, help="paths that are kept")
     flags.add_argument(
-        "--actions", type=within(AtLeastOne), default=3, help="prompts proposed from each"
+        "--width", type=within(AtLeastOne), default=2, help="number of paths kept at each level"
+    )
+    flags.add_argument(
+        "--actions",
+        type=within(AtLeastOne),
+        default=3,
+        help="number of prompts proposed from each path",
     )
     flags.add_argument(
         "--depth",
         type=within(AtLeastOne),
         default=19,
-        help="levels below the first prompt's, one query each",
+        help="number of levels below the first prompt, one query each",
     )
     flags.add_argument(
-        "--more-depth", type=within(Count), default=10, help="levels added by good prompts"
+        "--more-depth",
+        type=within(Count),
+        default=10,
+        help="largest number of levels added while a prompt has full marks",
     )
     flags.add_argument(
         "--reward",
         choices=("dynamic", "fixed"),
         default="dynamic",
-        help="criteria chosen for each query, or always the same five",
-    )
-    flags.add_argument("--examples", type=within(Count), default=2, help="shown while searching")
-    flags.add_argument(
-        "--examples-at-inference", type=within(Count), help="shown later (default: as many)"
+        help="criteria of the reward: chosen for each query (dynamic), or always the same five "
+        "(fixed)",
     )
     flags.add_argument(
-        "--iterations", type=within(Count), default=5, help="of the examples; 0 keeps them"
+        "--examples",
+        type=within(Count),
+        default=2,
+        help="number of examples in a prompt during the search",
     )
     flags.add_argument(
-        "--validate", type=within(Count), default=8, help="fresh queries to choose by; 0: none"
-    )
-    flags.add_argument("--first-prompt", default=FIRST, help="system prompt of the root")
-    flags.add_argument("--layout", choices=LAYOUTS, default="continue", help="of the prompt")
-    flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
-    flags.add_argument(
-        "--max-tokens", type=within(AtLeastOne), default=256, help="of the model's answers"
+        "--examples-at-inference",
+        type=within(Count),
+        help="number of examples in a prompt after the search (default: --examples)",
     )
     flags.add_argument(
-        "--judge-tokens", type=within(AtLeastOne), default=2048, help="of the other roles' answers"
-    )
-    flags.add_argument("--stop", nargs="*", default=[], help="texts that end an answer")
-    flags.add_argument(
-        "--attempts", type=within(AtLeastOne), default=2, help="for an answer that can be read"
-    )
-    flags.add_argument("--seed", type=within(Seed), default=0, help="of the proposals")
-    flags.add_argument(
-        "--batch-size", type=within(AtLeastOne), default=8, help="local: prompts at a time"
+        "--iterations",
+        type=within(Count),
+        default=5,
+        help="number of rewritings of the examples; 0 keeps them",
     )
     flags.add_argument(
-        "--workers", type=within(AtLeastOne), default=8, help="openai: requests at a time"
+        "--validate",
+        type=within(Count),
+        default=8,
+        help="number of fresh queries on which the final prompt is chosen; 0: none",
     )
     flags.add_argument(
-        "--estimate", action="store_true", help="say what the search may cost, and do nothing"
+        "--first-prompt", default=FIRST, help="system prompt that the search starts from"
     )
-    flags.add_argument("--requests-per-minute", type=within(Positive), help="openai: at most")
-    flags.add_argument("--completions", action="store_true", help="openai: --model is a base model")
+    flags.add_argument("--layout", choices=LAYOUTS, default="continue", help="layout of the prompt")
+    flags.add_argument(
+        "--embedder",
+        default="words",
+        help="source of the vectors by which examples are chosen: words, model, or another "
+        "model's name",
+    )
+    flags.add_argument(
+        "--max-tokens",
+        type=within(AtLeastOne),
+        default=256,
+        help="largest number of tokens in an answer of --model",
+    )
+    flags.add_argument(
+        "--judge-tokens",
+        type=within(AtLeastOne),
+        default=2048,
+        help="largest number of tokens in an answer of the evaluator or optimizer",
+    )
+    flags.add_argument(
+        "--stop", nargs="*", default=[], help="strings that end an answer (default: none)"
+    )
+    flags.add_argument(
+        "--attempts",
+        type=within(AtLeastOne),
+        default=2,
+        help="largest number of attempts to get a readable answer",
+    )
+    flags.add_argument("--seed", type=within(Seed), default=0, help="seed of the proposals")
+    flags.add_argument(
+        "--batch-size",
+        type=within(AtLeastOne),
+        default=8,
+        help="local model: number of prompts in a batch",
+    )
+    flags.add_argument(
+        "--workers",
+        type=within(AtLeastOne),
+        default=8,
+        help="endpoint (openai:): number of simultaneous requests",
+    )
+    flags.add_argument(
+        "--estimate", action="store_true", help="print what the search may cost, and stop"
+    )
+    flags.add_argument(
+        "--requests-per-minute",
+        type=within(Positive),
+        help="endpoint (openai:): largest number of requests per minute (default: no limit)",
+    )
+    flags.add_argument(
+        "--completions",
+        action="store_true",
+        help="endpoint (openai:): use the completions API for --model, a base model",
+    )
     flags.add_argument(
         "--prices",
         type=within(NonNegative),
         nargs=2,
         default=(0.0, 0.0),
         metavar=("IN", "OUT"),
-        help="openai: of a million tokens, to tell the cost",
+        help="endpoint (openai:): prices of a million input and output tokens, to compute the cost",
     )
     return flags

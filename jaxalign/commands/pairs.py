@@ -38,6 +38,7 @@ class ModelAndPairs:
 
     def batches(self, size: int) -> list[PairBatch]:
         """Every pair once, in order; the last batch is filled up with pairs of weight 0."""
+        size = min(size, len(self.pairs))
         return list(pair_batches(self.pairs, batch_size=size, epochs=1, shuffle=False, buckets=2))
 
     def place(self, number: int) -> str:
@@ -48,18 +49,26 @@ class ModelAndPairs:
 
 def add_arguments(flags: argparse.ArgumentParser) -> None:
     """The flags that `load` reads."""
-    flags.add_argument("--model", required=True, help="Hugging Face folder, hub name or GGUF file")
-    flags.add_argument("--data", required=True, help="preference pairs, as in jaxalign train")
-    flags.add_argument("--tokenizer", help="folder or hub name (default: the model's)")
+    flags.add_argument(
+        "--model", required=True, help="model: Hugging Face folder, Hub name or GGUF file"
+    )
+    flags.add_argument(
+        "--data", required=True, help="preference pairs, as --data of jaxalign train"
+    )
+    flags.add_argument(
+        "--tokenizer", help="tokenizer: folder or Hub name (default: the model's own)"
+    )
     flags.add_argument(
         "--max-length",
         type=within(Annotated[int, Range("[2, inf)")]),
         default=256,
-        help="tokens of prompt and response",
+        help="largest number of tokens in prompt and response together",
     )
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
     add_bad_records(flags)
-    flags.add_argument("--batch-size", type=within(AtLeastOne), default=8, help="pairs at a time")
+    flags.add_argument(
+        "--batch-size", type=within(AtLeastOne), default=8, help="number of pairs in a batch"
+    )
 
 
 def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs:

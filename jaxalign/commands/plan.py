@@ -28,28 +28,36 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, compile, print; 1 where a stage does not fit."""
     flags = parser("plan", DESCRIPTION)
     flags.allow_abbrev = False
-    flags.add_argument("experiment", help="a Python file or module with config()")
+    flags.add_argument("experiment", help="Python file or module with config()")
     flags.add_argument(
         "--topology",
         required=True,
-        help="generation (v5e, v5p, v6e) and chips along each axis: v5p:4x4x4; cpu:8 for a trial",
+        help="TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; "
+        "cpu:8 for a "
+        "trial",
     )
-    flags.add_argument("--scale", default="paper", help="of the experiment: tiny or paper")
-    flags.add_argument("--stage", help="one of those that the config runs; default: all of them")
+    flags.add_argument("--scale", default="paper", help="scale of the experiment: tiny or paper")
+    flags.add_argument("--stage", help="stage to plan (default: all that the config runs)")
     flags.add_argument(
         "--response",
         type=within(AtLeastOne),
-        help="tokens of the longest response; all of max_length if not set",
+        help="number of tokens in the longest response (default: max_length)",
     )
     flags.add_argument(
         "--sweep",
         action="store_true",
-        help="meshes, batch sizes, micro-batches and remat by their bound, until --most fit",
+        help="try meshes, batch sizes, micro-batches and remat, the best bound first, until "
+        "--most fit",
     )
     flags.add_argument(
-        "--most", type=within(AtLeastOne), default=5, help="plans that a sweep looks for"
+        "--most",
+        type=within(AtLeastOne),
+        default=5,
+        help="number of fitting plans that a sweep looks for",
     )
-    flags.add_argument("--json", type=Path, help="file for the figures")
+    flags.add_argument(
+        "--json", type=Path, help="JSON file to write the numbers to (default: none)"
+    )
     given, fields = flags.parse_known_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is only compiled for
     config = parse([given.experiment, "--scale", given.scale, *fields])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.commands.drive import World, drive
+from jaxalign.commands.drive import World, drive, of_step
 from jaxalign.commands.stages import STAGES
 from jaxalign.commands.training_data import PreferenceData, instructions_of, tokenization
 from jaxalign.commands.updates import (
@@ -31,6 +31,7 @@ from jaxalign.losses import dpo
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import save_adapters
+from jaxalign.progress import saying
 from jaxalign.representation import (
     StimulusBatch,
     responses_of,
@@ -165,7 +166,7 @@ def run_representation(world: World, name: str, params: Any) -> tuple[Any, Any]:
     one_step = stage_step(config, name, objective, optimizer)
 
     def make_step(state: TrainState) -> Callable[[int], Callable]:
-        compiled = compile_step(one_step, state, mesh)
+        compiled = saying(compile_step(one_step, state, mesh), of_step("the step"))
         return lambda done: compiled
 
     state = drive(

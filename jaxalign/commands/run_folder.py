@@ -39,6 +39,7 @@ MADE = (
     "environment.json",
     "data.json",
     "model.json",
+    "remat.json",
     "generation_config.json",
     "metrics.jsonl",
     "rollouts.jsonl",

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.commands.drive import World, drive
+from jaxalign.commands.drive import World, drive, of_step
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.exports import export_model, keep_generation_config
 from jaxalign.commands.find import find_loss
 from jaxalign.commands.inputs import INPUTS, check_examples
 from jaxalign.commands.online import check_online, load_prompts, run_online
 from jaxalign.commands.rates import LARGE, high_rates
+from jaxalign.commands.rematerialisation import with_remat
 from jaxalign.commands.report import print_table
 from jaxalign.commands.representation import load_stimuli, run_representation
 from jaxalign.commands.run_folder import run_folder
@@ -65,9 +66,11 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
+from jaxalign.progress import saying
 from jaxalign.reporting import comparison, online, read_run, representation, write_report
 from jaxalign.reporting.report import skipped_updates
 from jaxalign.sharding import batch_sharding, make_mesh, place
@@ -95,7 +98,9 @@ def main(arguments: Sequence[str]) -> int:
         try:
             train(config)
         except Stopped as stopped:
-            print(f"jaxalign train: {stopped}; the same command goes on", file=sys.stderr)
+            print(
+                f"jaxalign train: {stopped}; run the same command again to resume", file=sys.stderr
+            )
             return 143
     return 0
 
@@ -147,7 +152,7 @@ def _train(config: TrainConfig, mesh: Mesh, folder: Path) -> None:
     try:
         for name in STAGES:
             if getattr(config, name).runs:
-                params, trained = RUNS.get(name, run)(world, name, params)
+                params, trained = RUNS.get(name, run)(with_remat(world, name), name, params)
                 if trained is not None:  # so the next stage's reference is what this one made
                     params = place(merge(params, trained, config.lora.scale), mesh)
                     adapters.append(trained)
@@ -227,14 +232,6 @@ def report(folder: Path) -> None:
     print(f"report: {path}")
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, where the user has not said otherwise."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path.home() / ".cache" / "jaxalign" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The architecture and the parameters to start from, placed on the mesh in float32."""
     if config.adapter is not None and config.model == "embedded":
@@ -298,10 +295,10 @@ def run(world: World, name: str, params: Any) -> tuple[Any, Any]:
     watch, every = make_watch(config, name, objective), config.entanglement.every
 
     def make_step(state: TrainState) -> Callable[[int], Callable]:
-        plain = compile_step(one_step(), state, mesh)
+        plain = saying(compile_step(one_step(), state, mesh), of_step("the step"))
         if watch is None:
             return lambda done: plain
-        seen = compile_step(one_step(watch), state, mesh)
+        seen = saying(compile_step(one_step(watch), state, mesh), of_step("the watched step"))
         return lambda done: plain if done % every else seen
 
     live = is_preference and has_reference(objective) and not precomputed

@@ -13,6 +13,8 @@ from jaxalign.models.precision import precision
 from jaxalign.models.responses import response_states
 from jaxalign.records import AnyArray, record
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 CHUNK_NUMBERS = 2**26
 """Numbers that a chunk's gradients hold together where the caller does not say: 256 MiB."""
 
@@ -70,9 +72,11 @@ def token_geometry(
               \nabla_\theta \log\pi(y_{l,u}) \rangle, \qquad
               \sum_{tu} M_{tu} = \langle g_w, g_l \rangle
 
-    Over all trained parameters. A chosen token's gradient (one backward pass) is pushed through the
-    derivative of all rejected log-probs at once (one forward-mode pass), a chunk of tokens at a
-    time: a chunk's gradients are in memory and never all of them.
+    Over all trained parameters. A decoder is walked backwards once, a layer at a time: a layer's
+    gradients of the chosen tokens are pushed through the derivative of the rejected row in that
+    layer alone (forward mode) and meet the rejected tokens' cotangents behind it; embeddings are in
+    closed form. Elsewhere a chosen token's whole gradient is pushed through the derivative of all
+    rejected log-probs. Either way only a chunk of tokens' gradients is in memory.
 
     Args:
       params: nested dict of arrays.
@@ -88,6 +92,13 @@ def token_geometry(
     References:
       The heat maps of Yuan et al., 2024, arXiv:2410.13828, figure 4b.
     """
+    if isinstance(config, DecoderConfig):
+        return _by_layers(params, config, pair, adapters, adapter_scale, chunk)
+    return _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk)
+
+
+def _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeometry:
+    """A chosen token's whole gradient at a time, for any architecture."""
     trained = params if adapters is None else adapters
     size = sum(x.size for x in jax.tree.leaves(trained))
     chunk = max(1, CHUNK_NUMBERS // size) if chunk is None else chunk
@@ -118,6 +129,142 @@ def token_geometry(
     return TokenGeometry(inner=inner, chosen=chosen, rejected=rejected)
 
 
+def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeometry:
+    """Layer by layer from the last to the first, for decoders."""
+    tokens, length = jnp.asarray(pair.tokens), pair.response_tokens.shape[1]
+    scale = {} if adapters is None else {"adapters": adapters, "adapter_scale": adapter_scale}
+    x, block, inputs = decoder.begin_layers(
+        params, config, tokens, attention_kind="blocked", **scale
+    )
+    at = 0 if adapters is None else 1  # of the inputs, what is trained
+    size = sum(leaf.size for leaf in jax.tree.leaves(inputs[at])) // config.layers
+    chunk = max(1, CHUNK_NUMBERS // size) if chunk is None else chunk
+
+    def through(x: Array, inputs: Any) -> tuple[Array, Array]:
+        return block(x, inputs)[0], x
+
+    last, entered = jax.lax.scan(through, x, inputs)
+    places = jnp.asarray(pair.prompt_length)[:, None] - 1 + jnp.arange(length)[None]
+    places = jnp.clip(places, 0, tokens.shape[1] - 1)
+    hidden = decoder.norm(last, params["final_norm"], config)
+    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    slope = _slopes(params, config, pair, hidden)
+    kernel, bias = decoder.unembedding(params, config)
+    back = jnp.matmul(slope, kernel.T.astype(jnp.float32), precision=HIGHEST)
+
+    def batched(of_token: Callable[[Array], Any], cotangents: Array) -> Any:
+        return jax.lax.map(of_token, cotangents, batch_size=min(chunk, length))
+
+    def of_norm(side: int) -> tuple[Array, Any]:
+        """Cotangents of the last layer's states for each token, and the final norm's gradients."""
+        _, backward = jax.vjp(
+            lambda x, scales: decoder.norm(x, scales, config),
+            last[side : side + 1],
+            params["final_norm"],
+        )
+
+        def of_token(inputs: tuple[Array, Array]) -> Any:
+            place, cotangent = inputs
+            rows = jnp.zeros(last[:1].shape).at[0, place].set(cotangent)
+            return backward(rows.astype(last.dtype))
+
+        return jax.lax.map(of_token, (places[side], back[side]))
+
+    def meet(chosen: Any, rejected: Any) -> Array:
+        """Inner product of two trees of gradients."""
+        products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y), chosen, rejected)
+        return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+    def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
+        (chosen, rejected), sums = carry
+        entered, own = inputs
+
+        def run(trained: Any, x: Array) -> Array:
+            return block(x, (*own[:at], trained, *own[at + 1 :]))[0]
+
+        rows = entered[:1], entered[1:]
+        _, pull_chosen = jax.vjp(run, own[at], rows[0])
+        _, pull_rejected = jax.vjp(run, own[at], rows[1])
+        _, push = jax.linearize(lambda trained: run(trained, rows[1]), own[at])
+
+        def of_chosen(cotangent: Array) -> tuple[Array, Array, Array]:
+            gradient, before = pull_chosen(cotangent)
+            moved = push(gradient)
+            inner = jnp.tensordot(rejected, moved, axes=moved.ndim, precision=HIGHEST)
+            return before, meet(gradient, gradient), inner
+
+        def of_rejected(cotangent: Array) -> tuple[Array, Array]:
+            gradient, before = pull_rejected(cotangent)
+            return before, meet(gradient, gradient)
+
+        chosen, own_chosen, inner = batched(of_chosen, chosen)
+        rejected, own_rejected = batched(of_rejected, rejected)
+        more = TokenGeometry(inner=inner, chosen=own_chosen, rejected=own_rejected)
+        return ((chosen, rejected), jax.tree.map(jnp.add, sums, more)), None
+
+    (chosen, scales_chosen), (rejected, scales_rejected) = of_norm(0), of_norm(1)
+    sums = jax.tree.map(jnp.zeros_like, _products(slope))
+    carry = (chosen, rejected), sums
+    (firsts, sums), _ = jax.lax.scan(layer, carry, (entered, inputs), reverse=True)
+    if adapters is not None:
+        return sums
+    scales = [scales_chosen, scales_rejected]
+    flat = [
+        jnp.concatenate([x.reshape(length, -1) for x in jax.tree.leaves(one)], axis=1)
+        for one in scales
+    ]
+    parts = [sums, _products(flat), _of_embeddings(params, config, pair, firsts, hidden, slope)]
+    if bias is not None:
+        parts.append(_products(slope))
+    return jax.tree.map(lambda *xs: sum(xs), *parts)
+
+
+def _of_embeddings(params, config, pair, firsts, hidden, slope) -> TokenGeometry:
+    """What embedding, positions and unembedding add, in closed form.
+
+    A token's gradient of the unembedding is the outer product of its slope and its hidden state;
+    that of the embedding is what reached the first layer, added up at the ids that were looked up.
+    """
+    tokens = jnp.asarray(pair.tokens)
+    firsts = [x[:, 0].astype(jnp.float32) for x in firsts]  # [response, length, width]
+    factor = 1.0 if config.embedding_scale is None else config.embedding_scale
+    entered = [factor * x for x in firsts]
+
+    def looked_up(one: int, other: int) -> Array:
+        """[tokens of one, tokens of other], or of one with themselves on the diagonal."""
+        same = (tokens[one][:, None] == tokens[other][None]).astype(jnp.float32)
+        gathered = jnp.einsum("pq,tpd->tqd", same, entered[one], precision=HIGHEST)
+        return jnp.einsum("tqd,uqd->tu", gathered, entered[other], precision=HIGHEST)
+
+    def crossed(one: int, other: int) -> Array:
+        """The unembedding's gradients of one side with the lookups' of the other."""
+        at_ids = slope[one][:, tokens[other]]  # [tokens of one, length]
+        dots = jnp.einsum("td,uqd->tuq", hidden[one], entered[other], precision=HIGHEST)
+        return jnp.einsum("tq,tuq->tu", at_ids, dots, precision=HIGHEST)
+
+    def total(one: int, other: int) -> Array:
+        states = jnp.matmul(hidden[one].astype(jnp.float32), hidden[other].T, precision=HIGHEST)
+        slopes = jnp.matmul(slope[one], slope[other].T, precision=HIGHEST)
+        out = states * slopes + looked_up(one, other)
+        return out + crossed(one, other) + crossed(other, one).T if config.tied else out
+
+    found = TokenGeometry(
+        inner=total(0, 1), chosen=jnp.diagonal(total(0, 0)), rejected=jnp.diagonal(total(1, 1))
+    )
+    if config.position_kind != "learned":
+        return found
+    by_place = _products([x.reshape(x.shape[0], -1) for x in firsts])
+    return jax.tree.map(jnp.add, found, by_place)
+
+
+def _products(x: Any) -> TokenGeometry:
+    """Inner products of rows [tokens, ...] of the two sides, and their squared norms."""
+    own = [jnp.sum(jnp.square(side), axis=-1) for side in x]
+    return TokenGeometry(
+        inner=jnp.matmul(x[0], x[1].T, precision=HIGHEST), chosen=own[0], rejected=own[1]
+    )
+
+
 def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens) -> TokenGeometry:
     r"""`token_geometry` of the unembedding alone, in closed form from one forward pass.
 
@@ -135,28 +282,21 @@ def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens
     Returns:
       [response, response] in float32.
     """
-    hidden, slope = _states_and_slopes(params, config, pair)
-    real = jnp.arange(hidden.shape[1])[None] < jnp.asarray(pair.response_length)[:, None]
-    slope = jnp.where(real[..., None], slope, 0.0)
-
-    def products(x: Array) -> tuple[Array, Array, Array]:
-        own = jnp.sum(jnp.square(x), axis=-1)
-        return jnp.matmul(x[0], x[1].T, precision=jax.lax.Precision.HIGHEST), own[0], own[1]
-
-    of_hidden, of_slope = products(hidden.astype(jnp.float32)), products(slope)
-    inner, chosen, rejected = (x * y for x, y in zip(of_hidden, of_slope, strict=True))
-    return TokenGeometry(inner=inner, chosen=chosen, rejected=rejected)
+    hidden = _hidden(params, config, pair)
+    slope = _slopes(params, config, pair, hidden)
+    return jax.tree.map(jnp.multiply, _products(hidden.astype(jnp.float32)), _products(slope))
 
 
-def _logits(params, config, pair, **adapters):
-    """Hidden states and float32 logits that predict the responses, and their form's derivative.
-
-    With all logits of one pair in memory, and differentiable in either direction.
-    """
+def _hidden(params, config, pair, **adapters) -> Float[Array, "rows response width"]:
+    """Hidden states that predict the responses, differentiable in either direction."""
     if isinstance(config, DecoderConfig):
         adapters = adapters | {"attention_kind": "blocked"}
     rows = (pair.tokens, pair.prompt_length, pair.response_tokens)
-    hidden = response_states(params, config, *map(jnp.asarray, rows), **adapters)
+    return response_states(params, config, *map(jnp.asarray, rows), **adapters)
+
+
+def _logits(params, config, hidden):
+    """Float32 logits, all of one pair in memory, and the derivative of their form."""
     room: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
     kernel, bias = room.unembedding(params, config)
     z = jnp.matmul(
@@ -173,18 +313,20 @@ def _logits(params, config, pair, **adapters):
     z = softcap(z, config.logit_softcap)
     if config.logit_softcap is not None:
         slope = slope * (1.0 - jnp.square(z / config.logit_softcap))
-    return hidden, z, slope
+    return z, slope
 
 
 def _log_probs(config, pair, *, params, **adapters) -> Float[Array, "rows response"]:
-    _, z, _ = _logits(params, config, pair, **adapters)
+    z, _ = _logits(params, config, _hidden(params, config, pair, **adapters))
     targets = jnp.asarray(pair.response_tokens)
     picked = jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], axis=-1)[..., 0]
     real = jnp.arange(targets.shape[1])[None] < jnp.asarray(pair.response_length)[:, None]
     return jnp.where(real, picked, 0.0)
 
 
-def _states_and_slopes(params, config, pair) -> tuple[Array, Array]:
-    hidden, z, form = _logits(params, config, pair)
+def _slopes(params, config, pair, hidden) -> Float[Array, "rows response vocabulary"]:
+    """Derivatives of the log-probs in what the unembedding makes of the states; 0 at padding."""
+    z, form = _logits(params, config, hidden)
     hit = jax.nn.one_hot(jnp.asarray(pair.response_tokens), z.shape[-1])
-    return hidden, form * (hit - jax.nn.softmax(z))
+    real = jnp.arange(z.shape[1])[None] < jnp.asarray(pair.response_length)[:, None]
+    return jnp.where(real[..., None], form * (hit - jax.nn.softmax(z)), 0.0)

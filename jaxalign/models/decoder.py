@@ -360,6 +360,27 @@ def states_and_keys(
     return norm(devices.by_rows(x), params["final_norm"], config), kept
 
 
+def begin_layers(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    tokens: Int[Array, "batch length"],
+    **options: Any,
+) -> tuple[Float[Array, "batch length width"], Callable, Any]:
+    """The parts of `hidden_states`, for those who go through the layers themselves.
+
+    Args:
+      params: as in `hidden_states`.
+      config: the decoder.
+      tokens: as in `hidden_states`.
+      **options: those of `states_and_keys`, without `remat` and `keep`.
+
+    Returns:
+      What the first layer reads; a layer, (x, inputs) -> (x, None); and the layers' inputs, stacked
+      [layers, ...]: parameters, adapters, whether the layer is windowed, and what is added to it.
+    """
+    return _begun(params, config, tokens, **options)
+
+
 def states_at_layers(
     params: Mapping[str, Any],
     config: DecoderConfig,

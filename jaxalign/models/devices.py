@@ -6,7 +6,9 @@ Both are set around the tracing of a program, by whoever compiles it.
 import contextlib
 import contextvars
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from jax.sharding import NamedSharding
@@ -20,6 +22,20 @@ _TARGET: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar
 _PLACES: contextvars.ContextVar[tuple[NamedSharding, NamedSharding] | None] = (
     contextvars.ContextVar("places", default=None)
 )
+
+
+def enable_compilation_cache() -> None:
+    """Keep all compiled programs on disk, where the user has not said otherwise.
+
+    Small programs, too: a command has about a hundred of them, which together take longer to
+    compile than a small model's step. JAX_COMPILATION_CACHE_DIR names another folder,
+    JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path.home() / ".cache" / "jaxalign" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def platform() -> str:

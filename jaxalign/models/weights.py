@@ -20,6 +20,7 @@ from jaxalign.gguf import is_gguf
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, check_numbers, transposed
 from jaxalign.models.gguf import GGUFTensors, config_fields
+from jaxalign.progress import busy
 
 # Buffers that old checkpoints carry and no model needs.
 HARMLESS = re.compile(
@@ -263,9 +264,10 @@ def load_pretrained(
     table = weight_table(config, scored=scored)
     sources = _sources(files, table, renamed, leaves, config, folder)
     params: dict[str, Any] = {}
-    for path, shape in leaves.items():
-        sharding = _sharding(path, shape, mesh, rule)
-        _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
+    with busy(f"loading the weights of {path_or_hub_name}"):
+        for path, shape in leaves.items():
+            sharding = _sharding(path, shape, mesh, rule)
+            _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
     return make(config, params)
 
 

@@ -4,7 +4,7 @@ from jaxalign.evaluation.criteria import CRITERIA, FIXED, Criterion
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, RuleReward, ScoredReward
 from jaxalign.prompting.artefact import Example, PromptArtefact, read_artefact, write_artefact
 from jaxalign.prompting.composing import Composer
-from jaxalign.prompting.examples import improve_examples
+from jaxalign.prompting.examples import Revision, improve_examples
 from jaxalign.prompting.optimizers import AskedOptimizer, BankOptimizer
 from jaxalign.prompting.search import Found, Node, World, beam_search, greedy_search, monte_carlo
 from jaxalign.prompting.system_prompts import SystemPromptWorld, validate
@@ -22,6 +22,7 @@ __all__ = [
     "Found",
     "Node",
     "PromptArtefact",
+    "Revision",
     "RuleReward",
     "ScoredReward",
     "SystemPromptWorld",

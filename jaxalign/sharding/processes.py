@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign import progress
 from jaxalign.errors import OutputError, UserError
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
@@ -30,7 +31,7 @@ HEARTBEAT = 30
 """Seconds without a sign of life after which a process is taken for dead, and the run ends."""
 BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "heartbeat")
 """What errors say whose cause is another process."""
-GO_ON = "the same command in all processes goes on from the newest checkpoint"
+GO_ON = "the same command in all processes resumes from the newest checkpoint"
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
@@ -65,6 +66,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
             f"come together ({reason}); start all of them at once and let {', '.join(VARIABLES)} "
             f"say who they are, or set {NUMBER}=1 for a process by itself"
         ) from error
+    if jax.process_index() != 0:
+        progress.silence()
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:

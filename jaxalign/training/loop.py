@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxalign.errors import UserError
+from jaxalign.progress import busy
 from jaxalign.sharding.processes import anywhere
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
@@ -216,7 +217,9 @@ def run_stage(
 
     def evaluate_at(at: int) -> None:
         if evaluation is not None:
-            write("eval", at, evaluation(state, frozen))
+            with busy(f"{name}: evaluating on held-out data at step {at}"):
+                values = evaluation(state, frozen)
+            write("eval", at, values)
 
     def save_state(at: int, position: Any) -> None:
         terminated.saved = at

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxalign.data.batches import PairBatch
 from jaxalign.errors import notice
 from jaxalign.files import read_arrays, write_arrays
+from jaxalign.progress import track
 from jaxalign.sharding import replicated
 from jaxalign.sharding.processes import first_says
 from jaxalign.training.objectives import PreferenceObjective
@@ -53,7 +54,7 @@ def precompute_reference(
         return batch.weight, batch.record_index, values
 
     numbers, values = [], []
-    for batch in batches:
+    for batch in track(batches, "reference log-probs", unit="batch"):
         weight, number, value = map(np.asarray, log_probs(params, put(batch)))
         numbers.append(number[weight > 0])
         values.append(value[weight > 0])

@@ -184,3 +184,17 @@ def test_runs_of_every_experiment_land_in_the_same_folder():
 
     folders = {name: parse([name, "--name", "x"]).output for name in EXPERIMENTS}
     assert set(folders.values()) == {"runs"}, folders
+
+
+@pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
+def test_help_texts_are_noun_phrases_that_stand_alone(command):
+    parsers = [parser_of(command)]
+    for one in parsers:
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+                continue
+            text = action.help or ""
+            first = text.split()[0]
+            assert len(text.split()) > 2, f"{action.dest}: {text}"
+            assert first not in {"of", "for", "on", "at", "who", "whose", "how"}, action.dest

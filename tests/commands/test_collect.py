@@ -45,7 +45,7 @@ def test_best_of_n(command, capsys):
     assert path.read_bytes() == whole
     capsys.readouterr()
     assert command("best-of-n", *more) == 0
-    assert "asked anew: 0" in capsys.readouterr().out
+    assert "new requests: 0" in capsys.readouterr().out
     assert command("best-of-n", *more, "--select", "raft", "--keep", "0.3") == 0
     assert statistics("best-of-n")["sft"] == 3
     assert command("best-of-n", *more, "--select", "rrhf") == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
+from jaxalign.commands import entangle
 from tests.tiny_model import save_tiny_model
 
 ROWS = [
@@ -80,3 +81,18 @@ def test_the_least_alike_are_kept_in_their_order(world, by, capsys):
     assert [row["chosen"] for row in kept] == [ROWS[i]["chosen"] for i in sorted(left)]
     assert main(["filter", *flags, "--keep", "0", "--output", str(some)]) == 2
     assert "--keep: 0 is not in (0, 1]" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_kept_when_the_heat_maps_are_stopped(world, monkeypatch, capsys):
+    folder, flags = world
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(entangle.HEAT_MAPS, "all", stopped)
+    assert main(["entangle", *flags, "--output", str(folder / "out")]) == 130
+    assert len((folder / "out" / "pairs.jsonl").read_text().splitlines()) == 3
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
+    assert "What each loss would do" in page
+    assert 'class="heat"' not in page
+    assert "gradients of pairs: batch 1 of 1" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_a_bank_and_a_rule_on_a_local_model(command, capsys):
     assert "http" not in page.replace("http-equiv", "")
     capsys.readouterr()
     assert run(*chosen) == 0  # everything is known by now
-    assert "asked anew: 0 of" in capsys.readouterr().out
+    assert "new requests: 0 of" in capsys.readouterr().out
     flags = ["--model", folder, "--prompts", "queries.jsonl", "--output", "answers.jsonl"]
     more = ["--prompt-artefact", "out/prompt.json", "--max-tokens", "8"]
     assert main(["generate", *flags, *more]) == 0

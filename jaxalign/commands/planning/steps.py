@@ -176,9 +176,15 @@ class Shapes:
     frozen: dict[str, Structs]
 
 
-def shapes_of(config: TrainConfig, name: str) -> Shapes:
-    """Shapes of a stage's state and of what it reads: mesh, batch and remat change none of them."""
-    model_config = model_of(config)
+def shapes_of(config: TrainConfig, name: str, model_config: Any = None) -> Shapes:
+    """Shapes of a stage's state and of what it reads: mesh, batch and remat change none of them.
+
+    Args:
+      config: of the run.
+      name: the stage's.
+      model_config: the architecture; None: read as the config names it.
+    """
+    model_config = model_of(config) if model_config is None else model_config
     params = parameter_structs(model_config, scored=trains_scores(config, name))
     optimizer, _ = make_update_rule(config, name)
     objective = make_objective(config, name, make_policy(config, name, model_config))
