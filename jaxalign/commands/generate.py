@@ -18,7 +18,7 @@ from jaxalign.backends import (
     make_embedder,
 )
 from jaxalign.backends.cached import AnswerFile, Cached
-from jaxalign.commands.arguments import add_bad_records, parser, within
+from jaxalign.commands.arguments import add_bad_records, add_chat, parser, within
 from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, Seed, Share
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
@@ -61,7 +61,7 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
             tokenizer=given.tokenizer,
             batch_size=given.batch_size,
             prompt_format=given.prompt_format,
-            strings_as_chat=given.chat,
+            chat=given.chat,
             dtype=given.dtype,
             workers=given.batch_size,
             completions=given.completions,
@@ -159,9 +159,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--most", type=within(AtLeastOne), help="prompts to take, from the first on")
     flags.add_argument("--batch-size", type=within(AtLeastOne), default=8, help="prompts at a time")
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
-    flags.add_argument(
-        "--chat", action="store_true", help="put plain prompts through the chat template"
-    )
+    add_chat(flags)
     flags.add_argument(
         "--completions", action="store_true", help="openai: continue texts, as base models do"
     )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.record_text import TextOf, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
@@ -133,6 +134,10 @@ class TokenizeReport:
     """Pairs left out because both responses have the same tokens (after truncation)."""
     tokens: int = 0
     """Tokens kept."""
+    prompts_as_chat: int = 0
+    """Plain prompts that went through the chat template, as a user's turn."""
+    chat: list[str] = field(default_factory=list)
+    """How plain prompts were read, where a rule decided it."""
     unread: list[str] = field(default_factory=list)
     """Columns and fields that the records have and the chat template does not read."""
     unset: list[str] = field(default_factory=list)
@@ -148,6 +153,7 @@ class TokenizeReport:
             "template_differs",
             "user_turns",
             "identical",
+            "prompts_as_chat",
         ):
             if count := getattr(self, name):
                 parts.append(f"{name.replace('_', ' ')}: {count}")
@@ -171,6 +177,7 @@ class TokenizeReport:
 
     def _note(self, in_text: TextOf) -> None:
         self.unread, self.unset = sorted(in_text.unread), in_text.unset()
+        self.prompts_as_chat, self.chat = in_text.plain_seen[True], in_text.told()
 
 
 # ------------------------------------------------------------------------------ tokenisation
@@ -184,7 +191,7 @@ def tokenize_pairs(
     min_prompt_length: int | None = None,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
@@ -208,7 +215,7 @@ def tokenize_pairs(
         half of `max_length`.
       prompt_format: text around a plain prompt, e.g. "Question: {prompt}\nAnswer:".
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template, as a user's turn.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
@@ -217,7 +224,7 @@ def tokenize_pairs(
       The pairs, those with the same tokens on both sides left out, and the counts.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
     def sides() -> Iterator[tuple[str, str]]:
@@ -254,7 +261,7 @@ def tokenize_responses(
     min_prompt_length: int | None = None,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
@@ -267,12 +274,12 @@ def tokenize_responses(
       min_prompt_length: tokens of the prompt that a long response does not displace.
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: prompt and response are texts of their own.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
     def texts() -> Iterator[tuple[str, str]]:
@@ -302,7 +309,7 @@ def tokenize_prompts(
     max_length: int,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts that responses will be sampled for, begun as training rows begin.
@@ -313,14 +320,14 @@ def tokenize_prompts(
       max_length: most tokens of a prompt; longer ones lose their beginning and are counted.
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       encoder_decoder: prompts are the encoder's texts, with the tokenizer's end token.
 
     Returns:
       Rows that are all prompt, and the counts.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer)
     if max_length < 1 + len(encoder.start) + len(encoder.suffix):
         raise UserError(f"max_prompt_length: {max_length} leaves no room for a prompt")
@@ -359,7 +366,7 @@ def tokenize_conversations(
       Rows whose prompt is all but the last token, and the counts.
     """
     report, rows = TokenizeReport(), _RowWriter()
-    in_text = text_of(tokenizer, "{prompt}", None, strings_as_chat=True)
+    in_text = text_of(tokenizer, "{prompt}", None, "always")
     encoder = Encoder(tokenizer)
     texts = (
         in_text.whole(record.prompt, record.response, f"{record.source}:{record.line}")

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.errors import OutputError, UserError
+from jaxalign.errors import OutputError, UserError, leave_notices_to
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_COORDINATOR",
@@ -65,6 +65,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
             f"come together ({reason}); start all of them at once and let {', '.join(VARIABLES)} "
             f"say who they are, or set {NUMBER}=1 for a process by itself"
         ) from error
+    if jax.process_index() != 0:
+        leave_notices_to("process 0")
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:

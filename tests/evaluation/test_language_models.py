@@ -39,7 +39,7 @@ def test_probabilities_are_those_of_the_logits(folder, template):
     for answer in judge.answers(PROMPTS, FIRST, SECOND):
         question = judge.template.fill(*(x[answer.number] for x in (PROMPTS, FIRST, SECOND)))
         (tokens, _), *_ = question_tokens(
-            judge.tokenizer, [question], judge.labels[0], encoder_decoder=False
+            judge.tokenizer, [question], judge.labels[0], encoder_decoder=False, chat=judge.chat
         )
         scores = np.asarray(judge.model(jnp.asarray([tokens])), np.float64)[0, -1]
         both = scores[list(judge.label_tokens)]
@@ -129,7 +129,7 @@ def test_an_encoder_decoder_judges_too(tmp_path):
     save_pretrained(model, tmp_path, tokenizer=tokenizer)
     judge = language_model(str(tmp_path), batch_size=2)
     question = judge.template.fill("p", "a", "b")
-    (tokens, _), *_ = question_tokens(tokenizer, [question], "A", encoder_decoder=True)
+    (tokens, _), *_ = question_tokens(tokenizer, [question], "A", encoder_decoder=True, chat=False)
     start = jnp.asarray([[config.start_token]])
     logits = judge.model(jnp.asarray([tokens]), decoder_tokens=start)
     both = np.asarray(logits, np.float64)[0, -1][list(judge.label_tokens)]
