@@ -47,10 +47,8 @@ def plain_prompts(
       chat_template: in place of the tokenizer's own.
 
     Raises:
-      UserError: "always", and there is no template; or a value that is none of the three.
+      UserError: "always", and there is no template.
     """
-    if chat not in ("auto", "always", "never"):
-        raise UserError(f"chat: {chat!r} is not one of auto, always, never")
     own, name = tokenizer.chat_template, getattr(tokenizer, "name_or_path", "")
     template, told = chat_template or own, f"{name}: " if name else ""
     formatted, kept = prompt_format != "{prompt}", tokenizer.init_kwargs.get(KEPT)

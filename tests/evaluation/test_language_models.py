@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data import embedded_tokenizer
+from jaxalign.data import embedded_tokenizer, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 from jaxalign.evaluation.language_models import language_model, question_tokens
@@ -61,6 +61,20 @@ def test_orders_are_averaged_and_batches_make_no_difference(folder, template):
         f"lm:{folder}", AnnotatorOptions(template=template, batch_size=8)
     ).preferences(PROMPTS, SECOND, FIRST)
     np.testing.assert_allclose(swapped.preference, 1 - found[1].preference, atol=1e-6)
+
+
+def test_a_model_with_a_chat_template_can_be_asked_in_plain_text(folder):
+    """A question in plain text is what a tokenizer without a template gives."""
+    turns, plain = (language_model(str(folder), chat=chat) for chat in ("auto", "never"))
+    assert (turns.chat, plain.chat) == (True, False)
+    assert turns.identity != plain.identity
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "plain")
+    found = language_model(str(folder), tokenizer=str(folder / "plain"))
+    assert (found.template, found.labels) == (plain.template, plain.labels)
+    with pytest.raises(UserError, match="chat: always, but the tokenizer has no chat template"):
+        language_model(str(folder), tokenizer=str(folder / "plain"), chat="always")
 
 
 def test_questions_beyond_the_length_have_no_verdict(folder, template):
