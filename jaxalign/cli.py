@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jaxalign.errors import OutputError, UserError
+from jaxalign.errors import OutputError, UserError, notice_once
 
 COMMANDS = {
     name: f"jaxalign.commands.{name.replace('-', '_')}"
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("JAXALIGN_DEBUG", "0") not in ("", "0")
     arguments = [text for text in arguments if text != "--debug"]
     command = arguments.pop(0) if arguments else "--help"
+    notice_once.cache_clear()
     try:
         try:
             return _run(command, arguments)

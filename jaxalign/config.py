@@ -196,7 +196,7 @@ class EntanglementConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """How an annotator that is a language model, here or behind an endpoint, is asked."""
+    """How an annotator that is a model, here or behind an endpoint, is asked."""
 
     template: str | None = None
     """File with the question; must contain {prompt}, {first} and {second}, and ask for A or B."""
@@ -211,6 +211,9 @@ class JudgeConfig:
     reward_rows: Literal["template", "end_token"] | None = None
     """reward: text that a model not trained here scores: the conversation in its chat template (the
     default where it has one), or prompt and response with the end-of-sequence token."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """lm, and reward models from elsewhere: whether they read the tokenizer's chat template; auto:
+    where it has one. aspects: as `chat` of a run."""
     workers: AtLeastOne = 8
     """Endpoint (openai:): number of simultaneous requests."""
     timeout: Positive = 60.0
@@ -342,8 +345,12 @@ class TrainConfig:
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
     comparison_format: str = "\n\nResponse A: {first}\n\nResponse B: {second}\n\nBetter response:"
     """Text after the prompt where a preference model reads two responses."""
-    strings_as_chat: bool = False
-    """Put plain prompts through the tokenizer's chat template, too."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether plain prompts go through the tokenizer's chat template: the prompt as a user's turn,
+    the response as the assistant's. auto: where the model is loaded (not "embedded") and its
+    tokenizer has a template, but for a `prompt_format` of your own, which means plain text, and for
+    a model trained here, which goes on as it was trained. One line says which. TRL leaves plain
+    prompts plain: never. Conversations always go through the template."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
     max_records: AtLeastOne | None = None
@@ -589,7 +596,7 @@ def from_json(text: str) -> TrainConfig:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"config.json: invalid JSON: {error}") from None
-    return _build(TrainConfig, fields, "config")
+    return _build(TrainConfig, _renamed(fields), "config")
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -602,11 +609,20 @@ def read_config(path: Path) -> TrainConfig:
     try:
         if missing := [name for name in ("name", "model", "data", "seed") if name not in fields]:
             raise UserError(f"no {', '.join(missing)}")
-        return _build(TrainConfig, fields, "config")
+        return _build(TrainConfig, _renamed(fields), "config")
     except (UserError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not the config of a run ({error}); restore it, or remove the folder"
         ) from None
+
+
+def _renamed(fields: Any) -> Any:
+    """The fields of a config that an earlier version wrote, by their names of today."""
+    if not isinstance(fields, Mapping) or "strings_as_chat" not in fields:
+        return fields
+    rest = {name: value for name, value in fields.items() if name != "strings_as_chat"}
+    plain = "auto" if fields.get("model") == "embedded" else "never"  # the same, and as it is now
+    return {"chat": "always" if fields["strings_as_chat"] else plain, **rest}
 
 
 def _build(cls: Any, value: Any, name: str) -> Any:

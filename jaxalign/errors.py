@@ -1,5 +1,6 @@
 """Errors that are shown as one line, without a traceback."""
 
+import functools
 import sys
 
 
@@ -14,3 +15,18 @@ class OutputError(Exception):
 def notice(text: str) -> None:
     """A line on standard error: what a user is to know of a command that does not end."""
     sys.stderr.write(f"jaxalign: {text}\n")
+
+
+@functools.cache
+def notice_once(text: str) -> None:
+    """A `notice` that is not repeated in the same command."""
+    if not _ELSEWHERE:
+        notice(text)
+
+
+_ELSEWHERE: list[str] = []
+
+
+def leave_notices_to(who: str) -> None:
+    """Of several processes that would all say the same, another one says it."""
+    _ELSEWHERE.append(who)

@@ -22,6 +22,7 @@ from jaxalign.backends.interface import (
     Score,
     draw_number,
 )
+from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
 from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
@@ -60,7 +61,7 @@ class LocalModel:
       batch_size: prompts at a time; a multiple of the mesh's data x fsdp.
       mesh: devices that share each batch; None: the first one alone.
       prompt_format: text around a prompt that is no conversation; it holds {prompt}.
-      strings_as_chat: put such prompts through the chat template, as a user's turn.
+      chat: whether such prompts go through the chat template, too; see `plain_prompts`.
       dtype: of the computation.
     """
 
@@ -73,19 +74,19 @@ class LocalModel:
         batch_size: int = 8,
         mesh: Mesh | None = None,
         prompt_format: str = "{prompt}",
-        strings_as_chat: bool = False,
+        chat: Chat = "auto",
         dtype: str = "float32",
         end_tokens: Sequence[int] = (),
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not positive")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.identity = f"{identity} {prompt_format!r} {strings_as_chat} {dtype}"
         self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self.dtype = jnp.dtype(dtype)
         check_vocabulary(tokenizer, model.config.vocab_size)
         self._encoder = Encoder(tokenizer, end_token=False)
-        self._in_text = text_of(tokenizer, prompt_format, None, strings_as_chat)
+        self._in_text = text_of(tokenizer, prompt_format, None, chat)
+        self.identity = f"{identity} {prompt_format!r} {self._in_text.plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
         self._said = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
@@ -153,8 +154,10 @@ class LocalModel:
         places = [f"prompt {at + 1}" for at in range(len(prompts))] if places is None else places
         texts = [self.text(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
         rows = []
-        for text, encoding, place in zip(texts, self._encoder.encode(texts), places, strict=True):
-            if not text.strip():
+        encodings = self._encoder.encode(texts)
+        for prompt, text, encoding, place in zip(prompts, texts, encodings, places, strict=True):
+            asked = prompt if isinstance(prompt, str) and self._in_text.plain.as_turns else text
+            if not asked.strip():
                 raise UserError(f"{place}: the prompt is empty; write something or leave it out")
             row = self._encoder.begun(list(encoding.ids)) or self._encoder.start
             row = row + (self._encoder.suffix if self._apart else [])

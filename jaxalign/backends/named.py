@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxalign.backends.interface import Backend
+from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 
 
@@ -19,8 +20,8 @@ class BackendOptions:
     """Local: of the computation."""
     prompt_format: str = "{prompt}"
     """Local: text around a plain prompt."""
-    strings_as_chat: bool = False
-    """Local: put plain prompts through the chat template."""
+    chat: Chat = "auto"
+    """Local: whether plain prompts go through the chat template; see `plain_prompts`."""
     workers: int = 8
     """Endpoint: requests at a time."""
     timeout: float = 120.0
@@ -57,7 +58,7 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    given = chosen("tokenizer", "batch_size", "dtype", "prompt_format", "strings_as_chat")
+    given = chosen("tokenizer", "batch_size", "dtype", "prompt_format", "chat")
     return LocalModel.load(name, **given)
 
 

@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from jaxalign.errors import UserError
 
+RENAMED = {"--strings-as-chat": "--chat always", "--no-strings-as-chat": "--chat never"}
+"""Flags of earlier versions."""
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default that says something, where the text does not say it already."""
@@ -62,6 +65,8 @@ def check_names(arguments: Iterable[str], known: Collection[str], where: str) ->
     """
     for text in arguments:
         name = text.partition("=")[0]
+        if name in RENAMED:
+            raise UserError(f"{name}: is {RENAMED[name]} now")
         if name.startswith("--") and name not in known:
             raise UserError(f"unknown flag {name}{nearest(name, known) or f'; see {where}'}")
 
@@ -91,6 +96,26 @@ def within(annotation: Any) -> Callable[[str], float | int]:
         return value
 
     return parse
+
+
+def add_chat(flags: Any, help: str = "") -> None:
+    """The flag of every command in which a model reads prompts; without a value it is always.
+
+    Args:
+      flags: a parser or a group of it.
+      help: where it is not the rule of `jaxalign.data.plain_prompts`.
+    """
+    flags.add_argument(
+        "--chat",
+        nargs="?",
+        choices=("auto", "always", "never"),
+        const="always",
+        default="auto",
+        help=help
+        or "whether plain prompts go through the tokenizer's chat template, as a user's turn; "
+        "auto: where it has one, but not with a --prompt-format, and models trained here as they "
+        "were trained",
+    )
 
 
 def add_bad_records(flags: argparse.ArgumentParser) -> None:

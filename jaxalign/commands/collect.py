@@ -64,6 +64,7 @@ def _collect(given: argparse.Namespace) -> int:
             requests_per_minute=given.requests_per_minute,
             completions=given.completions,
             prompt_format=given.prompt_format,
+            chat=given.chat,
         )
         return Cached(make_backend(name, options), answers)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxalign.collection import WORLDS
-from jaxalign.commands.arguments import Flags, add_bad_records, parser, within
+from jaxalign.commands.arguments import Flags, add_bad_records, add_chat, parser, within
 from jaxalign.config import AtLeastOne, Fraction, NonNegative, Positive, Range, Seed, Share
 
 WAYS = ("best-of-n", "constitutional", "self-align", "society")
@@ -192,6 +192,7 @@ def _common(flags: argparse.ArgumentParser, way: str) -> None:
     )
     flags.add_argument("--seed", type=within(Seed), default=0, help="seed of the sampling")
     flags.add_argument("--prompt-format", default="{prompt}", help="local: around plain prompts")
+    add_chat(flags)
     flags.add_argument(
         "--batch-size",
         type=within(AtLeastOne),

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from jaxalign.commands.scores import exported_fields
+from jaxalign.commands.scores import exported_fields, reads_turns
 from jaxalign.config import TrainConfig
+from jaxalign.data.plain_prompts import with_choice
 from jaxalign.files import write_json, write_text
 from jaxalign.gguf import is_gguf
 from jaxalign.models import save_pretrained
@@ -55,6 +56,7 @@ def export_model(
     fields = None
     if isinstance(model, ScoreModel) and jax.process_index() == 0:
         fields = exported_fields(config, tokenizer, run, step)
+    tokenizer = with_choice(tokenizer, as_turns=reads_turns(config, tokenizer))
     save_pretrained(model, target, tokenizer=tokenizer, dtype=dtype, fields=fields)
     if jax.process_index() == 0 and (run / GENERATION).is_file():
         write_text(target / GENERATION, (run / GENERATION).read_text(encoding="utf-8"))

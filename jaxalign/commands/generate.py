@@ -18,7 +18,7 @@ from jaxalign.backends import (
     make_embedder,
 )
 from jaxalign.backends.cached import AnswerFile, Cached
-from jaxalign.commands.arguments import add_bad_records, parser, within
+from jaxalign.commands.arguments import add_bad_records, add_chat, parser, within
 from jaxalign.config import AtLeastOne, Count, Fraction, NonNegative, Positive, Seed, Share
 from jaxalign.data import PromptRecord, prompt_records
 from jaxalign.errors import UserError
@@ -64,7 +64,7 @@ def _generate(given: argparse.Namespace, decoding: Decoding) -> int:
             tokenizer=given.tokenizer,
             batch_size=given.batch_size,
             prompt_format=given.prompt_format,
-            strings_as_chat=given.chat,
+            chat=given.chat,
             dtype=given.dtype,
             workers=given.batch_size,
             completions=given.completions,
@@ -196,9 +196,7 @@ def _flags() -> argparse.ArgumentParser:
         help="number of prompts in a batch, or of simultaneous requests to an endpoint",
     )
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
-    flags.add_argument(
-        "--chat", action="store_true", help="put plain prompts through the chat template"
-    )
+    add_chat(flags)
     flags.add_argument(
         "--completions",
         action="store_true",

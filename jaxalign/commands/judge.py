@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxalign.commands.arguments import add_bad_records, parser, within
+from jaxalign.commands.arguments import add_bad_records, add_chat, parser, within
 from jaxalign.commands.judged_people import beside_people
 from jaxalign.commands.judged_policies import read_lines, side_by_side
 from jaxalign.commands.judged_words import plain
@@ -47,6 +47,7 @@ def _judge(given: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> int
             batch_size=given.batch_size,
             dtype=given.dtype,
             reward_rows=given.reward_rows,
+            chat=given.chat,
             workers=given.workers,
             timeout=given.timeout,
             attempts=given.attempts,
@@ -180,6 +181,11 @@ def _flags() -> argparse.ArgumentParser:
         help="reward: text that a model not trained here scores: the conversation in its chat "
         "template "
         "(the default where it has one), or prompt and response with the end-of-sequence token",
+    )
+    add_chat(
+        of_models,
+        "lm, and reward models from elsewhere: whether they read the tokenizer's chat template; "
+        "auto: where it has one",
     )
     of_models.add_argument(
         "--workers",

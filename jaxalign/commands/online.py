@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxalign.backends.local import end_tokens
 from jaxalign.commands.drive import World, drive, of_step
+from jaxalign.commands.scores import chat_of
 from jaxalign.commands.stages import stage_folder
 from jaxalign.commands.updates import (
     algorithm_of,
@@ -120,7 +121,7 @@ def load_prompts(
 
     options: dict[str, Any] = {
         "prompt_format": config.prompt_format,
-        "strings_as_chat": config.strings_as_chat,
+        "chat": chat_of(config),
         "encoder_decoder": not is_decoder,
     }
 
@@ -158,7 +159,7 @@ def load_prompts(
 
 def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
     """Prompts as annotators read them: as they are; conversations through the chat template."""
-    in_text = text_of(tokenizer, "{prompt}", None, False)
+    in_text = text_of(tokenizer, "{prompt}", None, "never")
     return [in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records]
 
 

@@ -18,7 +18,7 @@ from jaxalign.backends import (
 )
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.structured import Asker
-from jaxalign.commands.arguments import add_bad_records, parser, within
+from jaxalign.commands.arguments import add_bad_records, add_chat, parser, within
 from jaxalign.commands.outputs import read_outputs
 from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count, NonNegative, Positive, Seed
@@ -88,6 +88,7 @@ def _search(given: argparse.Namespace, seeds: Sequence[Example], queries: Sequen
                 workers=given.workers,
                 requests_per_minute=given.requests_per_minute,
                 completions=given.completions and name == given.model,
+                chat=given.chat,
             )
             backends[name] = Cached(make_backend(name, options), answers)
         return backends[name]
@@ -431,6 +432,7 @@ def _flags() -> argparse.ArgumentParser:
         action="store_true",
         help="endpoint (openai:): use the completions API for --model, a base model",
     )
+    add_chat(flags)
     flags.add_argument(
         "--prices",
         type=within(NonNegative),

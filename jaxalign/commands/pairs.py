@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from jaxalign.commands.arguments import add_bad_records, within
+from jaxalign.commands.arguments import add_bad_records, add_chat, within
 from jaxalign.config import AtLeastOne, Range
 from jaxalign.data import (
     PairBatch,
@@ -65,6 +65,7 @@ def add_arguments(flags: argparse.ArgumentParser) -> None:
         help="largest number of tokens in prompt and response together",
     )
     flags.add_argument("--prompt-format", default="{prompt}", help="text around a plain prompt")
+    add_chat(flags)
     add_bad_records(flags)
     flags.add_argument(
         "--batch-size", type=within(AtLeastOne), default=8, help="number of pairs in a batch"
@@ -107,6 +108,7 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
         tokenizer,
         max_length=given.max_length,
         prompt_format=given.prompt_format,
+        chat=given.chat,
         encoder_decoder=not isinstance(model.config, DecoderConfig),
     )
     check_ids(pairs.rows.flat, tokenizer, model.config.vocab_size)

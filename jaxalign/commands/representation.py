@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.commands.drive import World, drive, of_step
+from jaxalign.commands.scores import chat_of
 from jaxalign.commands.stages import STAGES
 from jaxalign.commands.training_data import PreferenceData, instructions_of, tokenization
 from jaxalign.commands.updates import (
@@ -87,7 +88,7 @@ def load_stimuli(
     make_reader(config, model_config)
     report: dict[str, Any] = {}
     options = {name: getattr(config, name) for name in ("max_length", "prompt_format")}
-    options |= {name: getattr(config, name) for name in ("strings_as_chat", "end_token")}
+    options |= {"end_token": config.end_token, "chat": chat_of(config)}
     read = PreferenceData(config, tokenizer, options | {"encoder_decoder": False}, {})
     told, wanted = instructions_of(config), config.alignment
     streams: tuple[str | None, ...] = (None,)

@@ -8,6 +8,7 @@ import jax
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import ScoreFormat
+from jaxalign.data.plain_prompts import Chat, plain_prompts
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES
 from jaxalign.models.score import SCORE, init_head, with_head
@@ -50,7 +51,18 @@ def take_head(params: Any, trained: Any) -> tuple[Any, Any]:
     return with_head(params, trained[SCORE]), adapters
 
 
-def score_format(config: TrainConfig, *, reward_bias: float = 0.0) -> ScoreFormat:
+def chat_of(config: TrainConfig) -> Chat:
+    """What a config says of plain prompts; a model that is made here reads them as they are."""
+    return "never" if config.chat == "auto" and config.model == "embedded" else config.chat
+
+
+def reads_turns(config: TrainConfig, tokenizer: Any) -> bool:
+    """Whether the plain prompts of a run go through its tokenizer's chat template."""
+    layout = config.prompt_format
+    return plain_prompts(tokenizer, chat_of(config), prompt_format=layout).as_turns
+
+
+def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.0) -> ScoreFormat:
     """How the trained model wants its rows."""
     kind: Any = KINDS[config.loss]
     return ScoreFormat(
@@ -58,7 +70,7 @@ def score_format(config: TrainConfig, *, reward_bias: float = 0.0) -> ScoreForma
         max_length=config.max_length,
         prompt_format=config.prompt_format,
         comparison_format=config.comparison_format,
-        strings_as_chat=config.strings_as_chat,
+        strings_as_chat=reads_turns(config, tokenizer),
         end_token=config.end_token,
         reward_bias=reward_bias,
     )
@@ -81,6 +93,6 @@ def exported_fields(
     padding = [tokenizer.pad_token_id, tokenizer.unk_token_id]
     usable = [token for token in padding if token not in (None, tokenizer.eos_token_id)]
     return {
-        "jaxalign": dataclasses.asdict(score_format(config, reward_bias=bias)),
+        "jaxalign": dataclasses.asdict(score_format(config, tokenizer, reward_bias=bias)),
         "pad_token_id": usable[0] if usable else None,
     }

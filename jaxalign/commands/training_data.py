@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.commands.scores import score_format, trains_scores
+from jaxalign.commands.scores import chat_of, score_format, trains_scores
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     PairBatch,
@@ -205,7 +205,7 @@ def load_stages(
         options = {
             "max_length": config.max_length,
             "prompt_format": config.prompt_format,
-            "strings_as_chat": config.strings_as_chat,
+            "chat": chat_of(config),
             "end_token": config.end_token,
             "encoder_decoder": encoder_decoder,
         }
@@ -259,7 +259,7 @@ def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
         tokenizer=tokenizer,
         max_length=config.max_length,
         prompt_format=config.prompt_format,
-        strings_as_chat=config.strings_as_chat,
+        chat=chat_of(config),
         end_token=config.end_token,
     )
 
@@ -310,7 +310,9 @@ class PreferenceData:
     def stage(self) -> StageData:
         """Pairs for a preference loss; for a preference model the two orders of comparisons."""
         config = self._config
-        scored = score_format(config) if trains_scores(config, "preference") else None
+        scored = (
+            score_format(config, self._tokenizer) if trains_scores(config, "preference") else None
+        )
 
         def tokenized(records: list[Any], name: str) -> Any:
             if config.loss in CONTRASTIVE_LOSSES:
@@ -319,7 +321,8 @@ class PreferenceData:
                 return self._tokenized(tokenize_pairs, records, name)
             pairwise = scored.kind == "preference"
             rows = compared(records, scored.comparison_format) if pairwise else records
-            return self._tokenized(tokenize_pairs, rows, name, **scored.tokenize_options)
+            options = scored.tokenize_options | {"chat": self._options["chat"]}
+            return self._tokenized(tokenize_pairs, rows, name, **options)
 
         return StageData(
             train=tokenized(self.train, "train_pairs"),

@@ -46,7 +46,7 @@ class ScoreFormat:
         options: dict[str, Any] = {
             "max_length": self.max_length,
             "prompt_format": self.prompt_format,
-            "strings_as_chat": self.strings_as_chat,
+            "chat": "always" if self.strings_as_chat else "never",
             "end_token": self.end_token,
         }
         if self.kind == "preference":  # two responses: they displace the prompt sooner

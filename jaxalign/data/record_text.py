@@ -1,12 +1,22 @@
 """The text of records: chat templates for conversations, a format for plain prompts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxalign.data.chat_templates import ChatTemplate, find_template, reads, render, unset_variables
-from jaxalign.data.records import ASKING, Conversation, Message, Text, shared_length, tools_of
-from jaxalign.errors import UserError
+from jaxalign.data.plain_prompts import Chat, PlainPrompts, plain_prompts
+from jaxalign.data.records import (
+    ASKING,
+    Conversation,
+    Message,
+    Text,
+    plain_text,
+    shared_length,
+    tools_of,
+)
+from jaxalign.errors import UserError, notice_once
 
 PROBES = "Yes", "No"
 """Responses by which a template shows where responses begin: they share no character."""
@@ -32,12 +42,14 @@ class TextOf:
     tokenizer: Any
     prompt_format: str
     chat_template: str | None
-    strings_as_chat: bool
+    plain: PlainPrompts
     special: frozenset[str]
     unread: set[str] = field(default_factory=set)
     """Fields of the conversations so far that their template does not read."""
     templates: set[ChatTemplate] = field(default_factory=set)
     """Those used so far."""
+    plain_seen: Counter[bool] = field(default_factory=Counter)
+    """Plain prompts so far that went through the template, and that did not."""
 
     def __call__(self, prompt: Text, responses: Sequence[Text], place: str) -> RecordText:
         """The texts of a record.
@@ -130,13 +142,18 @@ class TextOf:
 
     def _plain(self, prompt: Text) -> str | None:
         """The prompt where no template is for it."""
-        if self.strings_as_chat:
+        plain = plain_text(prompt)
+        if plain is None:
             return None
-        if isinstance(prompt, Conversation) and prompt.text is not None:
+        self.plain_seen[self.plain.as_turns] += 1
+        if self.plain.line is not None:
+            notice_once(self.plain.line)
+        if self.plain.as_turns:
+            return None
+        if isinstance(prompt, Conversation):
             self.unread.update({"system"} if prompt[0]["role"] == "system" else ())
             self.unread.update({"tools"} if prompt.tools else ())
-            return prompt.text
-        return prompt if isinstance(prompt, str) else None
+        return plain
 
     def _template(self, turns: Sequence[Message], tools: Sequence[Any], place: str) -> ChatTemplate:
         template = find_template(self.tokenizer, self.chat_template, tools=bool(tools))
@@ -152,6 +169,10 @@ class TextOf:
         names = {name for turn in turns for name in turn} | ({"tools"} if tools else set())
         self.unread.update(name for name in names if not reads(template, name))
         self.templates.add(template)
+
+    def told(self) -> list[str]:
+        """How plain prompts were read, where there were any and a rule decided it."""
+        return [self.plain.line] if self.plain.line and self.plain_seen else []
 
     def notes(self) -> list[str]:
         """What is to be said of the fields of all records so far, a line for each kind."""
@@ -192,16 +213,16 @@ def _turns(text: Text, role: str) -> list[Message]:
     return [Message(role=role, content=text)] if isinstance(text, str) else list(text)
 
 
-def text_of(
-    tokenizer: Any, prompt_format: str, chat_template: str | None, strings_as_chat: bool
-) -> TextOf:
-    """How records become text with this tokenizer and these options."""
+def text_of(tokenizer: Any, prompt_format: str, chat_template: str | None, chat: Chat) -> TextOf:
+    """How records become text with this tokenizer and these options; see `plain_prompts`."""
     if "{prompt}" not in prompt_format:
         raise UserError(f"prompt_format: {prompt_format!r} does not hold {{prompt}}")
     return TextOf(
         tokenizer=tokenizer,
         prompt_format=prompt_format,
         chat_template=chat_template,
-        strings_as_chat=strings_as_chat,
+        plain=plain_prompts(
+            tokenizer, chat, prompt_format=prompt_format, chat_template=chat_template
+        ),
         special=frozenset(tokenizer.all_special_tokens) | {"<|im_end|>", "<end_of_turn>"},
     )

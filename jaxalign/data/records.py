@@ -43,6 +43,11 @@ def tools_of(text: Text) -> tuple[Any, ...]:
     return text.tools if isinstance(text, Conversation) else ()
 
 
+def plain_text(text: Text) -> str | None:
+    """The text of what is no conversation; None where it is one."""
+    return text.text if isinstance(text, Conversation) else text if isinstance(text, str) else None
+
+
 def transcript(text: Text) -> str:
     """Text as it is; a conversation as its turns, one a line."""
     if isinstance(text, str):

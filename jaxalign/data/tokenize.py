@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxalign.data.record_text import text_of
+from jaxalign.data.plain_prompts import Chat
+from jaxalign.data.record_text import TextOf, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptRecord,
@@ -135,6 +136,10 @@ class TokenizeReport:
     """Tokens kept."""
     notes: list[str] = field(default_factory=list)
     """What the chat template does not read of the records, and what it reads that nothing sets."""
+    chat: list[str] = field(default_factory=list)
+    """How plain prompts were read, where a rule decided it."""
+    prompts_as_chat: int = 0
+    """Plain prompts that went through the chat template, as a user's turn."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -146,6 +151,7 @@ class TokenizeReport:
             "template_differs",
             "user_turns",
             "identical",
+            "prompts_as_chat",
         ):
             if count := getattr(self, name):
                 parts.append(f"{name.replace('_', ' ')}: {count}")
@@ -157,6 +163,10 @@ class TokenizeReport:
             own = getattr(self, name)
             joined = sorted({*own, *found}) if isinstance(found, list) else own + found
             setattr(self, name, joined)
+
+    def _note(self, in_text: TextOf) -> None:
+        self.notes, self.chat = in_text.notes(), in_text.told()
+        self.prompts_as_chat = in_text.plain_seen[True]
 
 
 # ------------------------------------------------------------------------------ tokenisation
@@ -170,7 +180,7 @@ def tokenize_pairs(
     min_prompt_length: int | None = None,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
@@ -194,7 +204,7 @@ def tokenize_pairs(
         half of `max_length`.
       prompt_format: text around a plain prompt, e.g. "Question: {prompt}\nAnswer:".
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template, as a user's turn.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
@@ -203,7 +213,7 @@ def tokenize_pairs(
       The pairs, those with the same tokens on both sides left out, and the counts.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
     def sides() -> Iterator[tuple[str, str]]:
@@ -226,7 +236,7 @@ def tokenize_pairs(
         for prompt, response in cut:
             rows.add(prompt, response, index)
     report.tokens = rows.tokens
-    report.notes = in_text.notes()
+    report._note(in_text)
     if not len(rows):
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
@@ -240,7 +250,7 @@ def tokenize_responses(
     min_prompt_length: int | None = None,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
@@ -253,12 +263,12 @@ def tokenize_responses(
       min_prompt_length: tokens of the prompt that a long response does not displace.
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: prompt and response are texts of their own.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
     def texts() -> Iterator[tuple[str, str]]:
@@ -275,7 +285,7 @@ def tokenize_responses(
         [(prompt, response)] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
         rows.add(prompt, response, index)
     report.tokens = rows.tokens
-    report.notes = in_text.notes()
+    report._note(in_text)
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report
@@ -288,7 +298,7 @@ def tokenize_prompts(
     max_length: int,
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
-    strings_as_chat: bool = False,
+    chat: Chat = "auto",
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts that responses will be sampled for, begun as training rows begin.
@@ -299,14 +309,14 @@ def tokenize_prompts(
       max_length: most tokens of a prompt; longer ones lose their beginning and are counted.
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
-      strings_as_chat: plain prompts are also put through the chat template.
+      chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       encoder_decoder: prompts are the encoder's texts, with the tokenizer's end token.
 
     Returns:
       Rows that are all prompt, and the counts.
     """
     report = TokenizeReport()
-    in_text = text_of(tokenizer, prompt_format, chat_template, strings_as_chat)
+    in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer)
     if max_length < 1 + len(encoder.start) + len(encoder.suffix):
         raise UserError(f"max_prompt_length: {max_length} leaves no room for a prompt")
@@ -323,7 +333,7 @@ def tokenize_prompts(
             rows.add(prompt, [], report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report.notes = in_text.notes()
+    report._note(in_text)
     if not len(rows):
         raise UserError("no prompts to tokenise")
     return rows.finish(), report
@@ -345,7 +355,7 @@ def tokenize_conversations(
       Rows whose prompt is all but the last token, and the counts.
     """
     report, rows = TokenizeReport(), _RowWriter()
-    in_text = text_of(tokenizer, "{prompt}", None, strings_as_chat=True)
+    in_text = text_of(tokenizer, "{prompt}", None, "always")
     encoder = Encoder(tokenizer)
     texts = (
         in_text.whole(record.prompt, record.response, f"{record.source}:{record.line}")
@@ -361,7 +371,7 @@ def tokenize_conversations(
             rows.add(ids[:-1], ids[-1:], report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report.notes = in_text.notes()
+    report._note(in_text)
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report

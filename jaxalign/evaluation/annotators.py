@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Annotator, JudgeAnnotator, Verdicts, as_they_come
 
@@ -27,6 +28,8 @@ class AnnotatorOptions:
     """Of such a model's parameters."""
     reward_rows: Literal["template", "end_token"] | None = None
     """How rows of a reward model from elsewhere end (default: as its chat template writes them)."""
+    chat: Chat = "auto"
+    """Whether a model reads its tokenizer's chat template; auto: where it has one."""
     workers: int = 8
     """Requests at a time, to an endpoint."""
     timeout: float = 60.0
@@ -74,6 +77,7 @@ def _language_model(folder: str, options: AnnotatorOptions) -> Annotator:
         max_length=options.max_length,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        chat=options.chat,
     )
     return _of_judge(judge, options)
 
@@ -81,15 +85,15 @@ def _language_model(folder: str, options: AnnotatorOptions) -> Annotator:
 def _reward_model(folder: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.reward_models import RewardModel
 
-    return RewardModel.load(
-        folder, rows=options.reward_rows, batch_size=options.batch_size, dtype=options.dtype
-    )
+    given = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
+    return RewardModel.load(folder, rows=options.reward_rows, **given)
 
 
 def _preference_model(folder: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.reward_models import PreferenceModel
 
-    return PreferenceModel.load(folder, batch_size=options.batch_size, dtype=options.dtype)
+    given = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
+    return PreferenceModel.load(folder, **given)
 
 
 def _aspects(name: str, options: AnnotatorOptions) -> Annotator:

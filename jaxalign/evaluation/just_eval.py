@@ -188,6 +188,7 @@ def aspect_reward(name: str, options: AnnotatorOptions | None = None) -> Reward:
             tokenizer=options.tokenizer,
             batch_size=options.batch_size,
             dtype=options.dtype,
+            chat=options.chat,
             workers=options.workers,
             timeout=options.timeout,
             attempts=options.attempts,

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxalign.backends.local import weights_identity
 from jaxalign.data.batches import bucket_edges
+from jaxalign.data.plain_prompts import Chat, reads_template
 from jaxalign.data.record_text import text_of
 from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice_once
 from jaxalign.evaluation.templates import CHAT, COMPLETION, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
 from jaxalign.models import DecoderConfig, load_pretrained
@@ -42,6 +43,7 @@ class LanguageModelJudge:
         its beginning is another question.
       batch_size: questions at a time.
       identity: model, template and labels.
+      chat: whether questions are users' turns of the tokenizer's chat template.
 
     References:
       Guo et al. 2024, arXiv:2402.04792, section 3 (softmax over the labels' tokens).
@@ -55,6 +57,7 @@ class LanguageModelJudge:
     max_length: int
     batch_size: int
     identity: str
+    chat: bool = False
     order_free: bool = False
 
     def answers(
@@ -63,7 +66,9 @@ class LanguageModelJudge:
         """As in `Judge`; batches of about equal lengths, the shortest first."""
         questions = list(map(self.template.fill, prompts, first, second))
         apart = not isinstance(self.model.config, DecoderConfig)
-        found = question_tokens(self.tokenizer, questions, self.labels[0], encoder_decoder=apart)
+        found = question_tokens(
+            self.tokenizer, questions, self.labels[0], encoder_decoder=apart, chat=self.chat
+        )
         rows = [tokens for tokens, _ in found]
         for row in rows:
             check_ids(row or (), self.tokenizer, self.model.config.vocab_size)
@@ -137,21 +142,21 @@ def _label_log_probs(
 
 
 def question_tokens(
-    tokenizer: Any, questions: Sequence[str], label: str, *, encoder_decoder: bool
+    tokenizer: Any, questions: Sequence[str], label: str, *, encoder_decoder: bool, chat: bool
 ) -> list[tuple[list[int] | None, int]]:
     """Tokens of each question and the one token that its answer would be.
 
     Args:
       tokenizer: from `load_tokenizer`.
-      questions: as text, or as users' turns where the tokenizer has a chat template.
+      questions: as text.
       label: how the answer stands after the question.
       encoder_decoder: question and answer are texts of their own.
+      chat: questions are users' turns of the tokenizer's chat template.
 
     Returns:
       (None, -1) where the answer is not one token, or shares one with the question.
     """
-    chat = bool(tokenizer.chat_template)
-    in_text = text_of(tokenizer, "{prompt}", None, chat)
+    in_text = text_of(tokenizer, "{prompt}", None, "always" if chat else "never")
     encoder = Encoder(tokenizer, end_token=False)
     found: list[tuple[list[int] | None, int]] = []
     if encoder_decoder:
@@ -178,10 +183,9 @@ def language_model(
     max_length: int | None = None,
     batch_size: int = 8,
     dtype: str = "float32",
+    chat: Chat = "auto",
 ) -> LanguageModelJudge:
     """The judge of a Hugging Face folder or GGUF file.
-
-    The tokenizer's chat template is used where there is one.
 
     Args:
       folder: model and tokenizer, or a hub name.
@@ -190,6 +194,7 @@ def language_model(
       max_length: most tokens of a question; default the model's context.
       batch_size: questions at a time.
       dtype: of the parameters.
+      chat: whether questions go through the tokenizer's chat template; "auto": where it has one.
 
     Raises:
       UserError: the labels are not two different tokens for this tokenizer.
@@ -198,9 +203,17 @@ def language_model(
     own = load_tokenizer(tokenizer or folder)
     check_vocabulary(own, model.config.vocab_size)
     apart = not isinstance(model.config, DecoderConfig)
-    plain = not apart and not own.chat_template
+    if apart and chat == "always":
+        raise UserError("chat: an encoder-decoder is asked in plain text; leave always out")
+    turns = not apart and reads_template(own, chat)
+    if turns and chat == "auto":
+        notice_once(
+            f"lm:{folder}: questions go through the chat template, as a user's turn; "
+            "chat never asks in plain text"
+        )
+    plain = not apart and not turns
     words = read_template(template, COMPLETION if plain else CHAT)
-    found = _label_tokens(words, own, plain, apart)
+    found = _label_tokens(words, own, turns, apart)
     if found is None:
         raise UserError(
             f"lm: {' and '.join(NAMES)} after the question are not two single tokens of "
@@ -222,12 +235,14 @@ def language_model(
         label_tokens=ids,
         max_length=longest,
         batch_size=batch_size,
-        identity=f"lm {weights_identity(folder)} {words.fingerprint} {labels[0]!r} {dtype}",
+        identity=f"lm {weights_identity(folder)} {words.fingerprint} {labels[0]!r} {dtype}"
+        + (" plain" if plain and own.chat_template else ""),
+        chat=turns,
     )
 
 
 def _label_tokens(
-    words: Template, tokenizer: Any, plain: bool, apart: bool
+    words: Template, tokenizer: Any, turns: bool, apart: bool
 ) -> tuple[Template, tuple[str, str], tuple[int, int]] | None:
     """Template, labels and their tokens; None where the labels are not single tokens.
 
@@ -235,14 +250,14 @@ def _label_tokens(
     tokenizers that have no such tokens, as the question's last character, or else a line break.
     """
     forms = [(words, NAMES)]
-    if plain and not words.text.endswith((" ", "\n")):
+    if not (turns or apart) and not words.text.endswith((" ", "\n")):
         spaced = f" {NAMES[0]}", f" {NAMES[1]}"
         ended = [(Template(words.text + end), NAMES) for end in (" ", "\n")]
         forms = [(words, spaced), *ended]
     for template, labels in forms:
         question = [template.fill("Say yes.", "Yes.", "No.")]
         first, second = (
-            question_tokens(tokenizer, question, label, encoder_decoder=apart)[0][1]
+            question_tokens(tokenizer, question, label, encoder_decoder=apart, chat=turns)[0][1]
             for label in labels
         )
         known = min(first, second) >= 0 and tokenizer.unk_token_id not in (first, second)

@@ -22,6 +22,7 @@ from jaxalign.data import (
     tokenize_conversations,
     tokenize_responses,
 )
+from jaxalign.data.plain_prompts import Chat, reads_template
 from jaxalign.data.records import Text
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Verdicts
@@ -114,7 +115,12 @@ class Scorer:
 
 
 def load_scorer(
-    folder: str | Path, kind: str, *, rows: RewardRows | None = None, **options: Any
+    folder: str | Path,
+    kind: str,
+    *,
+    rows: RewardRows | None = None,
+    chat: Chat = "auto",
+    **options: Any,
 ) -> Scorer:
     """A model with a scalar head, its tokenizer, and the format that its folder remembers.
 
@@ -127,6 +133,8 @@ def load_scorer(
       kind: "reward" or "preference"; a folder of the other kind is refused.
       rows: of a folder from elsewhere: "template" or "end_token" (the response, whatever its
         template puts after the turn's end, ends with the end-of-sequence token).
+      chat: of a folder from elsewhere: whether it reads its chat template; "auto": where it has
+        one.
       **options: of `Scorer`.
 
     Raises:
@@ -143,16 +151,20 @@ def load_scorer(
         form = read_format(fields["jaxalign"], f"{place}/config.json")
         if rows is not None:
             raise UserError(f"reward_rows: {place} remembers how its rows end; leave it out")
+        trained = "always" if form.strings_as_chat else "never"
+        if chat not in ("auto", trained):
+            raise UserError(f"chat: {place} was trained with {trained}, not {chat}; leave it out")
     else:
         context = getattr(model.config, "context_length", None) or 512
-        chat = bool(tokenizer.chat_template)
-        if rows == "template" and not chat:
-            raise UserError(f"reward_rows: the tokenizer of {place} has no chat template")
+        turns = reads_template(tokenizer, chat)
+        if rows == "template" and not turns:
+            reason = f"the tokenizer of {place} has no chat template"
+            raise UserError(f"reward_rows: {'not with chat never' if chat == 'never' else reason}")
         form = ScoreFormat(
             kind="reward",
             max_length=context,
-            strings_as_chat=chat,
-            whole_conversation=chat and rows != "end_token",
+            strings_as_chat=turns,
+            whole_conversation=turns and rows != "end_token",
         )
     if form.kind != kind:
         raise UserError(f"{place}: holds a {form.kind} model; name it {form.kind}:{folder}")

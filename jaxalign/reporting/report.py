@@ -54,6 +54,7 @@ def _data_table(run: Run) -> str:
             f"{number:,} skipped for {reason} (first: {places.get(reason, '?')})"
             for reason, number in counts.get("skipped", {}).items()
         ]
+        parts += [line.replace("|", "\\|") for line in counts.get("chat", [])]
         lines.append(
             f"| {name.replace('_', ' ')} | {counts.get('source', '')} | {'; '.join(parts)} |"
         )

@@ -13,8 +13,9 @@ from jaxalign.data import (
     TokenizedRows,
     tokenize_responses,
 )
-from jaxalign.data.records import Conversation, Message, Text, tools_of, transcript
-from jaxalign.errors import UserError
+from jaxalign.data.plain_prompts import Chat, plain_prompts
+from jaxalign.data.records import Conversation, Message, Text, plain_text, tools_of, transcript
+from jaxalign.errors import UserError, notice_once
 from jaxalign.representation.instructions import Instructions
 
 WHOLE = 2**30
@@ -30,6 +31,8 @@ class StimulusReport:
     skipped: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     """Reason -> file and line."""
+    chat: list[str] = field(default_factory=list)
+    """How plain queries were read, where a rule decided it."""
 
     def skip(self, reason: str, place: str) -> None:
         """Count one that is left out."""
@@ -52,7 +55,7 @@ class Tokenization:
     max_length: int
     """Longest instruction, query and response together; longer stimuli are left out, not cut."""
     prompt_format: str = "{prompt}"
-    strings_as_chat: bool = False
+    chat: Chat = "auto"
     end_token: bool = True
 
 
@@ -66,8 +69,8 @@ class Stimuli:
 
 def instructed(prompt: Text, instruction: str, *, strings_as_chat: bool) -> Text:
     """A conversation that begins with the instruction as the system's turn; text as it is."""
-    text = prompt.text if isinstance(prompt, Conversation) else prompt
-    if isinstance(text, str) and not strings_as_chat:
+    text = plain_text(prompt)
+    if text is not None and not strings_as_chat:
         return text
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     own = Message(role="system", content=instruction)
@@ -94,6 +97,10 @@ def tokenize_stimuli(
       UserError: no response is left; says why.
     """
     report = StimulusReport(records=len(records))
+    line = plain_prompts(how.tokenizer, how.chat, prompt_format=how.prompt_format).line
+    if line is not None and any(plain_text(record.prompt) is not None for record in records):
+        notice_once(line)
+        report.chat.append(line)
     streams = [_stream(records, how, instruction) for instruction in instructions]
     kept = []
     for number, record in enumerate(records):
@@ -123,12 +130,13 @@ def tokenize_stimuli(
 def _stream(
     records: Sequence[PromptResponseRecord], how: Tokenization, instruction: str | None
 ) -> TokenizedRows:
-    layout, told = how.prompt_format, list(records)
+    layout, told, chat = how.prompt_format, list(records), how.chat
     if instruction is not None:
-        chat = how.strings_as_chat
-        layout = f"{instruction}\n\n{layout}"
+        turns = plain_prompts(how.tokenizer, how.chat, prompt_format=layout).as_turns
+        chat = "always" if turns else "never"  # the instruction is no format of the user's
+        layout = "{prompt}" if turns else f"{instruction}\n\n{layout}"
         told = [
-            replace(one, prompt=instructed(one.prompt, instruction, strings_as_chat=chat))
+            replace(one, prompt=instructed(one.prompt, instruction, strings_as_chat=turns))
             for one in records
         ]
     rows, _ = tokenize_responses(
@@ -136,7 +144,7 @@ def _stream(
         how.tokenizer,
         max_length=WHOLE,
         prompt_format=layout,
-        strings_as_chat=how.strings_as_chat,
+        chat=chat,
         end_token=how.end_token,
     )
     return rows

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign import progress
-from jaxalign.errors import OutputError, UserError
+from jaxalign.errors import OutputError, UserError, leave_notices_to
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_COORDINATOR",
@@ -68,6 +68,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         ) from error
     if jax.process_index() != 0:
         progress.silence()
+        leave_notices_to("process 0")
 
 
 def _explicit(given: Mapping[str, str]) -> dict[str, Any]:

@@ -517,7 +517,7 @@ def test_plain_prompts_take_a_format_or_the_template(tokenizers):
     assert formatted == written
     open_ended, _ = sides(tokenizer, "Q: why?\nA:", " it can", " x", end_token=False)
     assert open_ended == [(prompt, response[:-1]) for prompt, response in written]
-    options = {"chat_template": TEMPLATE, "strings_as_chat": True}
+    options = {"chat_template": TEMPLATE, "chat": "always"}
     chat, _ = sides(tokenizer, "why?", "it can", "x", **options)
     turns, _ = sides(
         tokenizer,
@@ -622,7 +622,7 @@ def test_real_tokenizers_keep_the_joint_text_of_real_records(shared, real_tokeni
     records = list(
         preference_records(f"{shared / 'preferences' / name}#[:100]", bad_records="skip")
     )
-    pairs, report = tokenize_pairs(records, tokenizer, max_length=1_000_000)
+    pairs, report = tokenize_pairs(records, tokenizer, max_length=1_000_000, chat="never")
     assert len(pairs) == len(records) > 50
     assert (report.truncated_prompts, report.truncated_responses) == (0, 0)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data import embedded_tokenizer
+from jaxalign.data import embedded_tokenizer, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 from jaxalign.evaluation.language_models import language_model, question_tokens
@@ -39,7 +39,7 @@ def test_probabilities_are_those_of_the_logits(folder, template):
     for answer in judge.answers(PROMPTS, FIRST, SECOND):
         question = judge.template.fill(*(x[answer.number] for x in (PROMPTS, FIRST, SECOND)))
         (tokens, _), *_ = question_tokens(
-            judge.tokenizer, [question], judge.labels[0], encoder_decoder=False
+            judge.tokenizer, [question], judge.labels[0], encoder_decoder=False, chat=judge.chat
         )
         scores = np.asarray(judge.model(jnp.asarray([tokens])), np.float64)[0, -1]
         both = scores[list(judge.label_tokens)]
@@ -61,6 +61,20 @@ def test_orders_are_averaged_and_batches_make_no_difference(folder, template):
         f"lm:{folder}", AnnotatorOptions(template=template, batch_size=8)
     ).preferences(PROMPTS, SECOND, FIRST)
     np.testing.assert_allclose(swapped.preference, 1 - found[1].preference, atol=1e-6)
+
+
+def test_a_model_with_a_chat_template_can_be_asked_in_plain_text(folder):
+    """A question in plain text is what a tokenizer without a template gives."""
+    turns, plain = (language_model(str(folder), chat=chat) for chat in ("auto", "never"))
+    assert (turns.chat, plain.chat) == (True, False)
+    assert turns.identity != plain.identity
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "plain")
+    found = language_model(str(folder), tokenizer=str(folder / "plain"))
+    assert (found.template, found.labels) == (plain.template, plain.labels)
+    with pytest.raises(UserError, match="chat: always, but the tokenizer has no chat template"):
+        language_model(str(folder), tokenizer=str(folder / "plain"), chat="always")
 
 
 def test_questions_beyond_the_length_have_no_verdict(folder, template):
@@ -129,7 +143,7 @@ def test_an_encoder_decoder_judges_too(tmp_path):
     save_pretrained(model, tmp_path, tokenizer=tokenizer)
     judge = language_model(str(tmp_path), batch_size=2)
     question = judge.template.fill("p", "a", "b")
-    (tokens, _), *_ = question_tokens(tokenizer, [question], "A", encoder_decoder=True)
+    (tokens, _), *_ = question_tokens(tokenizer, [question], "A", encoder_decoder=True, chat=False)
     start = jnp.asarray([[config.start_token]])
     logits = judge.model(jnp.asarray([tokens]), decoder_tokens=start)
     both = np.asarray(logits, np.float64)[0, -1][list(judge.label_tokens)]

@@ -227,11 +227,18 @@ def test_a_folder_from_elsewhere_is_scored_as_its_card_does(tmp_path, end):
     ids = tokenizer(f"user:the fox?{end}assistant:red{turn}<|end|>").input_ids
     reward = float(model(np.array([ids], np.int32), np.array([len(ids)], np.int32))[0])
     np.testing.assert_allclose(ended.rewards(prompts[:1], responses[:1]), [reward], atol=1e-5)
+    plain = make_annotator(f"reward:{tmp_path}", AnnotatorOptions(chat="never"))
+    ids = tokenizer("the fox?red<|end|>").input_ids
+    reward = float(model(np.array([ids], np.int32), np.array([len(ids)], np.int32))[0])
+    np.testing.assert_allclose(plain.rewards(prompts[:1], responses[:1]), [reward], atol=1e-5)
 
 
 def test_an_option_for_rows_needs_a_folder_that_does_not_say(folders, tmp_path):
     with pytest.raises(UserError, match="remembers how its rows end"):
         RewardModel.load(folders["reward"], rows="template")
+    with pytest.raises(UserError, match=r"chat: .* was trained with never, not always; leave it"):
+        RewardModel.load(folders["reward"], chat="always")
+    assert not RewardModel.load(folders["reward"], chat="never").scorer.form.strings_as_chat
     key = jax.random.key(0)
     params = with_head(decoder.init_params(CONFIG, key), init_head(16, key))
     tokenizer = embedded_tokenizer()
@@ -239,7 +246,12 @@ def test_an_option_for_rows_needs_a_folder_that_does_not_say(folders, tmp_path):
     save_pretrained(ScoreModel(CONFIG, params), tmp_path, tokenizer=tokenizer)
     with pytest.raises(UserError, match="has no chat template"):
         RewardModel.load(tmp_path, rows="template")
+    with pytest.raises(UserError, match="chat: always, but the tokenizer has no chat template"):
+        RewardModel.load(tmp_path, chat="always")
     assert "end-of-sequence" in RewardModel.load(tmp_path).identity
+    embedded_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reward_rows: not with chat never"):
+        RewardModel.load(tmp_path, rows="template", chat="never")
 
 
 @dataclasses.dataclass

@@ -106,6 +106,21 @@ def test_conversations_get_the_instruction_as_the_system_s_turn():
     assert instructed("hello", "Be kind.", strings_as_chat=False) == "hello"
 
 
+def test_plain_prompts_of_a_chat_model_get_it_too():
+    """Unless a prompt format of the user's own, or `never`, keeps them plain text."""
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    records_ = responses_of(records("hello"), "chosen")
+    for options, expected in (
+        ({"prompt_format": "{prompt}"}, "[system] Be kind. [user] hello [assistant] Yes, hello. "),
+        ({"prompt_format": "{prompt}", "chat": "never"}, "Be kind.\n\nhelloYes, hello."),
+        ({"prompt_format": "Q: {prompt} "}, "Be kind.\n\nQ: hello Yes, hello."),
+    ):
+        told = tokenize_stimuli(records_, how(tokenizer=tokenizer, **options), ("Be kind.",))
+        assert text(told.streams[0][0]) == expected
+        assert len(told.report.chat) == ("chat" not in options)
+
+
 def test_contrastive_pairs_put_the_instruction_that_agrees_first():
     pairs, report = contrastive_pairs(records("hello"), how(), TOLD)
     assert (len(pairs), report.records) == (2, 2)
