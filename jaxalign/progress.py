@@ -164,6 +164,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(file=self._stream),
                 transient=self.total is None,
+                redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays there
             )
             self._bar.start()
         self._task = self._bar.add_task(

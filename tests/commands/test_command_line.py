@@ -73,7 +73,7 @@ def complaint(capsys, *arguments):
     assert main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
-    (line,) = err.strip().splitlines()
+    (line,) = [text for text in err.splitlines() if text.startswith("jaxalign")]
     return line
 
 
