@@ -191,7 +191,7 @@ def test_rows(here, scripted, capsys, name):
 def test_json(here, scripted, capsys, name):
     write(here, name, JSON[name])
     for flag, command in JSON_READERS.items():
-        output = [] if command[0] == "judge" else ["--output", "o"]
+        output = [] if command[0] == "judge" else ["--output", f"of {command[0]}"]
         check(capsys, [*command, f"--{flag}", name, *output], named=name)
 
 
