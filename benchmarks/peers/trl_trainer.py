@@ -6,6 +6,7 @@ import sys
 import torch
 from datasets import load_dataset
 from recorder import Recorder, fingerprint
+from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -23,12 +24,19 @@ class Record(TrainerCallback):
             self.recorder.step(float(logs["loss"]))
 
 
+class InOrder(DPOTrainer):
+    """Reads the pairs as the file has them."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
 def main(job: dict) -> None:
     """Train for the job's steps."""
     cpu = not torch.cuda.is_available()
     recorder = Recorder(None if cpu else torch.cuda.max_memory_allocated)
     record = Record(recorder)
-    trainer = DPOTrainer(
+    trainer = (DPOTrainer if job.get("shuffle", True) else InOrder)(
         model=job["model"],
         args=DPOConfig(
             output_dir=job["output"],

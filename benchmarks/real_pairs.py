@@ -1,0 +1,195 @@
+"""DPO of a real model on real pairs of unlike lengths: `jaxalign train` beside TRL's DPOTrainer.
+
+Command:  python -m benchmarks.real_pairs --model FOLDER --data pairs.jsonl [--dtypes float32]
+          [--batch-size 8] [--steps 14] [--rounds 1] [--json FILE]
+Time:     for a model of 135 million parameters about two minutes a contestant and round on two
+          CPU cores with nothing else to do; before the first, some minutes in which pip fetches TRL
+Expect:   one table, and the largest difference of the two loss curves
+
+Each contestant is a process of its own, with its own reading, collation and padding, and all of its
+defaults but these: AdamW without decay at a constant 1e-6, norm clipped at 1, beta 0.1, every step
+logged, nothing held out or saved, a reference that runs in each step. TRL does not checkpoint
+gradients, which is faster; its head is fused, as always since 1.16. Plain prompts are plain in both
+(`--chat never`).
+
+Both see the same pairs in the same batches: jaxalign's order of data is a pure function of its
+seed, and TRL reads a file that is written in that order, without shuffling. Tokens are those of
+prompts and responses, without padding. Seconds and CPU-seconds: the median over a run's steps
+without the first `--skip`, which compile. Whole: from the start of the process to its end. Memory:
+the largest resident set until the last step.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from benchmarks import environments
+from benchmarks.machine import describe, figure, machine, median, run, table, write_json
+from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
+
+PEERS = Path(__file__).parent / "peers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    model: str
+    """Hugging Face folder, which both contestants open."""
+    data: str
+    """File of preference pairs."""
+    records: int = 200
+    """Number of pairs, counted from the first."""
+    batch_size: int = 8
+    """Number of pairs in a batch."""
+    max_length: int = 512
+    """Largest number of tokens in a row."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Data types of the computation."""
+    steps: int = 14
+    """Number of steps in a run."""
+    skip: int = 4
+    """Number of first steps that are not counted."""
+    rounds: int = 1
+    """Number of runs of each contestant."""
+    environments: Path = environments.DEFAULT
+    """Where TRL's virtual environment is kept."""
+    json: Path | None = None
+    """Where to write all that was measured."""
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    if not 0 <= options.skip < options.steps:
+        sys.exit(f"--skip {options.skip}: leaves none of {options.steps} steps to count")
+    pythons = {
+        "jaxalign": sys.executable,
+        "trl": environments.python_of("torch", options.environments),
+    }
+    facts = machine()
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="real_pairs_") as scratch:
+        folder = Path(scratch)
+        tokens = write_pairs(options, folder)
+        print(f"{options.records} pairs of {options.data}, {describe(facts)}")
+        for number in range(options.rounds):
+            for dtype in options.dtypes:
+                for name, python in pythons.items():
+                    done = run(
+                        [python, *command(options, name, dtype, folder, number)],
+                        {"HF_HUB_OFFLINE": "1"},
+                    )
+                    if done.recorded is None or done.error:
+                        sys.exit(f"{name}, {dtype}: {done.error}")
+                    recorded = done.recorded | {"process_seconds": done.seconds}
+                    runs.setdefault(f"{name}, {dtype}", []).append(recorded)
+                    seconds = median(recorded["seconds"][options.skip :])
+                    print(f"{name}, {dtype}: {seconds:.2f} seconds a step", file=sys.stderr)
+                    write_json(
+                        options.json,
+                        {
+                            "machine": facts,
+                            "options": asdict(options) | {"environments": None, "json": None},
+                            "tokens": tokens,
+                            "runs": runs,
+                        },
+                    )
+    show(options, runs, tokens)
+
+
+def write_pairs(options: Options, folder: Path) -> list[int]:
+    """Write `pairs.jsonl`, and `ordered.jsonl` as jaxalign's batches have them.
+
+    Returns:
+      The tokens of each step's batch, without padding.
+    """
+    records = list(islice(preference_records(options.data), options.records))
+    pairs, report = tokenize_pairs(
+        records, load_tokenizer(options.model), max_length=options.max_length, chat="never"
+    )
+    if report.identical or report.truncated_responses or report.truncated_prompts:
+        sys.exit(f"{options.data}: {report.summary()}; name pairs that fit whole")
+    batches = islice(pair_batches(pairs, batch_size=options.batch_size), options.steps)
+    order, tokens = [], []
+    for batch in batches:
+        order += batch.record_index.tolist()
+        tokens.append(int(np.sum(batch.prompt_length + batch.response_length)))
+    for name, numbers in (("pairs", range(len(records))), ("ordered", order)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number in numbers:
+                record = records[number]
+                row = {key: getattr(record, key) for key in ("prompt", "chosen", "rejected")}
+                file.write(json.dumps(row) + "\n")
+    return tokens
+
+
+def command(options: Options, name: str, dtype: str, folder: Path, number: int) -> list[str]:
+    """Script and job of a contestant."""
+    output = folder / f"{name}_{dtype}_{number}"
+    output.mkdir()
+    job: dict[str, Any] = {
+        "model": options.model,
+        "output": str(output),
+        "length": options.max_length,
+        "pairs": options.batch_size,
+        "dtype": dtype,
+        "steps": options.steps,
+        "learning_rate": 1e-6,
+        "beta": 0.1,
+    }
+    if name == "jaxalign":
+        job |= {"pairs_file": str(folder / "pairs.jsonl")}
+        job |= {"flags": ["--chat", "never", "--reference", "live"]}
+        return [str(PEERS / "jaxalign_trainer.py"), json.dumps(job)]
+    job |= {"pairs_file": str(folder / "ordered.jsonl"), "shuffle": False}
+    job |= {"checkpointing": False, "precomputed": False}
+    return [str(PEERS / "trl_trainer.py"), json.dumps(job)]
+
+
+def show(options: Options, runs: dict[str, list[dict[str, Any]]], tokens: list[int]) -> None:
+    """The table, and how far the loss curves are apart."""
+    counted = slice(options.skip, None)
+    rows = []
+    for name, results in runs.items():
+        base = runs[f"trl, {name.split(', ')[1]}"]
+        seconds = [median(x["seconds"][counted]) for x in results]
+        theirs = [median(x["seconds"][counted]) for x in base]
+        whole = [x["process_seconds"] for x in results]
+        rate = [sum(tokens[counted]) / sum(x["seconds"][counted]) for x in results]
+        rows.append(
+            [
+                name,
+                figure(median(seconds)),
+                figure(median([median(x["cpu_seconds"][counted]) for x in results])),
+                figure(median(rate), 0),
+                figure(median([b / a for a, b in zip(seconds, theirs, strict=True)])),
+                figure(median([x["first_step"] for x in results]), 1),
+                figure(median(whole), 1),
+                figure(
+                    median([b["process_seconds"] / a for a, b in zip(whole, base, strict=True)])
+                ),
+                figure(max(max(x["peak_bytes"]) for x in results) / 1e9),
+            ]
+        )
+    header = ["", "seconds", "CPU-seconds", "tokens/s", "TRL's seconds / own"]
+    header += ["first step at", "whole", "TRL's whole / own", "peak GB"]
+    print(table(header, rows))
+    for dtype in options.dtypes:
+        ours, trl = (
+            np.array(runs[f"{name}, {dtype}"][0]["losses"]) for name in ("jaxalign", "trl")
+        )
+        print(
+            f"{dtype}: losses differ by at most {np.abs(ours - trl).max():.1e} "
+            f"while they fall by {ours[0] - ours[-1]:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
