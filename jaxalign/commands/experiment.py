@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from jaxalign.commands.arguments import check_names
-from jaxalign.commands.rates import high_rates
+from jaxalign.commands.rates import high_rates, is_large
 from jaxalign.config import EntanglementConfig, StageConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES, TOKEN_LOSSES
@@ -100,7 +100,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         raise UserError(_in_one_line(left, complaint.getvalue())) from None
     if config.model == "embedded" != given.model:
         for name, high in high_rates(given).items():
-            if f"{name}.optimizer.learning_rate" not in typed:
+            if f"{name}.optimizer.learning_rate" not in typed and is_large(given.model):
                 raise UserError(
                     f"{name}.optimizer: {high} is this experiment's for a small model from random "
                     f"weights, and would wreck {given.model}; run experiments/finetune.py instead, "

@@ -1,7 +1,11 @@
 """Learning rates that are too high for weights that are loaded."""
 
-from jaxalign.commands.stages import stage_adapters, trained_stages
+import jax
+
+from jaxalign.commands.stages import parameter_structs, stage_adapters, trained_stages
 from jaxalign.config import TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.models.weights import CONFIG_FILES, find_model, read_config
 
 HIGHEST = {False: 1e-4, True: 1e-3}
 """Whether adapters are trained -> the highest rate that is not remarked on."""
@@ -10,6 +14,15 @@ USUAL = {False: "1e-7 to 5e-5 is usual", True: "5e-6 to 5e-4 is usual"}
 and 1e-6 (TRL's DPOConfig), SFT 2e-5; adapters about ten times as much (TRL's documentation)."""
 LARGE = 50_000_000
 """Parameters of the smallest model for which that holds: those of a toy bear far more."""
+
+
+def is_large(model: str) -> bool:
+    """Whether a model has as many parameters as `LARGE`; its weights are not read."""
+    try:
+        config = read_config(find_model(model, CONFIG_FILES))
+    except UserError:
+        return False  # what is wrong with it is said when it is loaded
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_structs(config))) >= LARGE
 
 
 def high_rates(config: TrainConfig) -> dict[str, str]:

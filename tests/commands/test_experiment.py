@@ -150,18 +150,24 @@ def test_adapters_have_the_learning_rate_of_adapters(scale):
     assert rate("--lora.rank", "16", *typed) == rate(*typed) == 3e-6
 
 
-def test_rates_for_random_weights_are_refused_for_a_model_that_was_typed(capsys):
-    assert main(["train", QUICKSTART, "--model", "m"]) == 2
+def test_rates_for_random_weights_are_refused_for_a_large_model_that_was_typed(
+    tmp_path, monkeypatch, capsys
+):
+    experiment = find_module(QUICKSTART, "experiment").__file__
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model("m")
+    assert parse([experiment, "--model", "m"]).model == "m"  # a toy bears them
+    monkeypatch.setattr("jaxalign.commands.rates.LARGE", 10)
+    assert main(["train", experiment, "--model", "m"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "sft.optimizer: learning rate 0.003" in line
     assert "experiments/finetune.py" in line
     with pytest.raises(UserError, match=r"preference\.optimizer: learning rate 0\.0002"):
-        parse([QUICKSTART, "--model", "m", "--sft.steps", "0"])
+        parse([experiment, "--model", "m", "--sft.steps", "0"])
     with pytest.raises(UserError, match=r"sft\.optimizer: learning rate 0\.003 for adapters"):
-        parse([QUICKSTART, "--model", "m", "--lora.rank", "4"])
+        parse([experiment, "--model", "m", "--lora.rank", "4"])
     flags = ["--sft.optimizer.learning-rate", "3e-3", "--preference.optimizer.learning-rate=1e-3"]
-    assert parse([QUICKSTART, "--model", "m", *flags]).model == "m"
-    assert parse([FINETUNE, "--model", "m"]).model == "m"
+    assert parse([experiment, "--model", "m", *flags]).model == "m"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.commands.planning.batches import largest_batch
+from jaxalign.commands.planning.remat import choose_remat
 from jaxalign.commands.planning.sampling import Policies, sampling_memory, sampling_policies
 from jaxalign.commands.representation import stimulus_models
 from jaxalign.commands.scores import trains_scores
@@ -235,6 +236,19 @@ def draft(
             f"not a multiple of data x fsdp = {rows}"
         )
     shapes = shapes_of(config, name) if shapes is None else shapes
+    if config.remat == "auto":
+        used = bytes_on_device(placed_parameters(shapes.params, mesh))
+        remat, _ = choose_remat(
+            config,
+            name,
+            model_config,
+            shapes.state,
+            shapes.frozen,
+            mesh,
+            platform=platform,
+            free=None if chip.memory is None else chip.memory - used,
+        )
+        config = dataclasses.replace(config, remat=remat)
     state, frozen = (placed_parameters(tree, mesh) for tree in (shapes.state, shapes.frozen))
     policy = make_policy(config, name, model_config, platform=platform)
     objective = make_objective(config, name, policy)
