@@ -39,7 +39,7 @@ from jaxalign.models import DecoderConfig, decoder, load_pretrained
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import find_folder
+from jaxalign.models.weights import exported, find_folder
 from jaxalign.progress import saying
 from jaxalign.sharding import make_mesh
 
@@ -104,9 +104,7 @@ class LocalModel:
         Raises:
           UserError: the folder holds no language model.
         """
-        export = Path(folder) / "export"
-        place = export if export.is_dir() else Path(folder)
-        name = str(place) if place.is_dir() else str(folder)
+        name = str(exported(folder))
         model = load_pretrained(name, mesh=options.get("mesh"))
         if isinstance(model, ScoreModel):
             raise UserError(f"{folder}: a model with a scalar head writes no text")

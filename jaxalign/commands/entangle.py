@@ -41,6 +41,7 @@ from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.responses import response_log_probs
+from jaxalign.models.weights import exported
 from jaxalign.progress import saying, track
 from jaxalign.reporting.entanglement_page import HeatMap, LossRow, Page, PairRow, write_page
 
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     loaded = load(given, most=given.pairs)
     reference = loaded.model
     if given.reference:
-        reference = load_pretrained(given.reference, dtype=jnp.float32)
+        reference = load_pretrained(exported(given.reference), dtype=jnp.float32)
         if reference.config.vocab_size != loaded.model.config.vocab_size:
             raise UserError(f"reference: {given.reference} has another vocabulary than the model")
     geometry, pairs = measure(loaded, reference, given.batch_size)

@@ -23,6 +23,7 @@ from jaxalign.data import (
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.score import ScoreModel
+from jaxalign.models.weights import exported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,8 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
     """
     if "{prompt}" not in given.prompt_format:
         raise UserError(f"prompt_format: {given.prompt_format!r} does not hold {{prompt}}")
-    model = load_pretrained(given.model, dtype=jnp.float32)
+    source = exported(given.model)
+    model = load_pretrained(source, dtype=jnp.float32)
     if isinstance(model, ScoreModel):
         raise UserError(f"model: {given.model} has a scalar head and makes no log-probs")
     context = getattr(model.config, "context_length", None)
@@ -93,7 +95,7 @@ def load(given: argparse.Namespace, *, most: int | None = None) -> ModelAndPairs
             f"max_length: {given.max_length} tokens are more than the model's context of "
             f"{context}; set --max-length {context} or less"
         )
-    tokenizer = load_tokenizer(given.tokenizer or given.model)
+    tokenizer = load_tokenizer(given.tokenizer or source)
     check_vocabulary(tokenizer, model.config.vocab_size)
     read = ReadReport()
     records = []

@@ -28,6 +28,7 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Verdicts
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.score import ScoreModel, rewards
+from jaxalign.models.weights import exported
 from jaxalign.sharding import batch_sharding, make_mesh
 from jaxalign.training.step import on_mesh
 
@@ -140,8 +141,7 @@ def load_scorer(
     Raises:
       UserError: the folder holds no such model, or says itself how its rows end.
     """
-    export = Path(folder) / "export"
-    place = export if export.is_dir() else folder
+    place = exported(folder)
     model = load_pretrained(place, mesh=options.get("mesh"))
     if not isinstance(model, ScoreModel):
         raise UserError(f"{place}: has no scalar head (score.weight); train one with --loss")

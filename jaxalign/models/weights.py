@@ -64,6 +64,12 @@ def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) 
         ) from error
 
 
+def exported(name: str | Path) -> str | Path:
+    """The exported model of a run's folder; any other name as it is."""
+    export = Path(name).expanduser() / "export"
+    return export if export.is_dir() else name
+
+
 def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
     """The GGUF file of that name, or the folder as `find_folder` finds it."""
     path = Path(path_or_hub_name).expanduser()

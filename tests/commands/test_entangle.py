@@ -53,6 +53,9 @@ def test_a_loss_of_the_users_own_and_errors_in_one_line(world, capsys):
     folder, flags = world
     own = folder / "mine.py"
     own.write_text("def push(pairs):\n    return pairs.rejected - 2 * pairs.chosen\n")
+    (folder / "run").mkdir()
+    (folder / "run" / "export").symlink_to(folder / "model")
+    flags = ["--model", str(folder / "run"), *flags[2:]]  # a run's folder, by its export
     out = ["--heat-maps", "1", "--heat-map-parameters", "unembedding"]
     out += ["--output", str(folder / "out")]
     assert main(["entangle", *flags, "--loss", f"{own}:push", *out]) == 0
