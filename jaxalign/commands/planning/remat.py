@@ -1,7 +1,6 @@
 """What `--remat auto` decides by: the bytes that a stage's step keeps on a device."""
 
 import dataclasses
-import functools
 from typing import Any
 
 from jax.sharding import Mesh
@@ -37,22 +36,6 @@ def choose_remat(
       platform: that the step is for.
       free: bytes that are free on a device beside the parameters; None: not known.
     """
-    needed = functools.partial(_activations, config, name, model_config, state, frozen, mesh)
-    other = _other_bytes(state, frozen, mesh)
-    return choose(functools.partial(needed, platform), other, free)
-
-
-def _activations(
-    config: TrainConfig,
-    name: str,
-    model_config: Any,
-    state: TrainState,
-    frozen: dict[str, Any],
-    mesh: Mesh,
-    platform: str,
-    remat: str,
-) -> float:
-    """Bytes on a device that a step keeps for its backward pass, and that a layer needs in it."""
 
     def saved(remat: str) -> int:
         how = dataclasses.replace(config, remat=remat)
@@ -63,11 +46,15 @@ def _activations(
             parts *= objective.algorithm.minibatches
         return saved_bytes(objective, state.params, frozen, batch, micro_batches=parts)
 
-    kept: float = saved(remat)
-    if remat != "none":  # a layer at a time is recomputed whole
-        layers = getattr(model_config, "layers", None) or model_config.decoder_layers
-        kept += max(saved("none") - kept, 0) / layers
-    return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
+    def activations(remat: str) -> float:
+        """Bytes on a device that a step keeps, and that a layer needs in its backward pass."""
+        kept: float = saved(remat)
+        if remat != "none":  # a layer at a time is recomputed whole
+            layers = getattr(model_config, "layers", None) or model_config.decoder_layers
+            kept += max(saved("none") - kept, 0) / layers
+        return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
+
+    return choose(activations, _other_bytes(state, frozen, mesh), free)
 
 
 def _other_bytes(state: TrainState, frozen: dict[str, Any], mesh: Mesh) -> int:
