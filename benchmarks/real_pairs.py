@@ -1,22 +1,23 @@
 """DPO of a real model on real pairs of unlike lengths: `jaxalign train` beside TRL's DPOTrainer.
 
 Command:  python -m benchmarks.real_pairs --model FOLDER --data pairs.jsonl [--dtypes float32]
-          [--batch-size 8] [--steps 14] [--rounds 1] [--json FILE]
+          [--batch-size 8] [--steps 14] [--rounds 1] [--remat auto none full] [--json FILE]
 Time:     for a model of 135 million parameters about two minutes a contestant and round on two
           CPU cores with nothing else to do; before the first, some minutes in which pip fetches TRL
 Expect:   one table, and the largest difference of the two loss curves
 
 Each contestant is a process of its own, with its own reading, collation and padding, and all of its
 defaults but these: AdamW without decay at a constant 1e-6, norm clipped at 1, beta 0.1, every step
-logged, nothing held out or saved, a reference that runs in each step. TRL does not checkpoint
-gradients, which is faster; its head is fused, as always since 1.16. Plain prompts are plain in both
-(`--chat never`).
+logged, nothing held out, one checkpoint (weights and optimiser) after the last step, a reference
+that runs in each step. TRL does not checkpoint gradients, which is faster; its head is fused, as
+always since 1.16. Plain prompts are plain in both (`--chat never`).
 
 Both see the same pairs in the same batches: jaxalign's order of data is a pure function of its
 seed, and TRL reads a file that is written in that order, without shuffling. Tokens are those of
 prompts and responses, without padding. Seconds and CPU-seconds: the median over a run's steps
 without the first `--skip`, which compile. Whole: from the start of the process to its end. Memory:
-the largest resident set until the last step.
+the largest resident set until the last step. "jaxalign, again" is the same command a second time,
+with the programs of the first in JAX's cache on disk: what every later run of a researcher is.
 """
 
 import json
@@ -53,6 +54,8 @@ class Options:
     """Largest number of tokens in a row."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Data types of the computation."""
+    remat: tuple[Literal["auto", "none", "dots", "full"], ...] = ("auto",)
+    """What jaxalign's backward pass recomputes, one contestant each."""
     steps: int = 14
     """Number of steps in a run."""
     skip: int = 4
@@ -69,10 +72,13 @@ def main(options: Options) -> None:
     """Measure and print."""
     if not 0 <= options.skip < options.steps:
         sys.exit(f"--skip {options.skip}: leaves none of {options.steps} steps to count")
-    pythons = {
-        "jaxalign": sys.executable,
-        "trl": environments.python_of("torch", options.environments),
-    }
+    torch = environments.python_of("torch", options.environments)
+    contestants: list[tuple[str, list[str]]] = []
+    for remat in options.remat:
+        name = "jaxalign" if remat == "auto" else f"jaxalign {remat}"
+        flags = ["--remat", remat]
+        contestants += [(name, flags), (f"{name} again", flags)]
+    contestants += [("trl", [])]
     facts = machine()
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="real_pairs_") as scratch:
@@ -81,10 +87,14 @@ def main(options: Options) -> None:
         print(f"{options.records} pairs of {options.data}, {describe(facts)}")
         for number in range(options.rounds):
             for dtype in options.dtypes:
-                for name, python in pythons.items():
+                for name, flags in contestants:
+                    cache = folder / f"cache_{name.removesuffix(' again')}_{dtype}_{number}"
                     done = run(
-                        [python, *command(options, name, dtype, folder, number)],
-                        {"HF_HUB_OFFLINE": "1"},
+                        [
+                            torch if name == "trl" else sys.executable,
+                            *command(options, name, flags, dtype, folder, number),
+                        ],
+                        {"HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)},
                     )
                     if done.recorded is None or done.error:
                         sys.exit(f"{name}, {dtype}: {done.error}")
@@ -130,9 +140,11 @@ def write_pairs(options: Options, folder: Path) -> list[int]:
     return tokens
 
 
-def command(options: Options, name: str, dtype: str, folder: Path, number: int) -> list[str]:
+def command(
+    options: Options, name: str, flags: list[str], dtype: str, folder: Path, number: int
+) -> list[str]:
     """Script and job of a contestant."""
-    output = folder / f"{name}_{dtype}_{number}"
+    output = folder / f"{name.replace(' ', '_')}_{dtype}_{number}"
     output.mkdir()
     job: dict[str, Any] = {
         "model": options.model,
@@ -144,12 +156,12 @@ def command(options: Options, name: str, dtype: str, folder: Path, number: int) 
         "learning_rate": 1e-6,
         "beta": 0.1,
     }
-    if name == "jaxalign":
+    if name != "trl":
         job |= {"pairs_file": str(folder / "pairs.jsonl")}
-        job |= {"flags": ["--chat", "never", "--reference", "live"]}
+        job |= {"flags": ["--chat", "never", "--reference", "live", *flags]}
         return [str(PEERS / "jaxalign_trainer.py"), json.dumps(job)]
     job |= {"pairs_file": str(folder / "ordered.jsonl"), "shuffle": False}
-    job |= {"checkpointing": False, "precomputed": False}
+    job |= {"checkpointing": False, "precomputed": False, "save": True}
     return [str(PEERS / "trl_trainer.py"), json.dumps(job)]
 
 
@@ -182,9 +194,9 @@ def show(options: Options, runs: dict[str, list[dict[str, Any]]], tokens: list[i
     header += ["first step at", "whole", "TRL's whole / own", "peak GB"]
     print(table(header, rows))
     for dtype in options.dtypes:
-        ours, trl = (
-            np.array(runs[f"{name}, {dtype}"][0]["losses"]) for name in ("jaxalign", "trl")
-        )
+        first = next(iter(runs))
+        ours = np.array(runs[f"{first.split(', ')[0]}, {dtype}"][0]["losses"])
+        trl = np.array(runs[f"trl, {dtype}"][0]["losses"])
         print(
             f"{dtype}: losses differ by at most {np.abs(ours - trl).max():.1e} "
             f"while they fall by {ours[0] - ours[-1]:.1e}"

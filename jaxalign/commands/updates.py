@@ -45,13 +45,6 @@ DISTANCES = {"squared": hidden_state_matching, "norm": hidden_state_distance}
 """`alignment.distance` -> its loss."""
 
 
-def remat_on(config: TrainConfig, platform: str) -> str:
-    """What is computed anew on a platform."""
-    if config.remat == "auto":
-        return "full" if platform == "cpu" else "none"
-    return config.remat
-
-
 def has_reference(objective: Any) -> bool:
     """Whether an objective's loss or metrics read a reference."""
     return not isinstance(objective, PreferenceObjective) or objective.has_reference
@@ -74,16 +67,13 @@ def keeps_reference_live(config: TrainConfig, objective: Any, pairs: int) -> boo
     return reads_more or config.preference.steps * config.preference.batch_size <= pairs
 
 
-def make_policy(
-    config: TrainConfig, name: str, model_config: Any, *, platform: str | None = None
-) -> Policy:
+def make_policy(config: TrainConfig, name: str, model_config: Any) -> Policy:
     """How a stage's parameters make up the policy.
 
     Args:
       config: of the run.
       name: the stage's.
       model_config: the architecture; the online stage has it at its temperature.
-      platform: that it is for; None: this process's own.
     """
     lora = stage_adapters(config, name)
     if name == "online":
@@ -92,7 +82,7 @@ def make_policy(
         config=model_config,
         adapter_scale=None if lora is None else lora.scale,
         adapter_dropout=0.0 if lora is None else lora.dropout,
-        remat=remat_on(config, platform or jax.default_backend()),
+        remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
     )
 

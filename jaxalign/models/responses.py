@@ -145,6 +145,8 @@ class ResponseComparison:
 
     log_prob: Float[Array, "batch response"]
     reference_log_prob: Float[Array, "batch response"]
+    entropy: Float[Array, "batch response"]
+    """Of the policy's next-token distribution, in nats; no gradient flows through it."""
     kl: Float[Array, "batch response"]
     """Divergence of the two next-token distributions, in nats."""
 
@@ -193,7 +195,7 @@ def compare_responses(
     def flat(x: Array) -> Array:
         return x.reshape(-1, x.shape[-1])
 
-    log_prob = token_log_probs(flat(hidden), kernel, targets, bias=bias, **form).log_prob
+    of_policy = token_log_probs(flat(hidden), kernel, targets, bias=bias, **form)
     of_reference = token_log_probs(
         flat(reference[0]), reference[1], targets, bias=reference[2], **form
     ).log_prob
@@ -213,7 +215,10 @@ def compare_responses(
         return jnp.where(real, x.reshape(real.shape), 0.0)
 
     return ResponseComparison(
-        log_prob=masked(log_prob), reference_log_prob=masked(of_reference), kl=masked(kl)
+        log_prob=masked(of_policy.log_prob),
+        reference_log_prob=masked(of_reference),
+        entropy=masked(jax.lax.stop_gradient(of_policy.entropy)),
+        kl=masked(kl),
     )
 
 

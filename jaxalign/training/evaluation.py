@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.sharding import batch_sharding, replicated
@@ -66,9 +67,13 @@ def evaluate_preferences(
     has_reference = objective.has_reference
 
     def forward(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
-        outputs = objective.forward(params, frozen, batch, None)
+        kl: dict[str, Mean] = {}
+        if has_reference:
+            outputs, divergence = objective.compare(params, frozen, batch)
+            kl = _divergence_per_token(divergence[:, 0], batch.pairs)
+        else:
+            outputs = objective.forward(params, frozen, batch, None)
         rows = outputs, batch.pairs.response_length, batch.pairs.record_index, batch.pairs.weight
-        kl = _divergence(objective, params, frozen, batch) if has_reference else {}
         return rows, kl
 
     compiled = jax.jit(on_mesh(forward, mesh), out_shardings=replicated(mesh))
@@ -101,7 +106,10 @@ def _evaluate_token_preferences(
     def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
         outputs = objective.forward(params, frozen, batch, None)
         metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
-        return metrics | _divergence(objective, params, frozen, batch)
+        policy = objective.policy
+        arguments = policy.policy(params, frozen["policy"])
+        both = policy.compare(batch.pairs, frozen["reference"], **arguments)
+        return metrics | _divergence_per_token(both.kl[:, 0].sum(-1), batch.pairs)
 
     compiled = jax.jit(on_mesh(step, mesh))
 
@@ -112,18 +120,10 @@ def _evaluate_token_preferences(
     return run
 
 
-def _divergence(
-    objective: PreferenceObjective | TokenPreferenceObjective,
-    params: Any,
-    frozen: Any,
-    batch: ReferencedBatch,
-) -> dict[str, Mean]:
+def _divergence_per_token(kl: Float[Array, " pairs"], pairs: PairBatch) -> dict[str, Mean]:
     """KL to the reference over the tokens of the chosen responses."""
-    policy, weight = objective.policy, batch.pairs.weight
-    arguments = policy.policy(params, frozen["policy"])
-    kl = policy.compare(batch.pairs, frozen["reference"], **arguments).kl[:, 0].sum(-1)
-    tokens = jnp.sum(batch.pairs.response_length[:, 0] * weight).astype(jnp.float32)
-    return {"kl": Mean(total=jnp.sum(kl * weight), count=tokens)}
+    tokens = jnp.sum(pairs.response_length[:, 0] * pairs.weight).astype(jnp.float32)
+    return {"kl": Mean(total=jnp.sum(kl * pairs.weight), count=tokens)}
 
 
 def _without_tokens(lengths: np.ndarray, number: np.ndarray, weight: np.ndarray) -> PairBatch:

@@ -14,7 +14,10 @@ from jaxalign.training.micro_batches import split_micro_batches
 from jaxalign.training.objectives import Objective
 
 CHOICES = ("none", "dots", "full")
-"""Ways to rematerialise, the fastest first."""
+"""Ways to rematerialise, the fastest first on an accelerator."""
+CPU_CHOICES = ("dots", "full")
+"""The same on a CPU, where writing and reading the activations costs more time than recomputing all
+but matrix products (`python -m benchmarks.real_pairs --remat none dots full`)."""
 MARGIN = 0.8
 """Share of the free memory to fill: an estimate is not a measurement."""
 
@@ -56,23 +59,27 @@ def saved_bytes(
     return total
 
 
-def choose(activations: Callable[[str], float], other: int, free: int | None) -> tuple[str, float]:
-    """The fastest way to rematerialise that fits, and what it takes for activations.
+def choose(
+    activations: Callable[[str], float], other: int, free: int | None, *, platform: str
+) -> tuple[str, float]:
+    """The fastest way to rematerialise that fits, and the bytes of its activations.
 
     Args:
-      activations: of one of `CHOICES`, the bytes on a device; not asked for more than is needed.
+      activations: the bytes on a device of one of `CHOICES`; called for no more than is needed.
       other: bytes that gradients, optimiser state and all else will take there.
-      free: bytes that are free there; None: not known, and everything is kept.
+      free: bytes that are free there; None: not known, and the fastest is taken.
+      platform: of the device, as jax names it.
 
     Returns:
       The choice and its bytes; "full" where nothing fits.
     """
+    choices = CPU_CHOICES if platform == "cpu" else CHOICES
     needed = math.nan
-    for choice in CHOICES:
+    for choice in choices:
         needed = activations(choice)
         if free is None or needed + other <= MARGIN * free:
             return choice, needed
-    return CHOICES[-1], needed
+    return choices[-1], needed
 
 
 def free_memory(device: Any, root: Path = Path("/")) -> int | None:

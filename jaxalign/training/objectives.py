@@ -312,12 +312,19 @@ class PreferenceObjective:
             with jax.named_scope("reference"):
                 reference = self.policy.log_probs(batch.pairs, frozen["reference"])
             reference = reference.log_prob.sum(-1)
-        tokens = jnp.maximum(batch.pairs.response_length.sum(-1), 1)
-        return PairOutputs(
-            policy=of_policy.log_prob.sum(-1),
-            reference=jax.lax.stop_gradient(reference),
-            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
-        )
+        return _outputs(of_policy, reference, batch.pairs)
+
+    def compare(
+        self, trained: Params, frozen: Any, batch: ReferencedBatch
+    ) -> tuple[PairOutputs, Float[Array, "pairs 2"]]:
+        """The outputs of `forward` without dropout, and KL(policy || reference) of each response.
+
+        The divergence is in nats, summed over the tokens of the response. Policy and reference run
+        once.
+        """
+        arguments = self.policy.policy(trained, frozen["policy"])
+        both = self.policy.compare(batch.pairs, frozen["reference"], **arguments)
+        return _outputs(both, both.reference_log_prob.sum(-1), batch.pairs), both.kl.sum(-1)
 
     def reduce(
         self,
@@ -345,6 +352,16 @@ class PreferenceObjective:
             if value.ndim == 0:
                 metrics[f"statistics/{name}"] = Mean(total=value, count=jnp.float32(1))
         return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
+
+
+def _outputs(of_policy: Any, reference: Float[Array, "pairs 2"], pairs: PairBatch) -> PairOutputs:
+    """Sums over the tokens of each response."""
+    tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
+    return PairOutputs(
+        policy=of_policy.log_prob.sum(-1),
+        reference=jax.lax.stop_gradient(reference),
+        entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

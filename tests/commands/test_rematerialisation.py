@@ -51,13 +51,13 @@ def free(monkeypatch, size):
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "preference", "online", "representation"])
-def test_every_stage_keeps_all_where_there_is_room_and_nothing_where_there_is_none(
+def test_every_stage_keeps_products_where_there_is_room_and_nothing_where_there_is_none(
     world, name, monkeypatch, capsys
 ):
     free(monkeypatch, 18 * 2**30)
-    assert with_remat(world, name).config.remat == "none"
+    assert with_remat(world, name).config.remat == "dots"
     said = capsys.readouterr().out
-    assert said.startswith(f"{name}: remat none: activations about ")
+    assert said.startswith(f"{name}: remat dots: activations about ")
     assert said.endswith(" MiB of 18 GiB free\n")
     (world.folder / "remat.json").unlink()
     free(monkeypatch, 0)
@@ -68,9 +68,9 @@ def test_who_resumes_on_another_machine_computes_the_same(world, monkeypatch, ca
     free(monkeypatch, 0)
     assert with_remat(world, "sft").config.remat == "full"
     free(monkeypatch, None)
-    assert with_remat(world, "preference").config.remat == "none"
+    assert with_remat(world, "preference").config.remat == "dots"
     assert "of unknown memory" in capsys.readouterr().out
     assert with_remat(world, "sft").config.remat == "full"
     assert capsys.readouterr().out == ""
     kept = json.loads((world.folder / "remat.json").read_text())
-    assert kept == {"sft": "full", "preference": "none"}
+    assert kept == {"sft": "full", "preference": "dots"}

@@ -27,7 +27,12 @@ SIZES = {"none": 100.0, "dots": 50.0, "full": 10.0}
     ],
 )
 def test_the_fastest_that_fits_four_fifths_of_what_is_free(other, free, choice):
-    assert choose(SIZES.__getitem__, other, free) == (choice, SIZES[choice])
+    assert choose(SIZES.__getitem__, other, free, platform="gpu") == (choice, SIZES[choice])
+
+
+@pytest.mark.parametrize(("free", "choice"), [(200, "dots"), (None, "dots"), (70, "full")])
+def test_a_cpu_recomputes_all_but_products_even_where_all_would_fit(free, choice):
+    assert choose(SIZES.__getitem__, 20, free, platform="cpu") == (choice, SIZES[choice])
 
 
 def test_no_more_is_traced_than_is_needed():
@@ -37,7 +42,7 @@ def test_no_more_is_traced_than_is_needed():
         asked.append(choice)
         return SIZES[choice]
 
-    choose(size, 0, 1000)
+    choose(size, 0, 1000, platform="tpu")
     assert asked == ["none"]
 
 

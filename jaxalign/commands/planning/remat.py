@@ -54,7 +54,7 @@ def choose_remat(
             kept += max(saved("none") - kept, 0) / layers
         return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
 
-    return choose(activations, _other_bytes(state, frozen, mesh), free)
+    return choose(activations, _other_bytes(state, frozen, mesh), free, platform=platform)
 
 
 def _other_bytes(state: TrainState, frozen: dict[str, Any], mesh: Mesh) -> int:

@@ -250,7 +250,7 @@ def draft(
         )
         config = dataclasses.replace(config, remat=remat)
     state, frozen = (placed_parameters(tree, mesh) for tree in (shapes.state, shapes.frozen))
-    policy = make_policy(config, name, model_config, platform=platform)
+    policy = make_policy(config, name, model_config)
     objective = make_objective(config, name, policy)
     optimizer, _ = make_update_rule(config, name)
     batch, passes = largest_batch(config, name, objective, platform=platform, response=response)
