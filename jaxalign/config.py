@@ -508,8 +508,9 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         _check_value(name, value, arguments[0])
-        if value not in arguments[1]:
-            raise UserError(f"{name}: {value} is not in {arguments[1]}")
+        for allowed in arguments[1:]:
+            if isinstance(allowed, Range) and value is not None and value not in allowed:
+                raise UserError(f"{name}: {value} is not in {allowed}")
     elif origin in (types.UnionType, typing.Union):
         if value is not None:
             _check_value(name, value, arguments[0])

@@ -1,12 +1,119 @@
-"""Flags of the commands: defaults in the help, ranges of numbers, one line for what is wrong."""
+"""Flags of the commands: a dataclass whose fields are flags, and one line for what is wrong.
+
+`parse` is for every command; the argparse parts below it are for commands that do not use it yet.
+"""
 
 import argparse
+import contextlib
+import dataclasses
 import difflib
+import inspect
+import io
+import re
+import types
 import typing
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
 
+from jaxalign.config import check
 from jaxalign.errors import UserError
+
+Chat = Literal["auto", "always", "never"]
+"""Whether plain prompts go through the chat template; `--chat` without a value is always."""
+Options = TypeVar("Options")
+BadRecords = Literal["error", "skip"]
+"""Response to a record that cannot be used: stop and name its line, or skip it."""
+
+
+def parse(
+    options: type[Options], command: str, arguments: Sequence[str], prog: str = ""
+) -> Options:
+    """The flags of a command, as a dataclass.
+
+    Args:
+      options: a frozen dataclass; its docstring is the description of the command, each field a
+        flag (`tyro.conf.Positional`: an argument), the text below the field its help, and a `Range`
+        in its annotation is checked. A field that is a dataclass adds that one's fields, without a
+        prefix; a union of dataclasses makes subcommands.
+      command: its name, for usage and errors.
+      arguments: as typed.
+      prog: usage, where it is not `jaxalign COMMAND`.
+
+    Raises:
+      UserError: one line that names the flag.
+      SystemExit: --help.
+    """
+    import tyro
+
+    check_names(arguments, flags_of(options), f"jaxalign {command} --help")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            given = tyro.cli(
+                options,
+                args=_with_values(arguments),
+                prog=prog or f"jaxalign {command}",
+                description=inspect.getdoc(options) if inspect.isclass(options) else None,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as left:
+        if left.code == 0:
+            raise
+        raise UserError(
+            f"{_complaint(complaint.getvalue())}; see jaxalign {command} --help"
+        ) from None
+    try:
+        check(given)
+    except UserError as error:
+        name, colon, rest = str(error).partition(":")
+        flag = name.rpartition(".")[2].partition("[")[0].replace("_", "-")
+        raise UserError(f"--{flag}{colon}{rest}") from None
+    return given
+
+
+def flags_of(options: Any) -> list[str]:
+    """The names of all flags of a dataclass, those in it and those of its subcommands too."""
+    if dataclasses.is_dataclass(options):
+        names = ["--help"]
+        for name, hint in typing.get_type_hints(options, include_extras=True).items():
+            inner = flags_of(hint)
+            flag = name.replace("_", "-")
+            switch = [f"--no-{flag}"] if _plain(hint) is bool else []
+            names += inner or [f"--{flag}", *switch]
+        return list(dict.fromkeys(names))
+    if typing.get_origin(options) in (typing.Union, types.UnionType, typing.Annotated):
+        parts = typing.get_args(options)
+        parts = parts[:1] if typing.get_origin(options) is typing.Annotated else parts
+        return list(dict.fromkeys(name for one in parts for name in flags_of(one)))
+    return []
+
+
+def _plain(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `always` after a `--chat` that has no value."""
+    filled = []
+    for at, text in enumerate(arguments):
+        filled.append(text)
+        if text == "--chat" and (at + 1 == len(arguments) or arguments[at + 1].startswith("-")):
+            filled.append("always")
+    return filled
+
+
+def _complaint(text: str) -> str:
+    """What tyro objects to, without its frame."""
+    lines = [line.strip(" │") for line in text.splitlines() if line.strip(" │")]
+    end = next((at for at, line in enumerate(lines) if at and set(line) <= set("─╰╯")), len(lines))
+    said = lines[1:end]
+    if said and said[0].startswith("Missing from"):
+        flags = [re.split(r"[ ,]", line)[0] for line in said[1:] if not line.endswith("(required)")]
+        return f"the following arguments are required: {', '.join(flags)}"
+    return " ".join(said).rstrip(".").replace("Unrecognized options:", "unexpected argument")
+
+
+# ---------------------------------------------------------------------------- argparse
 
 RENAMED = {"--strings-as-chat": "--chat always", "--no-strings-as-chat": "--chat never"}
 """Flags of earlier versions."""
