@@ -30,8 +30,8 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import response_log_probs
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
+from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import initial_state, train_step
-from jaxalign.training.watching import Watch
 
 SHAPES = {  # width, layers, heads, MLP width: Llama-shaped
     "1M": (128, 4, 4, 344),
@@ -99,7 +99,7 @@ def main(options: Options) -> None:
     trained = jax.tree.map(jnp.copy, params) if adapters is None else adapters
     state = initial_state(trained, optimizer, seed=0)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer)
-    watched = functools.partial(step, watch=Watch(objective=objective))
+    watched = functools.partial(step, backward=PairProbe(objective=objective))
     how = {"remat": options.remat, "dtype": options.dtype}
 
     def beside(geometry):

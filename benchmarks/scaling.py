@@ -7,7 +7,7 @@ Expect:   one table (tpu/README.md shows it) and one figure
 One pair a chip (prompt 1,024, responses 1,024), bfloat16, everything rematerialised, AdamW, a live
 reference in float32; parameters are split over up to 256 chips, whole copies of them over the rest.
 Memory is what the TPU's compiler reserves on each chip; FLOPs and bytes over links are by formula
-(`jaxalign.training.work`), seconds are these over the chip's data sheet, whichever is
+(`jaxalign.planning.cost_model`), seconds are these over the chip's data sheet, whichever is
 longest: no step is faster.
 """
 
@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxalign.commands.planning.steps import Plan, make_plan
 from jaxalign.config import MeshConfig, StageConfig, TrainConfig
+from jaxalign.planning.plans import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPOLOGIES = {

@@ -9,8 +9,9 @@ import numpy as np
 from recorder import Recorder, fingerprint
 
 from jaxalign.cli import main as jaxalign
-from jaxalign.commands import train
 from jaxalign.config import TrainConfig
+from jaxalign.runs import train
+from jaxalign.stages import preference
 
 
 def config() -> TrainConfig:
@@ -31,13 +32,13 @@ def main(job: dict) -> None:
             if split == "train":
                 recorder.step(float(values["loss"]))
 
-    def load_stages(*arguments):
-        stages = own_load_stages(*arguments)
-        seen["rows"] = stages["preference"].train.rows
-        return stages
+    def load_pairs(*arguments):
+        data = own_load_pairs(*arguments)
+        seen["rows"] = data.train.rows
+        return data
 
-    own_load_stages = train.load_stages
-    train.JsonLines, train.load_stages = Recorded, load_stages
+    own_load_pairs = preference.load_pairs
+    train.JsonLines, preference.load_pairs = Recorded, load_pairs
     failed = jaxalign(
         [
             *("train", __file__, "--name", "run", "--output", job["output"]),

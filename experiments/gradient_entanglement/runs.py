@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxalign.commands.train import train
 from jaxalign.config import TrainConfig
 from jaxalign.reporting import read_run
+from jaxalign.runs.train import train
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 TINY, PAPER = "runs/base_lm/export", "openai-community/gpt2"

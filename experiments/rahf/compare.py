@@ -20,7 +20,6 @@ from scipy.special import expit
 from experiments.gradient_entanglement.runs import finished
 from experiments.page import half_width, put, table
 from experiments.rahf import methods
-from jaxalign.commands.training_data import instructions_of
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     load_tokenizer,
@@ -37,6 +36,7 @@ from jaxalign.models.responses import response_log_probs
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
 from jaxalign.sharding import make_mesh
+from jaxalign.stages.inputs import instructions_of
 
 FOLDER = Path(__file__).parent
 BATCH = 32

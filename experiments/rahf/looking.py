@@ -14,15 +14,11 @@ import numpy as np
 from experiments.page import put, table
 from experiments.rahf import methods
 from experiments.rahf.compare import answers
-from jaxalign.commands.convert import main as convert
-from jaxalign.commands.stages import read_run_config
-from jaxalign.commands.train import enable_compilation_cache
-from jaxalign.commands.training_data import instructions_of, tokenization
-from jaxalign.commands.updates import make_reader
 from jaxalign.config import TrainConfig
 from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.models import load_pretrained
+from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.representation import (
     Reader,
     pooled,
@@ -35,6 +31,10 @@ from jaxalign.representation import (
     summarise,
     tokenize_stimuli,
 )
+from jaxalign.runs.exports import export_run
+from jaxalign.stages.inputs import instructions_of, tokenization
+from jaxalign.stages.models import read_run_config
+from jaxalign.stages.representation import make_reader
 
 FOLDER = Path(__file__).parent
 STRENGTHS = (0.0, 1.0, 2.0, 5.0, 10.0)
@@ -55,7 +55,7 @@ def tuned_model(run: Path) -> Any:
     """The model after instruction tuning and before the fit: a checkpoint of the same run."""
     folder = run / "tuned"
     if not folder.is_dir():
-        convert([str(run), str(folder), "--stage", "preference"])
+        export_run(run, folder, stage="preference")
     return load_pretrained(folder)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from experiments.page import put, table
 from experiments.rahf.compare import FOLDER, shortened
 from experiments.rahf.looking import tuned_model
-from jaxalign.commands.stages import read_run_config
-from jaxalign.commands.train import train
-from jaxalign.commands.updates import make_reader
 from jaxalign.config import StageConfig
 from jaxalign.reporting import read_run
+from jaxalign.runs.train import train
+from jaxalign.stages.models import read_run_config
+from jaxalign.stages.representation import make_reader
 
 ALPHAS = (0.0, 1.0, 5.0, 10.0)
 SHOWN = {

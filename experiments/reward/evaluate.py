@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxalign.commands.scores import score_format
-from jaxalign.commands.stages import read_run_config
 from jaxalign.data import preference_records, split_holdout
 from jaxalign.evaluation import make_annotator
 from jaxalign.evaluation.sampled_cycles import sampled_cycles
+from jaxalign.stages.models import read_run_config
+from jaxalign.stages.scores import score_format
 from jaxalign.training.calibration import reliability
 
 HEADER = ("run", "pairs", "accuracy", "ECE", "orders agree", "P(shown first)", "circles of triples")

@@ -43,32 +43,43 @@ def parse(
       UserError: one line that names the flag.
       SystemExit: --help.
     """
+    check_names(arguments, flags_of(options), f"jaxalign {command} --help")
+    return _parse(options, command, arguments, prog)
+
+
+def parse_known(
+    options: type[Options], command: str, arguments: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """As `parse`, and the arguments that are none of the dataclass's."""
+    return _parse(options, command, arguments, "", return_unknown_args=True)
+
+
+def _parse(options: Any, command: str, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     import tyro
 
-    check_names(arguments, flags_of(options), f"jaxalign {command} --help")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = tyro.cli(
+            result = tyro.cli(
                 options,
                 args=_with_values(arguments),
                 prog=prog or f"jaxalign {command}",
                 description=inspect.getdoc(options) if inspect.isclass(options) else None,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+                **more,
             )
     except SystemExit as left:
         if left.code == 0:
             raise
-        raise UserError(
-            f"{_complaint(complaint.getvalue())}; see jaxalign {command} --help"
-        ) from None
+        text = _complaint(complaint.getvalue())
+        raise UserError(f"{text}; see jaxalign {command} --help") from None
     try:
-        check(given)
+        check(result[0] if more else result)
     except UserError as error:
         name, colon, rest = str(error).partition(":")
         flag = name.rpartition(".")[2].partition("[")[0].replace("_", "-")
         raise UserError(f"--{flag}{colon}{rest}") from None
-    return given
+    return result
 
 
 def flags_of(options: Any) -> list[str]:

@@ -9,35 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.commands.arguments import parser, within
-from jaxalign.commands.exports import export_model
-from jaxalign.commands.inputs import check_inputs, input_digests
-from jaxalign.commands.scores import take_head, trains_scores
-from jaxalign.commands.stages import (
-    STAGES,
-    as_model,
-    parameter_structs,
-    read_model_config,
-    read_run_config,
-    stage_adapters,
-    stage_folder,
-    trained_stages,
-    with_adapter,
-    write_model_config,
-)
-from jaxalign.commands.updates import (
-    kept_parameters,
-    make_update_rule,
-    trained_parameters,
-)
 from jaxalign.config import Count
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, replacing, write_json
 from jaxalign.gguf import is_gguf
 from jaxalign.models import load_pretrained, save_pretrained
-from jaxalign.models.lora import merge
-from jaxalign.sharding import make_mesh, parameter_shardings, place
-from jaxalign.training.checkpoints import Checkpoints, checkpoint_steps, damage, newest_whole_step
-from jaxalign.training.step import initial_state
+from jaxalign.runs.exports import export_run
+from jaxalign.sharding import make_mesh, parameter_shardings
+from jaxalign.stages import NAMES
+from jaxalign.stages.models import (
+    as_model,
+    read_model_config,
+    write_model_config,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         "name",
     )
     flags.add_argument("target", type=Path, help="folder to create; it must not exist")
-    flags.add_argument("--stage", choices=STAGES, help="stage of a run folder (default: its last)")
+    flags.add_argument("--stage", choices=NAMES, help="stage of a run folder (default: its last)")
     flags.add_argument(
         "--step", type=within(Count), help="step of a run folder (default: its newest checkpoint)"
     )
@@ -79,76 +63,6 @@ def main(arguments: Sequence[str]) -> int:
         hugging_face_to_orbax(given.source, given.target, dtype)
     print(given.target)
     return 0
-
-
-def export_run(
-    folder: Path, target: Path, *, stage: str | None, step: int | None, dtype: Any
-) -> None:
-    """Write the model of a run's checkpoint as the end of a run does."""
-    from jaxalign.data import load_tokenizer
-
-    config, tokenizer = read_run_config(folder), load_tokenizer(folder / "tokenizer")
-    model, step = run_model(folder, stage, step)
-    with replacing(target) as scratch:
-        export_model(folder, config, model, scratch, tokenizer=tokenizer, step=step, dtype=dtype)
-
-
-def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, int]:
-    """The model of a run's checkpoint, adapters merged in, and the checkpoint's step.
-
-    Args:
-      folder: of the run.
-      stage: of the run; None: its last.
-      step: of the stage; None: its newest whole checkpoint.
-
-    Raises:
-      UserError: there is no such checkpoint, or it is damaged.
-    """
-    config = read_run_config(folder)
-    stage = stage or trained_stages(config)[-1]
-    model_config = read_model_config(folder)
-    mesh = make_mesh()
-    saved = stage_folder(folder, stage)
-    wanted = newest_whole_step(saved) if step is None else step
-    if wanted is None or wanted not in checkpoint_steps(saved):
-        there = ", ".join(map(str, checkpoint_steps(saved))) or "none"
-        raise UserError(f"{folder}: stage {stage} has no checkpoint {step}; there: {there}")
-    if step is not None and (fault := damage(saved / str(step))) is not None:
-        raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")
-    optimizer, _ = make_update_rule(config, stage)
-    structs = parameter_structs(model_config, scored=trains_scores(config, stage))
-
-    def fresh(params: Any) -> Any:
-        trained = trained_parameters(config, stage, model_config, params)
-        return initial_state(trained, optimizer, seed=config.seed)
-
-    with Checkpoints(saved, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(wanted, jax.eval_shape(fresh, structs), mesh)
-    learned, lora = kept_parameters(config, stage, state.params), stage_adapters(config, stage)
-    if lora is None:
-        return as_model(model_config, learned), wanted
-    stages = trained_stages(config)
-    before = stages[: stages.index(stage)]
-    if before:
-        base = run_model(folder, before[-1], None)[0].params
-    else:
-        base = run_base(folder, model_config)
-    base, adapters = take_head(place(base, mesh), learned)
-    return as_model(model_config, merge(base, adapters, lora.scale)), wanted
-
-
-def run_base(folder: Path, model_config: Any) -> Any:
-    """The parameters under a run's adapters: the model it was started from, or its pretraining."""
-    config = read_run_config(folder)
-    if config.pretrain.runs:
-        return run_model(folder, "pretrain", None)[0].params
-    if config.model != "embedded":
-        if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):
-            raise UserError(f"{faults[0]}; restore it: the run's adapters belong to it alone")
-        return with_adapter(config, model_config, load_pretrained(config.model).params)
-    from jaxalign.models.decoder import init_params
-
-    return init_params(model_config, jax.random.key(config.seed))
 
 
 def gguf_to_hugging_face(source: Path, target: Path, dtype: Any) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.filter import similarities
-from jaxalign.commands.find import find_loss
 from jaxalign.commands.pairs import ModelAndPairs, add_arguments, load
 from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count
@@ -44,6 +43,7 @@ from jaxalign.models.responses import response_log_probs
 from jaxalign.models.weights import exported
 from jaxalign.progress import saying, track
 from jaxalign.reporting.entanglement_page import HeatMap, LossRow, Page, PairRow, write_page
+from jaxalign.stages.find import find_loss
 
 HEAT_MAPS = {"all": token_geometry, "unembedding": last_layer_geometry}
 """`--heat-map-parameters` -> what computes a heat map."""

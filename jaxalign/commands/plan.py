@@ -1,78 +1,73 @@
 """`jaxalign plan EXPERIMENT --topology SLICE`: a run's steps compiled for a slice not owned."""
 
-import argparse
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from jaxalign.commands.arguments import parser, within
-from jaxalign.commands.experiment import parse
+import tyro
+from tyro.conf import Positional
+
+from jaxalign.commands.arguments import parse_known
+from jaxalign.commands.experiment import parse as parse_config
 from jaxalign.config import AtLeastOne, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, write_text
+from jaxalign.planning.pages import line, page, smaller
+from jaxalign.planning.plans import Plan, draft
+from jaxalign.planning.search import sweep
+from jaxalign.stages import kinds_of
 
-if TYPE_CHECKING:
-    from jaxalign.commands.planning.steps import Draft, Plan
 
-DESCRIPTION = """Compile the steps of an experiment for a TPU slice with the real TPU compiler, on
-any machine (pip install 'jaxalign[tpu]'), and print what each chip holds, does and exchanges; the
-exit status is 1 where a stage does not fit. Every field of the config can be set as in train:
---model FOLDER (a config.json is enough), --mesh.fsdp 64, --preference.batch-size 256, --remat full.
-"""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compile an experiment's steps for a TPU slice with the real TPU compiler, on any machine.
+
+    Prints what each chip holds, does and exchanges; the exit status is 1 where a stage does not fit
+    (pip install 'jaxalign[tpu]'). Every field of the config can be set as in train: --model FOLDER
+    (a config.json is enough), --mesh.fsdp 64, --preference.batch-size 256, --remat full.
+    """
+
+    experiment: Positional[str]
+    """Python file or module with config()."""
+    topology: str
+    """TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; cpu:8 for a
+    trial."""
+    scale: str = "paper"
+    """Scale of the experiment: tiny or paper."""
+    stage: str | None = None
+    """Stage to plan; by default all that the config runs."""
+    response: AtLeastOne | None = None
+    """Number of tokens in the longest response; by default max_length."""
+    sweep: bool = False
+    """Whether to try meshes, batch sizes, micro-batches and remat, the best bound first, until
+    --limit fit."""
+    limit: Annotated[AtLeastOne, tyro.conf.arg(aliases=("--most",))] = 5
+    """Number of fitting plans that a sweep looks for."""
+    json: Path | None = None
+    """JSON file to write the numbers to."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, compile, print; 1 where a stage does not fit."""
-    flags = parser("plan", DESCRIPTION)
-    flags.allow_abbrev = False
-    flags.add_argument("experiment", help="Python file or module with config()")
-    flags.add_argument(
-        "--topology",
-        required=True,
-        help="TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; "
-        "cpu:8 for a "
-        "trial",
-    )
-    flags.add_argument("--scale", default="paper", help="scale of the experiment: tiny or paper")
-    flags.add_argument("--stage", help="stage to plan (default: all that the config runs)")
-    flags.add_argument(
-        "--response",
-        type=within(AtLeastOne),
-        help="number of tokens in the longest response (default: max_length)",
-    )
-    flags.add_argument(
-        "--sweep",
-        action="store_true",
-        help="try meshes, batch sizes, micro-batches and remat, the best bound first, until "
-        "--most fit",
-    )
-    flags.add_argument(
-        "--most",
-        type=within(AtLeastOne),
-        default=5,
-        help="number of fitting plans that a sweep looks for",
-    )
-    flags.add_argument(
-        "--json", type=Path, help="JSON file to write the numbers to (default: none)"
-    )
-    given, fields = flags.parse_known_args(arguments)
+    options, fields = parse_known(Options, "plan", arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the slice is only compiled for
-    config = parse([given.experiment, "--scale", given.scale, *fields])
-    if given.json is not None:
-        check_output(given.json, "--json")
-    stages = stages_of(config, given.stage)
-    if given.sweep and len(stages) > 1:
+    config = parse_config([options.experiment, "--scale", options.scale, *fields])
+    if options.json is not None:
+        check_output(options.json, "--json")
+    stages = stages_of(config, options.stage)
+    if options.sweep and len(stages) > 1:
         raise UserError(f"--sweep: is of one stage; add --stage {' or --stage '.join(stages)}")
-    each = swept if given.sweep else planned
-    plans = [plan for name in stages for plan in each(config, name, given)]
-    if given.json is not None:
+    each = swept if options.sweep else planned
+    plans = [plan for name in stages for plan in each(config, name, options)]
+    if options.json is not None:
         text = json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2)
-        write_text(given.json, text + "\n")
+        write_text(options.json, text + "\n")
     fits = [plan.fits for plan in plans]
-    return 0 if (any(fits) if given.sweep else all(fits)) else 1
+    return 0 if (any(fits) if options.sweep else all(fits)) else 1
 
 
 def stages_of(config: TrainConfig, name: str | None) -> list[str]:
@@ -81,9 +76,7 @@ def stages_of(config: TrainConfig, name: str | None) -> list[str]:
     Raises:
       UserError: the config runs none, or not that one.
     """
-    from jaxalign.commands.stages import trained_stages
-
-    stages = trained_stages(config)
+    stages = [kind.name for kind in kinds_of(config)]
     if not stages:
         raise UserError(f"{config.name}: has no stage to plan; set --preference.steps")
     if name is None:
@@ -93,49 +86,23 @@ def stages_of(config: TrainConfig, name: str | None) -> list[str]:
     return [name]
 
 
-def planned(config: TrainConfig, name: str, given: argparse.Namespace) -> "list[Plan]":
+def planned(config: TrainConfig, name: str, options: Options) -> list[Plan]:
     """A stage as it is configured, and where it does not fit what would."""
-    from jaxalign.commands.planning.pages import page
-    from jaxalign.commands.planning.steps import draft
-
-    drafted = draft(config, given.topology, name, response=given.response)
+    drafted = draft(config, options.topology, name, response=options.response)
     plan = drafted.plan()
-    print(page(drafted, given.topology, plan) + "\n", flush=True)
+    print(page(drafted, options.topology, plan) + "\n", flush=True)
     if not plan.fits:
-        mend(drafted, given)
+        for text in smaller(drafted, options.topology, options.response):
+            print(text, flush=True)
     return [plan]
 
 
-def mend(drafted: "Draft", given: argparse.Namespace) -> None:
-    """Print which flags make a stage fit, compiling one remedy after the other until one does."""
-    from jaxalign.commands.planning.pages import GIB, size
-    from jaxalign.commands.planning.search import least_chips, remedies
-    from jaxalign.commands.planning.steps import draft
-
-    print("smaller, one change after the other:", flush=True)
-    for flags, config in remedies(drafted):
-        changed = draft(config, given.topology, drafted.stage, response=given.response)
-        if changed.too_large:
-            lasting = sum(changed.lasting.values()) / GIB
-            print(f"  {flags}: {lasting:.2f} GiB stay between steps, does not fit", flush=True)
-            continue
-        plan = changed.plan()
-        print(f"  {flags}: {size(plan)}", flush=True)
-        if plan.fits:
-            return
-    print(
-        f"  or a smaller batch or length, or more chips: {least_chips(drafted)} or more of these "
-        "hold what stays between steps\n"
-    )
-
-
-def swept(config: TrainConfig, name: str, given: argparse.Namespace) -> "list[Plan]":
+def swept(config: TrainConfig, name: str, options: Options) -> list[Plan]:
     """Ways to run a stage, each printed when it is compiled, and those that fit ranked."""
-    from jaxalign.commands.planning.pages import line
-    from jaxalign.commands.planning.search import sweep
-
     plans = []
-    for plan in sweep(config, given.topology, name, response=given.response, most=given.most):
+    for plan in sweep(
+        config, options.topology, name, response=options.response, limit=options.limit
+    ):
         plans.append(plan)
         print(line(plan), flush=True)
     fitting = [plan for plan in plans if plan.fits]

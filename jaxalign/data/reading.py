@@ -46,14 +46,15 @@ class ReadReport:
     """How many rows were read, and how many of each kind of fault were skipped."""
 
     read: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By kind of fault; a plain dict, since `dataclasses.asdict` spoils a Counter."""
     first: dict[str, str] = field(default_factory=dict)
     """Place and fault of the first skipped row of each kind."""
 
     @property
     def kept(self) -> int:
         """Rows that became records."""
-        return self.read - self.skipped.total()
+        return self.read - sum(self.skipped.values())
 
     def summary(self) -> str:
         """One line for the log."""
@@ -93,7 +94,7 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
         raise UserError(f"{message}; fix the record, or add --bad-records skip") from None
     if policy != "skip":
         raise UserError(f"bad_records: {policy!r} is neither 'error' nor 'skip'")
-    report.skipped[fault.kind] += 1
+    report.skipped[fault.kind] = report.skipped.get(fault.kind, 0) + 1
     report.first.setdefault(fault.kind, message)
 
 

@@ -27,7 +27,8 @@ Evaluation = Callable[[TrainState, Any], dict[str, float]]
 """(state, frozen) -> held-out numbers."""
 
 
-def _put(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the host -> on the mesh, its rows split."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
@@ -44,7 +45,7 @@ def evaluate_losses(objective: Objective, batches: Sequence[Any], mesh: Mesh) ->
     compiled = jax.jit(on_mesh(step, mesh))
 
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
-        placed = [_put(batch, mesh) for batch in batches]
+        placed = [put_batch(batch, mesh) for batch in batches]
         return evaluate(compiled, state.params, frozen, placed)
 
     return run
@@ -82,7 +83,7 @@ def evaluate_preferences(
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
         parts, kl = [], []
         for batch in batches:
-            placed = _put(ReferencedBatch(pairs=batch, reference=None), mesh)
+            placed = put_batch(ReferencedBatch(pairs=batch, reference=None), mesh)
             rows, divergence = jax.device_get(compiled(state.params, frozen, placed))
             parts.append(jax.tree.map(lambda x, kept=rows[-1] > 0: x[kept], rows))
             kl.append(divergence)
@@ -114,7 +115,9 @@ def _evaluate_token_preferences(
     compiled = jax.jit(on_mesh(step, mesh))
 
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
-        placed = [_put(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches]
+        placed = [
+            put_batch(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches
+        ]
         return evaluate(compiled, state.params, frozen, placed)
 
     return run
@@ -155,7 +158,7 @@ def evaluate_scores(objective: ScoreObjective, batches: Sequence[Any], mesh: Mes
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
         parts = []
         for batch in batches:
-            values, weight = jax.device_get(compiled(state.params, frozen, _put(batch, mesh)))
+            values, weight = jax.device_get(compiled(state.params, frozen, put_batch(batch, mesh)))
             parts.append({name: value[weight > 0] for name, value in values.items()})
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         table = reliability(values["preferences/chosen"])

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,25 +18,12 @@ from jaxalign.sharding.processes import anywhere
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
+from jaxalign.training.stage import Feed, Stage, Step
 from jaxalign.training.step import TrainState
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
     """SIGTERM came; the state is saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """What a batch costs, for tokens/s and model FLOP utilisation."""
-
-    tokens: Callable[[Any], Any]
-    """Real (not padding) tokens of a batch on the devices, as a scalar there."""
-    computed: Callable[[Any], Any]
-    """Of them, those that pass the network, where rows share some."""
-    flops_per_token: float
-    """Model FLOPs per token and update, rematerialisation not counted."""
-    peak_flops: float | None
-    """FLOP/s of all devices together; None: not known, and no utilisation is told."""
 
 
 GRACE = 20.0
@@ -155,49 +141,33 @@ def evaluate(
 
 
 def run_stage(
-    name: str,
+    stage: Stage,
+    feed: Feed,
     *,
     state: TrainState,
     frozen: Any,
-    step: Callable[[int], Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]],
-    batches: Any,
-    place_batch: Callable[[Any], Any],
-    describe: Callable[[Any], Sequence[str]],
-    steps: int,
-    schedule: Callable[[int], Any],
-    evaluation: Callable[[TrainState, Any], dict[str, float]] | None,
-    eval_every: int,
-    save_every: int,
+    step: Callable[[int], Step],
     checkpoints: Checkpoints,
     writers: Sequence[Writer],
-    throughput: Throughput,
     nonfinite: str,
     progress: Callable[[int, Mapping[str, float]], None],
     trace: Trace | None = None,
 ) -> TrainState:
-    """Train from where the state is to `steps`.
+    """Train from where the state is to the stage's last step.
 
     The host prepares and dispatches step n + 1 while the device works on step n, whose metrics
     are read one step late.
 
     Args:
-      name: the stage, for metrics and messages.
+      stage: what is run.
+      feed: its data.
       state: where to start; donated.
       frozen: what the step reads and never changes.
-      step: the compiled step that goes from an update to the next, by the first one's number.
-      batches: a checkpointable iterator (`get_state`) over host batches.
-      place_batch: host batch -> what the step takes.
-      describe: host batch -> where its records came from, for messages.
-      steps: updates in all.
-      schedule: learning rate by step, for the log.
-      evaluation: (state, frozen) -> metrics of the held-out set.
-      eval_every: steps between evaluations; 0: first and last alone.
-      save_every: steps between checkpoints; 0: last alone.
-      checkpoints: where they go.
-      writers: where metrics go.
-      throughput: what a batch costs.
+      step: number of updates made -> the compiled step that makes the next one.
+      checkpoints: where they are written.
+      writers: where metrics are written.
       nonfinite: "stop" or "skip".
-      progress: told of each finished step and its metrics.
+      progress: called with the number and the metrics of each finished step.
       trace: of the profiler, of some steps; None: none.
 
     Returns:
@@ -207,6 +177,7 @@ def run_stage(
       UserError: a loss or gradient was not finite and `nonfinite` is "stop", or none was finite.
       Stopped: SIGTERM came; everything is saved.
     """
+    name, throughput, batches = stage.name, feed.throughput, feed.batches
     done = int(state.step)
     last_finish = time.perf_counter()
     stopping = False
@@ -216,9 +187,9 @@ def run_stage(
             writer.write(name, split, at, values)
 
     def evaluate_at(at: int) -> None:
-        if evaluation is not None:
+        if feed.evaluation is not None:
             with busy(f"{name}: evaluating on held-out data at step {at}"):
-                values = evaluation(state, frozen)
+                values = feed.evaluation(state, frozen)
             write("eval", at, values)
 
     def save_state(at: int, position: Any) -> None:
@@ -254,7 +225,7 @@ def run_stage(
         tokens, computed = int(values["tokens"]), values.pop("computed")
         rate = tokens / seconds
         values |= {
-            "learning_rate": float(schedule(at - 1)),
+            "learning_rate": float(stage.schedule(at - 1)),
             "tokens": tokens,
             "tokens_per_second": rate,
         }
@@ -262,7 +233,7 @@ def run_stage(
             flops = computed * throughput.flops_per_token
             values["mfu"] = flops / (seconds * throughput.peak_flops)
         if not finite and nonfinite == "stop":
-            records = ", ".join(describe(batch))
+            records = ", ".join(feed.describe(batch))
             advice = (
                 "no update was made before it, so the learning rate is not the cause: look at the "
                 "weights that the stage begins with, the loss and these records"
@@ -284,12 +255,12 @@ def run_stage(
             evaluate_at(0)
         pending = None
         last_finish = time.perf_counter()
-        while done < steps:
+        while done < stage.steps:
             trace.before(done, state)
             with jax.profiler.StepTraceAnnotation(name, step_num=done):
                 position = batches.get_state()
                 batch = next(batches)
-                placed = place_batch(batch)
+                placed = feed.place(batch)
                 counts = throughput.tokens(placed), throughput.computed(placed)
                 try:
                     state, metrics = step(done)(state, frozen, placed)
@@ -309,8 +280,8 @@ def run_stage(
             stop = anywhere(terminated.asked)
             more = {"tokens": counts[0], "computed": counts[1], "stopping": stop}
             pending = ({**more, **metrics}, batch)  # a step may count its tokens itself
-            at_eval = done == steps or (eval_every and done % eval_every == 0)
-            at_save = done == steps or (save_every and done % save_every == 0)
+            at_eval = done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)
+            at_save = done == stage.steps or (stage.save_every and done % stage.save_every == 0)
             if at_eval or at_save or stopping:
                 finish(done, pending)
                 pending = None
@@ -325,9 +296,9 @@ def run_stage(
         if pending is not None:
             finish(done, pending)
     checkpoints.wait()
-    if steps and int(state.skipped) >= steps:
+    if stage.steps and int(state.skipped) >= stage.steps:
         raise UserError(
-            f"{name}: none of the {steps} updates was finite, so all were skipped and nothing was "
-            "learned; run with --nonfinite stop to see the records of the first one"
+            f"{name}: none of the {stage.steps} updates was finite, so all were skipped and "
+            "nothing was learned; run with --nonfinite stop to see the records of the first one"
         )
     return state

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxalign.entanglement.observation import Observation
 from jaxalign.models.devices import splitting_states
 from jaxalign.records import record
 from jaxalign.sharding import (
@@ -24,9 +23,9 @@ from jaxalign.sharding import (
 from jaxalign.training.metrics import Mean, add_means
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import Objective, PreferenceObjective
-from jaxalign.training.watching import Watch
 
 Params = Any
+Reduce = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Mean]]]
 
 
 @record
@@ -67,6 +66,76 @@ def initial_state(
     )
 
 
+@runtime_checkable
+class Backward(Protocol):
+    """How a part of a batch is pulled back through the network: what `train_step` leaves open."""
+
+    def __call__(
+        self,
+        objective: Objective,
+        trained: Params,
+        frozen: Any,
+        part: Any,
+        key: PRNGKeyArray,
+        *,
+        reduce: Reduce,
+        count: Float[Array, ""],
+        output_gradients: Any | None,
+    ) -> tuple[Params, dict[str, Mean], Any]:
+        """The gradient of a part, its metrics, and whatever else was seen on the way.
+
+        Args:
+          objective: what is minimised.
+          trained: parameters.
+          frozen: what the step reads and never changes.
+          part: of the batch.
+          key: of dropout.
+          reduce: (outputs, part) -> (loss, metrics).
+          count: weight of the whole batch.
+          output_gradients: derivatives of the loss by the part's outputs, where they are known
+            already; None: from `reduce`.
+        """
+        ...
+
+    def after_update(
+        self,
+        seen: Any,
+        before: "TrainState",
+        after: Params,
+        opt_state: Any,
+        frozen: Any,
+        batch: Any,
+        micro_batches: int,
+    ) -> dict[str, Mean]:
+        """Metrics of what was seen, now that the update is known."""
+        ...
+
+
+class PlainBackward:
+    """Reverse-mode differentiation, and nothing else."""
+
+    def __call__(
+        self, objective, trained, frozen, part, key, *, reduce, count, output_gradients
+    ) -> tuple[Params, dict[str, Mean], None]:
+        """The gradient and the metrics of a part."""
+        del count
+        outputs, backward = jax.vjp(lambda p: objective.forward(p, frozen, part, key), trained)
+        metrics = {}
+        if output_gradients is None:
+            output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
+        return backward(output_gradients)[0], metrics, None
+
+    def after_update(
+        self, seen, before, after, opt_state, frozen, batch, micro_batches
+    ) -> dict[str, Mean]:
+        """Nothing was seen."""
+        del seen, before, after, opt_state, frozen, batch, micro_batches
+        return {}
+
+
+PLAIN = PlainBackward()
+
+
 def gradients(
     objective: Objective,
     trained: Params,
@@ -75,10 +144,10 @@ def gradients(
     key: PRNGKeyArray,
     *,
     micro_batches: int = 1,
-    watch: Watch | None = None,
+    backward: Backward = PLAIN,
     running: Mapping[str, Array] | None = None,
-) -> tuple[Params, dict[str, Mean], Observation | None]:
-    """The gradient of the mean loss over the whole batch, the batch's metrics, its geometry.
+) -> tuple[Params, dict[str, Mean], Any]:
+    """The gradient of the mean loss over the whole batch, the batch's metrics, what was seen.
 
     With micro-batches the result is the same: each part's loss is divided by the whole batch's
     weight. Where the loss couples rows (a batch statistic), a first pass collects the outputs of
@@ -95,28 +164,17 @@ def gradients(
         updated = preference.update_running(running, outputs, rows)
         return preference.reduce(outputs, rows, count, updated)
 
-    def of_part(part, key, slopes=None):
-        """Gradient, metrics and observation of a part, from its own loss or from given slopes."""
-
-        def forward(trained, probes):
-            if watch is None:
-                return objective.forward(trained, frozen, part, key)
-            return watch.forward(trained, probes, frozen, part, key)
-
-        probes = None if watch is None else watch.probes(trained, frozen, part)
-        outputs, backward = jax.vjp(forward, trained, probes)
-        metrics = {}
-        if slopes is None:
-            slopes, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
-        if watch is None:
-            return backward(slopes)[0], metrics, None
-        if watch.cure is None:
-            grads, cotangents = backward(slopes)
-            return grads, metrics, watch.read(cotangents, slopes, slopes, outputs, part, count)
-        units = jax.tree.map(jnp.ones_like, slopes)
-        seen = watch.read(backward(units)[1], units, slopes, outputs, part, count)
-        slopes = watch.slopes(slopes, seen, part, count)
-        return backward(slopes)[0], metrics, seen
+    def of_part(part, key, output_gradients=None):
+        return backward(
+            objective,
+            trained,
+            frozen,
+            part,
+            key,
+            reduce=reduce,
+            count=count,
+            output_gradients=output_gradients,
+        )
 
     if micro_batches == 1:
         return of_part(batch, key)
@@ -132,13 +190,13 @@ def gradients(
             return objective.forward(trained, frozen, part, key)
 
         outputs = join_micro_batches(jax.lax.map(forward, (parts, keys)))
-        slopes, metrics = jax.grad(reduce, has_aux=True)(outputs, batch)
+        output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, batch)
 
         def pull_back(grads, inputs):
             more, _, seen = of_part(*inputs)
             return jax.tree.map(jnp.add, grads, more), seen
 
-        pulled = (parts, keys, split_micro_batches(slopes, micro_batches))
+        pulled = (parts, keys, split_micro_batches(output_gradients, micro_batches))
         grads, seen = jax.lax.scan(pull_back, zeros, pulled)
         return grads, metrics, join_micro_batches(seen)
 
@@ -162,7 +220,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
-    watch: Watch | None = None,
+    backward: Backward = PLAIN,
 ) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
     """One update on one batch; an update that is not finite leaves the parameters as they were."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -173,7 +231,7 @@ def train_step(
         batch,
         key,
         micro_batches=micro_batches,
-        watch=watch,
+        backward=backward,
         running=state.running,
     )
     running = {name: metrics[f"statistics/{name}"].total for name in state.running}
@@ -186,11 +244,7 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    if watch is not None and seen is not None:
-        in_update = watch.preconditioned(state.params, frozen, batch, opt_state)
-        seen = dataclasses.replace(seen, preconditioned=in_update)
-        outputs = watch.outputs_after(params, frozen, batch, micro_batches)
-        metrics = metrics | watch.metrics(seen, batch.pairs.weight, outputs)
+    metrics |= backward.after_update(seen, state, params, opt_state, frozen, batch, micro_batches)
     after = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),

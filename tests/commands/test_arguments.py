@@ -11,8 +11,9 @@ import pytest
 
 from jaxalign.cli import COMMANDS, main
 from jaxalign.commands.arguments import Flags
-from jaxalign.commands.experiment import load_config, parse
+from jaxalign.commands.experiment import parse
 from jaxalign.config import EntanglementConfig
+from jaxalign.runs.experiment import load_config
 
 QUICKSTART = "experiments/quickstart.py"
 BEGINNINGS = {

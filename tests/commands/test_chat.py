@@ -6,10 +6,10 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.commands.experiment import parse
-from jaxalign.commands.stages import read_run_config
 from jaxalign.config import TrainConfig, from_json, to_json
 from jaxalign.data import load_tokenizer
 from jaxalign.data.tokenizers import Encoder
+from jaxalign.stages.models import read_run_config
 from tests.data.test_plain_prompts import TEMPLATE
 from tests.tiny_model import save_tiny_model
 

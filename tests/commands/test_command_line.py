@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands.experiment import SCALES, load_config, parse
-from jaxalign.commands.find import find_loss
+from jaxalign.commands.experiment import parse
 from jaxalign.config import TrainConfig, from_json, to_json
 from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
@@ -26,6 +25,8 @@ from jaxalign.models.encoder_decoder import init_params
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
 from jaxalign.reporting import read_run
+from jaxalign.runs.experiment import SCALES, load_config
+from jaxalign.stages.find import find_loss
 from jaxalign.training.objectives import couples_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -323,6 +324,17 @@ def test_divergence_is_skipped_and_counted_where_asked(folder):
     skipped = [x["skipped"] for x in map(json.loads, lines) if x["split"] == "train"]
     assert skipped[0] == 0
     assert skipped[-1] >= 1
+
+
+def test_records_that_are_skipped_are_counted_in_the_run_folder(folder):
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n}!", "rejected": "no"} for n in range(20)]
+    del rows[4]["chosen"]
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", "some.jsonl", "--bad-records", "skip", "--sft.steps", "1", "--name", "some"]
+    assert main(["train", "small.py", *flags, "--preference.steps", "1", "--no-export"]) == 0
+    counts = json.loads((folder / "runs" / "some" / "data.json").read_text())["data"]
+    assert (counts["read"], counts["skipped"]) == (20, {"missing field": 1})
+    assert counts["first"]["missing field"].startswith("some.jsonl:5")
 
 
 def test_run_folder_holds_what_a_reader_needs(run):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands.experiment import load_config, parse
-from jaxalign.commands.rates import high_rates
-from jaxalign.commands.train import warn_of_rates, with_steps
-from jaxalign.commands.updates import make_update_rule
+from jaxalign.commands.experiment import parse
 from jaxalign.config import LoraConfig, OptimizerConfig, StageConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.modules import find_module
+from jaxalign.runs.experiment import load_config
+from jaxalign.runs.rates import high_rates
+from jaxalign.runs.train import warn_of_rates, with_steps
+from jaxalign.stages.parts import make_update_rule
 from tests.commands.test_command_line import EXPERIMENTS
 from tests.tiny_model import save_tiny_model
 
@@ -69,9 +70,7 @@ def test_steps_and_epochs_replace_each_other_and_both_are_refused(capsys):
 @pytest.mark.parametrize(("steps", "fraction", "warmup"), [(30, 0.1, 3), (31, 0.1, 4), (4, 0.0, 0)])
 def test_a_warm_up_may_be_a_share_of_the_steps(steps, fraction, warmup):
     share, number = (
-        make_update_rule(
-            TrainConfig(sft=StageConfig(steps=steps, optimizer=OptimizerConfig(**how))), "sft"
-        )[1]
+        make_update_rule(StageConfig(steps=steps, optimizer=OptimizerConfig(**how)))[1]
         for how in ({"warmup_fraction": fraction}, {"warmup_steps": warmup})
     )
     rates = [np.asarray(share(step)).item() for step in range(steps)]
@@ -157,7 +156,7 @@ def test_rates_for_random_weights_are_refused_for_a_large_model_that_was_typed(
     monkeypatch.chdir(tmp_path)
     save_tiny_model("m")
     assert parse([experiment, "--model", "m"]).model == "m"  # a toy bears them
-    monkeypatch.setattr("jaxalign.commands.rates.LARGE", 10)
+    monkeypatch.setattr("jaxalign.runs.rates.LARGE", 10)
     assert main(["train", experiment, "--model", "m"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "sft.optimizer: learning rate 0.003" in line
@@ -193,7 +192,7 @@ def test_high_rates_are_told_once_large_weights_are_loaded(capsys, monkeypatch):
     loaded = TrainConfig(sft=config.sft, model="folder")
     weights = {"kernel": np.zeros(10)}
     warn_of_rates(loaded, weights)  # a toy bears it
-    monkeypatch.setattr("jaxalign.commands.train.LARGE", 10)
+    monkeypatch.setattr("jaxalign.runs.train.LARGE", 10)
     warn_of_rates(config, weights)  # so do weights that know nothing yet
     assert capsys.readouterr().err == ""
     warn_of_rates(loaded, weights)

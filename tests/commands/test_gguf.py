@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from jaxalign.backends.local import LocalModel, end_tokens
 from jaxalign.cli import main
-from jaxalign.commands.planning.steps import model_of
 from jaxalign.config import TrainConfig
 from jaxalign.evaluation.language_models import language_model
 from jaxalign.models import load_pretrained
+from jaxalign.stages.models import model_of
 from tests.gguf_files import write_gguf
 from tests.tiny_model import save_tiny_model
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.sharding import topologies
-from jaxalign.sharding.topologies import Chip
+from jaxalign.planning import topologies
+from jaxalign.planning.topologies import Chip
 
 EXPERIMENT = """
 from jaxalign.config import ArchitectureConfig, StageConfig, TrainConfig

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands.experiment import SCALES, load_config
 from jaxalign.models import load_pretrained
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
+from jaxalign.runs.experiment import SCALES, load_config
 from tests.commands.test_command_line import SMALL, complaint
 
 METHODS = ("instruction_sft", "preferred_sft", "rejected_sft", "hir", "dpo", "reward", "judge")
@@ -147,8 +147,8 @@ def test_stimuli_left_out_are_counted_in_the_report(folder):
 
 def main_complaint(arguments):
     from jaxalign.commands.experiment import parse
-    from jaxalign.commands.train import train
     from jaxalign.errors import UserError
+    from jaxalign.runs.train import train
 
     with pytest.raises(UserError) as caught:
         train(parse(arguments[1:]))

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands.experiment import load_config
-from jaxalign.commands.find import find_algorithm, find_loss
 from jaxalign.errors import UserError
+from jaxalign.runs.experiment import load_config
+from jaxalign.stages.find import find_algorithm, find_loss
 
 LOSSES = """
 from __future__ import annotations

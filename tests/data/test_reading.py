@@ -1,5 +1,6 @@
 """Rows of files: every kind gives the same records; every fault is named by file and line."""
 
+import dataclasses
 import gzip
 import json
 import lzma
@@ -113,7 +114,8 @@ def test_a_bad_record_is_named_or_counted(tmp_path, line, kind, said):
     assert "\n" not in message
     report = ReadReport()
     assert contents(path, bad_records="skip", report=report) == [("p", "a", "b")] * 2
-    assert (report.read, report.kept, dict(report.skipped)) == (3, 2, {kind: 1})
+    assert (report.read, report.kept, report.skipped) == (3, 2, {kind: 1})
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["skipped"] == {kind: 1}
     assert f"{path}:3" in report.summary()
 
 

@@ -13,12 +13,13 @@ import pytest
 import experiments
 from experiments.gradient_entanglement import cures, pairs, preference, sentiment
 from experiments.ipo_md.online import online
-from jaxalign.commands.experiment import load_config
-from jaxalign.commands.planning.pages import line
-from jaxalign.commands.planning.steps import make_plan
-from jaxalign.commands.stages import parameter_structs, trained_stages
 from jaxalign.config import from_json, to_json
 from jaxalign.models.weights import read_config
+from jaxalign.planning.pages import line
+from jaxalign.planning.plans import make_plan
+from jaxalign.runs.experiment import load_config
+from jaxalign.stages import kinds_of
+from jaxalign.stages.models import parameter_structs
 
 SHAPES = Path(__file__).resolve().parents[2] / "tpu" / "shapes"
 PARAMETERS = {
@@ -141,6 +142,6 @@ def test_the_paper_config_fits(make, shape, slice_name, optimised):
     same = {"name": "", "data": "", "eval_data": None, "sft_data": None, "sft_responses": "chosen"}
     model = str(SHAPES / shape) if shape else config.model
     text = to_json(dataclasses.replace(config, model=model, **same))
-    for name in trained_stages(config):
+    for name in [kind.name for kind in kinds_of(config)]:
         plan = plan_of(text, name, slice_name)
         assert plan.fits, line(plan)

@@ -15,8 +15,8 @@ from jaxalign.sharding import make_mesh, place
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
 from jaxalign.training.objectives import Policy, ReferencedBatch, as_pairs
 from jaxalign.training.optimizers import make_optimizer, with_rule
+from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
-from jaxalign.training.watching import Watch
 from tests.training.test_step import CONFIG, assert_trees_close, make_batch
 
 
@@ -47,7 +47,7 @@ def test_the_differing_tokens_alone_are_trained_and_watched(world, name):
         pairs = as_pairs(sums(params), sums(frozen["reference"]), batch.pairs)
         return jnp.sum(PREFERENCE_LOSSES[name](pairs) * batch.pairs.weight) / real.sum()
 
-    run = partial(gradients, objective, watch=Watch(objective=objective))
+    run = partial(gradients, objective, backward=PairProbe(objective=objective))
     grads, metrics, seen = jax.jit(run)(params, frozen, batch, jax.random.key(0))
     assert_trees_close(grads, jax.jit(jax.grad(loss))(params), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"].value(), loss(params), rtol=1e-5)
@@ -99,8 +99,8 @@ def test_a_large_penalty_empties_the_mask_and_leaves_the_rest_to_its_own_rule(wo
     trained = {**params, HEAD: initial_head(CONFIG.width, CONFIG.vocab_size)}
     state = place(initial_state(trained, optimizer, seed=0), mesh)
     frozen = {"policy": None, "reference": place(frozen["reference"], mesh)}
-    watch = Watch(objective=objective)
-    one = partial(train_step, objective=objective, optimizer=optimizer, watch=watch)
+    probe = PairProbe(objective=objective)
+    one = partial(train_step, objective=objective, optimizer=optimizer, backward=probe)
     step, kept = compile_step(one, state, mesh), []
     for _ in range(4):
         state, metrics = step(state, frozen, batch)

@@ -1,1 +1,0 @@
-"""What a stage of a config would take on devices that nobody has to own."""

@@ -1,0 +1,75 @@
+"""Programs compiled for devices that need not be there, and the memory that they take on these."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.models.devices import compiling_for
+from jaxalign.sharding.structs import Structs, bytes_on_device
+from jaxalign.training.step import TrainState, compile_step
+
+
+class TooLargeError(Exception):
+    """The compiler found no room; `sizes`: bytes needed and bytes there are, where it says so."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        sizes = re.findall(r"([\d.]+)([KMG])", text.split("HBM", 1)[-1])
+        self.sizes = [float(number) * 1024 ** ("KMG".index(unit) + 1) for number, unit in sizes[:2]]
+
+
+def lasting_memory(state: TrainState, frozen: Structs, batch: Structs) -> dict[str, int]:
+    """Bytes on one device between the steps: by the rules of sharding alone, nothing compiled.
+
+    Args:
+      state: placed shapes.
+      frozen: placed shapes of what the step reads and never changes.
+      batch: placed shapes.
+    """
+    return {
+        "parameters": bytes_on_device(state.params),
+        "optimizer": bytes_on_device(state.opt_state),
+        "frozen": bytes_on_device(frozen),
+        "batch": bytes_on_device(batch),
+    }
+
+
+def step_memory(
+    step: Callable[..., Any], state: TrainState, frozen: Structs, batch: Structs, mesh: Mesh
+) -> dict[str, int]:
+    """Compile a step for a mesh and read what it takes beside the lasting memory, on one device.
+
+    Args:
+      step: (state, frozen, batch) -> (state, metrics).
+      state: placed shapes.
+      frozen: placed shapes.
+      batch: placed shapes.
+      mesh: of devices that need not be there.
+
+    Returns:
+      Bytes of "temporaries" (gradients, activations and all else that a step makes) and of the
+      "program".
+
+    Raises:
+      TooLargeError: the compiler says that it does not fit.
+    """
+    return program_memory(compile_step(step, state, mesh), mesh, state, frozen, batch)
+
+
+def program_memory(program: jax.stages.Wrapped, mesh: Mesh, *arguments: Any) -> dict[str, int]:
+    """Compile any program for a mesh; as `step_memory`."""
+    try:
+        with compiling_for(mesh.devices.flat[0].platform, mesh.size):
+            compiled = program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLargeError(str(error).splitlines()[0]) from None
+    used: Any = compiled.memory_analysis()
+    return {
+        "temporaries": used.temp_size_in_bytes,
+        "program": used.generated_code_size_in_bytes,
+    }

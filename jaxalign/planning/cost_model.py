@@ -1,0 +1,196 @@
+"""What a training step makes each device do, by formula: FLOPs, memory traffic, collectives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign.models import DecoderConfig
+from jaxalign.models.score import SCORE
+from jaxalign.training.stage import Rows
+from jaxalign.training.throughput import matrix_parameters
+
+Params = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device does in a step.
+
+    Attributes:
+      tokens: of the rows that are learned from, of all devices together.
+      model_flops: 2 per token and matrix parameter that multiplies it in each pass forward, 4 in
+        each pass backward (2 where adapters alone are trained): what utilisation is counted in.
+      flops: with attention's own products and with what is computed again.
+      memory_bytes: at least: the weights of every pass, and the update of parameters and moments.
+      links: bytes that come in over links by kind of collective, at least.
+    """
+
+    tokens: int
+    model_flops: float
+    flops: float
+    memory_bytes: float
+    links: dict[str, float]
+
+    @property
+    def link_bytes(self) -> float:
+        """Over all kinds."""
+        return sum(self.links.values())
+
+
+def work(
+    model_config: Any,
+    params: Params,
+    trained: Params,
+    passes: Sequence[Rows],
+    mesh: Mesh,
+    *,
+    moments: int,
+    adapters: bool,
+    remat: str,
+    dtype: Any,
+    micro_batches: int = 1,
+) -> Work:
+    r"""FLOPs and bytes of a step on each of the devices of a mesh.
+
+    A row's matrix products are :math:`2 \sum_W |W| n_W` FLOPs forward and twice that backward (once
+    where adapters alone are trained: no gradients of weights), with :math:`n_W` the positions that
+    matrix W multiplies; attention adds :math:`4 l \sum_q n_q` (queries by keys and weights by
+    values, all keys of a row) forward and twice that backward.
+
+    Args:
+      model_config: the architecture, of a decoder or an encoder-decoder.
+      params: shapes of the model's parameters.
+      trained: shapes of the trained ones.
+      passes: what goes through networks.
+      mesh: how devices share the work.
+      moments: bytes of the optimiser's state, of all devices together.
+      adapters: whether adapters alone are trained.
+      remat: what is computed again: none, full (a forward pass more) or dots (attention's).
+      dtype: of the computation.
+      micro_batches: parts in which the batch passes, each with the same weights.
+    """
+    again = 2 * (remat == "full")
+    attention_again = 2 * (remat in ("full", "dots"))
+    useful = extra = 0.0
+    for each in passes:
+        products = each.rows * _products(params, each)
+        attention = each.rows * _attention_products(model_config, each)
+        useful += products * (2 * each.forward + (2 if adapters else 4) * each.backward)
+        extra += products * again * each.backward
+        extra += attention * (2 * each.forward + (4 + attention_again) * each.backward)
+    learned = [each for each in passes if each.backward]
+    tensor, size = mesh.shape["tensor"], jnp.dtype(dtype).itemsize
+    through = sum((each.forward + each.backward) * each.depth for each in passes)
+    read = matrix_parameters(params) / tensor * size * through * micro_batches
+    moved = sum(x.size for x in jax.tree.leaves(trained))
+    split = 1 if adapters else tensor * mesh.shape["fsdp"] * mesh.shape["sequence"]
+    links = _gathered(params, passes, mesh, size * micro_batches)
+    links |= _reduced(moved, mesh, size * micro_batches, adapters=adapters)
+    links |= _states(model_config, passes, mesh, size, again=bool(again))
+    return Work(
+        tokens=sum(each.tokens for each in learned),
+        model_flops=useful / mesh.size,
+        flops=(useful + extra) / mesh.size,
+        memory_bytes=read + 2 * (4 * moved + moments) / split,
+        links={kind: amount for kind, amount in links.items() if amount},
+    )
+
+
+def _products(params: Params, each: Rows) -> float:
+    """Matrix parameters times the positions of a row that each of them multiplies, one pass."""
+    tied = "embed" in params and not {"unembed", SCORE} & set(params)
+    total = float(params["embed"]["embedding"].size * each.scored if tied else 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        if names[-1] != "kernel":
+            continue
+        if names[0] == "unembed":
+            positions: float = each.scored
+        elif names[0] == SCORE:
+            positions = 1
+        elif names[0] == "decoder" and not ("cross" in names and names[-2] in "kv"):
+            positions = each.scored * each.depth
+        else:
+            positions = each.length * each.depth
+        total += leaf.size * positions
+    return total
+
+
+def _attention_products(model_config: Any, each: Rows) -> float:
+    """Products of queries with keys and of weights with values of a row, one pass."""
+    seen = each.length**2 * model_config.layers
+    if isinstance(model_config, DecoderConfig):
+        windowed, window = sum(model_config.windowed), model_config.window or each.length
+        seen -= windowed * each.length * max(each.length - window, 0)
+    else:
+        seen += model_config.decoder_layers * each.scored * (each.scored + each.length)
+    return 2 * model_config.heads * model_config.head_width * seen * each.depth
+
+
+def _gathered(params: Params, passes: Sequence[Rows], mesh: Mesh, size: int) -> dict[str, float]:
+    """Weights that are split over fsdp and sequence, gathered in every pass."""
+    parts, matrices = mesh.shape["fsdp"] * mesh.shape["sequence"], matrix_parameters(params)
+    table = params["embed"]["embedding"].size
+    needed = sum(
+        matrices * each.depth * (each.forward + each.backward) + table * each.forward
+        for each in passes
+    )
+    return {"all-gather of weights": _missing(parts) * needed / mesh.shape["tensor"] * size}
+
+
+def _reduced(moved: int, mesh: Mesh, size: int, *, adapters: bool) -> dict[str, float]:
+    """Gradients: scattered where parameters are split, summed over whole copies."""
+    copies, parts = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["sequence"]
+    if adapters:  # small, whole everywhere
+        copies, parts = copies * parts, 1
+    own = moved / (1 if adapters else mesh.shape["tensor"]) * size
+    return {
+        "reduce-scatter of gradients": _missing(parts) * own,
+        "all-reduce of gradients": 2 * _missing(copies) * own / parts,
+    }
+
+
+def _states(
+    model_config: Any, passes: Sequence[Rows], mesh: Mesh, size: int, *, again: bool
+) -> dict[str, float]:
+    """Hidden states summed over tensor, keys and values gathered over sequence."""
+    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    kv_heads = getattr(model_config, "kv_heads", model_config.heads)
+    summed = gathered = 0.0
+    for each in passes:
+        # a sum after attention and one after the MLP; the one that is computed again is the first
+        sums = 2 * (each.forward + each.backward) + again * each.backward
+        reads = each.forward + each.backward
+        positions = each.length * model_config.layers
+        keys = positions
+        if not isinstance(model_config, DecoderConfig):
+            positions += 3 / 2 * each.scored * model_config.decoder_layers  # attends twice
+            keys += (each.length + each.scored) * model_config.decoder_layers
+        rows = each.rows / groups * each.depth
+        summed += rows * positions * model_config.width / sequence * sums
+        gathered += rows * keys * 2 * kv_heads * model_config.head_width / tensor * reads
+    return {
+        "all-reduce of states": 2 * _missing(tensor) * summed * size,
+        "all-gather of keys and values": _missing(sequence) * gathered * size,
+    }
+
+
+def _missing(parts: int) -> float:
+    """The share of a whole that a device with one part of it lacks."""
+    return (parts - 1) / parts
+
+
+def bound(work: Work, rates: dict[str, float | None]) -> dict[str, float]:
+    """Seconds that a step takes at least, by what limits it.
+
+    Args:
+      work: of one device.
+      rates: "compute" in FLOP/s, "memory" and "links" in bytes per second; None: not known.
+    """
+    amounts = {"compute": work.flops, "memory": work.memory_bytes, "links": work.link_bytes}
+    return {name: amounts[name] / rate for name, rate in rates.items() if rate}

@@ -1,0 +1,152 @@
+"""Plans as text: a page for one, a line for one of many."""
+
+from collections.abc import Iterator
+
+from jaxalign.planning.plans import Plan, UncompiledPlan, draft
+from jaxalign.planning.search import least_chips, remedies
+
+GIB = 2**30
+
+
+def page(planned: UncompiledPlan, topology: str, plan: Plan) -> str:
+    """All of a plan.
+
+    Args:
+      planned: what was compiled.
+      topology: for.
+      plan: what came of it.
+    """
+    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    config, chips = planned.config, planned.mesh.size
+    lines = [
+        f"{config.name}, {plan.stage}: {_what(planned)}",
+        f"{topology}, {chips} chips: {mesh}; remat {plan.remat}, {config.dtype}",
+        f"{_batch(planned)}; compiled in {plan.compile_seconds:.0f} s",
+        "",
+        *_memory(plan),
+        "",
+        *_work(plan),
+    ]
+    if plan.seconds:
+        slowest = max(plan.seconds, key=lambda name: plan.seconds[name])
+        each = ", ".join(f"{name} {value:.3f}" for name, value in plan.seconds.items())
+        rate = plan.work["tokens"] / plan.bound
+        lines += [
+            "",
+            f"no step is faster than {plan.bound:.3f} s ({each}; {slowest} bounds it):",
+            f"  at most {rate:,.0f} tokens/s, utilisation {plan.utilisation:.0%}",
+        ]
+    if planned.stage.sampling is not None:
+        lines.append("  the time of sampling, and the annotator, come on top")
+    return "\n".join(lines)
+
+
+def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Iterator[str]:
+    """Lines on which flags make a stage fit: remedies are compiled until one does.
+
+    Args:
+      planned: what does not fit.
+      topology: for.
+      response: as in `draft`.
+    """
+    yield "smaller, one change after the other:"
+    for flags, config in remedies(planned):
+        changed = draft(config, topology, planned.stage.name, response=response)
+        if changed.too_large:
+            lasting = sum(changed.lasting.values()) / GIB
+            yield f"  {flags}: {lasting:.2f} GiB stay between steps, does not fit"
+            continue
+        plan = changed.plan()
+        yield f"  {flags}: {size(plan)}"
+        if plan.fits:
+            return
+    yield (
+        f"  or a smaller batch or length, or more chips: {least_chips(planned)} or more of these "
+        "hold what stays between steps\n"
+    )
+
+
+def _what(planned: UncompiledPlan) -> str:
+    """What a stage does to which model."""
+    config, lora = planned.config, planned.kind.adapters(planned.config)
+    model = "a model of its own" if config.model == "embedded" else config.model
+    adapters = "" if lora is None else f", adapters of rank {lora.rank}"
+    return f"{planned.stage.method} on {model}{adapters}"
+
+
+def _batch(planned: UncompiledPlan) -> str:
+    """The batch and its parts."""
+    stage = planned.stage
+    parts = f" in {stage.micro_batches} parts" if stage.micro_batches > 1 else ""
+    return f"a batch of {stage.batch_size} {stage.rows}{parts}"
+
+
+NAMES = {
+    "parameters": "parameters trained",
+    "optimizer": "optimiser",
+    "frozen": "parameters frozen",
+    "temporaries": "temporaries (gradients, activations)",
+}
+
+
+def _memory(plan: Plan) -> list[str]:
+    """What a chip holds, part by part."""
+    parts = {NAMES.get(name, name): size for name, size in plan.lasting.items()}
+    parts |= {NAMES.get(name, name): size for name, size in (plan.step or {}).items()}
+    if plan.sampling is not None:
+        parts["or while sampling (caches)"] = sum(plan.sampling.values())
+    if plan.total is not None:
+        parts["total"] = plan.total
+    unit, name = _unit(max(parts.values()))
+    lines = [f"  {part:<36} {size / unit:9.3f}" for part, size in parts.items()]
+    if plan.total is None:
+        lines.append("  does not fit" + _needed(plan))
+    elif plan.capacity is not None:
+        says = "fits" if plan.fits else "does not fit"
+        lines[-1] += f" of {plan.capacity / unit:,.2f}: {says}"
+    return [f"memory per chip, {name}", *lines]
+
+
+def _work(plan: Plan) -> list[str]:
+    """What a chip does and exchanges."""
+    doing, links = plan.work, plan.work["links"]
+    flops, letter = (1e12, "T") if doing["flops"] >= 1e11 else (1e9, "G")
+    unit, name = _unit(max(doing["memory_bytes"], sum(links.values())))
+    return [
+        "a step on each chip, by formula",
+        f"  {doing['flops'] / flops:,.2f} {letter}FLOP, of them "
+        f"{doing['model_flops'] / flops:,.2f} the model's own",
+        f"  {doing['memory_bytes'] / unit:,.3f} {name} of weights and moments read and written, at "
+        "least",
+        f"  {sum(links.values()) / unit:,.3f} {name} in over links, at least",
+        *(f"    {size / unit:12,.3f} {kind}" for kind, size in links.items()),
+    ]
+
+
+def _unit(largest: int | float) -> tuple[int, str]:
+    """GiB, or MiB where all is less than one of these."""
+    return (GIB, "GiB") if largest >= GIB else (2**20, "MiB")
+
+
+def _needed(plan: Plan) -> str:
+    """What the compiler says is missing."""
+    if len(plan.needed) < 2:
+        return ""
+    need, there = (size / GIB for size in plan.needed)
+    return f": {need:.2f} GiB are needed for temporaries, and there are {there:.2f}"
+
+
+def size(plan: Plan) -> str:
+    """Its memory and whether that fits, in a few words."""
+    if plan.total is None:
+        return "does not fit" + _needed(plan)
+    unit, name = _unit(plan.total)
+    return f"{plan.total / unit:.2f} {name}" + (": fits" if plan.fits else ", does not fit")
+
+
+def line(plan: Plan) -> str:
+    """One of a sweep."""
+    mesh = " ".join(f"{name} {size:>3}" for name, size in plan.mesh.items() if name != "sequence")
+    batch = f"batch {plan.batch_size:>4} in {plan.micro_batches:>2}"
+    rate = f"{plan.work['tokens'] / plan.bound:>11,.0f} tokens/s" if plan.seconds else ""
+    return f"{mesh}  {batch}  remat {plan.remat:<5} {rate}  {size(plan)}"

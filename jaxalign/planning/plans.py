@@ -1,0 +1,232 @@
+"""A stage's step on a slice: what it holds and does, by formula and by the compiler."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.config import TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.planning.compiled import TooLargeError, lasting_memory, program_memory, step_memory
+from jaxalign.planning.cost_model import Work, bound, work
+from jaxalign.planning.topologies import Chip, slice_devices
+from jaxalign.sharding import make_mesh
+from jaxalign.sharding.structs import Structs, bytes_on_device, placed_batch, placed_parameters
+from jaxalign.stages import Kind, kind_of
+from jaxalign.stages.models import model_of
+from jaxalign.stages.rematerialisation import choose_remat
+from jaxalign.stages.shapes import Shapes, shapes_of
+from jaxalign.training.stage import Stage, Step
+from jaxalign.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step on a slice: the memory that it takes, and the time that no schedule can beat."""
+
+    stage: str
+    mesh: dict[str, int]
+    remat: str
+    batch_size: int
+    micro_batches: int
+    lasting: dict[str, int]
+    """Bytes per chip that stay between steps, by formula."""
+    step: dict[str, int] | None
+    """Bytes per chip that the compiler reserves on top; None where it found no room."""
+    sampling: dict[str, int] | None
+    """The same of the online stage's sampling, in place of `step`; None: there is none."""
+    needed: list[float]
+    """Where there is no room: bytes needed for temporaries and bytes there are, by the compiler."""
+    capacity: int | None
+    """Bytes of a chip; None: not known."""
+    work: dict[str, Any]
+    """Fields of `Work`."""
+    seconds: dict[str, float]
+    """Of a step, at least, by what limits it: compute, memory, links."""
+    compile_seconds: float
+
+    @property
+    def total(self) -> int | None:
+        """The most bytes per chip at any time; None where the compiler found no room."""
+        if self.step is None:
+            return None
+        rest = [sum(part.values()) for part in (self.step, self.sampling) if part is not None]
+        return sum(self.lasting.values()) + max(rest)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip holds it."""
+        total = self.total
+        return total is not None and (self.capacity is None or total <= self.capacity)
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step, at least."""
+        return max(self.seconds.values(), default=float("nan"))
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs over those that the chip could do in that time, at most."""
+        peak = self.work["flops"] / self.seconds["compute"]
+        return self.work["model_flops"] / (peak * self.bound)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UncompiledPlan:
+    """All of a step but its compilation: shapes where a run places them, and the formulas."""
+
+    config: TrainConfig
+    kind: Kind
+    stage: Stage
+    """The very one that the run builds."""
+    chip: Chip
+    mesh: Mesh
+    state: TrainState
+    frozen: dict[str, Structs]
+    batch: Structs
+    sampler: tuple[dict[str, Any], Mesh] | None
+    """The policies that sample between updates, where they do, and their mesh."""
+    lasting: dict[str, int]
+    work: Work
+
+    @property
+    def step(self) -> Step:
+        """What is compiled: the larger step where a run has two."""
+        return self.stage.probed_step or self.stage.step
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """As in `Plan`."""
+        rates = {"compute": self.chip.flops, "memory": self.chip.bandwidth, "links": self.chip.link}
+        return bound(self.work, rates)
+
+    @property
+    def too_large(self) -> bool:
+        """Whether what stays between steps is already more than a chip holds."""
+        return self.chip.memory is not None and sum(self.lasting.values()) > self.chip.memory
+
+    def plan(self) -> Plan:
+        """What the compiler says of it."""
+        stage, start = self.stage, time.perf_counter()
+        used, sampling, needed = None, None, []
+        try:
+            if self.sampler is not None and stage.sampling is not None:
+                programs = stage.sampling.programs(*self.sampler)
+                sizes = [
+                    program_memory(program, self.sampler[1], *arguments)
+                    for program, arguments in programs
+                ]
+                sampling = max(sizes, key=lambda size: sum(size.values()))
+            used = step_memory(self.step, self.state, self.frozen, self.batch, self.mesh)
+        except TooLargeError as error:
+            needed = error.sizes
+        return Plan(
+            stage=stage.name,
+            mesh=dict(self.mesh.shape),
+            remat=stage.objective.policy.remat,
+            batch_size=stage.batch_size,
+            micro_batches=stage.micro_batches,
+            lasting=self.lasting,
+            step=used,
+            sampling=sampling,
+            needed=needed,
+            capacity=self.chip.memory,
+            work=dataclasses.asdict(self.work),
+            seconds=self.seconds,
+            compile_seconds=time.perf_counter() - start,
+        )
+
+
+def shapes_of_run(config: TrainConfig, name: str) -> Shapes:
+    """Shapes of a stage of a config whose model is not loaded."""
+    model_config = model_of(config)
+    return shapes_of(kind_of(config, name).build(config, model_config), model_config)
+
+
+def draft(
+    config: TrainConfig,
+    topology: str,
+    name: str,
+    *,
+    response: int | None = None,
+    shapes: Shapes | None = None,
+) -> UncompiledPlan:
+    """A stage's step for a slice, not compiled yet.
+
+    Args:
+      config: of the run.
+      topology: as in `slice_devices`.
+      name: of the stage.
+      response: tokens of the longest response; None: rows may be all response.
+      shapes: from `shapes_of`, where they are known.
+
+    Raises:
+      UserError: the config names no such model or slice, or its mesh does not divide the batch.
+    """
+    devices, chip = slice_devices(topology)
+    kind = kind_of(config, name)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    settings, model_config, platform = kind.settings(config), model_of(config), devices[0].platform
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (settings.batch_size // settings.micro_batches) % rows:
+        raise UserError(
+            f"{kind.name}.batch_size: {settings.batch_size} in {settings.micro_batches} "
+            f"micro-batches is not a multiple of data x fsdp = {rows}"
+        )
+    if shapes is None:
+        shapes = shapes_of(kind.build(config, model_config), model_config)
+    if config.remat == "auto":
+        used = bytes_on_device(placed_parameters(shapes.params, mesh))
+        free = None if chip.memory is None else chip.memory - used
+        remat, _ = choose_remat(
+            kind, config, model_config, shapes, mesh, platform=platform, free=free
+        )
+        config = dataclasses.replace(config, remat=remat)
+    stage = kind.build(config, model_config)
+    state, frozen = (placed_parameters(tree, mesh) for tree in (shapes.state, shapes.frozen))
+    largest, passes = stage.largest_batch(platform, response)
+    batch, sampler = placed_batch(largest, mesh), None
+    lasting = lasting_memory(state, frozen, batch)
+    if stage.sampling is not None:
+        sampler = stage.sampling.policies(state, frozen, mesh)
+        if stage.sampling.resharded:
+            lasting["handed over"] = bytes_on_device(sampler[0])
+    policy = stage.objective.policy
+    return UncompiledPlan(
+        config=config,
+        kind=kind,
+        stage=stage,
+        chip=chip,
+        mesh=mesh,
+        state=state,
+        frozen=frozen,
+        batch=batch,
+        sampler=sampler,
+        lasting=lasting,
+        work=work(
+            policy.config,
+            shapes.params,
+            state.params,
+            passes,
+            mesh,
+            moments=bytes_of_moments(state),
+            adapters=stage.adapter_scale is not None,
+            remat=policy.remat,
+            dtype=policy.dtype,
+            micro_batches=stage.micro_batches,
+        ),
+    )
+
+
+def bytes_of_moments(state: TrainState) -> int:
+    """Bytes of the optimiser's state, of all devices together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state))
+
+
+def make_plan(
+    config: TrainConfig, topology: str, name: str, *, response: int | None = None
+) -> Plan:
+    """A stage's step compiled for a slice; arguments and errors are those of `draft`."""
+    return draft(config, topology, name, response=response).plan()

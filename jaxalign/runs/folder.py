@@ -1,0 +1,166 @@
+"""A run folder: config, versions, metrics, checkpoints, report; begun or resumed."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxalign.config import TrainConfig, read_config, to_json
+from jaxalign.errors import UserError
+from jaxalign.files import check_output, locked, remove, write_json, write_text
+from jaxalign.runs.inputs import check_inputs, input_digests, keep_inputs
+from jaxalign.sharding.processes import in_turn
+from jaxalign.stages.inputs import INPUTS
+from jaxalign.training.checkpoints import DAMAGED
+from jaxalign.training.metrics import parse_metrics
+
+PACKAGES = (
+    "jaxalign",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints")
+"""Fields in which a resumed run may differ: they do not change what it computes."""
+MADE = (
+    "config.json",
+    INPUTS,
+    "environment.json",
+    "data.json",
+    "model.json",
+    "remat.json",
+    "generation_config.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "reference_log_probs.npz",
+    "tokenizer",
+    "tokens",
+    "checkpoints",
+    "tensorboard",
+    "profile",
+)
+"""What a run that fails before its first step may leave; a judge's answers are kept."""
+
+
+@contextlib.contextmanager
+def run_folder(config: TrainConfig) -> Iterator[Path]:
+    """The folder output/name, made now or left by the same config; for this command alone.
+
+    What a command left that failed before its first step is replaced.
+
+    Raises:
+      UserError: the folder cannot be written, another command is writing it, or it holds a run of
+        another config or of other inputs.
+    """
+    folder = Path(config.output) / _checked_name(config.name)
+    with contextlib.ExitStack() as stack:
+        with in_turn("run folder"):
+            if jax.process_index() == 0:
+                check_output(folder, "--output", folder=True)
+                stack.enter_context(locked(folder, "--name", folder=True))
+                _open(config, folder)
+            elif not (folder / "config.json").exists():
+                raise UserError(
+                    f"{folder}: is not the folder that process 0 made; set --output to one that "
+                    "all processes share"
+                )
+        yield folder
+
+
+def _checked_name(name: str) -> str:
+    """A run's name, which stays below the output folder."""
+    parts = Path(name).parts
+    fault = None
+    if "\0" in name:
+        fault = "has a NUL character"
+    elif not parts:
+        fault = "names no folder"
+    elif Path(name).is_absolute() or ".." in parts:
+        fault = "leaves the output folder"
+    elif max(len(os.fsencode(part)) for part in parts) > 255:
+        fault = "has more than 255 bytes"
+    if fault is not None:
+        raise UserError(f"name: {name[:80]!r} {fault}; set --name to a plain name")
+    return name
+
+
+def _open(config: TrainConfig, folder: Path) -> None:
+    """Check what the folder holds, or begin."""
+    path, inputs = folder / "config.json", input_digests(config)
+    if path.exists():
+        before = read_config(path)
+        changed = [
+            name
+            for name in vars(config)
+            if name not in MAY_CHANGE and getattr(before, name) != getattr(config, name)
+        ]
+        faults = check_inputs(folder, inputs)
+        if not changed and not faults:
+            keep_inputs(folder, inputs)
+            return
+        if _has_progress(folder):
+            if changed:
+                raise UserError(
+                    f"{folder}: holds a run whose {', '.join(changed)} differ; "
+                    "set --name to start another, or remove the folder"
+                )
+            raise UserError(f"{faults[0]}; restore it, or set --name to start another run")
+        for name in MADE:
+            remove(folder / name)
+    elif _has_progress(folder):
+        raise UserError(f"{path}: missing, and there are checkpoints or metrics; restore it")
+    write_json(folder / "environment.json", _environment())
+    keep_inputs(folder, inputs)
+    write_text(path, to_json(config) + "\n")
+
+
+def _has_progress(folder: Path) -> bool:
+    """Whether a run has come to its first step."""
+    saved = (folder / "checkpoints").glob("*/*")
+    if any(one.name.isdigit() or one.name.startswith(DAMAGED) for one in saved):
+        return True
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return False
+    lines, faults = parse_metrics(metrics)
+    return bool(faults) or any(line["step"] > 0 for line in lines)
+
+
+def _environment() -> dict[str, Any]:
+    """Versions, devices and git revision: what a reader needs to run it again."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_revision": revision,
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+    }

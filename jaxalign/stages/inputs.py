@@ -1,0 +1,355 @@
+"""The data of a run: read, split, tokenised and batched, with a report of what was left out."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.config import TrainConfig
+from jaxalign.data import (
+    PairBatch,
+    ReadReport,
+    TextBatch,
+    TokenizedPairs,
+    TokenizedRows,
+    TokenizedTexts,
+    check_ids,
+    embedded_tokenizer,
+    load_tokenizer,
+    packed_rows,
+    pair_batches,
+    preference_records,
+    response_records,
+    split_holdout,
+    text_batches,
+    text_records,
+    tokenize_pairs,
+    tokenize_responses,
+)
+from jaxalign.errors import UserError
+from jaxalign.files import replacing
+from jaxalign.models import DecoderConfig
+from jaxalign.representation import (
+    Instructions,
+    Tokenization,
+    hindsight_rows,
+    make_instructions,
+    responses_of,
+)
+from jaxalign.sharding.processes import in_turn
+from jaxalign.stages.prompts import chat_of
+from jaxalign.training.objectives import ReferencedBatch
+
+INPUTS = "inputs.json"
+"""In the run folder: digests of what the run reads."""
+
+
+def load_tokenizer_for(config: TrainConfig, folder: Path) -> Any:
+    """The named tokenizer, the model's, or one trained for this run; kept in the run folder."""
+    with in_turn("tokenizer"):
+        return _tokenizer(config, folder / "tokenizer")
+
+
+def _tokenizer(config: TrainConfig, kept: Path) -> Any:
+    if kept.is_dir():
+        return load_tokenizer(kept)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif config.model != "embedded":
+        tokenizer = load_tokenizer(config.model)
+    elif config.text:
+        from jaxalign.data.bpe import train_bpe
+
+        texts = (
+            record.text
+            for source in config.text
+            for record in text_records(source, bad_records=config.bad_records)
+        )
+        tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
+    else:
+        tokenizer = embedded_tokenizer()
+    with replacing(kept) as scratch:
+        tokenizer.save_pretrained(scratch)
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedData:
+    """What one stage trains on and is evaluated on."""
+
+    train: TokenizedPairs | TokenizedRows | TokenizedTexts
+    held_out: TokenizedPairs | TokenizedRows | TokenizedTexts | None
+    places: Sequence[str]
+    """Where each training record came from, by its number; empty for text."""
+    length: int
+    """Tokens of a row of packed text."""
+    joint_share: float = 0.0
+    """As in `pair_batches`."""
+    share: tuple[int, int] = (0, 1)
+    """The part of each batch that this process feeds: its number, and of how many."""
+
+    @property
+    def _mine(self) -> dict[str, Any]:
+        return dict(zip(("process_index", "process_count"), self.share, strict=True))
+
+    def examples(self, seed: int) -> int:
+        """Rows of an epoch of `batches`: pairs, or packed rows of text."""
+        if isinstance(self.train, TokenizedPairs):
+            return len(self.train)
+        return packed_rows(self.train, length=self.length, seed=seed)
+
+    def batches(self, batch_size: int, *, seed: int) -> Any:
+        """The endless, checkpointable iterator of this process's training batches."""
+        mine = self._mine
+        if isinstance(self.train, TokenizedPairs):
+            mine["joint_share"] = self.joint_share
+            return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
+        return text_batches(
+            self.train, batch_size=batch_size, length=self.length, seed=seed, **mine
+        )
+
+    def once(self, data: Any, batch_size: int) -> list[Any]:
+        """Every example once, in order; the last batch is filled up with examples of weight 0."""
+        fixed = self._mine | {"epochs": 1, "shuffle": False}
+        if isinstance(data, TokenizedPairs):
+            fixed["joint_share"] = self.joint_share
+            return list(pair_batches(data, batch_size=batch_size, **fixed))
+        return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
+
+    def evaluation(self, batch_size: int) -> list[Any]:
+        """The held-out batches; empty where nothing is held out."""
+        return [] if self.held_out is None else self.once(self.held_out, batch_size)
+
+    def describe(self, batch: PairBatch | TextBatch) -> list[str]:
+        """File and line of the records of a batch (of each row's first one, if packed)."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
+        if not self.places:
+            return [f"document {number + 1}" for number in numbers]
+        return [self.places[int(number)] for number in numbers]
+
+
+def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
+    """The largest joint row worth making, in tokens of two rows; 0: none is."""
+    if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
+        return 0.0
+    if share_prompts == "always":
+        return 1.0
+    return 0.0 if platform == "gpu" else 0.75
+
+
+@jax.jit
+def count_computed(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
+    """Tokens that pass the network, padding left out and shared ones counted once."""
+    tokens, pairs = count_tokens(batch), getattr(batch, "pairs", batch)
+    if isinstance(pairs, PairBatch) and pairs.common_length is not None:
+        return tokens - jnp.sum(pairs.common_length)
+    return tokens
+
+
+@jax.jit
+def count_tokens(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
+    """Tokens of a batch on the devices that are not padding."""
+    if isinstance(batch, ReferencedBatch):
+        batch = batch.pairs
+    if isinstance(batch, PairBatch):
+        return jnp.sum(batch.prompt_length + batch.response_length)
+    return jnp.sum(batch.segment_ids > 0)
+
+
+class Inputs:
+    """What the stages of a run read their data with; pairs are read once for all of them.
+
+    Args:
+      config: of the run.
+      tokenizer: of the run.
+      folder: of the run, for caches.
+      model_config: the architecture.
+      fraction: the part of each batch that this process feeds: its number, and of how many.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,
+        folder: Path,
+        model_config: Any,
+        fraction: tuple[int, int],
+    ):
+        self.config, self.tokenizer, self.folder = config, tokenizer, folder
+        self.model_config, self.fraction = model_config, fraction
+        self.report: dict[str, Any] = {}
+        """Counts of what was read and left out, for `data.json`."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder of its own for prompts."""
+        return not isinstance(self.model_config, DecoderConfig)
+
+    @functools.cached_property
+    def pairs(self) -> "PreferenceData":
+        """The pairs of the run.
+
+        Raises:
+          UserError: a record that cannot be used, or none to train on.
+        """
+        options = {
+            "max_length": self.config.max_length,
+            "prompt_format": self.config.prompt_format,
+            "chat": chat_of(self.config),
+            "end_token": self.config.end_token,
+            "encoder_decoder": self.is_encoder_decoder,
+        }
+        return PreferenceData(self.config, self.tokenizer, options, self.report)
+
+    def check_length(self) -> None:
+        """Raise `UserError` where rows are longer than the model reads."""
+        context = getattr(self.model_config, "context_length", None)
+        if context is not None and self.config.max_length > context:
+            raise UserError(
+                f"max_length: {self.config.max_length} tokens are more than the model's context of "
+                f"{context}; set --max-length {context} or less"
+            )
+
+
+def check_tokens(data: Any, tokenizer: Any, vocabulary: int) -> None:
+    """See to it that all tokens of a stage's data are rows of the model's embedding.
+
+    Raises:
+      UserError: one is not.
+    """
+    if isinstance(data, TokenizedRows | TokenizedTexts):
+        check_ids(data.flat, tokenizer, vocabulary)
+    elif isinstance(data, list | tuple):
+        for part in data:
+            check_tokens(part, tokenizer, vocabulary)
+    elif dataclasses.is_dataclass(data):
+        for field in dataclasses.fields(data):
+            check_tokens(getattr(data, field.name), tokenizer, vocabulary)
+
+
+def _limit(records: list[Any], most: int | None) -> list[Any]:
+    return records if most is None else records[:most]
+
+
+def _place(record: Any) -> str:
+    return f"{record.source}:{record.line}"
+
+
+def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], name: str) -> list:
+    """The records of a source, counted under a name in the report."""
+    counted = ReadReport()
+    records = list(kind(source, bad_records=config.bad_records, report=counted))
+    report[name] = {"source": source} | dataclasses.asdict(counted)
+    if not records:
+        raise UserError(f"{source}: no usable record")
+    return records
+
+
+def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
+    """How stimuli become tokens: as all other rows do."""
+    return Tokenization(
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        prompt_format=config.prompt_format,
+        chat=chat_of(config),
+        end_token=config.end_token,
+    )
+
+
+def instructions_of(config: TrainConfig) -> Instructions:
+    """The two instructions that a config names."""
+    told = config.alignment
+    return make_instructions(told.instructions, told.positive, told.negative)
+
+
+class PreferenceData:
+    """The pairs of a run, read once for all stages that train on pairs."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, options: dict, report: dict):
+        self._config, self._tokenizer, self.options = config, tokenizer, options
+        self._report = report
+        records = read(preference_records, config.data, config, report, "data")
+        if config.eval_data is None:
+            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
+        else:
+            train = records
+            held_out = read(preference_records, config.eval_data, config, report, "eval_data")
+        self.train = _limit(train, config.max_records)
+        self.held_out = _limit(held_out, config.max_eval_records)
+        if not self.train:
+            raise UserError(f"data: {config.data}: nothing is left to train on; lower --holdout")
+
+    def tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
+        """Rows of records, counted under a name in the report; `more` replaces options."""
+        tokens, report = tokenize(records, self._tokenizer, **self.options | more)
+        self._report[name] = dataclasses.asdict(report)
+        if jax.process_index() == 0:
+            for note in report.notes:
+                print(f"{name.replace('_', ' ')}: {note}")
+        return tokens
+
+    def instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
+        """Responses under the two instructions; those that do not fit are left out and counted."""
+        if self.options["encoder_decoder"]:
+            raise UserError(
+                f"model: {self._config.model} is an encoder-decoder; instructed responses are for "
+                "decoders"
+            )
+        how = tokenization(self._config, self._tokenizer)
+        tokens, report = tokenize(records, how, instructions_of(self._config))
+        self._report[name] = dataclasses.asdict(report)
+        return tokens
+
+    def preferences(
+        self, tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
+    ) -> TokenizedData:
+        """Pairs for a preference loss.
+
+        Args:
+          tokenize: (records, name for the report) -> pairs; None: as prompts and two responses.
+        """
+
+        def plain(records: list[Any], name: str) -> TokenizedPairs:
+            return self.tokenized(tokenize_pairs, records, name)
+
+        rows = tokenize or plain
+        return TokenizedData(
+            train=rows(self.train, "train_pairs"),
+            held_out=rows(self.held_out, "held_out_pairs") if self.held_out else None,
+            places=[_place(record) for record in self.train],
+            length=self._config.max_length,
+        )
+
+    def responses(self) -> TokenizedData:
+        """Prompts and responses to imitate: SFT data of their own, or the chosen responses."""
+        config = self._config
+        if config.sft_responses == "hindsight":
+            train, held_out = self.train, self.held_out
+        elif config.sft_data is None:
+            sides = ((one, config.sft_responses) for one in (self.train, self.held_out))
+            train, held_out = itertools.starmap(responses_of, sides)
+        else:
+            records = read(response_records, config.sft_data, config, self._report, "sft_data")
+            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
+            train = _limit(train, config.max_records)
+            held_out = _limit(held_out, config.max_eval_records)
+
+        def rows(records: list[Any], name: str) -> Any:
+            if config.sft_responses == "hindsight":
+                return self.instructed(hindsight_rows, records, name)
+            tokens = self.tokenized(tokenize_responses, records, name)
+            return tokens.as_pairs() if self.options["encoder_decoder"] else tokens
+
+        return TokenizedData(
+            train=rows(train, "train_responses"),
+            held_out=rows(held_out, "held_out_responses") if held_out else None,
+            places=[_place(record) for record in train],
+            length=config.max_length,
+        )

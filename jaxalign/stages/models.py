@@ -1,0 +1,162 @@
+"""The model of a run: its architecture, the weights to start from, its file in the run folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxalign import config as configs
+from jaxalign.config import ArchitectureConfig, TrainConfig
+from jaxalign.data import embedded_tokenizer, load_tokenizer
+from jaxalign.errors import UserError
+from jaxalign.files import write_json
+from jaxalign.models import (
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    decoder,
+    encoder_decoder,
+    load_pretrained,
+)
+from jaxalign.models.decoder import init_params
+from jaxalign.models.lora import merge
+from jaxalign.models.peft import load_adapters
+from jaxalign.models.score import SCORE, ScoreModel
+from jaxalign.models.weights import CONFIG_FILES, find_model, hf_config, read_config
+from jaxalign.sharding import place
+
+if TYPE_CHECKING:
+    from jaxalign.stages.kind import RunContext
+
+
+def stage_folder(folder: Path, name: str) -> Path:
+    """Where a stage's checkpoints lie."""
+    return folder / "checkpoints" / name
+
+
+def write_model_config(folder: Path, model_config: Any) -> None:
+    """Keep the architecture in the run folder, as Hugging Face's config.json."""
+    if jax.process_index() == 0:
+        write_json(folder / "model.json", hf_config(model_config, dtype=jnp.dtype("float32")))
+
+
+def read_model_config(folder: Path) -> Any:
+    """The architecture that a run folder keeps.
+
+    Raises:
+      UserError: the file is missing or broken.
+    """
+    return read_config(folder, "model.json")
+
+
+def read_run_config(folder: Path) -> TrainConfig:
+    """The config of a run folder.
+
+    Raises:
+      UserError: it is not one.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: not a run folder (config.json and checkpoints are missing)")
+    return configs.read_config(path)
+
+
+def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig:
+    """The decoder that is made where no model is named."""
+    return DecoderConfig(
+        family="llama",
+        vocab_size=vocabulary,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.width // shape.heads,
+        mlp_width=shape.mlp_width,
+        context_length=shape.context,
+        tied=True,
+    )
+
+
+def as_model(model_config: Any, params: Any) -> Any:
+    """The nnx module that holds parameters of an architecture."""
+    kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
+    return (ScoreModel if SCORE in params else kind)(model_config, params)
+
+
+def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
+    """The model's parameters with the config's adapters merged in, where it names any."""
+    if config.adapter is None:
+        return params
+    adapters, scale, _ = load_adapters(config.adapter, model_config)
+    return merge(params, adapters, scale)
+
+
+def model_of(config: TrainConfig) -> Any:
+    """The architecture of a run, without any weights.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    if config.model == "embedded":
+        return embedded_config(config.architecture, vocabulary_of(config))
+    try:
+        return read_config(find_model(config.model, CONFIG_FILES))
+    except UserError as error:
+        raise UserError(
+            f"model: {error}; a plan needs its config.json alone: --model tpu/shapes/NAME"
+        ) from None
+
+
+def vocabulary_of(config: TrainConfig) -> int:
+    """Tokens of the embedded model; of a tokenizer that is trained on text the largest number.
+
+    Raises:
+      UserError: there is no such tokenizer.
+    """
+    if config.tokenizer is not None:
+        return len(load_tokenizer(config.tokenizer))
+    return config.architecture.vocabulary if config.text else len(embedded_tokenizer())
+
+
+def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The architecture and the parameters to start from, placed on the mesh in float32.
+
+    Raises:
+      UserError: there is no such model, or adapters without a model.
+    """
+    if config.adapter is not None and config.model == "embedded":
+        raise UserError("adapter: needs the model it was trained on; set --model")
+    if config.model != "embedded":
+        model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
+        return model.config, place(with_adapter(config, model.config, model.params), mesh)
+    model_config = embedded_config(config.architecture, len(tokenizer))
+    params = init_params(model_config, jax.random.key(config.seed))
+    return model_config, place(params, mesh)
+
+
+def load_like(context: "RunContext", field: str, folder: str) -> Any:
+    """The parameters in a folder, which must have the run's own architecture.
+
+    Args:
+      context: of the run.
+      field: of the config, for the message.
+      folder: of the model.
+
+    Raises:
+      UserError: it has another one.
+    """
+    loaded = load_pretrained(folder, dtype=jnp.float32, mesh=context.mesh)
+    if not isinstance(loaded.config, DecoderConfig) or loaded.config != context.model_config:
+        raise UserError(
+            f"{field}: {folder} has another architecture than {context.config.model}; tune both "
+            "from one model"
+        )
+    return place(loaded.params, context.mesh)
+
+
+def parameter_structs(model_config: Any) -> Any:
+    """Shapes and types of the parameters; nothing is computed."""
+    module: Any = decoder if isinstance(model_config, DecoderConfig) else encoder_decoder
+    return jax.eval_shape(lambda: module.init_params(model_config, jax.random.key(0)))

@@ -1,0 +1,430 @@
+"""Online preference learning: sample, annotate, update (IPO-MD and its peers, PPO)."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.backends.local import end_tokens
+from jaxalign.config import RolloutConfig, TrainConfig
+from jaxalign.data import (
+    PromptRecord,
+    ReadReport,
+    TokenizedRows,
+    prompt_records,
+    response_records,
+    split_holdout,
+    tokenize_prompts,
+    tokenize_responses,
+)
+from jaxalign.data.record_text import text_of
+from jaxalign.errors import UserError
+from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
+from jaxalign.generation import Sampling, compile_generate
+from jaxalign.models import tempered
+from jaxalign.models.score import SCORE, init_head
+from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatch
+from jaxalign.online.evaluation import HeldOut, evaluator
+from jaxalign.online.prompts import prompt_batches
+from jaxalign.online.sampler import Sampler, draws_of
+from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, remembering, update_step
+from jaxalign.sharding import make_mesh, parameter_shardings
+from jaxalign.sharding.processes import share_of_rows
+from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
+from jaxalign.stages import parts
+from jaxalign.stages.find import find_algorithm
+from jaxalign.stages.inputs import Inputs
+from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.models import stage_folder
+from jaxalign.stages.prompts import chat_of
+from jaxalign.stages.structs import pair_batch, record_of, struct
+from jaxalign.training.checkpoints import newest_step
+from jaxalign.training.objectives import Policy
+from jaxalign.training.stage import Feed, Params, Rows, Stage, Step
+from jaxalign.training.step import TrainState
+
+NAME, NUMBER = "online", 4
+ROLLOUTS, ANSWERS = "rollouts.jsonl", "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """The prompts of a run: tokens for the sampler, texts for the annotator."""
+
+    train: TokenizedRows
+    train_texts: Sequence[str]
+    held_out: TokenizedRows | None
+    held_out_texts: Sequence[str]
+    places: Sequence[str]
+    """Where each training prompt came from."""
+    responses: Sequence[np.ndarray] = ()
+    """Tokens of the responses beside the training prompts, where the algorithm reads them."""
+
+    def examples(self, seed: int) -> int:
+        """Prompts of an epoch."""
+        del seed
+        return len(self.train)
+
+    def describe(self, batch: PromptBatch) -> list[str]:
+        """File and line of a batch's prompts."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
+        return [self.places[int(number)] for number in numbers]
+
+
+def load(config: TrainConfig, inputs: Inputs) -> PromptData:
+    """Read, split and tokenise the prompts.
+
+    Raises:
+      UserError: a prompt that cannot be used, none at all, or no room for prompt and response.
+    """
+    settings, tokenizer, report = config.rollout, inputs.tokenizer, inputs.report
+    context = getattr(inputs.model_config, "context_length", None)
+    longest = settings.max_prompt_length + settings.max_tokens
+    if context is not None and longest > context:
+        raise UserError(
+            f"rollout.max_prompt_length: {settings.max_prompt_length} tokens and max_tokens "
+            f"{settings.max_tokens} are more than the model's context of {context}"
+        )
+    algorithm = algorithm_of(config)
+
+    def read(source: str, name: str) -> list[Any]:
+        counted = ReadReport()
+        learnt = algorithm.reads_data and source == settings.prompts
+        records_of: Any = response_records if learnt else prompt_records
+        records = list(records_of(source, bad_records=config.bad_records, report=counted))
+        report[name] = {"source": source} | dataclasses.asdict(counted)
+        if not records:
+            raise UserError(f"{source}: no usable prompt")
+        return records
+
+    train = read(settings.prompts, "prompts")
+    if settings.eval_prompts is not None:
+        held_out = read(settings.eval_prompts, "eval_prompts")
+    else:
+        train, held_out = split_holdout(train, config.holdout, seed=config.seed)
+    if not train:
+        raise UserError(f"rollout.prompts: {settings.prompts}: none is left; lower --holdout")
+    held_out = held_out[: settings.max_eval_prompts]
+
+    options: dict[str, Any] = {
+        "prompt_format": config.prompt_format,
+        "chat": chat_of(config),
+        "encoder_decoder": inputs.is_encoder_decoder,
+    }
+
+    def tokenized(records: list[Any], name: str) -> TokenizedRows:
+        plain = (PromptRecord(prompt=x.prompt, source=x.source, line=x.line) for x in records)
+        rows, counted = tokenize_prompts(
+            plain, tokenizer, max_length=settings.max_prompt_length, **options
+        )
+        report[name] = dataclasses.asdict(counted)
+        if jax.process_index() == 0:
+            for note in counted.notes:
+                print(f"{name.replace('_', ' ')}: {note}")
+        return rows
+
+    responses: list[np.ndarray] = []
+    if algorithm.reads_data:
+        shortest = {"max_length": longest, "min_prompt_length": settings.max_prompt_length}
+        joint, counted = tokenize_responses(train, tokenizer, **shortest, **options)
+        report["train_responses"] = dataclasses.asdict(counted)
+        responses = [joint[at][joint.prompt_length[at] :] for at in range(len(joint))]
+
+    return PromptData(
+        train=tokenized(train, "train_prompts"),
+        train_texts=_plain_texts(train, tokenizer),
+        held_out=tokenized(held_out, "held_out_prompts") if held_out else None,
+        held_out_texts=_plain_texts(held_out, tokenizer),
+        places=[f"{record.source}:{record.line}" for record in train],
+        responses=responses,
+    )
+
+
+def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
+    """Prompts as annotators read them: as they are; conversations through the chat template."""
+    in_text = text_of(tokenizer, "{prompt}", None, "never")
+    return [in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records]
+
+
+def build(config: TrainConfig, model_config: Any) -> Stage:
+    """Parameters or adapters learn from the responses that they sample."""
+    settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
+    sampled = tempered(model_config, config.rollout.temperature)
+    policy = parts.make_policy(config, sampled, adapters)
+    objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    updates = algorithm.updates * algorithm.minibatches
+    optimizer, by_update = parts.make_update_rule(settings, updates)
+    optimizer = remembering(algorithm, optimizer)
+    has_critic = algorithm.advantages is not None
+    trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
+
+    def with_critic(params: Params) -> Params:
+        head = init_head(model_config.width, parts.key_of(config, NUMBER))
+        return {**trained(params), SCORE: head}
+
+    rollout = config.rollout
+    return Stage(
+        name=NAME,
+        method=rollout.algorithm,
+        rows=f"prompts of {rollout.max_prompt_length:,} tokens with {len(algorithm.draws)} "
+        f"responses of {rollout.max_tokens:,}",
+        **parts.cadence(settings),
+        parts=settings.micro_batches * algorithm.minibatches,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=by_update if updates == 1 else lambda step: by_update(step * updates),
+        step=functools.partial(
+            update_step,
+            objective=objective,
+            optimizer=optimizer,
+            micro_batches=settings.micro_batches,
+        ),
+        adapter_scale=policy.adapter_scale,
+        trained=with_critic if has_critic else trained,
+        frozen=parts.with_reference(adapters),
+        kept=parts.without([SCORE] if has_critic else []),
+        largest_batch=lambda platform, response: largest_rollout(config, objective),
+        sampling=RolloutSampling(config=config, policy=policy),
+    )
+
+
+def algorithm_of(config: TrainConfig) -> Algorithm:
+    """The algorithm of the stage."""
+    return find_algorithm(config.rollout.algorithm, config.rollout.options)
+
+
+def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[Any, list[Rows]]:
+    """Prompts with their sampled responses; the first ones of each are learned from."""
+    settings, algorithm = config.rollout, objective.algorithm
+    prompts, response = config.online.batch_size, settings.max_tokens
+    length, samples = settings.max_prompt_length + response, len(algorithm.draws)
+    of_policy = all("policy" in draw.weights for draw in algorithm.draws)
+    of_tokens = struct(prompts, samples, response, dtype=jnp.float32)
+    of_samples = struct(prompts, samples, dtype=jnp.float32)
+    batch = record_of(
+        RolloutBatch,
+        responses=pair_batch(prompts, samples, length, response),
+        preference=struct(prompts, samples, samples, dtype=jnp.float32),
+        reward=of_samples,
+        baseline=of_samples,
+        sampled_log_prob=of_tokens if of_policy else None,
+    )
+    critic = algorithm.advantages is not None  # computed once before the updates
+    forward = 2 * (algorithm.updates + critic)  # policy and reference
+    rows = prompts * algorithm.trained
+    shape = {"rows": rows, "length": length, "scored": response}
+    return batch, [Rows(**shape, forward=forward, backward=algorithm.updates)]
+
+
+def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
+    """The sampling rules of a rollout; `ends` are the tokens that end a response."""
+    settings = config.rollout
+    return Sampling(
+        max_tokens=settings.max_tokens,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        end_tokens=tuple(sorted(set(ends))),
+    )
+
+
+def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
+    """Prompts; around the compiled update, sampling and annotation."""
+    config, mesh, settings = context.config, context.mesh, context.config.rollout
+    policy, algorithm = stage.objective.policy, stage.objective.algorithm
+    data: PromptData = context.data[NAME]
+    number, count = share_of_rows(mesh)
+    answers = context.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
+    annotator = _annotator(settings, answers)
+    if (identity := getattr(annotator, "identity", None)) is not None and number == 0:
+        print(f"online: annotator {settings.annotator} ({identity})")
+    sampling_mesh = make_mesh(**settings.mesh) if settings.mesh else mesh
+    ends = [int(context.tokenizer.eos_token_id)]
+    if config.model != "embedded":
+        ends += end_tokens(config.model, context.model_config.vocab_size)
+    sampler = Sampler(
+        config=policy.config,
+        tokenizer=context.tokenizer,
+        sampling=sampling_rules(config, ends=ends),
+        mesh=sampling_mesh,
+        stop=settings.stop,
+        dtype=policy.dtype,
+    )
+
+    def resharded(tree: Any) -> Any:
+        if isinstance(tree, float):  # the adapters' scale
+            return tree
+        return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
+
+    @functools.lru_cache(maxsize=1)
+    def reference() -> Any:
+        """Resharded once, for it never changes; with adapters it is every policy's base, too."""
+        return resharded(frozen["reference"])
+
+    def reshard(policies: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not settings.mesh:
+            return policies
+        return {
+            name: {
+                part: reference() if tree is frozen["reference"] else resharded(tree)
+                for part, tree in one.items()
+            }
+            for name, one in policies.items()
+        }
+
+    recorder = TextRecorder(context.folder / ROLLOUTS, prompts=settings.record)
+    if jax.process_index() == 0:
+        recorder.rewind(newest_step(stage_folder(context.folder, NAME)) or 0)
+    draws = jax.random.fold_in(jax.random.key(config.seed), 0x0911E)
+    batches_of = functools.partial(
+        prompt_batches, batch_size=stage.batch_size, process_index=number, process_count=count
+    )
+
+    def around(update: Step) -> Step:
+        return OnlineStep(
+            algorithm=algorithm,
+            policy=policy,
+            sampler=sampler,
+            annotator=annotator,
+            update=update,
+            hand_over=reshard,
+            prompt_texts=data.train_texts,
+            mesh=mesh,
+            key=draws,
+            record=recorder if number == 0 else lambda *_: None,
+            responses=data.responses,
+            unfinished_penalty=settings.unfinished_penalty,
+        )
+
+    evaluation = None
+    if data.held_out is not None:
+        held_out = HeldOut(
+            sampler,
+            annotator,
+            list(batches_of(data.held_out, epochs=1, shuffle=False)),
+            data.held_out_texts,
+            jax.random.fold_in(draws, 1),
+        )
+
+        def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
+            reference = {"params": frozen["reference"]}
+            now = {"policy": policy.policy(params, frozen["policy"]), "reference": reference}
+            return reshard(now)
+
+        evaluation = evaluator(held_out, policies)
+    return Feed(
+        batches=batches_of(data.train, seed=config.seed),
+        place=lambda batch: batch,
+        describe=data.describe,
+        evaluation=evaluation,
+        throughput=parts.throughput(
+            params,
+            live_reference=True,
+            adapters=stage.adapter_scale is not None,
+            updates=algorithm.updates,
+            tokens=lambda batch: 0,  # the step counts its own
+        ),
+        around=around,
+    )
+
+
+def check(config: TrainConfig) -> None:
+    """See to it that a config's algorithm has what it needs, before anything is made.
+
+    Raises:
+      UserError: it has not.
+    """
+    settings, size = config.rollout, config.online.batch_size
+    algorithm = algorithm_of(config)
+    if settings.annotator is None and algorithm.annotation != "none":
+        raise UserError(
+            "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
+            "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
+        )
+    parts = algorithm.minibatches * config.online.micro_batches
+    if size % parts:
+        raise UserError(
+            f"online.batch_size: {size} prompts do not make {algorithm.minibatches} minibatches of "
+            f"{config.online.micro_batches} micro-batches each"
+        )
+    if settings.unfinished_penalty and algorithm.annotation != "rewards":
+        raise UserError(
+            f"rollout.unfinished_penalty: {settings.algorithm} reads preferences, not rewards; "
+            "leave it out"
+        )
+
+
+def _annotator(settings: RolloutConfig, answers: Path) -> Any:
+    """The annotator of a run; what a judge answered once is found again after a kill."""
+    if settings.annotator is None:
+        return None
+    options: dict[str, Any] = dict(vars(settings.judge))
+    if settings.judge.template is not None:
+        options["template"] = Path(settings.judge.template)
+    return make_annotator(settings.annotator, AnnotatorOptions(**options, answers_file=answers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSampling:
+    """The programs of a rollout, for the planner."""
+
+    config: TrainConfig
+    policy: Policy
+
+    @property
+    def resharded(self) -> bool:
+        """Whether sampling has a mesh of its own, and so copies of the policies."""
+        return bool(self.config.rollout.mesh)
+
+    def policies(
+        self, state: TrainState, frozen: Mapping[str, Structs], mesh: Mesh
+    ) -> tuple[dict[str, Any], Mesh]:
+        """The policies that may sample, as shapes where they do, and the mesh of sampling.
+
+        Args:
+          state: placed shapes.
+          frozen: placed shapes.
+          mesh: of the updates; sampling has the same devices.
+        """
+        policies = policies_of(self.policy, state, frozen)
+        if not self.resharded:
+            return policies, mesh
+        own = make_mesh(**self.config.rollout.mesh, devices=mesh.devices.flatten())
+        return {name: placed_parameters(one, own) for name, one in policies.items()}, own
+
+    def programs(
+        self, policies: dict[str, Any], mesh: Mesh
+    ) -> Iterator[tuple[jax.stages.Wrapped, tuple[Any, ...]]]:
+        """Each draw's program, and the shapes of its arguments."""
+        settings, algorithm = self.config.rollout, algorithm_of(self.config)
+        prompts, length = self.config.online.batch_size, settings.max_prompt_length
+        batch = placed_batch((struct(prompts, length), struct(prompts)), mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rules = sampling_rules(self.config, ends=[0])
+        for draw, samples in draws_of(algorithm):
+            if not draw.weights:  # the responses of the data
+                continue
+            program = compile_generate(
+                self.policy.config, mesh, samples=samples, sampling=rules, dtype=self.policy.dtype
+            )
+            mixed = [policies[name] for name in draw.weights]
+            weights = jax.ShapeDtypeStruct((len(mixed),), jnp.float32)
+            yield program, (mixed, *batch, key, weights, 0)
+
+
+KIND = Kind(
+    name=NAME,
+    adapters=parts.run_adapters,
+    build=build,
+    load=load,
+    feed=feed,
+    finish=parts.finish,
+    check=check,
+)

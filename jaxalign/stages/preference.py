@@ -1,0 +1,263 @@
+"""Preferences: a loss of chosen and rejected responses (DPO and its family)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxalign.config import TrainConfig
+from jaxalign.data import PairBatch, TokenizedPairs
+from jaxalign.entanglement.cures import CURES
+from jaxalign.entanglement.masks import initial_head
+from jaxalign.errors import UserError
+from jaxalign.files import digest
+from jaxalign.losses import CONTRASTIVE_LOSSES
+from jaxalign.representation import contrastive_pairs
+from jaxalign.stages import parts
+from jaxalign.stages.find import find_loss
+from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
+from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.structs import pair_batch, record_of, struct
+from jaxalign.training.evaluation import evaluate_preferences, put_batch
+from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
+from jaxalign.training.objectives import (
+    Policy,
+    PreferenceObjective,
+    ReferencedBatch,
+    TokenPreferenceObjective,
+    reads_reference,
+)
+from jaxalign.training.optimizers import preconditioner, with_rule
+from jaxalign.training.pair_probe import PairProbe
+from jaxalign.training.reference import precompute_reference
+from jaxalign.training.stage import Feed, Params, Rows, Stage
+
+NAME, NUMBER = "preference", 3
+
+Objective = PreferenceObjective | TokenPreferenceObjective
+
+
+def build(config: TrainConfig, model_config: Any) -> Stage:
+    """Parameters or adapters follow a preference loss."""
+    settings, adapters = config.preference, parts.run_adapters(config)
+    objective = make_objective(config, parts.make_policy(config, model_config, adapters))
+    optimizer, schedule = parts.make_update_rule(settings)
+    has_mask = learns_mask(config)
+    if has_mask:
+        optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
+    trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
+
+    def with_mask(params: Params) -> Params:
+        head = initial_head(model_config.width, model_config.vocab_size)
+        return {**trained(params), HEAD: head}
+
+    probe = make_probe(config, objective)
+    probed = None
+    if probe is not None:
+        probed = parts.plain_step(settings, objective, optimizer, backward=probe)
+    referenced = has_reference(objective)
+    return Stage(
+        name=NAME,
+        method=config.loss,
+        rows=f"pairs of 2 x {config.max_length:,} tokens",
+        **parts.cadence(settings),
+        parts=settings.micro_batches,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        step=parts.plain_step(settings, objective, optimizer),
+        probed_step=probed,
+        probe_every=config.entanglement.every,
+        running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
+        adapter_scale=adapters and adapters.scale,
+        trained=with_mask if has_mask else trained,
+        frozen=(parts.with_reference if referenced else parts.no_reference)(adapters),
+        kept=parts.without([HEAD] if has_mask else []),
+        largest_batch=functools.partial(largest_batch, config, objective),
+    )
+
+
+def make_objective(config: TrainConfig, policy: Policy) -> Objective:
+    """What the stage minimises.
+
+    Raises:
+      UserError: the loss needs the reference itself, and the config keeps at most its log-probs.
+    """
+    options = dict(config.loss_options)
+    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
+    if reads_tokens:
+        if config.reference in ("precomputed", "none"):
+            raise UserError(
+                f"reference: {config.loss} reads the reference's whole distribution at every "
+                "token; set --reference live"
+            )
+        return TokenPreferenceObjective(policy=policy, loss=loss, options=options)
+    mask = config.entanglement.mask
+    if mask == "none":
+        needed = reads_reference(loss, options)
+        if needed and config.reference == "none":
+            raise UserError(
+                f"reference: {config.loss} reads the reference's log-probs; set --reference auto"
+            )
+        return PreferenceObjective(
+            policy=policy,
+            loss=loss,
+            options=options,
+            coupled=coupled,
+            has_reference=needed or config.reference in ("live", "precomputed"),
+        )
+    return MaskedPreferenceObjective(
+        policy=policy,
+        loss=loss,
+        options=options,
+        coupled=coupled,
+        penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
+    )
+
+
+def learns_mask(config: TrainConfig) -> bool:
+    """Whether a mask of tokens is trained beside the policy."""
+    return config.entanglement.mask == "learned"
+
+
+def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
+    """What computes the per-pair gradient statistics; None: nothing does."""
+    settings, rule = config.entanglement, config.preference.optimizer
+    if not settings.every:
+        return None
+    weigh = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
+    return PairProbe(
+        objective=objective,
+        parts=settings.parts,
+        cure=CURES.get(settings.cure),
+        realised=settings.realised,
+        preconditioner=weigh if settings.preconditioned else None,
+    )
+
+
+def has_reference(objective: Objective) -> bool:
+    """Whether an objective's loss or metrics read a reference."""
+    return not isinstance(objective, PreferenceObjective) or objective.has_reference
+
+
+def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) -> bool:
+    """Whether each step computes the reference's log-probs, where it has a reference.
+
+    Else they are computed once, before the first step.
+
+    Args:
+      config: of the run.
+      objective: of the stage; what reads more than log-probs needs the reference live.
+      pairs: to train on; once through the reference is less work where they come more than once.
+    """
+    if config.reference != "auto":
+        return config.reference == "live"
+    masked = isinstance(objective, MaskedPreferenceObjective)
+    reads_more = masked or not isinstance(objective, PreferenceObjective)
+    return reads_more or config.preference.steps * config.preference.batch_size <= pairs
+
+
+def largest_batch(
+    config: TrainConfig, objective: Objective, platform: str, response: int | None
+) -> tuple[Any, list[Rows]]:
+    """Pairs; both rows of a pair in one where the run makes them so."""
+    settings, response = config.preference, response or config.max_length
+    pairs, rows = largest_pairs(
+        config, objective.policy.config, platform, response, scored=response
+    )
+    # auto: how many pairs there are is not known
+    live = has_reference(objective) and config.reference != "precomputed"
+    twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
+    realised = config.entanglement.every > 0 and config.entanglement.realised
+    stored = has_reference(objective) and not live
+    known = struct(settings.batch_size, 2, dtype=jnp.float32) if stored else None
+    batch = record_of(ReferencedBatch, pairs=pairs, reference=known)
+    return batch, [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+
+
+def largest_pairs(
+    config: TrainConfig, model_config: Any, platform: str, response: int, *, scored: int
+) -> tuple[PairBatch, dict[str, int]]:
+    """Shapes of the largest batch of pairs, and the rows that a pass makes of it.
+
+    Args:
+      config: of the run.
+      model_config: the architecture.
+      platform: that the step is for.
+      response: tokens of the longest response.
+      scored: positions of a row at which the next token is scored.
+    """
+    pairs, length = config.preference.batch_size, config.max_length
+    fraction = joint_share(config.share_prompts, model_config, platform)
+    joint = length + response  # both responses, and what is left of the prompt once
+    joint = joint if joint <= fraction * 2 * length else None
+    batch = pair_batch(pairs, 2, length, response, joint=joint)
+    if joint is None or config.entanglement.every:  # a probed step keeps rows apart
+        return batch, {"rows": 2 * pairs, "length": length, "scored": scored}
+    return batch, {"rows": pairs, "length": joint, "scored": 2 * scored}
+
+
+def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
+    """Pairs of a prompt and two responses."""
+    tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
+    if config.loss in CONTRASTIVE_LOSSES:
+        tokenize = functools.partial(inputs.pairs.instructed, contrastive_pairs)
+    return load_pairs(inputs, tokenize)
+
+
+def load_pairs(
+    inputs: Inputs, tokenize: Callable[[list[Any], str], TokenizedPairs] | None
+) -> TokenizedData:
+    """The pairs of a run, their prompts shared where that saves work."""
+    inputs.check_length()
+    platform = jax.default_backend()
+    return dataclasses.replace(
+        inputs.pairs.preferences(tokenize),
+        joint_share=joint_share(inputs.config.share_prompts, inputs.model_config, platform),
+        share=inputs.fraction,
+    )
+
+
+def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
+    """Pairs on the mesh, with the reference's log-probs where they were computed before."""
+    config, mesh, data = context.config, context.mesh, context.data[NAME]
+    objective, table = stage.objective, None
+    put = functools.partial(put_batch, mesh=mesh)
+    referenced = has_reference(objective)
+    if referenced and not keeps_reference_live(config, objective, len(data.train)):
+        table = precompute_reference(
+            objective,
+            frozen["reference"],
+            data.once(data.train, stage.batch_size),
+            put,
+            context.folder / "reference_log_probs.npz",
+            mesh,
+            digest(context.folder / INPUTS),
+        )
+
+    def place(batch: PairBatch) -> ReferencedBatch:
+        reference = None if table is None else table[batch.record_index]
+        return put(ReferencedBatch(pairs=batch, reference=reference))
+
+    return parts.feed(
+        context,
+        stage,
+        params,
+        evaluate=evaluate_preferences,
+        objective=whole_responses(objective),
+        place=place,
+        live_reference=referenced and table is None,
+    )
+
+
+KIND = Kind(
+    name=NAME,
+    adapters=parts.run_adapters,
+    build=build,
+    load=load,
+    feed=feed,
+    finish=parts.finish,
+)

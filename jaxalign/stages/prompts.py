@@ -1,0 +1,17 @@
+"""Whether the plain prompts of a run go through its tokenizer's chat template."""
+
+from typing import Any
+
+from jaxalign.config import TrainConfig
+from jaxalign.data.plain_prompts import Chat, plain_prompts
+
+
+def chat_of(config: TrainConfig) -> Chat:
+    """The config's choice; the embedded model reads plain prompts as they are."""
+    return "never" if config.chat == "auto" and config.model == "embedded" else config.chat
+
+
+def reads_turns(config: TrainConfig, tokenizer: Any) -> bool:
+    """Whether the plain prompts of a run go through its tokenizer's chat template."""
+    layout = config.prompt_format
+    return plain_prompts(tokenizer, chat_of(config), prompt_format=layout).as_turns

@@ -1,0 +1,274 @@
+"""Representation alignment (RAHF): hidden states are fitted to those under better stimuli."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.config import AlignmentConfig, TrainConfig
+from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
+from jaxalign.errors import UserError
+from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
+from jaxalign.models.lora import merge
+from jaxalign.models.peft import save_adapters
+from jaxalign.representation import (
+    Reader,
+    RepresentationObjective,
+    StimulusBatch,
+    default_layers,
+    responses_of,
+    stimulus_batches,
+    tokenize_stimuli,
+)
+from jaxalign.sharding import place
+from jaxalign.sharding.processes import share_of_rows
+from jaxalign.stages import parts
+from jaxalign.stages.inputs import Inputs, instructions_of, tokenization
+from jaxalign.stages.kind import Kind, Outcome, RunContext
+from jaxalign.stages.structs import record_of, struct
+from jaxalign.training.evaluation import (
+    Evaluation,
+    evaluate_losses,
+    evaluate_preferences,
+    put_batch,
+)
+from jaxalign.training.objectives import PreferenceObjective
+from jaxalign.training.stage import Feed, Params, Rows, Stage
+
+NAME, NUMBER = "representation", 5
+DISTANCES = {"squared": hidden_state_matching, "norm": hidden_state_distance}
+"""`alignment.distance` -> its loss."""
+POSITIONS = {"scit": 512, "dual": 64}
+RESPONSES = {"scit": "random", "dual": "both"}
+"""The paper's settings, where a config has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StimulusData:
+    """What the stage fits, and the pairs on which it is held to account."""
+
+    train: Sequence[TokenizedRows]
+    """Plain rows; with two instructions also those under the positive and the negative one."""
+    held_out: Sequence[TokenizedRows]
+    """The same of held-out pairs; empty: none."""
+    pairs: TokenizedPairs | None
+    """Held-out pairs under the plain prompt."""
+    places: Sequence[str]
+    """Where each training response came from."""
+
+    def examples(self, seed: int) -> int:
+        """Responses of an epoch."""
+        del seed
+        return len(self.train[0])
+
+    def describe(self, batch: StimulusBatch) -> list[str]:
+        """File and line of a batch's responses."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
+        return [self.places[int(number)] for number in numbers]
+
+
+def build(config: TrainConfig, model_config: Any) -> Stage:
+    """Adapters are fitted: a plain prompt is to be read as the better stimulus is."""
+    settings, alignment = config.representation, config.alignment
+    policy = parts.make_policy(config, model_config, alignment.lora)
+    reader = make_reader(config, model_config, remat=policy.remat, dtype=policy.dtype)
+    loss: Any = DISTANCES[alignment.distance]
+    objective = RepresentationObjective(
+        policy=policy, reader=reader, alpha=alignment.alpha, loss=loss
+    )
+    optimizer, schedule = parts.make_update_rule(settings)
+    base = parts.with_reference(alignment.lora)
+
+    def frozen(params: Params, copy: Any, load: Callable[[str, str], Params]) -> dict[str, Any]:
+        return base(params, copy, load) | stimulus_models(alignment, load)
+
+    return Stage(
+        name=NAME,
+        method=alignment.method,
+        rows=f"responses of {config.max_length:,} tokens with their stimuli",
+        **parts.cadence(settings),
+        parts=settings.micro_batches,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        step=parts.plain_step(settings, objective, optimizer),
+        adapter_scale=alignment.lora.scale,
+        trained=parts.trained_parameters(alignment.lora, parts.key_of(config, NUMBER)),
+        frozen=frozen,
+        largest_batch=lambda platform, response: largest_stimuli(config, objective),
+    )
+
+
+def make_reader(config: TrainConfig, model_config: Any, **options: Any) -> Reader:
+    """The hidden states that a config names.
+
+    Raises:
+      UserError: the model has no such layer.
+    """
+    depth = getattr(model_config, "layers", 0)
+    layers = config.alignment.layers or default_layers(depth, config.alignment.method)
+    layers = tuple(sorted(set(layers)))
+    reader = Reader(config=model_config, layers=layers, **options)
+    if not 1 <= layers[0] <= layers[-1] <= depth:
+        raise UserError(f"alignment.layers: {list(layers)}; the model's are 1 to {depth}")
+    return reader
+
+
+def largest_stimuli(
+    config: TrainConfig, objective: RepresentationObjective
+) -> tuple[Any, list[Rows]]:
+    """Plain rows to be fitted, and the stimuli that are read beside them."""
+    settings, rows, length = config.alignment, config.representation.batch_size, config.max_length
+    positions = min(settings.positions or POSITIONS[settings.method], length)
+    instructed = settings.method == "scit"
+    batch = record_of(
+        StimulusBatch,
+        tokens=struct(rows, length),
+        prompt_length=struct(rows),
+        stimuli=struct(rows, 2, length) if instructed else None,
+        stimuli_prompt_length=struct(rows, 2) if instructed else None,
+        mask=struct(rows, positions, dtype=jnp.bool_),
+        record_index=struct(rows),
+        weight=struct(rows, dtype=jnp.float32),
+    )
+    reader = objective.reader
+    shape = {"length": length, "scored": 0, "depth": reader.layers[-1] / reader.config.layers}
+    read = 1 + (settings.positive_model is not None)  # the base's own pass is the one at rest, too
+    others = Rows(rows=2 * rows, **shape, forward=1) if instructed else None
+    others = others or Rows(rows=rows, **shape, forward=read)
+    return batch, [Rows(rows=rows, **shape, forward=2, backward=1), others]
+
+
+def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
+    """Read, split and tokenise the stimuli.
+
+    Raises:
+      UserError: a record that cannot be used, no stimulus that fits, or a model without layers to
+        read.
+    """
+    make_reader(config, inputs.model_config)
+    report, pairs = inputs.report, inputs.pairs
+    instructions, settings = instructions_of(config), config.alignment
+    streams: tuple[str | None, ...] = (None,)
+    if settings.method == "scit":
+        streams = (None, instructions.positive, instructions.negative)
+    which: Any = settings.responses or RESPONSES[settings.method]
+
+    def stimuli(records: Any, name: str) -> tuple[TokenizedRows, ...]:
+        rows = tokenize_stimuli(records, tokenization(config, inputs.tokenizer), streams)
+        report[name] = dataclasses.asdict(rows.report)
+        return rows.streams
+
+    train = responses_of(pairs.train, which, seed=config.seed)
+    held_out, plain = (), None
+    if pairs.held_out:
+        held_out = stimuli(responses_of(pairs.held_out, "both"), "held_out_stimuli")
+        options: dict[str, Any] = pairs.options | {"encoder_decoder": False}
+        plain, counted = tokenize_pairs(pairs.held_out, inputs.tokenizer, **options)
+        report["held_out_plain_pairs"] = dataclasses.asdict(counted)
+    return StimulusData(
+        train=stimuli(train, "train_stimuli"),
+        held_out=held_out,
+        pairs=plain,
+        places=[f"{record.source}:{record.line}" for record in train],
+    )
+
+
+def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
+    """Plain rows with their stimuli on the mesh."""
+    del frozen
+    config, mesh, data = context.config, context.mesh, context.data[NAME]
+    assert isinstance(data, StimulusData)
+    settings = config.alignment
+    number, count = share_of_rows(mesh)
+    mine = {"process_index": number, "process_count": count}
+
+    def batches(streams: Sequence[TokenizedRows], **order: Any) -> Any:
+        return stimulus_batches(
+            streams[0],
+            streams[1:],
+            batch_size=stage.batch_size,
+            positions=settings.positions or POSITIONS[settings.method],
+            **mine,
+            **order,
+        )
+
+    evaluation = None
+    if data.held_out and data.pairs is not None:
+        fixed = {"epochs": 1, "shuffle": False}
+        pairs = list(pair_batches(data.pairs, batch_size=stage.batch_size, **mine, **fixed))
+        policy = stage.objective.policy
+        implicit = PreferenceObjective(policy=policy, loss=dpo, options={"beta": 1.0})
+        evaluation = of_both(
+            evaluate_preferences(implicit, pairs, mesh),
+            evaluate_losses(stage.objective, list(batches(data.held_out, **fixed)), mesh),
+        )
+    return Feed(
+        batches=batches(data.train, seed=config.seed),
+        place=partial(put_batch, mesh=mesh),
+        describe=data.describe,
+        evaluation=evaluation,
+        throughput=parts.throughput(params, live_reference=True, adapters=True, tokens=count_plain),
+    )
+
+
+def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
+    """The parameters with the adapters merged in; these stay in the run's folder, too."""
+    config, lora = context.config, context.config.alignment.lora
+    before = (config.pretrain, config.sft, config.preference, config.online)
+    changed = config.model == "embedded" or config.adapter is not None
+    changed |= any(stage.runs for stage in before)
+    save_adapters(
+        context.folder / "representation_adapter",
+        kept,
+        context.model_config,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        base_model=None if changed else config.model,
+        head=None,
+    )
+    return place(merge(params, kept, lora.scale), context.mesh), None
+
+
+def of_both(preferences: Evaluation, fit: Evaluation) -> Evaluation:
+    """Held-out preferences (rewards are log-ratios in nats) and how well the states fit."""
+    return lambda state, frozen: preferences(state, frozen) | fit(state, frozen)
+
+
+def stimulus_models(settings: AlignmentConfig, load: Callable[[str, str], Any]) -> dict[str, Any]:
+    """The parameters of the models that read the stimuli; None where the base itself does.
+
+    Args:
+      settings: name the models.
+      load: (the folder's field, the folder) -> its parameters.
+    """
+    names = ("positive_model", "negative_model")
+    folders = {
+        name: getattr(settings, name) if settings.method == "dual" else None for name in names
+    }
+    return {
+        name.removesuffix("_model"): None if folder is None else load(f"alignment.{name}", folder)
+        for name, folder in folders.items()
+    }
+
+
+@jax.jit
+def count_plain(batch: StimulusBatch) -> jax.Array:
+    """Tokens of the trained rows; stimuli are read on top."""
+    return jnp.sum(batch.prompt_length + jnp.sum(batch.mask, axis=1))
+
+
+KIND = Kind(
+    name=NAME,
+    adapters=lambda config: config.alignment.lora,
+    build=build,
+    load=load,
+    feed=feed,
+    finish=finish,
+)

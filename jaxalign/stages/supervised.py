@@ -1,0 +1,72 @@
+"""Supervised fine-tuning (SFT): next tokens of responses."""
+
+import dataclasses
+from typing import Any
+
+from jaxalign.config import TrainConfig
+from jaxalign.models import DecoderConfig
+from jaxalign.stages import parts
+from jaxalign.stages.inputs import Inputs, TokenizedData
+from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.structs import pair_batch, text_batch
+from jaxalign.training.objectives import SupervisedObjective
+from jaxalign.training.stage import Feed, Params, Rows, Stage
+
+NAME, NUMBER = "sft", 2
+
+
+def build(config: TrainConfig, model_config: Any) -> Stage:
+    """Parameters or adapters learn the next tokens of responses."""
+    settings, adapters = config.sft, parts.run_adapters(config)
+    policy = parts.make_policy(config, model_config, adapters)
+    objective = SupervisedObjective(policy=policy)
+    optimizer, schedule = parts.make_update_rule(settings)
+    rows, length = settings.batch_size, config.max_length
+
+    def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
+        del platform
+        if isinstance(model_config, DecoderConfig):
+            passes = Rows(rows=rows, length=length, scored=length, forward=1, backward=1)
+            return text_batch(rows, length), [passes]
+        scored = response or length
+        passes = Rows(rows=rows, length=length, scored=scored, forward=1, backward=1)
+        return pair_batch(rows, 2, length, scored), [passes]
+
+    return Stage(
+        name=NAME,
+        method="next tokens of responses",
+        rows=f"rows of {length:,} tokens",
+        **parts.cadence(settings),
+        parts=settings.micro_batches,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        step=parts.plain_step(settings, objective, optimizer),
+        adapter_scale=policy.adapter_scale,
+        trained=parts.trained_parameters(adapters, parts.key_of(config, NUMBER)),
+        frozen=parts.no_reference(adapters),
+        largest_batch=largest_batch,
+    )
+
+
+def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
+    """Responses to imitate."""
+    del config
+    inputs.check_length()
+    return dataclasses.replace(inputs.pairs.responses(), share=inputs.fraction)
+
+
+def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
+    """Rows on the mesh."""
+    del frozen
+    return parts.feed(context, stage, params)
+
+
+KIND = Kind(
+    name=NAME,
+    adapters=parts.run_adapters,
+    build=build,
+    load=load,
+    feed=feed,
+    finish=parts.finish,
+)
