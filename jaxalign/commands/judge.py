@@ -10,12 +10,12 @@ from jaxalign.commands.arguments import add_bad_records, add_chat, parser, withi
 from jaxalign.commands.judged_people import beside_people
 from jaxalign.commands.judged_policies import read_lines, side_by_side
 from jaxalign.commands.judged_words import plain
-from jaxalign.commands.outputs import match, read_labelled
 from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count, Positive, Range, Seed
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Annotator, AnnotatorOptions, JudgeAnnotator, make_annotator
 from jaxalign.evaluation.annotators import KINDS
+from jaxalign.evaluation.outputs import match, read_labelled
 from jaxalign.files import check_output, locked, write_text
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.progress import track

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.commands.outputs import Labelled, Matched
 from jaxalign.evaluation import Verdicts
+from jaxalign.evaluation.outputs import Labelled, Matched
 from jaxalign.reporting.judging_page import Example, Examples
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxalign.commands.judged_examples import against_people
 from jaxalign.commands.judged_words import headings, in_numbers, in_words, plain
-from jaxalign.commands.outputs import Labelled
 from jaxalign.evaluation import Agreement, Annotator, agreement
+from jaxalign.evaluation.outputs import Labelled
 from jaxalign.files import open_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxalign.commands.judged_examples import examples
 from jaxalign.commands.judged_words import headings, in_numbers, in_words, plain
-from jaxalign.commands.outputs import Matched
 from jaxalign.evaluation import (
     Annotator,
     LengthControlled,
@@ -27,6 +26,7 @@ from jaxalign.evaluation import (
     ratings,
     win_rate,
 )
+from jaxalign.evaluation.outputs import Matched
 from jaxalign.evaluation.win_rates import length_feature, moved_far
 from jaxalign.files import open_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table

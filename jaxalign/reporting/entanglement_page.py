@@ -2,12 +2,13 @@
 
 import html
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.files import write_text
 from jaxalign.reporting import heat_map
 from jaxalign.reporting.figures import save_figure
@@ -39,54 +40,6 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .5rem; font-size: 12p
 img { max-width: 100%; }
 .scroll { overflow-x: auto; }
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRow:
-    """One pair: where it is from, what it says, what was measured."""
-
-    place: str
-    case: str
-    prompt: str
-    chosen: str
-    rejected: str
-    numbers: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRow:
-    """What a loss would do to the pairs."""
-
-    name: str
-    shares: Mapping[str, float]
-    in_band: float
-    ratio: float
-    negative: int
-
-    def cells(self, names: Sequence[str]) -> list[str]:
-        """Shares in per cent, the median ratio, the number of pairs with a negative coefficient."""
-        values = {name: f"{share:.0%}" for name, share in self.shares.items()}
-        values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": _ratio(self.ratio)}
-        values["negative"] = str(self.negative)
-        return [values[name] for name in names]
-
-
-def _ratio(value: float) -> str:
-    """A ratio of coefficients; infinite where the lower one is a remainder of rounding."""
-    if abs(value) > 1e6:
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """Cosines of a pair's tokens, [chosen, rejected]."""
-
-    pair: int
-    cosines: np.ndarray
-    chosen: Sequence[str]
-    rejected: Sequence[str]
-    cut: bool
 
 
 @dataclass(frozen=True, kw_only=True)
