@@ -249,8 +249,8 @@ class Society:
         ]
         if self.ratings == "scored":
             return expected_scores(self.observer, texts, 7)
-        answers = self.observer.generate(texts, Decoding(max_tokens=16))
-        return [rating_of(one.text) for [one] in answers]
+        replies = self.observer.generate(texts, Decoding(max_tokens=16))
+        return [rating_of(one.text) for [one] in replies]
 
     def _rated(
         self, requests: Sequence[str], generate: Callable[[Sequence[str], int], list[str]]

@@ -64,8 +64,15 @@ class SimulatedSociety:
                 for pair in pairs
             ]
             society.settle(memories, self.world, each=self.each)
-        names = ("encounters", "feedback", "feedback_rated", "answers_rated", *FILES, "comparisons")
-        counts = dict.fromkeys(names, 0)
+        names: tuple[str, ...] = (
+            "encounters",
+            "feedback",
+            "feedback_rated",
+            "answers_rated",
+            *FILES,
+            "comparisons",
+        )
+        counts: dict[str, Any] = dict.fromkeys(names, 0)
         imitation: list[Any] = []
         encounters = society.rounds(collection.texts, self.rounds)
         with open_files(collection.folder, "encounters", *FILES, "comparisons") as files:
