@@ -27,7 +27,10 @@ BadRecords = Literal["error", "skip"]
 
 
 def parse(
-    options: type[Options], command: str, arguments: Sequence[str], prog: str = ""
+    options: type[Options] | types.UnionType,
+    command: str,
+    arguments: Sequence[str],
+    prog: str = "",
 ) -> Options:
     """The flags of a command, as a dataclass.
 
@@ -50,8 +53,8 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(
-                options,
+            parsed: Any = tyro.cli(
+                typing.cast(Any, options),
                 args=_with_values(arguments),
                 prog=prog or f"jaxalign {command}",
                 description=inspect.getdoc(options) if inspect.isclass(options) else None,

@@ -39,14 +39,14 @@ class ModelFlags:
     batch_size: AtLeastOne = 8
     """Number of prompts in a batch of a local model."""
     workers: AtLeastOne | None = None
-    """Number of simultaneous requests to an endpoint (default: --batch-size)."""
+    """Number of simultaneous requests to an endpoint; None: --batch-size."""
     requests_per_minute: Positive | None = None
-    """Largest number of requests per minute to an endpoint (default: no limit)."""
+    """Largest number of requests per minute to an endpoint; None: no limit."""
     completions: bool = False
     """Use the completions API of an endpoint, for base models."""
     chat: Chat = "auto"
-    """Whether plain prompts go through the tokenizer's chat template, as a user's turn; auto: if it
-    has one, but not with a --prompt-format, and models trained here as they were trained."""
+    """Whether plain prompts go through the tokenizer's chat template, as a user's turn; auto: if
+    it has one, but not with a --prompt-format, and models trained here as they were trained."""
 
     def backend_options(self, **more: Any) -> BackendOptions:
         """The same as `BackendOptions`.
@@ -54,5 +54,5 @@ class ModelFlags:
         Args:
           **more: fields of `BackendOptions` that have no flag here.
         """
-        options = vars(self) | {"workers": self.workers or self.batch_size} | more
-        return BackendOptions(**options)
+        options: dict[str, Any] = {**vars(self), "workers": self.workers or self.batch_size}
+        return BackendOptions(**options, **more)

@@ -85,7 +85,7 @@ def flags_of(command):
     parsers = [parser_of(command)]
     for one in parsers:
         for action in one._actions:
-            if isinstance(action, argparse._SubParsersAction):
+            if type(action).__name__ == "_SubParsersAction":  # of argparse, or of tyro
                 parsers += action.choices.values()
             elif isinstance(one, Flags):
                 assert action.help, action.dest
