@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import re
 import types
 import typing
@@ -126,9 +127,9 @@ PLAIN_WORDS = (
 
 def _complaint(text: str) -> str:
     """What tyro objects to, in one line and without its frame."""
-    lines = [line.strip(" │") for line in text.splitlines() if line.strip(" │")]
-    end = next((at for at, line in enumerate(lines) if at and set(line) <= set("─╰╯")), len(lines))
-    lines = lines[1:end]
+    lines = [line.strip(" │") for line in text.splitlines()]
+    lines = [line for line in lines if not set(line) <= set("─╰╯-")][1:]  # the first is a title
+    lines = list(itertools.takewhile(lambda x: not x.startswith("For full helptext"), lines))
     if lines and lines[0].startswith("Missing from"):
         names = [re.match(r"--[^ ,]+|[A-Z_]+$", line) for line in lines[1:]]
         flags = [name[0] for name in names if name]
