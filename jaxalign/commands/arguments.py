@@ -114,6 +114,10 @@ PLAIN_WORDS = (
         r"invalid choice ('.*?') for argument '(.*?)'\. Expected one of \((.*)\)",
         r"\2: invalid choice: \1; choose from \3",
     ),
+    (
+        r"Error parsing (\S+): Could not parse arguments \[(.*?)\] into tuple type .*float.*",
+        r"\1: one of \2 is not a number",
+    ),
     (r"Missing value for argument '(.*?)'\. Expected .*", r"\1: the value is missing"),
     (r"Unrecognized options: (\S+).*", r"unexpected argument '\1'"),
     (r"Expected one of \{(.*)\}", r"no subcommand; choose from \1"),

@@ -1,4 +1,4 @@
-"""The tree of a search as one HTML file that fetches nothing."""
+"""The tree of a search as a self-contained HTML file."""
 
 import html
 import math
@@ -29,11 +29,11 @@ def write_tree(
     """Write the page.
 
     Args:
-      title: its heading.
-      facts: lines under it.
-      nodes: of `SystemPromptWorld`, by number.
-      best: numbers of the nodes on the best path; these are open.
-      path: of the HTML file.
+      title: heading.
+      facts: lines below the heading.
+      nodes: nodes of a search in `SystemPromptWorld`, by number.
+      best: numbers of the nodes on the best path, which are shown open.
+      path: HTML file.
     """
     children: dict[int | None, list[Node]] = {}
     for node in nodes:

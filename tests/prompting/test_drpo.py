@@ -248,7 +248,7 @@ def test_transcripts_are_turns_and_end_where_the_answer_begins():
     assert composer.stops == ("\n\nHuman:", "\n\nAssistant:")
     bare = Composer([], shown=0, embedder=WordVectors(), layout="transcript")
     assert bare.prompt("", "why?") == "Human: why?\n\nAssistant:"
-    with pytest.raises(UserError, match="none of continue, transcript, chat"):
+    with pytest.raises(UserError, match="one of continue, transcript, chat"):
         PromptArtefact(system_prompt="", layout="letters")
 
 
@@ -258,7 +258,7 @@ def test_artefacts_come_back(tmp_path):
     write_artefact(artefact, path)
     assert read_artefact(path) == artefact
     path.write_text('{"prompt": "x"}')
-    with pytest.raises(UserError, match=r"prompt\.json: no prompt artefact"):
+    with pytest.raises(UserError, match=r"prompt\.json: not a prompt artefact"):
         read_artefact(path)
 
 
