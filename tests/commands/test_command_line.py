@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,13 @@ from jaxalign.models.peft import load_adapters
 from jaxalign.reporting import read_run
 
 ROOT = Path(__file__).parents[2]
+MAKERS = r"^def (config|[a-z]\w*(?=\(scale: str(?:, \*\*how: Any)?\) -> TrainConfig))\("
 EXPERIMENTS = (
-    "experiments.offline.sft",  # a module by its name
+    "experiments.offline.hh:sft",  # a module by its name
     *sorted(
-        str(path.relative_to(ROOT))
+        f"{path.relative_to(ROOT)}:{name}".removesuffix(":config")
         for path in (ROOT / "experiments").rglob("*.py")
-        if "\ndef config(" in path.read_text()
+        for name in re.findall(MAKERS, path.read_text(), re.M)
     ),
 )
 SMALL = """
