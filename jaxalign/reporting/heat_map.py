@@ -1,14 +1,11 @@
-"""Heat maps of token against token: PNG, and a table for a page that needs no other file."""
+"""Heat maps of token against token: a PNG, and the colours of a table on a page."""
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import save_figure
 
 
 def readable(token: str) -> str:
@@ -45,32 +42,8 @@ def draw(
     plt.close(figure)
 
 
-def table(values: np.ndarray, chosen: Sequence[str], rejected: Sequence[str]) -> str:
-    """The same as an HTML table; a cell tells its value to the pointer."""
-
-    def cell(value: float, row: str, column: str) -> str:
-        if not np.isfinite(value):
-            return "<td></td>"
-        share = min(1.0, abs(float(value)))
-        fade = round(255 * (1 - share))
-        colour = f"rgb(255,{fade},{fade})" if value > 0 else f"rgb({fade},{fade},255)"
-        words = html.escape(f"{row} × {column}: {value:.3f}", quote=True)
-        return f'<td style="background:{colour}" title="{words}"></td>'
-
-    columns, rows = ([readable(token) for token in side] for side in (rejected, chosen))
-    head = "".join(f"<th><span>{html.escape(column)}</span></th>" for column in columns)
-    body = "".join(
-        f"<tr><th>{html.escape(row)}</th>"
-        + "".join(cell(float(values[i, j]), row, column) for j, column in enumerate(columns))
-        + "</tr>"
-        for i, row in enumerate(rows)
-    )
-    return f'<table class="heat"><tr><th></th>{head}</tr>{body}</table>'
-
-
-def inline(figure: object) -> str:
-    """A matplotlib figure as an <img> that holds its own data."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=110, format="png")  # pyright: ignore[reportAttributeAccessIssue]
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+def shade(value: float) -> str:
+    """The colour of a cell, as CSS: red above zero, blue below; empty where it is not finite."""
+    if not np.isfinite(value):
+        return ""
+    return f"rgba(var(--{'red' if value > 0 else 'blue'}),{min(1.0, abs(float(value))):.2f})"
