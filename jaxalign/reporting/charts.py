@@ -259,9 +259,10 @@ GREY = "grey"
 
 def _mark(one: Series, x_at: Any, y_at: Any) -> Mark:
     ends = one.ends()
+    links = one.links or [""] * len(ends)
     dots = [
         (x_at(x), y_at(y), link)
-        for x, y, link in itertools.zip_longest(one.x, ends, one.links, fillvalue="")
+        for x, y, link in zip(one.x, ends, links, strict=True)
         if _finite(x, y)
     ]
     match one.kind:

@@ -12,7 +12,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for columns in fitting(header, rows, console.width):
         table = Table()
         for at in columns:  # folded: a name cut off at "llmbar/Adve…" says little
-            table.add_column(header[at], justify="right" if at else "left", overflow="fold")
+            table.add_column(
+                header[at],
+                justify="right" if at else "left",
+                overflow="fold",
+                min_width=_width(header, rows, at),
+            )
         for row in rows:
             table.add_row(*(row[at] for at in columns))
         console.print(table)
@@ -28,13 +33,9 @@ def fitting(
       rows: cells.
       width: characters of a line.
     """
-    frame = 3  # of a column: its border and the spaces beside its text
 
     def needed(at: int) -> int:
-        words = [word for row in rows for word in row[at].split()]
-        longest = max(map(len, words), default=0)
-        own = max(map(len, header[at].split()), default=0)
-        return frame + (min(max(longest, own), 16) if at == 0 else max(longest, min(own, 12)))
+        return 3 + _width(header, rows, at)  # its border and the spaces beside its text
 
     parts: list[tuple[int, ...]] = []
     used = width
@@ -45,3 +46,10 @@ def fitting(
         parts[-1] += (at,)
         used += needed(at)
     return parts or [(0,)]
+
+
+def _width(header: Sequence[str], rows: Sequence[Sequence[str]], at: int) -> int:
+    """Characters that a column needs so that no word of its cells is broken."""
+    longest = max((len(word) for row in rows for word in row[at].split()), default=0)
+    own = max(map(len, header[at].split()), default=0)
+    return min(max(longest, own), 16) if at == 0 else max(longest, min(own, 12))
