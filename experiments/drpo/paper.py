@@ -23,7 +23,6 @@ from experiments.gradient_entanglement.runs import DATA
 from experiments.page import table
 from jaxalign.commands.generate import main as generate
 from jaxalign.commands.optimize_prompt import main as optimize_prompt
-from jaxalign.commands.outputs import read_outputs
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions
 from jaxalign.evaluation.just_eval import (
@@ -34,6 +33,7 @@ from jaxalign.evaluation.just_eval import (
     aspect_reward,
     aspect_table,
 )
+from jaxalign.evaluation.outputs import read_outputs
 from jaxalign.prompting import Example, PromptArtefact, read_artefact, write_artefact
 from jaxalign.prompting.cost import TOKENS, estimate, most_calls
 

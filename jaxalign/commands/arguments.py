@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import re
 import types
 import typing
@@ -26,7 +27,10 @@ BadRecords = Literal["error", "skip"]
 
 
 def parse(
-    options: type[Options], command: str, arguments: Sequence[str], prog: str = ""
+    options: type[Options] | types.UnionType,
+    command: str,
+    arguments: Sequence[str],
+    prog: str = "",
 ) -> Options:
     """The flags of a command, as a dataclass.
 
@@ -49,8 +53,8 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = tyro.cli(
-                options,
+            parsed: Any = tyro.cli(
+                typing.cast(Any, options),
                 args=_with_values(arguments),
                 prog=prog or f"jaxalign {command}",
                 description=inspect.getdoc(options) if inspect.isclass(options) else None,
@@ -63,12 +67,12 @@ def parse(
             f"{_complaint(complaint.getvalue())}; see jaxalign {command} --help"
         ) from None
     try:
-        check(given)
+        check(parsed)
     except UserError as error:
         name, colon, rest = str(error).partition(":")
         flag = name.rpartition(".")[2].partition("[")[0].replace("_", "-")
         raise UserError(f"--{flag}{colon}{rest}") from None
-    return given
+    return parsed
 
 
 def flags_of(options: Any) -> list[str]:
@@ -102,15 +106,37 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
     return filled
 
 
+NOT_A_NUMBER = re.compile(
+    r"Error parsing (\S+):.*(invalid literal for int|could not convert string to float).*?: ('.*?')"
+)
+PLAIN_WORDS = (
+    (
+        r"invalid choice ('.*?') for argument '(.*?)'\. Expected one of \((.*)\)",
+        r"\2: invalid choice: \1; choose from \3",
+    ),
+    (r"Missing value for argument '(.*?)'\. Expected .*", r"\1: the value is missing"),
+    (r"Unrecognized options: (\S+).*", r"unexpected argument '\1'"),
+    (r"Expected one of \{(.*)\}", r"no subcommand; choose from \1"),
+)
+"""What tyro says, and what we say."""
+
+
 def _complaint(text: str) -> str:
-    """What tyro objects to, without its frame."""
-    lines = [line.strip(" │") for line in text.splitlines() if line.strip(" │")]
-    end = next((at for at, line in enumerate(lines) if at and set(line) <= set("─╰╯")), len(lines))
-    said = lines[1:end]
-    if said and said[0].startswith("Missing from"):
-        flags = [re.split(r"[ ,]", line)[0] for line in said[1:] if not line.endswith("(required)")]
+    """What tyro objects to, in one line and without its frame."""
+    lines = [line.strip(" │") for line in text.splitlines()]
+    lines = [line for line in lines if not set(line) <= set("─╰╯-")][1:]  # the first is a title
+    lines = list(itertools.takewhile(lambda x: not x.startswith("For full helptext"), lines))
+    if lines and lines[0].startswith("Missing from"):
+        names = [re.match(r"--[^ ,]+|[A-Z_]+$", line) for line in lines[1:]]
+        flags = [name[0] for name in names if name]
         return f"the following arguments are required: {', '.join(flags)}"
-    return " ".join(said).rstrip(".").replace("Unrecognized options:", "unexpected argument")
+    message = " ".join(lines).rstrip(".")
+    if number := NOT_A_NUMBER.match(message):
+        kind = "a whole number" if "int" in number[2] else "a number"
+        return f"{number[1]}: {number[3]} is not {kind}"
+    for pattern, words in PLAIN_WORDS:
+        message = re.sub(pattern, words, message)
+    return message
 
 
 # ---------------------------------------------------------------------------- argparse

@@ -19,13 +19,13 @@ from jaxalign.backends import (
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.structured import Asker
 from jaxalign.commands.arguments import add_bad_records, add_chat, parser, within
-from jaxalign.commands.outputs import read_outputs
 from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count, NonNegative, Positive, Seed
 from jaxalign.data import prompt_records
 from jaxalign.data.reading import read_text
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
+from jaxalign.evaluation.outputs import read_outputs
 from jaxalign.files import check_output, locked, write_text
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.modules import find_function

@@ -19,18 +19,18 @@ class Options:
     """Tables and curves of runs, side by side: report.md with figures, and index.html."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """run folders made by jaxalign train"""
+    """Run folders made by jaxalign train."""
     output: Path | None = None
-    """folder of the report (default: RUN/report, or ./report)"""
+    """Folder of the report; None: RUN/report, or ./report for several runs."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table and write the report."""
-    given = parse(Options, "report", arguments)
-    if not given.runs:
+    options = parse(Options, "report", arguments)
+    if not options.runs:
         raise UserError("the following arguments are required: RUN; see jaxalign report --help")
-    runs = [read_run(folder) for folder in given.runs]
-    folder = given.output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
+    runs = [read_run(folder) for folder in options.runs]
+    folder = options.output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
     check_output(folder, "--output", folder=True)
     for run in runs:
         for fault in faults(run):

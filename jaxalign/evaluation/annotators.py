@@ -5,41 +5,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxalign.config import AtLeastOne, Positive
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Annotator, JudgeAnnotator, Verdicts, as_they_come
 
-__all__ = ["KINDS", "Annotator", "AnnotatorOptions", "Verdicts", "make_annotator"]
+__all__ = ["KINDS", "Annotator", "AnnotatorOptions", "JudgeOptions", "Verdicts", "make_annotator"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotatorOptions:
-    """What kinds of annotators may be told besides their name; each reads what it needs."""
+class JudgeOptions:
+    """Judges that are models: on this machine (lm:, reward:), or an endpoint (openai:)."""
 
     template: Path | None = None
-    """File with {prompt}, {first} and {second}: the question to a language model."""
+    """File with the question to a language model; it must contain {prompt}, {first} and {second},
+    and ask for A or B; None: built in."""
     tokenizer: str | None = None
-    """Folder or hub name (default: the model's)."""
-    max_length: int | None = None
-    """Most tokens of a question (default: the model's context)."""
-    batch_size: int = 8
-    """Comparisons at a time, of models that run here."""
-    dtype: str = "float32"
-    """Of such a model's parameters."""
+    """Tokenizer of a language model: folder or Hub name; None: the model's own."""
+    max_length: AtLeastOne | None = None
+    """Largest number of tokens in a question to a language model; None: the model's context."""
+    batch_size: AtLeastOne = 8
+    """Number of comparisons in a batch of a model on this machine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of such a model's computation."""
     reward_rows: Literal["template", "end_token"] | None = None
-    """How rows of a reward model from elsewhere end (default: as its chat template writes them)."""
+    """Text that a reward model not trained here scores: the conversation in its chat template, or
+    prompt and response with the end-of-sequence token; None: the template, if it has one."""
     chat: Chat = "auto"
-    """Whether a model reads its tokenizer's chat template; auto: where it has one."""
-    workers: int = 8
-    """Requests at a time, to an endpoint."""
-    timeout: float = 60.0
-    """Seconds for a request."""
-    attempts: int = 4
-    """For each comparison, at an endpoint."""
+    """Whether language models, and reward models from elsewhere, read the tokenizer's chat
+    template; auto: if it has one."""
+    workers: AtLeastOne = 8
+    """Number of simultaneous requests to an endpoint."""
+    timeout: Positive = 60.0
+    """Time limit of a request to an endpoint, in seconds."""
+    attempts: AtLeastOne = 4
+    """Largest number of attempts for each comparison at an endpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorOptions(JudgeOptions):
+    """What kinds of annotators depend on besides their name; each reads what it needs."""
+
     answers_file: Path | None = None
     """JSON Lines where answers are kept and found again; None keeps nothing."""
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = as_they_come
-    """Put around the answers and their number, to show how far it is."""
+    """Wraps the answers, given their number, to show progress."""
 
 
 def _of_judge(judge: Any, options: AnnotatorOptions) -> Annotator:

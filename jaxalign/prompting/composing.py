@@ -1,13 +1,16 @@
 """System prompt, nearest examples and query as one prompt."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
-from jaxalign.backends import Prompt
-from jaxalign.prompting.artefact import Example
+from jaxalign.backends import Backend, Decoding, Prompt, make_embedder
+from jaxalign.data import PromptRecord
+from jaxalign.errors import UserError
+from jaxalign.prompting.artefact import Example, PromptArtefact
 
 BEGIN, END = "<START>", "<END>"
 STOPS = (END, "# Query:")
@@ -94,3 +97,33 @@ def _shown(query: str) -> str:
 def without_marks(response: str) -> str:
     """A response without the marks around it."""
     return response.replace(BEGIN, "").split(END)[0].strip()
+
+
+def compose(
+    artefact: PromptArtefact, model: Backend, records: Sequence[PromptRecord], decoding: Decoding
+) -> tuple[list[Prompt], Decoding]:
+    """Prompts with an artefact's instructions and examples, and the decoding of answers to them.
+
+    Args:
+      artefact: of `jaxalign optimize-prompt`.
+      model: answers; it may be the embedder, too.
+      records: prompts that are texts.
+      decoding: the answers also end at the layout's own marks.
+
+    Raises:
+      UserError: a prompt is a conversation.
+    """
+    composer = Composer(
+        artefact.examples,
+        shown=artefact.shown,
+        embedder=make_embedder(artefact.embedder, model),
+        layout=artefact.layout,
+    )
+    prompts = []
+    for record in records:
+        if not isinstance(record.prompt, str):
+            raise UserError(
+                f"{record.source}:{record.line}: a conversation; a prompt artefact takes texts"
+            )
+        prompts.append(composer.prompt(artefact.system_prompt, record.prompt))
+    return prompts, replace(decoding, stop=tuple(dict.fromkeys((*decoding.stop, *composer.stops))))

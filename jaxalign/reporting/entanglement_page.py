@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.reporting import heat_map
 from jaxalign.reporting.charts import GREY, Chart, Figure, Series, draw
 from jaxalign.reporting.page import Table
@@ -27,62 +28,6 @@ MEANINGS = {
     "reversed": "chosen down, rejected up: the loss has passed its target",
     "undefined": "a gradient or both coefficients are zero, or not a number",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRow:
-    """One pair: where it is from, what it says, what was measured."""
-
-    place: str
-    case: str
-    prompt: str
-    chosen: str
-    rejected: str
-    numbers: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRow:
-    """What a loss would do to the pairs."""
-
-    name: str
-    shares: Mapping[str, float]
-    in_band: float
-    ratio: float
-    negative: int
-
-    def cells(self, names: Sequence[str]) -> list[str]:
-        """Shares in per cent, the median ratio, the number of pairs with a negative coefficient."""
-        values = {name: f"{share:.0%}" for name, share in self.shares.items()}
-        values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": _ratio(self.ratio)}
-        values["negative"] = str(self.negative)
-        return [values[name] for name in names]
-
-
-def _ratio(value: float) -> str:
-    """A ratio of coefficients; infinite where the lower one is a remainder of rounding."""
-    if abs(value) > 1e6:
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """Cosines of a pair's tokens, [chosen, rejected]."""
-
-    pair: int
-    cosines: np.ndarray
-    chosen: Sequence[str]
-    rejected: Sequence[str]
-    cut: bool
-
-    def cells(self) -> tuple[list[str], list[str], list[list[tuple[str, str]]]]:
-        """Names of the rows and of the columns, and of each cell its colour and its value."""
-        rows, columns = (
-            [heat_map.readable(token) for token in side] for side in (self.chosen, self.rejected)
-        )
-        cells = [[(heat_map.shade(x), f"{x:.3f}") for x in row] for row in self.cosines.tolist()]
-        return rows, columns, cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +74,15 @@ class Pairs:
         if "length_chosen" in numbers:
             values["length"] = numbers["length_chosen"] + numbers["length_rejected"]
         return values | {name: numbers[name] for name in ("loss",) if name in numbers}
+
+    def cells(self, at: int) -> tuple[list[str], list[str], list[list[tuple[str, str]]]]:
+        """A heat map: names of its rows and columns, and the colour and value of each cell."""
+        shown = self.heat_maps[at]
+        rows, columns = (
+            [heat_map.readable(token) for token in side] for side in (shown.chosen, shown.rejected)
+        )
+        cells = [[(heat_map.shade(x), f"{x:.3f}") for x in row] for row in shown.cosines.tolist()]
+        return rows, columns, cells
 
     def facts(self, pair: PairRow) -> str:
         """One line on a pair."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from jaxalign.data.reading import BadRecordError, BadRecords, Row
@@ -84,6 +85,39 @@ def read_outputs(source: str, bad_records: BadRecords = "error") -> list[Output]
     return list(read_records(source, output, bad_records, columns=columns))
 
 
+def policy_files(
+    a: str | None, b: str | None, outputs: Sequence[str], baseline: str | None = None
+) -> dict[str, list[str]]:
+    """The files of each policy, by its name.
+
+    Args:
+      a: file of a policy that is named after it.
+      b: file of another.
+      outputs: "NAME=FILE" of more; a repeated name is another seed of that policy.
+      baseline: name of one of them.
+
+    Raises:
+      UserError: fewer than two policies, an entry that is not NAME=FILE, or no such baseline.
+    """
+    if (a is None) != (b is None):
+        raise UserError(f"--{'b' if b is None else 'a'} is missing: a comparison has two")
+    files: dict[str, list[str]] = {}
+    if a is not None and b is not None:
+        names = Path(a).stem, Path(b).stem
+        names = names if names[0] != names[1] else ("a", "b")
+        files = {names[0]: [a], names[1]: [b]}
+    for entry in outputs:
+        name, equals, file = entry.partition("=")
+        if not (name and equals and file):
+            raise UserError(f"outputs: {entry!r} is not NAME=FILE")
+        files.setdefault(name, []).append(file)
+    if len(files) == 1:
+        raise UserError(f"outputs: {next(iter(files))} alone; name a policy to compare it with")
+    if baseline is not None and baseline not in files:
+        raise UserError(f"baseline: {baseline} is none of {', '.join(files)}")
+    return files
+
+
 def _text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
         value = fields.get(name)
@@ -97,7 +131,7 @@ def match(
     files: Mapping[str, Sequence[str]],
     *,
     common: bool = False,
-    most: int | None = None,
+    limit: int | None = None,
     bad_records: BadRecords = "error",
 ) -> Matched:
     """The same prompts in every file, by id where all rows have one, else by their text.
@@ -105,7 +139,7 @@ def match(
     Args:
       files: policy -> its files, one per seed.
       common: leave out prompts that some file lacks, instead of refusing.
-      most: prompts to take, from the first on; None: all.
+      limit: largest number of prompts, counted from the first; None: all.
       bad_records: "error" or "skip".
 
     Raises:
@@ -135,7 +169,7 @@ def match(
     if not kept:
         raise UserError(f"{', '.join(tables)}: no prompt in common")
     every = {key for table in tables.values() for key in table}
-    keys = list(kept)[:most]
+    keys = list(kept)[:limit]
     return Matched(
         prompts=[kept[key].prompt for key in keys],
         places=[kept[key].place for key in keys],
@@ -159,7 +193,7 @@ def _table(rows: Sequence[Output], by_id: bool) -> dict[str, Output]:
 
 
 def read_labelled(
-    source: str, by: str | None, most: int | None = None, bad_records: BadRecords = "error"
+    source: str, by: str | None, limit: int | None = None, bad_records: BadRecords = "error"
 ) -> list[Labelled]:
     """Comparisons with people's verdicts.
 
@@ -167,7 +201,7 @@ def read_labelled(
       source: preference pairs in any form that training reads, of which the chosen response is
         the better one; or rows {prompt, first, second, preference} with 1, 0 or 0.5.
       by: field whose values part the table.
-      most: rows to take, from the first on; None: all.
+      limit: largest number of rows, counted from the first; None: all.
       bad_records: "error" or "skip".
 
     Raises:
@@ -201,4 +235,4 @@ def read_labelled(
         ]
 
     columns = (*COLUMNS, "preference", "first", "second", *PROMPT, *([by] if by else []))
-    return list(islice(read_records(source, labelled, bad_records, columns=columns), most))
+    return list(islice(read_records(source, labelled, bad_records, columns=columns), limit))
