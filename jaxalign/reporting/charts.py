@@ -217,7 +217,7 @@ def view(chart: Chart) -> View:
         x_ticks = [(x_at(at), name) for at, name in enumerate(chart.x_names)]
     elif chart.log_x:
         powers = range(math.ceil(x_low / math.log10(2)), math.floor(x_high / math.log10(2)) + 1)
-        kept = powers[:: max(1, len(powers) // 6)]
+        kept = powers[:: -(-len(powers) // 6) or 1]
         x_ticks = [(x_at(2.0**power), f"{2.0**power:.3g}") for power in kept]
     else:
         x_ticks = [(x_at(x), f"{x:.6g}") for x in _ticks(x_low, x_high)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,9 @@ def draw(
     size = [1.8 + 0.17 * len(rejected), 1.4 + 0.17 * len(chosen)]
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
-    axis.set_xticks(range(len(rejected)), list(map(readable, rejected)), rotation=90, fontsize=6)
-    axis.set_yticks(range(len(chosen)), list(map(readable, chosen)), fontsize=6)
+    plain: dict[str, Any] = {"fontsize": 6, "parse_math": False}  # a token may be a dollar sign
+    axis.set_xticks(range(len(rejected)), list(map(readable, rejected)), rotation=90, **plain)
+    axis.set_yticks(range(len(chosen)), list(map(readable, chosen)), **plain)
     axis.set(xlabel="rejected", ylabel="chosen")
     axis.set_title(title, fontsize=8)
     figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the tokens' gradients")

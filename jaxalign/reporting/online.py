@@ -54,9 +54,14 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
             "dots": True,
         }
         steps, rates = run.curve(STAGE, "eval", "win_rate")
-        _, divergences = run.curve(STAGE, "eval", "kl")
+        divergences = dict(zip(*run.curve(STAGE, "eval", "kl"), strict=True))
+        both = [
+            (divergences[step], rate)
+            for step, rate in zip(steps, rates, strict=True)
+            if step in divergences
+        ]
         wins.append(Series(x=steps, y=rates, **style))
-        costs.append(Series(x=divergences, y=rates, **style))
+        costs.append(Series(x=[x for x, _ in both], y=[y for _, y in both], **style))
     bars, base = [], [0.0] * len(runs)
     for index, share in enumerate(SHARES):
         means = [_mean(run.curve(STAGE, "train", share)[1]) for run in runs]

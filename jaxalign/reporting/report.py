@@ -62,7 +62,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
         if isinstance(part, Figure):
             draw(part.charts, folder / part.image)
     path = folder / "report.md"
-    write_text(path, "\n".join([f"# {title}\n", *map(_markdown, parts)]))
+    write_text(path, "\n".join([f"# {_plain(title)}\n", *map(_markdown, parts)]))
     write_page(title, facts, [*parts, _all_metrics(runs)], folder / "index.html")
     return path
 
@@ -319,11 +319,11 @@ def skipped_updates(run: Run) -> list[str]:
 def _markdown(part: Part) -> str:
     """A part as Markdown."""
     title = getattr(part, "title", "")
-    heading = f"## {title}\n\n" if title else ""
+    heading = f"## {_plain(title)}\n\n" if title else ""
     match part:
         case Text():
-            lines = [f"- {line}\n" if part.bullets else f"{line}\n" for line in part.lines]
-            return heading + "".join(lines)
+            before = "- " if part.bullets else ""
+            return heading + "".join(f"{before}{_plain(line)}\n" for line in part.lines)
         case Table():
             note = f"{part.note}\n\n" if part.note else ""
             return heading + note + _markdown_table(part.header, part.rows, part.words)
@@ -333,7 +333,7 @@ def _markdown(part: Part) -> str:
             rows = [
                 [
                     example.facts,
-                    example.prompt,
+                    " ".join(example.prompt.split()),
                     "\n".join(
                         f"{name}. {' '.join(response.split())}"
                         for name, response in zip(example.names, example.responses, strict=True)
@@ -348,8 +348,13 @@ def _markdown(part: Part) -> str:
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Any = (0,)) -> str:
     def line(cells: Sequence[str]) -> str:
-        texts = [x.replace("|", "\\|").replace("<", "&lt;").strip() for x in cells]
+        texts = [_plain(cell.replace("|", "\\|").strip()) for cell in cells]
         return "| " + " | ".join(text.replace("\n", "<br>") for text in texts) + " |"
 
     rule = "".join("---|" if at in words else "---:|" for at in range(len(header)))
     return "\n".join([line(header), f"|{rule}", *map(line, rows)]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown sees no HTML."""
+    return text.replace("<", "&lt;")

@@ -92,7 +92,8 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
     except OSError:
         return
     for one in inside:
-        deeper = [] if _holds_run(one) or depth == 1 else list(_candidates(one, depth - 1))
+        is_end = _holds_run(one) or one.is_symlink() or depth == 1
+        deeper = [] if is_end else list(_candidates(one, depth - 1))
         yield from deeper if any(map(_holds_run, deeper)) else [one]
 
 

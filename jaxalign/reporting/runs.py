@@ -31,7 +31,7 @@ class Run:
     def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty where it was not recorded."""
         points = [
-            (line["step"], line[metric])
+            (line["step"], float(line[metric]))
             for line in self.lines
             if line["stage"] == stage and line["split"] == split and line.get(metric) is not None
         ]

@@ -151,3 +151,4 @@ for (const button of all("[data-open]")) {
     one.open = button.dataset.open === "all" || (button.dataset.open === "best" && one.classList.contains("best"));
   }));
 }
+document.documentElement.dataset.ready = "";
