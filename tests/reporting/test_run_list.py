@@ -20,10 +20,9 @@ def write_run(folder, *steps, preference=STAGE, report=False, age=0):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "data.json").write_text(json.dumps({"train_pairs": {"records": 33}}))
     held_out = {"rewards/accuracies": 0.75, "rewards/margins": 1.5, "loss": 0.5}
-    lines = [{"stage": "preference", "split": "train", "step": step, "loss": 2.0} for step in steps]
-    lines += [{"stage": "preference", "split": "eval", "step": max(steps), **held_out}] * bool(
-        steps
-    )
+    lines = [{"split": "train", "step": step, "loss": 2.0} for step in steps]
+    lines += [{"split": "eval", "step": step} | held_out for step in steps[-1:]]
+    lines = [{"stage": "preference"} | line for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.utime(folder / "metrics.jsonl", (1e9 - age, 1e9 - age))
     if report:
