@@ -61,7 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxalign", "jaxalign.*"]),
-    package_data={"jaxalign": ["py.typed"]},
+    package_data={"jaxalign": ["py.typed", "reporting/templates/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jaxalign=jaxalign.cli:main"]},

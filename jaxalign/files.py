@@ -246,6 +246,22 @@ def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]
         yield
 
 
+def is_locked(output: Path, *, folder: bool = False) -> bool:
+    """Whether a command is writing an output, as `locked` knows it.
+
+    Args:
+      output: a file or a folder.
+      folder: whether it is a folder.
+    """
+    path = output / LOCK if folder else output.with_name(f".{output.name}{LOCK}")
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
+
+
 def digest(path: Path) -> str:
     """The SHA-256 of a file's content; about 2 GB/s where the processor helps."""
     with path.open("rb") as file:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jaxalign.commands.arguments import parse
 from jaxalign.commands.pairs import PairOptions
-from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count
 from jaxalign.entanglement import CASES
 from jaxalign.entanglement.measurements import (
@@ -26,6 +25,7 @@ from jaxalign.files import check_output
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.losses.lookup import find_loss
 from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.reporting import print_table
 from jaxalign.reporting.entanglement_page import Page, write_page
 
 

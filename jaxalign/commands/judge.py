@@ -8,7 +8,6 @@ from typing import Annotated
 from tyro.conf import UseAppendAction, arg
 
 from jaxalign.commands.arguments import BadRecords, parse
-from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
@@ -28,6 +27,7 @@ from jaxalign.evaluation.verdicts import JudgeOptions
 from jaxalign.files import check_output, locked
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.progress import track
+from jaxalign.reporting import print_table
 from jaxalign.reporting.judging_page import Table
 
 JUDGES = "Judge: " + ", ".join(f"{name}:{form}" for name, (_, form) in KINDS.items()) + "."

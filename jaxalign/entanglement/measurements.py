@@ -172,6 +172,9 @@ def pair_rows(
             "change_rejected": changes[1],
             "log_prob_chosen": pairs.chosen,
             "log_prob_rejected": pairs.rejected,
+            "length_chosen": pairs.chosen_length,
+            "length_rejected": pairs.rejected_length,
+            "loss": loss(pairs),
             **similarities,
         }
     )

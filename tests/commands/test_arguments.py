@@ -25,6 +25,7 @@ BEGINNINGS = {
     "convert": ["a", "b"],
     "losses": [],
     "report": ["a"],
+    "runs": [],
     "entangle": ["--model", "m", "--data", "d"],
     "plan": [QUICKSTART, "--topology", "v5e:2x2"],
     "filter": ["--model", "m", "--data", "d", "--output", "o"],
@@ -37,6 +38,7 @@ BEGINNINGS = {
 WRONG = {
     "losses": ("--markdwon", "--markdown"),
     "report": ("--ouput", "--output"),
+    "runs": ("--jsno", "--json"),
     "convert": ("--stepp", "--step"),
     "train": ("--sft.optimizer.learning-rat", "--sft.optimizer.learning-rate"),
     "plan": ("--preference.batchsize", "--preference.batch-size"),

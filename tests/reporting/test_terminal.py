@@ -3,7 +3,7 @@
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands.report import fitting, print_table
+from jaxalign.reporting.terminal import fitting, print_table
 
 NAMES = [f"run-with-a-long-name-{number}" for number in range(9)]
 
