@@ -158,7 +158,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def scripted(monkeypatch):
     """A model that costs nothing."""
-    for name in ("collection.collecting", "commands.generate", "prompting.drpo"):
+    for name in ("collection.collecting", "evaluation.responses", "prompting.drpo"):
         module = f"jaxalign.{name}.make_backend"
         monkeypatch.setattr(module, lambda *_: Scripted(lambda text, sample: "x"))
 
