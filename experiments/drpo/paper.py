@@ -22,8 +22,7 @@ from typing import Any
 
 from experiments.gradient_entanglement.runs import DATA
 from experiments.page import table
-from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend
-from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends import BackendOptions, Decoding
 from jaxalign.data import prompt_records
 from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
@@ -37,6 +36,7 @@ from jaxalign.evaluation.just_eval import (
     aspect_table,
 )
 from jaxalign.evaluation.outputs import read_outputs
+from jaxalign.evaluation.responses import make_responder, respond
 from jaxalign.files import locked
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import (
@@ -245,23 +245,22 @@ def judged(name: str, given: argparse.Namespace) -> AspectTable:
     prompt, folder = read_artefact(artefact(name, given)), given.output / name
     records = prompt_records(str(given.output / "prompts.jsonl"))
     records = list(itertools.islice(records, given.most))
-    options = BackendOptions(workers=given.workers, completions=given.completions)
-    answers = AnswerFile(folder / "responses.jsonl")
-    model = Cached(make_backend(given.model, options), answers)
+    answers, options = folder / "responses.jsonl", BackendOptions(completions=given.completions)
+    model = make_responder(given.model, options, answers)
     prompts, decoding = compose(prompt, model, records, Decoding(max_tokens=2048))
-    generations = [one for [one] in model.generate(prompts, decoding)]
-    failures = [one.failure for one in generations if one.failure]
-    if failures:
-        raise UserError(f"{answers.path}: {len(failures):,} responses are missing: {failures[0]}")
-    requests = [transcript(record.prompt) for record in records]
-    responses = [without_marks(one.text) for one in generations]
+    settings = {"prompt_artefact": dataclasses.asdict(prompt)}
+    how = {"prompts": prompts, "settings": settings, "text_of": without_marks}
+    respond(answers, model, records, decoding, **how)
     reward = aspect_reward(given.judge, AnnotatorOptions(answers_file=folder / "judged.jsonl"))
+    found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    scored = reward([row["prompt"] for row in found], [row["response"] for row in found])
     rated = []
-    scored = reward(requests, responses)
-    for at, (request, response, one) in enumerate(zip(requests, responses, scored, strict=True)):
+    for at, (row, one) in enumerate(zip(found, scored, strict=True)):
         counted = QUALITY if at < QUALITY_PROMPTS else SAFETY
         scores = {aspect: score for aspect, score in one.scores.items() if aspect in counted}
-        rated.append(Rated(key=str(at), prompt=request, response=response, scores=scores))
+        rated.append(
+            Rated(key=str(at), prompt=row["prompt"], response=row["response"], scores=scores)
+        )
     return aspect_table(rated)
 
 

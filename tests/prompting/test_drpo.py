@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.backends import Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
-from jaxalign.backends.structured import Asker, MalformedError, read_object
+from jaxalign.backends.structured import MalformedError, StructuredClient, read_object
 from jaxalign.backends.words import WordVectors
 from jaxalign.errors import UserError
 from jaxalign.prompting import (
@@ -39,8 +39,8 @@ from tests.backends.scripted import Scripted
 GREEDY = Decoding(max_tokens=64)
 
 
-def asker_of(answer, **options):
-    return Asker(Scripted(answer), GREEDY, **options)
+def client_of(answer, **options):
+    return StructuredClient(Scripted(answer), GREEDY, **options)
 
 
 # ------------------------------------------------------------------------ reading
@@ -85,12 +85,12 @@ def test_criteria_are_chosen_for_a_query_and_their_mean_is_the_reward():
         assert "Factuality" not in text
         return scores(Depth="4", Safety=1)
 
-    asker = asker_of(answer)
-    reward = AskedReward(asker)
+    client = client_of(answer)
+    reward = AskedReward(client)
     first, second = reward(["q", "q"], ["y", "z"])
     assert first.scores == {"Depth": 4.0, "Safety": 1.0}
     assert first.mean == second.mean == 2.5
-    assert sum("Choose the criteria" in text for text in asker.backend.asked) == 1
+    assert sum("Choose the criteria" in text for text in client.backend.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_malformed_scores_are_asked_again_and_counted(bad):
     def answer(text, sample):
         return scores(Depth=2, Safety=4) if "cannot be used" in text else bad
 
-    asker = asker_of(answer)
-    [found] = AskedReward(asker, criteria=("Depth", "Safety"))(["q"], ["y"])
+    client = client_of(answer)
+    [found] = AskedReward(client, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert found.mean == 3.0
-    assert asker.malformed["evaluator"] == 1
-    assert asker.failed["evaluator"] == 0
-    never = asker_of(lambda text, sample: bad, attempts=3)
+    assert client.malformed["evaluator"] == 1
+    assert client.failed["evaluator"] == 0
+    never = client_of(lambda text, sample: bad, attempts=3)
     [found] = AskedReward(never, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert math.isnan(found.mean)  # which is not a low score
     assert never.malformed["evaluator"] == 3
@@ -122,19 +122,19 @@ def test_malformed_scores_are_asked_again_and_counted(bad):
 
 
 def test_a_reply_without_text_is_not_shown_to_the_model_as_its_own():
-    asker = asker_of(lambda text, sample: None, attempts=3)
-    [found] = AskedReward(asker, criteria=("Depth", "Safety"))(["q"], ["y"])
+    client = client_of(lambda text, sample: None, attempts=3)
+    [found] = AskedReward(client, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert math.isnan(found.mean)
-    assert len(asker.backend.asked) == 1  # the backend has tried again where that may help
-    assert asker.failed["evaluator"] == 1
+    assert len(client.backend.asked) == 1  # the backend has tried again where that may help
+    assert client.failed["evaluator"] == 1
 
 
 @pytest.mark.parametrize("names", [["Depth"], ["Depth", "Charm"], "Depth", list("abcdef")])
 def test_criteria_come_from_the_pool(names):
-    asker = asker_of(lambda *_: json.dumps({"reasoning": "r", "criteria": names}))
-    [found] = AskedReward(asker)(["q"], ["y"])
+    client = client_of(lambda *_: json.dumps({"reasoning": "r", "criteria": names}))
+    [found] = AskedReward(client)(["q"], ["y"])
     assert found.failure == "no criteria could be chosen"
-    assert asker.failed["selector"] == 1
+    assert client.failed["selector"] == 1
 
 
 def test_expected_scores_from_log_probs():
@@ -201,14 +201,14 @@ def test_the_optimizer_is_shown_what_it_needs_and_held_to_its_rules():
         prompt = [fine, many, fine][sample]
         return json.dumps({"analysis": "a", "thought": "t", "new_system_prompt": prompt})
 
-    asker = asker_of(answer)
+    client = client_of(answer)
     history = [attempt(f"attempt {n}") for n in range(8)] + [attempt("Now.\n- one")]
-    assert AskedOptimizer(asker)([history], 3) == [[fine]]
-    text = asker.backend.asked[0]
+    assert AskedOptimizer(client)([history], 3) == [[fine]]
+    text = client.backend.asked[0]
     assert "too short" in text
     assert "attempt 7" in text
     assert "attempt 2" not in text  # the last five alone
-    assert asker.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
+    assert client.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
 
 
 def test_edits_of_a_bank_are_one_step_away():
@@ -274,7 +274,7 @@ def test_examples_keep_the_best_and_go_on_from_the_newest():
         return json.dumps({"new_response": f"<START>{ways[response]}<END>"})
 
     start = [Example(query="q", response="2"), Example(query="r", response="5")]
-    rewriter = AskedRewriter(asker_of(answer))
+    rewriter = AskedRewriter(client_of(answer))
     found, history = improve_examples(start, rewriter, rule, iterations=4)
     assert [one.response for one in found] == ["4+", "5"]  # of equal ones the later
     assert [one.response for one in history] == ["2", "5", "1", "4", "4+", "3"]
