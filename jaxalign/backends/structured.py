@@ -67,7 +67,6 @@ class StructuredClient:
 
     def __init__(self, backend: Backend, decoding: Decoding, *, attempts: int = 2):
         self.backend, self.decoding, self.attempts = backend, decoding, attempts
-        self.asked = 0
         self.malformed: Counter[str] = Counter()
         """Number of answers that could not be parsed, by role, including those requested again."""
         self.failed: Counter[str] = Counter()
@@ -96,7 +95,6 @@ class StructuredClient:
         pending: list[tuple[int, Prompt]] = [
             (at, [{"role": "user", "content": question}]) for at, question in enumerate(questions)
         ]
-        self.asked += len(questions) * samples
         for attempt in range(self.attempts):
             if not pending:
                 break

@@ -19,6 +19,7 @@ from jaxalign.prompting import (
     Evaluation,
     Example,
     PromptArtefact,
+    PromptSearch,
     RuleReward,
     ScoredReward,
     SystemPromptWorld,
@@ -26,6 +27,7 @@ from jaxalign.prompting import (
     greedy_search,
     improve_examples,
     monte_carlo,
+    optimize_prompt,
     read_artefact,
     validate,
     write_artefact,
@@ -384,3 +386,44 @@ def test_the_cost_is_an_upper_bound_that_is_met(search):
     # a beam's root is one path, not two; and the bank has five edits for six paths of five levels
     spared = {"beam": 3, "greedy": 0, "monte-carlo": 5}[search]
     assert len(model.asked) == bound - spared
+
+
+def test_from_seeds_to_a_prompt_and_nothing_is_requested_twice(tmp_path, monkeypatch):
+    (tmp_path / "bank.txt").write_text("\n".join(BANK))
+    (tmp_path / "rules.py").write_text(
+        "def rhymes(query, response):\n    return 5.0 if response == 'rhyme' else 1.0\n"
+    )
+    monkeypatch.setattr("jaxalign.prompting.drpo.make_backend", lambda *_: Scripted(obeys))
+    search = PromptSearch(
+        model="m",
+        evaluator=f"rule:{tmp_path / 'rules.py'}:rhymes",
+        optimizer=f"bank:{tmp_path / 'bank.txt'}",
+        actions=25,
+        depth=2,
+        more_depth=0,
+        validate=2,
+        examples_at_inference=0,
+        first_prompt="Help.",
+    )
+    queries = [f"query {number}" for number in range(search.queries)]
+    first = optimize_prompt(search, EXAMPLES, queries, tmp_path)
+    assert first.artefact == read_artefact(tmp_path / "prompt.json")
+    assert first.artefact.system_prompt == "Help.\n- rhyme"
+    assert (first.artefact.shown, first.seed_reward) == (0, None)
+    nodes = (tmp_path / "tree.jsonl").read_text().splitlines()
+    assert len(nodes) == len(first.search.nodes) == first.artefact.provenance["nodes"]
+    again = optimize_prompt(search, EXAMPLES, queries, tmp_path)
+    assert "new requests: 0 of m" in again.facts
+    assert again.artefact == first.artefact
+
+
+def test_costs_are_counted_for_the_models_that_play_each_role():
+    search = PromptSearch(model="m", evaluator="openai:u#e", search="none", iterations=1)
+    assert search.names == {
+        "model": "m",
+        "evaluator": "openai:u#e",
+        "optimizer": "openai:u#e",
+        "selector": "openai:u#e",
+        "rewriter": "openai:u#e",
+    }
+    assert search.most_calls(3)["rewriter"] == 3
