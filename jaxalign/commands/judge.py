@@ -12,7 +12,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
-from jaxalign.evaluation.annotators import KINDS, JudgeOptions
+from jaxalign.evaluation.annotators import KINDS
 from jaxalign.evaluation.beside_people import beside_people
 from jaxalign.evaluation.judging import (
     Findings,
@@ -24,6 +24,7 @@ from jaxalign.evaluation.judging import (
 )
 from jaxalign.evaluation.outputs import match, policy_files, read_labelled
 from jaxalign.evaluation.side_by_side import facts_of, side_by_side
+from jaxalign.evaluation.verdicts import JudgeOptions
 from jaxalign.files import check_output, locked
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.progress import track

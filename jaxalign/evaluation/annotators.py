@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotator_options import AnnotatorOptions, JudgeOptions
-from jaxalign.evaluation.verdicts import Annotator, JudgeAnnotator, Verdicts
+from jaxalign.evaluation.verdicts import Annotator, AnnotatorOptions, JudgeAnnotator, Verdicts
 
-__all__ = ["KINDS", "Annotator", "AnnotatorOptions", "JudgeOptions", "Verdicts", "make_annotator"]
+__all__ = ["KINDS", "Annotator", "AnnotatorOptions", "Verdicts", "make_annotator"]
 
 
 def _of_judge(judge: Any, options: AnnotatorOptions) -> Annotator:
