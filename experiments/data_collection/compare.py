@@ -25,6 +25,7 @@ from jaxalign.backends.local import LocalModel
 from jaxalign.collection import BestOfN
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.evaluation import make_annotator, win_rate
+from jaxalign.models.devices import enable_compilation_cache
 
 FOLDER = Path(__file__).parent
 FEWEST = 32
@@ -204,6 +205,7 @@ def main() -> None:
     flags.add_argument("--model", help="folder of the base model")
     flags.add_argument("--output", type=Path, default=Path("runs/collection"))
     given = flags.parse_args()
+    enable_compilation_cache()
     each: list[dict[str, Any]] = []
     statistics, names, task = [], ["base"], None
     for seed in given.seeds:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend, make_embedder
 from jaxalign.backends.cached import AnswerFile
-from jaxalign.backends.structured import Asker
+from jaxalign.backends.structured import StructuredClient
 from jaxalign.config import AtLeastOne, Count, Seed
 from jaxalign.data.reading import read_text
 from jaxalign.errors import UserError
@@ -228,7 +228,7 @@ class _Models:
         self._search, self._options = search, options
         self._answers = AnswerFile(folder / "answers.jsonl")
         self._open: dict[str, Cached] = {}
-        self._clients: list[Asker] = []
+        self._clients: list[StructuredClient] = []
 
     def open(self, name: str) -> Cached:
         """A model that generates texts."""
@@ -238,10 +238,10 @@ class _Models:
             self._open[name] = Cached(make_backend(name, options), self._answers)
         return self._open[name]
 
-    def structured(self, name: str, **sampling: Any) -> Asker:
+    def structured(self, name: str, **sampling: Any) -> StructuredClient:
         """A model that writes objects."""
         decoding = Decoding(max_tokens=self._search.judge_tokens, **sampling)
-        client = Asker(self.open(name), decoding, attempts=self._search.attempts)
+        client = StructuredClient(self.open(name), decoding, attempts=self._search.attempts)
         self._clients.append(client)
         return client
 

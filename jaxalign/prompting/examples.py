@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxalign.backends.structured import Asker, text_field
+from jaxalign.backends.structured import StructuredClient, text_field
 from jaxalign.evaluation.single_scores import Evaluation, Reward
 from jaxalign.prompting.artefact import Example
 from jaxalign.prompting.composing import without_marks
@@ -51,11 +51,11 @@ class AskedRewriter:
     """A model that rewrites a response by its criticism.
 
     Args:
-      asker: the model, at temperature 0.
+      client: the model, at temperature 0.
     """
 
-    def __init__(self, asker: Asker):
-        self.asker = asker
+    def __init__(self, client: StructuredClient):
+        self.client = client
 
     def __call__(self, revisions: Sequence[Revision]) -> list[str | None]:
         """As `Rewriter`."""
@@ -71,7 +71,7 @@ class AskedRewriter:
         def read(fields: Mapping[str, Any]) -> str:
             return without_marks(text_field(fields, "new_response"))
 
-        answers = self.asker("rewriter", questions, [read] * len(questions))
+        answers = self.client("rewriter", questions, [read] * len(questions))
         return [row[0] if row else None for row in answers]
 
 

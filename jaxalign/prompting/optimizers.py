@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxalign.backends.structured import Asker, MalformedError, text_field
+from jaxalign.backends.structured import MalformedError, StructuredClient, text_field
 from jaxalign.errors import UserError
 from jaxalign.evaluation.single_scores import Evaluation
 
@@ -84,21 +84,21 @@ class AskedOptimizer:
     A prompt that breaks the rules on bullet points is a malformed answer.
 
     Args:
-      asker: the model; the paper's temperature is 0.2 with top-p 0.95.
+      client: the model; the paper's temperature is 0.2 with top-p 0.95.
       remembered: number of earlier prompts that it is shown; the paper's 5.
 
     References:
       Singla et al. 2024, arXiv:2411.08733, section 3; the limits of the released prompts.
     """
 
-    def __init__(self, asker: Asker, *, remembered: int = 5):
-        self.asker, self.remembered = asker, remembered
+    def __init__(self, client: StructuredClient, *, remembered: int = 5):
+        self.client, self.remembered = client, remembered
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
         """As in `PromptOptimizer`; equal proposals are returned once."""
         readers = [self._reader(history[-1].prompt) for history in histories]
         questions = list(map(self._question, histories))
-        answers = self.asker("optimizer", questions, readers, samples=number)
+        answers = self.client("optimizer", questions, readers, samples=number)
         return [list(dict.fromkeys(row)) for row in answers]
 
     def _question(self, history: Sequence[Attempt]) -> str:

@@ -99,9 +99,7 @@ class _Tree:
     def expand(self, parents: Sequence[int], actions: Sequence[Sequence[Any]]) -> list[int]:
         """Add the children of all parents; returns the numbers of those with a reward."""
         paths = [path_to(self.nodes, number) for number in parents]
-        steps = [
-            (path, action) for path, some in zip(paths, actions, strict=True) for action in some
-        ]
+        steps = [(path, action) for path, own in zip(paths, actions, strict=True) for action in own]
         added = []
         for (path, action), (state, reward) in zip(steps, self.world.move(steps), strict=True):
             rewards = [node.reward for node in path[1:]] + [reward]
@@ -222,7 +220,7 @@ def monte_carlo(
     front, number = [0], paths
     for _ in range(depth):
         actions = world.actions([path_to(tree.nodes, one) for one in front], number)
-        reached = tree.expand(front, [some[:number] for some in actions])
+        reached = tree.expand(front, [own[:number] for own in actions])
         if not reached:
             break
         ends, front, number = reached, reached, 1
