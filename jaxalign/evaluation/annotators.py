@@ -52,15 +52,15 @@ def _language_model(folder: str, options: AnnotatorOptions) -> Annotator:
 def _reward_model(folder: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.reward_models import RewardModel
 
-    given = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
-    return RewardModel.load(folder, rows=options.reward_rows, **given)
+    shared = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
+    return RewardModel.load(folder, rows=options.reward_rows, **shared)
 
 
 def _preference_model(folder: str, options: AnnotatorOptions) -> Annotator:
     from jaxalign.evaluation.reward_models import PreferenceModel
 
-    given = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
-    return PreferenceModel.load(folder, **given)
+    shared = {name: getattr(options, name) for name in ("chat", "batch_size", "dtype")}
+    return PreferenceModel.load(folder, **shared)
 
 
 def _aspects(name: str, options: AnnotatorOptions) -> Annotator:
