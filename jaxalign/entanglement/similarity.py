@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from rapidfuzz.distance import Levenshtein
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.models.responses import response_states
@@ -88,13 +89,4 @@ def edit_similarity(chosen: Int[np.ndarray, " n"], rejected: Int[np.ndarray, " m
     0 for equal sequences, -1 where no token is shared in place. Insertions, deletions and
     replacements cost 1.
     """
-    longest = max(len(chosen), len(rejected))
-    if longest == 0:
-        return 0.0
-    places = np.arange(len(rejected) + 1)
-    row = places.copy()
-    for i, token in enumerate(chosen):
-        # Deletion or replacement first; insertions then run along the row.
-        best = np.minimum(row[1:] + 1, row[:-1] + (rejected != token))
-        row = np.minimum.accumulate(np.concatenate([[i + 1], best]) - places) + places
-    return -float(row[-1]) / longest
+    return -Levenshtein.normalized_distance(chosen.tolist(), rejected.tolist())
