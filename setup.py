@@ -31,6 +31,8 @@ REQUIRED = [
     "tensorboardX>=2.6.5",
     "matplotlib>=3.8",
     "numpy>=2.0",
+    "scipy>=1.13",
+    "rapidfuzz>=3.6",
 ]
 GGUF = ["gguf>=0.17"]
 TEST = [*GGUF, "pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6", "openai>=2"]

@@ -20,6 +20,7 @@ from jaxalign.collection import (
     collect,
 )
 from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.files import write_json_lines
 
 FOLDER = Path(__file__).parent
 STORIES = DATA / "models" / "stories260K"
@@ -68,8 +69,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_json_lines(path, rows)
     return path
 
 

@@ -37,7 +37,7 @@ from jaxalign.evaluation.just_eval import (
 )
 from jaxalign.evaluation.outputs import read_outputs
 from jaxalign.evaluation.responses import make_responder, respond
-from jaxalign.files import locked
+from jaxalign.files import locked, write_json_lines
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import (
     Example,
@@ -135,11 +135,9 @@ def write_inputs(output: Path) -> tuple[int, int]:
     queries = [{"prompt": text} for _, text in sorted(places)]
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in (("seeds", seeds), ("queries", queries)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_json_lines(output / f"{name}.jsonl", rows)
     prompts = json.loads((DATA / PROMPTS).read_text(encoding="utf-8"))
-    text = "".join(json.dumps({"prompt": row["instruction"]}) + "\n" for row in prompts)
-    (output / "prompts.jsonl").write_text(text, encoding="utf-8")
+    write_json_lines(output / "prompts.jsonl", [{"prompt": row["instruction"]} for row in prompts])
     return len(seeds), len(queries)
 
 

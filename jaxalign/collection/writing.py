@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
 from jaxalign.errors import UserError
-from jaxalign.files import open_text
+from jaxalign.files import json_value, open_text
 
 
 @dataclass(kw_only=True)
@@ -116,12 +115,8 @@ def open_files(folder: Path, *names: str) -> Iterator[dict[str, Any]]:
 
 
 def write_row(file: Any, row: Mapping[str, Any]) -> None:
-    """Write one line of JSON and flush it; numbers that are not finite become null."""
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    """A line of JSON, on disk at once; numbers that are not finite are null."""
+    file.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
     file.flush()
 
 

@@ -1,7 +1,6 @@
 """What the gradients of pairs have in common: a row per pair, a row per loss, token heat maps."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from jaxalign.entanglement.tokens import (
     last_layer_geometry,
     token_geometry,
 )
-from jaxalign.files import open_text
+from jaxalign.files import json_value, write_json_lines
 from jaxalign.losses import PairLogProbs, PreferenceLoss
 from jaxalign.models import DecoderConfig
 from jaxalign.models.responses import response_log_probs
@@ -277,9 +276,9 @@ def heat_maps(
 
 def write_pair_rows(rows: Sequence[PairRow], path: Path) -> None:
     """Write the rows as JSON Lines; a number that is not finite is null."""
-    with open_text(path, "w") as file:
-        for row in rows:
-            values = dataclasses.asdict(row)
-            numbers = values.pop("numbers")
-            values |= {key: x if np.isfinite(x) else None for key, x in numbers.items()}
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    lines = []
+    for row in rows:
+        line = dataclasses.asdict(row)
+        numbers = line.pop("numbers")
+        lines.append(json_value(line | numbers))
+    write_json_lines(path, lines)

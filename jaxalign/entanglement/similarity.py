@@ -1,6 +1,5 @@
 """How alike two responses are to the model: CHES and what it was compared with."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from rapidfuzz.distance import Levenshtein
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.entanglement.pairs import ModelAndPairs
-from jaxalign.files import replacing
+from jaxalign.files import write_json_lines
 from jaxalign.models.responses import response_states
 from jaxalign.progress import track
 from jaxalign.records import AnyArray
@@ -95,16 +95,7 @@ def edit_similarity(chosen: Int[np.ndarray, " n"], rejected: Int[np.ndarray, " m
     0 for equal sequences, -1 where no token is shared in place. Insertions, deletions and
     replacements cost 1.
     """
-    longest = max(len(chosen), len(rejected))
-    if longest == 0:
-        return 0.0
-    places = np.arange(len(rejected) + 1)
-    row = places.copy()
-    for i, token in enumerate(chosen):
-        # Deletion or replacement first; insertions then run along the row.
-        best = np.minimum(row[1:] + 1, row[:-1] + (rejected != token))
-        row = np.minimum.accumulate(np.concatenate([[i + 1], best]) - places) + places
-    return -float(row[-1]) / longest
+    return -Levenshtein.normalized_distance(chosen.tolist(), rejected.tolist())
 
 
 SIMILARITIES = (*HIDDEN_SIMILARITIES, "edit")
@@ -162,9 +153,9 @@ def write_scored_pairs(
       scores: of all pairs, by name.
     """
     numbers = np.asarray(loaded.pairs.record_index)
-    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        for at in kept:
-            record = loaded.records[int(numbers[at])]
-            line = {name: getattr(record, name) for name in ("prompt", "chosen", "rejected")}
-            line |= {name: float(values[at]) for name, values in scores.items()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    rows = []
+    for at in kept:
+        record = loaded.records[int(numbers[at])]
+        row = {name: getattr(record, name) for name in ("prompt", "chosen", "rejected")}
+        rows.append(row | {name: float(values[at]) for name, values in scores.items()})
+    write_json_lines(path, rows)

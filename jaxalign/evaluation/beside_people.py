@@ -1,7 +1,6 @@
 """A judge beside people's labels: how far it agrees with them."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import numpy as np
 from jaxalign.evaluation.agreement import Agreement, agreement
 from jaxalign.evaluation.annotators import Annotator
 from jaxalign.evaluation.examples import against_people
-from jaxalign.evaluation.judging import Findings, JudgingOptions, json_value, order_and_failures
+from jaxalign.evaluation.judging import Findings, JudgingOptions, order_and_failures
 from jaxalign.evaluation.outputs import Labelled
-from jaxalign.files import open_text
+from jaxalign.files import json_value, write_json_lines
 from jaxalign.reporting.judging_page import Table
 
 
@@ -34,18 +33,18 @@ def beside_people(
     for name in dict.fromkeys(x.group for x in labelled if x.group):
         groups[name] = np.array([x.group == name for x in labelled])
     agreements = {
-        name: agreement(verdicts.preference[rows], label[rows], confidence=options.confidence)
-        for name, rows in groups.items()
+        name: agreement(verdicts.preference[group], label[group], confidence=options.confidence)
+        for name, group in groups.items()
     }
-    with open_text(folder / "human.jsonl", "w") as file:
-        for number, row in enumerate(labelled):
-            verdict = {
-                "preference": verdicts.preference[number],
-                "by_order": None if verdicts.by_order is None else verdicts.by_order[number],
-                "reason": verdicts.reasons[number],
-            }
-            line = json_value(dataclasses.asdict(row) | verdict)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    rows = []
+    for number, row in enumerate(labelled):
+        verdict = {
+            "preference": verdicts.preference[number],
+            "by_order": None if verdicts.by_order is None else verdicts.by_order[number],
+            "reason": verdicts.reasons[number],
+        }
+        rows.append(json_value(dataclasses.asdict(row) | verdict))
+    write_json_lines(folder / "human.jsonl", rows)
     judging, notes = order_and_failures(verdicts)
     if not agreements["all"].interval[0] > 0.5:
         notes.append(

@@ -1,6 +1,5 @@
 """Every pair of policies compared on the same prompts, and what the verdicts say of policies."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from jaxalign.evaluation.bradley_terry import (
     over_seeds,
     ratings,
 )
-from jaxalign.evaluation.judging import JudgingOptions, json_value
+from jaxalign.evaluation.judging import JudgingOptions
 from jaxalign.evaluation.outputs import Matched
 from jaxalign.evaluation.win_rates import (
     LengthControlled,
@@ -29,7 +28,7 @@ from jaxalign.evaluation.win_rates import (
     length_feature,
     win_rate,
 )
-from jaxalign.files import open_text
+from jaxalign.files import json_value, write_json_lines
 
 MODELS_FOR_DIFFICULTY = 3
 """Fewer policies than these beside the baseline say little about the difficulty of a prompt."""
@@ -107,11 +106,12 @@ def _asked(
 
 def write_verdicts(comparisons: Sequence[Comparison], matched: Matched, path: Path) -> None:
     """Write the comparisons as JSON Lines."""
-    with open_text(path, "w") as file:
-        for one in comparisons:
-            line = {"prompt": matched.prompts[one.item], "place": matched.places[one.item]}
-            line |= {key: x for key, x in vars(one).items() if key not in ("item", "responses")}
-            file.write(json.dumps(json_value(line), ensure_ascii=False) + "\n")
+    rows = []
+    for one in comparisons:
+        row = {"prompt": matched.prompts[one.item], "place": matched.places[one.item]}
+        row |= {name: x for name, x in vars(one).items() if name not in ("item", "responses")}
+        rows.append(json_value(row))
+    write_json_lines(path, rows)
 
 
 def pair_of(

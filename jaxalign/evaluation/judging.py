@@ -1,19 +1,16 @@
 """What a judging finds, and the folder that it is written to."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-
 from jaxalign.config import AtLeastOne, Count, Range, Seed
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import Annotator, Verdicts
 from jaxalign.evaluation.verdicts import JudgeAnnotator
-from jaxalign.files import write_text
+from jaxalign.files import json_value, write_text
 from jaxalign.reporting.judging_page import Examples, Intervals, Table, write_page
 
 Part = Table | Intervals | Examples
@@ -128,14 +125,3 @@ def write_findings(folder: Path, heading: str, facts: Sequence[str], findings: F
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / "results.json", text + "\n")
     return page
-
-
-def json_value(value: Any) -> Any:
-    """The same as JSON can hold it; NaN is null."""
-    if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [json_value(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

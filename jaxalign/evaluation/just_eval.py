@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float64
 
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend
@@ -154,21 +155,14 @@ def score_agreement(
     if not len(x):
         nan = math.nan
         return ScoreAgreement(number=0, equal=nan, distance=nan, spearman=nan)
-    ranks = [_ranks(x), _ranks(y)]
-    spread = ranks[0].std() * ranks[1].std()
-    shared = float(np.mean((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())))
+    varied = np.ptp(x) > 0 and np.ptp(y) > 0
+    ranks = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
     return ScoreAgreement(
         number=len(x),
         equal=float(np.mean(x == y)),
         distance=float(np.mean(np.abs(x - y))),
-        spearman=shared / float(spread) if spread > 0 else math.nan,
+        spearman=float(np.corrcoef(*ranks)[0, 1]) if varied else math.nan,
     )
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share their mean rank."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
 
 
 def aspect_reward(name: str, options: AnnotatorOptions | None = None) -> Reward:
