@@ -26,10 +26,13 @@ REQUIRED = [
     "safetensors>=0.7",
     "jaxtyping>=0.3",
     "tyro>=1.0",
+    "docstring-parser>=0.16",
     "rich>=13",
     "tensorboardX>=2.6.5",
     "matplotlib>=3.8",
     "numpy>=2.0",
+    "scipy>=1.13",
+    "rapidfuzz>=3.6",
 ]
 GGUF = ["gguf>=0.17"]
 TEST = [*GGUF, "pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6", "openai>=2"]
@@ -60,7 +63,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxalign", "jaxalign.*"]),
-    package_data={"jaxalign": ["py.typed"]},
+    package_data={"jaxalign": ["py.typed", "reporting/templates/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jaxalign=jaxalign.cli:main"]},

@@ -12,7 +12,7 @@ from jaxalign.errors import OutputError, UserError, notice_once
 COMMANDS = {
     name: f"jaxalign.commands.{name.replace('-', '_')}"
     for name in (
-        *("train", "convert", "losses", "report", "entangle", "plan", "filter", "generate"),
+        *("train", "convert", "losses", "report", "runs", "entangle", "plan", "filter", "generate"),
         *("collect", "optimize-prompt", "judge"),
     )
 }
@@ -24,7 +24,8 @@ commands:
   train EXPERIMENT [--field value ...]   run an experiment: a Python file or module with config()
   convert SOURCE TARGET                  run folder or checkpoint -> Hugging Face folder and back
   losses [NAME]                          the table of losses, or one loss's page
-  report RUN [RUN ...]                   tables and plots of runs, side by side
+  report RUN [RUN ...]                   tables, curves and a page of runs, side by side
+  runs [FOLDER]                          the runs below a folder: how far, how well
   entangle --model M --data D            a page on the gradients of chosen and rejected
   plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
   filter --model M --data D --output F   leave out pairs whose responses are too similar

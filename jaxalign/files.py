@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +132,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """As `write_text`, one value as JSON per line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def json_value(value: Any) -> Any:
+    """The value as JSON can hold it: null for NaN and infinities, lists for arrays and tuples."""
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: json_value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [json_value(one) for one in value]
+    return value
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The object in a JSON file that a command has written.
 
@@ -244,6 +261,22 @@ def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
         yield
+
+
+def is_locked(output: Path, *, folder: bool = False) -> bool:
+    """Whether a command is writing an output, as `locked` knows it.
+
+    Args:
+      output: a file or a folder.
+      folder: whether it is a folder.
+    """
+    path = output / LOCK if folder else output.with_name(f".{output.name}{LOCK}")
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 def digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Which of several responses are taken, by their rewards; pure functions of numbers."""
+"""Selection of responses by their rewards; pure functions of arrays."""
 
 import math
 from typing import Literal
@@ -12,10 +12,10 @@ Rewards = Float64[np.ndarray, " responses"]
 
 
 def best_and_worst(rewards: Rewards) -> tuple[int, int] | None:
-    """Numbers of the best and the worst response, the first of equal ones; None: all are equal.
+    """Indices of the best and the worst response, the first of ties; None if all are equal.
 
     Args:
-      rewards: of the responses to one prompt.
+      rewards: rewards of the responses to one prompt.
     """
     best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
     return None if rewards[best] == rewards[worst] else (best, worst)
@@ -25,7 +25,7 @@ def ranked_pairs(rewards: Rewards) -> list[tuple[int, int]]:
     """All (better, worse) pairs, as RRHF's ranking loss reads them.
 
     Args:
-      rewards: of the responses to one prompt.
+      rewards: rewards of the responses to one prompt.
 
     References:
       Yuan et al. 2023, arXiv:2304.05302.
@@ -40,12 +40,15 @@ def raft_selection(
     keep: float = 0.2,
     ranking: Literal["local", "top"] = "local",
 ) -> list[tuple[int, int]]:
-    """(prompt, response) of the responses that RAFT imitates, in order.
+    """Indices (prompt, response) of the responses that RAFT imitates, in order.
 
     Args:
-      rewards: of each response to each prompt.
-      keep: share that is kept; at least one, rounded up.
-      ranking: among the responses to a prompt, or among all.
+      rewards: reward of each response to each prompt.
+      keep: fraction that is kept, rounded up.
+      ranking: "local" ranks the responses to each prompt, "top" ranks all of them together.
+
+    Raises:
+      UserError: `keep` is not in (0, 1].
 
     References:
       Dong et al. 2023, arXiv:2304.06767, section 3; 0.2 is LMFlow's.
@@ -69,13 +72,17 @@ def rejection_sampling(
 
     .. math:: P(\text{accept } y) = \exp\left(\frac{r(y) - r_{max}}{\beta}\right)
 
-    with the largest reward of those not yet accepted; the passes go on until there are enough.
+    r_max is the largest reward among the responses not accepted yet; passes over them are repeated
+    until enough are accepted.
 
     Args:
-      rewards: of the responses to one prompt, drawn from the policy.
-      beta: of the KL term; small: nearly the best ones, large: any.
-      number: responses to accept; no more than there are.
-      rng: of the draws.
+      rewards: rewards of the responses to one prompt, drawn from the policy.
+      beta: coefficient of the KL term; a small one accepts nearly the best responses only.
+      number: number of responses to accept, at most all.
+      rng: generator of the draws.
+
+    Raises:
+      UserError: `beta` is not positive.
 
     References:
       Liu et al. 2023, arXiv:2309.06657, section 3.2 and algorithm 1.

@@ -1,24 +1,27 @@
-"""Principle-driven self-alignment: a model thinks of its rules, answers, and learns the answer."""
+"""Principle-driven self-alignment: a model considers rules, answers, and learns the answer."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxalign.backends import Backend, Decoding
+from jaxalign.collection.collecting import Collection
 from jaxalign.collection.constitutional import ASSISTANT, HUMAN, opened
 from jaxalign.collection.validity import fault
-from jaxalign.collection.writing import batches
+from jaxalign.collection.writing import batches, open_files, write_row
 from jaxalign.data.reading import BadRecordError, read_json, text_fields
 from jaxalign.errors import UserError
+from jaxalign.progress import track
 
 THOUGHTS = "\n\nThoughts:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A principle that an answer is to follow."""
+    """A rule that answers should follow."""
 
     name: str
     text: str
@@ -26,7 +29,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A worked example: which rules a request calls for, and an answer that follows them."""
+    """A worked example: the rules that apply to a request, and an answer that follows them."""
 
     request: str
     thoughts: str
@@ -50,7 +53,7 @@ RULES = tuple(
         ("inventive", "where a story or an idea is wanted, make one up freely"),
     )
 )
-"""Those of this project; another set is a file."""
+"""The rules of this project; `read_rules` reads another set."""
 WORKED = (
     Shown(
         request="How much is 12 times 15?",
@@ -74,44 +77,87 @@ WORKED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Aligned:
-    """What a model answers with the rules before it, and without."""
+    """A model's answers with the rules in its prompt, and without."""
 
     prompt: str
     thoughts: str
     response: str
     plain: str
-    """Without rules, examples and thoughts."""
+    """Answer without rules, examples and thoughts."""
     rules: Sequence[str]
-    """Names in the thoughts, in order, each once."""
+    """Names of the rules in the thoughts, in order, each once."""
     fault: str
-    """Why the response is of no use; empty: it can be taught."""
+    """The reason why the response cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAlignment:
+    """Answer after thoughts on rules, and learn the answers without them (arXiv:2305.03047)."""
+
+    rules: Path | None = None
+    """JSON file {"rules": [{name, text}], "examples": [{request, thoughts, response}]}; None:
+    twelve rules of this project, about 400 words."""
+
+    def collect(self, collection: Collection) -> dict[str, Any]:
+        """As in `Method`."""
+        rules, examples = read_rules(self.rules)
+        faults: Counter[str] = Counter()
+        named: Counter[str] = Counter()
+        records = collection.records
+        answers = zip(
+            self_aligned(
+                collection.model,
+                collection.texts,
+                collection.decoding,
+                rules=rules,
+                shown=examples,
+                batch_size=collection.batch_size,
+            ),
+            records,
+            strict=True,
+        )
+        with open_files(collection.folder, "traces", "sft") as files:
+            for one, record in track(answers, "prompts", len(records)):
+                write_row(files["traces"], vars(one))
+                if one.fault:
+                    faults[one.fault] += 1
+                    continue
+                named.update(one.rules)
+                write_row(files["sft"], aligned_row(one))
+                provenance = collection.provenance("self-align", record, rules=list(one.rules))
+                collection.pairs.write(record.prompt, one.response, one.plain, provenance)
+        counts = {"prompts": len(records), "sft": len(records) - faults.total()}
+        return counts | {"faults": dict(faults), "rules": dict(named)}
 
 
 def read_rules(path: Path | None) -> tuple[Sequence[Rule], Sequence[Shown]]:
-    """Rules and worked examples of a file: {"rules": [{name, text}], "examples": [{request,
-    thoughts, response}]}; the project's own without one.
+    """Read rules and worked examples.
+
+    Args:
+      path: JSON file {"rules": [{name, text}], "examples": [{request, thoughts, response}]}; None:
+        the rules of this project.
 
     Raises:
-      UserError: there is no such file, or it is not of this form.
-    """  # noqa: D205
+      UserError: there is no such file, or it does not have this form.
+    """
     if path is None:
         return RULES, WORKED
-    given = read_json(path)
+    file = read_json(path)
     try:
-        rules = [text_fields(Rule, fields) for fields in given["rules"]]
-        shown = [text_fields(Shown, fields) for fields in given.get("examples", ())]
+        rules = [text_fields(Rule, fields) for fields in file["rules"]]
+        shown = [text_fields(Shown, fields) for fields in file.get("examples", ())]
     except (BadRecordError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'rules: {path} is no {{"rules": [{{name, text}}], "examples": [{{request, thoughts, '
+            f'rules: {path} is not {{"rules": [{{name, text}}], "examples": [{{request, thoughts, '
             f"response}}]}} ({error})"
         ) from None
     if not rules:
-        raise UserError(f"rules: {path} holds none")
+        raise UserError(f"rules: {path} has no rules")
     return rules, shown
 
 
 def preamble(rules: Sequence[Rule], shown: Sequence[Shown]) -> str:
-    """What stands before a request: the rules, and how they are thought of."""
+    """The text before a request: the rules and the worked examples."""
     lines = ["Rules of the assistant:", *(f"[{rule.name}] {rule.text}." for rule in rules)]
     parts = ["\n".join(lines)]
     parts += [
@@ -130,19 +176,19 @@ def self_aligned(
     shown: Sequence[Shown] = WORKED,
     batch_size: int = 8,
 ) -> Iterator[Aligned]:
-    """Thoughts on the rules, an answer after them, and an answer without either.
+    """Generate thoughts on the rules, an answer after them, and a plain answer without either.
 
-    The answer is taught without rules, examples and thoughts (principle engraving). A response
-    whose thoughts name no rule, or that cannot be used (`fault`), has a fault.
+    A model is trained on the answer without rules, examples and thoughts (principle engraving). A
+    response has a fault if it cannot be used (`fault`), or if its thoughts name no rule.
 
     Args:
-      backend: thinks and answers.
+      backend: model that thinks and answers.
       prompts: requests.
-      decoding: of thoughts and answers; the marks of turns end them. Dromedary-2: temperature 0.7,
-        top-p 0.95, 512 tokens.
-      rules: that thoughts name, in brackets.
+      decoding: decoding of thoughts and answers; they also end where another turn begins.
+        Dromedary-2: temperature 0.7, top-p 0.95, 512 tokens.
+      rules: rules, which thoughts name in brackets.
       shown: worked examples.
-      batch_size: prompts at a time.
+      batch_size: number of prompts in a batch.
 
     References:
       Sun et al. 2023, arXiv:2305.03047, sections 3.2 and 3.3. The plain answer, for preference
@@ -153,36 +199,36 @@ def self_aligned(
     names = [rule.name for rule in rules]
     before = preamble(rules, shown)
 
-    def written(texts: Sequence[str]) -> list[str]:
+    def generate(texts: Sequence[str]) -> list[str]:
         return [one.text.strip() for [one] in backend.generate(texts, decoding)]
 
-    for some in batches(prompts, batch_size):
-        begun = list(map(opened, some))
-        thinking = [f"{before}\n\n{text.removesuffix(ASSISTANT)}{THOUGHTS}" for text in begun]
-        thoughts = written(thinking)
-        asked = [f"{text} {said}{ASSISTANT}" for text, said in zip(thinking, thoughts, strict=True)]
-        rows = zip(some, thoughts, written(asked), written(begun), strict=True)
-        for prompt, said, response, plain in rows:
-            named = [name for name in re.findall(r"\[([^\[\]]+)\]", said) if name in names]
+    for batch in batches(prompts, batch_size):
+        requests = list(map(opened, batch))
+        thinking = [f"{before}\n\n{text.removesuffix(ASSISTANT)}{THOUGHTS}" for text in requests]
+        thoughts = generate(thinking)
+        answering = [f"{a} {b}{ASSISTANT}" for a, b in zip(thinking, thoughts, strict=True)]
+        rows = zip(batch, thoughts, generate(answering), generate(requests), strict=True)
+        for prompt, thought, response, plain in rows:
+            named = [name for name in re.findall(r"\[([^\[\]]+)\]", thought) if name in names]
             yield Aligned(
                 prompt=prompt,
-                thoughts=said,
+                thoughts=thought,
                 response=response,
                 plain=plain,
                 rules=list(dict.fromkeys(named)),
-                fault=_fault(prompt, said, response, named),
+                fault=_fault(prompt, thought, response, named),
             )
 
 
 def _fault(prompt: str, thoughts: str, response: str, named: Sequence[str]) -> str:
-    if wrong := fault(thoughts, prompt):
-        return f"thoughts: {wrong}"
+    if reason := fault(thoughts, prompt):
+        return f"thoughts: {reason}"
     if not named:
         return "thoughts: no rule is named"
-    wrong = fault(response, prompt, thoughts)
-    return f"response: {wrong}" if wrong else ""
+    reason = fault(response, prompt, thoughts)
+    return f"response: {reason}" if reason else ""
 
 
 def aligned_row(one: Aligned) -> dict[str, Any]:
-    """{prompt, response} to be taught, with the rules behind it."""
+    """A row {prompt, response, rules} to train on."""
     return {"prompt": one.prompt, "response": one.response, "rules": list(one.rules)}

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jaxalign.evaluation.single_scores import expected_scores
 
 RATING = re.compile(r"^\s*(?:Rating:)?\s*([1-7])(?:\s*/\s*7)?\b(?![.,]\d)")
 RECALLED = 0.3
-"""Cosine distance within which a remembered question is the same; the released sandbox's."""
+"""Largest cosine distance at which a question is remembered; the released sandbox's."""
 
 ANSWER = "{memory}Question: {question}\nAnswer:"
 REMEMBERED = "Earlier you were asked: {question}\nYou answered: {answer}\n\n"
@@ -38,31 +38,32 @@ A better answer:"""
 
 @dataclass(frozen=True, kw_only=True)
 class Encounter:
-    """One agent's question in one round."""
+    """An agent's answer to one question in one round, with feedback and revision."""
 
     round: int
     agent: int
     question: str
     draft: str
     draft_rating: float
-    """Of the observer; NaN where it could not be read."""
+    """Rating of the observer; NaN if it could not be read."""
     feedback: Sequence[tuple[int, float, str]]
-    """(agent, rating, reason), the lowest rating last; NaN ratings first."""
+    """(agent, rating, text) of each neighbour, NaN ratings first and the lowest rating last."""
     revision: str
     revision_rating: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """A question that an agent may remember, with the answer of either kind."""
+    """A question that an agent may remember, with a good and a bad answer."""
 
     question: str
     good: str
     bad: str
 
 
-WORLDS = ("all_good", "all_bad", "half_half", "mixed_half_half")
-"""What agents remember at first; the sandbox's."""
+World = Literal["all_good", "all_bad", "half_half", "mixed_half_half"]
+"""Initial memories of the agents; the sandbox's."""
+WORLDS = get_args(World)
 
 
 @dataclass(kw_only=True)
@@ -70,16 +71,19 @@ class Society:
     """Agents on a square grid, each with a memory of questions and answers.
 
     Attributes:
-      backend: speaks for all agents.
-      observer: rates drafts and revisions.
-      side: of the grid; the sandbox's default 3.
-      decoding: of what agents say; the sandbox's temperature is 1 and length 256.
-      neighbours: most feedback for an answer; the sandbox's 4.
-      dropout: share of the neighbours in place of whom others from the whole grid are asked; 0: the
-        neighbours alone. The sandbox's global interaction: 0.5.
-      ratings: "written", read strictly from what agents and observer write, or "scored", by their
-        log-probs of the ratings: for models too small to write one.
-      seed: of who gives feedback, and of what is said.
+      backend: model of all agents.
+      observer: model that rates drafts and revisions.
+      side: side length of the grid; the sandbox's default is 3.
+      decoding: decoding of the agents' texts; the sandbox's temperature is 1 and its length 256.
+      neighbours: largest number of neighbours that give feedback on an answer; the sandbox's 4.
+      dropout: fraction of the neighbours that are replaced by agents from the whole grid. The
+        sandbox's global interaction is 0.5.
+      ratings: "written" reads ratings strictly from the texts of agents and observer; "scored"
+        takes their log-probs of each rating, for models too small to write one.
+      seed: seed of the choice of neighbours, and of the texts.
+
+    Raises:
+      UserError: a value is out of range.
     """
 
     backend: Backend
@@ -101,7 +105,7 @@ class Society:
         self.memory: list[dict[str, tuple[str, np.ndarray]]] = [{} for _ in range(self.side**2)]
 
     def near(self, agent: int) -> list[int]:
-        """Agents within half the side in both directions."""
+        """Agents within half the side length in both directions."""
         row, column = divmod(agent, self.side)
         reach = self.side // 2
         return [
@@ -113,11 +117,11 @@ class Society:
         ]
 
     def asked_of(self, agent: int, rng: np.random.Generator) -> list[int]:
-        """Who gives feedback on an agent's answer in a round.
+        """Draw the agents that give feedback on an agent's answer.
 
         Args:
-          agent: whose answer.
-          rng: of the draws.
+          agent: the agent that answers.
+          rng: generator of the draws.
         """
         near = self.near(agent)
         kept = len(near) - round(self.dropout * len(near))
@@ -129,31 +133,31 @@ class Society:
         return sorted(chosen)
 
     def settle(self, memories: Sequence[Memory], world: str, *, each: int = 50) -> None:
-        """Give every agent memories before the first round, dealt out in order.
+        """Give every agent memories before the first round, distributed in order.
 
         Args:
           memories: questions with a good and a bad answer.
-          world: which of the two an agent remembers: "all_good", "all_bad", "half_half" (every
-            other agent the bad ones), "mixed_half_half" (every agent every other one).
-          each: memories of an agent; the sandbox's 50.
+          world: the answers that agents remember: "all_good", "all_bad", "half_half" (the bad ones
+            for every second agent), "mixed_half_half" (every second one bad, for all agents).
+          each: number of memories of each agent; the sandbox's 50.
 
         Raises:
-          UserError: there is no such world, or no memory.
+          UserError: there is no such world, or there are no memories.
         """
         if world not in WORLDS:
-            raise UserError(f"world: {world!r} is none of {', '.join(WORLDS)}")
+            raise UserError(f"world: {world!r} is not one of {', '.join(WORLDS)}")
         if not memories:
             raise UserError("memories: there are none")
         vectors = self.backend.embed([one.question for one in memories])
         for agent, own in enumerate(self.memory):
             for at in range(min(each, len(memories))):
-                place = (agent * each + at) % len(memories)
+                index = (agent * each + at) % len(memories)
                 bad = {"half_half": agent % 2, "mixed_half_half": at % 2, "all_bad": 1}.get(world)
-                one = memories[place]
-                own[one.question] = (one.bad if bad else one.good), vectors[place]
+                one = memories[index]
+                own[one.question] = (one.bad if bad else one.good), vectors[index]
 
     def recalled(self, agent: int, question: str, vector: np.ndarray) -> str:
-        """What an agent remembers of the nearest question, if it is near enough."""
+        """An agent's memory of the nearest question, as text; empty if none is near enough."""
         own = self.memory[agent]
         if not own:
             return ""
@@ -163,82 +167,77 @@ class Society:
         return REMEMBERED.format(question=known, answer=answer)
 
     def rounds(self, questions: Sequence[str], number: int) -> Iterator[Encounter]:
-        """Every agent asks itself its question of the round; yields round by round.
+        """Let every agent answer one question per round; yields the encounters in order.
 
         Args:
-          questions: dealt out in order, again from the first when there are no more.
-          number: of rounds.
+          questions: questions, distributed in order and repeated from the first.
+          number: number of rounds.
 
         References:
           Liu et al. 2023, arXiv:2305.16960, section 3 (back-scatter).
         """
         agents = self.side**2
-        for one in range(number):
-            asked = [questions[(one * agents + at) % len(questions)] for at in range(agents)]
-            yield from self._round(one, asked)
+        for index in range(number):
+            first = index * agents
+            batch = [questions[(first + at) % len(questions)] for at in range(agents)]
+            yield from self._round(index, batch)
 
-    def _round(self, number: int, asked: Sequence[str]) -> list[Encounter]:
-        agents = range(len(asked))
-        vectors = self.backend.embed(asked)
-        memories = [self.recalled(at, asked[at], vectors[at]) for at in agents]
-        seed = self.seed * 1009 + number * 3
+    def _round(self, number: int, questions: Sequence[str]) -> list[Encounter]:
+        agents = range(len(questions))
+        vectors = self.backend.embed(questions)
+        memories = [self.recalled(at, questions[at], vectors[at]) for at in agents]
+        stop = tuple(dict.fromkeys((*self.decoding.stop, "\nQuestion:")))
 
-        def said(texts: Sequence[str], stage: int, stop: str) -> list[str]:
-            decoding = Decoding(
-                max_tokens=self.decoding.max_tokens,
-                temperature=self.decoding.temperature,
-                top_p=self.decoding.top_p,
-                stop=tuple(dict.fromkeys((*self.decoding.stop, stop))),
-                seed=seed + stage,
+        def generate(texts: Sequence[str], stage: int) -> list[str]:
+            seed = self.seed * 1009 + number * 3 + stage
+            return _distinct_answers(
+                self.backend, texts, replace(self.decoding, stop=stop, seed=seed)
             )
-            return _each_its_own(self.backend, texts, decoding)
 
-        drafts = said(
-            [ANSWER.format(memory=memories[at], question=asked[at]) for at in agents],
-            0,
-            "\nQuestion:",
+        drafts = generate(
+            [ANSWER.format(memory=memories[at], question=questions[at]) for at in agents], 0
         )
         rng = np.random.default_rng([self.seed, number])
         pairs: list[tuple[int, int]] = []
         for at in agents:
             pairs += [(at, other) for other in self.asked_of(at, rng)]
-        asked_others = [
+        requests = [
             FEEDBACK.format(
-                memory=self.recalled(other, asked[at], vectors[at]),
-                question=asked[at],
+                memory=self.recalled(other, questions[at], vectors[at]),
+                question=questions[at],
                 answer=drafts[at],
             )
             for at, other in pairs
         ]
         feedback: list[list[tuple[int, float, str]]] = [[] for _ in agents]
-        for (at, other), (rating, text) in zip(pairs, self._rated(asked_others, said), strict=True):
+        for (at, other), (rating, text) in zip(pairs, self._rated(requests, generate), strict=True):
             feedback[at].append((other, rating, text))
-        feedback = [sorted(some, key=_lowest_last) for some in feedback]
+        feedback = [sorted(rows, key=_lowest_last) for rows in feedback]
         prompts = [
             REVISE.format(
                 memory=memories[at],
-                question=asked[at],
+                question=questions[at],
                 answer=drafts[at],
                 mean=_mean([rating for _, rating, _ in feedback[at]]),
                 feedback="\n".join(f"- {text}" for _, _, text in feedback[at]),
             )
             for at in agents
         ]
-        revisions = said(prompts, 2, "\nQuestion:")
-        ratings = self._observed([*asked, *asked], [*drafts, *revisions])
+        revisions = generate(prompts, 2)
+        ratings = self._observed([*questions, *questions], [*drafts, *revisions])
         for at in agents:
             if revisions[at]:
-                self.memory[at][asked[at]] = revisions[at], vectors[at]
+                self.memory[at][questions[at]] = revisions[at], vectors[at]
         return [
             Encounter(
                 round=number,
                 agent=at,
-                question=asked[at],
+                question=questions[at],
                 draft=drafts[at],
                 draft_rating=ratings[at],
                 feedback=feedback[at],
                 revision=revisions[at],
-                revision_rating=ratings[len(asked) + at],
+                revision_rating=ratings[len(questions) + at],
             )
             for at in agents
         ]
@@ -250,42 +249,42 @@ class Society:
         ]
         if self.ratings == "scored":
             return expected_scores(self.observer, texts, 7)
-        found = self.observer.generate(texts, Decoding(max_tokens=16))
-        return [rating_of(one.text) for [one] in found]
+        replies = self.observer.generate(texts, Decoding(max_tokens=16))
+        return [rating_of(one.text) for [one] in replies]
 
     def _rated(
-        self, questions: Sequence[str], said: Callable[[Sequence[str], int, str], list[str]]
+        self, requests: Sequence[str], generate: Callable[[Sequence[str], int], list[str]]
     ) -> list[tuple[float, str]]:
         """Ratings, and the texts with their reasons."""
         if self.ratings == "written":
-            return [(rating_of(text), text) for text in said(questions, 1, "\nQuestion:")]
-        values = expected_scores(self.backend, questions, 7)
+            return [(rating_of(text), text) for text in generate(requests, 1)]
+        values = expected_scores(self.backend, requests, 7)
         marks = [f"{value:.0f}" if math.isfinite(value) else "?" for value in values]
-        begun = [f"{text} {mark}." for text, mark in zip(questions, marks, strict=True)]
-        reasons = said(begun, 1, "\nQuestion:")
+        rated = [f"{text} {mark}." for text, mark in zip(requests, marks, strict=True)]
+        reasons = generate(rated, 1)
         texts = [f"{mark}. {reason}" for mark, reason in zip(marks, reasons, strict=True)]
         return list(zip(values, texts, strict=True))
 
 
-def _each_its_own(backend: Backend, texts: Sequence[str], decoding: Decoding) -> list[str]:
-    """A response to each text; equal texts are samples of one prompt, and differ."""
-    places: dict[str, list[int]] = {}
-    for place, text in enumerate(texts):
-        places.setdefault(text, []).append(place)
-    said = [""] * len(texts)
-    for number in sorted({len(some) for some in places.values()}):
-        asked = [text for text, some in places.items() if len(some) == number]
-        answers = backend.generate(asked, decoding, samples=number)
-        for text, row in zip(asked, answers, strict=True):
-            for place, one in zip(places[text], row, strict=True):
-                said[place] = one.text.strip()
-    return said
+def _distinct_answers(backend: Backend, texts: Sequence[str], decoding: Decoding) -> list[str]:
+    """An answer to each text; equal texts get different samples of one prompt."""
+    positions: dict[str, list[int]] = {}
+    for position, text in enumerate(texts):
+        positions.setdefault(text, []).append(position)
+    answers = [""] * len(texts)
+    for number in sorted({len(equal) for equal in positions.values()}):
+        prompts = [text for text, equal in positions.items() if len(equal) == number]
+        rows = backend.generate(prompts, decoding, samples=number)
+        for text, row in zip(prompts, rows, strict=True):
+            for position, one in zip(positions[text], row, strict=True):
+                answers[position] = one.text.strip()
+    return answers
 
 
 def rating_of(text: str) -> float:
-    """The whole number from 1 to 7 that a text begins with; NaN: there is none."""
-    found = RATING.match(text)
-    return float(found[1]) if found else math.nan
+    """The integer from 1 to 7 at the start of a text; NaN if there is none."""
+    match = RATING.match(text)
+    return float(match[1]) if match else math.nan
 
 
 def _lowest_last(one: tuple[int, float, str]) -> float:
@@ -295,74 +294,3 @@ def _lowest_last(one: tuple[int, float, str]) -> float:
 def _mean(ratings: Sequence[float]) -> str:
     known = [rating for rating in ratings if math.isfinite(rating)]
     return f"{math.fsum(known) / len(known):.1f}" if known else "?"
-
-
-def society_data(encounter: Encounter) -> dict[str, list[dict[str, Any]]]:
-    """What an encounter teaches.
-
-    Args:
-      encounter: of `Society`.
-
-    Returns:
-      "imitation": both answers with the observer's ratings (of alignment alone, where the sandbox
-      has engagement, too); "self_critic": feedback on the draft, if there is one; "realignment":
-      the revision, where it is rated above the draft and above 4; "pairs": draft and revision, the
-      better one chosen, where ratings differ.
-
-    References:
-      Liu et al. 2023, arXiv:2305.16960, section 3 and the released data.
-    """
-    one = encounter
-    answers = [(one.draft, one.draft_rating), (one.revision, one.revision_rating)]
-    rated = [(text, rating) for text, rating in answers if math.isfinite(rating) and text]
-    found: dict[str, list[dict[str, Any]]] = {
-        "imitation": [
-            {"prompt": one.question, "response": text, "rating": rating} for text, rating in rated
-        ],
-        "self_critic": [
-            {
-                "prompt": f"{one.question}\n\nAnswer: {one.draft}\n\nFeedback:",
-                "response": text,
-                "rating": rating,
-            }
-            for _, rating, text in one.feedback
-            if math.isfinite(rating) and one.draft
-        ],
-        "realignment": [],
-        "pairs": [],
-    }
-    if len(rated) < 2 or rated[0][1] == rated[1][1]:
-        return found
-    if one.revision_rating > max(one.draft_rating, 4.0):
-        words = "\n".join(text for _, _, text in one.feedback)
-        prompt = f"{one.question}\n\nAnswer: {one.draft}\n\nFeedback: {words}\n\nRevision:"
-        found["realignment"].append({"prompt": prompt, "response": one.revision})
-    better, worse = sorted(rated, key=lambda row: -row[1])
-    found["pairs"].append(
-        {
-            "prompt": one.question,
-            "chosen": better[0],
-            "rejected": worse[0],
-            "ratings": [better[1], worse[1]],
-        }
-    )
-    return found
-
-
-def comparison_data(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All rated answers to a question, as `stable_alignment_rated` reads them.
-
-    Args:
-      rows: of "imitation", of all encounters.
-
-    Returns:
-      {prompt, responses, ratings}; questions with one answer, or of one rating, are left out.
-    """
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt"], {}).setdefault(row["response"], row["rating"])
-    return [
-        {"prompt": prompt, "responses": list(rated), "ratings": list(rated.values())}
-        for prompt, rated in groups.items()
-        if len(set(rated.values())) > 1
-    ]

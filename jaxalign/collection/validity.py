@@ -1,4 +1,4 @@
-"""Whether what a model wrote can be used at all: small models fail in few, countable ways."""
+"""Checks of generated texts: small models fail in few, countable ways."""
 
 import itertools
 import re
@@ -9,14 +9,14 @@ TURN = re.compile(
     re.M,
 )
 SAME = 0.9
-"""Texts that are more alike (`similarity`) say the same."""
+"""Texts with a larger `similarity` count as the same."""
 DISTINCT = 0.5
-"""Least share of different word pairs in a text of `LONG` words or more."""
+"""Least fraction of distinct word pairs in a text of at least `LONG` words."""
 LONG = 12
 
 
 def similarity(a: str, b: str) -> float:
-    r"""How much of two texts is the same: Jaccard's index of their runs of three characters.
+    r"""Similarity of two texts: the Jaccard index of their character trigrams.
 
     .. math:: \frac{|A \cap B|}{|A \cup B|}
     """
@@ -25,15 +25,16 @@ def similarity(a: str, b: str) -> float:
 
 
 def fault(text: str, *others: str) -> str:
-    """Why a text cannot be used; empty: it can.
+    """The reason why a text cannot be used; empty if it can.
 
     Args:
-      text: a response, a critique, a thought.
-      *others: what it may not repeat: the request, the text before it.
+      text: a response, a critique or a thought.
+      *others: texts that it must not repeat: the request, the previous response.
 
     Returns:
-      "empty", "another's turn" (it writes what somebody else should say), "repeats itself" (under
-      half of its word pairs are different) or "repeats what was there".
+      "empty", "another's turn" (it continues with another speaker's turn), "repeats itself" (less
+      than half of its word pairs are distinct) or "repeats what was there" (it repeats one of the
+      others).
     """
     if not re.search(r"\w", text):
         return "empty"

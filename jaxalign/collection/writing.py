@@ -1,10 +1,10 @@
-"""Pairs as they come: written at once, each once, the all too similar left out, all counted."""
+"""Rows and pairs on disk: written as they arrive, filtered, and counted."""
 
+import contextlib
 import itertools
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,22 @@ from typing import Any
 from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
 from jaxalign.errors import UserError
-from jaxalign.files import open_text
+from jaxalign.files import json_value, open_text
 
 
 @dataclass(kw_only=True)
 class Statistics:
-    """What was written and what was not."""
+    """Counts and lengths of the pairs that were written, and of those left out."""
 
     pairs: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
-    """Pairs that were not written, by reason."""
+    """Number of pairs that were not written, by reason."""
     characters: Counter[str] = field(default_factory=Counter)
-    """Of the prompts, chosen and rejected responses."""
+    """Number of characters of all prompts, chosen and rejected responses."""
     words: dict[str, Counter[str]] = field(default_factory=lambda: {})
-    """Of each side, pairs of words by their number."""
+    """Counts of the word pairs of each side."""
     longer: float = 0.0
-    """Pairs whose chosen response has more characters; equal ones count half."""
+    """Number of pairs whose chosen response is longer in characters; equal lengths count half."""
 
     def add(self, prompt: str, chosen: str, rejected: str) -> None:
         """Count a pair."""
@@ -35,12 +35,12 @@ class Statistics:
         self.longer += 1.0 if len(chosen) > len(rejected) else 0.5 * (len(chosen) == len(rejected))
         for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             self.characters[name] += len(text)
-            said = text.lower().split()
+            words = text.lower().split()
             count = self.words.setdefault(name, Counter())
-            count.update(" ".join(pair) for pair in itertools.pairwise(said))
+            count.update(" ".join(pair) for pair in itertools.pairwise(words))
 
     def summary(self) -> dict[str, Any]:
-        """Plain values: lengths, and distinct-2 of each side (distinct word pairs by all)."""
+        """Plain values: mean lengths, and distinct-2 of each side (distinct / all word pairs)."""
         number = max(self.pairs, 1)
         return {
             "pairs": self.pairs,
@@ -54,12 +54,16 @@ class Statistics:
 
 
 class PairWriter:
-    """Writes preference pairs with their provenance, a line each, as they come.
+    """Writes preference pairs with their provenance, one line each, as they arrive.
 
     Args:
-      path: JSON Lines file, begun anew: what was asked before is found where answers are kept.
-      most_similar: pairs whose sides are more alike (`similarity`) are left out, and so are those
-        whose chosen response cannot be used (`fault`).
+      path: JSON Lines file, rewritten from the start; a resumed command makes the same pairs again
+        from the answers that are kept.
+      most_similar: largest similarity of the two responses (`similarity`). More similar pairs are
+        left out, and so are pairs whose chosen response cannot be used (`fault`).
+
+    Raises:
+      UserError: `most_similar` is not in (0, 1].
     """
 
     def __init__(self, path: Path, *, most_similar: float = 0.95):
@@ -79,11 +83,11 @@ class PairWriter:
     def write(
         self, prompt: Text, chosen: str, rejected: str, provenance: Mapping[str, Any]
     ) -> bool:
-        """Write a pair, unless there is a reason not to; whether it was written."""
-        said = transcript(prompt)
-        key = said, chosen, rejected
+        """Write a pair, unless there is a reason not to; returns whether it was written."""
+        text = transcript(prompt)
+        key = text, chosen, rejected
         reason = ""
-        if wrong := fault(chosen, said):
+        if wrong := fault(chosen, text):
             reason = f"chosen: {wrong}"
         elif not rejected.strip():
             reason = "rejected: empty"
@@ -101,16 +105,21 @@ class PairWriter:
         return True
 
 
+@contextlib.contextmanager
+def open_files(folder: Path, *names: str) -> Iterator[dict[str, Any]]:
+    """Open the files FOLDER/NAME.jsonl to write, by their names."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(open_text(folder / f"{name}.jsonl", "w")) for name in names
+        }
+
+
 def write_row(file: Any, row: Mapping[str, Any]) -> None:
     """A line of JSON, on disk at once; numbers that are not finite are null."""
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    file.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
     file.flush()
 
 
 def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Neighbours together."""
+    """Consecutive items in batches."""
     return [items[at : at + size] for at in range(0, len(items), size)]

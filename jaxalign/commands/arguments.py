@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import re
 import types
 import typing
@@ -26,7 +27,10 @@ BadRecords = Literal["error", "skip"]
 
 
 def parse(
-    options: type[Options], command: str, arguments: Sequence[str], prog: str = ""
+    options: type[Options] | types.UnionType,
+    command: str,
+    arguments: Sequence[str],
+    prog: str = "",
 ) -> Options:
     """The flags of a command, as a dataclass.
 
@@ -60,7 +64,7 @@ def _parse(options: Any, command: str, arguments: Sequence[str], prog: str, **mo
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            result = tyro.cli(
+            result: Any = tyro.cli(
                 options,
                 args=_with_values(arguments),
                 prog=prog or f"jaxalign {command}",
@@ -113,15 +117,41 @@ def _with_values(arguments: Sequence[str]) -> list[str]:
     return filled
 
 
+NOT_A_NUMBER = re.compile(
+    r"Error parsing (\S+):.*(invalid literal for int|could not convert string to float).*?: ('.*?')"
+)
+PLAIN_WORDS = (
+    (
+        r"invalid choice ('.*?') for argument '(.*?)'\. Expected one of \((.*)\)",
+        r"\2: invalid choice: \1; choose from \3",
+    ),
+    (
+        r"Error parsing (\S+): Could not parse arguments \[(.*?)\] into tuple type .*float.*",
+        r"\1: one of \2 is not a number",
+    ),
+    (r"Missing value for argument '(.*?)'\. Expected .*", r"\1: the value is missing"),
+    (r"Unrecognized options: (\S+).*", r"unexpected argument '\1'"),
+    (r"Expected one of \{(.*)\}", r"no subcommand; choose from \1"),
+)
+"""What tyro says, and what we say."""
+
+
 def _complaint(text: str) -> str:
-    """What tyro objects to, without its frame."""
-    lines = [line.strip(" │") for line in text.splitlines() if line.strip(" │")]
-    end = next((at for at, line in enumerate(lines) if at and set(line) <= set("─╰╯")), len(lines))
-    said = lines[1:end]
-    if said and said[0].startswith("Missing from"):
-        flags = [re.split(r"[ ,]", line)[0] for line in said[1:] if not line.endswith("(required)")]
+    """What tyro objects to, in one line and without its frame."""
+    lines = [line.strip(" │") for line in text.splitlines()]
+    lines = [line for line in lines if not set(line) <= set("─╰╯-")][1:]  # the first is a title
+    lines = list(itertools.takewhile(lambda x: not x.startswith("For full helptext"), lines))
+    if lines and lines[0].startswith("Missing from"):
+        names = [re.match(r"--[^ ,]+|[A-Z_]+$", line) for line in lines[1:]]
+        flags = [name[0] for name in names if name]
         return f"the following arguments are required: {', '.join(flags)}"
-    return " ".join(said).rstrip(".").replace("Unrecognized options:", "unexpected argument")
+    message = " ".join(lines).rstrip(".")
+    if number := NOT_A_NUMBER.match(message):
+        kind = "a whole number" if "int" in number[2] else "a number"
+        return f"{number[1]}: {number[3]} is not {kind}"
+    for pattern, words in PLAIN_WORDS:
+        message = re.sub(pattern, words, message)
+    return message
 
 
 # ---------------------------------------------------------------------------- argparse
@@ -214,33 +244,3 @@ def within(annotation: Any) -> Callable[[str], float | int]:
         return value
 
     return parse
-
-
-def add_chat(flags: Any, help: str = "") -> None:
-    """The flag of every command in which a model reads prompts; without a value it is always.
-
-    Args:
-      flags: a parser or a group of it.
-      help: where it is not the rule of `jaxalign.data.plain_prompts`.
-    """
-    flags.add_argument(
-        "--chat",
-        nargs="?",
-        choices=("auto", "always", "never"),
-        const="always",
-        default="auto",
-        help=help
-        or "whether plain prompts go through the tokenizer's chat template, as a user's turn; "
-        "auto: where it has one, but not with a --prompt-format, and models trained here as they "
-        "were trained",
-    )
-
-
-def add_bad_records(flags: argparse.ArgumentParser) -> None:
-    """The flag of every command that reads rows."""
-    flags.add_argument(
-        "--bad-records",
-        choices=("error", "skip"),
-        default="error",
-        help="response to a record that cannot be used: stop and name its line, or skip it",
-    )

@@ -1,14 +1,21 @@
 """How alike two responses are to the model: CHES and what it was compared with."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from rapidfuzz.distance import Levenshtein
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.entanglement.pairs import ModelAndPairs
+from jaxalign.files import write_json_lines
 from jaxalign.models.responses import response_states
+from jaxalign.progress import track
 from jaxalign.records import AnyArray
 
 Hidden = Float[Array, "pairs 2 response width"]
@@ -88,13 +95,67 @@ def edit_similarity(chosen: Int[np.ndarray, " n"], rejected: Int[np.ndarray, " m
     0 for equal sequences, -1 where no token is shared in place. Insertions, deletions and
     replacements cost 1.
     """
-    longest = max(len(chosen), len(rejected))
-    if longest == 0:
-        return 0.0
-    places = np.arange(len(rejected) + 1)
-    row = places.copy()
-    for i, token in enumerate(chosen):
-        # Deletion or replacement first; insertions then run along the row.
-        best = np.minimum(row[1:] + 1, row[:-1] + (rejected != token))
-        row = np.minimum.accumulate(np.concatenate([[i + 1], best]) - places) + places
-    return -float(row[-1]) / longest
+    return -Levenshtein.normalized_distance(chosen.tolist(), rejected.tolist())
+
+
+SIMILARITIES = (*HIDDEN_SIMILARITIES, "edit")
+"""All that `similarities` computes."""
+
+
+def similarities(loaded: ModelAndPairs) -> dict[str, np.ndarray]:
+    """Every similarity of every pair, in the order of `loaded.pairs`."""
+    model = loaded.model
+
+    @jax.jit
+    def of_batch(params: Any, batch: PairBatch) -> dict[str, Array]:
+        hidden = hidden_states_of_pairs(params, model.config, batch)
+        return {
+            name: function(hidden, batch.response_length)
+            for name, function in HIDDEN_SIMILARITIES.items()
+        }
+
+    parts = []
+    for batch in track(loaded.batches(), "similarities", unit="batch"):
+        real = np.asarray(batch.weight) > 0
+        scores = jax.device_get(of_batch(model.params, batch))
+        scores = {name: values[real] for name, values in scores.items()}
+        rows = zip(batch.response_tokens[real], batch.response_length[real], strict=True)
+        scores["edit"] = np.array(
+            [
+                edit_similarity(*(side[:n] for side, n in zip(sides, lengths, strict=True)))
+                for sides, lengths in rows
+            ]
+        )
+        parts.append(scores)
+    return {name: np.concatenate([part[name] for part in parts]) for name in SIMILARITIES}
+
+
+def least_similar(scores: Float[np.ndarray, " pairs"], fraction: float) -> Int[np.ndarray, " kept"]:
+    """The pairs with the lowest scores, in their order; of equal ones the first.
+
+    Args:
+      scores: similarity of each pair.
+      fraction: of the pairs to keep, rounded up.
+    """
+    number = math.ceil(fraction * len(scores))
+    return np.sort(np.argsort(scores, kind="stable")[:number])
+
+
+def write_scored_pairs(
+    path: Path, loaded: ModelAndPairs, kept: Sequence[int], scores: Mapping[str, np.ndarray]
+) -> None:
+    """Write pairs as JSON Lines {prompt, chosen, rejected} with their scores.
+
+    Args:
+      path: of the file.
+      loaded: where the pairs come from.
+      kept: indices of the pairs to write.
+      scores: of all pairs, by name.
+    """
+    numbers = np.asarray(loaded.pairs.record_index)
+    rows = []
+    for at in kept:
+        record = loaded.records[int(numbers[at])]
+        row = {name: getattr(record, name) for name in ("prompt", "chosen", "rejected")}
+        rows.append(row | {name: float(values[at]) for name, values in scores.items()})
+    write_json_lines(path, rows)

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.sparse.csgraph import connected_components
 
 from jaxalign.errors import UserError
 from jaxalign.evaluation.logistic import fit_logistic
@@ -53,7 +54,7 @@ def ratings(
     players = games.shape[1]
     won[:, range(players), range(players)] = 0
     total = won.sum(0)
-    if not _reach(total + total.T).all():
+    if not _connected(total + total.T):
         raise UserError("some policies share no judged prompt with the others; judge more pairs")
     elo = to_elo(strengths(total))
     flat = won.reshape(len(won), -1)
@@ -64,7 +65,7 @@ def ratings(
     ]
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(drawn, tails, axis=0) if drawn else np.full((2, players), np.nan)
-    return Ratings(elo=elo, low=low, high=high, finite=bool(_reach(total).all()))
+    return Ratings(elo=elo, low=low, high=high, finite=_connected(total))
 
 
 def strengths(won: Float64[np.ndarray, "players players"]) -> Float64[np.ndarray, " players"]:
@@ -90,7 +91,7 @@ def strengths(won: Float64[np.ndarray, "players players"]) -> Float64[np.ndarray
         design[row, i], design[row, j] = 1, -1
     games = np.array([won[i, j] + won[j, i] for i, j in pairs])
     share = np.array([won[i, j] for i, j in pairs]) / games
-    ridge = 0.0 if _reach(won).all() else PRIOR
+    ridge = 0.0 if _connected(won) else PRIOR
     fitted = fit_logistic(design, share, weight=games, ridge=ridge)
     return fitted - fitted.mean()
 
@@ -100,12 +101,9 @@ def to_elo(strength: Float64[np.ndarray, " players"]) -> Float64[np.ndarray, " p
     return CENTRE + SCALE * strength
 
 
-def _reach(won: np.ndarray) -> np.ndarray:
-    """Whether a chain of wins leads from one to the other."""
-    reached = (won > 0) | np.eye(len(won), dtype=bool)
-    for _ in range(max(1, len(won).bit_length())):
-        reached = reached @ reached
-    return reached
+def _connected(won: np.ndarray) -> bool:
+    """Whether a chain of wins leads from every player to every other one."""
+    return connected_components(won > 0, connection="strong", return_labels=False) <= 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float64
 
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend
 from jaxalign.backends.cached import AnswerFile
-from jaxalign.backends.structured import Asker
+from jaxalign.backends.structured import StructuredClient
 from jaxalign.data.reading import BadRecordError, check_text, read_json
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotators import AnnotatorOptions
 from jaxalign.evaluation.criteria import FIXED
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, Reward, ScoredReward
-from jaxalign.evaluation.verdicts import Verdicts
+from jaxalign.evaluation.verdicts import AnnotatorOptions, Verdicts
 
 QUALITY = FIXED
 """Aspects of ordinary requests; their mean is DRPO's average."""
@@ -155,21 +155,14 @@ def score_agreement(
     if not len(x):
         nan = math.nan
         return ScoreAgreement(number=0, equal=nan, distance=nan, spearman=nan)
-    ranks = [_ranks(x), _ranks(y)]
-    spread = ranks[0].std() * ranks[1].std()
-    shared = float(np.mean((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())))
+    varied = np.ptp(x) > 0 and np.ptp(y) > 0
+    ranks = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
     return ScoreAgreement(
         number=len(x),
         equal=float(np.mean(x == y)),
         distance=float(np.mean(np.abs(x - y))),
-        spearman=shared / float(spread) if spread > 0 else math.nan,
+        spearman=float(np.corrcoef(*ranks)[0, 1]) if varied else math.nan,
     )
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share their mean rank."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]
 
 
 def aspect_reward(name: str, options: AnnotatorOptions | None = None) -> Reward:
@@ -200,7 +193,7 @@ def aspect_reward(name: str, options: AnnotatorOptions | None = None) -> Reward:
     criteria = (*QUALITY, *SAFETY)
     if kind == "scored":
         return ScoredReward(backend, criteria=criteria)
-    return AskedReward(Asker(backend, Decoding(max_tokens=1024)), criteria=criteria)
+    return AskedReward(StructuredClient(backend, Decoding(max_tokens=1024)), criteria=criteria)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
-"""Tables and plots from recorded runs: run folders in, Markdown and PNG out."""
+"""Tables, charts and pages of recorded runs: run folders in, Markdown, PNG and HTML out."""
 
 from jaxalign.reporting.report import comparison, write_report
 from jaxalign.reporting.runs import read_run
+from jaxalign.reporting.terminal import print_table
 
-__all__ = ["comparison", "read_run", "write_report"]
+__all__ = ["comparison", "print_table", "read_run", "write_report"]

@@ -1,9 +1,9 @@
-"""The gradients of chosen and rejected, as a run saw them: a table and a plot."""
+"""The gradients of chosen and rejected responses, as a run measured them: a table and charts."""
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import Chart, Series, colour
 from jaxalign.reporting.runs import Run
 
 ROWS = (
@@ -50,49 +50,66 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["pairs of the training batches", *(run.name for run in runs)], rows
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
+def charts(runs: Sequence[Run]) -> list[Chart]:
     """Cosine, cases, and the ratios that decide them, over the steps of the preference stage."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def curve(index: int, metric: str, label: str = "", shade: int | None = None) -> Series:
+        steps, values = _smooth(*_curve(runs[index], metric))
+        return Series(x=steps, y=values, label=label, colour=colour(shade or index))
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for run in runs:
-        steps, values = _smooth(*_curve(run, "cosine"))
-        left.plot(steps, values, label=run.name)
-    left.set(title="Cosine of the two gradients", ylabel="mean over the batch")
-    left.axhline(0.0, color="grey", linewidth=0.8)
-    if len(runs) == 1:
-        steps, _ = _curve(runs[0], "ideal")
-        shares = [_smooth(*_curve(runs[0], case))[1] for case in CASES]
-        colours, labels = zip(*CASES.values(), strict=True)
-        middle.stackplot(steps, *shares, colors=colours, labels=labels, linewidth=0)
-        middle.set(title="What a step does to its pair", ylabel="share of pairs", ylim=(0, 1))
-        handles = [
-            handle for handle, share in zip(middle.collections, shares, strict=True) if any(share)
+    cosine = Chart(
+        title="Cosine of the two gradients",
+        series=[
+            curve(at, "cosine", run.name if len(runs) > 1 else "") for at, run in enumerate(runs)
+        ],
+        y_label="mean over the batch",
+        rule=0.0,
+    )
+    if len(runs) > 1:
+        both = [
+            Chart(
+                title=f"Pairs that a step sends both {way}",
+                series=[curve(at, f"both_{way}") for at in range(len(runs))],
+                y_label="fraction of pairs",
+            )
+            for way in ("down", "up")
         ]
-        middle.legend(handles=handles, fontsize=8, loc="lower right")
-        for name, label in (("c_w", "⟨g_w, g_l⟩ / n_w"), ("c_l", "⟨g_w, g_l⟩ / n_l")):
-            right.plot(*_smooth(*_curve(runs[0], name)), label=label)
-        right.axhline(1.0, color="grey", linewidth=0.8)
-        right.set(title="Above 1, DPO moves both the same way", ylabel="mean")
-    else:
-        for run in runs:
-            middle.plot(*_smooth(*_curve(run, "both_down")), label=run.name)
-            right.plot(*_smooth(*_curve(run, "both_up")), label=run.name)
-        middle.set(title="Pairs that a step sends both down", ylabel="share of pairs")
-        right.set(title="Pairs that a step sends both up", ylabel="share of pairs")
-        left.legend(fontsize=8)
-        for axis in (middle, right):  # a single pair among hundreds is to look like one
-            axis.set_ylim(0, max(0.1, axis.get_ylim()[1]))
-    if len(runs) == 1:
-        right.legend(fontsize=8)
-    for axis in (left, middle, right):
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-    plt.close(figure)
+        return [cosine, *map(_from_zero, both)]
+    ratios = Chart(
+        title="Above 1, DPO moves both the same way",
+        series=[
+            curve(0, "c_w", "⟨g_w, g_l⟩ / n_w"),
+            curve(0, "c_l", "⟨g_w, g_l⟩ / n_l", shade=1),
+        ],
+        y_label="mean",
+        rule=1.0,
+    )
+    return [cosine, _cases(runs[0]), ratios]
+
+
+def _cases(run: Run) -> Chart:
+    """The fractions of the cases, stacked."""
+    steps, _ = _curve(run, "ideal")
+    areas, base = [], [0.0] * len(steps)
+    for case, (shade, label) in CASES.items():
+        fractions = _smooth(*_curve(run, case))[1]
+        if any(fractions):
+            areas.append(
+                Series(kind="area", x=steps, y=fractions, base=base, label=label, colour=shade)
+            )
+            base = [below + part for below, part in zip(base, fractions, strict=True)]
+    return Chart(
+        title="What a step does to its pair",
+        series=areas,
+        y_label="fraction of pairs",
+        y_range=(0, 1),
+    )
+
+
+def _from_zero(chart: Chart) -> Chart:
+    """The same from 0 to at least 0.1, so that a single pair among hundreds looks like one."""
+    highest = max((y for one in chart.series for y in one.y), default=0.0)
+    return dataclasses.replace(chart, y_range=(0.0, max(0.1, 1.05 * highest)))
 
 
 def _curve(run: Run, metric: str) -> tuple[list[int], list[float]]:

@@ -1,16 +1,18 @@
 """The page of `jaxalign entangle`: one HTML file that explains itself, and its figures as PNG."""
 
-import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from jaxalign.files import write_text
+from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.reporting import heat_map
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import GREY, Chart, Figure, Series, draw
+from jaxalign.reporting.page import Table
+from jaxalign.reporting.page import write_page as write_parts
 
 COLOURS = {
     "ideal": "#4c9f70",
@@ -27,71 +29,10 @@ MEANINGS = {
     "undefined": "a gradient or both coefficients are zero, or not a number",
 }
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
-td, th { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; }
-.heat td { width: 13px; min-width: 13px; height: 13px; padding: 0; border: 1px solid #f4f4f4; }
-.heat th { font: 10px monospace; padding: 0 3px; border: 0; text-align: right; }
-.heat th span { writing-mode: vertical-rl; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: .5rem; font-size: 12px; }
-img { max-width: 100%; }
-.scroll { overflow-x: auto; }
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRow:
-    """One pair: where it is from, what it says, what was measured."""
-
-    place: str
-    case: str
-    prompt: str
-    chosen: str
-    rejected: str
-    numbers: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRow:
-    """What a loss would do to the pairs."""
-
-    name: str
-    shares: Mapping[str, float]
-    in_band: float
-    ratio: float
-    negative: int
-
-    def cells(self, names: Sequence[str]) -> list[str]:
-        """Shares in per cent, the median ratio, the number of pairs with a negative coefficient."""
-        values = {name: f"{share:.0%}" for name, share in self.shares.items()}
-        values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": _ratio(self.ratio)}
-        values["negative"] = str(self.negative)
-        return [values[name] for name in names]
-
-
-def _ratio(value: float) -> str:
-    """A ratio of coefficients; infinite where the lower one is a remainder of rounding."""
-    if abs(value) > 1e6:
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """Cosines of a pair's tokens, [chosen, rejected]."""
-
-    pair: int
-    cosines: np.ndarray
-    chosen: Sequence[str]
-    rejected: Sequence[str]
-    cut: bool
-
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """All that is shown."""
+    """The content of the page."""
 
     model: str
     data: str
@@ -104,128 +45,164 @@ class Page:
     """Whose gradients the heat maps compare."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The list of pairs; each opens with its texts, its numbers and its heat map, if it has one."""
+
+    template: ClassVar[str] = "pairs.html"
+    title: str
+    note: str
+    loss: str
+    pairs: Sequence[PairRow]
+    heat_maps: Mapping[int, HeatMap]
+    """By the index of the pair."""
+    colours: ClassVar[Mapping[str, str]] = COLOURS
+
+    def cases(self) -> list[str]:
+        """The cases that occur."""
+        present = {pair.case for pair in self.pairs}
+        return [case for case in COLOURS if case in present]
+
+    def columns(self) -> list[str]:
+        """The numbers that the list shows and filters by."""
+        return list(self.values(self.pairs[0])) if self.pairs else []
+
+    def values(self, pair: PairRow) -> dict[str, float]:
+        """Cosine and ratio of norms; tokens of both responses and loss, where they are known."""
+        numbers = pair.numbers
+        values = {"cosine": numbers["cosine"], "ratio": numbers["norm_ratio"]}
+        if "length_chosen" in numbers:
+            values["length"] = numbers["length_chosen"] + numbers["length_rejected"]
+        return values | {name: numbers[name] for name in ("loss",) if name in numbers}
+
+    def cells(self, at: int) -> tuple[list[str], list[str], list[list[tuple[str, str]]]]:
+        """A heat map: names of its rows and columns, and the colour and value of each cell."""
+        shown = self.heat_maps[at]
+        rows, columns = (
+            [heat_map.readable(token) for token in side] for side in (shown.chosen, shown.rejected)
+        )
+        cells = [[(heat_map.shade(x), f"{x:.3f}") for x in row] for row in shown.cosines.tolist()]
+        return rows, columns, cells
+
+    def facts(self, pair: PairRow) -> str:
+        """One line on a pair."""
+        numbers = pair.numbers
+        return (
+            f"{pair.case} under {self.loss}; cosine {numbers['cosine']:.3f}; "
+            f"‖g_w‖ {numbers['norm_chosen']:.3g}, ‖g_l‖ {numbers['norm_rejected']:.3g}; "
+            f"CHES {numbers['ches']:.3g}, length-normalised {numbers['ln_ches']:.3g}; "
+            f"edit similarity {numbers['edit']:.2f}"
+        )
+
+
 def write_page(page: Page, folder: Path) -> Path:
     """Write `index.html` and the figures.
 
     Returns:
       The path of the page.
     """
-    body = [
-        f"<h1>Gradient entanglement of {len(page.pairs)} pairs</h1>",
-        _facts(page),
-        _explanation(),
-        _overview(page, folder),
-        "<h2>What each loss would do</h2>",
-        "<p>For a gradient step on each pair alone, to first order, with the loss's default "
-        "hyperparameters. <i>In band</i>: d_w / d_l (its median is shown) lies where the step is "
-        "ideal. <i>Negative</i>: "
-        "pairs where a coefficient has the wrong sign.</p>",
-        _loss_table(page),
-        "<h2>Most and least entangled pairs</h2>",
-        "<p>Red: the two tokens' gradients point the same way, so pushing the rejected token down "
-        "pulls the chosen one down. Blue: they oppose each other, which is what one wants. Over "
-        f"{page.heat_map_parameters}; the pointer on a cell shows the cosine.</p>",
-        *(_pair(page, shown, folder) for shown in page.heat_maps),
+    overview = Figure(charts=overview_charts(page.pairs), image="overview.png")
+    draw(overview.charts, folder / overview.image, size=(5.0, 3.6))
+    for shown in page.heat_maps:
+        row = page.pairs[shown.pair]
+        title = f"cosine {row.numbers['cosine']:.3f}, {row.case}"
+        path = folder / f"heat_map_{shown.pair}.png"
+        heat_map.draw(shown.cosines, shown.chosen, shown.rejected, path, title=title)
+    names = [*COLOURS, "in band", "d_w/d_l", "negative"]
+    parts = [
+        Explanation(),
+        _case_table(page),
+        overview,
+        Table(
+            title="What each loss would do",
+            note="For a gradient step on each pair alone, to first order, with the loss's default "
+            "hyperparameters. In band: d_w / d_l (its median is shown) lies where the step is "
+            "ideal. Negative: pairs where a coefficient has the wrong sign.",
+            header=["loss", *names],
+            rows=[[row.name, *row.cells(names)] for row in page.losses],
+        ),
+        Pairs(
+            title="Pairs",
+            note="Choose a pair to read it. The most and the least entangled ones have a heat map "
+            "of token against token: red where the gradients of the two tokens point the same way, "
+            "so that decreasing the rejected token also decreases the chosen one; blue where they "
+            f"oppose each other, which is what one wants. Over {page.heat_map_parameters}; the "
+            "pointer on a cell shows the cosine.",
+            loss=page.loss,
+            pairs=page.pairs,
+            heat_maps={shown.pair: shown for shown in page.heat_maps},
+        ),
     ]
-    text = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>Gradient entanglement</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    facts = [f"model {page.model}", f"data {page.data}", f"loss {page.loss}", *page.left_out]
     path = folder / "index.html"
-    write_text(path, text)
+    write_parts(f"Gradient entanglement of {len(page.pairs)} pairs", facts, parts, path)
     return path
 
 
-def _facts(page: Page) -> str:
-    lines = [f"model {page.model}", f"data {page.data}", f"loss {page.loss}", *page.left_out]
-    return "<p>" + "<br>".join(map(html.escape, lines)) + "</p>"
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What entanglement is, in formulas."""
+
+    template: ClassVar[str] = "explanation.html"
 
 
-def _explanation() -> str:
-    return (
-        "<p>A preference loss wants the log-prob of the chosen response up and that of the "
-        "rejected one down. A step moves along d<sub>w</sub> g<sub>w</sub> − d<sub>l</sub> "
-        "g<sub>l</sub>: the two log-probs' gradients g, times what the loss weighs them with. To "
-        "first order the chosen log-prob changes by d<sub>w</sub>‖g<sub>w</sub>‖² − "
-        "d<sub>l</sub>⟨g<sub>w</sub>, g<sub>l</sub>⟩ and the rejected one by "
-        "d<sub>w</sub>⟨g<sub>w</sub>, g<sub>l</sub>⟩ − d<sub>l</sub>‖g<sub>l</sub>‖²: the inner "
-        "product is the entanglement. Where it is large against one of the norms, both "
-        "log-probs move the same way.</p>"
-    )
-
-
-def _overview(page: Page, folder: Path) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cosines = np.array([row.numbers["cosine"] for row in page.pairs])
-    ratios = np.array([row.numbers["norm_ratio"] for row in page.pairs])
+def _case_table(page: Page) -> Table:
     cases = Counter(row.case for row in page.pairs)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    return Table(
+        title=f"Cases under {page.loss}",
+        header=["case", "pairs", "fraction", "meaning"],
+        rows=[
+            [name, str(cases[name]), f"{cases[name] / len(page.pairs):.0%}", meaning]
+            for name, meaning in MEANINGS.items()
+            if cases[name] or name in ("ideal", "both down", "both up")
+        ],
+        words=(0, 3),
+    )
+
+
+def overview_charts(pairs: Sequence[PairRow]) -> list[Chart]:
+    """How many pairs have which cosine, and cosine over the ratio of norms by case."""
+    cosines = np.array([row.numbers["cosine"] for row in pairs])
+    ratios = np.array([row.numbers["norm_ratio"] for row in pairs])
     known = cosines[np.isfinite(cosines)]
-    left.hist(known, bins=np.linspace(min(-0.2, known.min(initial=0)), 1, 31), color="#4c72b0")
-    left.set(xlabel="cosine of the two gradients", ylabel="pairs", title="How entangled")
+    heights, edges = np.histogram(known, bins=np.linspace(min(-0.2, known.min(initial=0)), 1, 31))
+    histogram = Series(
+        kind="bars",
+        colour="#4c72b0",
+        x=((edges[1:] + edges[:-1]) / 2).tolist(),
+        y=heights.tolist(),
+        width=float(edges[1] - edges[0]),
+    )
+    ratio = np.geomspace(1 / 16, 16, 200)
+    bound = Series(
+        colour=GREY, x=ratio.tolist(), y=np.minimum(ratio, 1 / ratio).tolist(), faint=True
+    )
+    by_case = []
     for name, colour in COLOURS.items():
-        of_case = np.array([row.case == name for row in page.pairs])
-        if of_case.any():
-            right.scatter(ratios[of_case], cosines[of_case], s=14, color=colour, label=name)
-    curve = np.geomspace(1 / 16, 16, 200)
-    right.plot(curve, np.minimum(curve, 1 / curve), color="grey", linewidth=0.8)
-    right.set(
-        xscale="log",
-        xlabel="‖g_l‖ / ‖g_w‖",
-        ylabel="cosine",
-        title="Ideal for equal coefficients (DPO): below the line",
-    )
-    right.legend(fontsize=8)
-    save_figure(figure, folder / "overview.png")
-    image = heat_map.inline(figure)
-    plt.close(figure)
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{cases[name]}</td><td>{cases[name] / len(page.pairs):.0%}</td>"
-        f"<td style='text-align:left'>{meaning}</td></tr>"
-        for name, meaning in MEANINGS.items()
-        if cases[name] or name in ("ideal", "both down", "both up")
-    )
-    return f"<h2>Cases under {html.escape(page.loss)}</h2><table>{rows}</table>{image}"
-
-
-def _loss_table(page: Page) -> str:
-    names = [*COLOURS, "in band", "d_w/d_l", "negative"]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["loss", *names])
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in [row.name, *row.cells(names)])
-        for row in page.losses
-    )
-    return f"<div class='scroll'><table><tr>{head}</tr>{rows}</table></div>"
-
-
-def _pair(page: Page, shown: HeatMap, folder: Path) -> str:
-    row = page.pairs[shown.pair]
-    numbers = row.numbers
-    name = f"heat_map_{shown.pair}.png"
-    title = f"cosine {numbers['cosine']:.3f}, {row.case}"
-    heat_map.draw(shown.cosines, shown.chosen, shown.rejected, folder / name, title=title)
-    facts = (
-        f"{row.case} under {page.loss}; cosine {numbers['cosine']:.3f}; "
-        f"‖g_w‖ {numbers['norm_chosen']:.3g}, ‖g_l‖ {numbers['norm_rejected']:.3g}; "
-        f"CHES {numbers['ches']:.3g}, length-normalised {numbers['ln_ches']:.3g}; "
-        f"edit similarity {numbers['edit']:.2f}"
-    )
-    cut = "<p>Only the first tokens of each response are shown.</p>" if shown.cut else ""
-    texts = "".join(
-        f"<p>{label}</p><pre>{html.escape(text)}</pre>"
-        for label, text in (
-            ("prompt", row.prompt[-1000:]),
-            ("chosen", row.chosen),
-            ("rejected", row.rejected),
-        )
-    )
-    return (
-        f"<h3>{html.escape(row.place)}</h3><p>{html.escape(facts)}</p>{cut}<div class='scroll'>"
-        f"{heat_map.table(shown.cosines, shown.chosen, shown.rejected)}</div>"
-        f"<details><summary>the texts</summary>{texts}</details>"
-    )
+        of_case = [at for at, row in enumerate(pairs) if row.case == name and ratios[at] > 0]
+        if of_case:
+            by_case.append(
+                Series(
+                    kind="points",
+                    colour=colour,
+                    label=name,
+                    x=ratios[of_case].tolist(),
+                    y=cosines[of_case].tolist(),
+                    links=[f"#pair-{at}" for at in of_case],
+                )
+            )
+    return [
+        Chart(
+            title="How entangled",
+            series=[histogram],
+            x_label="cosine of the two gradients",
+            y_label="pairs",
+        ),
+        Chart(
+            title="Ideal for equal coefficients (DPO): below the line",
+            series=[bound, *by_case],
+            x_label="‖g_l‖ / ‖g_w‖",
+            y_label="cosine",
+            log_x=True,
+        ),
+    ]

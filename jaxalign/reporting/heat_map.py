@@ -1,14 +1,12 @@
-"""Heat maps of token against token: PNG, and a table for a page that needs no other file."""
+"""Heat maps of token against token: a PNG, and the colours of a table on a page."""
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import save_figure
 
 
 def readable(token: str) -> str:
@@ -36,8 +34,9 @@ def draw(
     size = [1.8 + 0.17 * len(rejected), 1.4 + 0.17 * len(chosen)]
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
-    axis.set_xticks(range(len(rejected)), list(map(readable, rejected)), rotation=90, fontsize=6)
-    axis.set_yticks(range(len(chosen)), list(map(readable, chosen)), fontsize=6)
+    plain: dict[str, Any] = {"fontsize": 6, "parse_math": False}  # a token may be a dollar sign
+    axis.set_xticks(range(len(rejected)), list(map(readable, rejected)), rotation=90, **plain)
+    axis.set_yticks(range(len(chosen)), list(map(readable, chosen)), **plain)
     axis.set(xlabel="rejected", ylabel="chosen")
     axis.set_title(title, fontsize=8)
     figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the tokens' gradients")
@@ -45,32 +44,8 @@ def draw(
     plt.close(figure)
 
 
-def table(values: np.ndarray, chosen: Sequence[str], rejected: Sequence[str]) -> str:
-    """The same as an HTML table; a cell tells its value to the pointer."""
-
-    def cell(value: float, row: str, column: str) -> str:
-        if not np.isfinite(value):
-            return "<td></td>"
-        share = min(1.0, abs(float(value)))
-        fade = round(255 * (1 - share))
-        colour = f"rgb(255,{fade},{fade})" if value > 0 else f"rgb({fade},{fade},255)"
-        words = html.escape(f"{row} × {column}: {value:.3f}", quote=True)
-        return f'<td style="background:{colour}" title="{words}"></td>'
-
-    columns, rows = ([readable(token) for token in side] for side in (rejected, chosen))
-    head = "".join(f"<th><span>{html.escape(column)}</span></th>" for column in columns)
-    body = "".join(
-        f"<tr><th>{html.escape(row)}</th>"
-        + "".join(cell(float(values[i, j]), row, column) for j, column in enumerate(columns))
-        + "</tr>"
-        for i, row in enumerate(rows)
-    )
-    return f'<table class="heat"><tr><th></th>{head}</tr>{body}</table>'
-
-
-def inline(figure: object) -> str:
-    """A matplotlib figure as an <img> that holds its own data."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=110, format="png")  # pyright: ignore[reportAttributeAccessIssue]
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+def shade(value: float) -> str:
+    """The colour of a cell, as CSS: red above zero, blue below; empty where it is not finite."""
+    if not np.isfinite(value):
+        return ""
+    return f"rgba(var(--{'red' if value > 0 else 'blue'}),{min(1.0, abs(float(value))):.2f})"

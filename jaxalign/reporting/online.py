@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import Chart, Series, colour
+from jaxalign.reporting.page import Example, Examples
 from jaxalign.reporting.runs import Run
 
 STAGE = "online"
@@ -44,38 +44,60 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["held-out prompts", *names], rows
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
-    """Held-out win rate and reward over steps, win rate over divergence, and shares of time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for run in runs:
-        label = run.name if len(runs) > 1 else None
-        steps, wins = run.curve(STAGE, "eval", "win_rate")
-        _, divergences = run.curve(STAGE, "eval", "kl")
-        line = left.plot(steps, wins, marker=".", label=label)[0]
-        middle.plot(divergences, wins, marker=".", color=line.get_color(), label=label)
-    left.set(title="Win rate against the reference", xlabel="step", ylabel="held-out prompts")
-    middle.set(title="What it cost", xlabel="KL to reference, nats a response", ylabel="win rate")
-    for axis in (left, middle):
-        axis.axhline(0.5, color="grey", linewidth=0.8)
-        axis.grid(alpha=0.3)
-    if len(runs) > 1:
-        left.legend(fontsize=8)
-    bottom = [0.0] * len(runs)
-    names = [run.name for run in runs]
-    for share in SHARES:
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Held-out win rate over steps and over divergence, and where the time of a step went."""
+    wins, costs = [], []
+    for index, run in enumerate(runs):
+        style: Any = {
+            "colour": colour(index),
+            "label": run.name if len(runs) > 1 else "",
+            "dots": True,
+        }
+        steps, rates = run.curve(STAGE, "eval", "win_rate")
+        divergences = dict(zip(*run.curve(STAGE, "eval", "kl"), strict=True))
+        both = [
+            (divergences[step], rate)
+            for step, rate in zip(steps, rates, strict=True)
+            if step in divergences
+        ]
+        wins.append(Series(x=steps, y=rates, **style))
+        costs.append(Series(x=[x for x, _ in both], y=[y for _, y in both], **style))
+    bars, base = [], [0.0] * len(runs)
+    for index, share in enumerate(SHARES):
         means = [_mean(run.curve(STAGE, "train", share)[1]) for run in runs]
-        right.bar(names, means, bottom=bottom, label=share.split("/")[1])
-        bottom = [below + mean for below, mean in zip(bottom, means, strict=True)]
-    right.set(title="Share of the time of a step", ylim=(0, 1))
-    right.tick_params(axis="x", labelrotation=20 if len(runs) > 2 else 0, labelsize=8)
-    right.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
+        bars.append(
+            Series(
+                kind="bars",
+                colour=colour(index),
+                label=share.split("/")[1],
+                x=range(len(runs)),
+                y=means,
+                base=base,
+            )
+        )
+        base = [below + mean for below, mean in zip(base, means, strict=True)]
+    return [
+        Chart(
+            title="Win rate against the reference",
+            series=wins,
+            y_label="held-out prompts",
+            rule=0.5,
+        ),
+        Chart(
+            title="Win rate and divergence",
+            series=costs,
+            x_label="KL to reference, nats per response",
+            y_label="win rate",
+            rule=0.5,
+        ),
+        Chart(
+            title="Fraction of the time of a step",
+            series=bars,
+            x_label="",
+            y_range=(0, 1),
+            x_names=[run.name for run in runs],
+        ),
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -83,20 +105,26 @@ def _mean(values: Sequence[float]) -> float:
     return sum(later) / len(later) if later else 0.0
 
 
-def samples(run: Run, *, number: int = 4) -> str:
-    """The last responses that a run kept, as a Markdown table; empty where it kept none."""
+def samples(run: Run, *, number: int = 4) -> Examples | None:
+    """The last responses that a run kept; None where it kept none."""
     path = run.folder / SAMPLES
     if not path.is_file() or not number:
-        return ""
+        return None
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    rows = []
+    examples = []
     for line in filter(None, map(_sample, lines[-number:])):
-        texts = "<br>".join(f"{at}. {_cell(x)}" for at, x in enumerate(line["responses"], 1))
         rewards = ", ".join("none" if x is None else f"{x:.3g}" for x in line.get("reward", []))
         verdict = f"rewards {rewards}" if rewards else _verdict(line.get("preference", []))
-        rows.append(f"| {line['step']} | {_cell(line['prompt'])} | {texts} | {verdict} |")
-    header = ["| step | prompt | responses | verdict |", "|---:|---|---|---|"]
-    return f"## Samples of {run.name}\n\n" + "\n".join(header + rows) + "\n"
+        examples.append(
+            Example(
+                facts=f"step {line['step']}; {verdict}",
+                prompt=line["prompt"],
+                names=[str(at + 1) for at in range(len(line["responses"]))],
+                responses=line["responses"],
+                better=None,
+            )
+        )
+    return Examples(title=f"Samples of {run.name}", note="", examples=examples)
 
 
 def _sample(line: str) -> dict[str, Any] | None:
@@ -112,7 +140,3 @@ def _sample(line: str) -> dict[str, Any] | None:
 def _verdict(preference: Sequence[Sequence[float | None]]) -> str:
     first = preference[0][1] if len(preference) > 1 else None  # nobody was asked, or could say
     return "none" if first is None else f"P(1 better than 2) = {first:.2f}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").strip()

@@ -1,13 +1,19 @@
-"""The report of one run or several: held-out curves and a table of before and after."""
+"""The report of one run or several: what the runs did before and after, as tables and charts.
+
+The same parts are written twice: as Markdown with PNG figures, and as a page with charts that show
+their values under the pointer.
+"""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
 from jaxalign.reporting import entanglement, online, representation
-from jaxalign.reporting.figures import save_figure
-from jaxalign.reporting.runs import Run
+from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
+from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
+from jaxalign.reporting.runs import STAGES, Run
 
 ROWS = (
     ("rewards/accuracies", "accuracy", "{:z.3f}"),
@@ -39,82 +45,178 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["held-out pairs", *(run.name for run in runs)], rows
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+def write_report(runs: Sequence[Run], folder: Path) -> Path:
+    """Write `report.md` with its figures, and `index.html`, which shows the same and every metric.
+
+    Args:
+      runs: one run or several; several are drawn into the same axes.
+      folder: created if it is missing.
+
+    Returns:
+      The path of `report.md`.
+    """
+    check_output(folder, "--output", folder=True)
+    title, facts = ", ".join(run.name for run in runs), [_facts(run) for run in runs]
+    parts = _parts(runs)
+    for part in parts:
+        if isinstance(part, Figure):
+            draw(part.charts, folder / part.image)
+    path = folder / "report.md"
+    write_text(path, "\n".join([f"# {_plain(title)}\n", *map(_markdown, parts)]))
+    write_page(title, facts, [*parts, _all_metrics(runs)], folder / "index.html")
+    return path
 
 
-def _data_table(run: Run) -> str:
-    """What was read, skipped and tokenised; counts of 0 are left out."""
-    lines = ["| what | source | counts |", "|---|---|---|"]
-    for name, counts in run.data.items():
-        parts = [f"{value:,} {key.replace('_', ' ')}" for key, value in _numbers(counts)]
-        places = counts.get("first", {})
+def _parts(runs: Sequence[Run]) -> list[Part]:
+    """What a report shows, in order."""
+    parts: list[Part] = []
+    if len(runs) > 1:
+        parts += _differences(runs)
+    header, rows = comparison(runs)
+    if rows:
+        parts.append(Table(title="Held-out pairs", header=header, rows=rows))
+        if lines := [line for line in map(_without_reference, runs) if line]:
+            parts.append(Text(lines=lines))
+        parts.append(
+            Figure(charts=_preference_charts(runs), image="preference.png", alt="held-out curves")
+        )
+    if sampled := [run for run in runs if online.has_stage(run)]:
+        header, rows = online.table(sampled)
         parts += [
-            f"{number:,} skipped for {reason} (first: {places.get(reason, '?')})"
+            Table(title="Held-out prompts", header=header, rows=rows),
+            Figure(charts=online.charts(sampled), image="online.png", alt="held-out prompts"),
+            *(part for part in map(online.samples, sampled) if part is not None),
+        ]
+    if aligned := [run for run in runs if representation.has_stage(run)]:
+        header, rows = representation.table(aligned)
+        charts = representation.charts(aligned)
+        parts += [
+            Table(title="Hidden states", header=header, rows=rows),
+            Figure(charts=charts, image="representation.png", alt="hidden states"),
+        ]
+    if measured := [run for run in runs if entanglement.watched(run)]:
+        header, rows = entanglement.table(measured)
+        parts += [
+            Table(
+                title="Gradients of chosen and rejected",
+                note="Means over the watched steps; over all trained parameters, before each "
+                "update.",
+                header=header,
+                rows=rows,
+            ),
+            Figure(
+                charts=entanglement.charts(measured), image="entanglement.png", alt="entanglement"
+            ),
+        ]
+    if losses := _loss_charts(runs):
+        parts.append(Figure(title="Loss", charts=losses, image="loss.png", alt="loss by stage"))
+    parts += [table for run in runs if (table := _calibration(run)) is not None]
+    for run in runs:
+        for name, lines in (
+            (f"Metrics of {run.name} that could not be read", run.skipped),
+            (f"Skipped updates of {run.name}", skipped_updates(run)),
+        ):
+            if lines:
+                parts.append(Text(title=name, lines=lines, bullets=True))
+    parts += [_data(run) for run in runs if run.data]
+    return parts
+
+
+def _facts(run: Run) -> str:
+    """One line on a run."""
+    config = run.config
+    options = config.get("loss_options")
+    options = options if isinstance(options, Mapping) else {}
+    texts = [f"{name} {config[name]}" for name in ("loss", "model", "data") if config.get(name)]
+    texts[:1] = [", ".join([*texts[:1], *(f"{name} {value}" for name, value in options.items())])]
+    written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime)
+    texts += [str(run.folder), f"last step {written:%Y-%m-%d %H:%M}"]
+    return f"{run.name}: {'; '.join(filter(None, texts))}"
+
+
+def _differences(runs: Sequence[Run]) -> list[Part]:
+    """The settings in which the runs differ."""
+    flat = [dict(_flat(run.config)) for run in runs]
+    names = list(dict.fromkeys(name for one in flat for name in one if name != "name"))
+    rows = [
+        [name, *(str(one.get(name, "")) for one in flat)]
+        for name in names
+        if any(one.get(name) != flat[0].get(name) for one in flat)
+    ]
+    header = ["setting", *(run.name for run in runs)]
+    return [Table(title="Settings that differ", header=header, rows=rows)] if rows else []
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """The settings of a config, with dotted names."""
+    settings = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            settings += _flat(value, f"{before}{name}.")
+        else:
+            settings.append((f"{before}{name}", value))
+    return settings
+
+
+def _data(run: Run) -> Table:
+    """What was read, skipped and tokenised; counts of 0 are left out."""
+    rows = []
+    for name, counts in run.data.items():
+        texts = [f"{value:,} {key.replace('_', ' ')}" for key, value in _numbers(counts)]
+        sources = counts.get("first", {})
+        texts += [
+            f"{number:,} skipped for {reason} (first: {sources.get(reason, '?')})"
             for reason, number in counts.get("skipped", {}).items()
         ]
-        parts += [line.replace("|", "\\|") for line in counts.get("chat", [])]
-        lines.append(
-            f"| {name.replace('_', ' ')} | {counts.get('source', '')} | {'; '.join(parts)} |"
-        )
-    return "\n".join(lines) + "\n"
+        texts += counts.get("chat", [])
+        rows.append([name.replace("_", " "), str(counts.get("source", "")), "; ".join(texts)])
+    return Table(
+        title=f"Data of {run.name}", header=["what", "source", "counts"], rows=rows, words=(0, 1, 2)
+    )
 
 
 def _numbers(counts: Mapping[str, Any]) -> list[tuple[str, int]]:
     return [(key, value) for key, value in counts.items() if isinstance(value, int) and value]
 
 
-def _plot_preference(runs: Sequence[Run], path: Path) -> None:
+def _preference_charts(runs: Sequence[Run]) -> list[Chart]:
     """Held-out log-probs, reward margin and accuracy over the steps of the preference stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     # reward models have no log-probs
     of_policies = any(run.curve("preference", "eval", "logps/chosen")[0] for run in runs)
     shown = "logps" if of_policies else "rewards"
     has_rewards = all(run.curve("preference", "eval", "rewards/margins")[0] for run in runs)
     accuracy = "rewards/accuracies" if has_rewards else "logps/mean_accuracies"
+    several = len(runs) > 1
+    own_units = (not several and has_rewards) or not of_policies
+    responses, margins, accuracies = [], [], []
     for index, run in enumerate(runs):
-        colour = colours[index % len(colours)]
-        label = run.name if len(runs) > 1 else None
-        for metric, style in ((f"{shown}/chosen", "-"), (f"{shown}/rejected", "--")):
-            side = metric.split("/")[1]
-            left.plot(
-                *run.curve("preference", "eval", metric),
-                style,
-                color=colour,
-                marker=".",
-                label=f"{run.name}: {side}" if len(runs) > 1 else side,
-            )
-        own_units = (len(runs) == 1 and has_rewards) or not of_policies
-        middle.plot(*_margin(run, own_units=own_units), color=colour, marker=".", label=label)
-        right.plot(
-            *run.curve("preference", "eval", accuracy),
-            color=colour,
-            marker=".",
-            label=label,
-        )
-    margins = ("Reward margin", "chosen − rejected")
-    if of_policies and not (len(runs) == 1 and has_rewards):  # rewards have units of their own
-        margins = ("Log-prob margin, change from the start", "nats, chosen − rejected")
+        style: Any = {"colour": colour(index), "dots": True}
+        for side in ("chosen", "rejected"):
+            steps, values = run.curve("preference", "eval", f"{shown}/{side}")
+            label = f"{run.name}: {side}" if several else side
+            dashed = side == "rejected"
+            responses.append(Series(x=steps, y=values, label=label, dashed=dashed, **style))
+        steps, values = _margin(run, own_units=own_units)
+        margins.append(Series(x=steps, y=values, **style))
+        steps, values = run.curve("preference", "eval", accuracy)
+        label = run.name if several else ""
+        accuracies.append(Series(x=steps, y=values, label=label, **style))
     first = ("Log-prob of the response", "nats, summed over tokens")
-    first = first if of_policies else ("Reward of the response", "reward")
-    titles = (first[0], margins[0], "Reward accuracy" if has_rewards else "Accuracy per token")
-    units = (first[1], margins[1], "share of held-out pairs")
-    for axis, title, unit in zip((left, middle, right), titles, units, strict=True):
-        axis.set(title=title, xlabel="step", ylabel=unit)
-        axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    right.axhline(0.5, color="grey", linewidth=0.8)
-    if len(runs) > 1:
-        right.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
+    margin = ("Reward margin", "chosen − rejected")
+    if of_policies and not own_units:  # rewards have units of their own
+        margin = ("Log-prob margin, change from the start", "nats, chosen − rejected")
+    if not of_policies:
+        first = ("Reward of the response", "reward")
+    return [
+        Chart(title=first[0], y_label=first[1], series=responses),
+        Chart(title=margin[0], y_label=margin[1], series=margins),
+        Chart(
+            title="Reward accuracy" if has_rewards else "Accuracy per token",
+            y_label="fraction of held-out pairs",
+            series=accuracies,
+            rule=0.5,
+        ),
+    ]
 
 
 def _margin(run: Run, *, own_units: bool) -> tuple[list[int], list[float]]:
@@ -135,12 +237,12 @@ def _without_reference(run: Run) -> str:
         return ""
     return (
         f"{run.name}: its loss reads no reference, so none was kept or evaluated, and there are no "
-        "rewards and no KL; `--reference live` adds them.\n"
+        "rewards and no KL; `--reference live` adds them."
     )
 
 
-def _calibration_table(run: Run) -> str:
-    """How often the winners named with about the same confidence were the right ones."""
+def _calibration(run: Run) -> Table | None:
+    """How often the predicted winners of about the same confidence were the right ones."""
     last = [line for line in run.lines if (line["stage"], line["split"]) == ("preference", "eval")]
     values = last[-1] if last else {}
     rows = [
@@ -153,46 +255,54 @@ def _calibration_table(run: Run) -> str:
         if name.startswith("calibration/") and name.endswith("/pairs")
     ]
     header = ["confidence", "pairs", "mean confidence", "accuracy"]
-    return f"## Calibration of {run.name}\n\n{_markdown_table(header, rows)}" if rows else ""
+    return Table(title=f"Calibration of {run.name}", header=header, rows=rows) if rows else None
 
 
-def _plot_losses(runs: Sequence[Run], path: Path) -> list[str]:
-    """Training and held-out loss of every stage; returns the stages that were drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    stages = [
-        stage
-        for stage in ("pretrain", "sft", "preference", "online", "representation")
+def _loss_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Training and held-out loss of every stage."""
+    return [
+        _metric_chart(runs, stage, "loss", stage)
+        for stage in STAGES
         if any(run.curve(stage, "train", "loss")[0] for run in runs)
     ]
-    if not stages:
-        return []
-    figure, axes = plt.subplots(
-        1, len(stages), figsize=(4 * len(stages), 3.4), layout="constrained", squeeze=False
+
+
+def _metric_chart(runs: Sequence[Run], stage: str, metric: str, title: str) -> Chart:
+    """A metric while training, as a thin line, and on held-out data, with a dot an evaluation."""
+    series = []
+    for index, run in enumerate(runs):
+        before = f"{run.name}: " if len(runs) > 1 else ""
+        for split, label in (("train", "train"), ("eval", "held out")):
+            steps, values = run.curve(stage, split, metric)
+            if steps:
+                series.append(
+                    Series(
+                        x=steps,
+                        y=values,
+                        label=before + label,
+                        colour=colour(index),
+                        faint=split == "train",
+                        dots=split == "eval",
+                    )
+                )
+    return Chart(title=title, y_label=metric, series=series)
+
+
+def _all_metrics(runs: Sequence[Run]) -> Figure:
+    """A chart for each recorded metric of each stage."""
+    recorded: dict[str, set[str]] = {}
+    for run in runs:
+        for line in run.lines:
+            names = {name for name in line if name not in ("stage", "split", "step")}
+            recorded.setdefault(line["stage"], set()).update(names)
+    charts = [
+        _metric_chart(runs, stage, metric, f"{stage}: {metric}")
+        for stage, names in recorded.items()
+        for metric in sorted(names)
+    ]
+    return Figure(
+        title="All metrics", charts=[chart for chart in charts if chart.series], folded=True
     )
-    for axis, stage in zip(axes[0], stages, strict=True):
-        for run in runs:
-            line = axis.plot(
-                *run.curve(stage, "train", "loss"),
-                linewidth=0.8,
-                alpha=0.6,
-                label=f"{run.name}: train" if len(runs) > 1 else "train",
-            )[0]
-            axis.plot(
-                *run.curve(stage, "eval", "loss"),
-                marker=".",
-                color=line.get_color(),
-                label=f"{run.name}: held out" if len(runs) > 1 else "held out",
-            )
-        axis.set(title=stage, xlabel="step", ylabel="loss")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
-    return stages
 
 
 def skipped_updates(run: Run) -> list[str]:
@@ -206,60 +316,45 @@ def skipped_updates(run: Run) -> list[str]:
     ]
 
 
-def write_report(runs: Sequence[Run], folder: Path) -> Path:
-    """Write `report.md` and its plots.
+def _markdown(part: Part) -> str:
+    """A part as Markdown."""
+    title = getattr(part, "title", "")
+    heading = f"## {_plain(title)}\n\n" if title else ""
+    match part:
+        case Text():
+            before = "- " if part.bullets else ""
+            return heading + "".join(f"{before}{_plain(line)}\n" for line in part.lines)
+        case Table():
+            note = f"{part.note}\n\n" if part.note else ""
+            return heading + note + _markdown_table(part.header, part.rows, part.words)
+        case Figure():
+            return f"{heading}![{part.alt}]({part.image})\n"
+        case Examples():
+            rows = [
+                [
+                    example.facts,
+                    " ".join(example.prompt.split()),
+                    "\n".join(
+                        f"{name}. {' '.join(response.split())}"
+                        for name, response in zip(example.names, example.responses, strict=True)
+                    ),
+                ]
+                for example in part.examples
+            ]
+            header = ["step and verdict", "prompt", "responses"]
+            return heading + _markdown_table(header, rows, words=(0, 1, 2))
+    raise TypeError(f"{type(part).__name__} has no Markdown")
 
-    Args:
-      runs: one run or several; several are drawn into the same axes.
-      folder: made where it is missing.
 
-    Returns:
-      The path of `report.md`.
-    """
-    check_output(folder, "--output", folder=True)
-    header, rows = comparison(runs)
-    text = [f"# {', '.join(run.name for run in runs)}\n"]
-    if rows:
-        _plot_preference(runs, folder / "preference.png")
-        text += [
-            _markdown_table(header, rows),
-            *filter(None, map(_without_reference, runs)),
-            "![held-out curves](preference.png)\n",
-        ]
-    if sampled := [run for run in runs if online.has_stage(run)]:
-        online.plot(sampled, folder / "online.png")
-        text += [
-            _markdown_table(*online.table(sampled)),
-            "![held-out prompts](online.png)\n",
-            *filter(None, map(online.samples, sampled)),
-        ]
-    if aligned := [run for run in runs if representation.has_stage(run)]:
-        representation.plot(aligned, folder / "representation.png")
-        text += [
-            _markdown_table(*representation.table(aligned)),
-            "![hidden states](representation.png)\n",
-        ]
-    if seen := [run for run in runs if entanglement.watched(run)]:
-        entanglement.plot(seen, folder / "entanglement.png")
-        text += [
-            "## Gradients of chosen and rejected\n",
-            "Means over the watched steps; over all trained parameters, before each update.\n",
-            _markdown_table(*entanglement.table(seen)),
-            "![entanglement](entanglement.png)\n",
-        ]
-    if _plot_losses(runs, folder / "loss.png"):
-        text.append("![loss by stage](loss.png)\n")
-    text += [table for table in map(_calibration_table, runs) if table]
-    text += [
-        f"## Metrics of {run.name} that could not be read\n\n"
-        + "".join(f"- {fault}\n" for fault in run.skipped)
-        for run in runs
-        if run.skipped
-    ]
-    for run in runs:
-        if lines := skipped_updates(run):
-            text.append(f"## Skipped updates of {run.name}\n\n" + "\n".join(lines) + "\n")
-    text += [f"## Data of {run.name}\n\n{_data_table(run)}" for run in runs if run.data]
-    path = folder / "report.md"
-    write_text(path, "\n".join(text))
-    return path
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Any = (0,)) -> str:
+    def line(cells: Sequence[str]) -> str:
+        texts = [_plain(cell.replace("|", "\\|").strip()) for cell in cells]
+        return "| " + " | ".join(text.replace("\n", "<br>") for text in texts) + " |"
+
+    rule = "".join("---|" if at in words else "---:|" for at in range(len(header)))
+    return "\n".join([line(header), f"|{rule}", *map(line, rows)]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown sees no HTML."""
+    return text.replace("<", "&lt;")

@@ -1,9 +1,8 @@
 """The representation stage in a report: how far states moved, and what it did to held-out pairs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from jaxalign.reporting.figures import save_figure
+from jaxalign.reporting.charts import Chart, Series, colour
 from jaxalign.reporting.runs import Run
 
 STAGE = "representation"
@@ -40,29 +39,40 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["held-out responses and pairs", *names], rows
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
+def charts(runs: Sequence[Run]) -> list[Chart]:
     """Held-out distance, projection and log-probs over the steps of the stage."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def curve(index: int, metric: str, label: str, *, dashed: bool = False) -> Series:
+        steps, values = runs[index].curve(STAGE, "eval", metric)
+        return Series(
+            x=steps, y=values, label=label, colour=colour(index), dots=True, dashed=dashed
+        )
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for run in runs:
-        label = f"{run.name}: " if len(runs) > 1 else ""
-        left.plot(*run.curve(STAGE, "eval", "loss"), marker=".", label=run.name)
-        line = middle.plot(*run.curve(STAGE, "eval", "pattern/projection"), marker=".")[0]
-        for side, style in (("chosen", "-"), ("rejected", "--")):
-            curve = run.curve(STAGE, "eval", f"logps/{side}")
-            right.plot(*curve, style, marker=".", color=line.get_color(), label=f"{label}{side}")
-    left.set(title="Distance to the target", ylabel="a token")
-    middle.set(title="Moved along the difference", ylabel="alpha when done")
-    right.set(title="Log-prob of the response", ylabel="nats, summed over tokens")
-    for axis in (left, middle, right):
-        axis.set(xlabel="step")
-        axis.grid(alpha=0.3)
-    if len(runs) > 1:
-        left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    save_figure(figure, path)
-    plt.close(figure)
+    several = len(runs) > 1
+    names = [run.name if several else "" for run in runs]
+    return [
+        Chart(
+            title="Distance to the target",
+            series=[curve(at, "loss", name) for at, name in enumerate(names)],
+            y_label="per token",
+        ),
+        Chart(
+            title="Moved along the difference",
+            series=[curve(at, "pattern/projection", "") for at in range(len(runs))],
+            y_label="alpha when complete",
+        ),
+        Chart(
+            title="Log-prob of the response",
+            series=[
+                curve(
+                    at,
+                    f"logps/{side}",
+                    f"{name}: {side}" if several else side,
+                    dashed=side == "rejected",
+                )
+                for at, name in enumerate(names)
+                for side in ("chosen", "rejected")
+            ],
+            y_label="nats, summed over tokens",
+        ),
+    ]

@@ -8,12 +8,16 @@ from typing import Any
 
 from jaxalign.errors import UserError
 from jaxalign.files import read_json
+from jaxalign.training.checkpoints import DIGESTS, damage
 from jaxalign.training.metrics import parse_metrics
+
+STAGES = ("pretrain", "sft", "preference", "online", "representation")
+"""In the order of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder, read."""
+    """The content of a run folder."""
 
     folder: Path
     name: str
@@ -27,7 +31,7 @@ class Run:
     def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty where it was not recorded."""
         points = [
-            (line["step"], line[metric])
+            (line["step"], float(line[metric]))
             for line in self.lines
             if line["stage"] == stage and line["split"] == split and line.get(metric) is not None
         ]
@@ -77,3 +81,12 @@ def read_run(folder: Path | str) -> Run:
         data=counts,
         skipped=skipped,
     )
+
+
+def faults(run: Run) -> list[str]:
+    """One line for each metric that cannot be read and each damaged checkpoint."""
+    lines = [f"{fault}; the line is left out of the report" for fault in run.skipped]
+    for kept in sorted((run.folder / "checkpoints").glob(f"*/[0-9]*/{DIGESTS}")):
+        if (fault := damage(kept.parent)) is not None:
+            lines.append(f"{fault}; the checkpoint is damaged")
+    return lines

@@ -32,6 +32,7 @@ from jaxalign.models import tempered
 from jaxalign.models.score import SCORE, init_head
 from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
+from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler, draws_of
 from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, remembering, update_step
@@ -39,7 +40,6 @@ from jaxalign.sharding import make_mesh, parameter_shardings
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
 from jaxalign.stages import parts
-from jaxalign.stages.find import find_algorithm
 from jaxalign.stages.inputs import Inputs
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.models import stage_folder

@@ -11,9 +11,10 @@ import optax
 
 from jaxalign.config import LoraConfig, StageConfig, TrainConfig
 from jaxalign.models.lora import init_adapters
+from jaxalign.sharding import shard_batch
 from jaxalign.stages.inputs import TokenizedData, count_computed, count_tokens
 from jaxalign.stages.kind import Outcome, RunContext
-from jaxalign.training.evaluation import Evaluation, evaluate_losses, put_batch
+from jaxalign.training.evaluation import Evaluation, evaluate_losses
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import make_optimizer, make_schedule
 from jaxalign.training.stage import Feed, Params, Stage, Step, Throughput
@@ -174,7 +175,7 @@ def feed(
     held_out = data.evaluation(stage.batch_size)
     return Feed(
         batches=data.batches(stage.batch_size, seed=context.config.seed),
-        place=place or functools.partial(put_batch, mesh=mesh),
+        place=place or functools.partial(shard_batch, mesh=mesh),
         describe=data.describe,
         evaluation=evaluate(objective or stage.objective, held_out, mesh) if held_out else None,
         throughput=throughput(

@@ -15,20 +15,20 @@ from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
+from jaxalign.losses.lookup import find_loss
 from jaxalign.representation import contrastive_pairs
+from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
-from jaxalign.stages.find import find_loss
 from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.structs import pair_batch, record_of, struct
-from jaxalign.training.evaluation import evaluate_preferences, put_batch
+from jaxalign.training.evaluation import evaluate_preferences
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
 from jaxalign.training.objectives import (
     Policy,
     PreferenceObjective,
     ReferencedBatch,
     TokenPreferenceObjective,
-    reads_reference,
 )
 from jaxalign.training.optimizers import preconditioner, with_rule
 from jaxalign.training.pair_probe import PairProbe
@@ -87,33 +87,33 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
       UserError: the loss needs the reference itself, and the config keeps at most its log-probs.
     """
     options = dict(config.loss_options)
-    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
-    if reads_tokens:
+    loss = find_loss(config.loss, config.loss_options)
+    if loss.reads == "tokens":
         if config.reference in ("precomputed", "none"):
             raise UserError(
                 f"reference: {config.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
             )
-        return TokenPreferenceObjective(policy=policy, loss=loss, options=options)
+        return TokenPreferenceObjective(policy=policy, loss=loss.function, options=options)
     mask = config.entanglement.mask
     if mask == "none":
-        needed = reads_reference(loss, options)
+        needed = loss.needs_reference
         if needed and config.reference == "none":
             raise UserError(
                 f"reference: {config.loss} reads the reference's log-probs; set --reference auto"
             )
         return PreferenceObjective(
             policy=policy,
-            loss=loss,
+            loss=loss.function,
             options=options,
-            coupled=coupled,
+            coupled=loss.coupled,
             has_reference=needed or config.reference in ("live", "precomputed"),
         )
     return MaskedPreferenceObjective(
         policy=policy,
-        loss=loss,
+        loss=loss.function,
         options=options,
-        coupled=coupled,
+        coupled=loss.coupled,
         penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
     )
 
@@ -225,7 +225,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
     """Pairs on the mesh, with the reference's log-probs where they were computed before."""
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     objective, table = stage.objective, None
-    put = functools.partial(put_batch, mesh=mesh)
+    put = functools.partial(shard_batch, mesh=mesh)
     referenced = has_reference(objective)
     if referenced and not keeps_reference_live(config, objective, len(data.train)):
         table = precompute_reference(

@@ -25,7 +25,7 @@ from jaxalign.representation import (
     stimulus_batches,
     tokenize_stimuli,
 )
-from jaxalign.sharding import place
+from jaxalign.sharding import place, shard_batch
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, instructions_of, tokenization
@@ -35,7 +35,6 @@ from jaxalign.training.evaluation import (
     Evaluation,
     evaluate_losses,
     evaluate_preferences,
-    put_batch,
 )
 from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.stage import Feed, Params, Rows, Stage
@@ -210,7 +209,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         )
     return Feed(
         batches=batches(data.train, seed=config.seed),
-        place=partial(put_batch, mesh=mesh),
+        place=partial(shard_batch, mesh=mesh),
         describe=data.describe,
         evaluation=evaluation,
         throughput=parts.throughput(params, live_reference=True, adapters=True, tokens=count_plain),

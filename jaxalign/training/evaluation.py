@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxalign.data.batches import PairBatch
-from jaxalign.sharding import batch_sharding, replicated
+from jaxalign.sharding import replicated, shard_batch
 from jaxalign.training.calibration import reliability
 from jaxalign.training.loop import evaluate
 from jaxalign.training.metrics import Mean, to_floats
@@ -27,14 +27,6 @@ Evaluation = Callable[[TrainState, Any], dict[str, float]]
 """(state, frozen) -> held-out numbers."""
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the host -> on the mesh, its rows split."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
-
-
 def evaluate_losses(objective: Objective, batches: Sequence[Any], mesh: Mesh) -> Evaluation:
     """(state, frozen) -> the objective's own metrics over all held-out batches."""
 
@@ -45,7 +37,7 @@ def evaluate_losses(objective: Objective, batches: Sequence[Any], mesh: Mesh) ->
     compiled = jax.jit(on_mesh(step, mesh))
 
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
-        placed = [put_batch(batch, mesh) for batch in batches]
+        placed = [shard_batch(batch, mesh) for batch in batches]
         return evaluate(compiled, state.params, frozen, placed)
 
     return run
@@ -83,7 +75,7 @@ def evaluate_preferences(
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
         parts, kl = [], []
         for batch in batches:
-            placed = put_batch(ReferencedBatch(pairs=batch, reference=None), mesh)
+            placed = shard_batch(ReferencedBatch(pairs=batch, reference=None), mesh)
             rows, divergence = jax.device_get(compiled(state.params, frozen, placed))
             parts.append(jax.tree.map(lambda x, kept=rows[-1] > 0: x[kept], rows))
             kl.append(divergence)
@@ -116,7 +108,7 @@ def _evaluate_token_preferences(
 
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
         placed = [
-            put_batch(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches
+            shard_batch(ReferencedBatch(pairs=batch, reference=None), mesh) for batch in batches
         ]
         return evaluate(compiled, state.params, frozen, placed)
 
@@ -158,7 +150,9 @@ def evaluate_scores(objective: ScoreObjective, batches: Sequence[Any], mesh: Mes
     def run(state: TrainState, frozen: Any) -> dict[str, float]:
         parts = []
         for batch in batches:
-            values, weight = jax.device_get(compiled(state.params, frozen, put_batch(batch, mesh)))
+            values, weight = jax.device_get(
+                compiled(state.params, frozen, shard_batch(batch, mesh))
+            )
             parts.append({name: value[weight > 0] for name, value in values.items()})
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         table = reliability(values["preferences/chosen"])

@@ -284,7 +284,7 @@ def test_anthropics_principles_are_read(shared, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps([vars(one) for one in PRINCIPLES]))
     assert read_principles(tmp_path / "own.json") == PRINCIPLES
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"bad\.json is no list"):
+    with pytest.raises(UserError, match=r"bad\.json is not a list"):
         read_principles(tmp_path / "bad.json")
 
 

@@ -1,18 +1,24 @@
 """Flags: nearest names, defaults in the help, ranges, and what does not go with a loss."""
 
 import argparse
+import dataclasses
 import importlib
 import io
 import os
 import subprocess
 import sys
+import typing
+from types import UnionType
 
 import pytest
+import tyro
 
 from jaxalign.cli import COMMANDS, main
+from jaxalign.commands import arguments
 from jaxalign.commands.arguments import Flags
 from jaxalign.commands.experiment import parse
-from jaxalign.config import EntanglementConfig
+from jaxalign.config import EntanglementConfig, Range
+from jaxalign.errors import UserError
 from jaxalign.runs.experiment import load_config
 
 QUICKSTART = "experiments/quickstart.py"
@@ -20,6 +26,7 @@ BEGINNINGS = {
     "convert": ["a", "b"],
     "losses": [],
     "report": ["a"],
+    "runs": [],
     "entangle": ["--model", "m", "--data", "d"],
     "plan": [QUICKSTART, "--topology", "v5e:2x2"],
     "filter": ["--model", "m", "--data", "d", "--output", "o"],
@@ -32,6 +39,7 @@ BEGINNINGS = {
 WRONG = {
     "losses": ("--markdwon", "--markdown"),
     "report": ("--ouput", "--output"),
+    "runs": ("--jsno", "--json"),
     "convert": ("--stepp", "--step"),
     "train": ("--sft.optimizer.learning-rat", "--sft.optimizer.learning-rate"),
     "plan": ("--preference.batchsize", "--preference.batch-size"),
@@ -53,23 +61,63 @@ def error_of(capsys, *arguments):
 
 
 def parser_of(command):
-    """The argument parser of a command, caught before it parses."""
-    found = []
+    """The argument parser of a command: of its `Options`, or caught before it parses."""
     module = importlib.import_module(COMMANDS[command])
+    if hasattr(module, "Options"):
+        plain = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+        return tyro.extras.get_parser(module.Options, config=plain)
+    caught = []
     kept = Flags.parse_known_args
 
-    def caught(self, *_, **__):
-        found.append(self)
+    def catch(self, *_, **__):
+        caught.append(self)
         raise KeyboardInterrupt
 
-    Flags.parse_known_args = caught
+    Flags.parse_known_args = catch
     try:
         module.main(BEGINNINGS[command])
     except KeyboardInterrupt:
         pass
     finally:
         Flags.parse_known_args = kept
-    return found[0]
+    return caught[0]
+
+
+def flags_of(command):
+    """Every flag of a command and of its subcommands, with its help text as it is printed."""
+    parsers = [parser_of(command)]
+    for one in parsers:
+        for action in one._actions:
+            if type(action).__name__ == "_SubParsersAction":  # of argparse, or of tyro
+                parsers += action.choices.values()
+            elif isinstance(one, Flags):
+                assert action.help, action.dest
+                yield action, one._get_formatter()._expand_help(action)
+            else:
+                yield action, action.help
+
+
+def fields_of(options):
+    """Name and annotation of every field of a dataclass, and of those in it."""
+    if typing.get_origin(options) in (typing.Annotated, typing.Union, UnionType):
+        for one in typing.get_args(options):
+            yield from fields_of(one)
+    elif dataclasses.is_dataclass(options) and isinstance(options, type):
+        for name, hint in typing.get_type_hints(options, include_extras=True).items():
+            inner = list(fields_of(hint))
+            yield from inner or [(name, hint)]
+
+
+def numbers_of(hint):
+    """The numbers in an annotation, each with its ranges."""
+    if hint in (int, float):
+        yield hint, []
+    elif typing.get_origin(hint) is typing.Annotated:
+        for number, ranges in numbers_of(typing.get_args(hint)[0]):
+            yield number, ranges + [x for x in typing.get_args(hint)[1:] if isinstance(x, Range)]
+    elif typing.get_origin(hint) is not typing.Literal:
+        for one in typing.get_args(hint):
+            yield from numbers_of(one)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,34 +135,36 @@ def test_an_unknown_command_is_told_the_nearest(capsys):
 
 @pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
 def test_every_flag_has_a_text_and_shows_its_default(command):
-    parsers, flags = [parser_of(command)], []
-    for one in parsers:
-        for action in one._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-            else:
-                flags.append((one, action))
-    for one, action in flags:
-        assert action.help, action.dest
-        text = one._get_formatter()._expand_help(action)
+    for action, text in flags_of(command):
+        assert text, action.dest
         is_switch = isinstance(action, argparse._StoreTrueAction)
-        if action.default not in (None, [], argparse.SUPPRESS) and not is_switch:
-            assert "default" in text, action.dest
+        has_default = action.default not in (None, [], argparse.SUPPRESS)
+        if has_default and not action.required and action.option_strings and not is_switch:
+            assert "default" in text or "repeatable" in text, action.dest
 
 
 @pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
 def test_every_numeric_flag_refuses_what_is_none_and_what_is_out_of_range(command):
-    parsers = [parser_of(command)]
-    for one in parsers:
-        for action in one._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-            assert action.type not in (int, float), f"{action.dest} has no range"
-            if getattr(action.type, "__name__", "") != "parse":
-                continue
-            for text in ("nan", "inf", "-inf", "-1", "x", ""):
-                with pytest.raises(argparse.ArgumentTypeError, match="is not"):
-                    action.type(text)
+    wrong = ("nan", "inf", "-inf", "-1", "x", "")
+    for action, _ in flags_of(command):
+        assert action.type not in (int, float), f"{action.dest} has no range"
+        if getattr(action.type, "__name__", "") != "parse":
+            continue
+        for text in wrong:
+            with pytest.raises(argparse.ArgumentTypeError, match="is not"):
+                action.type(text)
+    options = getattr(importlib.import_module(COMMANDS[command]), "Options", None)
+    for name, hint in fields_of(options):
+        numbers = list(numbers_of(hint))
+        assert all(ranges for _, ranges in numbers), f"{name} has no range"
+        if not numbers:
+            continue
+        alone = dataclasses.make_dataclass("Alone", [(name, hint)], frozen=True, kw_only=True)
+        number = name.replace("_", "-")
+        for text in wrong:
+            two = [f"--{number}", "1", text] if typing.get_origin(hint) is tuple else None
+            with pytest.raises(UserError, match=f"^--{number}: .* is not"):
+                arguments.parse(alone, command, two or [f"--{number}={text}"])
 
 
 @pytest.mark.parametrize(
@@ -122,12 +172,12 @@ def test_every_numeric_flag_refuses_what_is_none_and_what_is_out_of_range(comman
     [
         (("judge", "--judge", "j", "--most", "0"), "--most: 0 is not in [1, inf)"),
         (("judge", "--judge", "j", "--most", "two"), "--most: 'two' is not a whole number"),
-        (("judge", "--judge", "j", "--confidence", "1"), "--confidence: 1 is not in (0, 1)"),
+        (("judge", "--judge", "j", "--confidence", "1"), "--confidence: 1.0 is not in (0, 1)"),
         (("judge", "--judge", "j", "x"), "unexpected argument 'x'"),
         (("judge", "--a", "a"), "the following arguments are required: --judge"),
         (("judge", "--jugde", "a"), "unknown flag --jugde; did you mean --judge"),
         (("convert", "a", "b", "--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
-        (("collect", "best"), "invalid choice: 'best'"),
+        (("collect", "best"), "'best'"),
         (("train", QUICKSTART, "--scale=huge"), "--scale: 'huge' is not one of tiny, paper"),
     ],
 )
@@ -189,13 +239,7 @@ def test_runs_of_every_experiment_land_in_the_same_folder():
 
 @pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
 def test_help_texts_are_noun_phrases_that_stand_alone(command):
-    parsers = [parser_of(command)]
-    for one in parsers:
-        for action in one._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-                continue
-            text = action.help or ""
-            first = text.split()[0]
-            assert len(text.split()) > 1, f"{action.dest}: {text}"
-            assert first not in {"of", "for", "on", "at", "who", "whose", "how"}, action.dest
+    for action, text in flags_of(command):
+        first = text.split()[0].lower()
+        assert len(text.partition("(default")[0].split()) > 1, f"{action.dest}: {text}"
+        assert first not in {"of", "for", "on", "at", "who", "whose", "how"}, action.dest

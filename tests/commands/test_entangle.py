@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.commands import entangle
+from jaxalign.entanglement import measurements
 from tests.tiny_model import save_tiny_model
 
 ROWS = [
@@ -83,7 +83,7 @@ def test_the_least_alike_are_kept_in_their_order(world, by, capsys):
     left = np.argsort(scores)[:2]
     assert [row["chosen"] for row in kept] == [ROWS[i]["chosen"] for i in sorted(left)]
     assert main(["filter", *flags, "--keep", "0", "--output", str(some)]) == 2
-    assert "--keep: 0 is not in (0, 1]" in capsys.readouterr().err
+    assert "--keep: 0.0 is not in (0, 1]" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_kept_when_the_heat_maps_are_stopped(world, monkeypatch, capsys):
@@ -92,7 +92,7 @@ def test_what_is_measured_is_kept_when_the_heat_maps_are_stopped(world, monkeypa
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(entangle.HEAT_MAPS, "all", stopped)
+    monkeypatch.setitem(measurements.HEAT_MAPS, "all", stopped)
     assert main(["entangle", *flags, "--output", str(folder / "out")]) == 130
     assert len((folder / "out" / "pairs.jsonl").read_text().splitlines()) == 3
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")

@@ -122,7 +122,7 @@ def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys, filtered):
         ("word " * 600, (), "more than the model's context of 512"),
         ("a", ("--max-tokens", "512"), "more than the model's context of 512"),
         ("a", ("--samples", "2"), "at temperature 0 all of them are the same"),
-        ("a", ("--temperature", "-1"), "--temperature: -1 is not in [0, inf)"),
+        ("a", ("--temperature", "-1"), "--temperature: -1.0 is not in [0, inf)"),
     ],
 )
 def test_one_line_errors(command, tmp_path, capsys, prompt, more, words):

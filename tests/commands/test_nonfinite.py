@@ -180,7 +180,7 @@ def test_a_rule_that_fails_in_best_of_n_is_named(here, capsys, monkeypatch, name
     from tests.backends.scripted import Scripted
 
     backend = Scripted(lambda text, sample: f"{text} {sample}")
-    monkeypatch.setattr("jaxalign.commands.collect.make_backend", lambda *_: backend)
+    monkeypatch.setattr("jaxalign.collection.collecting.make_backend", lambda *_: backend)
     flags = ("--model", "m", "--prompts", "prompts.jsonl", "--output", "out")
     judge = ("--annotator", f"rule:code.py:{name}")
     line = error_of(capsys, "collect", "best-of-n", *flags, *judge)
@@ -194,7 +194,7 @@ def test_best_of_n_counts_what_has_no_reward(here, monkeypatch, select):
     from tests.backends.scripted import Scripted
 
     backend = Scripted(lambda text, sample: f"{text} {'x' * sample}")
-    monkeypatch.setattr("jaxalign.commands.collect.make_backend", lambda *_: backend)
+    monkeypatch.setattr("jaxalign.collection.collecting.make_backend", lambda *_: backend)
     flags = ["--model", "m", "--prompts", "prompts.jsonl", "--output", "out", "--samples", "3"]
     judge = ["--annotator", "rule:code.py:some", "--select", select]
     assert main(["collect", "best-of-n", *flags, *judge]) == 0

@@ -1,0 +1,34 @@
+"""Tables in the terminal fit its width, and no number is broken."""
+
+import pytest
+
+from jaxalign.cli import main
+from jaxalign.reporting.terminal import fitting, print_table
+
+NAMES = [f"run-with-a-long-name-{number}" for number in range(9)]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_number_in_one_piece_and_every_run_somewhere(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    values = [f"-{number}92.617 ± 0.25" for number in range(9)]
+    print_table(["", *NAMES], [["chosen log-prob (nats)", *values]])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    assert "…" not in printed
+    for number in range(9):
+        assert f"-{number}92.617" in printed
+    assert printed.count("chosen") == len(fitting(["", *NAMES], [["chosen", *values]], width))
+
+
+def test_a_table_that_fits_is_one_table():
+    assert fitting(["loss", "a", "b"], [["dpo", "1", "2"]], 80) == [(0, 1, 2)]
+    assert fitting(["loss"], [["dpo"]], 80) == [(0,)]
+
+
+def test_the_losses_at_eighty_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["losses"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
