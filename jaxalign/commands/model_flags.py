@@ -43,7 +43,7 @@ class ModelFlags:
     requests_per_minute: Positive | None = None
     """Largest number of requests per minute to an endpoint; None: no limit."""
     completions: bool = False
-    """Use the completions API of an endpoint, for base models."""
+    """Use the completions API of an endpoint, for base models (of --model, in optimize-prompt)."""
     chat: Chat = "auto"
     """Whether plain prompts go through the tokenizer's chat template, as a user's turn; auto: if
     it has one, but not with a --prompt-format, and models trained here as they were trained."""
