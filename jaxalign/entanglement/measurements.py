@@ -175,8 +175,8 @@ def pair_rows(
             "length_chosen": pairs.chosen_length,
             "length_rejected": pairs.rejected_length,
             "loss": loss(pairs),
+            **similarities,
         }
-        | similarities
     )
     cases = np.asarray(case(geometry, weights))
     rows = []
