@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.commands.report import print_table
 from jaxalign.data.sources import text_records
 from jaxalign.data.tokenizers import load_tokenizer
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import text_log_probs
+from jaxalign.reporting import print_table
 
 PROMPTS = (
     "Once upon a time",

@@ -22,8 +22,10 @@ from experiments.gradient_entanglement.runs import finished
 from experiments.page import put, table
 from jaxalign.backends import Decoding
 from jaxalign.backends.local import LocalModel
+from jaxalign.collection import BestOfN
 from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.evaluation import make_annotator, win_rate
+from jaxalign.models.devices import enable_compilation_cache
 
 FOLDER = Path(__file__).parent
 FEWEST = 32
@@ -55,17 +57,17 @@ def training(task: Task, name: str, data: Path, seed: int, folder: Path) -> Trai
 def gathered(
     task: Task, folder: Path, seed: int
 ) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]]]:
-    """Training rows of every way and every labelled set, and the statistics of the ways."""
+    """Training rows of every method and every labelled set, and the statistics of the methods."""
     rows: dict[str, list[Any]] = {}
     statistics: dict[str, dict[str, Any]] = {}
     sampled = folder / "best_and_worst_of_8"
-    for name, flags in task.ways.items():
+    for name, method in task.methods.items():
         place = folder / slug(name)
         known = sampled / "answers.jsonl"
-        if flags[0] == "best-of-n" and known.is_file() and not place.exists():
+        if isinstance(method, BestOfN) and known.is_file() and not place.exists():
             place.mkdir(parents=True)
             shutil.copy(known, place / "answers.jsonl")  # the same samples, selected otherwise
-        rows[name] = collected(task, place, flags, task.prompts, seed)
+        rows[name] = collected(task, place, method, task.prompts, seed)
         if "SFT" in name:
             rows[name] = [
                 {"prompt": row["prompt"], "response": row["response"].strip()}
@@ -203,6 +205,7 @@ def main() -> None:
     flags.add_argument("--model", help="folder of the base model")
     flags.add_argument("--output", type=Path, default=Path("runs/collection"))
     given = flags.parse_args()
+    enable_compilation_cache()
     each: list[dict[str, Any]] = []
     statistics, names, task = [], ["base"], None
     for seed in given.seeds:

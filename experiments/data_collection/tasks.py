@@ -10,7 +10,15 @@ from typing import Any
 
 from experiments.data_collection import rules
 from experiments.gradient_entanglement.runs import DATA, TINY, finished
-from jaxalign.commands.collect import main as collect
+from jaxalign.backends import BackendOptions, Decoding
+from jaxalign.collection import (
+    BestOfN,
+    Constitutional,
+    Method,
+    SelfAlignment,
+    SimulatedSociety,
+    collect,
+)
 from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
 
 FOLDER = Path(__file__).parent
@@ -45,8 +53,8 @@ class Task:
     """Pairs to train on that were not collected, by name."""
     pairs: Mapping[str, Sequence[Pair]]
     """Held-out pairs, by name."""
-    ways: Mapping[str, Sequence[str]]
-    """Flags of `jaxalign collect`, by name."""
+    methods: Mapping[str, Method]
+    """Methods of collecting, by name."""
     stops: Sequence[str] = ()
     max_tokens: int = 40
 
@@ -65,21 +73,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def _ways(task: str, annotator: str, number: int, beta: float) -> dict[str, list[str]]:
-    """Every way of collecting, on so many prompts."""
-    sampled = ["best-of-n", "--annotator", annotator, "--samples", "8"]
-    principles, rule_file = (
-        str(FOLDER / f"{name}_{task}.json") for name in ("principles", "rules")
-    )
-    revisions = ["constitutional", "--principles", principles, "--revisions", "2", "--keep-cut"]
-    society = ["society", "--ratings", "scored", "--rounds", str(math.ceil(number / 9))]
+def _methods(task: str, annotator: str, number: int, beta: float) -> dict[str, Method]:
+    """Every method of collecting, for so many prompts."""
+    sampled = BestOfN(annotator=annotator, samples=8)
+    principles, rule_file = (FOLDER / f"{name}_{task}.json" for name in ("principles", "rules"))
     return {
         "best and worst of 8": sampled,
-        "RSO: 4 of 8 accepted": [*sampled, "--select", "rso", "--beta", f"{beta:g}"],
-        "RAFT: best of 8 (SFT)": [*sampled, "--select", "raft", "--keep", "0.125"],
-        "critique and revision": revisions,
-        "self-alignment by rules": ["self-align", "--rules", rule_file],
-        "society of 9": society,
+        "RSO: 4 of 8 accepted": replace(sampled, select="rso", beta=beta),
+        "RAFT: best of 8 (SFT)": replace(sampled, select="raft", keep=0.125),
+        "critique and revision": Constitutional(principles=principles, revisions=2, keep_cut=True),
+        "self-alignment by rules": SelfAlignment(rules=rule_file),
+        "society of 9": SimulatedSociety(ratings="scored", rounds=math.ceil(number / 9)),
     }
 
 
@@ -120,9 +124,9 @@ def glad(seed: int, folder: Path, model: str | None = None) -> Task:
         rule=rules.glad,
         labelled={"people's (HH-RLHF, harmless)": people()},
         pairs={},
-        ways=_ways("glad", annotator, len(known), beta=5.0),
+        methods=_methods("glad", annotator, len(known), beta=5.0),
     )
-    pairs = collected(task, folder / "held_out", task.ways["best and worst of 8"], fresh, seed)
+    pairs = collected(task, folder / "held_out", task.methods["best and worst of 8"], fresh, seed)
     own = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs]
     return replace(task, pairs={"by the rule": own})
 
@@ -163,7 +167,7 @@ def polite(seed: int, folder: Path, model: str | None = None) -> Task:
             "people's (HH-RLHF, harmless)": human[: len(human) // 2],
         },
         pairs={"labelled": test, "people's": human[len(human) // 2 :]},
-        ways=_ways("polite", annotator, len(prompts), beta=1.0),
+        methods=_methods("polite", annotator, len(prompts), beta=1.0),
         stops=("\n\nHuman:", "\n\nAssistant:"),
         max_tokens=48,
     )
@@ -187,17 +191,22 @@ def _reward(model: str, name: str, data: Path) -> TrainConfig:
 
 
 def collected(
-    task: Task, folder: Path, flags: Sequence[str], prompts: Sequence[str], seed: int
+    task: Task, folder: Path, method: Method, prompts: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
-    """The pairs of a way of collecting, with sides as training wants them; done once."""
+    """The pairs of a method, with their responses stripped for training; collected once."""
     source = write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     if not (folder / "statistics.json").is_file():
-        way, *rest = flags
-        layout = ["--prompt-format", task.prompt_format.rstrip()] if way == "best-of-n" else []
-        common = ["--model", task.model, "--prompts", str(source), "--output", str(folder)]
-        common += ["--seed", str(seed), "--max-tokens", str(task.max_tokens), "--batch-size", "32"]
-        stops = ["--stop", *task.stops] if task.stops else []
-        collect([way, *rest, *common, *layout, *stops])
+        layout = task.prompt_format.rstrip() if isinstance(method, BestOfN) else "{prompt}"
+        collect(
+            method,
+            model=task.model,
+            prompts=str(source),
+            folder=folder,
+            decoding=Decoding(
+                max_tokens=task.max_tokens, temperature=1.0, stop=tuple(task.stops), seed=seed
+            ),
+            options=BackendOptions(batch_size=32, prompt_format=layout),
+        )
     return [
         row | {"chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()}
         for row in rows_of(folder / "pairs.jsonl")

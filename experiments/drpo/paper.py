@@ -12,6 +12,7 @@ a capable model: there was no endpoint.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -21,8 +22,9 @@ from typing import Any
 
 from experiments.gradient_entanglement.runs import DATA
 from experiments.page import table
-from jaxalign.commands.generate import main as generate
-from jaxalign.commands.optimize_prompt import main as optimize_prompt
+from jaxalign.backends import BackendOptions, Decoding
+from jaxalign.data import prompt_records
+from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions
 from jaxalign.evaluation.just_eval import (
@@ -34,8 +36,19 @@ from jaxalign.evaluation.just_eval import (
     aspect_table,
 )
 from jaxalign.evaluation.outputs import read_outputs
-from jaxalign.prompting import Example, PromptArtefact, read_artefact, write_artefact
-from jaxalign.prompting.cost import TOKENS, estimate, most_calls
+from jaxalign.evaluation.responses import make_responder, respond
+from jaxalign.files import locked
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.prompting import (
+    Example,
+    PromptArtefact,
+    PromptSearch,
+    optimize_prompt,
+    read_artefact,
+    write_artefact,
+)
+from jaxalign.prompting.composing import compose, without_marks
+from jaxalign.prompting.cost import TOKENS, estimate
 
 URIAL = "urial/urial_prompts/inst_1k.txt"
 PROMPTS = "just_eval/outputs/gpt-4-0613.json"
@@ -74,18 +87,30 @@ def sizes(name: str, given: argparse.Namespace) -> dict[str, str | int]:
     return found | {"iterations": ITERATIONS if given.seeds and found["examples"] else 0}
 
 
+def search_of(name: str, given: argparse.Namespace) -> PromptSearch:
+    """The search of a run."""
+    settings: dict[str, Any] = sizes(name, given)
+    return PromptSearch(
+        model=given.model,
+        evaluator=given.judge,
+        optimizer=given.judge,
+        examples_at_inference=SHOWN if settings["examples"] else 0,
+        max_tokens=2048,
+        embedder=given.embedder,
+        **settings,
+    )
+
+
 def search_flags(name: str, given: argparse.Namespace) -> list[str]:
     """The arguments of `jaxalign optimize-prompt` for a run."""
-    folder = given.output / name
-    flags = ["--model", given.model, "--evaluator", given.judge, "--optimizer", given.judge]
+    search, shown = search_of(name, given), ("examples_at_inference", "max_tokens", "embedder")
+    flags = []
+    for field in ("model", "evaluator", "optimizer", *sizes(name, given), *shown):
+        flags += [f"--{field.replace('_', '-')}", str(getattr(search, field))]
     flags += ["--seeds", given.seeds or str(given.output / "seeds.jsonl")]
-    flags += ["--queries", str(given.output / "queries.jsonl"), "--output", str(folder)]
-    found = sizes(name, given)
-    shown = SHOWN if found["examples"] else 0
-    for key, value in (found | {"examples_at_inference": shown}).items():
-        flags += [f"--{key.replace('_', '-')}", str(value)]
-    flags += ["--max-tokens", "2048", "--prices", *map(str, given.prices)]
-    flags += ["--embedder", given.embedder, "--workers", str(given.workers)]
+    flags += ["--queries", str(given.output / "queries.jsonl")]
+    flags += ["--output", str(given.output / name), "--prices", *map(str, given.prices)]
+    flags += ["--workers", str(given.workers)]
     return flags + (["--completions"] if given.completions else [])
 
 
@@ -164,9 +189,7 @@ def cost(given: argparse.Namespace, seeds: int) -> list[list[str]]:
     """Answers, tokens and price of every search, and of every row's table."""
     lines, total = [], 0.0
     for name in dict.fromkeys(filter(None, rows(given).values())):
-        own: dict[str, Any] = sizes(name, given)
-        dynamic = own.pop("reward", "dynamic") == "dynamic"
-        calls = most_calls(**own | {"examples": seeds, "dynamic": dynamic})
+        calls = search_of(name, given).most_calls(seeds)
         lines.append([f"search: {name}", *_cells(calls, given)])
         total += priced(calls, given)
     judged = {"model": given.most, "evaluator": given.most}
@@ -194,7 +217,7 @@ def artefact(name: str, given: argparse.Namespace) -> Path:
     if need is None:
         write_artefact(baselines()[name], place)
     elif need == name:
-        optimize_prompt(search_flags(name, given))
+        searched(name, given)
     else:
         number = int(name.split("_")[1])
         found = read_artefact(artefact(need, argparse.Namespace(**vars(given) | {"only": None})))
@@ -202,15 +225,33 @@ def artefact(name: str, given: argparse.Namespace) -> Path:
     return place
 
 
+def searched(name: str, given: argparse.Namespace) -> None:
+    """Search for the prompt of a run, as `jaxalign optimize-prompt` does."""
+    search, folder = search_of(name, given), given.output / name
+    examples = [
+        Example(query=row.prompt, response=row.response)
+        for row in read_outputs(given.seeds or str(given.output / "seeds.jsonl"))
+    ]
+    records = prompt_records(str(given.output / "queries.jsonl"))
+    queries = [transcript(one.prompt) for one in itertools.islice(records, search.queries)]
+    options = BackendOptions(workers=given.workers, completions=given.completions)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "--output", folder=True):
+        optimize_prompt(search, examples, queries, folder, options=options, prices=given.prices)
+
+
 def judged(name: str, given: argparse.Namespace) -> AspectTable:
     """Answers to the just-eval prompts with a row's prompt, and their scores."""
-    answers = given.output / name / "responses.jsonl"
-    flags = ["--model", given.model, "--prompts", str(given.output / "prompts.jsonl")]
-    flags += ["--prompt-artefact", str(artefact(name, given)), "--output", str(answers)]
-    flags += ["--max-tokens", "2048", "--most", str(given.most)]
-    generate(flags + (["--completions"] if given.completions else []))
-    options = AnnotatorOptions(answers_file=answers.with_name("judged.jsonl"))
-    reward = aspect_reward(given.judge, options)
+    prompt, folder = read_artefact(artefact(name, given)), given.output / name
+    records = prompt_records(str(given.output / "prompts.jsonl"))
+    records = list(itertools.islice(records, given.most))
+    answers, options = folder / "responses.jsonl", BackendOptions(completions=given.completions)
+    model = make_responder(given.model, options, answers)
+    prompts, decoding = compose(prompt, model, records, Decoding(max_tokens=2048))
+    settings = {"prompt_artefact": dataclasses.asdict(prompt)}
+    how = {"prompts": prompts, "settings": settings, "text_of": without_marks}
+    respond(answers, model, records, decoding, **how)
+    reward = aspect_reward(given.judge, AnnotatorOptions(answers_file=folder / "judged.jsonl"))
     found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     scored = reward([row["prompt"] for row in found], [row["response"] for row in found])
     rated = []
@@ -251,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"assumed tokens of an answer (prompt, completion): {dict(TOKENS)}")
     if given.estimate or not given.run:
         return
+    enable_compilation_cache()
     aspects = (*QUALITY, *SAFETY)
     lines = []
     for name in rows(given):

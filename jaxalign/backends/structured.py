@@ -1,4 +1,4 @@
-"""Answers with fields, from models that write text: read strictly, asked again, counted."""
+"""JSON objects from models that write text: parsed strictly, requested again, counted."""
 
 import json
 import re
@@ -14,20 +14,20 @@ FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.S)
 
 
 class MalformedError(Exception):
-    """An answer that cannot be read, and why."""
+    """An answer that cannot be parsed; the message says why."""
 
 
 def read_object(text: str) -> Mapping[str, Any]:
-    """The JSON object of an answer: in a fence, or the first braces that balance.
+    """Parse the JSON object of an answer: in a code fence, or the first balanced braces.
 
-    Thoughts before the answer are passed over. Line breaks within strings are allowed; nothing is
-    guessed or mended.
+    Thoughts before the answer are skipped. Line breaks within strings are allowed; nothing else is
+    repaired.
 
     Args:
-      text: what the model wrote.
+      text: text of the model.
 
     Raises:
-      MalformedError: there is none.
+      MalformedError: there is no JSON object.
     """
     text = text.rpartition("</think>")[2]
     fence = FENCED.search(text)
@@ -43,10 +43,10 @@ def read_object(text: str) -> Mapping[str, Any]:
 
 
 def text_field(fields: Mapping[str, Any], name: str) -> str:
-    """A field that is text and not empty.
+    """A field that must be a text that is not empty.
 
     Raises:
-      MalformedError: it is not.
+      MalformedError: it is missing, empty or not a text.
     """
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -54,25 +54,23 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
     return value.strip()
 
 
-class Asker:
-    """Asks a model for objects.
+class StructuredClient:
+    """Requests JSON objects from a model.
 
-    An answer that cannot be read is asked for again, the answer and the fault shown; how often each
-    fault came is counted.
+    An answer that cannot be parsed is requested again; the model is shown the answer and the error.
 
     Args:
       backend: the model.
-      decoding: of its answers.
-      attempts: for each question.
+      decoding: decoding of its answers.
+      attempts: largest number of attempts for each question.
     """
 
     def __init__(self, backend: Backend, decoding: Decoding, *, attempts: int = 2):
         self.backend, self.decoding, self.attempts = backend, decoding, attempts
-        self.asked = 0
         self.malformed: Counter[str] = Counter()
-        """Answers that could not be read, by role; those that were mended by asking again, too."""
+        """Number of answers that could not be parsed, by role, including those requested again."""
         self.failed: Counter[str] = Counter()
-        """Questions without a usable answer, by role."""
+        """Number of questions without a usable answer, by role."""
 
     def __call__(
         self,
@@ -82,49 +80,48 @@ class Asker:
         *,
         samples: int = 1,
     ) -> list[list[T]]:
-        """What the answers say; fewer than `samples` where some could not be read.
+        """The parsed answers to each question; fewer than `samples` if some could not be parsed.
 
         Args:
-          role: the count's name.
-          questions: texts, each a user's turn.
-          read: makes of each one's object what is wanted, or raises `MalformedError`.
-          samples: answers to each.
+          role: name in the counts and in errors.
+          questions: texts, each a user turn.
+          read: one function per question; converts the object, or raises `MalformedError`.
+          samples: number of answers to each question.
 
         Raises:
-          UserError: the model cannot be asked; names the role.
+          UserError: the model cannot generate; the message names the role.
         """
-        found: list[list[T]] = [[] for _ in questions]
-        asking: list[tuple[int, Prompt]] = [
+        results: list[list[T]] = [[] for _ in questions]
+        pending: list[tuple[int, Prompt]] = [
             (at, [{"role": "user", "content": question}]) for at, question in enumerate(questions)
         ]
-        self.asked += len(questions) * samples
         for attempt in range(self.attempts):
-            if not asking:
+            if not pending:
                 break
             number = samples if attempt == 0 else 1
-            prompts = [prompt for _, prompt in asking]
+            prompts = [prompt for _, prompt in pending]
             try:
                 answers = self.backend.generate(prompts, self.decoding, samples=number)
             except UserError as error:
                 raise UserError(f"{role}: {error}") from None
             again: list[tuple[int, Prompt]] = []
-            for (at, prompt), some in zip(asking, answers, strict=True):
-                for answer in some:
+            for (at, prompt), row in zip(pending, answers, strict=True):
+                for answer in row:
                     try:
                         if answer.failure:  # the backend has tried again where that may help
                             self.malformed[role] += 1
                             continue
-                        found[at].append(read[at](read_object(answer.text)))
+                        results[at].append(read[at](read_object(answer.text)))
                     except MalformedError as fault:
                         self.malformed[role] += 1
-                        again.append((at, [*cast(Any, prompt), *_mend(answer.text, fault)]))
-            asking = again
-        self.failed[role] += sum(samples - len(some) for some in found)
-        return found
+                        again.append((at, [*cast(Any, prompt), *_correction(answer.text, fault)]))
+            pending = again
+        self.failed[role] += sum(samples - len(row) for row in results)
+        return results
 
 
-def _mend(said: str, fault: MalformedError) -> list[Any]:
-    words = (
+def _correction(answer: str, fault: MalformedError) -> list[Any]:
+    request = (
         f"That cannot be used: {fault}. Reply with the JSON object alone, in the form asked for."
     )
-    return [{"role": "assistant", "content": said}, {"role": "user", "content": words}]
+    return [{"role": "assistant", "content": answer}, {"role": "user", "content": request}]

@@ -179,8 +179,8 @@ class Society:
         agents = self.side**2
         for index in range(number):
             first = index * agents
-            asked = [questions[(first + at) % len(questions)] for at in range(agents)]
-            yield from self._round(index, asked)
+            batch = [questions[(first + at) % len(questions)] for at in range(agents)]
+            yield from self._round(index, batch)
 
     def _round(self, number: int, questions: Sequence[str]) -> list[Encounter]:
         agents = range(len(questions))

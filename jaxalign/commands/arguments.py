@@ -114,6 +114,10 @@ PLAIN_WORDS = (
         r"invalid choice ('.*?') for argument '(.*?)'\. Expected one of \((.*)\)",
         r"\2: invalid choice: \1; choose from \3",
     ),
+    (
+        r"Error parsing (\S+): Could not parse arguments \[(.*?)\] into tuple type .*float.*",
+        r"\1: one of \2 is not a number",
+    ),
     (r"Missing value for argument '(.*?)'\. Expected .*", r"\1: the value is missing"),
     (r"Unrecognized options: (\S+).*", r"unexpected argument '\1'"),
     (r"Expected one of \{(.*)\}", r"no subcommand; choose from \1"),
@@ -229,33 +233,3 @@ def within(annotation: Any) -> Callable[[str], float | int]:
         return value
 
     return parse
-
-
-def add_chat(flags: Any, help: str = "") -> None:
-    """The flag of every command in which a model reads prompts; without a value it is always.
-
-    Args:
-      flags: a parser or a group of it.
-      help: where it is not the rule of `jaxalign.data.plain_prompts`.
-    """
-    flags.add_argument(
-        "--chat",
-        nargs="?",
-        choices=("auto", "always", "never"),
-        const="always",
-        default="auto",
-        help=help
-        or "whether plain prompts go through the tokenizer's chat template, as a user's turn; "
-        "auto: where it has one, but not with a --prompt-format, and models trained here as they "
-        "were trained",
-    )
-
-
-def add_bad_records(flags: argparse.ArgumentParser) -> None:
-    """The flag of every command that reads rows."""
-    flags.add_argument(
-        "--bad-records",
-        choices=("error", "skip"),
-        default="error",
-        help="response to a record that cannot be used: stop and name its line, or skip it",
-    )

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxalign.commands.arguments import parse
-from jaxalign.commands.find import find_loss
 from jaxalign.commands.pairs import PairOptions
-from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count
 from jaxalign.entanglement import CASES
 from jaxalign.entanglement.measurements import (
@@ -25,7 +23,9 @@ from jaxalign.entanglement.similarity import similarities
 from jaxalign.errors import UserError
 from jaxalign.files import check_output
 from jaxalign.losses import PREFERENCE_LOSSES
+from jaxalign.losses.lookup import find_loss
 from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.reporting import print_table
 from jaxalign.reporting.entanglement_page import Page, write_page
 
 
@@ -58,20 +58,20 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Measure, write the folder, print the table."""
     options = parse(Options, "entangle", arguments)
-    loss, reads_tokens, _ = find_loss(options.loss, {})
-    if reads_tokens:
+    loss = find_loss(options.loss, {})
+    if loss.reads == "tokens":
         raise UserError(f"loss: {options.loss} reads whole distributions; set another")
     check_output(options.output, "--output", folder=True)
     enable_compilation_cache()
     loaded = load_pairs(**vars(options.source), limit=options.pairs)
     geometry, pairs = measure(loaded, load_reference(options.reference, loaded))
-    losses = {options.loss: loss} | PREFERENCE_LOSSES
+    losses = {options.loss: loss.function} | PREFERENCE_LOSSES
     page = Page(
         model=options.source.model,
         data=options.source.data,
         loss=options.loss,
         left_out=loaded.left_out,
-        pairs=pair_rows(loaded, geometry, pairs, loss, similarities(loaded)),
+        pairs=pair_rows(loaded, geometry, pairs, loss.function, similarities(loaded)),
         losses=[loss_row(name, one, geometry, pairs) for name, one in losses.items()],
         heat_maps=[],
         heat_map_parameters="all parameters"

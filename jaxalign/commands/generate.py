@@ -4,16 +4,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
-from jaxalign.backends import Decoding, make_backend
-from jaxalign.backends.cached import AnswerFile, Cached
+from jaxalign.backends import Decoding
 from jaxalign.commands.arguments import BadRecords, parse
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Count, Positive, Share
 from jaxalign.data import prompt_records
 from jaxalign.errors import UserError
-from jaxalign.evaluation.responses import resume_responses, write_responses
+from jaxalign.evaluation.responses import make_responder, respond
 from jaxalign.files import check_output, locked
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import read_artefact
@@ -69,44 +68,29 @@ def main(arguments: Sequence[str]) -> int:
     check_output(options.output, "--output")
     enable_compilation_cache()
     with locked(options.output, "--output"):
-        return _generate(options, decoding)
+        _generate(options, decoding)
+    return 0
 
 
-def _generate(options: Options, decoding: Decoding) -> int:
+def _generate(options: Options, decoding: Decoding) -> None:
     usable = prompt_records(options.prompts, bad_records=options.bad_records)
     records = list(itertools.islice(usable, options.most))
     loading = {name: getattr(options, name) for name in ("tokenizer", "prompt_format", "dtype")}
-    model = make_backend(options.model, options.running.backend_options(**loading))
-    endpoint, output = options.model.startswith("openai:"), options.output
-    if endpoint:  # nothing is requested, and paid for, twice
-        model = Cached(model, AnswerFile(output.with_name(output.name + ".answers.jsonl")))
-    prompts, artefact = [record.prompt for record in records], None
+    running = options.running.backend_options(**loading)
+    model = make_responder(options.model, running, options.output)
+    prompts, artefact = None, None
     if options.prompt_artefact is not None:
         artefact = read_artefact(options.prompt_artefact)
         prompts, decoding = compose(artefact, model, records, decoding)
-    if not endpoint:  # a prompt that does not fit is an error before any work
-        local, sources = cast(Any, model), [f"{record.source}:{record.line}" for record in records]
-        local.encode(prompts, decoding.max_tokens, sources)
-        for note in local.notes():
-            print(note)
-    settings = {"model": model.identity, "samples": options.samples, **vars(decoding)}
-    settings["prompt_artefact"] = None if artefact is None else asdict(artefact)
-    size = {"samples": options.samples, "batch_size": options.running.batch_size}
-    done = resume_responses(output, settings, records, **size)
-    if done:
-        print(f"{output}: {done:,} of {len(records):,} prompts have their responses")
-    text_of = str if artefact is None else without_marks
-    written = write_responses(
-        output, model, records, prompts, decoding, **size, done=done, text_of=text_of
+    respond(
+        options.output,
+        model,
+        records,
+        decoding,
+        prompts=prompts,
+        samples=options.samples,
+        batch_size=options.running.batch_size,
+        settings={"prompt_artefact": None if artefact is None else asdict(artefact)},
+        text_of=str if artefact is None else without_marks,
+        say=print,
     )
-    print(
-        f"{output}: {written.responses:,} responses written, {written.cut:,} cut at "
-        f"{decoding.max_tokens} tokens"
-    )
-    if missing := written.missing:
-        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-        raise UserError(
-            f"{missing[0]}{more}; {output} lacks {len(missing):,} responses, and the same command "
-            "requests them again"
-        )
-    return 0

@@ -8,11 +8,10 @@ from typing import Annotated
 from tyro.conf import UseAppendAction, arg
 
 from jaxalign.commands.arguments import BadRecords, parse
-from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
-from jaxalign.evaluation.annotators import KINDS, JudgeOptions
+from jaxalign.evaluation.annotators import KINDS
 from jaxalign.evaluation.beside_people import beside_people
 from jaxalign.evaluation.judging import (
     Findings,
@@ -24,9 +23,11 @@ from jaxalign.evaluation.judging import (
 )
 from jaxalign.evaluation.outputs import match, policy_files, read_labelled
 from jaxalign.evaluation.side_by_side import facts_of, side_by_side
+from jaxalign.evaluation.verdicts import JudgeOptions
 from jaxalign.files import check_output, locked
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.progress import track
+from jaxalign.reporting import print_table
 from jaxalign.reporting.judging_page import Table
 
 JUDGES = "Judge: " + ", ".join(f"{name}:{form}" for name, (_, form) in KINDS.items()) + "."

@@ -157,7 +157,7 @@ def pair_rows(
     """
     weights = coefficients(loss, pairs)
     changes = first_order_changes(geometry, weights)
-    columns: dict[str, Any] = jax.device_get(
+    columns = jax.device_get(
         {
             "cosine": cosine(geometry),
             "norm_chosen": jnp.sqrt(geometry.chosen),

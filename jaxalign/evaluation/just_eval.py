@@ -11,13 +11,12 @@ from jaxtyping import Float64
 
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend
 from jaxalign.backends.cached import AnswerFile
-from jaxalign.backends.structured import Asker
+from jaxalign.backends.structured import StructuredClient
 from jaxalign.data.reading import BadRecordError, check_text, read_json
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotators import AnnotatorOptions
 from jaxalign.evaluation.criteria import FIXED
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, Reward, ScoredReward
-from jaxalign.evaluation.verdicts import Verdicts
+from jaxalign.evaluation.verdicts import AnnotatorOptions, Verdicts
 
 QUALITY = FIXED
 """Aspects of ordinary requests; their mean is DRPO's average."""
@@ -200,7 +199,7 @@ def aspect_reward(name: str, options: AnnotatorOptions | None = None) -> Reward:
     criteria = (*QUALITY, *SAFETY)
     if kind == "scored":
         return ScoredReward(backend, criteria=criteria)
-    return AskedReward(Asker(backend, Decoding(max_tokens=1024)), criteria=criteria)
+    return AskedReward(StructuredClient(backend, Decoding(max_tokens=1024)), criteria=criteria)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,51 +4,113 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from jaxalign.backends import Backend, Decoding, Prompt
+from jaxalign.backends import Backend, BackendOptions, Decoding, Prompt, make_backend
+from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.data import PromptRecord
 from jaxalign.errors import UserError
 from jaxalign.files import open_text, read_json, write_json, writing
 from jaxalign.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """Counts of what was written now."""
+def make_responder(name: str, options: BackendOptions, path: Path) -> Backend:
+    """The backend of that name, for a file of responses.
 
-    responses: int
-    cut: int
-    """Responses that reached the largest number of tokens."""
-    missing: Sequence[str]
-    """Source and reason of each response that could not be had."""
+    Args:
+      name: as for `make_backend`.
+      options: as for `make_backend`.
+      path: of the file; the answers of an endpoint are kept beside it, and not requested again.
+    """
+    model = make_backend(name, options)
+    if not name.startswith("openai:"):
+        return model
+    return Cached(model, AnswerFile(path.with_name(f"{path.name}.answers.jsonl")))
 
 
-def resume_responses(
+def respond(
+    path: Path,
+    model: Backend,
+    records: Sequence[PromptRecord],
+    decoding: Decoding,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    samples: int = 1,
+    batch_size: int = 8,
+    settings: Mapping[str, Any] | None = None,
+    text_of: Callable[[str], str] = str,
+    say: Callable[[str], Any] = str,
+) -> None:
+    """Write a model's responses, {id, prompt, response} rows; what an earlier call wrote is kept.
+
+    Args:
+      path: of the file; its settings are beside it.
+      model: writes the responses.
+      records: the prompts as they are written.
+      decoding: how responses are sampled.
+      prompts: the prompts as the model reads them; None: as they are.
+      samples: number of responses to each prompt.
+      batch_size: number of prompts in a batch; each is on disk before the next.
+      settings: what the responses depend on besides model, samples and decoding.
+      text_of: the response that is written, from what the model wrote.
+      say: is given a line on what is there, and on what was written.
+
+    Raises:
+      UserError: the file was made with other settings or from other prompts, a prompt does not
+        fit, or some responses are missing in the end.
+    """
+    prompts = [record.prompt for record in records] if prompts is None else prompts
+    encode = getattr(model, "encode", None)  # a model on this machine counts the tokens first
+    if encode is not None:
+        encode(prompts, decoding.max_tokens, [f"{one.source}:{one.line}" for one in records])
+        for note in cast(Any, model).notes():
+            say(note)
+    known = {"model": model.identity, "samples": samples, **vars(decoding), **(settings or {})}
+    done = _resume(path, known, records, samples, batch_size)
+    if done:
+        say(f"{path}: {done:,} of {len(records):,} prompts have their responses")
+    written = cut = 0
+    missing: list[str] = []
+    with (
+        open_text(path, "a") as file,
+        Progress("prompts", len(records), done=done) as progress,
+    ):
+        for begin in range(done, len(records), batch_size):
+            batch = slice(begin, begin + batch_size)
+            generated = model.generate(prompts[batch], decoding, samples=samples)
+            for record, generations in zip(records[batch], generated, strict=True):
+                for sample, one in enumerate(generations):
+                    if one.failure:
+                        missing.append(f"{record.source}:{record.line}: {one.failure}")
+                        continue
+                    written, cut = written + 1, cut + (not one.finished)
+                    row = {"id": _id(record, sample, samples), "prompt": record.prompt}
+                    row["response"] = text_of(one.text)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            progress(begin + len(records[batch]))
+    say(f"{path}: {written:,} responses written, {cut:,} cut at {decoding.max_tokens} tokens")
+    if missing:
+        more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{missing[0]}{more}; {path} lacks {len(missing):,} responses, and the same command "
+            "requests them again"
+        )
+
+
+def _resume(
     path: Path,
     settings: Mapping[str, Any],
     records: Sequence[PromptRecord],
-    *,
     samples: int,
     batch_size: int,
 ) -> int:
-    """Begin the file, or cut off what follows its last whole batch.
+    """The number of prompts whose responses are kept: whole batches; what follows is cut off.
 
     Only whole batches are kept, so that a resumed file is the same as an uninterrupted one. From
     the first missing response on, all are requested again; an endpoint's earlier answers are found
     in the file of its answers.
-
-    Args:
-      path: of the file; its settings are beside it.
-      settings: what the responses depend on besides the prompts.
-      records: the prompts.
-      samples: number of responses to each prompt.
-      batch_size: number of prompts in a batch.
-
-    Returns:
-      The number of prompts whose responses are kept.
 
     Raises:
       UserError: the file was made with other settings or from other prompts.
@@ -90,54 +152,6 @@ def resume_responses(
         done -= done % batch_size
     os.truncate(path, sum(map(len, lines[: done * samples])))
     return done
-
-
-def write_responses(
-    path: Path,
-    model: Backend,
-    records: Sequence[PromptRecord],
-    prompts: Sequence[Prompt],
-    decoding: Decoding,
-    *,
-    samples: int,
-    batch_size: int,
-    done: int,
-    text_of: Callable[[str], str] = str,
-) -> Written:
-    """Append the missing {id, prompt, response} rows, each batch on disk before the next.
-
-    Args:
-      path: of the file, as `resume_responses` leaves it.
-      model: writes the responses.
-      records: the prompts as they are written.
-      prompts: the same as the model reads them.
-      decoding: how responses are sampled.
-      samples: number of responses to each prompt.
-      batch_size: number of prompts in a batch.
-      done: number of prompts whose responses are there.
-      text_of: the response that is written, from what the model wrote.
-    """
-    written = cut = 0
-    missing: list[str] = []
-    with (
-        open_text(path, "a") as file,
-        Progress("prompts", len(records), done=done) as progress,
-    ):
-        for begin in range(done, len(records), batch_size):
-            batch = slice(begin, begin + batch_size)
-            generated = model.generate(prompts[batch], decoding, samples=samples)
-            for record, generations in zip(records[batch], generated, strict=True):
-                for sample, one in enumerate(generations):
-                    if one.failure:
-                        missing.append(f"{record.source}:{record.line}: {one.failure}")
-                        continue
-                    written, cut = written + 1, cut + (not one.finished)
-                    row = {"id": _id(record, sample, samples), "prompt": record.prompt}
-                    row["response"] = text_of(one.text)
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            progress(begin + len(records[batch]))
-    return Written(responses=written, cut=cut, missing=missing)
 
 
 def _id(record: PromptRecord, sample: int, samples: int) -> str:

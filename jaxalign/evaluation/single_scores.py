@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxalign.backends import Backend
-from jaxalign.backends.structured import Asker, MalformedError, text_field
+from jaxalign.backends.structured import MalformedError, StructuredClient, text_field
 from jaxalign.evaluation.criteria import CRITERIA
 from jaxalign.evaluation.rules import called
 
@@ -85,7 +85,7 @@ class AskedReward:
     """An evaluator that writes scores and reasons.
 
     Args:
-      asker: the model, at temperature 0.
+      client: the model, at temperature 0.
       criteria: of every query; None: chosen for each one from the pool, and remembered.
       pool: names that may be chosen; another name is a malformed answer.
 
@@ -95,12 +95,12 @@ class AskedReward:
 
     def __init__(
         self,
-        asker: Asker,
+        client: StructuredClient,
         *,
         criteria: Sequence[str] | None = None,
         pool: Sequence[str] = tuple(CRITERIA),
     ):
-        self.asker, self.criteria, self.pool = asker, criteria, tuple(pool)
+        self.client, self.criteria, self.pool = client, criteria, tuple(pool)
         self._chosen: dict[str, tuple[tuple[str, ...], str]] = {}
 
     def __call__(self, queries: Sequence[str], outputs: Sequence[str]) -> list[Evaluation]:
@@ -109,7 +109,7 @@ class AskedReward:
         rows = list(zip(queries, outputs, strict=True))
         found: list[Evaluation] = [Evaluation(failure="no criteria could be chosen")] * len(rows)
         asked = [at for at, (query, _) in enumerate(rows) if query in self._chosen]
-        answers = self.asker(
+        answers = self.client(
             "evaluator",
             [self._question(*rows[at]) for at in asked],
             [self._reader(rows[at][0]) for at in asked],
@@ -127,7 +127,7 @@ class AskedReward:
         questions = [
             SELECT.format(query=query, pool=pool, fewest=FEWEST, most=MOST) for query in new
         ]
-        answers = self.asker("selector", questions, [self._choice] * len(new))
+        answers = self.client("selector", questions, [self._choice] * len(new))
         for query, some in zip(new, answers, strict=True):
             if some:
                 self._chosen[query] = some[0]

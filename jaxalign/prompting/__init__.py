@@ -1,12 +1,20 @@
-"""Alignment without training (DRPO): search for in-context examples and a system prompt."""
+"""Alignment without training (DRPO): a search for in-context examples and a system prompt."""
 
 from jaxalign.evaluation.criteria import CRITERIA, FIXED, Criterion
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, RuleReward, ScoredReward
 from jaxalign.prompting.artefact import Example, PromptArtefact, read_artefact, write_artefact
 from jaxalign.prompting.composing import Composer
+from jaxalign.prompting.drpo import OptimizedPrompt, PromptSearch, optimize_prompt
 from jaxalign.prompting.examples import Revision, improve_examples
 from jaxalign.prompting.optimizers import AskedOptimizer, BankOptimizer
-from jaxalign.prompting.search import Found, Node, World, beam_search, greedy_search, monte_carlo
+from jaxalign.prompting.search import (
+    Node,
+    SearchResult,
+    World,
+    beam_search,
+    greedy_search,
+    monte_carlo,
+)
 from jaxalign.prompting.system_prompts import SystemPromptWorld, validate
 
 __all__ = [
@@ -19,18 +27,21 @@ __all__ = [
     "Criterion",
     "Evaluation",
     "Example",
-    "Found",
     "Node",
+    "OptimizedPrompt",
     "PromptArtefact",
+    "PromptSearch",
     "Revision",
     "RuleReward",
     "ScoredReward",
+    "SearchResult",
     "SystemPromptWorld",
     "World",
     "beam_search",
     "greedy_search",
     "improve_examples",
     "monte_carlo",
+    "optimize_prompt",
     "read_artefact",
     "validate",
     "write_artefact",

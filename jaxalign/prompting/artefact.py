@@ -1,20 +1,21 @@
-"""What a search leaves behind: a file from which any prompt can be composed."""
+"""The result of a search: a file from which the prompt of any query is composed."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxalign.data.reading import BadRecordError, check_text, read_json, text_fields
 from jaxalign.errors import UserError
 from jaxalign.files import write_text
 
-LAYOUTS = ("continue", "transcript", "chat")
+Layout = Literal["continue", "transcript", "chat"]
+LAYOUTS = get_args(Layout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A query with the answer that shows how to answer."""
+    """A query and its response, as an in-context example."""
 
     query: str
     response: str
@@ -26,36 +27,36 @@ class PromptArtefact:
 
     system_prompt: str
     examples: tuple[Example, ...] = ()
-    """The universal set; of these the nearest to a query are shown."""
+    """All examples; the nearest to a query are shown."""
     shown: int = 3
-    """How many; the paper's 3 at inference (2 while searching)."""
+    """Number of examples in a prompt; the paper's 3 at inference (2 during the search)."""
     layout: str = "continue"
-    """"continue": one text for a base model, its parts marked by headings; "transcript": one text
-    of Human's and Assistant's turns; "chat": a system's and a user's turn."""
+    """"continue": one text with headings, for a base model; "transcript": one text of Human and
+    Assistant turns; "chat": a system turn and a user turn."""
     embedder: str = "words"
-    """Name of what finds the nearest examples: "words", "model" (the one that answers), or a
-    backend."""
+    """Source of the vectors that find the nearest examples: "words", "model" (the model that
+    answers), or the name of a backend."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from; read by people alone."""
+    """Facts about its origin, for readers; no code reads them."""
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise UserError(f"layout: {self.layout!r} is none of {', '.join(LAYOUTS)}")
+            raise UserError(f"layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.shown < 0:
             raise UserError(f"shown: {self.shown} is negative")
 
 
 def write_artefact(artefact: PromptArtefact, path: Path) -> None:
-    """Write it as JSON."""
+    """Write an artefact as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asdict(artefact), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_artefact(path: Path) -> PromptArtefact:
-    """Read what `write_artefact` wrote, or a person.
+    """Read an artefact, written by `write_artefact` or by hand.
 
     Raises:
-      UserError: there is no such file, or it is not of this form.
+      UserError: there is no such file, or it does not have this form.
     """
     fields = read_json(path)
     try:
@@ -67,6 +68,6 @@ def read_artefact(path: Path) -> PromptArtefact:
         return PromptArtefact(examples=examples, **fields)
     except (BadRecordError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path}: no prompt artefact ({error}); it has system_prompt, and may have examples "
+            f"{path}: not a prompt artefact ({error}); it has system_prompt, and may have examples "
             "({query, response}), shown, layout, embedder and provenance"
         ) from None

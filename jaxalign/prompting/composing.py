@@ -1,4 +1,4 @@
-"""System prompt, nearest examples and query as one prompt."""
+"""One prompt from a system prompt, the nearest examples and a query."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,30 +14,30 @@ from jaxalign.prompting.artefact import Example, PromptArtefact
 
 BEGIN, END = "<START>", "<END>"
 STOPS = (END, "# Query:")
-"""Where a base model's answer ends."""
+"""Stop strings of a base model's answer."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Turns of a transcript."""
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Places texts in a space."""
+    """Maps texts to vectors of length 1."""
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]: ...
 
 
 class Composer:
-    r"""Makes the prompt of a query.
+    r"""Composes the prompt of a query.
 
-    The examples shown are those with the largest :math:`\langle e(q), e(q_i) \rangle`, the most
-    alike last, next to the query.
+    It shows the examples with the largest :math:`\langle e(q), e(q_i) \rangle`, the most similar
+    last, next to the query.
 
     Args:
-      examples: to choose from.
-      shown: how many of them.
-      embedder: vectors of length 1; not asked where all examples or none are shown.
-      layout: "continue" for a base model, "transcript" for one that has read transcripts, "chat"
-        for one that answers turns.
+      examples: examples to choose from.
+      shown: number of examples in a prompt.
+      embedder: embedder e; not called if all examples or none are shown.
+      layout: "continue" for a base model, "transcript" for a model trained on transcripts, "chat"
+        for a chat model.
     """
 
     def __init__(self, examples: Sequence[Example], *, shown: int, embedder: Embedder, layout: str):
@@ -48,11 +48,11 @@ class Composer:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends an answer."""
+        """Strings that end an answer."""
         return {"continue": STOPS, "transcript": (HUMAN, ASSISTANT)}.get(self.layout, ())
 
     def nearest(self, query: str) -> tuple[int, ...]:
-        """Numbers of the examples that a query is shown, the most alike last."""
+        """Indices of the examples shown for a query, the most similar last."""
         if self.shown == len(self.examples):
             return tuple(range(len(self.examples)))
         if self.shown == 0:
@@ -60,34 +60,34 @@ class Composer:
         if query not in self._near:
             if self._vectors is None:
                 self._vectors = self._embedder.embed([example.query for example in self.examples])
-            alike = self._vectors @ self._embedder.embed([query])[0]
-            order = np.argsort(-alike, kind="stable")[: self.shown]
+            similarity = self._vectors @ self._embedder.embed([query])[0]
+            order = np.argsort(-similarity, kind="stable")[: self.shown]
             self._near[query] = tuple(int(number) for number in order[::-1])
         return self._near[query]
 
     def prompt(self, system_prompt: str, query: str) -> Prompt:
-        """What the model is given.
+        """The prompt of a query.
 
         Args:
-          system_prompt: instructions; empty: none.
-          query: to be answered.
+          system_prompt: instructions; may be empty.
+          query: query to answer.
         """
         if self.layout == "transcript":
-            said = "".join(
+            turns = "".join(
                 f"{HUMAN} {one.query.strip()}{ASSISTANT} {one.response.strip()}"
                 for one in (self.examples[number] for number in self.nearest(query))
             )
-            return f"{system_prompt.strip()}{said}{HUMAN} {query.strip()}{ASSISTANT}".lstrip()
+            return f"{system_prompt.strip()}{turns}{HUMAN} {query.strip()}{ASSISTANT}".lstrip()
         parts = [f"# Instructions\n\n{system_prompt.strip()}"] if system_prompt.strip() else []
         for number in self.nearest(query):
             example = self.examples[number]
             parts.append(_shown(example.query) + f"\n{example.response.strip()}\n{END}")
         if self.layout == "continue":
             return "\n\n".join([*parts, _shown(query)]) + "\n"
-        turns: list[Any] = [{"role": "user", "content": query}]
+        messages: list[Any] = [{"role": "user", "content": query}]
         if parts:
-            turns.insert(0, {"role": "system", "content": "\n\n".join(parts)})
-        return turns
+            messages.insert(0, {"role": "system", "content": "\n\n".join(parts)})
+        return messages
 
 
 def _shown(query: str) -> str:
@@ -95,7 +95,7 @@ def _shown(query: str) -> str:
 
 
 def without_marks(response: str) -> str:
-    """A response without the marks around it."""
+    """A response without the markers of the layout."""
     return response.replace(BEGIN, "").split(END)[0].strip()
 
 
@@ -105,10 +105,10 @@ def compose(
     """Prompts with an artefact's instructions and examples, and the decoding of answers to them.
 
     Args:
-      artefact: of `jaxalign optimize-prompt`.
-      model: answers; it may be the embedder, too.
-      records: prompts that are texts.
-      decoding: the answers also end at the layout's own marks.
+      artefact: a prompt artefact, as `optimize_prompt` writes it.
+      model: model that answers, and the embedder "model".
+      records: prompts, which must be texts.
+      decoding: decoding of the answers; the layout's stop strings are added.
 
     Raises:
       UserError: a prompt is a conversation.

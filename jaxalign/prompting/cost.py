@@ -1,4 +1,4 @@
-"""What a search may cost, before anything is asked."""
+"""The largest cost of a search, before anything is requested."""
 
 from collections.abc import Mapping
 
@@ -15,21 +15,21 @@ def most_calls(
     validate: int = 8,
     dynamic: bool = True,
 ) -> dict[str, int]:
-    """The most answers that a search asks of each role.
+    """The largest number of answers that a search requests in each role.
 
     Args:
       search: "beam", "greedy", "monte-carlo" or "none".
-      width: paths that are kept.
-      actions: from each of them.
-      depth: levels below the root.
-      more_depth: levels that may be added.
-      examples: in-context examples to rewrite.
-      iterations: of each of them.
-      validate: fresh queries for the prompts at the end.
+      width: number of paths that are kept.
+      actions: number of prompts proposed from each path.
+      depth: number of levels below the root.
+      more_depth: number of levels that may be added.
+      examples: number of in-context examples to rewrite.
+      iterations: number of rewritings of each example.
+      validate: number of fresh queries on which the final prompt is chosen.
       dynamic: whether criteria are chosen for each query.
 
     Returns:
-      Role -> answers; those that have to be asked again come on top.
+      Role -> number of answers, without repeated attempts at unreadable answers.
     """
     if search == "none":
         levels = ends = tried = proposed = validate = 0
@@ -62,15 +62,15 @@ TOKENS: Mapping[str, tuple[int, int]] = {
     "optimizer": (1_500, 500),
     "rewriter": (900, 500),
 }
-"""Prompt and completion of an answer, about: our wording with answers of 300 words."""
+"""Estimated prompt and completion tokens of an answer: our wording, with answers of 300 words."""
 
 
 def estimate(calls: Mapping[str, int], prices: tuple[float, float]) -> tuple[int, int, float]:
-    """Prompt tokens, completion tokens and their price, about and at most.
+    """Estimate the largest number of prompt tokens and completion tokens, and their price.
 
     Args:
-      calls: from `most_calls`.
-      prices: of a million prompt tokens, and of a million completion tokens.
+      calls: answers by role, as from `most_calls`.
+      prices: prices of a million prompt tokens and of a million completion tokens.
     """
     tokens = [sum(n * TOKENS[role][at] for role, n in calls.items()) for at in (0, 1)]
     return tokens[0], tokens[1], (tokens[0] * prices[0] + tokens[1] * prices[1]) / 1e6

@@ -1,11 +1,11 @@
-"""Stage one: better responses to the queries of the universal in-context examples."""
+"""The first stage of DRPO: better responses in the in-context examples."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxalign.backends.structured import Asker, text_field
+from jaxalign.backends.structured import StructuredClient, text_field
 from jaxalign.evaluation.single_scores import Evaluation, Reward
 from jaxalign.prompting.artefact import Example
 from jaxalign.prompting.composing import without_marks
@@ -34,28 +34,28 @@ Reply with one JSON object and nothing else:
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """One response on the way."""
+    """A response to an example's query, and its evaluation."""
 
     query: str
     step: int
-    """0 is the seed."""
+    """Number of rewritings; 0 is the seed."""
     response: str
     evaluation: Evaluation
 
 
 Rewriter = Callable[[Sequence[Revision]], list[str | None]]
-"""The next response of each; None: it has none."""
+"""Proposes the next response of each revision; None: there is no usable proposal."""
 
 
 class AskedRewriter:
     """A model that rewrites a response by its criticism.
 
     Args:
-      asker: the model, at temperature 0.
+      client: the model, at temperature 0.
     """
 
-    def __init__(self, asker: Asker):
-        self.asker = asker
+    def __init__(self, client: StructuredClient):
+        self.client = client
 
     def __call__(self, revisions: Sequence[Revision]) -> list[str | None]:
         """As `Rewriter`."""
@@ -71,8 +71,8 @@ class AskedRewriter:
         def read(fields: Mapping[str, Any]) -> str:
             return without_marks(text_field(fields, "new_response"))
 
-        found = self.asker("rewriter", questions, [read] * len(questions))
-        return [some[0] if some else None for some in found]
+        answers = self.client("rewriter", questions, [read] * len(questions))
+        return [row[0] if row else None for row in answers]
 
 
 def improve_examples(
@@ -83,20 +83,20 @@ def improve_examples(
     iterations: int = 5,
     watch: Callable[[Sequence[Revision]], None] | None = None,
 ) -> tuple[list[Example], list[Revision]]:
-    """Rewrite every response by its criticism, and keep the best one that it ever was.
+    """Rewrite every response by its criticism, and keep its best version.
 
-    A chain goes on from its newest response, not from its best one, and ends at full marks; of
-    equally good responses the later is kept.
+    Each rewriting starts from the newest response, not from the best one, and stops at full marks.
+    Of equally good responses the later is kept.
 
     Args:
       examples: the seeds.
       rewriter: proposes the next response.
-      reward: its criteria of a query are the same at every step.
-      iterations: rewritings at most; the paper's 5.
-      watch: told all revisions after every step.
+      reward: reward of responses; its criteria for a query stay the same.
+      iterations: largest number of rewritings; the paper's 5.
+      watch: called with all revisions after every step.
 
     Returns:
-      The kept examples in the order given, and all revisions.
+      The best examples in the order of the seeds, and all revisions.
 
     References:
       Singla et al. 2024, arXiv:2411.08733, section 3 and the released settings.
@@ -104,36 +104,37 @@ def improve_examples(
     history: list[Revision] = []
 
     def evaluated(step: int, queries: Sequence[str], responses: Sequence[str]) -> list[Revision]:
-        found = [
+        revisions = [
             Revision(query=query, step=step, response=response, evaluation=evaluation)
             for query, response, evaluation in zip(
                 queries, responses, reward(queries, responses), strict=True
             )
         ]
-        history.extend(found)
+        history.extend(revisions)
         if watch is not None:
             watch(history)
-        return found
+        return revisions
 
     queries = [example.query for example in examples]
     newest = evaluated(0, queries, [example.response for example in examples])
-    kept = list(newest)
-    going = [at for at in range(len(examples)) if _goes_on(newest[at])]
+    best = list(newest)
+    active = [at for at in range(len(examples)) if _improvable(newest[at])]
     for step in range(1, iterations + 1):
-        proposals = rewriter([newest[at] for at in going]) if going else []
+        proposals = rewriter([newest[at] for at in active]) if active else []
         answered = [
-            (at, text) for at, text in zip(going, proposals, strict=True) if text is not None
+            (at, text) for at, text in zip(active, proposals, strict=True) if text is not None
         ]
         if not answered:
             break
-        found = evaluated(step, [queries[at] for at, _ in answered], [text for _, text in answered])
-        for (at, _), one in zip(answered, found, strict=True):
+        texts = [text for _, text in answered]
+        revisions = evaluated(step, [queries[at] for at, _ in answered], texts)
+        for (at, _), one in zip(answered, revisions, strict=True):
             newest[at] = one
-            if one.evaluation.mean >= kept[at].evaluation.mean:  # never where one is NaN
-                kept[at] = one
-        going = [at for at, _ in answered if _goes_on(newest[at])]
-    return [Example(query=one.query, response=one.response) for one in kept], history
+            if one.evaluation.mean >= best[at].evaluation.mean:  # false if either is NaN
+                best[at] = one
+        active = [at for at, _ in answered if _improvable(newest[at])]
+    return [Example(query=one.query, response=one.response) for one in best], history
 
 
-def _goes_on(revision: Revision) -> bool:
-    return revision.evaluation.mean < 5  # neither at full marks nor without any
+def _improvable(revision: Revision) -> bool:
+    return revision.evaluation.mean < 5  # neither full marks nor NaN

@@ -1,4 +1,4 @@
-"""Who proposes the next system prompt."""
+"""Proposals of the next system prompt."""
 
 import hashlib
 import json
@@ -8,19 +8,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxalign.backends.structured import Asker, MalformedError, text_field
+from jaxalign.backends.structured import MalformedError, StructuredClient, text_field
 from jaxalign.errors import UserError
 from jaxalign.evaluation.single_scores import Evaluation
 
 MOST_BULLETS = 8
 ADDED_BULLETS = 2
-"""At most, in a step."""
+"""Largest number of bullet points added in a step."""
 BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", re.M)
 
 
 @runtime_checkable
 class Attempt(Protocol):
-    """A prompt, and how it did on a query."""
+    """A prompt, its output for a query, and the evaluation of the output."""
 
     @property
     def prompt(self) -> str: ...
@@ -37,7 +37,7 @@ class PromptOptimizer(Protocol):
     """Proposes system prompts."""
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
-        """Up to `number` prompts after each history of attempts, the latest one last."""
+        """Propose up to `number` prompts for each history of attempts, the latest one last."""
         ...
 
 
@@ -81,32 +81,32 @@ Reply with one JSON object and nothing else:
 class AskedOptimizer:
     """A model that writes the next prompt.
 
-    Its rules on bullet points are checked here: a prompt that breaks them is a malformed answer.
+    A prompt that breaks the rules on bullet points is a malformed answer.
 
     Args:
-      asker: the model; the paper's temperature is 0.2 with top-p 0.95.
-      remembered: earlier prompts that it is shown; the paper's 5.
+      client: the model; the paper's temperature is 0.2 with top-p 0.95.
+      remembered: number of earlier prompts that it is shown; the paper's 5.
 
     References:
       Singla et al. 2024, arXiv:2411.08733, section 3; the limits of the released prompts.
     """
 
-    def __init__(self, asker: Asker, *, remembered: int = 5):
-        self.asker, self.remembered = asker, remembered
+    def __init__(self, client: StructuredClient, *, remembered: int = 5):
+        self.client, self.remembered = client, remembered
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
-        """As in `PromptOptimizer`; equal proposals are one."""
+        """As in `PromptOptimizer`; equal proposals are returned once."""
         readers = [self._reader(history[-1].prompt) for history in histories]
         questions = list(map(self._question, histories))
-        found = self.asker("optimizer", questions, readers, samples=number)
-        return [list(dict.fromkeys(some)) for some in found]
+        answers = self.client("optimizer", questions, readers, samples=number)
+        return [list(dict.fromkeys(row)) for row in answers]
 
     def _question(self, history: Sequence[Attempt]) -> str:
         last = history[-1]
         earlier = list(dict.fromkeys(one.prompt for one in history if one.prompt != last.prompt))
         earlier = earlier[-self.remembered :]
         shown = [f"(version {n})\n{text}" for n, text in enumerate(earlier, 1)]
-        said = {
+        judgement = {
             name: {"score": score, "reason": last.evaluation.reasons.get(name, "")}
             for name, score in last.evaluation.scores.items()
         }
@@ -115,7 +115,7 @@ class AskedOptimizer:
             earlier="\n\n".join(shown) or "(none)",
             query=last.query,
             output=last.output,
-            judgement=json.dumps(said, indent=1, ensure_ascii=False),
+            judgement=json.dumps(judgement, indent=1, ensure_ascii=False),
             most=MOST_BULLETS,
             added=ADDED_BULLETS,
         )
@@ -136,20 +136,23 @@ class AskedOptimizer:
 
 
 class BankOptimizer:
-    """Edits from a bank of bullet points: add one, drop one, exchange one; no model at all.
+    """Edits from a bank of bullet points, without a model: add one, drop one or exchange one.
 
-    For machines without a model that can write a prompt. Which edits come first is decided by a
-    hash of prompt, query and seed.
+    For machines without a model that can write a prompt. The order of the edits is determined by
+    the prompt, the query and the seed.
 
     Args:
       bank: bullet points, without their marks.
-      seed: another seed, another order.
+      seed: seed of the order of the edits.
+
+    Raises:
+      UserError: the bank is empty.
     """
 
     def __init__(self, bank: Sequence[str], *, seed: int = 0):
         self.bank, self.seed = [point.strip() for point in bank if point.strip()], seed
         if not self.bank:
-            raise UserError("bank: there is no bullet point in it")
+            raise UserError("bank: it has no bullet points")
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
         """As in `PromptOptimizer`."""
@@ -162,8 +165,8 @@ class BankOptimizer:
         edits = [[*own, new] for new in rest] if len(own) < MOST_BULLETS else []
         edits += [[point for point in own if point != old] for old in own]
         edits += [[new if point == old else point for point in own] for old in own for new in rest]
-        said = json.dumps([last.prompt, last.query, self.seed])
-        rng = np.random.default_rng(list(hashlib.sha256(said.encode()).digest()))
+        key = json.dumps([last.prompt, last.query, self.seed])
+        rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
         head = [line for line in lines if not (line.startswith("- ") and line[2:] in self.bank)]
         chosen = [edits[at] for at in rng.permutation(len(edits))[:number]]
         return ["\n".join([*head, *(f"- {point}" for point in points)]) for points in chosen]

@@ -1,4 +1,4 @@
-"""The tree of a search as one HTML file that fetches nothing."""
+"""The tree of a search as a self-contained HTML file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -76,10 +76,10 @@ def write_tree(
     """Write the page.
 
     Args:
-      title: its heading.
-      facts: lines under it.
-      nodes: of `SystemPromptWorld`, by number.
-      best: numbers of the nodes on the best path; these are open.
-      path: of the HTML file.
+      title: heading.
+      facts: lines below the heading.
+      nodes: nodes of a search in `SystemPromptWorld`, by number.
+      best: numbers of the nodes on the best path, which are shown open.
+      path: HTML file.
     """
     write_page(title, facts, [Tree(tree=nodes, best=frozenset(best))], path)

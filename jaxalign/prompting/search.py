@@ -1,7 +1,7 @@
-r"""Search in a deterministic Markov decision process whose rewards cost a call.
+r"""Search in a deterministic Markov decision process with expensive rewards.
 
-A path :math:`s_0, a_0, s_1, r_1, a_1, \ldots` is worth the mean of its rewards, the root's left
-out; the answer is the last state of the best path.
+The value of a path :math:`s_0, a_0, s_1, r_1, a_1, \ldots` is the mean of its rewards without the
+root's; the result is the last state of the best path.
 """
 
 import math
@@ -16,61 +16,61 @@ Value = Literal["mean", "last"]
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A state that was reached."""
+    """A state of the search tree."""
 
     number: int
-    """In the order of reaching; 0 is the root."""
+    """Index in the order of the search; 0 is the root."""
     parent: int | None
     depth: int
     action: Any
-    """What led here from the parent."""
+    """The action that led here from the parent."""
     state: Any
-    """Plain values."""
+    """State, as plain values."""
     reward: float
-    """Of this state; NaN where none could be had."""
+    """Reward of this state; NaN if there is none."""
     value: float
-    """Of the path from the root to here."""
+    """Value of the path from the root to here."""
 
 
 @runtime_checkable
 class World(Protocol):
-    """The decision process; everything is asked for many states at a time."""
+    """The decision process; each method takes many states at a time."""
 
     def root(self) -> tuple[Any, float]:
         """The first state and its reward."""
         ...
 
     def satisfied(self, node: Node) -> bool:
-        """Whether a state is so good that its action is to stay as it is."""
+        """Whether a state is good enough to stay unchanged."""
         ...
 
     def actions(self, paths: Sequence[Sequence[Node]], number: int) -> list[list[Any]]:
-        """Actions for the last node of each path, up to `number`; from satisfied ones just one."""
+        """Up to `number` actions for the last node of each path; one for a satisfied node."""
         ...
 
     def move(self, steps: Sequence[tuple[Sequence[Node], Any]]) -> list[tuple[Any, float]]:
-        """The state after an action at the end of a path, and its reward."""
+        """The state after each (path, action), and its reward."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The end of a search."""
+class SearchResult:
+    """The tree of a search, and its best path."""
 
     nodes: Sequence[Node]
-    """All, by number."""
+    """All nodes, by number."""
     best: int
-    """The last node of the best path."""
+    """Number of the last node of the best path."""
     candidates: Sequence[int]
-    """Last nodes of the paths that reached the end, the best first."""
+    """Numbers of the last nodes of the paths that reached the end, the best first."""
 
     def path(self, number: int) -> list[Node]:
-        """From the root to a node."""
+        """The nodes from the root to a node, both included."""
         return path_to(self.nodes, number)
 
 
 def path_to(nodes: Sequence[Node], number: int | None) -> list[Node]:
-    """From the root to a node, both included."""
+    """The nodes from the root to a node, both included."""
     path = []
     while number is not None:
         path.append(nodes[number])
@@ -82,7 +82,7 @@ Watch = Callable[[Sequence[Node]], None]
 
 
 class _Tree:
-    """Nodes so far, and how they are added."""
+    """The nodes of a search, and their expansion."""
 
     def __init__(self, world: World, value: Value, watch: Watch | None):
         self.world, self.value, self.watch = world, value, watch
@@ -90,18 +90,16 @@ class _Tree:
         self.nodes = [
             Node(number=0, parent=None, depth=0, action=None, state=state, reward=reward, value=0.0)
         ]
-        self._told()
+        self._report()
 
-    def _told(self) -> None:
+    def _report(self) -> None:
         if self.watch is not None:
             self.watch(self.nodes)
 
     def expand(self, parents: Sequence[int], actions: Sequence[Sequence[Any]]) -> list[int]:
-        """Children of all parents; those without a reward are kept in the tree, not returned."""
+        """Add the children of all parents; returns the numbers of those with a reward."""
         paths = [path_to(self.nodes, number) for number in parents]
-        steps = [
-            (path, action) for path, some in zip(paths, actions, strict=True) for action in some
-        ]
+        steps = [(path, action) for path, own in zip(paths, actions, strict=True) for action in own]
         added = []
         for (path, action), (state, reward) in zip(steps, self.world.move(steps), strict=True):
             rewards = [node.reward for node in path[1:]] + [reward]
@@ -118,16 +116,16 @@ class _Tree:
             )
             if math.isfinite(reward):
                 added.append(self.nodes[-1].number)
-        self._told()
+        self._report()
         if steps and not added:
             raise UserError(
                 f"none of the {len(steps)} states at depth {paths[0][-1].depth + 1} has a reward: "
-                "the evaluator's answers could not be read; name another --evaluator"
+                "the evaluator's answers could not be read; name another evaluator"
             )
         return added
 
     def best_first(self, numbers: Sequence[int]) -> list[int]:
-        """By value; of equal ones the earlier first."""
+        """Sort nodes by value, the best first and ties in order."""
         return sorted(numbers, key=lambda number: (-self.nodes[number].value, number))
 
 
@@ -140,22 +138,22 @@ def beam_search(
     more_depth: int = 10,
     value: Value = "mean",
     watch: Watch | None = None,
-) -> Found:
+) -> SearchResult:
     r"""Keep the best paths of every level.
 
     .. math:: v(s_t) = \frac1t \sum_{i=1}^t r_i
 
-    A level with a satisfied state, which only goes on as it is, makes the search a level deeper,
-    at most `more_depth` times.
+    A satisfied state stays as it is; a level with one makes the search one level deeper, at most
+    `more_depth` times.
 
     Args:
-      world: what is searched.
-      width: paths that are kept; the paper's 2.
-      actions: from each of them; the paper's 3.
-      depth: levels below the root; the released 20, which count the root.
-      more_depth: levels that may be added; the paper's 10.
-      value: of a path: the mean of its rewards, or the last one.
-      watch: told all nodes after every level.
+      world: decision process.
+      width: number of paths that are kept; the paper's 2.
+      actions: number of actions from each path; the paper's 3.
+      depth: number of levels below the root; the released 20 include the root.
+      more_depth: largest number of added levels; the paper's 10.
+      value: value of a path: the mean of its rewards, or the last one.
+      watch: called with all nodes after every level.
 
     Raises:
       UserError: a size is not positive, or no state of a level has a reward.
@@ -178,15 +176,15 @@ def beam_search(
             break  # no actions are left
         beam = tree.best_first(reached)[:width]
         level += 1
-    return Found(nodes=tree.nodes, best=beam[0], candidates=beam)
+    return SearchResult(nodes=tree.nodes, best=beam[0], candidates=beam)
 
 
-def greedy_search(world: World, **options: Any) -> Found:
-    """`beam_search` with one path, worth its last reward: the best child goes on.
+def greedy_search(world: World, **options: Any) -> SearchResult:
+    """`beam_search` with one path, whose value is its last reward.
 
     Args:
-      world: what is searched.
-      **options: of `beam_search`, without `width` and `value`.
+      world: decision process.
+      **options: options of `beam_search`, without `width` and `value`.
     """
     return beam_search(world, width=1, value="last", **options)
 
@@ -198,15 +196,18 @@ def monte_carlo(
     depth: int = 1,
     value: Value = "mean",
     watch: Watch | None = None,
-) -> Found:
-    """Independent paths, one action at each state; the best one is taken.
+) -> SearchResult:
+    """Follow independent paths, with one action at each state, and take the best.
 
     Args:
-      world: what is searched; it is asked for `paths` actions of the root, then one of each state.
-      paths: how many.
-      depth: levels; 1: actions of the root alone.
-      value: of a path.
-      watch: told all nodes after every level.
+      world: decision process; `paths` actions of the root are requested, then one of each state.
+      paths: number of paths.
+      depth: number of levels; 1 takes actions of the root only.
+      value: value of a path: the mean of its rewards, or the last one.
+      watch: called with all nodes after every level.
+
+    Raises:
+      UserError: a size is not positive, or no state of a level has a reward.
 
     References:
       Singla et al. 2024, arXiv:2411.08733 (the baseline's name; its settings are ours).
@@ -218,10 +219,10 @@ def monte_carlo(
     ends: list[int] = []
     front, number = [0], paths
     for _ in range(depth):
-        asked = world.actions([path_to(tree.nodes, one) for one in front], number)
-        reached = tree.expand(front, [some[:number] for some in asked])
+        actions = world.actions([path_to(tree.nodes, one) for one in front], number)
+        reached = tree.expand(front, [own[:number] for own in actions])
         if not reached:
             break
         ends, front, number = reached, reached, 1
     ends = tree.best_first(ends or [0])
-    return Found(nodes=tree.nodes, best=ends[0], candidates=ends)
+    return SearchResult(nodes=tree.nodes, best=ends[0], candidates=ends)

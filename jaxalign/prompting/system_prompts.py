@@ -1,4 +1,4 @@
-"""The decision process of system prompts: a state is a prompt and how it did on a query."""
+"""The decision process of system prompts: a state is a prompt with its result on a query."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from jaxalign.prompting.optimizers import PromptOptimizer
 from jaxalign.prompting.search import Node
 
 ENOUGH = 4.5
-"""A mean score above it leaves the prompt as it is; the released code's."""
+"""A prompt with a larger mean score stays unchanged; the released code's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptState:
-    """A prompt's answer to a query, and what was said of it."""
+    """A prompt's answer to a query, and its evaluation."""
 
     prompt: str
     query: str
@@ -27,23 +27,26 @@ class PromptState:
 
 
 def state_of(fields: Mapping[str, Any]) -> PromptState:
-    """From the plain values of a node."""
+    """A state from the plain values of a node."""
     return PromptState(**{**fields, "evaluation": Evaluation(**fields["evaluation"])})
 
 
 class SystemPromptWorld:
     """A `World` whose actions are new prompts, tried on the next query.
 
-    Level t asks query t of every prompt: rewards of one level are comparable.
+    All prompts of a level are tried on the same query, so their rewards are comparable.
 
     Args:
-      model: whose prompt is searched.
-      composer: puts prompt, examples and query together.
-      reward: of its answers.
+      model: model to find a prompt for.
+      composer: composes prompt, examples and query.
+      reward: reward of the model's answers.
       optimizer: proposes prompts.
       queries: one for the root and one for each level.
-      decoding: of the model; the composer's stops are added.
-      first: the prompt of the root.
+      decoding: decoding of the model; the composer's stop strings are added.
+      first: prompt of the root.
+
+    Raises:
+      UserError: there are no queries.
 
     References:
       Singla et al. 2024, arXiv:2411.08733, section 3.
@@ -69,43 +72,43 @@ class SystemPromptWorld:
 
     def root(self) -> tuple[Any, float]:
         """As in `World`."""
-        [found] = self.tried([(self.first, self.queries[0])])
-        return found
+        [state] = self.tried([(self.first, self.queries[0])])
+        return state
 
     def satisfied(self, node: Node) -> bool:
         """As in `World`: a mean score above 4.5."""
         return node.reward > ENOUGH
 
     def actions(self, paths: Sequence[Sequence[Node]], number: int) -> list[list[Any]]:
-        """As in `World`; no action where there is no query left for its outcome."""
-        found: list[list[Any]] = [[] for _ in paths]
-        asked = []
+        """As in `World`; no action if no query is left to try it on."""
+        actions: list[list[Any]] = [[] for _ in paths]
+        open_paths = []
         for at, path in enumerate(paths):
             if path[-1].depth + 1 >= len(self.queries):
                 continue
             if self.satisfied(path[-1]) or not math.isfinite(path[-1].reward):
-                found[at] = [path[-1].state["prompt"]]
+                actions[at] = [path[-1].state["prompt"]]
             else:
-                asked.append(at)
-        histories = [[state_of(node.state) for node in paths[at]] for at in asked]
-        proposals = self.optimizer(histories, number) if asked else []
-        for at, some in zip(asked, proposals, strict=True):
-            found[at] = list(some) or [paths[at][-1].state["prompt"]]
-        return found
+                open_paths.append(at)
+        histories = [[state_of(node.state) for node in paths[at]] for at in open_paths]
+        proposals = self.optimizer(histories, number) if open_paths else []
+        for at, prompts in zip(open_paths, proposals, strict=True):
+            actions[at] = list(prompts) or [paths[at][-1].state["prompt"]]
+        return actions
 
     def move(self, steps: Sequence[tuple[Sequence[Node], Any]]) -> list[tuple[Any, float]]:
         """As in `World`."""
         return self.tried([(prompt, self.queries[path[-1].depth + 1]) for path, prompt in steps])
 
     def tried(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, float]]:
-        """States and rewards of (prompt, query)."""
+        """States and rewards of each (prompt, query)."""
         prompts = [self.composer.prompt(*pair) for pair in pairs]
         answers = [answer for [answer] in self.model.generate(prompts, self.decoding)]
         outputs = [without_marks(answer.text) for answer in answers]
         evaluations = [Evaluation(failure=answer.failure) for answer in answers]
-        said = [at for at, answer in enumerate(answers) if not answer.failure]
-        rewards = self.reward([pairs[at][1] for at in said], [outputs[at] for at in said])
-        for at, evaluation in zip(said, rewards, strict=True):
+        answered = [at for at, answer in enumerate(answers) if not answer.failure]
+        rewards = self.reward([pairs[at][1] for at in answered], [outputs[at] for at in answered])
+        for at, evaluation in zip(answered, rewards, strict=True):
             evaluations[at] = evaluation
         return [
             (
@@ -121,21 +124,22 @@ class SystemPromptWorld:
 def validate(
     world: SystemPromptWorld, prompts: Sequence[str], queries: Sequence[str]
 ) -> list[tuple[str, float, int]]:
-    """Mean rewards of prompts on queries that the search has not seen, the best first.
+    """Mean rewards of prompts on fresh queries, the best first.
 
     Args:
-      world: of the search.
+      world: decision process of the search.
       prompts: candidates.
-      queries: fresh ones.
+      queries: queries that the search has not used.
 
     Returns:
-      (prompt, mean, number of rewards) of each; NaN without rewards, and last.
+      (prompt, mean, number of rewards) of each; the mean of a prompt without rewards is NaN, and
+      it comes last.
     """
     prompts = list(dict.fromkeys(prompts))
-    found = world.tried([(prompt, query) for prompt in prompts for query in queries])
+    states = world.tried([(prompt, query) for prompt in prompts for query in queries])
     rows = []
     for at, prompt in enumerate(prompts):
-        some = [reward for _, reward in found[at * len(queries) : (at + 1) * len(queries)]]
-        known = [reward for reward in some if math.isfinite(reward)]
+        rewards = [reward for _, reward in states[at * len(queries) : (at + 1) * len(queries)]]
+        known = [reward for reward in rewards if math.isfinite(reward)]
         rows.append((prompt, math.fsum(known) / len(known) if known else math.nan, len(known)))
     return sorted(rows, key=lambda row: -row[1] if math.isfinite(row[1]) else math.inf)

@@ -158,8 +158,8 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def scripted(monkeypatch):
     """A model that costs nothing."""
-    for name in ("collect", "generate", "optimize_prompt"):
-        module = f"jaxalign.commands.{name}.make_backend"
+    for name in ("collection.collecting", "evaluation.responses", "prompting.drpo"):
+        module = f"jaxalign.{name}.make_backend"
         monkeypatch.setattr(module, lambda *_: Scripted(lambda text, sample: "x"))
 
 

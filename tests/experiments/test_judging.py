@@ -103,7 +103,7 @@ def test_what_a_row_says(rng):
         rule=glad,
         labelled={},
         pairs={"own": [{}] * 4},
-        ways={},
+        methods={},
     )
     base = {"responses": [["sad", "bad"]] * 2, "log_probs": {"own": [[-9.0, -1.0]] * 4}}
     gained = [[-8.0, -1.0], [-8.5, -0.6], [-9.0, -1.0], [-10.0, -0.5]]

@@ -8,7 +8,7 @@ import pytest
 
 from jaxalign.backends import Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
-from jaxalign.backends.structured import Asker, MalformedError, read_object
+from jaxalign.backends.structured import MalformedError, StructuredClient, read_object
 from jaxalign.backends.words import WordVectors
 from jaxalign.errors import UserError
 from jaxalign.prompting import (
@@ -19,6 +19,7 @@ from jaxalign.prompting import (
     Evaluation,
     Example,
     PromptArtefact,
+    PromptSearch,
     RuleReward,
     ScoredReward,
     SystemPromptWorld,
@@ -26,6 +27,7 @@ from jaxalign.prompting import (
     greedy_search,
     improve_examples,
     monte_carlo,
+    optimize_prompt,
     read_artefact,
     validate,
     write_artefact,
@@ -39,8 +41,8 @@ from tests.backends.scripted import Scripted
 GREEDY = Decoding(max_tokens=64)
 
 
-def asker_of(answer, **options):
-    return Asker(Scripted(answer), GREEDY, **options)
+def client_of(answer, **options):
+    return StructuredClient(Scripted(answer), GREEDY, **options)
 
 
 # ------------------------------------------------------------------------ reading
@@ -85,12 +87,12 @@ def test_criteria_are_chosen_for_a_query_and_their_mean_is_the_reward():
         assert "Factuality" not in text
         return scores(Depth="4", Safety=1)
 
-    asker = asker_of(answer)
-    reward = AskedReward(asker)
+    client = client_of(answer)
+    reward = AskedReward(client)
     first, second = reward(["q", "q"], ["y", "z"])
     assert first.scores == {"Depth": 4.0, "Safety": 1.0}
     assert first.mean == second.mean == 2.5
-    assert sum("Choose the criteria" in text for text in asker.backend.asked) == 1
+    assert sum("Choose the criteria" in text for text in client.backend.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,12 +111,12 @@ def test_malformed_scores_are_asked_again_and_counted(bad):
     def answer(text, sample):
         return scores(Depth=2, Safety=4) if "cannot be used" in text else bad
 
-    asker = asker_of(answer)
-    [found] = AskedReward(asker, criteria=("Depth", "Safety"))(["q"], ["y"])
+    client = client_of(answer)
+    [found] = AskedReward(client, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert found.mean == 3.0
-    assert asker.malformed["evaluator"] == 1
-    assert asker.failed["evaluator"] == 0
-    never = asker_of(lambda text, sample: bad, attempts=3)
+    assert client.malformed["evaluator"] == 1
+    assert client.failed["evaluator"] == 0
+    never = client_of(lambda text, sample: bad, attempts=3)
     [found] = AskedReward(never, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert math.isnan(found.mean)  # which is not a low score
     assert never.malformed["evaluator"] == 3
@@ -122,19 +124,19 @@ def test_malformed_scores_are_asked_again_and_counted(bad):
 
 
 def test_a_reply_without_text_is_not_shown_to_the_model_as_its_own():
-    asker = asker_of(lambda text, sample: None, attempts=3)
-    [found] = AskedReward(asker, criteria=("Depth", "Safety"))(["q"], ["y"])
+    client = client_of(lambda text, sample: None, attempts=3)
+    [found] = AskedReward(client, criteria=("Depth", "Safety"))(["q"], ["y"])
     assert math.isnan(found.mean)
-    assert len(asker.backend.asked) == 1  # the backend has tried again where that may help
-    assert asker.failed["evaluator"] == 1
+    assert len(client.backend.asked) == 1  # the backend has tried again where that may help
+    assert client.failed["evaluator"] == 1
 
 
 @pytest.mark.parametrize("names", [["Depth"], ["Depth", "Charm"], "Depth", list("abcdef")])
 def test_criteria_come_from_the_pool(names):
-    asker = asker_of(lambda *_: json.dumps({"reasoning": "r", "criteria": names}))
-    [found] = AskedReward(asker)(["q"], ["y"])
+    client = client_of(lambda *_: json.dumps({"reasoning": "r", "criteria": names}))
+    [found] = AskedReward(client)(["q"], ["y"])
     assert found.failure == "no criteria could be chosen"
-    assert asker.failed["selector"] == 1
+    assert client.failed["selector"] == 1
 
 
 def test_expected_scores_from_log_probs():
@@ -201,14 +203,14 @@ def test_the_optimizer_is_shown_what_it_needs_and_held_to_its_rules():
         prompt = [fine, many, fine][sample]
         return json.dumps({"analysis": "a", "thought": "t", "new_system_prompt": prompt})
 
-    asker = asker_of(answer)
+    client = client_of(answer)
     history = [attempt(f"attempt {n}") for n in range(8)] + [attempt("Now.\n- one")]
-    assert AskedOptimizer(asker)([history], 3) == [[fine]]
-    text = asker.backend.asked[0]
+    assert AskedOptimizer(client)([history], 3) == [[fine]]
+    text = client.backend.asked[0]
     assert "too short" in text
     assert "attempt 7" in text
     assert "attempt 2" not in text  # the last five alone
-    assert asker.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
+    assert client.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
 
 
 def test_edits_of_a_bank_are_one_step_away():
@@ -248,7 +250,7 @@ def test_transcripts_are_turns_and_end_where_the_answer_begins():
     assert composer.stops == ("\n\nHuman:", "\n\nAssistant:")
     bare = Composer([], shown=0, embedder=WordVectors(), layout="transcript")
     assert bare.prompt("", "why?") == "Human: why?\n\nAssistant:"
-    with pytest.raises(UserError, match="none of continue, transcript, chat"):
+    with pytest.raises(UserError, match="one of continue, transcript, chat"):
         PromptArtefact(system_prompt="", layout="letters")
 
 
@@ -258,7 +260,7 @@ def test_artefacts_come_back(tmp_path):
     write_artefact(artefact, path)
     assert read_artefact(path) == artefact
     path.write_text('{"prompt": "x"}')
-    with pytest.raises(UserError, match=r"prompt\.json: no prompt artefact"):
+    with pytest.raises(UserError, match=r"prompt\.json: not a prompt artefact"):
         read_artefact(path)
 
 
@@ -274,7 +276,7 @@ def test_examples_keep_the_best_and_go_on_from_the_newest():
         return json.dumps({"new_response": f"<START>{ways[response]}<END>"})
 
     start = [Example(query="q", response="2"), Example(query="r", response="5")]
-    rewriter = AskedRewriter(asker_of(answer))
+    rewriter = AskedRewriter(client_of(answer))
     found, history = improve_examples(start, rewriter, rule, iterations=4)
     assert [one.response for one in found] == ["4+", "5"]  # of equal ones the later
     assert [one.response for one in history] == ["2", "5", "1", "4", "4+", "3"]
@@ -384,3 +386,44 @@ def test_the_cost_is_an_upper_bound_that_is_met(search):
     # a beam's root is one path, not two; and the bank has five edits for six paths of five levels
     spared = {"beam": 3, "greedy": 0, "monte-carlo": 5}[search]
     assert len(model.asked) == bound - spared
+
+
+def test_from_seeds_to_a_prompt_and_nothing_is_requested_twice(tmp_path, monkeypatch):
+    (tmp_path / "bank.txt").write_text("\n".join(BANK))
+    (tmp_path / "rules.py").write_text(
+        "def rhymes(query, response):\n    return 5.0 if response == 'rhyme' else 1.0\n"
+    )
+    monkeypatch.setattr("jaxalign.prompting.drpo.make_backend", lambda *_: Scripted(obeys))
+    search = PromptSearch(
+        model="m",
+        evaluator=f"rule:{tmp_path / 'rules.py'}:rhymes",
+        optimizer=f"bank:{tmp_path / 'bank.txt'}",
+        actions=25,
+        depth=2,
+        more_depth=0,
+        validate=2,
+        examples_at_inference=0,
+        first_prompt="Help.",
+    )
+    queries = [f"query {number}" for number in range(search.queries)]
+    first = optimize_prompt(search, EXAMPLES, queries, tmp_path)
+    assert first.artefact == read_artefact(tmp_path / "prompt.json")
+    assert first.artefact.system_prompt == "Help.\n- rhyme"
+    assert (first.artefact.shown, first.seed_reward) == (0, None)
+    nodes = (tmp_path / "tree.jsonl").read_text().splitlines()
+    assert len(nodes) == len(first.search.nodes) == first.artefact.provenance["nodes"]
+    again = optimize_prompt(search, EXAMPLES, queries, tmp_path)
+    assert "new requests: 0 of m" in again.facts
+    assert again.artefact == first.artefact
+
+
+def test_costs_are_counted_for_the_models_that_play_each_role():
+    search = PromptSearch(model="m", evaluator="openai:u#e", search="none", iterations=1)
+    assert search.names == {
+        "model": "m",
+        "evaluator": "openai:u#e",
+        "optimizer": "openai:u#e",
+        "selector": "openai:u#e",
+        "rewriter": "openai:u#e",
+    }
+    assert search.most_calls(3)["rewriter"] == 3

@@ -1,0 +1,83 @@
+"""A file of responses is the same however often it was interrupted."""
+
+import json
+
+import pytest
+
+from jaxalign.backends import Decoding
+from jaxalign.data import prompt_records
+from jaxalign.errors import UserError
+from jaxalign.evaluation.outputs import policy_files
+from jaxalign.evaluation.responses import respond
+from tests.backends.scripted import Scripted
+
+DECODING = Decoding(max_tokens=8, temperature=1.0)
+
+
+@pytest.fixture
+def records(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{n}"}) + "\n" for n in range(5)))
+    return list(prompt_records(str(file)))
+
+
+def model():
+    return Scripted(lambda text, sample: f"{text} {sample}")
+
+
+@pytest.mark.parametrize("kept", range(11))
+def test_an_interrupted_file_is_resumed_at_its_last_whole_batch(tmp_path, records, kept):
+    path, size = tmp_path / "out.jsonl", {"samples": 2, "batch_size": 2}
+    respond(path, model(), records, DECODING, **size)
+    whole = path.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    expected = [
+        (f"{n + 1}.{sample}", f"p{n}", f"p{n} {sample}") for n in range(5) for sample in (0, 1)
+    ]
+    assert [(row["id"], row["prompt"], row["response"]) for row in rows] == expected
+    lines = whole.splitlines(keepends=True)
+    rest = lines[kept][:7] if kept < len(lines) else b""
+    path.write_bytes(b"".join(lines[:kept]) + rest)  # a kill in the middle of a line
+    again = model()
+    respond(path, again, records, DECODING, **size)
+    assert path.read_bytes() == whole
+    batches = kept // 4 if kept < 10 else 3
+    assert again.asked == [f"p{n}" for n in range(5)][2 * batches :]
+
+
+def test_missing_responses_are_an_error_in_the_end_and_requested_again(tmp_path, records):
+    path, lines = tmp_path / "out.jsonl", []
+    refusing = Scripted(lambda text, sample: None if text in ("p1", "p3") else "x")
+    with pytest.raises(UserError, match=r"prompts.jsonl:2: no text \(and 1 more\); .* lacks 2"):
+        respond(path, refusing, records, DECODING, batch_size=2, say=lines.append)
+    assert lines == [f"{path}: 3 responses written, 0 cut at 8 tokens"]
+    again = Scripted(lambda text, sample: "x")
+    respond(path, again, records, DECODING, batch_size=2)
+    assert again.asked == [f"p{n}" for n in range(5)]
+    assert len(path.read_text().splitlines()) == 5
+
+
+def test_another_model_settings_or_prompts_are_refused(tmp_path, records):
+    path = tmp_path / "out.jsonl"
+    respond(path, model(), records, DECODING, settings={"prompt_artefact": None})
+    with pytest.raises(UserError, match="made with model 'scripted', not 'other'"):
+        respond(path, Scripted(identity="other"), records, DECODING)
+    with pytest.raises(UserError, match="made with max_tokens 8, not 9"):
+        respond(path, model(), records, Decoding(max_tokens=9, temperature=1.0))
+    with pytest.raises(UserError, match="made with prompt_artefact None, not 'x'"):
+        respond(path, model(), records, DECODING, settings={"prompt_artefact": "x"})
+    with pytest.raises(UserError, match=r"out.jsonl:1: another prompt than in .*prompts.jsonl"):
+        respond(path, model(), records[1:], DECODING)
+    (tmp_path / "mine.jsonl").touch()
+    with pytest.raises(UserError, match="not made by this command"):
+        respond(tmp_path / "mine.jsonl", model(), records, DECODING)
+
+
+def test_policies_are_named_after_their_files():
+    assert policy_files("x/one.jsonl", "y/two.jsonl", []) == {
+        "one": ["x/one.jsonl"],
+        "two": ["y/two.jsonl"],
+    }
+    assert list(policy_files("x/out.jsonl", "y/out.jsonl", [])) == ["a", "b"]
+    files = policy_files(None, None, ["m=1", "n=2", "m=3"], "n")
+    assert files == {"m": ["1", "3"], "n": ["2"]}
