@@ -234,6 +234,7 @@ def view(chart: Chart) -> View:
         ),
         values={
             "x": chart.x_label,
+            "y": chart.y_label,
             "names": list(chart.x_names),
             "series": [
                 {

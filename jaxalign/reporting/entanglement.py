@@ -33,6 +33,7 @@ CASES = {
     "reversed": ("#8172b3", "reversed"),
     "undefined": ("#cccccc", "undefined"),
 }
+"""Case of a pair in the metrics, its colour and its name."""
 
 
 def watched(run: Run) -> bool:

@@ -11,16 +11,11 @@ import numpy as np
 from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.reporting import heat_map
 from jaxalign.reporting.charts import GREY, Chart, Figure, Series, draw
+from jaxalign.reporting.entanglement import CASES
 from jaxalign.reporting.page import Table
 from jaxalign.reporting.page import write_page as write_parts
 
-COLOURS = {
-    "ideal": "#4c9f70",
-    "both down": "#c44e52",
-    "both up": "#dd8452",
-    "reversed": "#8172b3",
-    "undefined": "#cccccc",
-}
+COLOURS = {label: colour for colour, label in CASES.values()}
 MEANINGS = {
     "ideal": "chosen up, rejected down: the aim of the loss",
     "both down": "the rejected gradient decreases the chosen response with it",
