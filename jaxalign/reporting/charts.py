@@ -126,7 +126,8 @@ def draw(charts: Sequence[Chart], path: Path, *, size: tuple[float, float] = (4.
             axis.axhline(chart.rule, color="grey", linewidth=0.8)
         axis.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
         axis.title.set_fontsize(10 if len(chart.title) > 40 else 12)
-        axis.grid(alpha=0.3)
+        if not chart.x_names:
+            axis.grid(alpha=0.3)
         if chart.log_x:
             axis.set_xscale("log")
         if chart.x_names:
@@ -233,6 +234,7 @@ def view(chart: Chart) -> View:
         ),
         values={
             "x": chart.x_label,
+            "y": chart.y_label,
             "names": list(chart.x_names),
             "series": [
                 {

@@ -17,14 +17,14 @@ ROWS = (
     ("both_up", "both up", "{:.1%}"),
     ("reversed", "reversed: chosen down, rejected up", "{:.1%}"),
     ("undefined", "undefined (a gradient or coefficient is zero)", "{:.1%}"),
-    ("realised_chosen", "realised change of chosen (nats a step)", "{:z.3f}"),
-    ("realised_rejected", "realised change of rejected (nats a step)", "{:z.3f}"),
-    ("case_agreement", "pairs whose update did what their own gradients say", "{:.1%}"),
+    ("realised_chosen", "realised change of chosen (nats per step)", "{:z.3f}"),
+    ("realised_rejected", "realised change of rejected (nats per step)", "{:z.3f}"),
+    ("case_agreement", "pairs whose update agrees with their own gradients", "{:.1%}"),
     ("adamw/cosine", "cosine in AdamW's inner product", "{:z.3f}"),
     ("adamw/both_down", "both down, in AdamW's inner product", "{:.1%}"),
-    ("adamw/case_agreement", "pairs whose update did what that says", "{:.1%}"),
+    ("adamw/case_agreement", "pairs whose update agrees with that case", "{:.1%}"),
 )
-"""Metric -> how the table calls and prints its mean over the watched steps."""
+"""Metric, its name in the table and the format of its mean over the measured steps."""
 
 CASES = {
     "ideal": ("#4c9f70", "ideal"),
@@ -33,15 +33,16 @@ CASES = {
     "reversed": ("#8172b3", "reversed"),
     "undefined": ("#cccccc", "undefined"),
 }
+"""Case of a pair in the metrics, its colour and its name."""
 
 
 def watched(run: Run) -> bool:
-    """Whether the run looked at its gradients."""
+    """Whether the run measured its gradients."""
     return bool(_curve(run, "cosine")[0])
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the mean over the watched steps, a column per run."""
+    """Header and rows: the mean over the measured steps, a column per run."""
     rows = []
     for metric, label, form in ROWS:
         means = [_mean(_curve(run, metric)[1]) for run in runs]

@@ -1,4 +1,4 @@
-"""The page of `jaxalign entangle`: one HTML file that explains itself, and its figures as PNG."""
+"""The page of `jaxalign entangle`: one HTML file, and its figures as PNG."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,20 +11,15 @@ import numpy as np
 from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.reporting import heat_map
 from jaxalign.reporting.charts import GREY, Chart, Figure, Series, draw
+from jaxalign.reporting.entanglement import CASES
 from jaxalign.reporting.page import Table
 from jaxalign.reporting.page import write_page as write_parts
 
-COLOURS = {
-    "ideal": "#4c9f70",
-    "both down": "#c44e52",
-    "both up": "#dd8452",
-    "reversed": "#8172b3",
-    "undefined": "#cccccc",
-}
+COLOURS = {label: colour for colour, label in CASES.values()}
 MEANINGS = {
-    "ideal": "chosen up, rejected down: what the loss is for",
-    "both down": "the rejected gradient drags the chosen response down with it",
-    "both up": "the chosen gradient lifts the rejected response with it",
+    "ideal": "chosen up, rejected down: the aim of the loss",
+    "both down": "the rejected gradient decreases the chosen response with it",
+    "both up": "the chosen gradient increases the rejected response with it",
     "reversed": "chosen down, rejected up: the loss has passed its target",
     "undefined": "a gradient or both coefficients are zero, or not a number",
 }
@@ -42,7 +37,7 @@ class Page:
     losses: Sequence[LossRow]
     heat_maps: Sequence[HeatMap]
     heat_map_parameters: str = "all parameters"
-    """Whose gradients the heat maps compare."""
+    """The parameters whose gradients the heat maps compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +63,14 @@ class Pairs:
         return list(self.values(self.pairs[0])) if self.pairs else []
 
     def values(self, pair: PairRow) -> dict[str, float]:
-        """Cosine and ratio of norms; tokens of both responses and loss, where they are known."""
+        """Cosine, ratio of norms, tokens of both responses, and loss."""
         numbers = pair.numbers
-        values = {"cosine": numbers["cosine"], "ratio": numbers["norm_ratio"]}
-        if "length_chosen" in numbers:
-            values["length"] = numbers["length_chosen"] + numbers["length_rejected"]
-        return values | {name: numbers[name] for name in ("loss",) if name in numbers}
+        return {
+            "cosine": numbers["cosine"],
+            "ratio": numbers["norm_ratio"],
+            "length": numbers["length_chosen"] + numbers["length_rejected"],
+            "loss": numbers["loss"],
+        }
 
     def cells(self, at: int) -> tuple[list[str], list[str], list[list[tuple[str, str]]]]:
         """A heat map: names of its rows and columns, and the colour and value of each cell."""
@@ -126,7 +123,7 @@ def write_page(page: Page, folder: Path) -> Path:
             note="Choose a pair to read it. The most and the least entangled ones have a heat map "
             "of token against token: red where the gradients of the two tokens point the same way, "
             "so that decreasing the rejected token also decreases the chosen one; blue where they "
-            f"oppose each other, which is what one wants. Over {page.heat_map_parameters}; the "
+            f"oppose each other, as they should. Over {page.heat_map_parameters}; the "
             "pointer on a cell shows the cosine.",
             loss=page.loss,
             pairs=page.pairs,

@@ -10,7 +10,7 @@ from jaxalign.reporting.charts import save_figure
 
 
 def readable(token: str) -> str:
-    """A token as a reader sees it: spaces and line breaks have signs."""
+    """A token with visible spaces and line breaks."""
     return token.replace("Ġ", "·").replace("▁", "·").replace("Ċ", "⏎").replace(" ", "·") or "∅"
 
 

@@ -1,4 +1,4 @@
-"""The online stage in a report: held-out win rate and divergence, where the time went, samples."""
+"""The online stage in a report: held-out win rate and divergence, time of a step, samples."""
 
 import json
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ SAMPLES = "rollouts.jsonl"
 ROWS = (
     ("win_rate", "win rate against the reference", "{:z.3f}"),
     ("reward", "reward", "{:z.3f}"),
-    ("kl", "KL to reference (nats a response)", "{:z.3f}"),
-    ("rollout/length", "tokens of a response", "{:z.1f}"),
-    ("rollout/finished", "ended by itself", "{:z.3f}"),
+    ("kl", "KL to reference (nats per response)", "{:z.3f}"),
+    ("rollout/length", "tokens per response", "{:z.1f}"),
+    ("rollout/finished", "finished with an end token", "{:z.3f}"),
     ("annotation/failed", "without a verdict", "{:z.3f}"),
 )
-"""Held-out metric -> how a table calls and prints it."""
+"""Held-out metric, its name in a table and its format."""
 SHARES = ("time/sampling", "time/annotation", "time/update")
 
 
 def has_stage(run: Run) -> bool:
-    """Whether a run got to its online stage."""
+    """Whether a run has reached its online stage."""
     return any(line["stage"] == STAGE for line in run.lines)
 
 

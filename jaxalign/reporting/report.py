@@ -29,7 +29,7 @@ ROWS = (
     ("calibration/error", "calibration error", "{:z.3f}"),
     ("loss", "loss", "{:z.4f}"),
 )
-"""Metric -> how a table calls and prints it."""
+"""Metric, its name in a table and its format."""
 
 
 def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -99,8 +99,7 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
         parts += [
             Table(
                 title="Gradients of chosen and rejected",
-                note="Means over the watched steps; over all trained parameters, before each "
-                "update.",
+                note="Means over the measured steps; all trained parameters, before each update.",
                 header=header,
                 rows=rows,
             ),

@@ -1,4 +1,4 @@
-"""The representation stage in a report: how far states moved, and what it did to held-out pairs."""
+"""The representation stage in a report: how far hidden states moved, and held-out pairs."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from jaxalign.reporting.runs import Run
 
 STAGE = "representation"
 ROWS = (
-    ("loss", "distance to the target, a token", "{:z.4f}"),
-    ("pattern/projection", "moved along the difference (alpha when done)", "{:z.3f}"),
+    ("loss", "distance to the target, per token", "{:z.4f}"),
+    ("pattern/projection", "moved along the difference (alpha when complete)", "{:z.3f}"),
     ("pattern/cosine", "cosine of the move and the difference", "{:z.3f}"),
     ("pattern/norm", "norm of the difference", "{:z.3f}"),
     ("pattern/drift", "norm of the move", "{:z.3f}"),
@@ -19,11 +19,11 @@ ROWS = (
     ("logps/rejected", "rejected log-prob (nats)", "{:z.2f}"),
     ("kl", "KL to base (nats/token)", "{:z.4f}"),
 )
-"""Held-out metric -> how a table calls and prints it."""
+"""Held-out metric, its name in a table and its format."""
 
 
 def has_stage(run: Run) -> bool:
-    """Whether a run got to this stage."""
+    """Whether a run has reached this stage."""
     return any(line["stage"] == STAGE for line in run.lines)
 
 

@@ -1,4 +1,4 @@
-"""A run folder, read: its config, its metrics, the counts of its data."""
+"""The content of a run folder: its config, its metrics and the counts of its data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Run:
     data: Mapping[str, Mapping[str, Any]]
     """What was read and tokenised, by name: `data.json`."""
     skipped: Sequence[str] = ()
-    """Lines of `metrics.jsonl` that cannot be used, each with its number and what is wrong."""
+    """Lines of `metrics.jsonl` that cannot be used: number of the line and fault."""
 
     def curve(self, stage: str, split: str, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty where it was not recorded."""
@@ -43,7 +43,7 @@ class Run:
         return (values[0], values[-1]) if values else None
 
     def cells(self, metric: str, form: str) -> tuple[str, str]:
-        """The held-out value before and after, as text; a share has its 95 % interval."""
+        """The held-out value before and after, as text; a fraction has its 95 % interval."""
         values = self.first_and_last("preference", metric)
         if values is None:
             return "", ""
@@ -59,20 +59,20 @@ def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Raises:
-      UserError: it is not one, or one of its files but the metrics is broken.
+      UserError: it is not a run folder, or its config or the counts of its data are broken.
     """
     folder = Path(folder)
     for name in ("config.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; give a folder that jaxalign train has made")
+            raise UserError(f"{folder}: no {name}; name a folder made by jaxalign train")
     lines, skipped = parse_metrics(folder / "metrics.jsonl")
     config = read_json(folder / "config.json", "config of a run")
     if not isinstance(config.get("name"), str):
-        raise UserError(f"{folder / 'config.json'}: no name; give a folder of jaxalign train")
+        raise UserError(f"{folder / 'config.json'}: no name; name a folder made by jaxalign train")
     data = folder / "data.json"
     counts = read_json(data, "counts of a run's data") if data.is_file() else {}
     if not all(isinstance(one, Mapping) for one in counts.values()):
-        raise UserError(f"{data}: not the counts of a run's data; remove it to report without")
+        raise UserError(f"{data}: not the counts of a run's data; remove it to report without them")
     return Run(
         folder=folder,
         name=config["name"],

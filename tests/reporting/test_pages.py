@@ -45,6 +45,7 @@ def report(folder):
 
 def entanglement(folder):
     names = ("norm_ratio", "norm_chosen", "norm_rejected", "ches", "ln_ches", "edit", "loss")
+    names += ("length_chosen", "length_rejected")
     pairs = [
         PairRow(
             place=f"{ATTACK}:{at}",

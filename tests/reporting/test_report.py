@@ -142,5 +142,5 @@ def test_a_line_cut_short_by_a_kill_is_left_out(make_run):
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json; give a folder that jaxalign train"):
+    with pytest.raises(UserError, match=r"no config\.json; name a folder made by jaxalign train"):
         read_run(tmp_path)

@@ -20,7 +20,7 @@ const hush = () => { tip.hidden = true; };
 // Charts: the values at the step nearest to the pointer, or the nearest of scattered points.
 const shown = (value) => value === null ? "not a number" : String(Number(value.toPrecision(5)));
 for (const chart of all("svg.chart")) {
-  const { x: unit, names, series } = JSON.parse(chart.dataset.values);
+  const { x: unit, y: height, names, series } = JSON.parse(chart.dataset.values);
   const points = series.flatMap((one) => one.at.map((at, index) => at && { one, at, index })).filter(Boolean);
   const cursor = chart.appendChild(document.createElementNS(chart.namespaceURI, "path"));
   cursor.setAttribute("class", "cursor");
@@ -32,9 +32,10 @@ for (const chart of all("svg.chart")) {
     const nearest = points.reduce((a, b) => away(b) < away(a) ? b : a);
     if (nearest.one.points && away(nearest) > 20) return clear();
     const x = nearest.one.x[nearest.index];
-    const here = nearest.one.points ? [nearest] : points.filter((p) => !p.one.points && p.at[0] === nearest.at[0]);
+    const here = points.filter((point) => !point.one.points && point.at[0] === nearest.at[0]);
     const lines = here.map(({ one, index }) => `${one.label}: ${shown(one.y[index])}`);
-    say(event, [names.length ? names[x] : `${unit} ${shown(x)}`, ...lines].join("\n"));
+    if (nearest.one.points) say(event, `${nearest.one.label}\n${unit} ${shown(x)}\n${height} ${shown(nearest.one.y[nearest.index])}`);
+    else say(event, [names.length ? names[x] : `${unit} ${shown(x)}`, ...lines].join("\n"));
     cursor.setAttribute("d", nearest.one.points
       ? `M${nearest.at[0] - 7} ${nearest.at[1]}h14m-7-7v14`
       : `M${nearest.at[0]} 10V210`);
