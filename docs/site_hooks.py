@@ -1,0 +1,75 @@
+"""Hooks of the site: pages from the whole repository, and formulas as MathML."""
+
+import html
+import re
+from pathlib import Path
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("docs", "experiments", "benchmarks", "tpu", "gpu")
+MATH_BLOCK = re.compile(r"^( *)\.\. math:: ?(.*(?:\n\1 +.*)*)", re.M)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Lay out the site as the repository is, so that relative links work in both."""
+    pages = [file for file in files if file.src_dir != config.docs_dir]
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("LICENSE")]
+    for folder in FOLDERS:
+        paths += sorted((ROOT / folder).rglob("*"))
+    for path in paths:
+        name = path.relative_to(ROOT)
+        if path.is_file() and not any(part.startswith((".", "__py")) for part in name.parts):
+            pages.append(File(str(name), str(ROOT), config.site_dir, use_directory_urls=True))
+    return Files(pages)
+
+
+def on_page_content(content: str, page: Page, **_) -> str:
+    r"""Replace formulas, which arithmatex writes as \(...\) and \[...\], by MathML.
+
+    Raises:
+      PluginError: a formula has a command that is not known.
+    """
+
+    def mathml(match: re.Match[str]) -> str:
+        formula = html.unescape(match[2][2:-2]).replace(r"\arg", r"\operatorname{arg}")
+        result = convert(formula, "block" if match[2].startswith(r"\[") else "inline")
+        if "\\" in result:
+            raise PluginError(f"{page.file.src_uri}: unknown command in the formula {formula}")
+        return result
+
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', mathml, content, flags=re.S)
+
+
+class Sources(griffe.Extension):
+    """Formulas of docstrings as Markdown, and functions that have the name of their module."""
+
+    def on_instance(self, *, obj: griffe.Object, **_) -> None:
+        """Turn `.. math::` blocks and :math: roles into $$...$$ and $...$."""
+        if obj.docstring:
+            text = re.sub(r":math:`([^`]*)`", r"$\1$", obj.docstring.value)
+            obj.docstring.value = MATH_BLOCK.sub(_markdown_block, text)
+
+    def on_package(self, *, pkg: griffe.Module, **_) -> None:
+        """Show the exported function `jaxalign.losses.ipo`, not the module of that name."""
+        for package in pkg.modules.values():
+            exported = [package.members[str(name)] for name in package.exports or ()]
+            for member in exported:
+                if isinstance(member, griffe.Alias):
+                    member.resolve_target()
+            for member in exported:
+                if member.is_module:
+                    function = member.members[member.name]
+                    package.members[member.name] = griffe.Alias(
+                        member.name, function, parent=package
+                    )
+
+
+def _markdown_block(match: re.Match[str]) -> str:
+    indent, lines = match[1], match[2].strip().splitlines()
+    return "\n".join(indent + line.strip() for line in ("$$", *lines, "$$"))
