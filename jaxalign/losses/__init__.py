@@ -52,6 +52,7 @@ from jaxalign.losses.tokens import TokenLogProbs
 from jaxalign.losses.xpo import xpo
 
 PreferenceLoss = Callable[..., Float[Array, " pairs"]]
+"""A loss: pairs and hyperparameters to one value per pair."""
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
     "dpo": dpo,
@@ -89,21 +90,22 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
     "scit_mean": scit_mean,
     "stable_alignment": stable_alignment,
 }
+"""The losses on `PairLogProbs`, by name."""
 
-# Whose pairs are one response under two opposite instructions.
 CONTRASTIVE_LOSSES = frozenset({"scit", "scit_mean"})
+"""Losses whose pairs are one response under two opposite instructions."""
 
-# On `TokenLogProbs` instead of `PairLogProbs`.
 TOKEN_LOSSES: dict[str, PreferenceLoss] = {"tdpo1": tdpo1, "tdpo2": tdpo2}
+"""The losses on `TokenLogProbs`, by name."""
 
-# On the scores of a scalar head instead of log-probs.
 REWARD_LOSSES: dict[str, PreferenceLoss] = {
     "bradley_terry": bradley_terry,
     "preference_model": preference_model,
 }
+"""The losses on the scores of a scalar head, by name."""
 
-# Losses that take statistics from their whole batch (`Statistics`).
 BATCH_COUPLED = frozenset(name for name, loss in PREFERENCE_LOSSES.items() if statistics_of(loss))
+"""Losses that take statistics from their whole batch (`Statistics`)."""
 
 __all__ = [
     "BATCH_COUPLED",
