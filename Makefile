@@ -32,7 +32,7 @@ $(VENV)/bin/mkdocs: setup.py $(VENV)/bin/jaxalign
 	@touch $@
 
 docs: $(VENV)/bin/mkdocs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build site *.egg-info

@@ -19,7 +19,7 @@ MATH_BLOCK = re.compile(r"^( *)\.\. math:: ?(.*(?:\n\1 +.*)*)", re.M)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Lay out the site as the repository is, so that relative links work in both."""
     pages = [file for file in files if file.src_dir != config.docs_dir]
-    paths = [*ROOT.glob("*.md"), *ROOT.glob("LICENSE")]
+    paths = [*ROOT.glob("*.md"), ROOT / "LICENSE", ROOT / "CITATION.cff"]
     for folder in FOLDERS:
         paths += sorted((ROOT / folder).rglob("*"))
     for path in paths:
