@@ -29,6 +29,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return Files(pages)
 
 
+def on_page_markdown(markdown: str, **_) -> str:
+    """Drop the mark of examples that the tests do not run, which the site's Markdown rejects."""
+    return markdown.replace("```python no-run", "```python")
+
+
 def on_page_content(content: str, page: Page, **_) -> str:
     r"""Replace formulas, which arithmatex writes as \(...\) and \[...\], by MathML.
 
@@ -38,6 +43,8 @@ def on_page_content(content: str, page: Page, **_) -> str:
 
     def mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match[2][2:-2]).replace(r"\arg", r"\operatorname{arg}")
+        for side, sizes in (("left", r"\\[bB]igg?l\b"), ("right", r"\\[bB]igg?r\b")):
+            formula = re.sub(sizes, rf"\\{side}", formula)
         result = convert(formula, "block" if match[2].startswith(r"\[") else "inline")
         if "\\" in result:
             raise PluginError(f"{page.file.src_uri}: unknown command in the formula {formula}")

@@ -24,7 +24,7 @@ PAGES = [
     ROOT / "tpu" / "README.md",
     ROOT / "benchmarks" / "README.md",
     *sorted(ROOT.glob("docs/**/*.md")),
-    *sorted(ROOT.glob("experiments/*/README.md")),
+    *sorted(ROOT.glob("experiments/**/README.md")),
 ]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 PYTHON = [
@@ -76,6 +76,20 @@ def test_flags_of_commands_exist(page, monkeypatch):
             known |= flags_of("train", "experiments/quickstart.py")
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert used <= known, (command, used - known)
+
+
+def test_flags_in_the_text_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    methods = ("best-of-n", "constitutional", "self-align", "society")
+    known = flags_of("train", "experiments/quickstart.py") | {"--help", "--debug"}
+    known = known.union(*(flags_of(name) for name in COMMANDS if name != "train"))
+    known = known.union(*(flags_of("collect", method) for method in methods))
+    for page, text in TEXTS.items():
+        if page == "README.md" or page.startswith("docs/"):
+            prose = re.sub(r"```.*?```", "", text, flags=re.S)
+            used = set(re.findall(r"`(--[a-z][\w.-]*)", prose))
+            assert used <= known, (page, used - known)
 
 
 @pytest.mark.parametrize("page", TEXTS)
