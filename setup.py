@@ -26,6 +26,7 @@ REQUIRED = [
     "safetensors>=0.7",
     "jaxtyping>=0.3",
     "tyro>=1.0",
+    "docstring-parser>=0.16",
     "rich>=13",
     "tensorboardX>=2.6.5",
     "matplotlib>=3.8",

@@ -1,5 +1,6 @@
 """Hooks of the site: pages from the whole repository, and formulas as MathML."""
 
+import ast
 import html
 import re
 from pathlib import Path
@@ -38,7 +39,7 @@ def on_page_content(content: str, page: Page, **_) -> str:
     r"""Replace formulas, which arithmatex writes as \(...\) and \[...\], by MathML.
 
     Raises:
-      PluginError: a formula has a command that is not known.
+      PluginError: a formula has an unknown command, or an exported name is not on its page.
     """
 
     def mathml(match: re.Match[str]) -> str:
@@ -50,6 +51,11 @@ def on_page_content(content: str, page: Page, **_) -> str:
             raise PluginError(f"{page.file.src_uri}: unknown command in the formula {formula}")
         return result
 
+    name = page.file.src_uri.removeprefix("docs/api/").removesuffix(".md")
+    if page.file.src_uri.startswith("docs/api/"):
+        for one in _exported(ROOT / "jaxalign" / name / "__init__.py"):
+            if f'id="jaxalign.{name}.{one}"' not in content:
+                raise PluginError(f"{page.file.src_uri}: {one} is exported and not shown")
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', mathml, content, flags=re.S)
 
 
@@ -65,16 +71,27 @@ class Sources(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_) -> None:
         """Show the exported function `jaxalign.losses.ipo`, not the module of that name."""
         for package in pkg.modules.values():
-            exported = [package.members[str(name)] for name in package.exports or ()]
+            exported = [package.members[name] for name in _exported(Path(str(package.filepath)))]
             for member in exported:
                 if isinstance(member, griffe.Alias):
                     member.resolve_target()
+                    member.public = True
             for member in exported:
                 if member.is_module:
-                    function = member.members[member.name]
-                    package.members[member.name] = griffe.Alias(
-                        member.name, function, parent=package
-                    )
+                    alias = griffe.Alias(member.name, member.members[member.name], parent=package)
+                    alias.public = True
+                    package.members[member.name] = alias
+
+
+def _exported(package: Path) -> list[str]:
+    """The names in a package's `__all__`, or those that it imports as themselves."""
+    names = []
+    for node in ast.parse(package.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+        if isinstance(node, ast.ImportFrom):
+            names += [one.name for one in node.names if one.name == one.asname]
+    return names
 
 
 def _markdown_block(match: re.Match[str]) -> str:

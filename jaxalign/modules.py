@@ -1,13 +1,15 @@
 """Python that users bring along: files or modules by name, and functions in them."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import inspect
 import linecache
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,3 +116,63 @@ def find_function(name: str, kind: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{kind}: {module} has no function {attribute}")
     return found
+
+
+def errors_in_one_line(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A user's function whose errors become one line, whenever it is called.
+
+    Args:
+      function: the user's.
+      what: begins the line.
+    """
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        with users_code(what):
+            return function(*arguments, **options)
+
+    return called
+
+
+def parameters_of(function: Callable[..., Any], what: str) -> list[inspect.Parameter]:
+    """The parameters of a user's function, annotations resolved where they can be.
+
+    Args:
+      function: the user's.
+      what: begins the message.
+
+    Raises:
+      UserError: the function has no signature.
+    """
+    try:
+        try:
+            return list(inspect.signature(function, eval_str=True).parameters.values())
+        except (NameError, SyntaxError, AttributeError, TypeError):
+            return list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what}: its arguments cannot be read; write a plain function") from error
+
+
+def check_options(
+    parameters: list[inspect.Parameter], options: Mapping[str, Any], what: str, flag: str
+) -> None:
+    """Check that options are parameters, and that parameters without a default are options.
+
+    Args:
+      parameters: those that an option may set.
+      options: name -> value.
+      what: begins the message.
+      flag: the flag that sets options.
+
+    Raises:
+      UserError: an option is unknown or missing.
+    """
+    named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    names = [one.name for one in named if one.kind is not one.POSITIONAL_ONLY]
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    if (unknown := sorted(set(options) - set(names))) and not anything:
+        raise UserError(f"{what} has no {', '.join(unknown)}; it has {', '.join(names) or 'none'}")
+    needed = [one.name for one in named if one.default is one.empty and one.name not in options]
+    if needed:
+        values = " ".join(f"{name} VALUE" for name in needed)
+        raise UserError(f"{what} needs {', '.join(needed)}; set {flag} {values}")

@@ -59,8 +59,8 @@ bucket_name() {
 check_run() {
   local word
   (($# > 0)) || refuse "the experiment is missing: end with EXPERIMENT [flags of jaxalign train]"
-  if [[ $1 == *.py && ! -e $ROOT/$1 ]]; then
-    refuse "$1: there is no such file in $ROOT; give its path from there"
+  if [[ ${1%:*} == *.py && ! -e $ROOT/${1%:*} ]]; then
+    refuse "${1%:*}: there is no such file in $ROOT; give its path from there"
   fi
   for word in "$@"; do
     case $word in

@@ -12,6 +12,7 @@ from experiments.data_collection import rules
 from experiments.gradient_entanglement.runs import DATA, TINY, finished
 from jaxalign.commands.collect import main as collect
 from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.files import write_json_lines
 
 FOLDER = Path(__file__).parent
 STORIES = DATA / "models" / "stories260K"
@@ -60,8 +61,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_json_lines(path, rows)
     return path
 
 

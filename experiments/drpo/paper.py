@@ -34,6 +34,7 @@ from jaxalign.evaluation.just_eval import (
     aspect_reward,
     aspect_table,
 )
+from jaxalign.files import write_json_lines
 from jaxalign.prompting import Example, PromptArtefact, read_artefact, write_artefact
 from jaxalign.prompting.cost import TOKENS, estimate, most_calls
 
@@ -110,11 +111,9 @@ def write_inputs(output: Path) -> tuple[int, int]:
     queries = [{"prompt": text} for _, text in sorted(places)]
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in (("seeds", seeds), ("queries", queries)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_json_lines(output / f"{name}.jsonl", rows)
     prompts = json.loads((DATA / PROMPTS).read_text(encoding="utf-8"))
-    text = "".join(json.dumps({"prompt": row["instruction"]}) + "\n" for row in prompts)
-    (output / "prompts.jsonl").write_text(text, encoding="utf-8")
+    write_json_lines(output / "prompts.jsonl", [{"prompt": row["instruction"]} for row in prompts])
     return len(seeds), len(queries)
 
 

@@ -34,6 +34,7 @@ from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
 from jaxalign.data import load_tokenizer, prompt_records, tokenize_prompts
 from jaxalign.evaluation.bradley_terry import over_seeds, ratings
 from jaxalign.evaluation.win_rates import win_rate
+from jaxalign.files import write_json_lines
 from jaxalign.generation import Sampling
 from jaxalign.models import load_pretrained
 from jaxalign.online.prompts import prompt_batches
@@ -102,7 +103,7 @@ def write_prompts() -> None:
         (TEST_PROMPTS, firsts[::5]),
         (PROMPTS, [x for i, x in enumerate(firsts) if i % 5]),
     ):
-        path.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in own), encoding="utf-8")
+        write_json_lines(path, [{"prompt": x} for x in own])
 
 
 def continuations(folder: Path | str, prompts: Path, *, samples: int, seed: int) -> list[list[str]]:
@@ -134,7 +135,7 @@ def annotators(options: Options, labeller: Classifier, judge: Classifier) -> dic
     if not data.exists():
         each = -(-2 * options.pairs // len(prompts))
         each += each % 2
-        lines = []
+        rows = []
         for prompt, texts in zip(
             prompts, continuations(STORIES, PROMPTS, samples=each, seed=1), strict=True
         ):
@@ -143,8 +144,8 @@ def annotators(options: Options, labeller: Classifier, judge: Classifier) -> dic
                 if verdict != 0.5 and first.strip() and second.strip():
                     sides = (first, second) if verdict > 0.5 else (second, first)
                     row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-                    lines.append(json.dumps(row) + "\n")
-        data.write_text("".join(lines[: options.pairs]), encoding="utf-8")
+                    rows.append(row)
+        write_json_lines(data, rows[: options.pairs])
     facts = {}
     for kind, loss in (("preference", "preference_model"), ("reward", "bradley_terry")):
         folder = finished(annotator_config(kind, loss, data))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.gradient_entanglement.runs import DATA, TINY
 from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.files import write_json_lines
 
 PAIRS = Path("runs/judging/pairs.jsonl")
 SOURCES = ("ultrafeedback_train", "rasbt_instruction_preference")
@@ -36,8 +37,7 @@ def write_pairs(judged: Iterable[str], path: Path = PAIRS) -> tuple[int, int]:
                 else:
                     rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_json_lines(path, rows)
     return len(rows), left_out
 
 

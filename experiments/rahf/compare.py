@@ -60,11 +60,11 @@ def configs(seed: int, steps: int | None, output: str) -> dict[str, TrainConfig]
     how = {"output": f"{output}/seed_{seed}"}
     made = {
         "base": methods.instruction_sft("tiny", **how),
-        "judge": methods.reward("tiny", "judge", **how),
-        "reward": methods.reward("tiny", "reward", **how),
-        "preferred_sft": methods.supervised("tiny", "chosen", "preferred_sft", **how),
-        "rejected_sft": methods.supervised("tiny", "rejected", "rejected_sft", **how),
-        "hir": methods.supervised("tiny", "hindsight", "hir", **how),
+        "judge": methods.judge("tiny", **how),
+        "reward": methods.reward("tiny", **how),
+        "preferred_sft": methods.preferred_sft("tiny", **how),
+        "rejected_sft": methods.rejected_sft("tiny", **how),
+        "hir": methods.hir("tiny", **how),
         "dpo": methods.dpo("tiny", **how),
         "policy_gradient": methods.policy_gradient("tiny", **how),
         "scit": methods.scit("tiny", **how),

@@ -1,4 +1,9 @@
-"""What the runs of this folder share: data, base model, formats, schedules.
+"""The methods compared in this folder: RAHF beside SFT, HIR, DPO and a policy gradient.
+
+Command:  jaxalign train experiments/rahf/methods.py:scit [--scale paper], or another function
+          below; all others need instruction_sft, dual needs preferred_sft and rejected_sft, and
+          policy_gradient needs reward
+Time:     a few minutes each on two CPU cores
 
 `tiny` makes short answers polite (1,094 pairs: the first 60 % to train on, then 25 % for the
 held-out reward model, the last 15 % to be tested on) with the base model of `experiments/base_lm`;
@@ -92,14 +97,39 @@ def supervised(scale: str, responses: Any, name: str, **how: Any) -> TrainConfig
     return dataclasses.replace(common(scale, name, **how), sft=rate, sft_responses=responses)
 
 
+def preferred_sft(scale: str, **how: Any) -> TrainConfig:
+    """Preferred-SFT, and the preferred model of RAHF-Dual."""
+    return supervised(scale, "chosen", "preferred_sft", **how)
+
+
+def rejected_sft(scale: str, **how: Any) -> TrainConfig:
+    """The dispreferred model of RAHF-Dual: SFT on rejected responses."""
+    return supervised(scale, "rejected", "rejected_sft", **how)
+
+
+def hir(scale: str, **how: Any) -> TrainConfig:
+    """Hindsight instruction relabelling (arXiv:2302.05206), its supervised part."""
+    return supervised(scale, "hindsight", "hir", **how)
+
+
 def dpo(scale: str, **how: Any) -> TrainConfig:
     """DPO, beta 0.1; the paper does not give its settings: those of the DPO repository."""
     rate = stage(scale, 5e-7 if scale == "paper" else 1e-4)
     return dataclasses.replace(common(scale, "dpo", **how), preference=rate)
 
 
-def reward(scale: str, which: str, **how: Any) -> TrainConfig:
-    """A reward model: "reward" of the training pairs, "judge" of pairs that no policy has seen."""
+def reward(scale: str, **how: Any) -> TrainConfig:
+    """The reward model that the policy gradient maximises."""
+    return reward_model(scale, "reward", **how)
+
+
+def judge(scale: str, **how: Any) -> TrainConfig:
+    """The held-out reward model: of pairs that no other run reads."""
+    return reward_model(scale, "judge", **how)
+
+
+def reward_model(scale: str, which: str, **how: Any) -> TrainConfig:
+    """A reward model of the training pairs ("reward") or of held-out pairs ("judge")."""
     config = common(scale, which, **how)
     data = {"paper": PAPER, "tiny": (TRAIN, JUDGED)}[scale][which == "judge"]
     rate = stage(scale, 1e-5 if scale == "paper" else 3e-4)

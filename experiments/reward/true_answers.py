@@ -1,4 +1,9 @@
-"""What the two runs of this folder share: data, base model, schedule.
+"""A reward model and a pairwise preference model of true answers.
+
+Command:  jaxalign train experiments/reward/true_answers.py:reward_model [--scale paper], or
+          true_answers.py:preference_model
+Time:     a few minutes on two CPU cores
+Expect:   the held-out numbers of the README's table
 
 `tiny` tells true from false answers of TruthfulQA (15 % of the questions held out) with a model of
 260 thousand parameters, from the folder of real data; `paper` reads the comparisons of TL;DR
@@ -12,6 +17,16 @@ from pathlib import Path
 from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
+
+
+def reward_model(scale: str) -> TrainConfig:
+    """One scalar per response, with the likelihood of Bradley and Terry."""
+    return scores(scale, "bradley_terry")
+
+
+def preference_model(scale: str) -> TrainConfig:
+    """A pairwise preference model (arXiv:2312.00886): it reads both responses, in both orders."""
+    return scores(scale, "preference_model")
 
 
 def scores(scale: str, loss: str) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
 from jaxalign.errors import UserError
-from jaxalign.files import open_text
+from jaxalign.files import json_value, open_text
 
 
 @dataclass(kw_only=True)
@@ -103,11 +102,7 @@ class PairWriter:
 
 def write_row(file: Any, row: Mapping[str, Any]) -> None:
     """A line of JSON, on disk at once; numbers that are not finite are null."""
-    plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    file.write(json.dumps(json_value(row), ensure_ascii=False) + "\n")
     file.flush()
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxalign.commands.arguments import parser, within
 from jaxalign.commands.filter import similarities
-from jaxalign.commands.find import find_loss
 from jaxalign.commands.pairs import ModelAndPairs, add_arguments, load
 from jaxalign.commands.report import print_table
 from jaxalign.config import AtLeastOne, Count
@@ -38,6 +37,7 @@ from jaxalign.entanglement.tokens import (
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, open_text
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
+from jaxalign.losses.lookup import find_loss
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.responses import response_log_probs
@@ -93,8 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     flags.add_argument("--output", type=Path, default=Path("entanglement"), help="folder to write")
     given = flags.parse_args(arguments)
-    loss, reads_tokens, _ = find_loss(given.loss, {})
-    if reads_tokens:
+    loss = find_loss(given.loss, {})
+    if loss.reads == "tokens":
         raise UserError(f"loss: {given.loss} reads whole distributions; name another")
     check_output(given.output, "--output", folder=True)
     enable_compilation_cache()
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"reference: {given.reference} has another vocabulary than the model")
     geometry, pairs = measure(loaded, reference, given.batch_size)
     scores = similarities(loaded, given.batch_size)
-    losses = {given.loss: loss} | PREFERENCE_LOSSES
+    losses = {given.loss: loss.function} | PREFERENCE_LOSSES
     order = np.argsort(-np.nan_to_num(np.asarray(cosine(geometry)), nan=-2.0))
     shown = [*order[: given.heat_maps], *order[::-1][: given.heat_maps]][: len(order)]
     page = Page(
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         data=given.data,
         loss=given.loss,
         left_out=loaded.left_out,
-        pairs=pair_rows(loaded, geometry, pairs, loss, scores),
+        pairs=pair_rows(loaded, geometry, pairs, loss.function, scores),
         losses=[loss_row(name, own, geometry, pairs) for name, own in losses.items()],
         heat_maps=[],
         heat_map_parameters={"all": "all parameters"}.get(

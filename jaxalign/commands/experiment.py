@@ -24,7 +24,7 @@ def load_config(name: str, scale: str, *, adapters: bool = False) -> TrainConfig
     """The config that an experiment's `config` returns.
 
     Args:
-      name: of the experiment.
+      name: a Python file or module with a function `config`, or "FILE.py:FUNCTION".
       scale: one of its scales; told to a `config` that has a parameter `scale`.
       adapters: whether adapters will be trained, whose rates are others; told to a `config` that
         has a parameter `adapters`.
@@ -32,19 +32,24 @@ def load_config(name: str, scale: str, *, adapters: bool = False) -> TrainConfig
     Raises:
       UserError: there is no such experiment or scale, or it returns something else.
     """
-    module = find_module(name, "experiment")
+    file, colon, function_name = name.rpartition(":")
+    if not colon or not function_name.isidentifier():
+        file, function_name = name, "config"
+    module = find_module(file, "experiment")
     scales = getattr(module, "SCALES", SCALES)
     if scale not in scales:
         raise UserError(f"--scale: {scale!r} is not one of {', '.join(scales)}")
-    function = getattr(module, "config", None)
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"{name}: has no function config() that returns a TrainConfig")
-    with users_code(f"{name}: config()"):
+        raise UserError(f"{file}: has no function {function_name}() that returns a TrainConfig")
+    with users_code(f"{file}: {function_name}()"):
         told = {"scale": scale, "adapters": adapters}
         taken = inspect.signature(function).parameters
         config = function(**{key: value for key, value in told.items() if key in taken})
     if not isinstance(config, TrainConfig):
-        raise UserError(f"{name}: config() returned {type(config).__name__}, not a TrainConfig")
+        raise UserError(
+            f"{file}: {function_name}() returned {type(config).__name__}, not a TrainConfig"
+        )
     return config
 
 

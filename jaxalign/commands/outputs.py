@@ -5,15 +5,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from jaxalign.data.forms import COLUMNS, fields_of, preference_of_row, text_or_turns
 from jaxalign.data.reading import BadRecordError, BadRecords, Row
 from jaxalign.data.records import transcript
-from jaxalign.data.sources import (
-    COLUMNS,
-    fields_of,
-    preference_of_row,
-    read_records,
-    text_or_turns,
-)
+from jaxalign.data.sources import read_records
 from jaxalign.errors import UserError
 
 PROMPT = ("prompt", "instruction")

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxalign.commands.drive import World, drive, of_step
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.exports import export_model, keep_generation_config
-from jaxalign.commands.find import find_loss
 from jaxalign.commands.inputs import INPUTS, check_examples
 from jaxalign.commands.online import check_online, load_prompts, run_online
 from jaxalign.commands.rates import LARGE, high_rates
@@ -64,6 +63,7 @@ from jaxalign.config import StageConfig, TrainConfig
 from jaxalign.data import check_vocabulary
 from jaxalign.errors import UserError
 from jaxalign.files import digest
+from jaxalign.losses.lookup import find_loss
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params
 from jaxalign.models.devices import enable_compilation_cache

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.commands.find import find_algorithm, find_loss
 from jaxalign.commands.scores import trains_scores
 from jaxalign.commands.stages import STAGES, stage_adapters
 from jaxalign.config import StageConfig, TrainConfig
@@ -17,10 +16,12 @@ from jaxalign.entanglement.cures import CURES
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.errors import UserError
 from jaxalign.losses import hidden_state_distance, hidden_state_matching
+from jaxalign.losses.lookup import find_loss
 from jaxalign.models import tempered
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.score import SCORE, init_head
 from jaxalign.online import Algorithm, OnlineObjective
+from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.step import remembering, update_step
 from jaxalign.representation import Reader, RepresentationObjective, default_layers
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective
@@ -29,7 +30,6 @@ from jaxalign.training.objectives import (
     PreferenceObjective,
     SupervisedObjective,
     TokenPreferenceObjective,
-    reads_reference,
 )
 from jaxalign.training.optimizers import (
     make_optimizer,
@@ -106,33 +106,33 @@ def make_objective(config: TrainConfig, name: str, policy: Policy) -> Any:
     options = dict(config.loss_options)
     if trains_scores(config, name):
         return ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
-    loss, reads_tokens, coupled = find_loss(config.loss, config.loss_options)
-    if reads_tokens:
+    loss = find_loss(config.loss, config.loss_options)
+    if loss.reads == "tokens":
         if config.reference in ("precomputed", "none"):
             raise UserError(
                 f"reference: {config.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
             )
-        return TokenPreferenceObjective(policy=policy, loss=loss, options=options)
+        return TokenPreferenceObjective(policy=policy, loss=loss.function, options=options)
     mask = config.entanglement.mask
     if mask == "none":
-        needed = reads_reference(loss, options)
+        needed = loss.needs_reference
         if needed and config.reference == "none":
             raise UserError(
                 f"reference: {config.loss} reads the reference's log-probs; set --reference auto"
             )
         return PreferenceObjective(
             policy=policy,
-            loss=loss,
+            loss=loss.function,
             options=options,
-            coupled=coupled,
+            coupled=loss.coupled,
             has_reference=needed or config.reference in ("live", "precomputed"),
         )
     return MaskedPreferenceObjective(
         policy=policy,
-        loss=loss,
+        loss=loss.function,
         options=options,
-        coupled=coupled,
+        coupled=loss.coupled,
         penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
     )
 

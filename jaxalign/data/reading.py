@@ -1,4 +1,4 @@
-"""Rows of a file, a hub or a TFDS data set, and what to do with those that cannot be used."""
+"""Rows of files, and what happens to those that cannot be used."""
 
 import contextlib
 import gzip
@@ -119,54 +119,38 @@ def _exists(name: str) -> bool:
         return False
 
 
-def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[Row]:
-    """Rows of a source: a file, a folder, `tfds:NAME` or a hub name, each with `#split`.
+def path_rows(path: Path, split: str = "", columns: Collection[str] | None = None) -> Iterator[Row]:
+    """Rows of a file, or of the files of a folder.
 
     Args:
-      source: what is read.
+      path: of the file or folder.
+      split: as in `train[:90%]`; of a folder the files are read whose names begin with its name.
       columns: fields that the caller looks at; of Parquet no others are read, they are None.
 
     Raises:
-      UserError: there is no such source, it cannot be read, or its split does not exist.
+      UserError: a file cannot be read, or the split does not exist.
     """
-    name, split = split_name(source)
-    if name.startswith("tfds:"):
-        yield from _tfds_rows(name.removeprefix("tfds:"), split or "train")
-        return
+    source = f"{path}#{split}" if split else str(path)
+    base, window = _parse_split(source, split)
     try:
-        path = Path(name).expanduser()
         if path.is_dir():
-            base, window = _parse_split(source, split)
             files = _files_of_split(path, base)
             rows = (row for file in files for row in _file_rows(file, columns))
-            yield from _slice(rows, window, source)
-            return
-        if path.is_file():
-            base, window = _parse_split(source, split)
-            if base not in ("", "train", "all"):
-                raise UserError(f"{source}: a single file has no split {base!r}; use {name}#[:90%]")
-            yield from _slice(_file_rows(path, columns), window, source)
-            return
+        elif base in ("", "train", "all"):
+            rows = _file_rows(path, columns)
+        else:
+            raise UserError(f"{source}: a single file has no split {base!r}; use {path}#[:90%]")
+        yield from _slice(rows, window, source)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{source}: cannot be read: {reason}") from None
-    hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
-    is_file = _suffix(path) in FILES or _suffix(Path(source)) in FILES
-    if is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(
-            f"{source}: no such file; data is a file ({', '.join(FILES)}), "
-            f"tfds:NAME, a Hugging Face hub name, or embedded{hint}"
-        )
-    try:
-        yield from _hub_rows(name, split or "train")
-    except ImportError:
-        raise UserError(
-            f"{source}: there is no such file, and a Hugging Face hub name needs the extra: "
-            f"pip install 'jaxalign[hub]'{hint}"
-        ) from None
+        raise unreadable(source, error) from None
 
 
-def _suffix(path: Path) -> str:
+def unreadable(source: str, error: Exception) -> UserError:
+    """The error of a source that the system does not let one read."""
+    return UserError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def suffix(path: Path) -> str:
     """The kind of file, compression aside."""
     if path.suffix in PACKED:
         path = path.with_suffix("")
@@ -178,7 +162,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     files = [
         file
         for file in sorted(folder.iterdir())
-        if _suffix(file) in FILES
+        if suffix(file) in FILES
         and file.name.startswith("" if split == "all" else split)
         and file.is_file()
     ]
@@ -224,7 +208,7 @@ def _slice(rows: Iterator[Row], window: tuple[str, str] | None, source: str) -> 
 
 def _file_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
     """Rows of one file, by its name's ending."""
-    kind = _suffix(path)
+    kind = suffix(path)
     if kind == ".parquet":
         return _parquet_rows(path, columns)
     if kind == ".jsonl":
@@ -446,68 +430,3 @@ def _plain_text(path: Path) -> Iterator[Row]:
     """A whole file is one document."""
     text, line, reason = _decoded(path)
     yield Row(str(path), line, text, BadRecordError("invalid UTF-8", reason) if reason else None)
-
-
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    import datasets  # pyright: ignore[reportMissingImports]
-
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{name}#{split}: the hub does not give it: {first}") from None
-    for number, value in enumerate(rows, start=1):
-        yield Row(f"{name}#{split}", number, value, unit="record")
-
-
-def _tfds_rows(name: str, split: str) -> Iterator[Row]:
-    """A data set that TFDS has prepared as ArrayRecord; `name@folder` names its data folder."""
-    import tensorflow_datasets as tfds
-
-    import jaxalign.data.builders  # noqa: F401 (registers the preference builders)
-
-    try:
-        dataset, _, folder = name.partition("@")
-        data_dir = str(Path(folder).expanduser()) if folder else None
-        # without a stored copy TFDS would fetch data, which nobody has asked for
-        stored: Any = tfds.builder(dataset, data_dir=data_dir)
-        rows = stored.as_data_source(split=split)
-    except (
-        tfds.core.DatasetNotFoundError,
-        AssertionError,
-        KeyError,  # no such split, or none at all yet
-        OSError,
-        ValueError,
-    ) as error:
-        first = str(error).strip(" \n\"'").splitlines()[0]
-        raise UserError(
-            f"tfds:{name}#{split}: cannot be read: {first}; prepare it as array_record, the "
-            "preference sets with jaxalign.data.builders.prepare"
-        ) from None
-    source = f"tfds:{name}#{split}"
-    for number, value in enumerate(rows, start=1):
-        try:
-            yield Row(source, number, plain(value), unit="record")
-        except UnicodeDecodeError as error:
-            fault = BadRecordError("invalid UTF-8", f"byte {error.start + 1} of a field")
-            yield Row(source, number, None, fault, unit="record")
-
-
-def plain(value: Any) -> Any:
-    """What TFDS yields, as the plain values that JSON would hold."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, Mapping):
-        fields = {key: plain(item) for key, item in value.items()}
-        turns = set(fields) == {"role", "content"} and isinstance(fields["role"], list)
-        if turns:  # a sequence of messages, as TFDS lays it out
-            return [
-                {"role": role, "content": content}
-                for role, content in zip(fields["role"], fields["content"], strict=True)
-            ]
-        return fields
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value

@@ -1,45 +1,45 @@
-"""Records of preferences, responses, labelled completions and texts, whatever they lie in."""
+"""Sources of records: a file, a folder, `tfds:NAME`, a Hugging Face hub name or `embedded`."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxalign.data.embedded import embedded_preferences, embedded_responses, embedded_texts
+from jaxalign.data.forms import (
+    COLUMNS,
+    as_unpaired,
+    preference_of_row,
+    prompt_of_row,
+    response_of_row,
+    text_of_row,
+    unpaired_of_row,
+)
 from jaxalign.data.reading import (
+    FILES,
     BadRecordError,
     BadRecords,
     ReadReport,
     Row,
-    check_text,
-    parse_json,
-    read_rows,
+    path_rows,
     refuse,
+    split_name,
+    suffix,
+    unreadable,
 )
 from jaxalign.data.records import (
-    NOT_RESPONDING,
-    Conversation,
-    Message,
     PreferenceRecord,
     PromptRecord,
     PromptResponseRecord,
-    Text,
     TextRecord,
     UnpairedRecord,
-    shared_length,
 )
 from jaxalign.errors import UserError
 
 R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
-
-COLUMNS = (
-    *("form", "prompt", "chosen", "rejected", "response", "completion"),
-    *("messages", "tools", "system", "label", "text"),
-)
-"""Fields of a row that are looked at; a Parquet file's others are not read."""
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # HH-RLHF's marks of turns
 
 
 def preference_records(
@@ -79,7 +79,7 @@ def response_records(
     """  # noqa: D205
     if source == "embedded":
         return iter(embedded_responses())
-    return read_records(source, lambda row: [_response(row)], bad_records, report)
+    return read_records(source, lambda row: [response_of_row(row)], bad_records, report)
 
 
 def prompt_records(
@@ -98,7 +98,7 @@ def prompt_records(
             PromptRecord(prompt=record.prompt, source=record.source, line=record.line)
             for record in embedded_responses()
         )
-    return read_records(source, lambda row: [_prompt(row)], bad_records, report)
+    return read_records(source, lambda row: [prompt_of_row(row)], bad_records, report)
 
 
 def unpaired_records(
@@ -112,8 +112,8 @@ def unpaired_records(
       report: filled while reading.
     """
     if source == "embedded":
-        return _as_unpaired(embedded_preferences())
-    return read_records(source, _unpaired, bad_records, report)
+        return as_unpaired(embedded_preferences())
+    return read_records(source, unpaired_of_row, bad_records, report)
 
 
 def text_records(
@@ -128,7 +128,7 @@ def text_records(
     """
     if source == "embedded":
         return iter(embedded_texts())
-    return read_records(source, lambda row: [_text(row)], bad_records, report)
+    return read_records(source, lambda row: [text_of_row(row)], bad_records, report)
 
 
 def split_holdout(
@@ -193,356 +193,104 @@ def read_records(
         raise UserError(f"{source}: {what}")
 
 
-def fields_of(row: Row) -> Mapping[str, Any]:
-    """The row as a mapping; a builder of ours keeps conversations as JSON.
+def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[Row]:
+    """Rows of a source: a file, a folder, `tfds:NAME` or a hub name, each with `#split`.
 
-    Tables (Parquet, Arrow) give every turn and every argument all columns, filled up with nulls:
-    those go. In JSON a null was written by somebody.
+    Args:
+      source: what is read.
+      columns: fields that the caller looks at; of Parquet no others are read, they are None.
 
     Raises:
-      BadRecordError: it is something else.
+      UserError: there is no such source, it cannot be read, or its split does not exist.
     """
-    if row.fault is not None:
-        raise row.fault
-    if not isinstance(row.value, Mapping):
-        raise BadRecordError(
-            "wrong type", f"the record is a {type(row.value).__name__}, not an object with fields"
-        )
-    if row.value.get("form") != "messages":
-        is_json = re.search(r"\.jsonl?(\.gz|\.xz)?$", row.source)
-        if is_json:
-            return row.value
-        return {name: _without_nulls(value) for name, value in row.value.items()}
-    sides = ("prompt", "chosen", "rejected")
+    name, split = split_name(source)
+    if name.startswith("tfds:"):
+        yield from _tfds_rows(name.removeprefix("tfds:"), split or "train")
+        return
     try:
-        return {
-            key: parse_json(check_text(value, key)) if key in sides and value else value
-            for key, value in row.value.items()
-        }
-    except BadRecordError as error:
-        raise BadRecordError(
-            "wrong type", f"form is messages, but a field is not turns as JSON text: {error}"
+        path = Path(name).expanduser()
+        exists = path.is_dir() or path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise unreadable(source, error) from None
+    if exists:
+        yield from path_rows(path, split, columns)
+        return
+    hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
+    is_file = suffix(path) in FILES or suffix(Path(source)) in FILES
+    if is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(
+            f"{source}: no such file; data is a file ({', '.join(FILES)}), "
+            f"tfds:NAME, a Hugging Face hub name, or embedded{hint}"
+        )
+    try:
+        yield from _hub_rows(name, split or "train")
+    except ImportError:
+        raise UserError(
+            f"{source}: there is no such file, and a Hugging Face hub name needs the extra: "
+            f"pip install 'jaxalign[hub]'{hint}"
         ) from None
 
 
-def _without_nulls(value: Any) -> Any:
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    import datasets  # pyright: ignore[reportMissingImports]
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{name}#{split}: could not load it from the Hub: {first}") from None
+    for number, value in enumerate(rows, start=1):
+        yield Row(f"{name}#{split}", number, value, unit="record")
+
+
+def _tfds_rows(name: str, split: str) -> Iterator[Row]:
+    """A data set that TFDS has prepared as ArrayRecord; `name@folder` names its data folder."""
+    import tensorflow_datasets as tfds
+
+    import jaxalign.data.builders  # noqa: F401 (registers the preference builders)
+
+    try:
+        dataset, _, folder = name.partition("@")
+        data_dir = str(Path(folder).expanduser()) if folder else None
+        # without a stored copy TFDS would fetch data, which nobody has asked for
+        stored: Any = tfds.builder(dataset, data_dir=data_dir)
+        rows = stored.as_data_source(split=split)
+    except (
+        tfds.core.DatasetNotFoundError,
+        AssertionError,
+        KeyError,  # no such split, or none at all yet
+        OSError,
+        ValueError,
+    ) as error:
+        first = str(error).strip(" \n\"'").splitlines()[0]
+        raise UserError(
+            f"tfds:{name}#{split}: cannot be read: {first}; prepare it as array_record, the "
+            "preference sets with jaxalign.data.builders.prepare"
+        ) from None
+    source = f"tfds:{name}#{split}"
+    for number, value in enumerate(rows, start=1):
+        try:
+            yield Row(source, number, plain(value), unit="record")
+        except UnicodeDecodeError as error:
+            fault = BadRecordError("invalid UTF-8", f"byte {error.start + 1} of a field")
+            yield Row(source, number, None, fault, unit="record")
+
+
+def plain(value: Any) -> Any:
+    """What TFDS yields, as the plain values that JSON would hold."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        fields = {key: plain(item) for key, item in value.items()}
+        turns = set(fields) == {"role", "content"} and isinstance(fields["role"], list)
+        if turns:  # a sequence of messages, as TFDS lays it out
+            return [
+                {"role": role, "content": content}
+                for role, content in zip(fields["role"], fields["content"], strict=True)
+            ]
+        return fields
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
+        return [plain(item) for item in value]
     return value
-
-
-def _messages(value: Sequence[Any], name: str) -> list[Message]:
-    """Turns of a conversation; what templates do not read (scores, identifiers) is dropped."""
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        where = f"turn {number} of {name}"
-        if not isinstance(turn, Mapping):
-            raise BadRecordError("wrong type", f"{where} is not an object with role and content")
-        calls, content = turn.get("tool_calls"), turn.get("content")
-        for key in ("role", "content"):
-            if turn.get(key) is None and not (key == "content" and calls):
-                raise BadRecordError("missing field", f"{where} has no {key}")
-        message = Message(
-            role=check_text(turn["role"], f"role of {where}"),
-            content=check_text("" if content is None else content, f"content of {where}"),
-        )
-        if calls:
-            message["tool_calls"] = _calls(calls, where)
-        for key in ("name", "tool_call_id", "reasoning_content"):
-            if turn.get(key) is not None:
-                message[key] = check_text(turn[key], f"{key} of {where}")
-        turns.append(message)
-    return turns
-
-
-def _decoded(value: Any) -> Any:
-    """What JSON text holds, also where it was encoded twice; other values as they are."""
-    while isinstance(value, str):
-        value = json.loads(value) if value.strip() else {}
-    return value
-
-
-def _calls(calls: Any, where: str) -> list[Any]:
-    """Calls of tools, the arguments of each as a mapping: templates write them as they like."""
-    try:
-        calls = _decoded(calls)
-        found = []
-        for call in calls:
-            inner = call.get("function")
-            function = call if inner is None else inner
-            arguments = _decoded(function.get("arguments") or {})
-            if not isinstance(arguments, Mapping):
-                raise TypeError
-            function = {**function, "arguments": arguments}
-            found.append(function if inner is None else {**call, "function": function})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise BadRecordError(
-            "wrong type",
-            f"tool_calls of {where}: not a list of {{function: {{name, arguments}}}} whose "
-            "arguments are an object, or one as JSON text",
-        ) from None
-    return found
-
-
-def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
-    """A prompt with what other columns say of it: the system's turn, and the tools."""
-    try:
-        tools = _decoded(fields.get("tools")) or []
-        tools = [_decoded(tool) for tool in tools]
-        if not all(isinstance(tool, Mapping) for tool in tools):
-            raise TypeError
-    except (ValueError, TypeError, RecursionError):
-        raise BadRecordError(
-            "wrong type", "tools is not a list of schemas, nor such a list as JSON text"
-        ) from None
-    system = fields.get("system")
-    system = "" if system is None else check_text(system, "system")
-    if not tools and not system.strip():
-        return prompt
-    text = prompt if isinstance(prompt, str) else None
-    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-    if system.strip():
-        own = turns[0]["content"] if turns[0]["role"] == "system" else None
-        if own is None:
-            turns = [Message(role="system", content=system), *turns]
-        elif own.strip() != system.strip():
-            raise BadRecordError(
-                "two system turns", "the prompt begins with another one than the column system has"
-            )
-    return Conversation(turns, tools=tools, text=text)
-
-
-def text_or_turns(value: Any, name: str) -> Text:
-    """Text, or the turns of a conversation.
-
-    Raises:
-      BadRecordError: it is neither.
-    """
-    if isinstance(value, list | tuple):
-        return _messages(value, name)
-    return check_text(value, name)
-
-
-def _required(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of the named fields that is there."""
-    for name in names:
-        if fields.get(name) is not None:
-            return fields[name]
-    present = ", ".join(map(str, fields)) or "none"
-    raise BadRecordError("missing field", f"no {' or '.join(names)}; its fields are {present}")
-
-
-def _response_text(value: Text, name: str) -> Text:
-    """A response that says something, and that is not its reader's."""
-    if isinstance(value, str):
-        empty = not value.strip()
-    else:
-        empty = not any(turn["content"].strip() or turn.get("tool_calls") for turn in value)
-    if empty:
-        raise BadRecordError("empty response", f"{name} is empty")
-    if not isinstance(value, str):
-        for which, turn in (("last", value[-1]), ("first", value[0])):
-            if turn["role"] in NOT_RESPONDING:
-                raise BadRecordError(
-                    "no response", f"the {which} turn of {name} is of role {turn['role']}"
-                )
-    return value
-
-
-def _prompt_text(value: Any, name: str = "prompt") -> Text:
-    """Text, which may be empty, or at least one turn."""
-    if isinstance(value, list | tuple) and not value:
-        raise BadRecordError("missing field", f"{name} is a conversation without turns")
-    return text_or_turns(value, name)
-
-
-def _is_pair(fields: Mapping[str, Any]) -> bool:
-    """Whether chosen and rejected are what counts; tables of several kinds fill up with nulls."""
-    single = fields.get("response") is not None or fields.get("completion") is not None
-    return fields.get("chosen") is not None or ("chosen" in fields and not single)
-
-
-def preference_of_row(row: Row) -> PreferenceRecord:
-    """The pair of a row, whichever of the three forms it has."""
-    fields = fields_of(row)
-    chosen = text_or_turns(_required(fields, "chosen"), "chosen")
-    rejected = text_or_turns(_required(fields, "rejected"), "rejected")
-    prompt = fields.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None and ASSISTANT not in chosen:
-            _required(fields, "prompt")
-        prompt, chosen, rejected = _split_texts(prompt, chosen, rejected)
-    elif isinstance(chosen, str) or isinstance(rejected, str):
-        raise BadRecordError("wrong type", "one of chosen and rejected is text, the other is turns")
-    else:
-        prompt, chosen, rejected = _split_conversations(prompt, chosen, rejected)
-    if chosen == rejected:
-        raise BadRecordError("identical responses", "chosen and rejected are the same")
-    return PreferenceRecord(
-        prompt=_with_columns(prompt, fields),
-        chosen=_response_text(chosen, "chosen"),
-        rejected=_response_text(rejected, "rejected"),
-        source=row.source,
-        line=row.line,
-    )
-
-
-def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    r"""HH-RLHF's two dialogues as prompt and two responses.
-
-    Returns:
-      (prompt, chosen, rejected): the prompt is the longest common prefix that ends at an
-      assistant turn, "\n\nAssistant:" included; the responses begin with the space after it.
-    """
-    shared = chosen[: shared_length(chosen, rejected)]
-    end = shared.rfind(ASSISTANT)
-    if end < 0:
-        raise BadRecordError("no shared prompt", "chosen and rejected share no assistant turn")
-    end += len(ASSISTANT)
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Text, str, str]:
-    """Prompt and responses of two texts, which may be dialogues that bring their prompt."""
-    dialogues = all(
-        text.lstrip().startswith(HUMAN.strip()) and ASSISTANT in text for text in (chosen, rejected)
-    )
-    if prompt is None:
-        return split_transcripts(chosen, rejected)
-    if not dialogues or not isinstance(prompt, str):
-        return _prompt_text(prompt), chosen, rejected
-    shared, first, second = split_transcripts(chosen, rejected)
-    if prompt.strip() not in shared:
-        raise BadRecordError("another prompt", REPEATED)
-    return shared, first, second
-
-
-REPEATED = (
-    "chosen and rejected are whole conversations, which do not hold the prompt; leave the prompt "
-    "out, or give the responses alone"
-)
-
-
-def _split_conversations(
-    prompt: Any, chosen: Sequence[Message], rejected: Sequence[Message]
-) -> tuple[Text, Sequence[Message], Sequence[Message]]:
-    """Prompt and responses of two conversations which may both begin with the prompt."""
-    if not chosen or not rejected:
-        raise BadRecordError("empty response", "chosen or rejected is a list without turns")
-    shared = shared_length(chosen, rejected)
-    begun = list(chosen[:shared])
-    given = _messages(prompt, "prompt") if isinstance(prompt, list | tuple) else []
-    if given and begun[: len(given)] == given:
-        return given, chosen[len(given) :], rejected[len(given) :]
-    if shared == len(chosen) == len(rejected):
-        raise BadRecordError("identical responses", "chosen and rejected are the same")
-    asking = [side[0]["role"] for side in (chosen, rejected) if side[0]["role"] in NOT_RESPONDING]
-    if not asking and given:
-        return given, chosen, rejected
-    if not asking and not given and (prompt or (isinstance(prompt, str) and not shared)):
-        return [Message(role="user", content=check_text(prompt, "prompt"))], chosen, rejected
-    if not shared:
-        begins = f", and one begins with a turn of role {asking[0]}" if asking else ""
-        raise BadRecordError("no shared prompt", f"chosen and rejected share no first turn{begins}")
-    if given:
-        held = any(begun[at : at + len(given)] == given for at in range(shared))
-    else:
-        said = check_text(prompt, "prompt").strip() if prompt else ""
-        held = not said or any(said == turn["content"].strip() for turn in begun)
-    if not held:
-        raise BadRecordError("another prompt", REPEATED)
-    return begun, chosen[shared:], rejected[shared:]
-
-
-def _alone(prompt: Text, response: Text) -> tuple[Text, Text]:
-    """A response without the prompt, where it is a conversation that begins with it."""
-    given = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-    if not isinstance(response, str) and list(response[: len(given)]) == given:
-        return given, response[len(given) :]
-    return prompt, response
-
-
-def _response(row: Row) -> PromptResponseRecord:
-    fields = fields_of(row)
-    if fields.get("messages") is not None:
-        turns = text_or_turns(fields["messages"], "messages")
-        if isinstance(turns, str) or len(turns) < 2:
-            raise BadRecordError("wrong type", "messages is not a list of two turns or more")
-        prompt, response = turns[:-1], turns[-1:]
-    elif _is_pair(fields):
-        pair = preference_of_row(row)
-        return PromptResponseRecord(
-            prompt=pair.prompt, response=pair.chosen, source=row.source, line=row.line
-        )
-    else:
-        prompt = _prompt_text(_required(fields, "prompt"))
-        response = text_or_turns(_required(fields, "response", "completion"), "response")
-        prompt, response = _alone(prompt, response)
-    return PromptResponseRecord(
-        prompt=_with_columns(prompt, fields),
-        response=_response_text(response, "response"),
-        source=row.source,
-        line=row.line,
-    )
-
-
-def _prompt(row: Row) -> PromptRecord:
-    """A prompt that says something."""
-    fields: Mapping[str, Any] = {} if isinstance(row.value, str) else fields_of(row)
-    if isinstance(row.value, str):
-        prompt: Text = check_text(row.value, "the prompt")
-    elif _is_pair(fields):
-        prompt, fields = preference_of_row(row).prompt, {}
-    elif fields.get("prompt") is None and fields.get("messages") is not None:
-        turns = _messages(fields["messages"], "messages")
-        while turns and turns[-1]["role"] not in NOT_RESPONDING:
-            turns.pop()
-        prompt = turns
-    else:
-        prompt = _prompt_text(_required(fields, "prompt", "messages"))
-    said = prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
-    if not said.strip():
-        raise BadRecordError("empty prompt", "the prompt is empty")
-    return PromptRecord(prompt=_with_columns(prompt, fields), source=row.source, line=row.line)
-
-
-def _as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
-    for pair in pairs:
-        for completion, label in ((pair.chosen, True), (pair.rejected, False)):
-            yield UnpairedRecord(
-                prompt=pair.prompt,
-                completion=completion,
-                label=label,
-                source=pair.source,
-                line=pair.line,
-            )
-
-
-def _unpaired(row: Row) -> list[UnpairedRecord]:
-    fields = fields_of(row)
-    if _is_pair(fields):
-        return list(_as_unpaired([preference_of_row(row)]))
-    label = _required(fields, "label")
-    if label not in (True, False):
-        raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
-    completion = text_or_turns(_required(fields, "completion", "response"), "completion")
-    prompt, completion = _alone(_prompt_text(_required(fields, "prompt")), completion)
-    return [
-        UnpairedRecord(
-            prompt=_with_columns(prompt, fields),
-            completion=_response_text(completion, "completion"),
-            label=bool(label),
-            source=row.source,
-            line=row.line,
-        )
-    ]
-
-
-def _text(row: Row) -> TextRecord:
-    value = row.value if isinstance(row.value, str) else _required(fields_of(row), "text")
-    text = check_text(value, "text")
-    if not text.strip():
-        raise BadRecordError("empty text", "the text is empty")
-    return TextRecord(text=text, source=row.source, line=row.line)

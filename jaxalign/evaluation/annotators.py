@@ -1,45 +1,12 @@
 """Annotators by name: who says which of two responses is better."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
-from jaxalign.evaluation.verdicts import Annotator, JudgeAnnotator, Verdicts, as_they_come
+from jaxalign.evaluation.verdicts import Annotator, AnnotatorOptions, JudgeAnnotator, Verdicts
 
 __all__ = ["KINDS", "Annotator", "AnnotatorOptions", "Verdicts", "make_annotator"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnotatorOptions:
-    """What kinds of annotators may be told besides their name; each reads what it needs."""
-
-    template: Path | None = None
-    """File with {prompt}, {first} and {second}: the question to a language model."""
-    tokenizer: str | None = None
-    """Folder or hub name (default: the model's)."""
-    max_length: int | None = None
-    """Most tokens of a question (default: the model's context)."""
-    batch_size: int = 8
-    """Comparisons at a time, of models that run here."""
-    dtype: str = "float32"
-    """Of such a model's parameters."""
-    reward_rows: Literal["template", "end_token"] | None = None
-    """How rows of a reward model from elsewhere end (default: as its chat template writes them)."""
-    chat: Chat = "auto"
-    """Whether a model reads its tokenizer's chat template; auto: where it has one."""
-    workers: int = 8
-    """Requests at a time, to an endpoint."""
-    timeout: float = 60.0
-    """Seconds for a request."""
-    attempts: int = 4
-    """For each comparison, at an endpoint."""
-    answers_file: Path | None = None
-    """JSON Lines where answers are kept and found again; None keeps nothing."""
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = as_they_come
-    """Put around the answers and their number, to show how far it is."""
 
 
 def _of_judge(judge: Any, options: AnnotatorOptions) -> Annotator:

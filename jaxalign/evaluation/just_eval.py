@@ -14,10 +14,9 @@ from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.structured import Asker
 from jaxalign.data.reading import BadRecordError, check_text, read_json
 from jaxalign.errors import UserError
-from jaxalign.evaluation.annotators import AnnotatorOptions
 from jaxalign.evaluation.criteria import FIXED
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, Reward, ScoredReward
-from jaxalign.evaluation.verdicts import Verdicts
+from jaxalign.evaluation.verdicts import AnnotatorOptions, Verdicts
 
 QUALITY = FIXED
 """Aspects of ordinary requests; their mean is DRPO's average."""

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
 
+from jaxalign.data.plain_prompts import Chat
 from jaxalign.files import writing
 
 FINEST = 2.0**53  # steps of this inverse below 1 are exact in float64, and so is 1 less of them
@@ -113,6 +114,36 @@ def as_they_come(answers: Iterable[Answer], total: int) -> Iterable[Answer]:
     """Shows no progress."""
     del total
     return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorOptions:
+    """What kinds of annotators may be told besides their name; each reads what it needs."""
+
+    template: Path | None = None
+    """File with {prompt}, {first} and {second}: the question to a language model."""
+    tokenizer: str | None = None
+    """Folder or hub name (default: the model's)."""
+    max_length: int | None = None
+    """Most tokens of a question (default: the model's context)."""
+    batch_size: int = 8
+    """Comparisons at a time, of models that run here."""
+    dtype: str = "float32"
+    """Of such a model's parameters."""
+    reward_rows: Literal["template", "end_token"] | None = None
+    """How rows of a reward model from elsewhere end (default: as its chat template writes them)."""
+    chat: Chat = "auto"
+    """Whether a model reads its tokenizer's chat template; auto: where it has one."""
+    workers: int = 8
+    """Requests at a time, to an endpoint."""
+    timeout: float = 60.0
+    """Seconds for a request."""
+    attempts: int = 4
+    """For each comparison, at an endpoint."""
+    answers_file: Path | None = None
+    """JSON Lines where answers are kept and found again; None keeps nothing."""
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = as_they_come
+    """Put around the answers and their number, to show how far it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,180 +1,142 @@
 """Pure losses on log-probs: `loss(pairs, *, hyperparameters) -> one value per pair`."""
 
-from collections.abc import Callable
-
-from jaxtyping import Array, Float
-
-from jaxalign.losses.alpha_dpo import alpha_dpo
-from jaxalign.losses.aot import aot
-from jaxalign.losses.apo import apo_down, apo_zero
-from jaxalign.losses.bco import bco
-from jaxalign.losses.beta_dpo import beta_dpo
-from jaxalign.losses.cal_dpo import cal_dpo
-from jaxalign.losses.cpo import cpo
-from jaxalign.losses.discopop import discopop
-from jaxalign.losses.dpo import dpo, robust_dpo
-from jaxalign.losses.dpop import dpop
-from jaxalign.losses.exo import exo
-from jaxalign.losses.hidden_states import (
-    hidden_state_distance,
-    hidden_state_matching,
-    shifted_states,
-)
-from jaxalign.losses.ipo import ipo, ipo_mean
-from jaxalign.losses.kto import kto, kto_kl, kto_unpaired
-from jaxalign.losses.nca import nca
-from jaxalign.losses.orpo import orpo
-from jaxalign.losses.pairs import PairLogProbs
+from jaxalign.losses.alpha_dpo import alpha_dpo as alpha_dpo
+from jaxalign.losses.aot import aot as aot
+from jaxalign.losses.apo import apo_down as apo_down
+from jaxalign.losses.apo import apo_zero as apo_zero
+from jaxalign.losses.bco import bco as bco
+from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
+from jaxalign.losses.cal_dpo import cal_dpo as cal_dpo
+from jaxalign.losses.cpo import cpo as cpo
+from jaxalign.losses.discopop import discopop as discopop
+from jaxalign.losses.dpo import dpo as dpo
+from jaxalign.losses.dpo import robust_dpo as robust_dpo
+from jaxalign.losses.dpop import dpop as dpop
+from jaxalign.losses.exo import exo as exo
+from jaxalign.losses.hidden_states import hidden_state_distance as hidden_state_distance
+from jaxalign.losses.hidden_states import hidden_state_matching as hidden_state_matching
+from jaxalign.losses.hidden_states import shifted_states as shifted_states
+from jaxalign.losses.ipo import ipo as ipo
+from jaxalign.losses.ipo import ipo_mean as ipo_mean
+from jaxalign.losses.kto import kto as kto
+from jaxalign.losses.kto import kto_kl as kto_kl
+from jaxalign.losses.kto import kto_unpaired as kto_unpaired
+from jaxalign.losses.loss import Loss as Loss
+from jaxalign.losses.loss import PreferenceLoss as PreferenceLoss
+from jaxalign.losses.loss import Reads as Reads
+from jaxalign.losses.nca import nca as nca
+from jaxalign.losses.orpo import orpo as orpo
+from jaxalign.losses.pairs import PairLogProbs as PairLogProbs
+from jaxalign.losses.policy_gradient import leave_one_out as leave_one_out
+from jaxalign.losses.policy_gradient import nash_md_pg as nash_md_pg
 from jaxalign.losses.policy_gradient import (
-    leave_one_out,
-    nash_md_pg,
-    regularised_policy_gradient,
+    regularised_policy_gradient as regularised_policy_gradient,
 )
-from jaxalign.losses.ppo import gae, ppo_policy, ppo_token_rewards, ppo_value, whiten
-from jaxalign.losses.rdpo import rdpo
-from jaxalign.losses.rejected_weight import bdpo, dpo_shift, mappo, minor_dpo
-from jaxalign.losses.reward import bradley_terry, preference_model
-from jaxalign.losses.rpo import rpo
-from jaxalign.losses.rrhf import rrhf
-from jaxalign.losses.samples import SampleLogProbs
-from jaxalign.losses.scit import scit, scit_mean
-from jaxalign.losses.sigmoid_norm import sigmoid_norm
-from jaxalign.losses.simper import simper
-from jaxalign.losses.simpo import simpo
-from jaxalign.losses.slic import slic, slic_norm
-from jaxalign.losses.soft_labels import soft_label
-from jaxalign.losses.sppo import sppo, sppo_soft
-from jaxalign.losses.stable_alignment import stable_alignment, stable_alignment_rated
-from jaxalign.losses.statistics import Statistics, statistics_of, with_statistics
-from jaxalign.losses.supervised import sft_sequence_sum, sft_token_mean
-from jaxalign.losses.tdpo import tdpo1, tdpo2
-from jaxalign.losses.tokens import TokenLogProbs
-from jaxalign.losses.xpo import xpo
+from jaxalign.losses.ppo import gae as gae
+from jaxalign.losses.ppo import ppo_policy as ppo_policy
+from jaxalign.losses.ppo import ppo_token_rewards as ppo_token_rewards
+from jaxalign.losses.ppo import ppo_value as ppo_value
+from jaxalign.losses.ppo import whiten as whiten
+from jaxalign.losses.rdpo import rdpo as rdpo
+from jaxalign.losses.rejected_weight import bdpo as bdpo
+from jaxalign.losses.rejected_weight import dpo_shift as dpo_shift
+from jaxalign.losses.rejected_weight import mappo as mappo
+from jaxalign.losses.rejected_weight import minor_dpo as minor_dpo
+from jaxalign.losses.reward import bradley_terry as bradley_terry
+from jaxalign.losses.reward import preference_model as preference_model
+from jaxalign.losses.rpo import rpo as rpo
+from jaxalign.losses.rrhf import rrhf as rrhf
+from jaxalign.losses.samples import SampleLogProbs as SampleLogProbs
+from jaxalign.losses.scit import scit as scit
+from jaxalign.losses.scit import scit_mean as scit_mean
+from jaxalign.losses.sigmoid_norm import sigmoid_norm as sigmoid_norm
+from jaxalign.losses.simper import simper as simper
+from jaxalign.losses.simpo import simpo as simpo
+from jaxalign.losses.slic import slic as slic
+from jaxalign.losses.slic import slic_norm as slic_norm
+from jaxalign.losses.soft_labels import soft_label as soft_label
+from jaxalign.losses.sppo import sppo as sppo
+from jaxalign.losses.sppo import sppo_soft as sppo_soft
+from jaxalign.losses.stable_alignment import stable_alignment as stable_alignment
+from jaxalign.losses.stable_alignment import stable_alignment_rated as stable_alignment_rated
+from jaxalign.losses.statistics import Statistics as Statistics
+from jaxalign.losses.statistics import statistics_of as statistics_of
+from jaxalign.losses.statistics import with_statistics as with_statistics
+from jaxalign.losses.supervised import sft_sequence_sum as sft_sequence_sum
+from jaxalign.losses.supervised import sft_token_mean as sft_token_mean
+from jaxalign.losses.tdpo import tdpo1 as tdpo1
+from jaxalign.losses.tdpo import tdpo2 as tdpo2
+from jaxalign.losses.tokens import TokenLogProbs as TokenLogProbs
+from jaxalign.losses.xpo import xpo as xpo
 
-PreferenceLoss = Callable[..., Float[Array, " pairs"]]
-"""A loss: pairs and hyperparameters to one value per pair."""
+LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
+    Loss(dpo, "pairs"),
+    Loss(robust_dpo, "pairs"),
+    Loss(ipo, "pairs"),
+    Loss(ipo_mean, "pairs"),
+    Loss(slic, "policy_pairs"),
+    Loss(slic_norm, "pairs"),
+    Loss(rdpo, "pairs"),
+    Loss(simpo, "policy_pairs"),
+    Loss(cpo, "policy_pairs"),
+    Loss(rrhf, "policy_pairs"),
+    Loss(dpop, "pairs"),
+    Loss(kto, "pairs"),
+    Loss(sppo, "pairs"),
+    Loss(orpo, "policy_pairs"),
+    Loss(rpo, "pairs"),
+    Loss(apo_zero, "pairs"),
+    Loss(apo_down, "pairs"),
+    Loss(exo, "pairs"),
+    Loss(nca, "pairs"),
+    Loss(bco, "pairs"),
+    Loss(discopop, "pairs"),
+    Loss(cal_dpo, "pairs"),
+    Loss(dpo_shift, "pairs"),
+    Loss(minor_dpo, "pairs"),
+    Loss(bdpo, "pairs"),
+    Loss(mappo, "pairs"),
+    Loss(simper, "policy_pairs"),
+    Loss(beta_dpo, "pairs"),
+    Loss(alpha_dpo, "pairs"),
+    Loss(aot, "pairs"),
+    Loss(sigmoid_norm, "pairs"),
+    Loss(scit, "policy_pairs", contrastive=True),
+    Loss(scit_mean, "policy_pairs", contrastive=True),
+    Loss(stable_alignment, "policy_pairs"),
+    Loss(tdpo1, "tokens"),
+    Loss(tdpo2, "tokens"),
+    Loss(soft_label, "samples"),
+    Loss(xpo, "samples"),
+    Loss(sppo_soft, "samples"),
+    Loss(nash_md_pg, "samples"),
+    Loss(regularised_policy_gradient, "samples"),
+    Loss(ppo_policy, "samples"),
+    Loss(ppo_value, "samples"),
+    Loss(hidden_state_matching, "states"),
+    Loss(hidden_state_distance, "states"),
+    Loss(kto_unpaired, "responses"),
+    Loss(stable_alignment_rated, "responses"),
+    Loss(bradley_terry, "scores"),
+    Loss(preference_model, "scores"),
+    Loss(sft_token_mean, "responses"),
+    Loss(sft_sequence_sum, "responses"),
+)
+"""Every loss, and what it reads."""
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {  # the table: one line per loss
-    "dpo": dpo,
-    "robust_dpo": robust_dpo,
-    "ipo": ipo,
-    "ipo_mean": ipo_mean,
-    "slic": slic,
-    "slic_norm": slic_norm,
-    "rdpo": rdpo,
-    "simpo": simpo,
-    "cpo": cpo,
-    "rrhf": rrhf,
-    "dpop": dpop,
-    "kto": kto,
-    "sppo": sppo,
-    "orpo": orpo,
-    "rpo": rpo,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "exo": exo,
-    "nca": nca,
-    "bco": bco,
-    "discopop": discopop,
-    "cal_dpo": cal_dpo,
-    "dpo_shift": dpo_shift,
-    "minor_dpo": minor_dpo,
-    "bdpo": bdpo,
-    "mappo": mappo,
-    "simper": simper,
-    "beta_dpo": beta_dpo,
-    "alpha_dpo": alpha_dpo,
-    "aot": aot,
-    "sigmoid_norm": sigmoid_norm,
-    "scit": scit,
-    "scit_mean": scit_mean,
-    "stable_alignment": stable_alignment,
-}
+
+def losses_that_read(*reads: Reads) -> dict[str, PreferenceLoss]:
+    """The losses of the table that read one of these, by name."""
+    return {loss.name: loss.function for loss in LOSSES if loss.reads in reads}
+
+
+PREFERENCE_LOSSES = losses_that_read("pairs", "policy_pairs")
 """The losses on `PairLogProbs`, by name."""
-
-CONTRASTIVE_LOSSES = frozenset({"scit", "scit_mean"})
-"""Losses whose pairs are one response under two opposite instructions."""
-
-TOKEN_LOSSES: dict[str, PreferenceLoss] = {"tdpo1": tdpo1, "tdpo2": tdpo2}
+TOKEN_LOSSES = losses_that_read("tokens")
 """The losses on `TokenLogProbs`, by name."""
-
-REWARD_LOSSES: dict[str, PreferenceLoss] = {
-    "bradley_terry": bradley_terry,
-    "preference_model": preference_model,
-}
+REWARD_LOSSES = losses_that_read("scores")
 """The losses on the scores of a scalar head, by name."""
-
-BATCH_COUPLED = frozenset(name for name, loss in PREFERENCE_LOSSES.items() if statistics_of(loss))
+CONTRASTIVE_LOSSES = frozenset(loss.name for loss in LOSSES if loss.contrastive)
+"""Losses whose pairs are one response under two opposite instructions."""
+BATCH_COUPLED = frozenset(loss.name for loss in LOSSES if loss.coupled)
 """Losses that take statistics from their whole batch (`Statistics`)."""
-
-__all__ = [
-    "BATCH_COUPLED",
-    "CONTRASTIVE_LOSSES",
-    "PREFERENCE_LOSSES",
-    "REWARD_LOSSES",
-    "TOKEN_LOSSES",
-    "PairLogProbs",
-    "PreferenceLoss",
-    "SampleLogProbs",
-    "Statistics",
-    "TokenLogProbs",
-    "alpha_dpo",
-    "aot",
-    "apo_down",
-    "apo_zero",
-    "bco",
-    "bdpo",
-    "beta_dpo",
-    "bradley_terry",
-    "cal_dpo",
-    "cpo",
-    "discopop",
-    "dpo",
-    "dpo_shift",
-    "dpop",
-    "exo",
-    "gae",
-    "hidden_state_distance",
-    "hidden_state_matching",
-    "ipo",
-    "ipo_mean",
-    "kto",
-    "kto_kl",
-    "kto_unpaired",
-    "leave_one_out",
-    "mappo",
-    "minor_dpo",
-    "nash_md_pg",
-    "nca",
-    "orpo",
-    "ppo_policy",
-    "ppo_token_rewards",
-    "ppo_value",
-    "preference_model",
-    "rdpo",
-    "regularised_policy_gradient",
-    "robust_dpo",
-    "rpo",
-    "rrhf",
-    "scit",
-    "scit_mean",
-    "sft_sequence_sum",
-    "sft_token_mean",
-    "shifted_states",
-    "sigmoid_norm",
-    "simper",
-    "simpo",
-    "slic",
-    "slic_norm",
-    "soft_label",
-    "sppo",
-    "sppo_soft",
-    "stable_alignment",
-    "stable_alignment_rated",
-    "statistics_of",
-    "tdpo1",
-    "tdpo2",
-    "whiten",
-    "with_statistics",
-    "xpo",
-]

@@ -9,53 +9,43 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jaxalign.losses import (
-    BATCH_COUPLED,
-    PREFERENCE_LOSSES,
-    TOKEN_LOSSES,
-    bradley_terry,
-    hidden_state_distance,
-    hidden_state_matching,
-    kto_unpaired,
-    nash_md_pg,
-    ppo_policy,
-    ppo_value,
-    preference_model,
-    regularised_policy_gradient,
-    sft_sequence_sum,
-    sft_token_mean,
-    soft_label,
-    sppo_soft,
-    stable_alignment_rated,
-    xpo,
+from docstring_parser import Docstring
+from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, SectionType
+
+from jaxalign.losses import LOSSES, Loss, Reads
+
+PARSER = GoogleParser(
+    [
+        *DEFAULT_SECTIONS,
+        Section("Slopes", "slopes", SectionType.SINGULAR),
+        Section("References", "references", SectionType.SINGULAR),
+    ]
 )
 
-ONLINE_LOSSES = {
-    loss.__name__: loss
-    for loss in (
-        soft_label,
-        xpo,
-        sppo_soft,
-        nash_md_pg,
-        regularised_policy_gradient,
-        ppo_policy,
-        ppo_value,
-    )
-}
-
-STATE_LOSSES = {loss.__name__: loss for loss in (hidden_state_matching, hidden_state_distance)}
-
-OTHER_LOSSES = {
-    loss.__name__: loss
-    for loss in (
-        kto_unpaired,
-        stable_alignment_rated,
-        bradley_terry,
-        preference_model,
-        sft_token_mean,
-        sft_sequence_sum,
-    )
-}
+SECTIONS: tuple[tuple[str, str, tuple[Reads, ...]], ...] = (
+    ("Preference losses", "", ("pairs", "policy_pairs")),
+    (
+        "Token level",
+        "On `TokenLogProbs`: per-token log-probabilities and divergences.",
+        ("tokens",),
+    ),
+    (
+        "On sampled responses",
+        "Labels are probabilities; policy gradients read `SampleLogProbs`, PPO reads tokens.",
+        ("samples",),
+    ),
+    (
+        "On hidden states",
+        "Representation alignment: states at chosen layers and response positions.",
+        ("states",),
+    ),
+    (
+        "Single and rated responses, reward models and supervised fine-tuning",
+        "",
+        ("responses", "scores"),
+    ),
+)
+"""Heading, introduction and what the losses read, for each section of the page."""
 
 PREAMBLE = r"""# Losses
 
@@ -87,79 +77,77 @@ class LossRow:
     @property
     def hyperparameters(self) -> str:
         """Names and defaults, as one would type them."""
-        return ", ".join(
-            f"{name}={value}" if value else name for name, value in self.defaults.items()
-        )
+        return typed(self.defaults)
 
 
-def losses_table() -> list[LossRow]:
-    """One row for each preference loss, in the order of `PREFERENCE_LOSSES`."""
-    return [loss_row(name, loss) for name, loss in PREFERENCE_LOSSES.items()]
+def losses_table(*reads: Reads) -> list[LossRow]:
+    """The rows of the losses that read one of these, in the order of `LOSSES`."""
+    return [loss_row(loss) for loss in LOSSES if loss.reads in reads]
 
 
-def loss_row(name: str, loss: Callable) -> LossRow:
+def loss_row(loss: Loss) -> LossRow:
     """The row of one loss."""
-    documentation = inspect.getdoc(loss) or ""
+    documentation = PARSER.parse(loss.function.__doc__ or "")
     formula, _, definitions = formula_of(documentation).partition(r", \quad ")
-    source = section(documentation, "References")
+    source = section(documentation, "references")
     return LossRow(
-        name=name,
-        summary=documentation.splitlines()[0] if documentation else "",
+        name=loss.name,
+        summary=documentation.short_description or "",
         formula=formula,
         definitions=definitions,
-        defaults={
-            parameter.name: "" if parameter.default is None else f"{parameter.default:g}"
-            for parameter in inspect.signature(loss).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-        },
-        slopes=section(documentation, "Slopes").removeprefix("d_w / d_l = "),
+        defaults=defaults_of(loss.function),
+        slopes=section(documentation, "slopes").removeprefix("d_w / d_l = "),
         source=source,
         arxiv=tuple(re.findall(r"arXiv:(\d{4}\.\d{5})", source)),
-        batch_coupled=name in BATCH_COUPLED,
+        batch_coupled=loss.coupled,
     )
 
 
-def formula_of(documentation: str) -> str:
+def defaults_of(function: Callable) -> dict[str, str]:
+    """Name and default of each keyword-only argument that has one; of a statistic, ""."""
+    return {
+        one.name: "" if one.default is None else f"{one.default:g}"
+        for one in inspect.signature(function).parameters.values()
+        if one.kind is one.KEYWORD_ONLY and one.default is not one.empty
+    }
+
+
+def typed(defaults: Mapping[str, str]) -> str:
+    """Names and defaults, as one would type them."""
+    return ", ".join(f"{name}={value}" if value else name for name, value in defaults.items())
+
+
+def formula_of(documentation: Docstring) -> str:
     """The body of the first `.. math::` directive, on one line."""
-    block = re.search(r"\.\. math::(.*?)(?:\n\s*\n|\Z)", documentation, re.DOTALL)
+    block = re.search(
+        r"\.\. math::(.*?)(?:\n\s*\n|\Z)", documentation.long_description or "", re.DOTALL
+    )
     return " ".join(block.group(1).split()) if block else ""
 
 
-def section(documentation: str, title: str) -> str:
-    """The body of a docstring's section, on one line; empty where there is none."""
-    block = re.search(rf"^{title}:\n((?:[ ]+.*\n?|\n)*)", documentation, re.MULTILINE)
-    return " ".join(block.group(1).split()) if block else ""
+def section(documentation: Docstring, name: str) -> str:
+    """The body of a section, on one line; empty where there is none."""
+    bodies = [one.description or "" for one in documentation.meta if one.args == [name]]
+    return " ".join(" ".join(bodies).split())
 
 
 def losses_markdown() -> str:
     """The page of losses: one Markdown table for each kind."""
-    return "\n".join(
-        [
-            PREAMBLE,
-            "## Preference losses\n",
-            markdown_table(PREFERENCE_LOSSES),
-            "## Token level\n",
-            "On `TokenLogProbs`: per-token log-probabilities and divergences.\n",
-            markdown_table(TOKEN_LOSSES),
-            "## On sampled responses\n",
-            "Labels are probabilities; policy gradients read `SampleLogProbs`, PPO reads tokens.\n",
-            markdown_table(ONLINE_LOSSES),
-            "## On hidden states\n",
-            "Representation alignment: states at chosen layers and response positions.\n",
-            markdown_table(STATE_LOSSES),
-            "## Single and rated responses, reward models and supervised fine-tuning\n",
-            markdown_table(OTHER_LOSSES),
-        ]
-    )
+    parts = [PREAMBLE]
+    for heading, introduction, reads in SECTIONS:
+        parts.append(f"## {heading}\n")
+        parts += [f"{introduction}\n"] if introduction else []
+        parts.append(markdown_table(losses_table(*reads)))
+    return "\n".join(parts)
 
 
-def markdown_table(losses: Mapping[str, Callable]) -> str:
-    """A Markdown table of the given losses."""
+def markdown_table(rows: list[LossRow]) -> str:
+    """A Markdown table of losses."""
     lines = [
         "| name | loss of a pair | defaults | $d_w / d_l$ | what it is, and source |",
         "|---|---|---|---|---|",
+        *map(markdown_line, rows),
     ]
-    lines += [markdown_line(loss_row(name, loss)) for name, loss in losses.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ from jaxalign.generation import (
 from jaxalign.models import DecoderConfig
 from jaxalign.online.algorithm import Algorithm, Draw
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
-from jaxalign.sharding import batch_sharding
+from jaxalign.sharding import shard_batch
 
 ROUND = 16
 """Responses are scored in rows of a multiple of this many tokens."""
@@ -108,7 +108,7 @@ class Sampler:
         """
         out: Samples = self._program(samples)(
             [policies[name] for name in mixture],
-            *(self._placed(x) for x in (prompts.tokens, prompts.length)),
+            *shard_batch((prompts.tokens, prompts.length), self.mesh),
             key,
             jnp.asarray(list(mixture.values()), jnp.float32),
             0,
@@ -129,9 +129,6 @@ class Sampler:
                 for rows_of, numbers in zip(tokens, length, strict=True)
             ],
         )
-
-    def _placed(self, x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), np.asarray(x))
 
     def text(self, tokens: np.ndarray) -> str:
         """What a response says, as `ResponseText` reads it."""

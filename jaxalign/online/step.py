@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.errors import UserError, notice
-from jaxalign.files import open_text, write_text
+from jaxalign.files import json_value, open_text, write_text
 from jaxalign.losses import SampleLogProbs
 from jaxalign.online.algorithm import Algorithm
 from jaxalign.online.objective import OnlineObjective
@@ -32,7 +32,7 @@ from jaxalign.online.sampler import (
     joined,
     rollout_batch,
 )
-from jaxalign.sharding import batch_sharding
+from jaxalign.sharding import shard_batch
 from jaxalign.training.loop import stop_if_asked
 from jaxalign.training.metrics import Mean
 from jaxalign.training.objectives import Policy
@@ -215,10 +215,7 @@ class OnlineStep:
                 f"{number + 1} ({often}: {reason}); their responses are kept in the run folder's "
                 "rollouts.jsonl"
             )
-        sharding = batch_sharding(self.mesh)
-        placed = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-        )
+        placed = shard_batch(batch, self.mesh)
         said = time.perf_counter()
         with jax.profiler.TraceAnnotation("update"):
             state, metrics = self.update(state, frozen, placed)
@@ -281,7 +278,7 @@ class TextRecorder:
         with open_text(self._path, "a") as file:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
-                line |= {name: _plain(said[at]) for name, said in verdicts.items()}
+                line |= {x: json_value(np.round(y[at], 6).tolist()) for x, y in verdicts.items()}
                 if annotated.reasons and annotated.reasons[at]:
                     line["reason"] = annotated.reasons[at]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -307,15 +304,3 @@ def _step_of(line: str) -> float | None:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _plain(values: np.ndarray) -> Any:
-    """Nested lists; JSON has no NaN."""
-    rounded = np.round(values, 6).tolist()
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, list):
-            return [plain(one) for one in x]
-        return x if np.isfinite(x) else None
-
-    return plain(rounded)

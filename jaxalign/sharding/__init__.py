@@ -6,6 +6,7 @@ from jaxalign.sharding.rules import (
     parameter_shardings,
     place,
     replicated,
+    shard_batch,
     state_sharding,
     table_sharding,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "parameter_shardings",
     "place",
     "replicated",
+    "shard_batch",
     "state_sharding",
     "table_sharding",
 ]

@@ -81,6 +81,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"]))
 
 
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh, its rows split over data and fsdp.
+
+    Args:
+      batch: a pytree of host arrays, of each process its own rows.
+      mesh: the devices.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
 def state_sharding(mesh: Mesh) -> NamedSharding:
     """States [rows, length, ...] are split on rows over data and fsdp, on length over sequence."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["length"]))

@@ -1,7 +1,6 @@
 """Means that survive padding, micro-batches and devices, and the writers that record them."""
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError, notice
-from jaxalign.files import open_text, write_text, writing
+from jaxalign.files import json_value, open_text, write_json_lines, writing
 from jaxalign.records import AnyArray, record
 
 
@@ -66,11 +65,6 @@ class Writer(Protocol):
         ...
 
 
-def _plain(value: float | int) -> float | int | None:
-    """JSON has no NaN or infinity: null stands for them."""
-    return value if math.isfinite(value) else None
-
-
 class JsonLines:
     """`metrics.jsonl`: one object a line, with stage, split and step first."""
 
@@ -80,8 +74,7 @@ class JsonLines:
 
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
         line = {"stage": stage, "split": split, "step": step}
-        line |= {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(json_value(line | dict(values))) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
@@ -245,4 +238,4 @@ def rewind(path: Path, keep: Mapping[str, int]) -> None:
         last = max((line["step"] for line in kept if line["stage"] == stage), default=0)
         if last < step:
             notice(f"{path}: lacks {stage} steps {last + 1} to {step}")
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_json_lines(path, kept)

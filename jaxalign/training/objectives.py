@@ -112,44 +112,6 @@ def joint_rows(batch: PairBatch) -> JointRows | None:
     )
 
 
-def reads_reference(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
-    """Whether a loss depends on the reference log-probs: a NaN there shows in what it returns."""
-    nan = jnp.full(2, jnp.nan)
-    pairs = _two_pairs(reference_chosen=nan, reference_rejected=nan)
-    return bool(jnp.isnan(loss(pairs, **options)).any())
-
-
-def couples_pairs(loss: PreferenceLoss, options: dict[str, Any]) -> bool:
-    """Whether a pair's loss depends on its batch: the first one's moves with the second pair.
-
-    Raises:
-      ValueError: it does not return one value per pair.
-    """
-    above, below = jnp.array([0.0, 50.0]), jnp.array([0.0, -50.0])
-    probes: list[dict[str, Array]] = [{}, {"chosen": above}, {"chosen": below}, {"rejected": above}]
-    firsts, statistics = set(), statistics_of(loss) or Statistics()
-    for second in probes:
-        pairs = _two_pairs(**second, reference_chosen=jnp.array([0.0, 0.5]))
-        values = loss(pairs, **{**statistics.of(pairs, None, {}), **options})
-        if jnp.shape(values) != (2,):
-            raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
-        firsts.add(float(values[0]))
-    return len(firsts) > 1 or statistics_of(loss) is not None
-
-
-def _two_pairs(**added: Array) -> PairLogProbs:
-    """Two pairs to ask a loss about; `added` is added to the fields of those names."""
-    zeros = jnp.zeros(2)
-    return PairLogProbs(
-        chosen=-102.0 + added.get("chosen", zeros),
-        rejected=-103.0 + added.get("rejected", zeros),
-        reference_chosen=-102.5 + added.get("reference_chosen", zeros),
-        reference_rejected=-102.0 + added.get("reference_rejected", zeros),
-        chosen_length=jnp.full(2, 4, jnp.int32),
-        rejected_length=jnp.full(2, 4, jnp.int32),
-    )
-
-
 def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
     """The factor of the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
     parameters = inspect.signature(loss).parameters

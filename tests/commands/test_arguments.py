@@ -1,11 +1,17 @@
 """Flags: nearest names, defaults in the help, ranges, and what does not go with a loss."""
 
 import argparse
+import ast
+import dataclasses
 import importlib
+import inspect
 import io
+import itertools
 import os
 import subprocess
 import sys
+import typing
+from dataclasses import MISSING
 
 import pytest
 
@@ -41,6 +47,12 @@ WRONG = {
     "optimize-prompt": ("--iteration", "--iterations"),
     "judge": ("--outptus", "--outputs"),
 }
+
+
+UNCONVERTED = [name for name in COMMANDS if name not in ("train", "losses")]
+"""Commands whose flags are an argparse parser still."""
+CONVERTED = ["losses"]
+"""Commands whose flags are the fields of their module's `Options`."""
 
 
 def error_of(capsys, *arguments):
@@ -84,7 +96,7 @@ def test_an_unknown_command_is_told_the_nearest(capsys):
     assert "see --help" in error_of(capsys, "xyzzy")
 
 
-@pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
+@pytest.mark.parametrize("command", UNCONVERTED)
 def test_every_flag_has_a_text_and_shows_its_default(command):
     parsers, flags = [parser_of(command)], []
     for one in parsers:
@@ -101,7 +113,7 @@ def test_every_flag_has_a_text_and_shows_its_default(command):
             assert "default" in text, action.dest
 
 
-@pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
+@pytest.mark.parametrize("command", UNCONVERTED)
 def test_every_numeric_flag_refuses_what_is_none_and_what_is_out_of_range(command):
     parsers = [parser_of(command)]
     for one in parsers:
@@ -186,7 +198,7 @@ def test_runs_of_every_experiment_land_in_the_same_folder():
     assert set(folders.values()) == {"runs"}, folders
 
 
-@pytest.mark.parametrize("command", [x for x in COMMANDS if x != "train"])
+@pytest.mark.parametrize("command", UNCONVERTED)
 def test_help_texts_are_noun_phrases_that_stand_alone(command):
     parsers = [parser_of(command)]
     for one in parsers:
@@ -198,3 +210,29 @@ def test_help_texts_are_noun_phrases_that_stand_alone(command):
             first = text.split()[0]
             assert len(text.split()) > 1, f"{action.dest}: {text}"
             assert first not in {"of", "for", "on", "at", "who", "whose", "how"}, action.dest
+
+
+@pytest.mark.parametrize("command", CONVERTED)
+def test_every_field_has_a_text_that_stands_alone_and_shows_its_default(command, capsys):
+    options = importlib.import_module(COMMANDS[command]).Options
+    texts = [
+        ast.literal_eval(below.value)
+        for field, below in itertools.pairwise(ast.parse(inspect.getsource(options)).body[0].body)
+        if isinstance(field, ast.AnnAssign)
+    ]
+    assert len(texts) == len(dataclasses.fields(options))
+    for text in texts:
+        assert len(text.split()) > 1, text
+        assert text.split()[0] not in {"of", "for", "on", "at", "who", "whose", "how"}, text
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    defaults = [one for one in dataclasses.fields(options) if one.default is not MISSING]
+    assert shown.count("default: ") >= len(defaults)
+
+
+@pytest.mark.parametrize("command", CONVERTED)
+def test_every_numeric_field_has_a_range(command):
+    options = importlib.import_module(COMMANDS[command]).Options
+    hints = typing.get_type_hints(options, include_extras=True)
+    assert not {int, float} & set(hints.values())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,9 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.commands.experiment import SCALES, load_config, parse
-from jaxalign.commands.find import find_loss
 from jaxalign.config import TrainConfig, from_json, to_json
 from jaxalign.data.embedded import embedded_tokenizer
-from jaxalign.losses import BATCH_COUPLED, PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 from jaxalign.models import (
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -26,15 +26,15 @@ from jaxalign.models.encoder_decoder import init_params
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
 from jaxalign.reporting import read_run
-from jaxalign.training.objectives import couples_pairs
 
 ROOT = Path(__file__).parents[2]
+MAKERS = r"^def (config|[a-z]\w*(?=\(scale: str(?:, \*\*how: Any)?\) -> TrainConfig))\("
 EXPERIMENTS = (
-    "experiments.offline.sft",  # a module by its name
+    "experiments.offline.hh:sft",  # a module by its name
     *sorted(
-        str(path.relative_to(ROOT))
+        f"{path.relative_to(ROOT)}:{name}".removesuffix(":config")
         for path in (ROOT / "experiments").rglob("*.py")
-        if "\ndef config(" in path.read_text()
+        for name in re.findall(MAKERS, path.read_text(), re.M)
     ),
 )
 SMALL = """
@@ -150,17 +150,6 @@ def of_tokens(tokens: TokenLogProbs):
 def reduced(pairs: PairLogProbs):
     return pairs.margin.mean()
 """
-
-
-def test_a_loss_of_ones_own_is_named_by_file_and_function(folder):
-    (folder / "own.py").write_text(OWN_LOSSES)
-    _, reads_tokens, coupled = find_loss("own.py:hinge", {"beta": 0.2})
-    assert (reads_tokens, coupled) == (False, False)
-    assert find_loss("own.py:centred", {})[1:] == (False, True)
-    assert find_loss("own.py:of_tokens", {})[1:] == (True, False)
-    # what the probe finds in the table's own losses is what they say of themselves
-    found = {name for name, loss in PREFERENCE_LOSSES.items() if couples_pairs(loss, {})}
-    assert found == BATCH_COUPLED
 
 
 def test_a_loss_of_ones_own_is_trained(folder):

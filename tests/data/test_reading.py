@@ -7,7 +7,7 @@ import lzma
 import pytest
 
 from jaxalign.data import ReadReport, preference_records, text_records, unpaired_records
-from jaxalign.data.reading import read_rows
+from jaxalign.data.sources import read_rows
 from jaxalign.errors import UserError
 
 

@@ -17,8 +17,8 @@ from jaxalign.data import (
     text_records,
     unpaired_records,
 )
+from jaxalign.data.forms import split_transcripts
 from jaxalign.data.records import PreferenceRecord
-from jaxalign.data.sources import split_transcripts
 from jaxalign.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"

@@ -142,11 +142,19 @@ def test_the_version_is_the_same_everywhere():
 
 
 def exported(package: Path) -> list[str]:
-    """The names in a package's `__all__`."""
+    """The names in a package's `__all__`; without one, what it imports as itself or defines."""
+    names = []
     for node in ast.parse(package.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    return []
+        if isinstance(node, ast.ImportFrom):
+            names += [one.name for one in node.names if one.name == one.asname]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            if target == "__all__":
+                return ast.literal_eval(node.value)
+            names.append(target)
+    return [name for name in names if not name.startswith("_")]
 
 
 def documented(module: Path, name: str) -> bool:

@@ -38,14 +38,14 @@ SLICES = {
     "ipo_md.ipo_md": ("t5-v1_1-large", "v5e:2x4"),
     "finetune": ("mistral-7b-v0.2", "v5p:2x2x2"),
     "judging.reward_model": ("mistral-7b-v0.2", "v5p:2x2x2"),
-    "reward.reward_model": ("t5-v1_1-xl", "v5e:2x4"),
-    "reward.preference_model": ("t5-v1_1-xl", "v5e:2x4"),
+    "reward.true_answers:reward_model": ("t5-v1_1-xl", "v5e:2x4"),
+    "reward.true_answers:preference_model": ("t5-v1_1-xl", "v5e:2x4"),
 } | {
-    f"{folder}.{name}": (shape, slice_name)
-    for folder, shape, slice_name, names in (
-        ("offline", "pythia-2.8b", "v5p:2x2x2", "sft dpo ipo kto simpo"),
+    f"{module}:{name}": (shape, slice_name)
+    for module, shape, slice_name, names in (
+        ("offline.hh", "pythia-2.8b", "v5p:2x2x2", "sft dpo ipo kto simpo"),
         (
-            "rahf",
+            "rahf.methods",
             "llama-2-7b",
             "v5e:8x8",
             "instruction_sft preferred_sft rejected_sft hir dpo reward judge policy_gradient scit "
@@ -54,7 +54,7 @@ SLICES = {
     )
     for name in names.split()
 }
-"""Modules with a `config(scale)`: the shape of their model (none: their own), and their slice."""
+"""Experiments by module and function: the shape of their model (none: their own), their slice."""
 
 
 def cured(name, **changes):
@@ -90,7 +90,6 @@ OF_OTHERS = {
     "gradient_entanglement.sentiment": ("gpt2", "v5e:2x2"),
     "ipo_md.online": ("t5-v1_1-large", "v5e:2x4"),
 }
-SHARED = {"offline.human_preferences", "rahf.methods", "reward.true_answers"}
 """Modules that the others of their folder get their configs from."""
 
 CASES = [
@@ -116,7 +115,7 @@ def scaled_modules():
 
 
 def test_no_experiment_is_forgotten():
-    assert set(scaled_modules()) == SLICES.keys() | OTHERS.keys() | SHARED
+    assert set(scaled_modules()) == {name.partition(":")[0] for name in SLICES} | OTHERS.keys()
 
 
 def test_shapes_have_the_published_numbers_of_parameters():

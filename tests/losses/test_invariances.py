@@ -1,5 +1,6 @@
 """What each loss is by definition: its limits, symmetries and fixed points."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -9,30 +10,13 @@ import pytest
 
 from jaxalign import losses
 from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
+from jaxalign.losses.table import losses_table
 
-REFERENCE_FREE = {
-    "slic",
-    "simpo",
-    "cpo",
-    "rrhf",
-    "orpo",
-    "simper",
-    "scit",
-    "scit_mean",
-    "stable_alignment",
-}
-READS_LENGTH = {
-    "ipo_mean",
-    "rdpo",
-    "simpo",
-    "rrhf",
-    "orpo",
-    "rpo",
-    "simper",
-    "alpha_dpo",
-    "sigmoid_norm",
-    "scit_mean",
-    "stable_alignment",
+REFERENCE_FREE = {loss.name for loss in losses.LOSSES if loss.reads == "policy_pairs"}
+READS_LENGTH = {  # those whose formula has a length L
+    row.name
+    for row in losses_table("pairs", "policy_pairs")
+    if re.search(r"(?<![a-zA-Z\\])L(?![a-zA-Z])", row.formula + row.definitions)
 }
 LOG_RATIO_ONLY = set(PREFERENCE_LOSSES) - REFERENCE_FREE - {"rpo", "alpha_dpo", "aot"}
 AT_THE_REFERENCE = {  # as the docstrings promise, at the default hyperparameters

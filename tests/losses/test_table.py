@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxalign.losses import PREFERENCE_LOSSES
-from jaxalign.losses.table import loss_row, losses_markdown, losses_table, section
+from jaxalign.losses import LOSSES, PREFERENCE_LOSSES
+from jaxalign.losses.table import PARSER, losses_markdown, losses_table, section
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
 
@@ -16,7 +16,7 @@ def test_the_page_is_current():
     )
 
 
-@pytest.mark.parametrize("row", losses_table(), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", losses_table("pairs", "policy_pairs"), ids=lambda row: row.name)
 def test_a_row_says_formula_slopes_and_source(row):
     assert row.formula.startswith(r"\ell")
     assert row.slopes
@@ -26,11 +26,12 @@ def test_a_row_says_formula_slopes_and_source(row):
 
 
 def test_one_row_for_each_loss_in_their_order():
-    assert [row.name for row in losses_table()] == list(PREFERENCE_LOSSES)
+    assert [row.name for row in losses_table("pairs", "policy_pairs")] == list(PREFERENCE_LOSSES)
 
 
 def test_dpo_reads_as_written():
-    row = loss_row("dpo", PREFERENCE_LOSSES["dpo"])
+    row = losses_table("pairs")[0]
+    assert row.name == "dpo"
     assert row.formula == (
         r"\ell = -(1-\epsilon) \log\sigma(\beta h) - \epsilon \log\sigma(-\beta h)"
     )
@@ -42,7 +43,14 @@ def test_dpo_reads_as_written():
 
 
 def test_a_section_ends_where_the_next_begins():
-    documentation = "Sum.\n\nSlopes:\n  one\n  two\n\nReferences:\n  three\n"
-    assert section(documentation, "Slopes") == "one two"
-    assert section(documentation, "References") == "three"
-    assert section(documentation, "Raises") == ""
+    documentation = PARSER.parse("Sum.\n\nSlopes:\n  one\n  two\n\nReferences:\n  three\n")
+    assert section(documentation, "slopes") == "one two"
+    assert section(documentation, "references") == "three"
+    assert section(documentation, "raises") == ""
+
+
+def test_every_loss_is_on_the_page_and_names_are_unique():
+    names = [loss.name for loss in LOSSES]
+    assert len(set(names)) == len(names)
+    page = losses_markdown()
+    assert all(f"| `{name}`" in page for name in names)

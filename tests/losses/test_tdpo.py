@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.losses import PairLogProbs, TokenLogProbs, dpo, tdpo1, tdpo2
+from jaxalign.losses import Loss, PairLogProbs, TokenLogProbs, dpo, tdpo1, tdpo2
 from jaxalign.losses.table import loss_row
 
 LENGTHS = np.array([[3, 5], [6, 1], [2, 2]])
@@ -101,7 +101,7 @@ def test_what_stands_at_padding_is_never_read(tokens):
 
 @pytest.mark.parametrize("loss", [tdpo1, tdpo2])
 def test_documented_like_every_loss(loss):
-    row = loss_row(loss.__name__, loss)
+    row = loss_row(Loss(loss, "tokens"))
     assert row.formula
     assert row.slopes
     assert row.arxiv == ("2404.11999",)

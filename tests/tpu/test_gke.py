@@ -10,7 +10,7 @@ WHERE = {
     "BUCKET": "gs://runs",
     "TYPE": "v5p-128",
 }
-RUN = "experiments/offline/dpo.py --scale paper --name 'two words'"
+RUN = "experiments/offline/hh.py:dpo --scale paper --name 'two words'"
 NAMES = "--cluster pods --workload dpo"
 COMMANDS = {"create": "", "start": RUN, "follow": "", "status": "", "stop": "", "delete": ""}
 

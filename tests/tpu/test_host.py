@@ -2,7 +2,7 @@
 
 import pytest
 
-RUN = "experiments/offline/dpo.py --name '$x y'"
+RUN = "experiments/offline/hh.py:dpo --name '$x y'"
 
 
 def test_the_run_is_a_service_whose_words_systemd_leaves_alone(cloud):
@@ -12,7 +12,7 @@ def test_the_run_is_a_service_whose_words_systemd_leaves_alone(cloud):
     assert {"--unit=jaxalign", "--remain-after-exit"} <= set(service)
     assert "--property=After=jaxalign-bucket.service" in service
     program = str(cloud.folder / "venv" / "bin" / "jaxalign")
-    run = ["train", "experiments/offline/dpo.py", "--name", "$$x y"]
+    run = ["train", "experiments/offline/hh.py:dpo", "--name", "$$x y"]
     assert service[service.index(program) + 1 :] == [*run, "--output", "/mnt/jaxalign/runs"]
 
 

@@ -42,7 +42,7 @@ def test_commands_of_the_page_are_taken(cloud, command, monkeypatch):
     assert done.stdout
     if verb in ("start", "keep"):
         monkeypatch.chdir(ROOT)
-        experiment = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        experiment = next(i for i, word in enumerate(words) if ".py" in word)
         parse(words[experiment:])
 
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 WHERE = {"PROJECT": "research", "ZONE": "us-east5-a", "BUCKET": "gs://runs/", "TYPE": "v5p-128"}
-RUN = "experiments/offline/dpo.py --scale paper --name 'two words' --loss-options beta 0.2"
+RUN = "experiments/offline/hh.py:dpo --scale paper --name 'two words' --loss-options beta 0.2"
 QUESTION = "--command=systemctl show --property=SubState --value jaxalign"
 COMMANDS = {
     "create": "",
@@ -78,10 +78,10 @@ def test_setup_copies_the_commit_to_all_hosts_and_mounts_the_bucket(cloud):
 
 @pytest.mark.parametrize("words", ["two words", "it's", 'a "b"', "$HOME", "{a,b}", "", "~", "a;b"])
 def test_start_hands_every_word_to_all_hosts_as_it_is(cloud, words):
-    run = shlex.join(["experiments/offline/dpo.py", "--name", words])
+    run = shlex.join(["experiments/offline/hh.py:dpo", "--name", words])
     (command,) = cloud.printed(line("start", "--dry-run", run), **WHERE)
     assert flag(command, "--worker") == "all"
-    start = ["bash", "host", "start", "/mnt/jaxalign", "experiments/offline/dpo.py"]
+    start = ["bash", "host", "start", "/mnt/jaxalign", "experiments/offline/hh.py:dpo"]
     assert shlex.split(flag(command, "--command")) == [*start, "--name", words]
 
 

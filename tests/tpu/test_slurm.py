@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "bash gpu/slurm.sbatch"
-RUN = "experiments/offline/dpo.py --name 'two words'"
+RUN = "experiments/offline/hh.py:dpo --name 'two words'"
 
 
 def options():
@@ -27,7 +27,7 @@ def test_the_command_is_the_one_given(cloud):
     assert done.returncode == 0, done.stderr
     (words,) = cloud.recorded
     assert words[0] == "srun"
-    run = ["jaxalign", "train", "experiments/offline/dpo.py", "--name", "two words"]
+    run = ["jaxalign", "train", "experiments/offline/hh.py:dpo", "--name", "two words"]
     assert words[words.index("jaxalign") :] == run
 
 

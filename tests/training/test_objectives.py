@@ -1,4 +1,4 @@
-"""What a batch of pairs is said to be: metrics by hand, and what losses are found to read."""
+"""The metrics of a batch of pairs, by hand."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxalign.losses import PairLogProbs, dpo
-from jaxalign.training.objectives import couples_pairs, pair_metrics, reward_scale
+from jaxalign.training.objectives import pair_metrics, reward_scale
 
 PAIRS = PairLogProbs(
     chosen=jnp.array([-10.0, -20.0, -8.0, -5.0]),
@@ -39,11 +39,6 @@ def test_the_reward_is_in_the_losss_own_unit():
     assert reward_scale(dpo, {"beta": 0.3}) == 0.3
     assert reward_scale(lambda pairs, *, tau=0.7: pairs, {}) == 0.7
     assert reward_scale(lambda pairs: pairs, {}) == 1.0
-
-
-def test_losses_that_do_not_return_a_value_per_pair_are_refused():
-    with pytest.raises(ValueError, match="instead of one value per pair"):
-        couples_pairs(lambda pairs: pairs.margin.mean(), {})
 
 
 def test_differences_that_rounding_makes_are_draws():

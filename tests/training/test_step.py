@@ -24,7 +24,6 @@ from jaxalign.training.objectives import (
     ReferencedBatch,
     SupervisedObjective,
     TokenPreferenceObjective,
-    reads_reference,
 )
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 
@@ -232,12 +231,6 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(world):
     assert int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, after.params, poisoned)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
-
-
-def test_which_losses_read_the_reference():
-    needs = {name for name, loss in PREFERENCE_LOSSES.items() if reads_reference(loss, {})}
-    assert {"dpo", "ipo", "kto", "dpop"} <= needs
-    assert not needs & {"simpo", "cpo", "orpo", "rrhf", "slic"}
 
 
 def dense_distributions(params, batch):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, read_rows, refuse
+from jaxalign.data.forms import preference_of_row
+from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row, path_rows, refuse
 from jaxalign.data.records import PreferenceRecord, Text
-from jaxalign.data.sources import preference_of_row
 from jaxalign.errors import UserError
 
 
@@ -106,7 +106,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def rows(self, file: str, split: str) -> Iterator[Row]:
         """Rows of a file that belong to a split."""
-        return read_rows(file)
+        return path_rows(Path(file))
 
     def record(self, row: Row) -> PreferenceRecord:
         """The row's pair."""

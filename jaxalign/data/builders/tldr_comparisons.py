@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.data.builders.preference_builder import FilesConfig, PreferenceBuilder
+from jaxalign.data.forms import preference_of_row
 from jaxalign.data.reading import BadRecordError, Row, json_lines
 from jaxalign.data.records import PreferenceRecord
-from jaxalign.data.sources import preference_of_row
 
 PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 BATCHES = tuple(f"batch{number}.json" for number in range(3, 21))

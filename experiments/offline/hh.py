@@ -1,4 +1,9 @@
-"""What the five runs of this folder share: human preferences, the base model, the schedule.
+"""SFT, then DPO, IPO, KTO or SimPO on human preferences.
+
+Command:  jaxalign train experiments/offline/hh.py:dpo [--scale paper], after hh.py:sft; or ipo,
+          kto, simpo
+Time:     five to ten minutes on two CPU cores
+Expect:   the held-out accuracies of the README's table
 
 `tiny` reads the harmless-base test file of HH-RLHF (2,308 dialogues; 15 % of prompts held out)
 from the folder of real data; `paper` reads the whole set from the hub, with the settings of the
@@ -15,8 +20,8 @@ DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data" / "preferen
 TINY, PAPER = "runs/base_lm/export", "EleutherAI/pythia-2.8b"
 
 
-def supervised(scale: str) -> TrainConfig:
-    """SFT on the chosen responses."""
+def sft(scale: str) -> TrainConfig:
+    """SFT on the chosen responses: the model that the other runs start from."""
     if scale == "paper":
         stage = StageConfig(
             steps=2_500,
@@ -62,6 +67,26 @@ def preference(
         save_every=40,
     )
     return _tiny(name=f"hh_{loss}", model="runs/hh_sft/export", preference=stage, **common)
+
+
+def dpo(scale: str) -> TrainConfig:
+    """DPO (arXiv:2305.18290)."""
+    return preference(scale, "dpo", {"beta": 0.1})
+
+
+def ipo(scale: str) -> TrainConfig:
+    """IPO (arXiv:2310.12036)."""
+    return preference(scale, "ipo", {"tau": 0.1})
+
+
+def kto(scale: str) -> TrainConfig:
+    """KTO (arXiv:2402.01306), its paired form."""
+    return preference(scale, "kto", {"beta": 0.1})
+
+
+def simpo(scale: str) -> TrainConfig:
+    """SimPO (arXiv:2405.14734)."""
+    return preference(scale, "simpo", {"beta": 2.0, "gamma": 1.0})
 
 
 def _tiny(**fields: Any) -> TrainConfig:

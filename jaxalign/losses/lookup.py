@@ -1,0 +1,196 @@
+"""A loss by name: an entry of the table, or a function in a user's own file."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxalign.errors import UserError, notice_once
+from jaxalign.losses import (
+    LOSSES,
+    Loss,
+    PairLogProbs,
+    PreferenceLoss,
+    Reads,
+    Statistics,
+    TokenLogProbs,
+    statistics_of,
+    with_statistics,
+)
+from jaxalign.modules import (
+    check_options,
+    errors_in_one_line,
+    find_function,
+    parameters_of,
+    users_code,
+)
+
+TRAINABLE = {
+    loss.name: loss
+    for loss in LOSSES
+    if loss.reads in ("pairs", "policy_pairs", "tokens", "scores")
+}
+"""The losses of the table that `--loss` may name."""
+
+
+def find_loss(name: str, options: Mapping[str, Any]) -> Loss:
+    """The loss of that name, checked before any training.
+
+    Args:
+      name: an entry of the table, or a function of the user's own as "FILE.py:FUNCTION". The first
+        argument of such a function is annotated `TokenLogProbs` where it reads tokens.
+      options: its hyperparameters.
+
+    Returns:
+      The loss. What a user's own function reads, and whether it couples the pairs of a batch, is
+      found by calling it.
+
+    Raises:
+      UserError: there is no such loss, it does not take the options, or it does not return a
+        finite, differentiable number for each of two ordinary pairs.
+    """
+    if name in TRAINABLE:
+        loss = TRAINABLE[name]
+        inputs = [jnp.zeros(2)] * 2 if loss.reads == "scores" else [_ordinary(loss.reads, 0.0)]
+        try:  # the loss itself says which hyperparameter is out of range
+            jax.eval_shape(functools.partial(loss.function, **options), *inputs)
+        except ValueError as error:
+            raise UserError(f"loss_options: {name}: {str(error).splitlines()[0]}") from error
+        return loss
+    function = find_function(name, "loss")
+    reads: Reads = "tokens" if _takes_tokens(function, name, options) else "pairs"
+    coupled = False
+    with users_code(f"loss: {name} fails on two pairs"):
+        _check_values(function, name, options, reads)
+        if reads == "pairs":
+            reads = "pairs" if reads_reference(function, options) else "policy_pairs"
+            coupled = couples_pairs(function, options)
+    found = errors_in_one_line(function, f"loss: {name}")
+    if coupled and statistics_of(found) is None:
+        found = with_statistics(Statistics())(found)
+    return Loss(found, reads)
+
+
+def reads_reference(loss: PreferenceLoss, options: Mapping[str, Any]) -> bool:
+    """Whether a loss depends on the reference log-probs: NaN in them shows in its values."""
+    nan = jnp.full(2, jnp.nan)
+    pairs = _two_pairs(reference_chosen=nan, reference_rejected=nan)
+    return bool(jnp.isnan(loss(pairs, **options)).any())
+
+
+def couples_pairs(loss: PreferenceLoss, options: Mapping[str, Any]) -> bool:
+    """Whether the loss of a pair depends on its batch: that of the first changes with the second.
+
+    Raises:
+      ValueError: it does not return one value per pair.
+    """
+    above, below = jnp.array([0.0, 50.0]), jnp.array([0.0, -50.0])
+    probes: list[dict[str, Array]] = [{}, {"chosen": above}, {"chosen": below}, {"rejected": above}]
+    firsts, statistics = set(), statistics_of(loss) or Statistics()
+    for second in probes:
+        pairs = _two_pairs(**second, reference_chosen=jnp.array([0.0, 0.5]))
+        values = loss(pairs, **{**statistics.of(pairs, None, {}), **options})
+        if jnp.shape(values) != (2,):
+            raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
+        firsts.add(float(values[0]))
+    return len(firsts) > 1 or statistics_of(loss) is not None
+
+
+def _two_pairs(**added: Array) -> PairLogProbs:
+    """Two pairs to probe a loss with; `added` is added to the fields of those names."""
+    zeros = jnp.zeros(2)
+    return PairLogProbs(
+        chosen=-102.0 + added.get("chosen", zeros),
+        rejected=-103.0 + added.get("rejected", zeros),
+        reference_chosen=-102.5 + added.get("reference_chosen", zeros),
+        reference_rejected=-102.0 + added.get("reference_rejected", zeros),
+        chosen_length=jnp.full(2, 4, jnp.int32),
+        rejected_length=jnp.full(2, 4, jnp.int32),
+    )
+
+
+def _takes_tokens(loss: Callable[..., Any], name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a user's loss takes tokens; its other arguments must be the options."""
+    first, *rest = parameters_of(loss, f"loss: {name}") or (None,)
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        raise UserError(f"loss: {name} takes no pairs; let its first argument be a PairLogProbs")
+    check_options(rest, options, f"loss_options: {name}", "--loss-options")
+    return first.annotation is TokenLogProbs
+
+
+def _ordinary(reads: Reads, apart: float) -> PairLogProbs | TokenLogProbs:
+    """Two pairs of four tokens each as they occur in training.
+
+    Args:
+      reads: `tokens`, or else log-probs summed over them.
+      apart: distance of the policy from its reference, in nats.
+    """
+    pairs = PairLogProbs(
+        chosen=jnp.array([-12.0 + apart, -15.0 - apart]),
+        rejected=jnp.array([-13.0 - apart, -14.0 + apart]),
+        reference_chosen=jnp.array([-12.0, -15.0]),
+        reference_rejected=jnp.array([-13.0, -14.0]),
+        chosen_length=jnp.full(2, 4, jnp.int32),
+        rejected_length=jnp.full(2, 4, jnp.int32),
+    )
+    if reads != "tokens":
+        return pairs
+
+    def per_token(sums: Array) -> Array:
+        return jnp.repeat(sums[:, None] / 4, 4, axis=1)
+
+    return TokenLogProbs(
+        chosen=per_token(pairs.chosen),
+        rejected=per_token(pairs.rejected),
+        reference_chosen=per_token(pairs.reference_chosen),
+        reference_rejected=per_token(pairs.reference_rejected),
+        chosen_kl=jnp.full((2, 4), 0.01 * apart),
+        rejected_kl=jnp.full((2, 4), 0.01 * apart),
+        chosen_mask=jnp.ones((2, 4), bool),
+        rejected_mask=jnp.ones((2, 4), bool),
+    )
+
+
+def _check_values(
+    loss: Callable[..., Any], name: str, options: Mapping[str, Any], reads: Reads
+) -> None:
+    """A loss returns a finite float per pair, compiled and differentiated as in training."""
+    sides = ("chosen", "rejected", "chosen_kl", "rejected_kl")[: 4 if reads == "tokens" else 2]
+
+    def mean(learned: dict[str, Array], pairs: Any) -> tuple[Array, Array]:
+        fields = {one: getattr(pairs, one) for one in pairs.__dataclass_fields__} | learned
+        values = loss(type(pairs)(**fields), **options)
+        if not isinstance(values, jax.Array | np.ndarray | np.generic | float | int):
+            raise UserError(
+                f"loss: {name} returns a {type(values).__name__} instead of one value per pair"
+            )
+        if jnp.shape(values) != (2,):
+            raise UserError(
+                f"loss: {name} returns shape {jnp.shape(values)} for two pairs instead of one "
+                "value per pair; leave the mean to the step"
+            )
+        if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+            raise UserError(
+                f"loss: {name} returns {jnp.result_type(values)}, which has no gradient; return "
+                "floats"
+            )
+        values = jnp.asarray(values)
+        return values.mean(), values
+
+    gradient = jax.jit(jax.grad(mean, has_aux=True))
+    moves = False
+    for apart in (0.0, 0.5, -3.0):
+        pairs = _ordinary(reads, apart)
+        slopes, values = gradient({one: getattr(pairs, one) for one in sides}, pairs)
+        for what, array in (("value", values), *((f"gradient of {x}", slopes[x]) for x in sides)):
+            if not bool(jnp.isfinite(array).all()):
+                when = "where the policy is its reference" if not apart else f"{apart} nats off it"
+                numbers = ", ".join(f"{x:g}" for x in np.asarray(array).reshape(-1)[:4])
+                raise UserError(f"loss: {name}: the {what} is not finite {when}: {numbers}")
+        moves = moves or any(bool(array.any()) for array in slopes.values())
+    if not moves:
+        notice_once(f"loss: {name}: its gradient is zero on all pairs that were tried")
