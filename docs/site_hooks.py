@@ -41,6 +41,7 @@ def on_page_content(content: str, page: Page, **_) -> str:
     Raises:
       PluginError: a formula has an unknown command, or an exported name is not on its page.
     """
+    _check_exports(content, page.file.src_uri)
 
     def mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match[2][2:-2]).replace(r"\arg", r"\operatorname{arg}")
@@ -51,12 +52,16 @@ def on_page_content(content: str, page: Page, **_) -> str:
             raise PluginError(f"{page.file.src_uri}: unknown command in the formula {formula}")
         return result
 
-    name = page.file.src_uri.removeprefix("docs/api/").removesuffix(".md")
-    if page.file.src_uri.startswith("docs/api/"):
-        for one in _exported(ROOT / "jaxalign" / name / "__init__.py"):
-            if f'id="jaxalign.{name}.{one}"' not in content:
-                raise PluginError(f"{page.file.src_uri}: {one} is exported and not shown")
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', mathml, content, flags=re.S)
+
+
+def _check_exports(content: str, source: str) -> None:
+    """See to it that the page of a package shows all that the package exports."""
+    if source.startswith("docs/api/"):
+        package = Path(source).stem
+        for name in _exported(ROOT / "jaxalign" / package / "__init__.py"):
+            if f'id="jaxalign.{package}.{name}"' not in content:
+                raise PluginError(f"{source}: {name} is exported, but the page does not show it")
 
 
 class Sources(griffe.Extension):
