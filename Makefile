@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 $(VENV)/bin/jaxalign: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +27,12 @@ lint: $(VENV)/bin/jaxalign
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/lint-imports
 
+$(VENV)/bin/mkdocs: setup.py $(VENV)/bin/jaxalign
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

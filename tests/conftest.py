@@ -52,7 +52,7 @@ def shared():
 
 @pytest.fixture
 def real_weights():
-    """The folder of larger real models, as docs/models.md fetches them; skips where none is set."""
+    """The folder of larger real models (docs/guides/models.md); skips where none is set."""
     folder = os.environ.get("JAXALIGN_REAL_WEIGHTS")
     if folder is None:
         pytest.skip("JAXALIGN_REAL_WEIGHTS does not name a folder of GGUF files")

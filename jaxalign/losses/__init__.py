@@ -122,6 +122,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(sft_token_mean, "responses"),
     Loss(sft_sequence_sum, "responses"),
 )
+"""Every loss, and what it reads."""
 
 
 def losses_that_read(*reads: Reads) -> dict[str, PreferenceLoss]:
@@ -130,7 +131,12 @@ def losses_that_read(*reads: Reads) -> dict[str, PreferenceLoss]:
 
 
 PREFERENCE_LOSSES = losses_that_read("pairs", "policy_pairs")
+"""The losses on `PairLogProbs`, by name."""
 TOKEN_LOSSES = losses_that_read("tokens")
+"""The losses on `TokenLogProbs`, by name."""
 REWARD_LOSSES = losses_that_read("scores")
+"""The losses on the scores of a scalar head, by name."""
 CONTRASTIVE_LOSSES = frozenset(loss.name for loss in LOSSES if loss.contrastive)
+"""Losses whose pairs are one response under two opposite instructions."""
 BATCH_COUPLED = frozenset(loss.name for loss in LOSSES if loss.coupled)
+"""Losses that take statistics from their whole batch (`Statistics`)."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxalign.losses.statistics import Statistics, statistics_of
 
 PreferenceLoss = Callable[..., Float[Array, " pairs"]]
+"""A loss: pairs and hyperparameters to one value per pair."""
 
 Reads = Literal["pairs", "policy_pairs", "tokens", "scores", "samples", "states", "responses"]
 """What a loss reads.

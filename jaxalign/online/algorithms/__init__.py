@@ -26,5 +26,6 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
     "sppo": sppo,
     "spin": spin,
 }
+"""The online algorithms, by name: a function from hyperparameters to an `Algorithm` each."""
 
 __all__ = ["ALGORITHMS"]
