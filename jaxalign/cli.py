@@ -1,11 +1,13 @@
 """The door: commands by name, and one-line errors for users."""
 
+import ast
 import difflib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxalign.errors import OutputError, UserError, notice_once
 
@@ -18,21 +20,21 @@ COMMANDS = {
 }
 """Command -> its module, which is imported when the command is given."""
 
-USAGE = """usage: jaxalign COMMAND ...
+
+def usage() -> str:
+    """What `jaxalign --help` prints: the first line of each command's module, not imported."""
+    lines = []
+    for module in COMMANDS.values():
+        path = Path(__file__).parent / "commands" / f"{module.rpartition('.')[2]}.py"
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        command, _, about = text.splitlines()[0].partition(": ")
+        lines.append((command.strip("`").removeprefix("jaxalign "), about.rstrip(".")))
+    width = max(len(command) for command, _ in lines)
+    commands = "\n".join(f"  {command:<{width}}  {about}" for command, about in lines)
+    return f"""usage: jaxalign COMMAND ...
 
 commands:
-  train EXPERIMENT [--field value ...]   run an experiment: a Python file or module with config()
-  convert SOURCE TARGET                  run folder or checkpoint -> Hugging Face folder and back
-  losses [NAME]                          the table of losses, or one loss's page
-  report RUN [RUN ...]                   tables, curves and a page of runs, side by side
-  runs [FOLDER]                          the runs below a folder: how far, how well
-  entangle --model M --data D            a page on the gradients of chosen and rejected
-  plan EXPERIMENT --topology SLICE       a step compiled for a TPU slice without owning one
-  filter --model M --data D --output F   leave out pairs whose responses are too similar
-  generate --model M --prompts F --output F   a model's responses to a file of prompts
-  collect METHOD --model M --prompts F --output D   preference data from models
-  optimize-prompt --model M --seeds F    search for examples and a system prompt (DRPO)
-  judge --a A --b B --judge J            outputs side by side: win rates, Elo, examples
+{commands}
 
 jaxalign COMMAND --help lists a command's flags; --debug, or JAXALIGN_DEBUG=1, shows tracebacks."""
 
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: Sequence[str]) -> int:
     if command in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     if command == "--version":
         from jaxalign import __version__

@@ -64,6 +64,7 @@ class Memory:
 World = Literal["all_good", "all_bad", "half_half", "mixed_half_half"]
 """Initial memories of the agents; the sandbox's."""
 WORLDS = get_args(World)
+"""Names of the worlds."""
 
 
 @dataclass(kw_only=True)

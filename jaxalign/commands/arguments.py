@@ -1,9 +1,5 @@
-"""Flags of the commands: a dataclass whose fields are flags, and one line for what is wrong.
+"""Flags of the commands: a dataclass whose fields are flags, and one line for what is wrong."""
 
-`parse` is for every command; the argparse parts below it are for commands that do not use it yet.
-"""
-
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -13,8 +9,8 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from jaxalign.config import check
 from jaxalign.errors import UserError
@@ -47,7 +43,9 @@ def parse(
       UserError: one line that names the flag.
       SystemExit: --help.
     """
-    check_names(arguments, flags_of(options), f"jaxalign {command} --help")
+    known = flags_of(options)
+    arguments = _renamed(arguments, known)
+    check_names(arguments, known, f"jaxalign {command} --help")
     return _parse(options, command, arguments, prog)
 
 
@@ -55,6 +53,7 @@ def parse_known(
     options: type[Options], command: str, arguments: Sequence[str]
 ) -> tuple[Options, list[str]]:
     """As `parse`, and the arguments that are none of the dataclass's."""
+    arguments = _renamed(arguments, flags_of(options))
     return _parse(options, command, arguments, "", return_unknown_args=True)
 
 
@@ -107,6 +106,16 @@ def _plain(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
+def _renamed(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+    """The arguments, with the new names of flags that had another one in version 0.2."""
+    names = {old: new for old, new in ALIASES.items() if new in known and old not in known}
+    renamed = []
+    for text in arguments:
+        name, equals, value = text.partition("=")
+        renamed.append(f"{names.get(name, name)}{equals}{value}")
+    return renamed
+
+
 def _with_values(arguments: Sequence[str]) -> list[str]:
     """The arguments, with `always` after a `--chat` that has no value."""
     filled = []
@@ -154,50 +163,10 @@ def _complaint(text: str) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------- argparse
-
+ALIASES = {"--most": "--limit"}
+"""Old name -> new name of flags that still work under the old one."""
 RENAMED = {"--strings-as-chat": "--chat always", "--no-strings-as-chat": "--chat never"}
 """Flags of earlier versions."""
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default that says something, where the text does not say it already."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default == []
-        if says_nothing or "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Flags(argparse.ArgumentParser):
-    """An argument parser that raises a `UserError` of one line instead of leaving."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options, formatter_class=_Help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        check_names(args or (), self.names(), f"{self.prog} --help")
-        given, rest = self.parse_known_args(args, namespace)
-        if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
-        return given
-
-    def names(self) -> list[str]:
-        """The names of all flags, those of subcommands too."""
-        names = [name for name in self._option_string_actions if name.startswith("--")]
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                names += [name for one in action.choices.values() for name in one.names()]
-        return list(dict.fromkeys(names))
-
-
-def parser(command: str, description: str) -> Flags:
-    """An argument parser whose usage line reads `jaxalign COMMAND`."""
-    return Flags(prog=f"jaxalign {command}", description=description)
 
 
 def check_names(arguments: Iterable[str], known: Collection[str], where: str) -> None:
@@ -223,24 +192,3 @@ def nearest(name: str, known: Collection[str]) -> str:
     """The known names that look most like this one, as the end of a message."""
     found = difflib.get_close_matches(name.replace("_", "-"), known, n=3)
     return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def within(annotation: Any) -> Callable[[str], float | int]:
-    """The `type` of a flag that is a number: `within(AtLeastOne)`.
-
-    Args:
-      annotation: int or float annotated with a `Range`, as in the configs.
-    """
-    kind, allowed = typing.get_args(annotation)
-
-    def parse(text: str) -> float | int:
-        try:
-            value = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if value not in allowed:
-            raise argparse.ArgumentTypeError(f"{text} is not in {allowed}")
-        return value
-
-    return parse

@@ -1,4 +1,4 @@
-"""`jaxalign collect METHOD`: preference data by reward models and by language models."""
+"""`jaxalign collect METHOD --model M --prompts F --output D`: preference data from models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Common:
     """Folder to write."""
     bad_records: BadRecords = "error"
     """Response to a record that cannot be used: stop and name its line, or skip it."""
-    most: AtLeastOne | None = None
+    limit: AtLeastOne | None = None
     """Largest number of prompts, counted from the first; None: all."""
     most_similar: Share = 0.95
     """Largest similarity of chosen and rejected; pairs that are more similar are left out."""
@@ -87,9 +87,9 @@ def main(arguments: Sequence[str]) -> int:
             folder=common.output,
             decoding=common.sampling.decoding(),
             options=common.running.backend_options(prompt_format=common.prompt_format),
-            limit=common.most,
+            limit=common.limit,
             bad_records=common.bad_records,
-            most_similar=common.most_similar,
+            most_similar=common.limit_similar,
         )
     statistics = collected.statistics
     print(f"{collected.path}: {statistics['pairs']:,} pairs; new requests: {collected.requests:,}")

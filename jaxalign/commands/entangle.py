@@ -1,4 +1,4 @@
-"""`jaxalign entangle`: what the gradients of a model's pairs have in common, as a page to read."""
+"""`jaxalign entangle --model M --data D`: a page on the gradients of chosen and rejected."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`jaxalign filter`: leave out the pairs whose responses are too alike for the model."""
+"""`jaxalign filter --model M --data D --output F`: leave out pairs of similar responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

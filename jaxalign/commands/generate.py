@@ -1,4 +1,4 @@
-"""`jaxalign generate`: a model's responses to a file of prompts."""
+"""`jaxalign generate --model M --prompts F --output F`: responses to a file of prompts."""
 
 import itertools
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Options:
     """JSON Lines file to write."""
     bad_records: BadRecords = "error"
     """Response to a record that cannot be used: stop and name its line, or skip it."""
-    most: AtLeastOne | None = None
+    limit: AtLeastOne | None = None
     """Largest number of prompts, counted from the first; None: all."""
     samples: AtLeastOne = 1
     """Number of responses to each prompt."""
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _generate(options: Options, decoding: Decoding) -> None:
     usable = prompt_records(options.prompts, bad_records=options.bad_records)
-    records = list(itertools.islice(usable, options.most))
+    records = list(itertools.islice(usable, options.limit))
     loading = {name: getattr(options, name) for name in ("tokenizer", "prompt_format", "dtype")}
     running = options.running.backend_options(**loading)
     model = make_responder(options.model, running, options.output)

@@ -1,4 +1,4 @@
-"""`jaxalign judge`: what policies wrote, side by side, by any judge; and judges beside people."""
+"""`jaxalign judge --a A --b B --judge J`: responses side by side: win rates, Elo, examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Options:
     {prompt, first, second, preference} with 1, 0 or 0.5."""
     by: str | None = None
     """Field by which agreement on --human is broken down."""
-    most: AtLeastOne | None = None
+    limit: AtLeastOne | None = None
     """Largest number of prompts, counted from the first; None: all."""
     bad_records: BadRecords = "error"
     """Response to a record that cannot be used: stop and name its line, or skip it."""
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _judge(options: Options, files: Mapping[str, Sequence[str]]) -> tuple[list[str], Findings]:
     """Lines on what was read, and the findings."""
-    reading = {"limit": options.most, "bad_records": options.bad_records}
+    reading = {"limit": options.limit, "bad_records": options.bad_records}
     matched = match(files, common=options.common, **reading) if files else None
     labelled = read_labelled(options.human, options.by, **reading) if options.human else []
     annotator = make_annotator(

@@ -1,4 +1,4 @@
-"""`jaxalign losses [NAME]`: the table of losses, or the page of one, from the functions alone."""
+"""`jaxalign losses [NAME]`: the table of losses, or the page of one."""
 
 import inspect
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`jaxalign optimize-prompt`: in-context examples, then a system prompt, by search (DRPO)."""
+"""`jaxalign optimize-prompt --model M --seeds F`: search examples and a prompt (DRPO)."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`jaxalign plan EXPERIMENT --topology SLICE`: a run's steps compiled for a slice not owned."""
+"""`jaxalign plan EXPERIMENT --topology SLICE`: steps compiled for TPUs you need not own."""
 
 import dataclasses
 import json
@@ -6,9 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from tyro.conf import Positional
 
 from jaxalign.commands.arguments import parse_known
@@ -45,7 +43,7 @@ class Options:
     sweep: bool = False
     """Whether to try meshes, batch sizes, micro-batches and remat, the best bound first, until
     --limit fit."""
-    limit: Annotated[AtLeastOne, tyro.conf.arg(aliases=("--most",))] = 5
+    limit: AtLeastOne = 5
     """Number of fitting plans that a sweep looks for."""
     json: Path | None = None
     """JSON file to write the numbers to."""

@@ -1,4 +1,4 @@
-"""`jaxalign report RUN [RUN ...]`: a table, curves and a page of runs, side by side."""
+"""`jaxalign report RUN [RUN ...]`: tables and plots of runs, side by side."""
 
 import dataclasses
 from collections.abc import Sequence

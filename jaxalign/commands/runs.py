@@ -1,4 +1,4 @@
-"""`jaxalign runs [FOLDER]`: the runs below a folder, the newest first."""
+"""`jaxalign runs [FOLDER]`: a table of the runs below a folder, the newest first."""
 
 import dataclasses
 import json

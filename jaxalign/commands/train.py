@@ -1,4 +1,4 @@
-"""`jaxalign train EXPERIMENT`: from a config to a trained, exported and reported model."""
+"""`jaxalign train EXPERIMENT`: run an experiment, a Python file or module with config()."""
 
 import sys
 from collections.abc import Sequence

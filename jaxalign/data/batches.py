@@ -132,6 +132,10 @@ def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int
 # ------------------------------------------------------------------------------ order
 
 
+WINDOW = 16
+"""Batches of an epoch that are sorted by length together, for less padding."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchOrder:
     """Which examples make up which batch: a pure function of the seed and the batch's number.
@@ -261,7 +265,7 @@ def ordered_batches(
     seed: int = 0,
     epochs: int | None = None,
     shuffle: bool = True,
-    window: int = 16,
+    window: int | None = None,
     drop_remainder: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -280,7 +284,8 @@ def ordered_batches(
       seed: of the order.
       epochs: passes over the data; None: no end.
       shuffle: a new order in every epoch; off: as given.
-      window: batches of an epoch that are sorted by length together (then all are shuffled).
+      window: batches of an epoch that are sorted by length together (then all are shuffled); None:
+        `WINDOW`, or 1 without `shuffle`, which keeps the order.
       drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
       process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
       process_count: processes that share each batch; all see the same shapes.
@@ -292,6 +297,7 @@ def ordered_batches(
     """
     import grain
 
+    window = (WINDOW if shuffle else 1) if window is None else window
     order = BatchOrder(
         lengths=lengths,
         batch_size=batch_size,
@@ -437,7 +443,7 @@ def text_batches(
     packed: bool = True,
     buckets: int | Sequence[int] = 4,
     shuffle: bool = True,
-    window: int = 16,
+    window: int | None = None,
     **order: Any,
 ) -> Iterations:
     """Batches of rows of text: packed documents, packed responses, or one response per row.
@@ -455,7 +461,7 @@ def text_batches(
       packed: off: one example per row, padded to `buckets` (`TokenizedRows` only).
       buckets: as for `pair_batches`; used where `packed` is off.
       shuffle: documents and rows in random order; off: as given.
-      window: batches that are sorted by length together, where `packed` is off.
+      window: as in `ordered_batches`, where `packed` is off.
       **order: the others of `ordered_batches`: batch_size, epochs and so on.
 
     Returns:

@@ -11,6 +11,7 @@ __all__ = ["KINDS", "NAMES", "Kind", "RunContext", "kind_of", "kinds_of"]
 KINDS = (pretraining.KIND, supervised.KIND, preference.KIND, online.KIND, representation.KIND)
 """In the order in which a run makes them."""
 NAMES = tuple(kind.name for kind in KINDS)
+"""Of the kinds: the fields of the config."""
 
 
 def kind_of(config: TrainConfig, name: str) -> Kind:

@@ -33,6 +33,7 @@ from jaxalign.data import (
     tokenize_pairs,
     tokenize_responses,
 )
+from jaxalign.data.batches import WINDOW
 from jaxalign.errors import UserError
 from jaxalign.files import replacing
 from jaxalign.models import DecoderConfig
@@ -116,8 +117,11 @@ class TokenizedData:
         )
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
-        """Every example once, in order; the last batch is filled up with examples of weight 0."""
-        fixed = self._mine | {"epochs": 1, "shuffle": False}
+        """Every example once, sorted by length within windows; the last batch is filled up.
+
+        What fills it up has weight 0.
+        """
+        fixed = self._mine | {"epochs": 1, "shuffle": False, "window": WINDOW}
         if isinstance(data, TokenizedPairs):
             fixed["joint_share"] = self.joint_share
             return list(pair_batches(data, batch_size=batch_size, **fixed))

@@ -24,6 +24,7 @@ from jaxalign.data import (
     tokenize_prompts,
     tokenize_responses,
 )
+from jaxalign.data.batches import WINDOW
 from jaxalign.data.record_text import text_of
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
@@ -308,7 +309,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         held_out = HeldOut(
             sampler,
             annotator,
-            list(batches_of(data.held_out, epochs=1, shuffle=False)),
+            list(batches_of(data.held_out, epochs=1, shuffle=False, window=WINDOW)),
             data.held_out_texts,
             jax.random.fold_in(draws, 1),
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
+from jaxalign.data.batches import WINDOW
 from jaxalign.errors import UserError
 from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
 from jaxalign.models.lora import merge
@@ -199,7 +200,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
     evaluation = None
     if data.held_out and data.pairs is not None:
-        fixed = {"epochs": 1, "shuffle": False}
+        fixed: dict[str, Any] = {"epochs": 1, "shuffle": False, "window": WINDOW}
         pairs = list(pair_batches(data.pairs, batch_size=stage.batch_size, **mine, **fixed))
         policy = stage.objective.policy
         implicit = PreferenceObjective(policy=policy, loss=dpo, options={"beta": 1.0})

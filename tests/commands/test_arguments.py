@@ -170,8 +170,8 @@ def test_every_numeric_flag_refuses_what_is_none_and_what_is_out_of_range(comman
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("judge", "--judge", "j", "--most", "0"), "--most: 0 is not in [1, inf)"),
-        (("judge", "--judge", "j", "--most", "two"), "--most: 'two' is not a whole number"),
+        (("judge", "--judge", "j", "--limit", "0"), "--limit: 0 is not in [1, inf)"),
+        (("judge", "--judge", "j", "--most", "two"), "--limit: 'two' is not a whole number"),
         (("judge", "--judge", "j", "--confidence", "1"), "--confidence: 1.0 is not in (0, 1)"),
         (("judge", "--judge", "j", "x"), "unexpected argument 'x'"),
         (("judge", "--a", "a"), "the following arguments are required: --judge"),
