@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from jaxalign.errors import OutputError, UserError
 from jaxalign.files import (
     check_output,
     digests,
+    json_value,
     locked,
     open_text,
     read_arrays,
     read_json,
     replacing,
     write_arrays,
+    write_json_lines,
     write_text,
     writing,
 )
@@ -203,3 +206,9 @@ def test_broken_json_names_its_file(tmp_path, content):
         read_json(path, "config")
     assert str(found.value).startswith(f"{path}: ")
     assert "\n" not in str(found.value)
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_json_lines(path, [json_value({"a": [1.5, math.nan], "b": {"c": -math.inf}}), "ü"])
+    assert path.read_text(encoding="utf-8") == '{"a": [1.5, null], "b": {"c": null}}\n"ü"\n'

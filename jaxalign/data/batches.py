@@ -18,7 +18,7 @@ Iterations = Any
 """A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
 
 FOREVER = 2**40  # batches
-ROUNDING = 8  # lengths are multiples of this: vector units and tiles like it
+ROUNDING = 8  # lengths are multiples of this, for vector units and tiles
 
 
 @record
@@ -34,7 +34,7 @@ class PairBatch:
     record_index: Int[AnyArray, " pairs"]
     """Number of the record in its source, from 0."""
     weight: Float[AnyArray, " pairs"]
-    """1; 0 for the copies that fill a last, partial batch."""
+    """1; 0 for copies that pad a last, partial batch."""
     joint_tokens: Int[AnyArray, "pairs joint"] | None = None
     """The chosen row, then the rejected one from where they differ, then zeros; None: not made."""
     common_length: Int[AnyArray, " pairs"] | None = None
@@ -63,7 +63,7 @@ class TextBatch:
     record_index: Int[AnyArray, " rows"]
     """Number of the row's first document in its source, from 0."""
     weight: Float[AnyArray, " rows"]
-    """1; 0 for the copies that fill a last, partial batch."""
+    """1; 0 for copies that pad a last, partial batch."""
 
 
 # ------------------------------------------------------------------------------ shapes
@@ -77,11 +77,11 @@ def choose_buckets(
     Args:
       lengths: Int [examples], tokens.
       most: largest number of buckets.
-      gain: share of padded tokens that one more bucket must save.
+      gain: fraction of padded tokens that one more bucket must save.
       rounding: buckets are multiples of this.
 
     Returns:
-      Ascending; the last holds the longest example. [5, 5, 5, 100] with most=2: (8, 104).
+      Ascending; the last is for the longest example. [5, 5, 5, 100] with most=2: (8, 104).
     """
     rounded = -(-np.maximum(lengths, 1) // rounding) * rounding
     edges, counts = np.unique(rounded, return_counts=True)
@@ -116,14 +116,14 @@ def choose_buckets(
 
 
 def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int, ...]:
-    """Given lengths to pad to, checked, or at most so many chosen ones."""
+    """The given lengths to pad to, checked, or at most this many chosen ones."""
     if isinstance(buckets, int):
         return choose_buckets(lengths, most=buckets)
     edges = tuple(sorted(set(buckets)))
     longest = int(lengths.max())
     if not edges or edges[0] < 1 or edges[-1] < longest:
         raise UserError(
-            f"buckets: {edges} do not hold the longest example, {longest} tokens; "
+            f"buckets: {edges} are too short for the longest example, {longest} tokens; "
             f"let the largest be at least {longest}"
         )
     return edges
@@ -246,7 +246,7 @@ def _draw_others(
 def _share(
     order: BatchOrder, number: int, process_index: int, process_count: int
 ) -> tuple[Any, Any, Any]:
-    """All examples of a batch, this process's share filled up with copies, and its weights."""
+    """All examples of a batch, this process's part padded with copies, and its weights."""
     members = order.batch(number)
     filled = np.concatenate(
         [members, np.full(order.batch_size - len(members), members[0], members.dtype)]
@@ -271,14 +271,14 @@ def ordered_batches(
     process_count: int = 1,
     prefetch: int = 8,
 ) -> Iterations:
-    """Batches of examples, in an order that the seed alone decides.
+    """Batches of examples, in an order determined by the seed alone.
 
     Every epoch holds each example once, and a batch of at most as many examples as there are holds
     none twice (`BatchOrder`).
 
     Args:
       lengths: Int [examples]: what to sort by.
-      make: (all examples of a batch, this process's with copies where it is filled up, their
+      make: (all examples of a batch, this process's padded with copies, their
         weights) -> the batch.
       batch_size: examples per batch, over all processes.
       seed: of the order.
@@ -286,14 +286,14 @@ def ordered_batches(
       shuffle: a new order in every epoch; off: as given.
       window: batches of an epoch that are sorted by length together (then all are shuffled); None:
         `WINDOW`, or 1 without `shuffle`, which keeps the order.
-      drop_remainder: leave out a last, partial batch instead of filling it with weight 0.
+      drop_remainder: leave out a last, partial batch instead of padding it with weight 0.
       process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
       process_count: processes that share each batch; all see the same shapes.
       prefetch: batches prepared ahead, by threads.
 
     Returns:
       An iterator with `get_state` and `set_state`; its state is the number of the next batch, as
-      plain JSON values, whatever the number of processes.
+      plain JSON values, for any number of processes.
     """
     import grain
 

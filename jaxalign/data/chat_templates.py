@@ -1,9 +1,9 @@
 """Chat templates: finding a tokenizer's, and rendering them within limits.
 
-A template is a program from whoever published the tokenizer. It runs in Jinja's sandbox, as in
-transformers; besides, calls that count are compiled into it: into every loop and macro, around
-every filter, method and operator that makes text. A template that exceeds a limit ends with an
-error, in any thread and without a process of its own.
+A template is a program by the publisher of the tokenizer. It runs in Jinja's sandbox, as in
+transformers. In addition, counters are compiled into every loop and macro and around every filter,
+method and operator that makes text. A template that exceeds a limit ends with an error, in any
+thread and without a separate process.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from jaxalign.errors import UserError
 STEPS = 1_000_000
 """Most iterations of loops and calls of macros in one rendering."""
 CHARACTERS = 20_000_000
-"""Most characters that one rendering may make, all intermediate texts together; a hundred times the
-conversation's own characters come on top."""
+"""Most characters of one rendering, with all intermediate texts, in addition to a hundred times the
+characters of the conversation."""
 SECONDS = 10.0
 """Most processor time of one rendering."""
 WIDEST = 100_000
@@ -45,7 +45,7 @@ GIVEN = frozenset({"messages", "add_generation_prompt"})
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what messages call it."""
+    """A template and its label in messages."""
 
     text: str
     label: str
@@ -89,8 +89,8 @@ def find_template(
 
 
 def unset_variables(template: ChatTemplate, tokenizer: Any) -> list[str]:
-    """What a template reads without asking whether it is defined, and nothing sets."""
-    with contextlib.suppress(Exception):  # what is wrong with it is said when it is rendered
+    """Variables that a template reads without a check that they are defined, and nothing sets."""
+    with contextlib.suppress(Exception):  # rendering reports its errors
         with _within_limits(0):
             compiled = _compiled(template.text)
         known = GIVEN | OPTIONAL | set(tokenizer.special_tokens_map) | set(_environment().globals)
@@ -124,7 +124,7 @@ def render(
       messages: the turns.
       place: file and line of the record, for messages.
       tools: schemas of functions that may be called.
-      add_generation_prompt: end with what a response follows.
+      add_generation_prompt: end with the beginning of a response.
 
     Raises:
       UserError: the template refuses the conversation, fails, or exceeds a limit.
@@ -157,14 +157,14 @@ def render(
         ) from None
     except jinja2.TemplateError as error:
         raise UserError(f"{place}: {template.label} refuses it: {_line(error)}") from None
-    except Exception as error:  # it is somebody's program
+    except Exception as error:  # any error of the template
         kind = type(error).__name__
         raise UserError(f"{place}: {template.label} fails: {kind}: {_line(error)}") from None
     return text
 
 
 def written_arguments(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn whose calls have their arguments as JSON text, as OpenAI's interface has them."""
+    """A turn whose tool calls have their arguments as JSON text, as in the OpenAI API."""
     calls = []
     for call in turn.get("tool_calls") or ():
         function = call.get("function", call)
@@ -179,7 +179,7 @@ def _line(error: Exception) -> str:
 
 
 def _with_thoughts(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn without nulls, its thoughts also under the name that gpt-oss's template reads."""
+    """A turn without nulls, its reasoning also under the name in the gpt-oss template."""
     plain = {name: value for name, value in turn.items() if value is not None}
     thoughts = plain.get("reasoning_content")
     return plain if thoughts is None else {"thinking": thoughts} | plain
@@ -189,7 +189,7 @@ def _with_thoughts(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TemplateLimitError(Exception):
-    """A template does more than rendering a conversation can need."""
+    """A template exceeds a limit of rendering."""
 
 
 @dataclass
@@ -213,7 +213,7 @@ def _within_limits(size: int) -> Iterator[None]:
 
 
 def _spend(characters: int, steps: int = 0) -> bool:
-    """Count; True, so that it can stand in a condition."""
+    """Count; returns True, so that it can be used in a condition."""
     budget = _budget.get()
     budget.characters -= characters
     budget.steps -= steps
@@ -266,9 +266,9 @@ def _printed_size(value: Any) -> int:
 WIDENING = frozenset(
     {"center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "wordwrap", "truncate"}
 )
-"""Filters and methods whose result may be as long as a number says."""
+"""Filters and methods with a number for the length of their result."""
 INDENTING = frozenset({"indent", "tojson", "expandtabs"})
-"""Those that put so many characters at many places."""
+"""Those that insert this many characters at many positions."""
 OF_VALUES = frozenset(
     {
         *("abs", "attr", "count", "d", "default", "dictsort", "first", "float", "groupby", "int"),
@@ -280,7 +280,7 @@ OF_VALUES = frozenset(
 
 
 def _foresee(name: str, values: Sequence[Any]) -> None:
-    """Refuse a filter or method before it makes what is too large."""
+    """Reject a filter or method whose result would be too large."""
     widths = [abs(value) for value in values[1:] if isinstance(value, int)]
     if name in WIDENING | INDENTING and max(widths, default=0) > WIDEST:
         raise TemplateLimitError(f"asks {name} for a width of more than {WIDEST:,}")
@@ -320,7 +320,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 args = (*args[:begin], values[0], *args[begin + 1 :])
         _foresee(name, values)
         for value in values:
-            if name in OF_VALUES:  # whatever walks through them takes time
+            if name in OF_VALUES:  # iterating over them takes time
                 _spend(0, len(value) if isinstance(value, list | tuple | range | dict) else 0)
             else:
                 _printable(value)
@@ -380,7 +380,7 @@ def _range(*args: int) -> range:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks what an assistant says; the text is what stands in it."""
+    """{% generation %} marks the text of an assistant; the text is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -391,7 +391,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Keeps Python's own attributes out of reach, as in transformers."""
+    """Hides the attributes of Python objects, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         names = dict(*args[1:], **kwargs)
@@ -462,7 +462,7 @@ class _Compiled:
     program: jinja2.Template
     variables: frozenset[str]
     tested: frozenset[str]
-    """Variables that the template asks for with `is defined`."""
+    """Variables that the template checks with `is defined`."""
 
 
 @functools.lru_cache(maxsize=32)

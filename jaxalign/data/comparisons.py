@@ -1,4 +1,4 @@
-"""What a model with a scalar head reads: one response after its prompt, or two of them."""
+"""Input of a model with a scalar head: a prompt with one response, or with two."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from jaxalign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFormat:
-    """How prompts and responses become a scored model's rows: kept in its config.json."""
+    """How prompts and responses become the rows of a scored model; stored in its config.json."""
 
     kind: Literal["reward", "preference"]
     """A response's reward, or the log-odds that the first of two responses is preferred."""
@@ -21,20 +21,20 @@ class ScoreFormat:
     prompt_format: str = "{prompt}"
     """Text around a plain prompt."""
     comparison_format: str = ""
-    """What follows the prompt of a comparison, {first} and {second} in it."""
+    """Text after the prompt of a comparison, with {first} and {second}."""
     strings_as_chat: bool = False
     """Whether plain prompts are put through the tokenizer's chat template, too."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
     whole_conversation: bool = False
-    """Whether a row is the conversation as the chat template writes it, nothing added or taken off:
-    what the cards of most reward models do. Otherwise a response ends with its turn's mark."""
+    """Whether a row is the conversation exactly as the chat template renders it, as the cards of
+    most reward models do. Otherwise a response ends with its end-of-turn token."""
     reward_bias: float = 0.0
     """Subtracted from rewards, so that good responses have about 0."""
 
     @property
     def rule(self) -> str:
-        """How rows end, in words."""
+        """A description of how rows end."""
         if self.whole_conversation:
             return "conversations as the chat template writes them, scored at their last token"
         end = "their end-of-sequence token" if self.end_token else "their last token"
@@ -55,23 +55,23 @@ class ScoreFormat:
 
 
 def read_format(fields: dict[str, Any], place: str) -> ScoreFormat:
-    """The format that a config.json holds.
+    """The format in a config.json.
 
     Raises:
-      UserError: fields that this version does not know, or a wrong kind.
+      UserError: unknown or missing fields, or an unknown kind.
     """
     known = {field.name for field in dataclasses.fields(ScoreFormat)}
     unknown, missing = sorted(set(fields) - known), {"kind", "max_length"} - set(fields)
     if unknown or missing or fields["kind"] not in ("reward", "preference"):
         raise UserError(
             f"{place}: jaxalign: not the format of a scored model "
-            f"({', '.join([*unknown, *sorted(missing)]) or fields['kind']}); train it anew"
+            f"({', '.join([*unknown, *sorted(missing)]) or fields['kind']}); train it again"
         )
     return ScoreFormat(**fields)
 
 
 def comparison(comparison_format: str, first: str, second: str) -> str:
-    """The text of two responses side by side; braces in them stay what they are."""
+    """The text of two responses side by side; their own braces are kept."""
     texts = {"first": first, "second": second}
     return re.sub(r"\{(first|second)\}", lambda found: texts[found[1]], comparison_format)
 

@@ -1,4 +1,4 @@
-"""The embedded default: a small readable world in which preferences can be learnt in a minute."""
+"""The embedded data set: a small world in which preferences can be learnt in a minute."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ OPPOSITES = {
     "early": "late",
     "open": "closed",
 }
-ISLAND = {  # a world of our own: nobody can have read about it
+ISLAND = {  # invented, so that no model has read about it
     "Ana": ("the lighthouse", "Miro"),
     "Bela": ("the bakery", "Tarn"),
     "Cato": ("the school", "Orla"),

@@ -1,4 +1,4 @@
-"""A row as a record: pairs, responses, prompts, labelled completions and texts in every form."""
+"""From a row to a record: every supported form of pairs, responses, prompts, labels and texts."""
 
 import json
 import re
@@ -23,18 +23,18 @@ COLUMNS = (
     *("form", "prompt", "chosen", "rejected", "response", "completion"),
     *("messages", "tools", "system", "label", "text"),
 )
-"""Fields of a row that are looked at; a Parquet file's others are not read."""
+"""Fields of a row that are read; other columns of a Parquet file are not."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # HH-RLHF's marks of turns
 
 
 def fields_of(row: Row) -> Mapping[str, Any]:
-    """The row as a mapping; a builder of ours keeps conversations as JSON.
+    """The row as a mapping; the builders of this package store conversations as JSON.
 
-    Tables (Parquet, Arrow) give every turn and every argument all columns, filled up with nulls:
-    those go. In JSON a null was written by somebody.
+    Tables (Parquet, Arrow) have all columns for every turn and argument, filled with nulls, which
+    are removed. Nulls in JSON files are kept: they were written on purpose.
 
     Raises:
-      BadRecordError: it is something else.
+      BadRecordError: the row is not a mapping.
     """
     if row.fault is not None:
         raise row.fault
@@ -68,7 +68,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _messages(value: Sequence[Any], name: str) -> list[Message]:
-    """Turns of a conversation; what templates do not read (scores, identifiers) is dropped."""
+    """Turns of a conversation, without fields that templates do not read (scores, identifiers)."""
     turns = []
     for number, turn in enumerate(value, start=1):
         where = f"turn {number} of {name}"
@@ -92,14 +92,14 @@ def _messages(value: Sequence[Any], name: str) -> list[Message]:
 
 
 def _decoded(value: Any) -> Any:
-    """What JSON text holds, also where it was encoded twice; other values as they are."""
+    """The value of a JSON text, also if it was encoded twice; other values unchanged."""
     while isinstance(value, str):
         value = json.loads(value) if value.strip() else {}
     return value
 
 
 def _calls(calls: Any, where: str) -> list[Any]:
-    """Calls of tools, the arguments of each as a mapping: templates write them as they like."""
+    """Tool calls, the arguments of each as a mapping, which templates format."""
     try:
         calls = _decoded(calls)
         found = []
@@ -121,7 +121,7 @@ def _calls(calls: Any, where: str) -> list[Any]:
 
 
 def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
-    """A prompt with what other columns say of it: the system's turn, and the tools."""
+    """A prompt with the system turn and the tools of other columns."""
     try:
         tools = _decoded(fields.get("tools")) or []
         tools = [_decoded(tool) for tool in tools]
@@ -143,7 +143,7 @@ def _with_columns(prompt: Text, fields: Mapping[str, Any]) -> Text:
             turns = [Message(role="system", content=system), *turns]
         elif own.strip() != system.strip():
             raise BadRecordError(
-                "two system turns", "the prompt begins with another one than the column system has"
+                "two system turns", "the system turn of the prompt differs from the column system"
             )
     return Conversation(turns, tools=tools, text=text)
 
@@ -152,7 +152,7 @@ def text_or_turns(value: Any, name: str) -> Text:
     """Text, or the turns of a conversation.
 
     Raises:
-      BadRecordError: it is neither.
+      BadRecordError: the value is neither.
     """
     if isinstance(value, list | tuple):
         return _messages(value, name)
@@ -160,7 +160,7 @@ def text_or_turns(value: Any, name: str) -> Text:
 
 
 def _required(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of the named fields that is there."""
+    """The first of the named fields that is present."""
     for name in names:
         if fields.get(name) is not None:
             return fields[name]
@@ -169,7 +169,7 @@ def _required(fields: Mapping[str, Any], *names: str) -> Any:
 
 
 def _response_text(value: Text, name: str) -> Text:
-    """A response that says something, and that is not its reader's."""
+    """A response, checked not to be empty and not to begin or end with a turn of the user."""
     if isinstance(value, str):
         empty = not value.strip()
     else:
@@ -186,20 +186,20 @@ def _response_text(value: Text, name: str) -> Text:
 
 
 def _prompt_text(value: Any, name: str = "prompt") -> Text:
-    """Text, which may be empty, or at least one turn."""
+    """A prompt: text, which may be empty, or at least one turn."""
     if isinstance(value, list | tuple) and not value:
         raise BadRecordError("missing field", f"{name} is a conversation without turns")
     return text_or_turns(value, name)
 
 
 def _is_pair(fields: Mapping[str, Any]) -> bool:
-    """Whether chosen and rejected are what counts; tables of several kinds fill up with nulls."""
+    """Whether the row is a pair; tables of several kinds of rows are filled with nulls."""
     single = fields.get("response") is not None or fields.get("completion") is not None
     return fields.get("chosen") is not None or ("chosen" in fields and not single)
 
 
 def preference_of_row(row: Row) -> PreferenceRecord:
-    """The pair of a row, whichever of the three forms it has."""
+    """The pair of a row in any of the three forms."""
     fields = fields_of(row)
     chosen = text_or_turns(_required(fields, "chosen"), "chosen")
     rejected = text_or_turns(_required(fields, "rejected"), "rejected")
@@ -239,7 +239,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Text, str, str]:
-    """Prompt and responses of two texts, which may be dialogues that bring their prompt."""
+    """Prompt and responses of two texts, which may be dialogues that include their prompt."""
     dialogues = all(
         text.lstrip().startswith(HUMAN.strip()) and ASSISTANT in text for text in (chosen, rejected)
     )
@@ -254,8 +254,8 @@ def _split_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Text, str, st
 
 
 REPEATED = (
-    "chosen and rejected are whole conversations, which do not hold the prompt; leave the prompt "
-    "out, or give the responses alone"
+    "chosen and rejected are whole conversations that do not contain the prompt; remove the "
+    "prompt, or give the responses alone"
 )
 
 
@@ -291,7 +291,7 @@ def _split_conversations(
 
 
 def _alone(prompt: Text, response: Text) -> tuple[Text, Text]:
-    """A response without the prompt, where it is a conversation that begins with it."""
+    """Prompt and response; the prompt is removed from a conversation that begins with it."""
     given = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     if not isinstance(response, str) and list(response[: len(given)]) == given:
         return given, response[len(given) :]

@@ -35,7 +35,7 @@ SPLITS = {
 }
 # Of files older than the key tokenizer.ggml.pre
 USUAL_SPLITS = {"gpt2": "gpt-2", "gptneox": "olmo", "qwen2": "qwen2", "qwen3": "qwen2"}
-# These take a word that is a token before they merge, and begin every text.
+# These keep a word that is a token unmerged, and have a beginning token.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo")  # text becomes Unicode's NFC first
 
@@ -169,7 +169,7 @@ def _sentencepiece(path: str | Path, known: Mapping[str, Any], named: Mapping[st
 
 
 def _kinds(known: Mapping[str, Any]) -> Sequence[int]:
-    """Per token, llama.cpp's type of it: 1 is a usual one."""
+    """The type of each token in llama.cpp; 1 is a normal token."""
     return known.get("tokenizer.ggml.token_type") or [NORMAL] * len(
         known.get("tokenizer.ggml.tokens") or []
     )
@@ -213,14 +213,14 @@ def scored_merges(
 
 
 def _strips_after_special(known: Mapping[str, Any]) -> bool:
-    """Whether special tokens take the spaces behind them: Phi-3's do, and no key says so."""
+    """Whether special tokens absorb the spaces after them: those of Phi-3 do, without a key."""
     name = str(known.get("general.name", "")).lower()
     sentencepiece = known.get("tokenizer.ggml.model") == "llama"
     return sentencepiece and any(part in name for part in ("phi-3", "phi3", "phi 3"))
 
 
 def _mark_tokens(backend: Any, known: Mapping[str, Any], *, strips: bool) -> None:
-    """Control tokens are special, and those that the author defined stay whole."""
+    """Control tokens are special; user-defined tokens are never split."""
     from tokenizers import AddedToken
 
     unstripped = ("<unk>", "<s>", "<|endoftext|>")
@@ -236,7 +236,7 @@ def _mark_tokens(backend: Any, known: Mapping[str, Any], *, strips: bool) -> Non
 
 
 def _begin_and_end(backend: Any, known: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """What the tokenizer itself puts around a text."""
+    """The special tokens that the tokenizer adds around a text."""
     from tokenizers import processors
 
     begins = known["tokenizer.ggml.model"] == "llama"

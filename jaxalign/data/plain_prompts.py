@@ -1,4 +1,4 @@
-"""Prompts that are plain text: through a chat template or as they are, by one rule."""
+"""The rule for plain prompts: through the chat template, or as plain text."""
 
 import copy
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from jaxalign.errors import UserError
 Chat = Literal["auto", "always", "never"]
 """Whether plain prompts go through the chat template: by the rule of `plain_prompts`, or not."""
 KEPT = "jaxalign_chat"
-"""Field of tokenizer_config.json: "always" or "never", as the model beside it was trained."""
+"""Field of tokenizer_config.json: "always" or "never", as the model was trained."""
 TURN = "plain prompts go through the chat template, as a user's turn"
 TEXT = "plain prompts stay plain text"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainPrompts:
-    """What becomes of prompts that are text."""
+    """How plain prompts are rendered."""
 
     as_turns: bool
-    """Through the chat template: the prompt as a user's turn, the response as the assistant's."""
+    """Whether the chat template renders them: prompt as user turn, response as assistant turn."""
     line: str | None = None
-    """What a user is to know of it, and how to have it otherwise; None: nothing was decided."""
+    """Notice of the decision and of the flag that changes it; None: nothing was decided."""
 
 
 def plain_prompts(
@@ -35,14 +35,14 @@ def plain_prompts(
 ) -> PlainPrompts:
     """Whether plain prompts go through the chat template.
 
-    "auto" goes by what is known, the first of these: a prompt format of the user's own means plain
-    text; a model that was trained here is asked as it was trained, which its tokenizer's folder
-    keeps; the template of tokenizers made here (`jaxalign.data.bpe`) is for conversations alone;
-    any other template is the model's own, and takes all prompts. Without one, text stays text.
+    "auto" uses the first rule that applies: with a custom prompt format, plain text; a model
+    trained here, as it was trained, which the folder of its tokenizer records; with the template of
+    tokenizers made here (`jaxalign.data.bpe`), plain text; with any other template, the template.
+    Without a template, plain text.
 
     Args:
       tokenizer: from `load_tokenizer`.
-      chat: what the user wants.
+      chat: the choice of the user.
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own.
 
@@ -50,39 +50,37 @@ def plain_prompts(
       UserError: "always", and there is no template.
     """
     own, name = tokenizer.chat_template, getattr(tokenizer, "name_or_path", "")
-    template, told = chat_template or own, f"{name}: " if name else ""
+    template, prefix = chat_template or own, f"{name}: " if name else ""
     formatted, kept = prompt_format != "{prompt}", tokenizer.init_kwargs.get(KEPT)
     if chat == "always":
         if not template:
             raise UserError(
-                f"{told}chat: always, but the tokenizer has no chat template; set auto or never"
+                f"{prefix}chat: always, but the tokenizer has no chat template; set auto or never"
             )
-        over = f"{told}{TURN}; prompt_format is not read (--chat never reads it)"
-        return PlainPrompts(as_turns=True, line=over if formatted else None)
+        notice = f"{prefix}{TURN}; prompt_format is not read (--chat never reads it)"
+        return PlainPrompts(as_turns=True, line=notice if formatted else None)
     if chat == "never" or not template:
         return PlainPrompts(as_turns=False)
     if formatted:
-        line = f"{told}{TEXT}, in the given prompt_format; --chat always takes the chat template"
+        line = f"{prefix}{TEXT}, in the given prompt_format; --chat always takes the chat template"
         return PlainPrompts(as_turns=False, line=line)
     if kept == "always":
-        line = f"{told}{TURN}, as it was trained; --chat never keeps them plain text"
+        line = f"{prefix}{TURN}, as it was trained; --chat never keeps them plain text"
         return PlainPrompts(as_turns=True, line=line)
     if template == CHAT_TEMPLATE:
         return PlainPrompts(as_turns=False)
     if kept == "never":
-        line = f"{told}{TEXT}, as it was trained; --chat always takes the chat template"
+        line = f"{prefix}{TEXT}, as it was trained; --chat always takes the chat template"
         return PlainPrompts(as_turns=False, line=line)
     if chat_template is None and isinstance(own, Mapping) and "default" not in own:
         names = ", ".join(sorted(own))
-        line = f"{told}{TEXT}: of the chat templates {names} none is the default; "
+        line = f"{prefix}{TEXT}: none of the chat templates {names} is the default; "
         return PlainPrompts(as_turns=False, line=f"{line}--tokenizer FOLDER#NAME chooses one")
-    return PlainPrompts(as_turns=True, line=f"{told}{TURN}; --chat never keeps them plain text")
+    return PlainPrompts(as_turns=True, line=f"{prefix}{TURN}; --chat never keeps them plain text")
 
 
 def reads_template(tokenizer: Any, chat: Chat) -> bool:
-    """Whether a judge or a reward model reads its chat template; "auto": where it has one.
-
-    Its questions are the template's own kind of text, however the model was trained since.
+    """Whether a judge or a reward model uses its chat template; "auto": if it has one.
 
     Raises:
       UserError: as in `plain_prompts`.
@@ -92,7 +90,7 @@ def reads_template(tokenizer: Any, chat: Chat) -> bool:
 
 
 def with_choice(tokenizer: Any, *, as_turns: bool) -> Any:
-    """A tokenizer whose folder will say how plain prompts were read in training."""
+    """A tokenizer whose folder records how plain prompts were rendered in training."""
     if not tokenizer.chat_template:
         return tokenizer
     kept = copy.copy(tokenizer)

@@ -1,4 +1,4 @@
-"""Rows of files, and what happens to those that cannot be used."""
+"""Rows of files, and the response to rows that cannot be used."""
 
 import contextlib
 import gzip
@@ -20,21 +20,21 @@ T = TypeVar("T")
 BadRecords = Literal["error", "skip"]
 
 FILES = (".jsonl", ".json", ".parquet", ".txt", ".md")
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 OTHERWISE = {
     b"PAR1": "it holds Parquet; name it .parquet",
     b"ARROW1": "it holds Arrow; convert it to Parquet or JSON Lines",
-    b"\x1f\x8b": "it is packed by gzip; let its name end in .gz",
-    b"\xfd7zXZ": "it is packed by xz; let its name end in .xz",
+    b"\x1f\x8b": "it is compressed by gzip; let its name end in .gz",
+    b"\xfd7zXZ": "it is compressed by xz; let its name end in .xz",
     b"PK\x03\x04": "it is a zip archive; unpack it",
     b"\xff\xfe": "it is UTF-16; save it as UTF-8",
     b"\xfe\xff": "it is UTF-16; save it as UTF-8",
 }
-"""First bytes of files that are not the text that their names promise, and what to do."""
+"""First bytes of files whose content does not match their names, and the fix."""
 
 
 class BadRecordError(Exception):
-    """A row that cannot be used: what kind of fault, and what exactly."""
+    """A row that cannot be used: the kind of fault, and a description."""
 
     def __init__(self, kind: str, what: str):
         super().__init__(what)
@@ -49,7 +49,7 @@ class ReadReport:
     skipped: dict[str, int] = field(default_factory=dict)
     """By kind of fault; a plain dict, since `dataclasses.asdict` spoils a Counter."""
     first: dict[str, str] = field(default_factory=dict)
-    """Place and fault of the first skipped row of each kind."""
+    """Location and fault of the first skipped row of each kind."""
 
     @property
     def kept(self) -> int:
@@ -69,7 +69,7 @@ class ReadReport:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it was read: a mapping or text, or the fault that kept it from being one."""
+    """One row as it was read: a mapping or text, or the fault that prevented it."""
 
     source: str
     line: int
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where a user finds it."""
+        """File and line, or data set and record."""
         return (
             f"{self.source}:{self.line}"
             if self.unit == "line"
@@ -88,7 +88,7 @@ class Row:
 
 
 def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadReport) -> None:
-    """Stop with the row's place, or count it as skipped."""
+    """Raise an error with the row's location, or count it as skipped."""
     message = f"{row.place}: {fault.kind}: {fault}"
     if policy == "error":
         raise UserError(f"{message}; fix the record, or add --bad-records skip") from None
@@ -101,7 +101,7 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
 def split_name(source: str) -> tuple[str, str]:
     """`name#train[:90%]` -> ("name", "train[:90%]"); no split is "".
 
-    A file or folder that exists is a name as it stands, whatever # is in it.
+    The name of an existing file or folder is never split at its #.
     """
     place = source.partition("@")[2] if source.startswith("tfds:") else source
     name, mark, split = source.rpartition("#")
@@ -125,8 +125,8 @@ def path_rows(path: Path, split: str = "", columns: Collection[str] | None = Non
 
     Args:
       path: of the file or folder.
-      split: as in `train[:90%]`; of a folder the files are read whose names begin with its name.
-      columns: fields that the caller looks at; of Parquet no others are read, they are None.
+      split: as in `train[:90%]`; in a folder, files whose names begin with its name.
+      columns: fields that the caller reads; in Parquet files all others are None.
 
     Raises:
       UserError: a file cannot be read, or the split does not exist.
@@ -147,13 +147,13 @@ def path_rows(path: Path, split: str = "", columns: Collection[str] | None = Non
 
 
 def unreadable(source: str, error: Exception) -> UserError:
-    """The error of a source that the system does not let one read."""
+    """The error of a source that the operating system cannot read."""
     return UserError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def suffix(path: Path) -> str:
-    """The kind of file, compression aside."""
-    if path.suffix in PACKED:
+    """The file extension before that of the compression."""
+    if path.suffix in COMPRESSED:
         path = path.with_suffix("")
     return path.suffix
 
@@ -169,9 +169,7 @@ def _files_of_split(folder: Path, split: str) -> Sequence[Path]:
     ]
     if not files:
         wanted = f"{split}*" if split else "*"
-        raise UserError(
-            f"{folder}: no file {wanted} of a kind that can be read: {', '.join(FILES)}"
-        )
+        raise UserError(f"{folder}: no readable file {wanted}; readable are {', '.join(FILES)}")
     return files
 
 
@@ -220,28 +218,28 @@ def _file_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
         return _plain_text(path)
     raise UserError(
         f"{path}: a file ending in {path.suffix!r} cannot be read; use one of "
-        f"{', '.join(FILES)}, also packed as .gz or .xz (parquet as it is)"
+        f"{', '.join(FILES)}, also compressed as .gz or .xz (not Parquet)"
     )
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file that should hold text, unpacked."""
+    """The bytes of a text file, decompressed."""
     try:
-        with PACKED.get(path.suffix, open)(path, "rb") as file:
+        with COMPRESSED.get(path.suffix, open)(path, "rb") as file:
             first = file.peek(8)
             for mark, what in OTHERWISE.items():
                 if first.startswith(mark):
                     raise UserError(f"{path}: {what}")
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: damaged archive ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged archive ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_text(path: Path) -> str:
-    """A whole file of text, unpacked where its name ends in .gz or .xz.
+    """The text of a file, decompressed where its name ends in .gz or .xz.
 
     Raises:
       UserError: it cannot be read, or is not UTF-8 text.
@@ -253,7 +251,7 @@ def read_text(path: Path) -> str:
 
 
 def _decoded(path: Path) -> tuple[str, int, str]:
-    """The text of a file; or the line that is none, and why."""
+    """The text of a file; or the first line that is not UTF-8, and why."""
     with _opened(path) as file:
         raw = file.read()
     if (zero := raw.find(b"\0")) >= 0:
@@ -288,7 +286,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-      BadRecordError: it is not JSON, gives one name two values in an object, is nested too deeply,
+      BadRecordError: it is not JSON, has a name twice in an object, is nested too deeply,
         or has a number of thousands of digits.
     """
     try:
@@ -305,15 +303,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise BadRecordError("invalid JSON", f"{name!r} comes twice in an object")
+        raise BadRecordError("invalid JSON", f"{name!r} occurs twice in an object")
     return value
 
 
 def text_fields(kind: type[T], value: Any) -> T:
-    """A dataclass whose fields are all texts, from a JSON object that has just those.
+    """A dataclass of text fields, from a JSON object with exactly those fields.
 
     Raises:
-      BadRecordError: something else.
+      BadRecordError: the value is not such an object.
     """
     names = [one.name for one in fields(kind)]  # pyright: ignore[reportArgumentType]
     if not isinstance(value, Mapping) or sorted(value) != sorted(names):
@@ -325,7 +323,7 @@ def text_fields(kind: type[T], value: Any) -> T:
 
 
 def check_text(value: Any, name: str) -> str:
-    """The value, if it is text that UTF-8 can hold.
+    """The value, checked to be text that UTF-8 can encode.
 
     Raises:
       BadRecordError: it is not.
@@ -340,7 +338,7 @@ def check_text(value: Any, name: str) -> str:
 
 
 def json_lines(path: Path) -> Iterator[Row]:
-    """One JSON value per line; empty lines are passed over."""
+    """One JSON value per line; empty lines are skipped."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -370,7 +368,7 @@ def _json_array(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
-    """Rows of a Parquet file: of the columns that are looked at, no times inside of them."""
+    """Rows of a Parquet file: the columns that are read, without times nested in them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -393,21 +391,21 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
                         yield Row(str(path), number, fields, unit="record")
     except pyarrow.ArrowInvalid as error:
         what = "not a Parquet file" if not number else f"damaged after record {number}"
-        raise UserError(f"{path}: {what} ({_first_line(error)}); fetch it again") from None
+        raise UserError(f"{path}: {what} ({_first_line(error)}); download it again") from None
     except (pyarrow.ArrowException, OSError) as error:
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise UserError(f"{path}: damaged or unreadable Parquet ({reason})") from None
 
 
 def _is_read(part: Any, wanted: set[str]) -> bool:
-    """Whether a leaf of a Parquet schema is wanted; times inside of turns are nobody's business."""
+    """Whether a leaf of a Parquet schema is read; times nested in turns are not."""
     column, _, inside = part.path.partition(".")
     time = part.logical_type.type in ("DATE", "TIME", "TIMESTAMP") or part.physical_type == "INT96"
     return column in wanted and not (inside and time)
 
 
 def _plain_rows(batch: Any) -> Iterator[Any]:
-    """Rows of a record batch as Python's values, or the fault of a row that has none."""
+    """Rows of a record batch as Python values, or the fault of a row."""
     if not batch.num_columns:
         yield from ({} for _ in range(batch.num_rows))
         return

@@ -19,7 +19,7 @@ from jaxalign.data.records import (
 from jaxalign.errors import UserError, notice_once
 
 PROBES = "Yes", "No"
-"""Responses by which a template shows where responses begin: they share no character."""
+"""Two responses without a common character: where their renderings differ, responses begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,12 @@ class RecordText:
     """A prompt and the responses to it as texts."""
 
     prompt: str
-    """Always the same for all responses, whatever they say."""
+    """The same for all responses of a record."""
     responses: tuple[str, ...]
     differs: bool
-    """Whether the template writes the prompt otherwise when no response follows."""
+    """Whether the template renders the prompt differently when no response follows."""
     asking: int = 0
-    """Responses that hold a user's or system's turn."""
+    """Number of responses with a turn of the user or the system."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,18 @@ class TextOf:
     plain: PlainPrompts
     special: frozenset[str]
     unread: set[str] = field(default_factory=set)
-    """Fields of the conversations so far that their template does not read."""
+    """Fields of the conversations so far that their template ignores."""
     templates: set[ChatTemplate] = field(default_factory=set)
-    """Those used so far."""
+    """Templates used so far."""
     plain_seen: Counter[bool] = field(default_factory=Counter)
-    """Plain prompts so far that went through the template, and that did not."""
+    """Number of plain prompts so far that the template rendered (True), and of others (False)."""
 
     def __call__(self, prompt: Text, responses: Sequence[Text], place: str) -> RecordText:
         """The texts of a record.
 
-        The boundary is where the prompt's own text ends, if a template writes that before any
-        response. Otherwise (a generation prompt that opens <think>, earlier thoughts that are left
-        out) it is the end of what two renderings with unlike responses share.
+        The boundary is the end of the rendered prompt, if the template renders it the same before
+        any response. Otherwise (a generation prompt that opens <think>, earlier thoughts that are
+        removed) it is the end of the common prefix of two renderings with different responses.
 
         Args:
           prompt: text or conversation.
@@ -64,8 +64,8 @@ class TextOf:
           place: file and line, for messages.
 
         Raises:
-          UserError: there is no template for a conversation, the template fails, or it writes
-            another prompt before one of the responses.
+          UserError: there is no template for a conversation, the template fails, or it renders
+            the prompt differently before one of the responses.
         """
         texts = [response for response in responses if isinstance(response, str)]
         if len(texts) == len(responses) and (plain := self._plain(prompt)) is not None:
@@ -81,7 +81,7 @@ class TextOf:
         prompts = {prompt for prompt, _ in sides}
         if len(prompts) > 1:
             raise UserError(
-                f"{place}: {template.label} writes another prompt before each of the responses; "
+                f"{place}: {template.label} renders another prompt before each of the responses; "
                 "their first turns need the same role"
             )
         (own,) = prompts
@@ -102,7 +102,7 @@ class TextOf:
         tools: Sequence[Any],
         place: str,
     ) -> tuple[str, str]:
-        """The prompt's text before a response of this role, and the response's."""
+        """The rendered prompt before a response of this role, and the rendered response."""
         after = _turns(response, "assistant")
         self._note(template, after, ())
         probes = (Message(role=after[0]["role"], content=content) for content in PROBES)
@@ -116,19 +116,19 @@ class TextOf:
                 for text, content in zip((first, second), PROBES, strict=True)
             ):
                 raise UserError(
-                    f"{place}: {template.label} writes no common text before all responses; "
+                    f"{place}: {template.label} renders no common text before all responses; "
                     "give another template"
                 )
         whole = self._render(template, [*before, *after], tools, place)
         if not whole.startswith(own):
             raise UserError(
-                f"{place}: {template.label} writes the prompt otherwise before this response than "
-                "before others; leave the record out, or give another template"
+                f"{place}: {template.label} renders the prompt differently before this response "
+                "than before others; remove the record, or give another template"
             )
         return own, self._without_trailing_space(whole[len(own) :])
 
     def prompt(self, prompt: Text, place: str) -> str:
-        """The text that a response would continue."""
+        """The rendered prompt, which a response continues."""
         if (plain := self._plain(prompt)) is not None:
             return self.prompt_format.replace("{prompt}", plain)
         turns, tools = _turns(prompt, "user"), tools_of(prompt)
@@ -136,12 +136,12 @@ class TextOf:
         return self._render(template, turns, tools, place, add_generation_prompt=True)
 
     def whole(self, prompt: Text, response: Text, place: str) -> str:
-        """A whole conversation as its template writes it, nothing cut."""
+        """A whole conversation as its template renders it."""
         turns, tools = [*_turns(prompt, "user"), *_turns(response, "assistant")], tools_of(prompt)
         return self._render(self._template(turns, tools, place), turns, tools, place)
 
     def _plain(self, prompt: Text) -> str | None:
-        """The prompt where no template is for it."""
+        """The prompt, if it is not rendered by a template; else None."""
         plain = plain_text(prompt)
         if plain is None:
             return None
@@ -170,12 +170,12 @@ class TextOf:
         self.unread.update(name for name in names if not reads(template, name))
         self.templates.add(template)
 
-    def told(self) -> list[str]:
-        """How plain prompts were read, where there were any and a rule decided it."""
+    def plain_prompt_notes(self) -> list[str]:
+        """How plain prompts were rendered, if there were any and a rule decided it."""
         return [self.plain.line] if self.plain.line and self.plain_seen else []
 
     def notes(self) -> list[str]:
-        """What is to be said of the fields of all records so far, a line for each kind."""
+        """Warnings about fields and variables of the templates, one line for each kind."""
         found = (unset_variables(template, self.tokenizer) for template in self.templates)
         unset = sorted({name for names in found for name in names})
         notes = []
@@ -204,7 +204,7 @@ class TextOf:
         )
 
     def _without_trailing_space(self, text: str) -> str:
-        """A turn's end mark is the end; templates often put a newline after it."""
+        """The text up to its end-of-turn token; templates often add a newline after it."""
         stripped = text.rstrip()
         return stripped if any(stripped.endswith(token) for token in self.special) else text
 
@@ -214,9 +214,9 @@ def _turns(text: Text, role: str) -> list[Message]:
 
 
 def text_of(tokenizer: Any, prompt_format: str, chat_template: str | None, chat: Chat) -> TextOf:
-    """How records become text with this tokenizer and these options; see `plain_prompts`."""
+    """How records become text with a tokenizer and these options; see `plain_prompts`."""
     if "{prompt}" not in prompt_format:
-        raise UserError(f"prompt_format: {prompt_format!r} does not hold {{prompt}}")
+        raise UserError(f"prompt_format: {prompt_format!r} must contain {{prompt}}")
     return TextOf(
         tokenizer=tokenizer,
         prompt_format=prompt_format,

@@ -1,4 +1,4 @@
-"""What a source yields: text with the place it came from."""
+"""Records: text with the source and line that it came from."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 ASKING = frozenset({"user", "human", "system", "developer"})
 NOT_RESPONDING = ASKING | {"tool"}
-"""Roles whose turns no response begins or ends with."""
+"""Roles of turns with which a response may not begin or end."""
 
 
 class Message(TypedDict):
@@ -26,7 +26,7 @@ Text = str | Sequence[Message]
 
 
 class Conversation(list[Message]):
-    """Turns, and what their chat template is given beside them."""
+    """Turns, and the other inputs of their chat template."""
 
     def __init__(
         self, turns: Iterable[Message], *, tools: Sequence[Any] = (), text: str | None = None
@@ -35,7 +35,7 @@ class Conversation(list[Message]):
         self.tools = tuple(tools)
         """Schemas of functions that may be called."""
         self.text = text
-        """The prompt as it stood, where it was text beside a column for the system or the tools."""
+        """The original prompt, if it was text with a column for the system turn or the tools."""
 
 
 def tools_of(text: Text) -> tuple[Any, ...]:
@@ -44,12 +44,12 @@ def tools_of(text: Text) -> tuple[Any, ...]:
 
 
 def plain_text(text: Text) -> str | None:
-    """The text of what is no conversation; None where it is one."""
+    """The text of a plain prompt; None for a conversation."""
     return text.text if isinstance(text, Conversation) else text if isinstance(text, str) else None
 
 
 def transcript(text: Text) -> str:
-    """Text as it is; a conversation as its turns, one a line."""
+    """Text unchanged; a conversation with one turn per line."""
     if isinstance(text, str):
         return text
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in text)
@@ -89,7 +89,7 @@ class PromptRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnpairedRecord:
-    """A prompt, one response, and whether it was liked."""
+    """A prompt, one response, and whether it is desirable."""
 
     prompt: Text
     completion: Text

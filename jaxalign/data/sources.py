@@ -47,7 +47,7 @@ def preference_records(
 ) -> Iterator[PreferenceRecord]:
     r"""Preference pairs of a source, in order.
 
-    Three forms are told apart row by row: prompt, chosen and rejected as text; conversations
+    Each row has one of three forms: prompt, chosen and rejected as text; conversations
     (lists of {role, content}) whose prompt is given or is what chosen and rejected share; and
     HH-RLHF's two transcripts, whose prompt is the longest common prefix that ends at an
     assistant turn ("\n\nAssistant:" included).
@@ -107,7 +107,7 @@ def unpaired_records(
     """Labelled completions: {prompt, completion, label} with a label true or false.
 
     Args:
-      source: as for `preference_records`; pairs give one liked and one disliked record each.
+      source: as for `preference_records`; pairs give one desirable and one undesirable record each.
       bad_records: "error" or "skip".
       report: filled while reading.
     """
@@ -136,13 +136,13 @@ def split_holdout(
 ) -> tuple[list[P], list[P]]:
     """Training and held-out records; all records of one prompt are on the same side.
 
-    A prompt is held out where its hash falls under the fraction: adding or removing records moves
-    no other record to the other side.
+    A prompt is held out if its hash is below the fraction, so adding or removing records does not
+    move any other record.
 
     Args:
       records: preference, response, unpaired or text records.
-      fraction: share of prompts to hold out, in [0, 1).
-      seed: another seed, another choice of prompts.
+      fraction: fraction of prompts to hold out, in [0, 1).
+      seed: of the choice of prompts.
 
     Returns:
       (training records, held-out records), each in the order given.
@@ -165,14 +165,14 @@ def read_records(
     report: ReadReport | None = None,
     columns: Collection[str] = COLUMNS,
 ) -> Iterator[R]:
-    """Rows through `make`; a fault stops or is counted.
+    """The records of a source; a fault raises an error or is counted.
 
     Args:
       source: as for `preference_records`.
       make: the records of a row; raises a `BadRecordError`.
       bad_records: "error" or "skip".
       report: filled while reading.
-      columns: fields that `make` looks at.
+      columns: fields that `make` reads.
 
     Raises:
       UserError: names the file and line of the first bad record, or a source without records.
@@ -198,7 +198,7 @@ def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[R
 
     Args:
       source: what is read.
-      columns: fields that the caller looks at; of Parquet no others are read, they are None.
+      columns: fields that the caller reads; in Parquet files all others are None.
 
     Raises:
       UserError: there is no such source, it cannot be read, or its split does not exist.
@@ -215,7 +215,7 @@ def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[R
     if exists:
         yield from path_rows(path, split, columns)
         return
-    hint = "; what follows a # is a split, as in FILE#train[:90%]" if "#" in source else ""
+    hint = "; the part after # is a split, as in FILE#train[:90%]" if "#" in source else ""
     is_file = suffix(path) in FILES or suffix(Path(source)) in FILES
     if is_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
@@ -252,7 +252,7 @@ def _tfds_rows(name: str, split: str) -> Iterator[Row]:
     try:
         dataset, _, folder = name.partition("@")
         data_dir = str(Path(folder).expanduser()) if folder else None
-        # without a stored copy TFDS would fetch data, which nobody has asked for
+        # without a stored copy TFDS would download data
         stored: Any = tfds.builder(dataset, data_dir=data_dir)
         rows = stored.as_data_source(split=split)
     except (
@@ -277,13 +277,13 @@ def _tfds_rows(name: str, split: str) -> Iterator[Row]:
 
 
 def plain(value: Any) -> Any:
-    """What TFDS yields, as the plain values that JSON would hold."""
+    """Values of TFDS as plain JSON values."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Mapping):
         fields = {key: plain(item) for key, item in value.items()}
         turns = set(fields) == {"role", "content"} and isinstance(fields["role"], list)
-        if turns:  # a sequence of messages, as TFDS lays it out
+        if turns:  # a sequence of messages in the layout of TFDS
             return [
                 {"role": role, "content": content}
                 for role, content in zip(fields["role"], fields["content"], strict=True)

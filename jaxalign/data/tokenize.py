@@ -1,4 +1,4 @@
-"""Text to tokens: exact prompt/response boundaries, chat templates, truncation that is counted."""
+"""Text to tokens: exact prompt/response boundaries, chat templates, and counted truncation."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +54,7 @@ class TokenizedRows:
         return np.diff(self.offsets)
 
     def as_pairs(self) -> "TokenizedPairs":
-        """Every row twice: what cannot be packed (an encoder-decoder's input) travels as pairs."""
+        """Every row twice, as pairs, for inputs that cannot be packed (of an encoder-decoder)."""
         return TokenizedPairs(
             rows=TokenizedRows(
                 flat=np.concatenate([self[i] for i in range(len(self)) for _ in range(2)]),
@@ -115,17 +115,17 @@ class TokenizedTexts:
 
 @dataclass(kw_only=True)
 class TokenizeReport:
-    """What tokenisation did to the records."""
+    """Counts of what tokenisation changed."""
 
     records: int = 0
     straddling: int = 0
-    """Rows in which one token of the joint text lay on both sides of the boundary: prompt and
-    response were tokenised apart."""
+    """Rows in which a token of the joint text spans the boundary: prompt and response were
+    tokenised separately."""
     template_differs: int = 0
-    """Rows whose chat template writes the prompt otherwise where no response follows: the prompt is
-    what stands before any response."""
+    """Rows whose chat template renders the prompt differently when no response follows: the prompt
+    is the text before any response."""
     user_turns: int = 0
-    """Rows whose response holds a turn of the user or the system, which is scored with the rest."""
+    """Rows whose response has a turn of the user or the system, which is scored, too."""
     truncated_prompts: int = 0
     """Rows whose prompt lost its beginning."""
     truncated_responses: int = 0
@@ -135,9 +135,9 @@ class TokenizeReport:
     tokens: int = 0
     """Tokens kept."""
     notes: list[str] = field(default_factory=list)
-    """What the chat template does not read of the records, and what it reads that nothing sets."""
+    """Fields that the chat template ignores, and variables that it reads but nothing sets."""
     chat: list[str] = field(default_factory=list)
-    """How plain prompts were read, where a rule decided it."""
+    """How plain prompts were rendered, if a rule decided it."""
     prompts_as_chat: int = 0
     """Plain prompts that went through the chat template, as a user's turn."""
 
@@ -158,14 +158,14 @@ class TokenizeReport:
         return "; ".join(parts + self.notes)
 
     def add(self, other: "TokenizeReport") -> None:
-        """Take the counts and notes of more records in."""
+        """Add the counts and notes of more records."""
         for name, found in vars(other).items():
             own = getattr(self, name)
             joined = sorted({*own, *found}) if isinstance(found, list) else own + found
             setattr(self, name, joined)
 
     def _note(self, in_text: TextOf) -> None:
-        self.notes, self.chat = in_text.notes(), in_text.told()
+        self.notes, self.chat = in_text.notes(), in_text.plain_prompt_notes()
         self.prompts_as_chat = in_text.plain_seen[True]
 
 
@@ -301,7 +301,7 @@ def tokenize_prompts(
     chat: Chat = "auto",
     encoder_decoder: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
-    """Tokens of prompts that responses will be sampled for, begun as training rows begin.
+    """Tokens of prompts that responses will be sampled for, with the beginning of training rows.
 
     Args:
       records: prompts.
@@ -342,7 +342,7 @@ def tokenize_prompts(
 def tokenize_conversations(
     records: Iterable[PromptResponseRecord], tokenizer: Any, *, max_length: int
 ) -> tuple[TokenizedRows, TokenizeReport]:
-    """Tokens of conversations as their chat template writes them, nothing added or taken off.
+    """Tokens of conversations exactly as their chat template renders them.
 
     What transformers' `apply_chat_template` gives; plain prompts and responses are turns.
 
@@ -380,7 +380,7 @@ def tokenize_conversations(
 def tokenize_texts(
     texts: Iterable[str | TextRecord], tokenizer: Any, *, cache: Path | None = None
 ) -> TokenizedTexts:
-    """Documents as tokens, each begun and ended by the tokenizer's own marks.
+    """Documents as tokens, each with the tokenizer's beginning and end tokens.
 
     Args:
       texts: documents.
@@ -455,7 +455,7 @@ def _encoded(
     apart: bool,
     alike: int = 1,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and response tokens, begun and ended; the same prompt's for so many neighbours."""
+    """Prompt and response tokens with the tokens that begin and end a text."""
     for chunk in _chunks(texts, CHUNK):
         if apart:
             prompts = encoder.encode([prompt for prompt, _ in chunk])

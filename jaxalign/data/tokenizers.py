@@ -1,4 +1,4 @@
-"""Tokenizers: loading them, and where in a text each of their tokens lies."""
+"""Tokenizers: loading them, and the position of each token in a text."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
-SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # what may stand before a response that is alone
+SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # texts put before a response that is tokenised alone
 
 
 def load_tokenizer(path_or_hub_name: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder, hub name or GGUF file; no code in it is ever run.
+    """The tokenizer of a Hugging Face folder, hub name or GGUF file; its code is never run.
 
-    An end-of-sequence token that the folder forgot to name is found in the vocabulary (GPT-2's
+    A missing end-of-sequence token is looked up in the vocabulary (GPT-2's
     <|endoftext|> and the like).
 
     Args:
@@ -56,14 +56,14 @@ def load_tokenizer(path_or_hub_name: str | Path) -> Any:
         raise UserError(f"tokenizer {name}: cannot be loaded: {first}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"tokenizer {name}: it has no fast form (tokenizer.json), which knows "
-            "the place of each token in the text"
+            f"tokenizer {name}: it has no fast form (tokenizer.json), which is needed for "
+            "the position of each token in the text"
         )
     return with_end_token(tokenizer)
 
 
 def with_end_token(tokenizer: Any) -> Any:
-    """The tokenizer, its end-of-sequence token named where its vocabulary has a usual one."""
+    """The tokenizer, with a missing end-of-sequence token set to a usual one of its vocabulary."""
     if tokenizer.eos_token_id is None:
         vocabulary = tokenizer.get_vocab()
         for token in END_TOKENS:
@@ -76,12 +76,12 @@ def with_end_token(tokenizer: Any) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
-    """See to it that a tokenizer's ids are rows of a model's embedding.
+    """Check that the ids of a tokenizer are rows of the embedding of a model.
 
-    Those of its own vocabulary count, of the tokens that begin and end texts, and of added tokens
-    that the chat template writes. Other added tokens may lie beyond (Gemma 3's for images, in
-    models of text alone): `check_ids` refuses them where a text holds one. An embedding that is
-    larger than the vocabulary is padded.
+    Checked are the vocabulary, the tokens that begin and end texts, and added tokens in the chat
+    template. Other added tokens may be larger (those for images of Gemma 3, in text-only models):
+    `check_ids` rejects a text that contains one. An embedding larger than the vocabulary is
+    padded.
 
     Raises:
       UserError: an id is too large.
@@ -103,17 +103,17 @@ def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: int) -> None:
-    """See to it that the tokens of texts are rows of a model's embedding.
+    """Check that the tokens of texts are rows of the embedding of a model.
 
     Raises:
-      UserError: one is not.
+      UserError: an id is too large.
     """
     highest = int(np.max(ids, initial=0))
     if highest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"tokenizer: a text holds {token!r}, id {highest}, but the model's vocabulary has "
-            f"{vocabulary}; take it out of the text"
+            f"tokenizer: a text contains {token!r}, id {highest}, but the model's vocabulary has "
+            f"{vocabulary}; remove it from the text"
         )
 
 
@@ -123,7 +123,7 @@ def _only_sentencepiece(folder: Path) -> bool:
 
 
 def _sentencepiece_tokenizer(folder: Path) -> Any:
-    """A T5 folder that has nothing but spiece.model."""
+    """The tokenizer of a T5 folder that only has spiece.model."""
     from transformers import T5Tokenizer
 
     try:
@@ -137,7 +137,7 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
 
 
 class Encoder:
-    """A tokenizer's backend with true offsets, and the special tokens it puts around a text."""
+    """A tokenizer backend with exact offsets, and the special tokens around a text."""
 
     def __init__(self, tokenizer: Any, *, end_token: bool = True):
         from tokenizers import Tokenizer
@@ -165,22 +165,22 @@ class Encoder:
         self.suffix: list[int] = list(probe.ids[len(special) - end :])
         start = tokenizer.bos_token_id
         self.start = self.prefix or [self.eos if start is None else int(start)]
-        """What begins a document, also where the tokenizer itself adds nothing."""
+        """Tokens that begin a document, even if the tokenizer adds none."""
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Encodings with offsets, no special tokens added."""
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def begun(self, ids: list[int]) -> list[int]:
-        """With the beginning token, unless the text brought it along."""
+        """The tokens with the beginning token, unless the text has it already."""
         return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     def ended(self, ids: list[int]) -> list[int]:
-        """With the end-of-sequence token, unless the text brought it along or none is wanted."""
+        """The tokens with the end-of-sequence token, unless present or switched off."""
         return [*ids, self.eos] if self.end_token and ids[-1:] != [self.eos] else ids
 
     def boundary(self, encoding: Any, character: int) -> int | None:
-        """Number of tokens that end at or before a character; None where one straddles it."""
+        """Number of tokens that end at or before a character; None if a token spans it."""
         if character == 0:
             return 0
         token = encoding.char_to_token(character)
@@ -194,7 +194,7 @@ class Encoder:
         return None
 
     def alone(self, response: str) -> list[int]:
-        """Tokens of a response that does not begin a text: no space is put before it."""
+        """Tokens of a response inside a text: the tokenizer adds no space before it."""
         for sentinel in SENTINELS:
             encoding = self.encode([sentinel + response])[0]
             cut = self.boundary(encoding, len(sentinel))
@@ -209,8 +209,8 @@ class Encoder:
 
         Args:
           texts: prompts and responses.
-          alike: so many neighbours have one prompt, and get the same tokens for it: where joint
-            texts give them different ones, prompt and responses are tokenised apart.
+          alike: number of consecutive texts with the same prompt, whose tokens must be equal:
+            if joint texts give different ones, prompt and responses are tokenised separately.
         """
         encodings = self.encode([prompt + response for prompt, response in texts])
         for begin in range(0, len(texts), alike):
@@ -228,12 +228,12 @@ class Encoder:
             yield from rows
 
     def apart(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt and of a response, each by itself."""
+        """Tokens of a prompt and of a response, tokenised separately."""
         return list(self.encode([prompt])[0].ids), self.alone(response)
 
 
 def _keep_spaces_in_offsets(description: Any) -> None:
-    """Set trim_offsets to false everywhere: a trimmed offset hides what a token covers."""
+    """Set trim_offsets to false everywhere: a trimmed offset hides the spaces of a token."""
     if isinstance(description, dict):
         if "trim_offsets" in description:
             description["trim_offsets"] = False

@@ -4,6 +4,10 @@ from jaxalign.losses.alpha_dpo import alpha_dpo as alpha_dpo
 from jaxalign.losses.aot import aot as aot
 from jaxalign.losses.apo import apo_down as apo_down
 from jaxalign.losses.apo import apo_zero as apo_zero
+from jaxalign.losses.asymmetric_dpo import bdpo as bdpo
+from jaxalign.losses.asymmetric_dpo import dpo_shift as dpo_shift
+from jaxalign.losses.asymmetric_dpo import mappo as mappo
+from jaxalign.losses.asymmetric_dpo import minor_dpo as minor_dpo
 from jaxalign.losses.bco import bco as bco
 from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
 from jaxalign.losses.cal_dpo import cal_dpo as cal_dpo
@@ -38,10 +42,6 @@ from jaxalign.losses.ppo import ppo_token_rewards as ppo_token_rewards
 from jaxalign.losses.ppo import ppo_value as ppo_value
 from jaxalign.losses.ppo import whiten as whiten
 from jaxalign.losses.rdpo import rdpo as rdpo
-from jaxalign.losses.rejected_weight import bdpo as bdpo
-from jaxalign.losses.rejected_weight import dpo_shift as dpo_shift
-from jaxalign.losses.rejected_weight import mappo as mappo
-from jaxalign.losses.rejected_weight import minor_dpo as minor_dpo
 from jaxalign.losses.reward import bradley_terry as bradley_terry
 from jaxalign.losses.reward import preference_model as preference_model
 from jaxalign.losses.rpo import rpo as rpo

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import flip_probability, positive
+from jaxalign.losses.checks import flip_probability, positive
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import positive
+from jaxalign.losses.checks import positive
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean

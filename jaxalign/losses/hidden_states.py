@@ -1,4 +1,4 @@
-"""Losses on hidden states: a model's own beside the states that it should have."""
+"""Losses on hidden states: the distance to target states."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -7,16 +7,16 @@ States = Float[Array, "rows layers positions width"]
 
 
 def shifted_states(base: States, difference: States, *, alpha: float) -> States:
-    r"""The states that a model is to be trained to: the base's, moved along a difference.
+    r"""Target states: those of the base model, moved along a difference.
 
     .. math:: h^* = h_{base} + \alpha \, v, \quad v = h_+ - h_-
 
     Args:
       base: hidden states of the base model under the plain prompt, [rows, layers, positions,
         width].
-      difference: v, those of the preferred less those of the dispreferred stimulus for the same
-        response.
-      alpha: how far; 5 in the paper's experiments.
+      difference: v, states under the preferred minus those under the dispreferred stimulus, for
+        the same response.
+      alpha: step along the difference; 5 in the paper's experiments.
 
     Returns:
       The target, of the same shape.
@@ -48,7 +48,7 @@ def hidden_state_matching(
       d loss / d h = 2 m (h - h*) / |S|
 
     References:
-      Liu et al., 2024, arXiv:2312.15997, the loss as the paper writes it.
+      Liu et al., 2024, arXiv:2312.15997, the loss in the paper.
     """
     return _over_positions(jnp.sum(jnp.square(states - target), axis=-1), mask)
 
@@ -73,7 +73,7 @@ def hidden_state_distance(
       d loss / d h = m (h - h*) / (|S| norm of h - h*)
 
     References:
-      Liu et al., 2024, arXiv:2312.15997, the loss as its released code has it.
+      Liu et al., 2024, arXiv:2312.15997, the loss in its released code.
     """
     squares = jnp.sum(jnp.square(states - target), axis=-1)
     off = squares > 0
@@ -84,5 +84,5 @@ def hidden_state_distance(
 def _over_positions(
     values: Float[Array, "rows layers positions"], mask: Bool[Array, "rows positions"]
 ) -> Float[Array, " rows"]:
-    """Mean over layers, sum over real positions: selected, for padding may hold anything."""
+    """Mean over layers, sum over real positions; by `where`, as padding may be anything."""
     return jnp.sum(jnp.where(mask[:, None], values, 0.0), axis=(1, 2)) / values.shape[1]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean
@@ -72,7 +72,7 @@ def kto_kl(
     Args:
       log_ratios: log-ratios in nats, [responses]. The paper takes responses that belong to other
         prompts of the batch; the paired form takes the pairs' own.
-      weight: weight of each response, [responses]; 0 for rows that only fill up a batch. Default
+      weight: weight of each response, [responses]; 0 for padding rows. Default
         None: equal weights.
 
     Returns:

@@ -11,8 +11,8 @@ def log1mexp(x: Float[Array, " *axes"]) -> Float[Array, " *axes"]:
 
     .. math:: \log(1 - e^x), \quad x < 0
 
-    Each branch is exact on its own side of -log 2, and is fed a harmless value on the other, so
-    that neither the value nor the slope of the branch not taken can be infinite (Maechler, 2012,
+    Each branch is exact on its own side of -log 2, and gets a harmless value on the other, so that
+    neither the value nor the derivative of the unused branch can be infinite (Maechler, 2012,
     "Accurately computing log(1 - exp(-|a|))"; the double `where` is the JAX FAQ's).
     """
     near_zero = x > -math.log(2)

@@ -193,4 +193,5 @@ def _check_values(
                 raise UserError(f"loss: {name}: the {what} is not finite {when}: {numbers}")
         moves = moves or any(bool(array.any()) for array in slopes.values())
     if not moves:
-        notice_once(f"loss: {name}: its gradient is zero on all pairs that were tried")
+        zero = "its gradient is zero on all pairs that were tried; it learns nothing"
+        notice_once(f"loss: {name}: {zero}")

@@ -41,7 +41,7 @@ class Loss:
 
     @property
     def statistics(self) -> Statistics | None:
-        """What the loss takes from its whole batch; None: nothing, each pair is alone."""
+        """What the loss computes from its whole batch; None: its pairs are independent."""
         return statistics_of(self.function)
 
     @property

@@ -3,12 +3,12 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import positive
+from jaxalign.losses.checks import positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
 def nca(pairs: PairLogProbs, *, beta: float = 0.01) -> Float[Array, " pairs"]:
-    r"""Chosen told from noise, both responses told from data: absolute rewards, not their gap.
+    r"""Contrasts chosen with noise and both responses with data: absolute rewards, not their gap.
 
     .. math:: \ell = -\log\sigma(\beta r_w) - \tfrac12 \log\sigma(-\beta r_w)
                      - \tfrac12 \log\sigma(-\beta r_l), \quad

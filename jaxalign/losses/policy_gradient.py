@@ -1,11 +1,11 @@
-"""Policy gradients with a pull to the reference, on rewards and on preferences."""
+"""Policy gradients regularised towards the reference, on rewards and on preferences."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
-from jaxalign.losses.domains import non_negative
+from jaxalign.losses.checks import non_negative
 from jaxalign.losses.samples import SampleLogProbs
 
 
@@ -22,17 +22,17 @@ def regularised_policy_gradient(
                      \log\pi(y_n), \quad
               \rho_k = \log\pi(y_k) - \log\pi^{ref}(y_k)
 
-    A token is weighed with the log-ratios of itself and of what follows. Those of earlier tokens
-    average out and would only add variance; with its own alone the gradient of the divergence
-    would be wrong, for a token also decides which later ones are sampled. The value of the
-    surrogate means nothing, and its gradient is right only at the policy that sampled.
+    The weight of a token has the log-ratios of itself and of all later tokens. Those of earlier
+    tokens have mean zero and would only add variance; its own alone would give a wrong gradient of
+    the divergence, because a token also determines which later ones are sampled. Only the gradient
+    of the surrogate has a meaning, and only at the policy that sampled.
 
     Args:
       samples: per-token log-probabilities of responses sampled from the policy, in nats; every
         field is [rows, response].
       reward: reward R of each response, [rows].
       baseline: number b that does not depend on the row's own response, [rows]; it leaves the
-        expected gradient alone and lowers its variance. See `leave_one_out`.
+        expected gradient unchanged and lowers its variance. See `leave_one_out`.
       tau: weight of the divergence from the reference, >= 0. Default 0.05: the online preference
         optimisation paper's choice for its reward-model baseline.
 
@@ -65,11 +65,11 @@ def nash_md_pg(
 
     Responses y come from the policy and opponents y' from the mixture of policy and reference
     with weight beta; at beta = 0 this is self-play, at 1 a best response to the reference. One
-    half, what a response scores against itself, takes the place of a learned baseline.
+    half, the preference of a response over itself, replaces a learned baseline.
 
     Args:
       samples: per-token log-probabilities of responses sampled from the policy, in nats; every
-        field is [rows, response]. Opponents leave no trace but the preference.
+        field is [rows, response]. Opponents enter through the preference alone.
       preference: probability p that each response is preferred to its opponent, in [0, 1], [rows].
       tau: weight of the divergence from the reference, >= 0. Default 0.008: the paper's.
 
@@ -98,7 +98,7 @@ def leave_one_out(rewards: Float[Array, "prompts samples"]) -> Float[Array, "pro
       The baselines, [prompts, samples].
 
     Raises:
-      UserError: with one response per prompt there are no others.
+      UserError: there is one response per prompt.
 
     References:
       Kool et al., 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al.,

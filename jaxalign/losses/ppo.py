@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.samples import SampleLogProbs
 
 Tokens = Float[Array, "rows response"]
@@ -47,7 +47,7 @@ def gae(
               \delta_k = R_k + \gamma V_{k+1} - V_k, \quad
               G_n = A_n + V_n
 
-    The value past the last token is 0, and positions outside the mask are stepped over.
+    The value past the last token is 0, and positions outside the mask are skipped.
 
     Args:
       rewards: reward of each token, [rows, response].
@@ -119,7 +119,7 @@ def ppo_policy(
       log_prob: log-probability of each token under the policy, in nats, [rows, response].
       old_log_prob: the same under the policy that sampled, [rows, response].
       advantages: advantage A of each token, [rows, response].
-      mask: true at response tokens, [rows, response]; what stands elsewhere is never read.
+      mask: true at response tokens, [rows, response]; values elsewhere are never read.
       clip: half-width c of the interval of ratios, > 0. Default 0.2: the paper's.
 
     Returns:
@@ -150,7 +150,7 @@ def ppo_value(
       values: values V of the tokens, [rows, response].
       old_values: the same when the responses were sampled, [rows, response].
       returns: returns G of the tokens, [rows, response].
-      mask: true at response tokens, [rows, response]; what stands elsewhere is never read.
+      mask: true at response tokens, [rows, response]; values elsewhere are never read.
       clip: half-width c of the interval around the old value, > 0. Default 0.2: Huang et al.'s.
 
     Returns:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import non_negative
+from jaxalign.losses.checks import non_negative
 
 
 def bradley_terry(
@@ -22,7 +22,7 @@ def bradley_terry(
       chosen_reward: scalar reward R_w of the chosen response, [pairs].
       rejected_reward: scalar reward R_l of the rejected response, [pairs].
       margin: margin m by which chosen should lead, one per pair, [pairs], or one for all; larger
-        where the annotators were surer. Default 0: none.
+        where annotators were more certain. Default 0: none.
       centering: weight c of the penalty that keeps rewards around zero, which the likelihood
         leaves free, >= 0. Default 0: none; 0.01 is usual.
 
@@ -51,10 +51,10 @@ def preference_model(
     Args:
       logits: log-odds z that the first response is preferred to the second, [pairs].
       preferences: probability p that it is, in [0, 1], [pairs]; 1 or 0 for a hard label, the
-        share of votes otherwise.
+        fraction of votes otherwise.
 
     Returns:
-      One loss per pair, [pairs], not reduced. At z = 0 it is log 2 whatever the label; its
+      One loss per pair, [pairs], not reduced. At z = 0 it is log 2 for any label; its
       minimum over z is the entropy of the label.
 
     Slopes:

@@ -1,4 +1,4 @@
-"""What losses of single sampled responses read: log-probabilities of every response token."""
+"""Input of losses on single sampled responses: log-probabilities of every response token."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -11,7 +11,7 @@ class SampleLogProbs:
     """Per-token log-probabilities, in nats, of a batch of responses sampled from the policy.
 
     `log_prob` is under the policy, `reference` under the frozen reference; `mask` is true at
-    response tokens, the end-of-sequence token included. What stands elsewhere is never read.
+    response tokens, the end-of-sequence token included. Values elsewhere are never read.
     """
 
     log_prob: Float[Array, "rows response"]

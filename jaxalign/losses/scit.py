@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import flip_probability
+from jaxalign.losses.checks import flip_probability
 from jaxalign.losses.pairs import PairLogProbs
 
 

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import positive
+from jaxalign.losses.checks import positive
 from jaxalign.losses.pairs import PairLogProbs
 
 

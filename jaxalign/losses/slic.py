@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 

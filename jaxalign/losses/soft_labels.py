@@ -23,8 +23,8 @@ def soft_label(
     preference itself.
 
     Args:
-      loss: a preference loss of single pairs, `loss(pairs, **options)`; losses that see their
-        whole batch would see it once in either order.
+      loss: a preference loss of single pairs, `loss(pairs, **options)`; a batch-coupled loss
+        would be evaluated on the batch in each order.
       pairs: log-probabilities summed over response tokens, in nats, first response as `chosen`,
         second as `rejected`, in the order in which they were sampled; every field is [pairs].
       preference: probability p that the first response is preferred, in [0, 1], [pairs]; 1 or 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
@@ -60,12 +60,12 @@ def stable_alignment_rated(
         \bigl(\lambda_b - \lambda_i + \frac{s_b - s_i}{S} M\bigr)\Bigr), \quad
         b = \arg\max_i s_i
 
-    The margin goes with each response's own rating (the released code, which reads sorted ratings
-    by unsorted places, gives it to another one).
+    The margin of a response uses its own rating (the released code indexes sorted ratings with
+    unsorted positions, and so uses another response's).
 
     Args:
       nll: lambda, mean negative log-prob of each response's tokens, in nats.
-      rating: s, of each response; of equal best ones the first is imitated.
+      rating: s, of each response; the first of equal best ones is imitated.
       margin: M, in nats per token, >= 0; the released settings' 10.
       ratio: rho, >= 0; theirs, 0.2.
       scale: S, of the ratings, > 0; 7.

@@ -1,4 +1,4 @@
-"""What a loss takes from all pairs of its batch at once, and what it remembers of past batches."""
+"""Arguments of a loss that are computed from its whole batch, and running statistics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ Loss = TypeVar("Loss", bound=Callable)
 
 
 def no_arguments(pairs: PairLogProbs, weight: Weight = None) -> Arguments:
-    """Nothing is taken from the batch itself."""
+    """No arguments: nothing is computed from the batch."""
     return {}
 
 
@@ -22,16 +22,16 @@ def no_arguments(pairs: PairLogProbs, weight: Weight = None) -> Arguments:
 class Statistics:
     """Where the batch-wide arguments of a loss come from.
 
-    The training step computes them over all pairs of the batch that count, whatever micro-batch,
-    device or process they are on, and passes them to the loss as keyword arguments. A held-out
-    loss takes them over the whole held-out set. Declare those of your own loss with
+    The training step computes them over all pairs of the batch with a weight above 0, across
+    micro-batches, devices and processes, and passes them to the loss as keyword arguments. A
+    held-out loss computes them over the whole held-out set. Declare those of your own loss with
     `with_statistics`.
 
     Attributes:
       batch: `(pairs, weight)` -> keyword arguments, scalars or one value per pair, without
-        gradient; pairs of weight 0 only fill up a batch and must not enter.
-      start: running statistics before the first step, by name. They are part of a run's
-        checkpoints, and the loss takes those that are named in `arguments`.
+        gradient; pairs of weight 0 are padding and must not be counted.
+      start: running statistics before the first step, by name. They are saved in checkpoints,
+        and the loss takes those named in `arguments`.
       update: `(running, pairs, weight)` -> the running statistics with this batch; called before
         the loss of a training batch, never on held-out pairs.
       arguments: names of the running statistics that are arguments of the loss.
@@ -45,14 +45,14 @@ class Statistics:
     def of(self, pairs: PairLogProbs, weight: Weight, running: Mapping[str, Array]) -> Arguments:
         """The keyword arguments of the loss for these pairs.
 
-        Where no running statistics are kept, the loss's own defaults stand for them.
+        Without running statistics the loss uses its own defaults.
         """
-        remembered = {name: running[name] for name in self.arguments if name in running}
-        return {**self.batch(pairs, weight), **remembered}
+        kept = {name: running[name] for name in self.arguments if name in running}
+        return {**self.batch(pairs, weight), **kept}
 
 
 def with_statistics(statistics: Statistics) -> Callable[[Loss], Loss]:
-    """Declare what a loss takes from its batch.
+    """Declare what a loss computes from its batch.
 
     Example: `@with_statistics(Statistics(batch=my_statistics))` above a loss that has a keyword
     argument of each name that `my_statistics(pairs, weight)` returns.
@@ -66,6 +66,6 @@ def with_statistics(statistics: Statistics) -> Callable[[Loss], Loss]:
 
 
 def statistics_of(loss: Callable) -> Statistics | None:
-    """What a loss declares to take from its batch; None: nothing."""
+    """What a loss declares to compute from its batch; None: nothing."""
     declared = getattr(loss, "statistics", None)
     return declared if isinstance(declared, Statistics) else None

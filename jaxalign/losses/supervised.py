@@ -15,14 +15,14 @@ def sft_token_mean(
 
     .. math:: \ell = -\frac{\sum_{i,t} w_i m_{it} \log\pi(y_{it})}{\sum_{i,t} w_i m_{it}}
 
-    The two halves are returned apart, because the mean over a batch is not the mean of its
+    Sum and count are returned separately, because the mean over a batch is not the mean of its
     micro-batches' means when they hold different numbers of tokens: add sums and counts, divide
     last.
 
     Args:
       log_probs: log-probability of each token, in nats, [rows, tokens].
-      mask: 1 or true where the token is scored, [rows, tokens]; what stands elsewhere is not read.
-      weight: weight of each row, [rows]; 0 for rows that only fill up a batch. Default None: 1.
+      mask: 1 or true where the token is scored, [rows, tokens]; values elsewhere are not read.
+      weight: weight of each row, [rows]; 0 for padding rows. Default None: 1.
 
     Returns:
       (sum, count), two scalars: minus the weighted sum of log-probabilities, and the weighted
@@ -45,7 +45,7 @@ def sft_sequence_sum(log_probs: Float[Array, "rows tokens"], mask: Mask) -> Floa
 
     Args:
       log_probs: log-probability of each token, in nats, [rows, tokens].
-      mask: 1 or true where the token is scored, [rows, tokens]; what stands elsewhere is not read.
+      mask: 1 or true where the token is scored, [rows, tokens]; values elsewhere are not read.
 
     Returns:
       One loss per row, [rows], not reduced. Uniform over V tokens, length times log V.
@@ -57,5 +57,5 @@ def sft_sequence_sum(log_probs: Float[Array, "rows tokens"], mask: Mask) -> Floa
 
 
 def _scored(log_probs: Float[Array, "rows tokens"], mask: Mask) -> Float[Array, "rows tokens"]:
-    """Log-probs at scored tokens, 0 elsewhere: selected, for padding may hold -inf."""
+    """Log-probs at scored tokens, 0 elsewhere; selected by `where`, as padding may be -inf."""
     return jnp.where(mask.astype(bool), log_probs, 0.0)

@@ -55,14 +55,14 @@ Every loss is a pure function `loss(pairs, *, hyperparameters)` from log-probabi
 per pair, not reduced. Log-probabilities are summed over a response's tokens, the end-of-sequence
 token included, in nats: $\log\pi_w$ of the chosen response and $\log\pi_l$ of the rejected one
 under the policy, $\log\pi^{ref}$ under the reference; $L$ is the number of tokens. The gradient of
-a pair's loss is $-d_w \nabla\log\pi_w + d_l \nabla\log\pi_l$. Losses marked with an asterisk see
-their whole batch.
+a pair's loss is $-d_w \nabla\log\pi_w + d_l \nabla\log\pi_l$. The value of a pair under a loss
+marked with an asterisk depends on its whole batch.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """What the table says of one loss."""
+    """One row of the table of losses."""
 
     name: str
     summary: str

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxalign.losses.domains import non_negative, positive
+from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.tokens import TokenLogProbs
 
 

@@ -1,4 +1,4 @@
-"""What token-level losses read: log-probabilities and divergences of every response token."""
+"""Input of token-level losses: log-probabilities and divergences of every response token."""
 
 from jaxtyping import Array, Bool, Float
 
@@ -12,7 +12,7 @@ class TokenLogProbs:
     `chosen` and `rejected` are under the policy, `reference_*` under the frozen reference; `*_kl`
     is KL(reference || policy) of the next-token distributions at the same positions, through
     which gradient flows. `*_mask` is true at response tokens, the end-of-sequence token included;
-    what stands elsewhere is never read.
+    values elsewhere are never read.
     """
 
     chosen: Float[Array, "pairs tokens"]

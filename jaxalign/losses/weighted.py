@@ -1,4 +1,4 @@
-"""Averages over the rows of a batch that count: rows of weight 0 only fill it up."""
+"""Weighted averages over the rows of a batch; rows of weight 0 are padding."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,7 +7,7 @@ Weight = Float[Array, " rows"] | None
 
 
 def weighted_mean(values: Float[Array, " rows"], weight: Weight = None) -> Float[Array, ""]:
-    """Mean of `values` under `weight`; None weighs all rows alike, and no weight at all gives 0."""
+    """Mean of `values` under `weight`; None weights rows equally; a total weight of 0 gives 0."""
     weight = jnp.ones_like(values) if weight is None else weight
     total = jnp.sum(weight)
     return jnp.sum(weight * values) / jnp.where(total > 0, total, 1.0)

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from jaxalign.losses.domains import non_negative
+from jaxalign.losses.checks import non_negative
 from jaxalign.losses.dpo import dpo
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.soft_labels import soft_label
@@ -15,7 +15,7 @@ def xpo(
     beta: float = 0.1,
     alpha: float = 1e-5,
 ) -> Float[Array, " pairs"]:
-    r"""Online DPO that also lowers the likelihood of what the reference would say.
+    r"""Online DPO that also lowers the likelihood of the reference's responses.
 
     .. math:: \ell = -p \log\sigma(\beta h) - (1 - p) \log\sigma(-\beta h) + \alpha \log\pi(y'),
               \quad h = (\log\pi_y - \log\pi^{ref}_y) - (\log\pi_{y'} - \log\pi^{ref}_{y'})

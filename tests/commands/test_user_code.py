@@ -62,3 +62,13 @@ def test_the_environment_asks_for_tracebacks_too(folder, capsys, monkeypatch):
     monkeypatch.setenv("JAXALIGN_DEBUG", "0")
     assert main(["losses", "dqo"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_experiment_may_be_any_function_of_a_file(folder):
+    text = f"{BEGIN}def other(scale):\n    return TrainConfig(name=scale)\n"
+    (folder / "e.py").write_text(text)
+    assert load_config("e.py:other", "paper").name == "paper"
+    with pytest.raises(UserError, match=r"^e.py: has no function third\(\)"):
+        load_config("e.py:third", "tiny")
+    with pytest.raises(UserError, match=r"^e.py: has no function config\(\)"):
+        load_config("e.py", "tiny")

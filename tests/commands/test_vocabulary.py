@@ -85,7 +85,7 @@ def test_a_text_that_holds_such_a_token_is_refused(folder, capsys):
     ids = tokenizer("a <|header|> b").input_ids
     check_ids(ids, tokenizer, 514)
     check_ids([], tokenizer, 512)
-    with pytest.raises(UserError, match=r"a text holds '<\|header\|>', id 512, but .* has 512"):
+    with pytest.raises(UserError, match=r"a text contains '<\|header\|>', id 512, but .* has 512"):
         check_ids(ids, tokenizer, 512)
     tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def test_a_text_that_holds_such_a_token_is_refused(folder, capsys):
     pairs.write_text(json.dumps({"prompt": "a<|footer|>", "chosen": "b", "rejected": "c"}) + "\n")
     flags = ["--model", folder / "model", "--data", pairs, "--output", folder / "o"]
     assert main(["filter", *map(str, flags), "--max-length", "32"]) == 2
-    assert "a text holds '<|footer|>', id 513" in capsys.readouterr().err
+    assert "a text contains '<|footer|>', id 513" in capsys.readouterr().err
     flags = ["--model", folder / "model", "--prompts", pairs, "--output", folder / "o.jsonl"]
     assert main(["generate", *map(str, flags), "--max-tokens", "4"]) == 2
-    assert "a text holds '<|footer|>', id 513" in capsys.readouterr().err
+    assert "a text contains '<|footer|>', id 513" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_the_rule_and_its_words(tmp_path):
     named.chat_template = {"rag": "x", "b": "y"}
     found = plain_prompts(named)
     assert not found.as_turns
-    assert "of the chat templates b, rag none is the default; --tokenizer FOLDER#" in found.line
+    assert "none of the chat templates b, rag is the default; --tokenizer FOLDER#" in found.line
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat: always, but the tokenizer has no chat template"):
         plain_prompts(tokenizer, "always")

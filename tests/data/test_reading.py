@@ -81,7 +81,7 @@ def test_slices_by_share_are_disjoint_and_whole(tmp_path):
         (b'{"prompt": "p", "chosen": "a",', "invalid JSON", "line 1"),
         (b"[" * 100_000, "invalid JSON", "recursion"),
         (GOOD[:-2] + b', "id": ' + b"9" * 5000 + b"}", "invalid JSON", "4300 digits"),
-        (b'{"prompt": "p", "prompt": "q"}', "invalid JSON", "'prompt' comes twice"),
+        (b'{"prompt": "p", "prompt": "q"}', "invalid JSON", "'prompt' occurs twice"),
         (b"\0\0\0\0", "invalid JSON", "Expecting value"),
         (b'{"prompt": NaN, "chosen": "a", "rejected": "b"}', "wrong type", "prompt is a float"),
         (b'{"prompt": "\\udfff", "chosen": "a", "rejected": "b"}', "invalid UTF-8", "surrogate"),
@@ -226,7 +226,7 @@ def test_what_follows_the_last_hash_is_a_split(tmp_path):
 
 def test_a_folder_that_is_named_like_a_file_and_files_without_permission(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"train\.jsonl: no file \* of a kind that can be read"):
+    with pytest.raises(UserError, match=r"train\.jsonl: no readable file \*"):
         contents(tmp_path / "train.jsonl")
     (tmp_path / "other.jsonl").write_bytes(LINES)
     assert len(contents(tmp_path)) == 10  # the folder named like a file is no file
@@ -301,18 +301,18 @@ def test_files_that_cannot_be_read_say_why(tmp_path, name, raw, said):
         ("a/b/c", "no such file"),
         ("org/name", "extra: pip install"),
         ("C#", "C#: there is no such file"),
-        ("C#", "what follows a # is a split"),
+        ("C#", "the part after # is a split"),
         ("tfds:not_a_set", "cannot be read"),
         ("{path}#test", "a single file has no split 'test'"),
         ("{path}#[a:b]", "not of the form"),
         ("C# pairs.jsonl", "C# pairs.jsonl: no such file"),
-        ("C# pairs.jsonl", "what follows a # is a split, as in FILE#train[:90%]"),
+        ("C# pairs.jsonl", "the part after # is a split, as in FILE#train[:90%]"),
         ("C#pairs.jsonl", "C#pairs.jsonl: no such file"),
         ("absent.jsonl#train", "absent.jsonl#train: no such file"),
         ("~nobody_of_that_name/a.jsonl", "cannot be read"),
         ("x" * 5000 + ".jsonl", "cannot be read: File name too long"),
         ("{path}#[:200%]", "not between -100% and 100%"),
-        ("{folder}#valid", "no file valid*"),
+        ("{folder}#valid", "no readable file valid*"),
     ],
 )
 def test_sources_that_do_not_exist_say_what_would(tmp_path, source, said):

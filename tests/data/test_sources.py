@@ -127,12 +127,15 @@ SPACED = USER | {"content": "hello "}
     [
         (([USER], [USER, TURN], [SPACED, OTHER]), "no first turn, and one begins with"),
         (("hello", [USER, TURN], [SPACED, OTHER]), "no first turn, and one begins with"),
-        (([USER], [SPACED, TURN], [SPACED, OTHER]), "which do not hold the prompt"),
-        (("other words", [USER, TURN], [USER, OTHER]), "which do not hold the prompt"),
+        (([USER], [SPACED, TURN], [SPACED, OTHER]), "that do not contain the prompt"),
+        (("other words", [USER, TURN], [USER, OTHER]), "that do not contain the prompt"),
         (([USER], [TURN], [SYSTEM, OTHER]), "role system"),
         (([USER], [], [OTHER]), "without turns"),
         (([USER, TURN], [USER, TURN, USER, TURN], [USER, TURN, SYSTEM, TURN]), "role user"),
-        (("say it", f"{HUMAN}q{ASSISTANT} a", f"{HUMAN}q{ASSISTANT} b"), "do not hold the prompt"),
+        (
+            ("say it", f"{HUMAN}q{ASSISTANT} a", f"{HUMAN}q{ASSISTANT} b"),
+            "do not contain the prompt",
+        ),
     ],
 )
 def test_conversations_that_differ_from_their_prompt_are_refused(tmp_path, row, said):

@@ -419,13 +419,13 @@ def test_a_prompt_that_depends_on_the_response_is_refused(tokenizers):
     tokenizer = tokenizers["byte_level"]
     each = "{% for m in messages %}{{ m.content }}{% endfor %}"
     counting = "{{ messages[-1].content | length }}" + each
-    with pytest.raises(UserError, match=r"f:1: the chat template writes no common text"):
+    with pytest.raises(UserError, match=r"f:1: the chat template renders no common text"):
         sides(tokenizer, ASKED[1:], *ANSWERS, chat_template=counting)
     politely = "{{ 'Listen: ' if messages[-1].content == 'hello' }}" + each
-    with pytest.raises(UserError, match=r"f:1: the chat template writes the prompt otherwise"):
+    with pytest.raises(UserError, match=r"f:1: the chat template renders the prompt differently"):
         sides(tokenizer, ASKED[1:], *ANSWERS, chat_template=politely)
     other = [ANSWERS[0], [{"role": "model", "content": "hello"}]]
-    with pytest.raises(UserError, match=r"f:1: the chat template writes another prompt"):
+    with pytest.raises(UserError, match=r"f:1: the chat template renders another prompt"):
         sides(tokenizer, ASKED[1:], *other, chat_template=THINKING)
 
 

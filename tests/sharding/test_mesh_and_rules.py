@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.errors import UserError
-from jaxalign.sharding import make_mesh, parameter_shardings, place
+from jaxalign.sharding import batch_sharding, make_mesh, parameter_shardings, place, shard_batch
 
 
 def test_one_size_may_be_what_is_left_over():
@@ -66,3 +66,11 @@ def test_copies_of_one_devices_array_share_no_buffer_with_each_other():
     moved, _ = use(first["scale"], second["scale"])
     np.testing.assert_array_equal(moved, own + 1)
     np.testing.assert_array_equal(second["scale"], own)
+
+
+def test_a_batch_is_split_by_rows():
+    mesh = make_mesh()
+    batch = {"tokens": np.arange(24).reshape(8, 3), "weight": np.ones(8, np.float32)}
+    on_mesh = shard_batch(batch, mesh)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, batch)
+    assert all(x.sharding == batch_sharding(mesh) for x in on_mesh.values())

@@ -1,4 +1,4 @@
-"""What every preference builder shares: features, and rows of files as records."""
+"""The common part of preference builders: features, and rows of files as records."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ class FilesConfig(tfds.core.BuilderConfig):
     """A named variant of a data set, and the files of its splits."""
 
     files: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    """The publisher's files by split; they lie in a folder given to `prepare`, or below the URL."""
+    """The files of the publisher by split, in the folder given to `prepare` or below the URL."""
 
 
 class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -83,7 +83,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         if not self._download or self.URL is None:
             where = "" if self.URL is None else f" (or pass download=True: {self.URL}{file})"
             raise UserError(f"tfds:{self.name}: {path} does not exist; put the file there{where}")
-        # TFDS names downloads by hash: keep the ending, which says how to read the file
+        # TFDS names downloads by hash: keep the extension, which selects the reader
         fetched = Path(dl_manager.download(self.URL + file))
         named = fetched.with_name(f"{fetched.stem}_{Path(file).name}")
         if not named.exists():

@@ -26,7 +26,7 @@ def prepare(
       name: `preference_files/ANY_NAME`, `hh_rlhf/harmless_base`, `ultrafeedback_binarized`,
         `tldr_comparisons`.
       files: your files by split; in place of the publisher's names.
-      folder: where the publisher's files lie, under the names they have there.
+      folder: folder with the files of the publisher, under their original names.
       data_dir: where TFDS keeps data; by default its own choice (TFDS_DATA_DIR).
       bad_records: "error" or "skip"; by default the builder's own.
       download: fetch missing files from the publisher. Off: nothing is fetched.

@@ -30,7 +30,7 @@ class TldrComparisons(PreferenceBuilder):
     )
 
     def rows(self, file: str, split: str) -> Iterator[Row]:
-        """Rows whose own split begins with the wanted one; the files are JSON Lines."""
+        """Rows whose own split begins with the requested one; the files are JSON Lines."""
         for row in json_lines(Path(file)):
             value = row.value if isinstance(row.value, dict) else {}
             info = value.get("info")

@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, in one line that names the field, its value and what is allowed."""
+"""Checks of hyperparameters, in one line with the name, the value and the allowed range."""
 
 from jaxalign.errors import UserError
 

@@ -1,4 +1,4 @@
-"""DPO with less weight on the rejected response: shifted, gated, bounded, or by a prior reward."""
+"""DPO that treats chosen and rejected unequally: rejected shifted, gated, bounded or scaled."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
-from jaxalign.losses.domains import positive
+from jaxalign.losses.checks import positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
@@ -73,7 +73,7 @@ def bdpo(pairs: PairLogProbs, *, beta: float = 0.1, lambda_: float = 0.5) -> Flo
     Args:
       pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
       beta: inverse temperature of the implicit reward, > 0. Default 0.1: DPO's.
-      lambda_: share of the policy in the mixture, in (0, 1]; at 1 the loss is DPO's. Default
+      lambda_: weight of the policy in the mixture, in (0, 1]; at 1 the loss is DPO's. Default
         0.5: the best of the paper's ablation.
 
     Returns:
@@ -87,9 +87,9 @@ def bdpo(pairs: PairLogProbs, *, beta: float = 0.1, lambda_: float = 0.5) -> Flo
     """
     positive(beta=beta)
     if not 0 < lambda_ <= 1:
-        raise UserError(f"lambda_ = {lambda_}: must be in (0, 1], the share of the policy")
-    reference_share = math.log1p(-lambda_) if lambda_ < 1 else -math.inf
-    mixed = jnp.logaddexp(math.log(lambda_) + pairs.rejected_log_ratio, reference_share)
+        raise UserError(f"lambda_ = {lambda_}: must be in (0, 1], the weight of the policy")
+    log_reference_weight = math.log1p(-lambda_) if lambda_ < 1 else -math.inf
+    mixed = jnp.logaddexp(math.log(lambda_) + pairs.rejected_log_ratio, log_reference_weight)
     return -jax.nn.log_sigmoid(beta * (pairs.chosen_log_ratio - mixed))
 
 

@@ -1,0 +1,1 @@
+"""A run: from a config to a folder with checkpoints, metrics, a report and an exported model."""

@@ -1,0 +1,202 @@
+"""From a config to a trained, exported and reported model."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.config import TrainConfig
+from jaxalign.data import check_vocabulary
+from jaxalign.errors import UserError
+from jaxalign.files import write_json
+from jaxalign.losses.lookup import find_loss
+from jaxalign.models.devices import enable_compilation_cache
+from jaxalign.models.lora import merge, stack
+from jaxalign.models.peft import save_adapters
+from jaxalign.models.score import SCORE
+from jaxalign.reporting import read_run, write_report
+from jaxalign.runs.exports import export_model, keep_generation_config
+from jaxalign.runs.folder import run_folder
+from jaxalign.runs.inputs import check_examples
+from jaxalign.runs.rates import LARGE, high_rates
+from jaxalign.sharding import make_mesh, place
+from jaxalign.sharding.processes import in_turn, share_of_rows
+from jaxalign.stages import KINDS, Kind, RunContext, kinds_of
+from jaxalign.stages.inputs import Inputs, check_tokens, load_tokenizer_for
+from jaxalign.stages.models import as_model, initial_model, stage_folder, write_model_config
+from jaxalign.stages.rematerialisation import with_remat
+from jaxalign.stages.run import run
+from jaxalign.stages.scores import check_start
+from jaxalign.training.checkpoints import newest_step, newest_whole_step
+from jaxalign.training.metrics import JsonLines, TensorBoard, WeightsAndBiases, Writer, rewind
+
+
+def train(config: TrainConfig) -> Path:
+    """Run or resume the stages of a config; returns the run folder.
+
+    Raises:
+      UserError: the config, its files or the run folder cannot be used.
+      Stopped: SIGTERM came; everything is saved.
+    """
+    enable_compilation_cache()
+    find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
+    kinds = kinds_of(config)
+    for kind in kinds:
+        kind.check(config)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    check_batches(kinds, config, mesh)
+    with run_folder(config) as folder:
+        _train(config, kinds, mesh, folder)
+    return folder
+
+
+def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path) -> None:
+    """Run or resume the stages in the run folder, which is this command's alone."""
+    is_main = jax.process_index() == 0
+    resumed = find_checkpoints(config, folder)
+    tokenizer = load_tokenizer_for(config, folder)
+    model_config, params = initial_model(config, tokenizer, mesh)
+    if is_main:
+        warn_of_rates(config, params)
+    check_start(config, params)
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    write_model_config(folder, model_config)
+    keep_generation_config(config, folder)
+    inputs = Inputs(config, tokenizer, folder, model_config, share_of_rows(mesh))
+    data = {kind.name: kind.load(config, inputs) for kind in kinds}
+    if is_main:
+        write_json(folder / "data.json", inputs.report)
+    check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
+    config = with_steps(config, data)
+    if is_main:
+        check_examples(folder, data)
+        rewind(folder / "metrics.jsonl", resumed)
+    context = RunContext(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        data=data,
+        writers=make_writers(config, folder, resumed),
+    )
+    del inputs
+    adapters = []
+    try:
+        for kind in kinds:
+            params, trained = run(kind, with_remat(kind, context), params)
+            if trained is not None:  # so the next stage's reference is what this one made
+                params = place(merge(params, trained, config.lora.scale), mesh)
+                adapters.append(trained)
+    finally:
+        for writer in context.writers:
+            writer.close()
+    if config.export:
+        export(context, params, adapters)
+    if is_main:
+        write_report([read_run(folder)], folder / "report")
+
+
+def warn_of_rates(config: TrainConfig, params: Any) -> None:
+    """A line for each stage that would soon overwrite what the loaded weights know."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if config.model == "embedded" or size < LARGE:
+        return
+    for name, high in high_rates(config).items():
+        print(f"{name}: {high}: expect {config.model} to lose what it knows", file=sys.stderr)
+
+
+def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
+    """The config with steps instead of epochs, now that the size of the data is known.
+
+    Args:
+      config: of the run.
+      data: of its stages, by their names; a stage's `examples(seed)` is the rows of an epoch.
+
+    Raises:
+      UserError: the steps are fewer than those of the stage's warm-up.
+    """
+    for kind in kinds_of(config):
+        stage = kind.settings(config)
+        if not stage.epochs:
+            continue
+        rows = data[kind.name].examples(config.seed)
+        steps = math.ceil(rows * stage.epochs / stage.batch_size)
+        fixed = dataclasses.replace(stage, steps=steps, epochs=0.0)
+        config = dataclasses.replace(config, **{kind.name: fixed})
+        if jax.process_index() == 0:
+            print(
+                f"{kind.name}: {steps:,} steps, {stage.epochs:g} epochs of {rows:,} rows in "
+                f"batches of {stage.batch_size}"
+            )
+    return config
+
+
+def check_batches(kinds: Sequence[Kind], config: TrainConfig, mesh: Mesh) -> None:
+    """Raise `UserError` where devices would get unequal parts of a batch."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for kind in kinds:
+        if (size := kind.settings(config).batch_size) % rows:
+            raise UserError(
+                f"{kind.name}.batch_size: {size} is not a multiple of data x fsdp = {rows}"
+            )
+
+
+def find_checkpoints(config: TrainConfig, folder: Path) -> dict[str, int]:
+    """The step from which each stage resumes; damaged checkpoints are named and set aside."""
+    names = [kind.name for kind in KINDS]
+    with in_turn("checkpoints"):
+        if jax.process_index() == 0:
+            stop = config.damaged_checkpoints == "stop"
+            for name in names:
+                newest_whole_step(stage_folder(folder, name), stop=stop, set_aside=True)
+    newest = {name: newest_step(stage_folder(folder, name)) for name in names}
+    return {name: step for name, step in newest.items() if step is not None}
+
+
+def make_writers(config: TrainConfig, folder: Path, resumed: Mapping[str, int]) -> list[Writer]:
+    """JSON Lines and TensorBoard always, Weights & Biases where asked; on process 0 alone."""
+    if jax.process_index() != 0:
+        return []
+    writers: list[Writer] = [
+        JsonLines(folder / "metrics.jsonl"),
+        TensorBoard(folder / "tensorboard", resumed),
+    ]
+    if config.wandb_project:
+        values = json.loads((folder / "config.json").read_text())
+        writers.append(WeightsAndBiases(config.wandb_project, config.name, values, folder))
+    return writers
+
+
+def export(context: RunContext, params: Any, adapters: Sequence[Any]) -> None:
+    """A Hugging Face folder with the weights (adapters merged in) and the tokenizer.
+
+    The adapters of all stages, as one of their summed rank, go into a folder `adapter` that PEFT
+    opens.
+    """
+    config, lora = context.config, context.config.lora
+    if adapters:
+        changed = config.model == "embedded" or config.pretrain.runs or config.adapter
+        save_adapters(
+            context.folder / "adapter",
+            functools.reduce(stack, adapters),
+            context.model_config,
+            rank=lora.rank * len(adapters),
+            alpha=lora.alpha * len(adapters),
+            dropout=lora.dropout,
+            base_model=None if changed else config.model,
+            head=params.get(SCORE),
+        )
+    folder = context.folder / "export"
+    if jax.process_index() == 0 and folder.exists():
+        shutil.rmtree(folder)
+    model, step = as_model(context.model_config, params), config.preference.steps
+    export_model(context.folder, config, model, folder, tokenizer=context.tokenizer, step=step)
