@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.runs import train
-from jaxalign.runs.folder import run_folder
-from jaxalign.runs.inputs import check_examples, example_digests, input_digests
 from jaxalign.config import RolloutConfig, StageConfig, TrainConfig
 from jaxalign.errors import OutputError, UserError
 from jaxalign.reporting import read_run
+from jaxalign.runs import train
+from jaxalign.runs.folder import run_folder
+from jaxalign.runs.inputs import check_examples, example_digests, input_digests
 from tests.tiny_model import save_tiny_model
 
 EXPERIMENT = """
