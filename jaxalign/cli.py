@@ -14,8 +14,8 @@ from jaxalign.errors import OutputError, UserError, notice_once
 COMMANDS = {
     name: f"jaxalign.commands.{name.replace('-', '_')}"
     for name in (
-        *("train", "convert", "losses", "report", "runs", "entangle", "plan", "filter", "generate"),
-        *("collect", "optimize-prompt", "judge"),
+        *("train", "evaluate", "runs", "report", "losses", "convert", "plan", "entangle", "filter"),
+        *("generate", "judge", "collect", "optimize-prompt"),
     )
 }
 """Command -> its module, which is imported when the command is given."""

@@ -138,6 +138,10 @@ PLAIN_WORDS = (
         r"Error parsing (\S+): Could not parse arguments \[(.*?)\] into tuple type .*float.*",
         r"\1: one of \2 is not a number",
     ),
+    (
+        r"Error parsing (\S+): Failed to parse key-value pairs.*",
+        r"\1: it is not NAME VALUE pairs with a number for each name",
+    ),
     (r"Missing value for argument '(.*?)'\. Expected .*", r"\1: the value is missing"),
     (r"Unrecognized options: (\S+).*", r"unexpected argument '\1'"),
     (r"Expected one of \{(.*)\}", r"no subcommand; choose from \1"),

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             options=common.running.backend_options(prompt_format=common.prompt_format),
             limit=common.limit,
             bad_records=common.bad_records,
-            most_similar=common.limit_similar,
+            most_similar=common.most_similar,
         )
     statistics = collected.statistics
     print(f"{collected.path}: {statistics['pairs']:,} pairs; new requests: {collected.requests:,}")

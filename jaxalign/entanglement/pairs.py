@@ -1,5 +1,6 @@
 """A model and preference pairs to look at without training."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxalign.data import (
     PairBatch,
+    PreferenceRecord,
     ReadReport,
     TokenizedPairs,
     check_ids,
@@ -96,24 +98,47 @@ def load_pairs(
     records = list(itertools.islice(usable, limit))
     if not records:
         raise UserError(f"{data}: no usable record")
-    pairs, report = tokenize_pairs(
-        records,
+    pairs = with_pairs(
+        loaded,
         reader,
+        records,
         max_length=max_length,
         prompt_format=prompt_format,
         chat=chat,
-        encoder_decoder=not isinstance(loaded.config, DecoderConfig),
+        batch_size=batch_size,
     )
-    check_ids(pairs.rows.flat, reader, loaded.config.vocab_size)
-    if not len(pairs):
+    if not len(pairs.pairs):
         raise UserError(f"{data}: no pair whose responses differ in their tokens")
+    return dataclasses.replace(pairs, left_out=[read.summary(), *pairs.left_out])
+
+
+def with_pairs(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[PreferenceRecord],
+    *,
+    max_length: int,
+    prompt_format: str = "{prompt}",
+    chat: Chat = "auto",
+    batch_size: int = 8,
+) -> ModelAndPairs:
+    """Tokenise preference pairs for a model; the arguments are those of `load_pairs`."""
+    pairs, report = tokenize_pairs(
+        records,
+        tokenizer,
+        max_length=max_length,
+        prompt_format=prompt_format,
+        chat=chat,
+        encoder_decoder=not isinstance(model.config, DecoderConfig),
+    )
+    check_ids(pairs.rows.flat, tokenizer, model.config.vocab_size)
     return ModelAndPairs(
-        model=loaded,
-        tokenizer=reader,
+        model=model,
+        tokenizer=tokenizer,
         records=records,
         pairs=pairs,
         batch_size=batch_size,
-        left_out=[read.summary(), report.summary()],
+        left_out=[report.summary()],
     )
 
 

@@ -61,7 +61,22 @@ def find_loss(name: str, options: Mapping[str, Any]) -> Loss:
         except ValueError as error:
             raise UserError(f"loss_options: {name}: {str(error).splitlines()[0]}") from error
         return loss
-    function = find_function(name, "loss")
+    return own_loss(find_function(name, "loss"), options, name=name)
+
+
+def own_loss(function: PreferenceLoss, options: Mapping[str, Any], *, name: str = "") -> Loss:
+    """A user's own function as a loss, checked on ordinary pairs.
+
+    Args:
+      function: from pairs and hyperparameters to one value per pair.
+      options: its hyperparameters.
+      name: for messages; by default the function's own.
+
+    Raises:
+      UserError: it does not take the options, or does not return a finite, differentiable number
+        for each of two ordinary pairs.
+    """
+    name = name or getattr(function, "__name__", "loss")
     reads: Reads = "tokens" if _takes_tokens(function, name, options) else "pairs"
     coupled = False
     with users_code(f"loss: {name} fails on two pairs"):

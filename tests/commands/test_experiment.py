@@ -18,10 +18,18 @@ from tests.commands.test_command_line import EXPERIMENTS
 from tests.tiny_model import save_tiny_model
 
 QUICKSTART, FINETUNE = "experiments/quickstart.py", "experiments/finetune.py"
+
+
+def file_of(name):
+    """The file or module in FILE:FUNCTION."""
+    file, _, function = name.rpartition(":")
+    return file or function
+
+
 SCALED = [
     (name, scale)
     for name in EXPERIMENTS
-    for scale in getattr(find_module(name, "experiment"), "SCALES", ("tiny", "paper"))
+    for scale in getattr(find_module(file_of(name), "experiment"), "SCALES", ("tiny", "paper"))
 ]
 
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_is_said_in_one_line(flags, words, folder, capsys):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_method_of_the_comparison_builds_its_config(scale):
     for name in METHODS:
-        config = load_config(f"experiments/rahf/{name}.py", scale)
+        config = load_config(f"experiments/rahf/methods.py:{name}", scale)
         assert dataclasses.is_dataclass(config)
         steps = [getattr(config, stage).steps for stage in ("sft", "preference", "online")]
         assert sum(steps) + config.representation.steps > 0

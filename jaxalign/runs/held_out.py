@@ -1,0 +1,136 @@
+"""Numbers of any model on preference pairs, without training: those that a run logs as held out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxalign.data import preference_records
+from jaxalign.data.records import transcript
+from jaxalign.entanglement.pairs import load_pairs, load_reference
+from jaxalign.errors import UserError
+from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
+from jaxalign.files import read_json
+from jaxalign.gguf import is_gguf
+from jaxalign.losses.lookup import find_loss
+from jaxalign.models.weights import CONFIG_FILES, exported, find_model
+from jaxalign.sharding import make_mesh
+from jaxalign.training.calibration import reliability
+from jaxalign.training.evaluation import evaluate_preferences
+from jaxalign.training.objectives import Policy, PreferenceObjective, TokenPreferenceObjective
+from jaxalign.training.step import TrainState
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    reference: str | None = None,
+    loss: str = "dpo",
+    loss_options: Mapping[str, float] | None = None,
+    dtype: str = "float32",
+    **reading: Any,
+) -> dict[str, float]:
+    """Metrics of a model on preference pairs.
+
+    Args:
+      model: Hugging Face folder, Hub name, run folder or GGUF file; of a language model, or of a
+        reward or preference model.
+      data: source of the pairs.
+      reference: reference model; None: for a run folder the model that the run was started from,
+        else none, and then no rewards, no KL and no loss that reads a reference.
+      loss: name of a loss, or FILE.py:FUNCTION.
+      loss_options: its hyperparameters.
+      dtype: of the computation.
+      **reading: of `load_pairs`.
+
+    Returns:
+      `pairs`, and the metrics of `evaluate_preferences`; of a scored model
+      `rewards/accuracies` and `calibration/error`.
+
+    Raises:
+      UserError: the model or the data cannot be used.
+    """
+    if kind := kind_of_scores(exported(model)):
+        return _of_scores(model, data, kind, reading)
+    if reference is None:
+        reference = start_of_run(Path(model))
+    loaded = load_pairs(model, data, **reading)
+    other = None if reference is None else load_reference(reference, loaded)
+    policy = Policy(config=loaded.model.config, dtype=jax.numpy.dtype(dtype))
+    options = dict(loss_options or {})
+    checked = find_loss(loss, options)
+    objective: Any
+    if other is None:
+        objective = PreferenceObjective(
+            policy=policy, loss=_no_loss, options={}, has_reference=False
+        )
+    elif checked.reads == "tokens":
+        objective = TokenPreferenceObjective(policy=policy, loss=checked.function, options=options)
+    elif checked.reads == "scores":
+        raise UserError(f"loss: {loss} is of reward models; {model} is a language model")
+    else:
+        objective = PreferenceObjective(
+            policy=policy, loss=checked.function, options=options, coupled=checked.coupled
+        )
+    run = evaluate_preferences(objective, loaded.batches(), make_mesh(devices=jax.devices()[:1]))
+    statistics = getattr(objective, "statistics", None)
+    running = {} if statistics is None else statistics.start
+    state = TrainState(
+        step=jax.numpy.int32(0),
+        params=loaded.model.params,
+        opt_state=None,
+        key=None,
+        skipped=jax.numpy.int32(0),
+        running={name: jax.numpy.float32(value) for name, value in running.items()},
+    )
+    frozen = {"policy": None, "reference": None if other is None else other.params}
+    metrics = run(state, frozen)
+    if other is None:
+        del metrics["loss"]
+    return {"pairs": float(len(loaded.pairs)), **metrics}
+
+
+def kind_of_scores(model: str | Path) -> str | None:
+    """The kind of a scored model, reward or preference; None: it is a language model."""
+    folder = find_model(model, CONFIG_FILES)
+    if is_gguf(folder):
+        return None
+    fields = read_json(folder / "config.json", "model's config")
+    names = fields.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in names):
+        return None
+    return str((fields.get("jaxalign") or {}).get("kind", "reward"))
+
+
+def _no_loss(pairs: Any) -> Any:
+    """In place of a loss where there is no reference to compute it with."""
+    return jax.numpy.zeros_like(pairs.chosen)
+
+
+def start_of_run(folder: Path) -> str | None:
+    """The model that a run was started from, where it was one; None: it is no run folder."""
+    path = folder / "config.json"
+    if not (folder / "metrics.jsonl").is_file() or not path.is_file():
+        return None
+    model = read_json(path, "config of a run").get("model")
+    return model if isinstance(model, str) and model != "embedded" else None
+
+
+def _of_scores(model: str, data: str, kind: str, reading: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy and calibration of a reward model or preference model."""
+    limit, bad_records = reading.get("limit"), reading.get("bad_records", "error")
+    records = list(preference_records(data, bad_records=bad_records))[:limit]
+    if not records:
+        raise UserError(f"{data}: no usable record")
+    options = AnnotatorOptions(batch_size=reading.get("batch_size", 8))
+    annotator = make_annotator(f"{kind}:{model}", options)
+    texts = [[x.prompt, transcript(x.chosen), transcript(x.rejected)] for x in records]
+    p = annotator.preferences(*map(list, zip(*texts, strict=True))).preference
+    return {
+        "pairs": float(len(p)),
+        "rewards/accuracies": float(np.mean((p > 0.5) + 0.5 * (p == 0.5))),
+        "calibration/error": reliability(np.asarray(p, np.float64)).error,
+    }

@@ -1,0 +1,125 @@
+"""The Python door: what a notebook holds does what the commands do."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxalign
+from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.training.optimizers import make_optimizer
+from tests.tiny_model import save_tiny_model
+
+RECORDS = [
+    {"prompt": f"Say {n}", "chosen": f"{n} it is", "rejected": "no " * (n % 3 + 1)}
+    for n in range(12)
+]
+
+
+def hinge(pairs, *, beta=0.1):
+    return jax.nn.relu(1 - beta * pairs.margin)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    save_tiny_model(folder / "model")
+    text = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    (folder / "pairs.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return jaxalign.load(folder / "model", batch_size=4)
+
+
+def test_a_model_answers_and_other_parameters_answer_otherwise(model):
+    [[first], [second]] = model.generate(["Say 1", "Say 2"], max_tokens=5)
+    assert model.generate(["Say 1"], max_tokens=5, samples=2) == [[first, first]]
+    moved = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size).reshape(x.shape)),
+                         model.model.params)  # fmt: skip
+    other = model.with_params(moved).generate(["Say 1", "Say 2"], max_tokens=5)
+    assert other != [[first], [second]]
+    with pytest.raises(UserError, match="max_tokens: 0 is not positive"):
+        model.generate(["Say 1"], max_tokens=0)
+
+
+def test_log_probs_are_those_of_the_scored_text(model):
+    """`LocalModel.score` sums the same tokens but the end token, read off a pass of their own."""
+    pairs = model.log_probs(RECORDS[:5])
+    np.testing.assert_allclose(pairs.chosen, pairs.reference_chosen)
+    prompts = [record["prompt"] for record in RECORDS[:5]]
+    scored = model.backend.score(prompts, [record["chosen"] for record in RECORDS[:5]])
+    assert [int(n) for n in pairs.chosen_length] == [one.tokens + 1 for one in scored]
+    assert all(p < s.log_prob for p, s in zip(pairs.chosen, scored, strict=True))
+    moved = model.with_params(jax.tree.map(lambda x: 1.1 * x, model.model.params))
+    apart = model.log_probs(RECORDS[:5], reference=moved)
+    np.testing.assert_allclose(apart.chosen, pairs.chosen)
+    np.testing.assert_allclose(apart.reference_chosen, moved.log_probs(RECORDS[:5]).chosen)
+
+
+def test_entanglement_of_a_loss_of_ones_own(model, folder):
+    rows = model.entanglement(folder / "pairs.jsonl", loss=hinge)
+    assert [row.chosen for row in rows] == [record["chosen"] for record in RECORDS]
+    for row in rows:
+        numbers = row.numbers
+        cosine = numbers["inner"] / (numbers["norm_chosen"] * numbers["norm_rejected"])
+        assert numbers["cosine"] == pytest.approx(cosine, rel=1e-4)
+        assert (numbers["d_w"], numbers["d_l"]) == pytest.approx((0.1, 0.1))  # beta, in the hinge
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_step_alone_is_the_step_of_a_run(model, folder, monkeypatch, parts):
+    """Two steps in a notebook and in `jaxalign.train`: the same losses, rewards and norms."""
+    monkeypatch.chdir(folder)
+    rule = OptimizerConfig(learning_rate=1e-2, schedule="constant")
+    config = TrainConfig(
+        name=f"run{parts}",
+        model="model",
+        data="pairs.jsonl",
+        holdout=0.0,
+        preference=StageConfig(steps=2, batch_size=8, micro_batches=parts, optimizer=rule),
+        max_length=60,
+        reference="live",
+        share_prompts="never",
+        mesh=MeshConfig(data=4 if parts == 2 else 8, fsdp=1, tensor=2 if parts == 2 else 1),
+        export=False,
+        seed=3,
+    )
+    run = jaxalign.train(config)
+    optimizer = make_optimizer("adamw", lambda step: 1e-2, clip_norm=1.0)
+    before = jax.tree.map(np.array, model.model.params)
+    state, step = jaxalign.preference_step(
+        model,
+        jaxalign.api.dpo,
+        optimizer,
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1),
+                               ("data", "fsdp", "sequence", "tensor")),
+        micro_batches=parts,
+        per_pair=parts == 1,
+        seed=3,
+    )  # fmt: skip
+    batches = model.batches("pairs.jsonl", batch_size=8, max_length=60, seed=3)
+    lines = [line for line in run.lines if line["split"] == "train"]
+    assert len(lines) == 2
+    for line, batch in zip(lines, batches, strict=False):
+        state, metrics = step(state, batch)
+        for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert metrics[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), name
+    assert ("entanglement/cosine" in metrics) == (parts == 1)
+    assert int(state.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, before, model.model.params)  # as it was
+
+
+def test_a_loss_that_is_none_is_refused(model):
+    with pytest.raises(UserError, match="instead of one value per pair"):
+        jaxalign.preference_step(model, lambda pairs: pairs.margin.mean(), optax.sgd(0.1))
+    with pytest.raises(UserError, match="pair 2: no rejected"):
+        model.log_probs([RECORDS[0], {"prompt": "a", "chosen": "b"}])
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = jaxalign.trian
