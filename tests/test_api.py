@@ -1,6 +1,8 @@
 """The Python door: what a notebook holds does what the commands do."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +125,16 @@ def test_a_loss_that_is_none_is_refused(model):
         model.log_probs([RECORDS[0], {"prompt": "a", "chosen": "b"}])
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = jaxalign.trian
+
+
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 1), ("docs/guides/python.md", 2)])
+def test_the_lines_of_the_pages_run(page, blocks, folder, monkeypatch):
+    """As they stand, but for the model's name and the number of steps."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    found = [x for x in re.findall(r"```python no-run\n(.*?)```", text, re.S) if "load(" in x]
+    monkeypatch.chdir(folder)
+    names = {"HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    for block in found[:blocks]:
+        small = re.sub("|".join(map(re.escape, names)), "model", block)
+        exec(small.replace("range(100)", "range(2)"), {"__name__": page})
+    assert len(found) >= blocks
