@@ -94,10 +94,11 @@ class LanguageModel:
         """The same model with other parameters, such as those of a `TrainState`."""
         backend = self.backend
         other = LocalModel(
-            type(backend.model)(backend.model.config, params),
+            type(backend.model)(backend.model.config, place(params, backend.mesh)),
             backend.tokenizer,
             identity=f"{backend.identity} changed",
             batch_size=backend.batch_size,
+            mesh=backend.mesh,
             chat=self.chat,
         )
         return dataclasses.replace(self, backend=other)
@@ -114,7 +115,7 @@ class LanguageModel:
             min_p, stop, seed.
 
         Returns:
-          [prompts][samples] texts.
+          A list for each prompt, with a text for each sample.
         """
         rows = self.backend.generate(prompts, Decoding(**decoding), samples=samples)
         return [[one.text for one in row] for row in rows]
