@@ -16,7 +16,7 @@ demo: $(VENV)/bin/jaxalign
 	$(VENV)/bin/jaxalign train experiments/quickstart.py
 
 test: $(VENV)/bin/jaxalign
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not network and not accelerator and not slow"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not network and not accelerator and not slow" --durations 20 --durations-min 1
 
 test-slow: $(VENV)/bin/jaxalign
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not network and not accelerator"

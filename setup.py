@@ -35,7 +35,15 @@ REQUIRED = [
     "rapidfuzz>=3.6",
 ]
 GGUF = ["gguf>=0.17"]
-TEST = [*GGUF, "pytest>=8", "pytest-xdist>=3.6", "beartype>=0.20", "hypothesis>=6", "openai>=2"]
+TEST = [
+    *GGUF,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "beartype>=0.20",
+    "hypothesis>=6",
+    "openai>=2",
+    "setuptools>=77",
+]
 EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
