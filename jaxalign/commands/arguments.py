@@ -9,7 +9,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxalign.config import check
@@ -62,7 +62,7 @@ def _parse(options: Any, command: str, arguments: Sequence[str], prog: str, **mo
 
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), joined_lines():
             result: Any = tyro.cli(
                 options,
                 args=_with_values(arguments),
@@ -83,6 +83,26 @@ def _parse(options: Any, command: str, arguments: Sequence[str], prog: str, **mo
         flag = name.rpartition(".")[2].partition("[")[0].replace("_", "-")
         raise UserError(f"--{flag}{colon}{rest}") from None
     return result
+
+
+@contextlib.contextmanager
+def joined_lines() -> Iterator[None]:
+    """Help texts as paragraphs: tyro keeps the line breaks of an indented docstring."""
+    from tyro import _docstrings
+
+    kept = getattr(_docstrings, "parse_docstring_from_object", None)
+    if kept is None:  # another version of tyro; the breaks are only less pretty
+        yield
+        return
+
+    def joined(cls: object) -> dict[str, str]:
+        return {name: " ".join(text.split()) for name, text in kept(cls).items()}
+
+    _docstrings.parse_docstring_from_object = joined
+    try:
+        yield
+    finally:
+        _docstrings.parse_docstring_from_object = kept
 
 
 def flags_of(options: Any) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Sequence
 
-from jaxalign.commands.arguments import check_names
+from jaxalign.commands.arguments import check_names, joined_lines
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.runs.experiment import fitted, load_config
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             print(f"{experiment}: {note}", file=sys.stderr)
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), joined_lines():
             given = tyro.cli(
                 TrainConfig,
                 default=_with_options(config, {}, {}),
