@@ -41,12 +41,12 @@ class Observation:
 
 
 def summary(
-    seen: Observation, after: Float[Array, "pairs 2"] | None = None
+    observation: Observation, after: Float[Array, "pairs 2"] | None = None
 ) -> dict[str, Float[Array, " pairs"]]:
     """A number per pair under every name that is logged; NaN where it is not defined.
 
     Args:
-      seen: an observation.
+      observation: an observation.
       after: log-probs of the same pairs after the update, if they were computed.
 
     Returns:
@@ -59,15 +59,17 @@ def summary(
       those of the predicted case). With a preconditioned geometry: all that depends on the geometry
       once more, under `adamw/`.
     """
-    values = _numbers(seen.geometry, seen.weights, seen.log_probs, after)
-    values |= {"d_w": seen.weights.chosen, "d_l": seen.weights.rejected}
+    values = _numbers(observation.geometry, observation.weights, observation.log_probs, after)
+    values |= {"d_w": observation.weights.chosen, "d_l": observation.weights.rejected}
     if after is not None:
-        chosen, rejected = (after - seen.log_probs).T
+        chosen, rejected = (after - observation.log_probs).T
         values |= {"realised_chosen": chosen, "realised_rejected": rejected}
-    if seen.preconditioned is not None:
-        numbers = _numbers(seen.preconditioned, seen.weights, seen.log_probs, after)
+    if observation.preconditioned is not None:
+        numbers = _numbers(
+            observation.preconditioned, observation.weights, observation.log_probs, after
+        )
         values |= {f"adamw/{name}": value for name, value in numbers.items()}
-    for path, part in seen.parts.items():
+    for path, part in observation.parts.items():
         values[f"{path}/cosine"] = cosine(part)
     return {f"entanglement/{name}": value for name, value in values.items()}
 

@@ -45,14 +45,14 @@ class OnlineObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: RolloutBatch, key: PRNGKeyArray | None
     ) -> RolloutOutputs:
-        own = self.policy.policy(trained, frozen["policy"], key)
+        own = self.policy.forward_arguments(trained, frozen["policy"], key)
         responses = self.first(batch.responses)
         with jax.named_scope("policy"):
             out, values = self.log_probs_and_values(trained, responses, own)
         with jax.named_scope("reference"):
             of_reference = {"params": frozen["reference"]}
             if "previous" in frozen:
-                of_reference = self.policy.policy(frozen["previous"], frozen["policy"])
+                of_reference = self.policy.forward_arguments(frozen["previous"], frozen["policy"])
             reference, _ = self.log_probs_and_values(None, responses, of_reference)
         return RolloutOutputs(
             log_prob=out.log_prob,

@@ -48,17 +48,17 @@ from jaxalign.training.step import TrainState, train_step
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the forward pass of every policy that may sample, by the names of `Draw`."""
     policies = {
-        "policy": policy.policy(state.params, frozen["policy"]),
+        "policy": policy.forward_arguments(state.params, frozen["policy"]),
         "reference": {"params": frozen["reference"]},
     }
     if isinstance(state.opt_state, AverageState):
-        policies["average"] = policy.policy(state.opt_state.average, frozen["policy"])
+        policies["average"] = policy.forward_arguments(state.opt_state.average, frozen["policy"])
     if isinstance(state.opt_state, IterationState):
-        policies["previous"] = policy.policy(state.opt_state.previous, frozen["policy"])
+        policies["previous"] = policy.forward_arguments(state.opt_state.previous, frozen["policy"])
     return policies
 
 
-def remembering(
+def with_history(
     algorithm: Algorithm, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """The update rule, keeping the earlier parameters that an algorithm reads."""
@@ -157,7 +157,7 @@ class OnlineStep:
       sampler: draws responses.
       annotator: `preferences` or `rewards` of texts.
       update: the compiled `update_step`.
-      hand_over: policies -> policies where the sampler's devices want them.
+      reshard: policies -> policies where the sampler's devices want them.
       prompt_texts: of every prompt, by its number, as annotators read it.
       mesh: of the update.
       key: of all draws; the step's number is folded in.
@@ -172,7 +172,7 @@ class OnlineStep:
     sampler: Sampler
     annotator: Any
     update: Callable[..., Any]
-    hand_over: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    reshard: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     prompt_texts: Sequence[str]
     mesh: Mesh
     key: jax.Array
@@ -185,7 +185,7 @@ class OnlineStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         begun, number = time.perf_counter(), int(state.step)
         key = jax.random.fold_in(self.key, number)
-        policies = self.hand_over(policies_of(self.policy, state, frozen))
+        policies = self.reshard(policies_of(self.policy, state, frozen))
         with jax.profiler.TraceAnnotation("sample"):
             parts = [
                 self.sampler(

@@ -55,7 +55,7 @@ class RepresentationObjective:
         self, trained: Params, frozen: Any, batch: StimulusBatch, key: PRNGKeyArray | None
     ) -> MatchedStates:
         rows = batch.tokens, batch.prompt_length, batch.mask.shape[1]
-        own = self.policy.policy(trained, frozen["policy"], key)
+        own = self.policy.forward_arguments(trained, frozen["policy"], key)
         params = own.pop("params")
         with jax.named_scope("policy"):
             states = self.reader.states(*rows, params=params, **adapter_options(**own))

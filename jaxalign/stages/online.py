@@ -36,7 +36,7 @@ from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler, draws_of
-from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, remembering, update_step
+from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, update_step, with_history
 from jaxalign.sharding import make_mesh, parameter_shardings
 from jaxalign.sharding.processes import share_of_rows
 from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
@@ -162,7 +162,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     objective = OnlineObjective(policy=policy, algorithm=algorithm)
     updates = algorithm.updates * algorithm.minibatches
     optimizer, by_update = parts.make_update_rule(settings, updates)
-    optimizer = remembering(algorithm, optimizer)
+    optimizer = with_history(algorithm, optimizer)
     has_critic = algorithm.advantages is not None
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
 
@@ -295,7 +295,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             sampler=sampler,
             annotator=annotator,
             update=update,
-            hand_over=reshard,
+            reshard=reshard,
             prompt_texts=data.train_texts,
             mesh=mesh,
             key=draws,
@@ -316,8 +316,8 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
         def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
             reference = {"params": frozen["reference"]}
-            now = {"policy": policy.policy(params, frozen["policy"]), "reference": reference}
-            return reshard(now)
+            own = policy.forward_arguments(params, frozen["policy"])
+            return reshard({"policy": own, "reference": reference})
 
         evaluation = evaluator(held_out, policies)
     return Feed(

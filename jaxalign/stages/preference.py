@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import PairBatch, TokenizedPairs
-from jaxalign.entanglement.cures import CURES
 from jaxalign.entanglement.masks import initial_head
+from jaxalign.entanglement.reweighting import REWEIGHTINGS
 from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
@@ -132,7 +132,7 @@ def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
     return PairProbe(
         objective=objective,
         parts=settings.parts,
-        cure=CURES.get(settings.cure),
+        reweighting=REWEIGHTINGS.get(settings.reweighting),
         realised=settings.realised,
         preconditioner=weigh if settings.preconditioned else None,
     )

@@ -100,7 +100,7 @@ def _evaluate_token_preferences(
         outputs = objective.forward(params, frozen, batch, None)
         metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
         policy = objective.policy
-        arguments = policy.policy(params, frozen["policy"])
+        arguments = policy.forward_arguments(params, frozen["policy"])
         both = policy.compare(batch.pairs, frozen["reference"], **arguments)
         return metrics | _divergence_per_token(both.kl[:, 0].sum(-1), batch.pairs)
 

@@ -17,7 +17,7 @@ from jaxalign.training.objectives import (
     Params,
     PreferenceObjective,
     ReferencedBatch,
-    joint_rows,
+    shared_prefix_rows,
 )
 
 HEAD = "mask"
@@ -56,7 +56,9 @@ class MaskedPreferenceObjective(PreferenceObjective):
     ) -> MaskedOutputs:
         pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
         model = {name: tree for name, tree in trained.items() if name != HEAD}
-        of_policy = policy.log_probs(pairs, **policy.policy(model, frozen["policy"], key))
+        of_policy = policy.log_probs(
+            pairs, **policy.forward_arguments(model, frozen["policy"], key)
+        )
         of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)
         if HEAD in trained:
             tokens, prompt_length, response_tokens, _ = pairs.rows()
@@ -66,7 +68,7 @@ class MaskedPreferenceObjective(PreferenceObjective):
                 tokens,
                 prompt_length,
                 response_tokens,
-                joint=joint_rows(pairs),
+                joint=shared_prefix_rows(pairs),
                 remat=policy.remat,
                 dtype=policy.dtype,
             )
@@ -79,8 +81,8 @@ class MaskedPreferenceObjective(PreferenceObjective):
             weights = differing_tokens(pairs.response_tokens, pairs.response_length)
         number = jnp.maximum(pairs.response_length.sum(-1), 1)
         return MaskedOutputs(
-            policy=(weights * of_policy.log_prob).sum(-1),
-            reference=(weights * of_reference).sum(-1),
+            policy_log_probs=(weights * of_policy.log_prob).sum(-1),
+            reference_log_probs=(weights * of_reference).sum(-1),
             entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / number),
             kept=weights.sum(-1),
             whole=jax.lax.stop_gradient(of_policy.log_prob.sum(-1)),

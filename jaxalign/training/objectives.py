@@ -45,7 +45,9 @@ class Policy:
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
 
-    def policy(self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None) -> dict:
+    def forward_arguments(
+        self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
+    ) -> dict:
         """The arguments that make the forward pass the policy's."""
         if self.adapter_scale is None:
             return {"params": trained}
@@ -61,7 +63,7 @@ class Policy:
             params,
             self.config,
             *batch.rows(),
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             remat=self.remat,
             dtype=self.dtype,
             **adapters,
@@ -77,7 +79,7 @@ class Policy:
             reference,
             self.config,
             *batch.rows(),
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             reverse=reverse,
             remat=self.remat,
             dtype=self.dtype,
@@ -101,7 +103,7 @@ class Policy:
         return getattr(out, "log_prob", out)
 
 
-def joint_rows(batch: PairBatch) -> JointRows | None:
+def shared_prefix_rows(batch: PairBatch) -> JointRows | None:
     """The batch's rows two in one, where the batch holds them."""
     if batch.joint_tokens is None or batch.common_length is None:
         return None
@@ -200,8 +202,8 @@ class PairOutputs:
     The reference's log-probs are NaN where the objective has no reference.
     """
 
-    policy: Float[Array, "pairs 2"]
-    reference: Float[Array, "pairs 2"]
+    policy_log_probs: Float[Array, "pairs 2"]
+    reference_log_probs: Float[Array, "pairs 2"]
     entropy: Float[Array, " pairs"]
 
 
@@ -253,7 +255,7 @@ class PreferenceObjective:
         """The loss's running statistics with a training batch."""
         if self.statistics.update is None:
             return running
-        pairs = as_pairs(outputs.policy, outputs.reference, batch.pairs)
+        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
         updated = self.statistics.update(running, pairs, batch.pairs.weight)
         return jax.lax.stop_gradient(updated)
 
@@ -265,7 +267,7 @@ class PreferenceObjective:
     ) -> PairOutputs:
         with jax.named_scope("policy"):
             of_policy = self.policy.log_probs(
-                batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
+                batch.pairs, **self.policy.forward_arguments(trained, frozen["policy"], key)
             )
         reference = batch.reference
         if not self.has_reference:
@@ -284,7 +286,7 @@ class PreferenceObjective:
         The divergence is in nats, summed over the tokens of the response. Policy and reference run
         once.
         """
-        arguments = self.policy.policy(trained, frozen["policy"])
+        arguments = self.policy.forward_arguments(trained, frozen["policy"])
         both = self.policy.compare(batch.pairs, frozen["reference"], **arguments)
         return _outputs(both, both.reference_log_prob.sum(-1), batch.pairs), both.kl.sum(-1)
 
@@ -303,7 +305,8 @@ class PreferenceObjective:
           count: weight of the whole batch.
           running: the loss's running statistics, with this batch in training.
         """
-        pairs, weight = as_pairs(outputs.policy, outputs.reference, batch.pairs), batch.pairs.weight
+        weight = batch.pairs.weight
+        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
         running = {} if running is None else running
         taken = self.statistics.of(pairs, weight, running)
         losses = self.loss(pairs, **{**taken, **self.options})
@@ -320,8 +323,8 @@ def _outputs(of_policy: Any, reference: Float[Array, "pairs 2"], pairs: PairBatc
     """Sums over the tokens of each response."""
     tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
     return PairOutputs(
-        policy=of_policy.log_prob.sum(-1),
-        reference=jax.lax.stop_gradient(reference),
+        policy_log_probs=of_policy.log_prob.sum(-1),
+        reference_log_probs=jax.lax.stop_gradient(reference),
         entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
     )
 
@@ -341,7 +344,7 @@ class TokenPreferenceObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> ResponseComparison:
-        arguments = self.policy.policy(trained, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
         return self.policy.compare(batch.pairs, frozen["reference"], reverse=True, **arguments)
 
     def reduce(
@@ -388,7 +391,7 @@ class SupervisedObjective:
         batch: PairBatch | TextBatch,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "rows length"]:
-        arguments = self.policy.policy(trained, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
         if isinstance(batch, TextBatch):
             return self.policy.text_log_probs(batch, **arguments)
         chosen = PairBatch(

@@ -12,7 +12,7 @@ from jaxalign.data.batches import PairBatch
 from jaxalign.losses import bradley_terry, preference_model
 from jaxalign.models.score import SCORE, rewards
 from jaxalign.training.metrics import Mean, mean_of
-from jaxalign.training.objectives import Params, Policy, joint_rows, wins
+from jaxalign.training.objectives import Params, Policy, shared_prefix_rows, wins
 
 Values = dict[str, Float[Array, " pairs"]]
 
@@ -96,14 +96,14 @@ class ScoreObjective:
         self, trained: Params, frozen: Any, batch: PairBatch, key: PRNGKeyArray | None
     ) -> Float[Array, "pairs 2"]:
         own = {name: tree for name, tree in trained.items() if name != SCORE}
-        arguments = self.policy.policy(own, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(own, frozen["policy"], key)
         arguments["params"] = {**arguments["params"], SCORE: trained[SCORE]}
         tokens, prompt_length, _, response_length = batch.rows()
         scores = rewards(
             config=self.policy.config,
             tokens=tokens,
             lengths=prompt_length + response_length,
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             remat=self.policy.remat,
             dtype=self.policy.dtype,
             **arguments,

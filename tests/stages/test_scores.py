@@ -175,7 +175,7 @@ def test_what_makes_no_sense_is_refused():
         TrainConfig(loss="preference_model", loss_options={"beta": 0.1})
     with pytest.raises(UserError, match="it has margin, centering"):
         TrainConfig(loss="bradley_terry", loss_options={"beta": 0.1})
-    with pytest.raises(UserError, match=r"comparison_format: .* does not hold \{first\} once"):
+    with pytest.raises(UserError, match=r"comparison_format: .* must contain \{first\} once"):
         TrainConfig(loss="preference_model", comparison_format="{first} or {first}?")
 
 
