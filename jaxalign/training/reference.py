@@ -1,4 +1,4 @@
-"""Reference log-probs of every training pair, computed once and kept in the run folder."""
+"""Reference log-probs of every training pair, computed once and stored in the run folder."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,16 +31,16 @@ def precompute_reference(
     """Log-probs of chosen and rejected under the reference, by record number.
 
     Args:
-      objective: its policy describes the model.
+      objective: with a policy of the same architecture.
       params: the reference's parameters.
       batches: every training pair once; filler pairs have weight 0.
       put: host batch -> device batch.
-      path: an .npz file; read where it is of these pairs (a resumed run), else written.
-      mesh: the devices that `put` spreads a batch over.
-      fingerprint: of the data and weights that the log-probs follow from.
+      path: an .npz file; read if it has these pairs (in a resumed run), else written.
+      mesh: the devices of `put`.
+      fingerprint: of the data and weights.
 
     Returns:
-      [highest record number + 1, 2] in nats; NaN where no pair has that number.
+      [largest record number + 1, 2] in nats; NaN where no pair has that number.
     """
     batches = list(batches)
     stored = _stored(path, batches, fingerprint) if jax.process_index() == 0 else None
@@ -67,21 +67,24 @@ def precompute_reference(
 
 
 def _stored(path: Path, batches: Sequence[PairBatch], fingerprint: str) -> np.ndarray | None:
-    """The table in a file, where it was computed from this data and these weights."""
+    """The table in a file; None: it was not computed from this data and these weights."""
     if not path.exists():
         return None
-    found = read_arrays(path, ("log_probs",), optional=("fingerprint",))
-    if found is None:
+    arrays = read_arrays(path, ("log_probs",), optional=("fingerprint",))
+    if arrays is None:
         return None
-    table, numbers = found["log_probs"], [batch.record_index[batch.weight > 0] for batch in batches]
+    table, numbers = (
+        arrays["log_probs"],
+        [batch.record_index[batch.weight > 0] for batch in batches],
+    )
     index = np.concatenate(numbers)
     fits = table.ndim == 2 and table.shape[1] == 2 and index.max(initial=-1) < len(table)
     if not fits or not np.isfinite(table[index]).all():
-        notice(f"{path}: does not hold the log-probs of these pairs, and is recomputed")
+        notice(f"{path}: not the log-probs of these pairs; recomputed")
         return None
-    if "fingerprint" not in found:
-        notice(f"{path}: written by a version that kept no fingerprint; it is taken to be right")
-    elif str(found["fingerprint"]) != fingerprint:
-        notice(f"{path}: computed from other data or weights, and is recomputed")
+    if "fingerprint" not in arrays:
+        notice(f"{path}: has no fingerprint (of an earlier version); used without a check")
+    elif str(arrays["fingerprint"]) != fingerprint:
+        notice(f"{path}: computed from other data or weights; recomputed")
         return None
     return table

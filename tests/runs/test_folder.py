@@ -282,8 +282,8 @@ def test_the_reference_table_is_recomputed_where_it_is_not_of_these_pairs(folder
     other = np.asarray("0" * 64)
     for said, arrays in (
         ("computed from other data or weights", {"log_probs": table + 1, "fingerprint": other}),
-        ("does not hold the log-probs", {"log_probs": table[:3], "fingerprint": fingerprint}),
-        ("does not hold the log-probs", {"log_probs": table * np.nan, "fingerprint": fingerprint}),
+        ("not the log-probs", {"log_probs": table[:3], "fingerprint": fingerprint}),
+        ("not the log-probs", {"log_probs": table * np.nan, "fingerprint": fingerprint}),
         ("damaged", {"other": table}),
         ("kept no fingerprint", {"log_probs": table}),
     ):
