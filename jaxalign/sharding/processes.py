@@ -146,7 +146,7 @@ def _any() -> tuple[NamedSharding, Any]:
     )
 
 
-def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+def data_shard(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch this process feeds: its number, and of how many.
 
     Processes whose devices hold the same rows, since a sequence or tensor axis runs through them,

@@ -270,9 +270,7 @@ def run_stage(
                     rescue(done, position)
                     if isinstance(error, Stopped):
                         saved = checkpoints.committed()
-                        raise Stopped(
-                            f"{name}: {error} at step {saved}; its state is saved"
-                        ) from None
+                        raise Stopped(f"{name}: {error} at step {saved}; it is saved") from None
                     raise
             done += 1
             terminated.done = done
@@ -300,7 +298,7 @@ def run_stage(
     checkpoints.wait()
     if stage.steps and int(state.skipped) >= stage.steps:
         raise UserError(
-            f"{name}: none of the {stage.steps} updates was finite; all were skipped and nothing was "
-            "learned; run with --nonfinite stop to see the records of the first one"
+            f"{name}: none of the {stage.steps} updates was finite; all were skipped and nothing "
+            "was learned; run with --nonfinite stop to see the records of the first one"
         )
     return state

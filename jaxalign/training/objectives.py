@@ -124,8 +124,8 @@ def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
 
 
 # A log-prob is a sum over tokens, layers and widths. Programs that add in different orders have
-# different rounding errors, each up to 2^-24 = 6e-8 of the sum, which add up like a random walk. For
-# a model of 135 million parameters, shared prefixes change margins by up to 7e-7 of their four
+# different rounding errors, each up to 2^-24 = 6e-8 of the sum, which add up like a random walk.
+# For a model of 135M parameters, shared prefixes change margins by up to 7e-7 of their four
 # log-probs, and single log-probs by 2.3e-6. 2^-18 = 4e-6 is 64 roundings: 8e-4 nats for a pair with
 # 50 nats per response. bfloat16 is less accurate: there a tie may go either way.
 ROUNDING = 2.0**-18

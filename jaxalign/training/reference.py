@@ -73,11 +73,8 @@ def _stored(path: Path, batches: Sequence[PairBatch], fingerprint: str) -> np.nd
     arrays = read_arrays(path, ("log_probs",), optional=("fingerprint",))
     if arrays is None:
         return None
-    table, numbers = (
-        arrays["log_probs"],
-        [batch.record_index[batch.weight > 0] for batch in batches],
-    )
-    index = np.concatenate(numbers)
+    table = arrays["log_probs"]
+    index = np.concatenate([batch.record_index[batch.weight > 0] for batch in batches])
     fits = table.ndim == 2 and table.shape[1] == 2 and index.max(initial=-1) < len(table)
     if not fits or not np.isfinite(table[index]).all():
         notice(f"{path}: not the log-probs of these pairs; recomputed")

@@ -100,7 +100,7 @@ def test_a_sweep_ranks_what_fits(experiment, capsys):
             ["--topology", "cpu:2", "--sft.steps", "1", "--sweep"],
             "--sweep: is of one stage; add --stage sft or --stage preference",
         ),
-        (["--topology", "cpu:2", "--model", "gone"], "a plan needs its config.json alone"),
+        (["--topology", "cpu:2", "--model", "gone"], "a plan only needs its config.json"),
     ],
     ids=["kind", "devices", "rows", "stage", "other stage", "stages", "model"],
 )

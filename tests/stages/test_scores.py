@@ -140,7 +140,7 @@ def test_a_reward_model_can_be_trained_further_and_as_nothing_else(runs, capsys,
     export = str(folder / "bradley_terry" / "export")
     common = ["train", str(folder / "small.py"), "--output", str(tmp_path), "--model", export]
     line = complaint(capsys, *common, "--sft.steps", "0")
-    assert "has a scalar head and makes no log-probs; set --loss bradley_terry" in line
+    assert "has a scalar head and no log-probs; set --loss bradley_terry" in line
     flags = ["--sft.steps", "0", "--loss", "bradley_terry", "--name", "on"]
     flags += ["--preference.optimizer.learning-rate", "0.0", "--max-length", "96"]
     assert main([*common, *flags]) == 0
