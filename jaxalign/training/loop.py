@@ -14,7 +14,7 @@ import jax
 
 from jaxalign.errors import UserError
 from jaxalign.progress import busy
-from jaxalign.sharding.processes import anywhere
+from jaxalign.sharding.processes import any_process
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
@@ -277,7 +277,7 @@ def run_stage(
             if pending is not None:
                 finish(done - 1, pending)
             # all processes read the same flag at the same step, so they stop together
-            stop = anywhere(terminated.asked)
+            stop = any_process(terminated.asked)
             more = {"tokens": counts[0], "computed": counts[1], "stopping": stop}
             pending = ({**more, **metrics}, batch)  # a step may count its tokens itself
             at_eval = done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)

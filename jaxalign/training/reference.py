@@ -14,7 +14,7 @@ from jaxalign.errors import notice
 from jaxalign.files import read_arrays, write_arrays
 from jaxalign.progress import track
 from jaxalign.sharding import replicated
-from jaxalign.sharding.processes import first_says
+from jaxalign.sharding.processes import broadcast_flag
 from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.step import on_mesh
 
@@ -44,7 +44,7 @@ def precompute_reference(
     """
     batches = list(batches)
     stored = _stored(path, batches, fingerprint) if jax.process_index() == 0 else None
-    if first_says(stored is not None):
+    if broadcast_flag(stored is not None):
         return np.load(path, allow_pickle=False)["log_probs"] if stored is None else stored
 
     @partial(jax.jit, out_shardings=replicated(mesh))  # every process keeps the whole table
