@@ -287,7 +287,7 @@ def test_the_reference_table_is_recomputed_where_it_is_not_of_these_pairs(folder
         ("not the log-probs", {"log_probs": table[:3], "fingerprint": fingerprint}),
         ("not the log-probs", {"log_probs": table * np.nan, "fingerprint": fingerprint}),
         ("damaged", {"other": table}),
-        ("kept no fingerprint", {"log_probs": table}),
+        ("has no fingerprint", {"log_probs": table}),
     ):
         np.savez(path, **arrays)
         capsys.readouterr()
