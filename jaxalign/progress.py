@@ -60,7 +60,7 @@ class Progress:
         self._silent, self._owns_bar = _silent.is_set(), False
         self._bar: Any = None
         self._counted = total is not None
-        self._started_with = self._said = done
+        self._started_with = self._written = done
         self._lines = 0
         self._end = threading.Event()
         self._lock = threading.Lock()
@@ -112,7 +112,7 @@ class Progress:
         self._end.set()
         self._thread.join()
         finished = kind is None and self._counted and self.done > self._started_with
-        if finished and not (self._lines and self._said == self.done):
+        if finished and not (self._lines and self._written == self.done):
             self._say(ended=True)
         if _active and self._lines:
             _active[-1]._last = max(_active[-1]._last, self._last)
@@ -131,7 +131,7 @@ class Progress:
             parts += [] if left is None else [f"{_duration(left)} left"]
         elif self._lines:
             parts.append(f"{spent} so far")
-        self._lines, self._last, self._said = self._lines + 1, now, self.done
+        self._lines, self._last, self._written = self._lines + 1, now, self.done
         self._stream.write(": ".join([text, ", ".join(parts)] if parts else [text]) + "\n")
         self._stream.flush()
 

@@ -177,7 +177,7 @@ def test_a_judge_that_goes_down_is_asked_for_the_rest_and_nothing_twice(here, ju
     assert train(*flags, "--name", "broken") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot be reached" in error
-    assert "the same command asks for the rest" in error
+    assert "run the same command again to resume" in error
     kept = (here / "runs" / "broken" / "rollouts.jsonl").read_text().splitlines()
     assert "cannot be reached" in json.loads(kept[-1])["reason"]
     paid = len(asked)
