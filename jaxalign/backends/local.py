@@ -152,7 +152,7 @@ class LocalModel:
         """
         if sources is None:
             sources = [f"prompt {at + 1}" for at in range(len(prompts))]
-        texts = list(map(self.text, prompts, sources, strict=True))
+        texts = [self.text(prompt, at) for prompt, at in zip(prompts, sources, strict=True)]
         rows = []
         encodings = self._encoder.encode(texts)
         for prompt, text, encoding, source in zip(prompts, texts, encodings, sources, strict=True):
