@@ -24,7 +24,7 @@ import tyro
 from benchmarks.inputs import SHAPES, VOCABULARY, Shape
 from benchmarks.machine import describe, figure, machine, median, table, write_json
 from jaxalign.generation import Sampling, compile_generate
-from jaxalign.generation.sampling import likeliest
+from jaxalign.generation.sampling import most_likely
 from jaxalign.models import DecoderConfig, decoder, init_model
 from jaxalign.models.cached_decoder import attend_slots, layers_of
 from jaxalign.models.decoder import mlp_branch, one_layer, queries_keys_values, rotations
@@ -190,7 +190,7 @@ def measure(
     def chosen(x: jax.Array, params: Any) -> jax.Array:
         """Logits, and then a token with its log-prob."""
         out = decoder.unembed(x[:, 0], config, *decoder.unembedding(params, config))
-        own = jnp.take_along_axis(out, likeliest(out)[:, None], axis=1)
+        own = jnp.take_along_axis(out, most_likely(out)[:, None], axis=1)
         own = own - jax.nn.logsumexp(out, axis=-1, keepdims=True)
         return x + 1e-6 * own[:, None]
 

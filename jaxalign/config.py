@@ -17,10 +17,10 @@ from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may have; stands beside its field, or beside a flag.
+    """The interval of allowed values of a number; goes into the annotation of its field.
 
     Attributes:
-      interval: "[0, 1)": square brackets include their end, round ones do not.
+      interval: "[0, 1)": a square bracket includes its end, a round one does not.
       also: one more value that is allowed.
     """
 
@@ -62,7 +62,7 @@ class OptimizerConfig:
     warmup_steps: Count = 0
     """Updates over which the learning rate rises linearly from 0."""
     warmup_fraction: Share = 0.0
-    """The same as a share of the stage's updates, rounded up; in place of warmup_steps."""
+    """Warm-up as a fraction of the stage's updates, rounded up; instead of warmup_steps."""
     final_fraction: Share = 0.0
     """Last learning rate as a fraction of the peak."""
     weight_decay: NonNegative = 0.0
@@ -78,7 +78,8 @@ class OptimizerConfig:
     momentum: BelowOne | None = None
     """Momentum of sgd and rmsprop."""
     parameter_scale: bool = False
-    """Adafactor's rate is relative to each parameter's root mean square, as T5X has it."""
+    """Whether Adafactor's learning rate is relative to each parameter's root mean square, as in
+    T5X."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,30 +87,31 @@ class StageConfig:
     """One stage of a run: pretraining on text, supervised fine-tuning, or preferences."""
 
     steps: Count = 0
-    """Updates; 0 leaves the stage out."""
+    """Number of updates; 0 skips the stage."""
     epochs: NonNegative = 0.0
-    """Passes over the stage's training data, in place of steps: rows * epochs / batch_size updates,
+    """Passes over the stage's training data, instead of steps: rows * epochs / batch_size updates,
     rounded up."""
     batch_size: AtLeastOne = 32
     """Pairs (rows of text in pretraining) per update, over all devices and micro-batches."""
     micro_batches: AtLeastOne = 1
-    """Parts in which a batch passes the device; the gradient is the whole batch's."""
+    """Number of parts into which a batch is split to save memory; the gradient is that of the whole
+    batch."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule and learning rate."""
     eval_every: Count = 0
-    """Steps between evaluations on held-out data; 0: at the start and at the end alone."""
+    """Steps between evaluations on held-out data; 0: only at the start and at the end."""
     save_every: Count = 0
-    """Steps between checkpoints; 0: at the end alone."""
+    """Steps between checkpoints; 0: only at the end."""
 
     @property
     def runs(self) -> bool:
-        """Whether the stage is not left out."""
+        """Whether the run has this stage."""
         return self.steps > 0 or self.epochs > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
-    """A Llama-shaped decoder to start from random weights, where no model is named."""
+    """A Llama-like decoder with random weights, for runs without a named model."""
 
     width: AtLeastOne = 128
     """Width of the residual stream."""
@@ -148,36 +150,37 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices in a grid; the product of the sizes is their number."""
+    """The device mesh; the product of the sizes is the number of devices."""
 
     data: Parts = -1
-    """Replicas; -1: what is left over."""
+    """Number of replicas; -1: all remaining devices."""
     fsdp: Parts = 1
-    """Parts of parameters and optimiser state (ZeRO-3)."""
+    """Number of shards of parameters and optimiser state (ZeRO-3)."""
     sequence: Parts = 1
-    """Parts of every row's positions, for long rows; parameters are split over them, too."""
+    """Number of shards of each row's positions, for long rows; parameters are sharded over them,
+    too."""
     tensor: Parts = 1
-    """Parts of heads, MLP width and vocabulary."""
+    """Number of shards of heads, MLP width and vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntanglementConfig:
-    """What the preference stage logs of the gradients of its pairs (arXiv:2410.13828)."""
+    """Per-pair gradient statistics and mitigations in the preference stage (arXiv:2410.13828)."""
 
     every: Count = 0
-    """Steps between two whose per-pair gradient statistics are logged (exact geometry of all pairs,
-    cases, coefficients); 0: none."""
+    """Interval in steps at which per-pair gradient statistics are logged (exact geometry of all
+    pairs, cases, coefficients); 0: never."""
     parts: bool = False
-    """Whether to log the cosine by layer and by kind of matrix, too."""
-    cure: Literal["none", "normalised", "centred"] = "none"
+    """Whether to also log the cosine by layer and by kind of matrix."""
+    reweighting: Literal["none", "normalised", "centred"] = "none"
     """Reweighting of the two gradients of each pair in every step: gradients scaled to unit norm
-    (normalised), or coefficients in the centre of the disentanglement band (centred); one more
+    (normalised), or coefficients in the centre of the disentanglement band (centred); costs one
     backward pass."""
     realised: bool = False
-    """Whether to log how far the update moved the batch's own log-probs, too; one more forward
+    """Whether to also log how far the update moved the batch's own log-probs; costs one forward
     pass."""
     preconditioned: bool = False
-    """Whether to log the geometry in AdamW's own inner product, too; two more backward passes per
+    """Whether to also log the geometry in AdamW's own inner product; costs two backward passes per
     pair."""
     mask: Literal["none", "differing", "learned"] = "none"
     """Tokens that the loss counts: all (none), those in which the two responses differ (differing),
@@ -188,15 +191,20 @@ class EntanglementConfig:
     """Learning rate (Adam's) of a learned mask."""
 
     def __post_init__(self):
-        if self.cure != "none" and self.every != 1:
-            raise UserError(f"entanglement.cure: {self.cure} acts in every step; set every to 1")
+        if self.reweighting != "none" and self.every != 1:
+            raise UserError(
+                f"entanglement.reweighting: {self.reweighting} acts in every step; "
+                "set --entanglement.every 1"
+            )
         if self.preconditioned and self.mask == "learned":
-            raise UserError("entanglement.preconditioned: not with a learned mask; set one of them")
+            raise UserError(
+                "entanglement.preconditioned: does not work with mask learned; set one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """How an annotator that is a model, here or behind an endpoint, is asked."""
+    """Settings of an annotator that is a model, local or behind an endpoint."""
 
     template: str | None = None
     """File with the question; must contain {prompt}, {first} and {second}, and ask for A or B."""
@@ -205,15 +213,16 @@ class JudgeConfig:
     max_length: AtLeastOne | None = None
     """lm: largest number of tokens in a question; by default the model's context."""
     batch_size: AtLeastOne = 8
-    """Number of comparisons or responses in a batch, for models that run here."""
+    """Number of comparisons or responses in a batch, for local models."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the computation, for models that run here."""
+    """Data type of the computation, for local models."""
     reward_rows: Literal["template", "end_token"] | None = None
-    """reward: text that a model not trained here scores: the conversation in its chat template (the
-    default where it has one), or prompt and response with the end-of-sequence token."""
+    """reward: what a reward model that jaxalign did not train scores: the conversation in its chat
+    template (template; the default where it has one), or prompt and response with the
+    end-of-sequence token (end_token)."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """lm, and reward models from elsewhere: whether they read the tokenizer's chat template; auto:
-    where it has one. aspects: as `chat` of a run."""
+    """lm, and reward models that jaxalign did not train: whether to apply the tokenizer's chat
+    template; auto: where it has one. aspects: as `chat` of a run."""
     workers: AtLeastOne = 8
     """Endpoint (openai:): number of simultaneous requests."""
     timeout: Positive = 60.0
@@ -225,7 +234,7 @@ class JudgeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """What the online stage does between two updates: sample responses, have them annotated."""
+    """Sampling and annotation of responses in the online stage."""
 
     algorithm: str = "ipo_md"
     """Name of an online algorithm in `jaxalign losses`, or your own, "FILE.py:FUNCTION": a function
@@ -233,8 +242,8 @@ class RolloutConfig:
     options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the algorithm that differ from its defaults, e.g. tau 0.1 beta 0.25."""
     prompts: str = "embedded"
-    """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or "embedded";
-    rows with a prompt, whatever else they hold; for spin also with a response."""
+    """Prompts: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a Hub name, or "embedded";
+    rows need a prompt, for spin also a response; other fields are ignored."""
     eval_prompts: str | None = None
     """Held-out prompts; by default a fraction `holdout` of the prompts."""
     max_eval_prompts: Count = 128
@@ -251,7 +260,7 @@ class RolloutConfig:
     temperature: Positive = 1.0
     """Temperature at which policies sample, score and learn."""
     top_k: Count = 0
-    """Keep the k most likely tokens when sampling; 0: all, as the theory has it."""
+    """Keep the k most likely tokens when sampling; 0: all, as the theory assumes."""
     top_p: Fraction = 1.0
     """Keep the most likely tokens that hold this fraction of the probability when sampling; 1:
     all."""
@@ -287,7 +296,7 @@ class AlignmentConfig:
     negative_model: str | None = None
     """dual: folder of the model tuned on rejected responses."""
     layers: tuple[Count, ...] = ()
-    """Hidden states to fit (0: embeddings, l: output of block l - 1); none: the paper's, every
+    """Hidden states to fit (0: embeddings, l: output of block l - 1); empty: the paper's, every
     second of 10 to 18 (dual: 20) of 32, scaled to the depth."""
     alpha: Finite = 5.0
     """Multiple of the difference of hidden states that is added to the target; 5 in the paper."""
@@ -315,13 +324,13 @@ class TrainConfig:
     """Model to start from: Hugging Face folder, Hub name, GGUF file, or "embedded" for random
     weights of `architecture`."""
     adapter: str | None = None
-    """PEFT folder or hub name of adapters that are merged into the model before the first stage."""
+    """PEFT folder or Hub name of adapters that are merged into the model before the first stage."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer; by default the model's own."""
+    """Folder or Hub name of the tokenizer; by default the model's own."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     """Architecture of the model that is initialised where `model` is "embedded"."""
     data: str = "embedded"
-    """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a hub name, or
+    """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a Hub name, or
     "embedded"."""
     eval_data: str | None = None
     """Held-out pairs; by default those of a fraction `holdout` of the prompts."""
@@ -344,13 +353,13 @@ class TrainConfig:
     prompt_format: str = "{prompt}"
     """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
     comparison_format: str = "\n\nResponse A: {first}\n\nResponse B: {second}\n\nBetter response:"
-    """Text after the prompt where a preference model reads two responses."""
+    """Text after the prompt with which a preference model reads two responses."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Whether plain prompts go through the tokenizer's chat template: the prompt as a user's turn,
-    the response as the assistant's. auto: where the model is loaded (not "embedded") and its
-    tokenizer has a template, but for a `prompt_format` of your own, which means plain text, and for
-    a model trained here, which goes on as it was trained. One line says which. TRL leaves plain
-    prompts plain: never. Conversations always go through the template."""
+    the response as the assistant's. auto: if the model is loaded (not "embedded"), its
+    tokenizer has a template and `prompt_format` is the default; a model trained by jaxalign keeps
+    the choice of its training. The choice is printed in one line. never: plain prompts stay plain,
+    as in TRL. Conversations always go through the template."""
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
     max_records: AtLeastOne | None = None
@@ -373,20 +382,20 @@ class TrainConfig:
     """Stimuli, layers and adapters of the representation stage; its instructions are also those of
     --sft-responses hindsight and of the losses scit and scit_mean."""
     loss: str = "dpo"
-    """A row of the table of losses (`jaxalign losses`), or your own: "FILE.py:FUNCTION".
+    """Name of a loss (`jaxalign losses` lists them), or your own: "FILE.py:FUNCTION".
     bradley_terry trains a reward model instead of a policy, preference_model one that reads two
     responses; both have a scalar head and no reference."""
     loss_options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
     reference: Literal["auto", "live", "precomputed", "none"] = "auto"
     """Computation of the reference's log-probs: in each step (live), once before the first step and
-    stored (precomputed), or not at all (none); auto: none where the loss reads none (then there are
-    no rewards and no KL in the metrics), precomputed where each pair is seen more than once and the
-    loss reads log-probs alone, else live."""
+    stored (precomputed), or not at all (none). auto: none where the loss reads none (the metrics
+    then have no rewards and no KL), precomputed where each pair is used more than once and the loss
+    reads nothing but log-probs, else live."""
     share_prompts: Literal["auto", "always", "never"] = "auto"
-    """Whether the common beginning of both rows of a pair is computed once (decoders; the same
-    numbers); auto: where it saves a quarter of the tokens, but not on a GPU, whose fused attention
-    needs whole rows."""
+    """Whether to compute the common beginning of both rows of a pair only once (decoders; the
+    numbers are the same); auto: where it saves a quarter of the tokens, but not on a GPU, whose
+    fused attention needs whole rows."""
     entanglement: EntanglementConfig = EntanglementConfig()
     """Statistics of the gradients of chosen and rejected during the preference stage."""
     lora: LoraConfig = LoraConfig()
@@ -398,20 +407,20 @@ class TrainConfig:
     but matrix products (dots); auto: the fastest whose estimated activations fit the device's free
     memory, kept in the run folder for resuming."""
     mesh: MeshConfig = MeshConfig()
-    """Mesh over which the devices share the work."""
+    """Mesh of the devices."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """Response to a loss or gradient that is not finite: stop and name the records, or skip and
     count the update."""
     profile: Count = 0
-    """Number of steps of every stage to trace, after the first two; the trace goes into the run
-    folder's `profile`, for Perfetto and xprof."""
+    """Number of steps of each stage to profile, after the first two; the trace is written to the
+    run folder's `profile`, for Perfetto and xprof."""
     damaged_checkpoints: Literal["fall_back", "stop"] = "fall_back"
-    """Response to a newest checkpoint whose files are not what was written: resume from the newest
-    intact one, or stop."""
+    """Response to a damaged newest checkpoint: resume from the newest intact one, or stop."""
     export: bool = True
     """Whether to write a Hugging Face folder `export` at the end."""
     wandb_project: str | None = None
-    """Weights & Biases project to log to, too (extra `wandb`); None: no project."""
+    """Weights & Biases project to which metrics are also logged (extra `wandb`); None: no
+    project."""
     seed: Seed = 0
     """Seed of initial weights, data order and dropout."""
 
@@ -434,11 +443,11 @@ class TrainConfig:
             )
         if self.loss in TOKEN_LOSSES and self.entanglement.every:
             raise UserError(
-                f"entanglement.every: {self.loss} reads whole distributions, its gradient is no "
+                f"entanglement.every: {self.loss} reads whole distributions; its gradient is not a "
                 "sum of two log-probs' gradients; set 0"
             )
         if self.loss in TOKEN_LOSSES and self.entanglement.mask != "none":
-            raise UserError(f"entanglement.mask: {self.loss} has token weights of its own")
+            raise UserError(f"entanglement.mask: {self.loss} weighs tokens itself; set none")
         for field, idle in (("every", 0), ("mask", "none")):
             if self.loss in REWARD_LOSSES and getattr(self.entanglement, field) != idle:
                 raise UserError(
@@ -447,43 +456,44 @@ class TrainConfig:
                 )
         if self.online.runs and self.preference.runs and self.loss in REWARD_LOSSES:
             raise UserError(
-                f"online.steps: {self.loss} makes an annotator, not a policy; run the online stage "
-                "apart, with --rollout.annotator"
+                f"online.steps: {self.loss} trains an annotator, not a policy; run the online "
+                "stage in a run of its own, with --rollout.annotator"
             )
         if self.sft_data is not None and self.sft_responses != "chosen":
-            raise UserError(f"sft_responses: {self.sft_responses} is of pairs; leave out sft_data")
+            raise UserError(f"sft_responses: {self.sft_responses} reads pairs; leave out sft_data")
         if self.representation.runs and self.loss in REWARD_LOSSES and self.preference.runs:
-            raise UserError(f"representation.steps: {self.loss} makes no policy to align; set 0")
-        told = self.alignment
-        if self.representation.runs and told.method == "dual" and told.negative_model is None:
+            raise UserError(f"representation.steps: {self.loss} trains no policy to align; set 0")
+        alignment = self.alignment
+        needs_model = alignment.method == "dual" and alignment.negative_model is None
+        if self.representation.runs and needs_model:
             raise UserError(
                 "alignment.negative_model: dual compares two models; name the folder of the one "
                 "that was tuned with --sft-responses rejected"
             )
         if self.entanglement.mask != "none" and self.reference in ("precomputed", "none"):
             raise UserError(
-                "entanglement.mask: weighs the reference's tokens; set --reference live"
+                "entanglement.mask: needs the reference's token log-probs; set --reference live"
             )
         rule = self.preference.optimizer.name
         if self.entanglement.preconditioned and rule != "adamw":
-            raise UserError(f"entanglement.preconditioned: {rule} is not adamw")
+            raise UserError(f"entanglement.preconditioned: needs the optimiser adamw, not {rule}")
         if "{prompt}" not in self.prompt_format:
-            raise UserError(f"prompt_format: {self.prompt_format!r} does not hold {{prompt}}")
+            raise UserError(f"prompt_format: {self.prompt_format!r} must contain {{prompt}}")
         for name in ("{first}", "{second}"):
             if self.loss == "preference_model" and self.comparison_format.count(name) != 1:
                 raise UserError(
-                    f"comparison_format: {self.comparison_format!r} does not hold {name} once"
+                    f"comparison_format: {self.comparison_format!r} must contain {name} once"
                 )
 
 
 def check(config: Any) -> None:
-    """See to it that every field of a config, and of those in it, has its type and range.
+    """Check that every field of a config, and of nested configs, has its type and range.
 
     Args:
       config: a dataclass; numbers have a `Range` in their annotation.
 
     Raises:
-      UserError: names the first field that has not, with its stage: "sft.optimizer.b1: ...".
+      UserError: a field does not; names the first one by its path: "sft.optimizer.b1: ...".
     """
     for name, value, hint in _leaves(config):
         _check_value(name, value, hint)
@@ -536,7 +546,7 @@ def _check_type(name: str, value: Any, kind: type) -> None:
 
 
 def _check_sizes(config: TrainConfig) -> None:
-    """Numbers that bound each other."""
+    """Check the fields that constrain each other."""
     for name, stage in vars(config).items():
         if not isinstance(stage, StageConfig):
             continue
@@ -550,10 +560,10 @@ def _check_sizes(config: TrainConfig) -> None:
             ("epochs", "steps", stage),
             ("optimizer.warmup_fraction", "optimizer.warmup_steps", rule),
         ):
-            given = [getattr(values, field.rpartition(".")[2]) for field in (one, other)]
-            if all(given):
+            set_values = [getattr(values, field.rpartition(".")[2]) for field in (one, other)]
+            if all(set_values):
                 raise UserError(
-                    f"{name}.{one}: {given[0]:g}, and {name}.{other} is {given[1]}; "
+                    f"{name}.{one}: {set_values[0]:g}, and {name}.{other} is {set_values[1]}; "
                     "set one of them to 0"
                 )
         if stage.steps and rule.warmup_steps > stage.steps:
@@ -573,13 +583,17 @@ def _check_sizes(config: TrainConfig) -> None:
             f"{shape.kv_heads}"
         )
     if config.alignment.lora.rank < 1:
-        raise UserError("alignment.lora.rank: 0; the fit is of adapters, use 8")
+        raise UserError("alignment.lora.rank: 0, but this stage trains adapters; use 8")
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
     for name, sizes in (("mesh", vars(config.mesh)), ("rollout.mesh", config.rollout.mesh)):
         if list(sizes.values()).count(-1) > 1:
-            raise UserError(f"{name}: one axis may be -1 (what is left over), not several")
+            raise UserError(f"{name}: only one axis may be -1 (all remaining devices)")
         if unknown := sorted(set(sizes) - set(axes)):
-            raise UserError(f"{name}: no axis {', '.join(unknown)}; {', '.join(axes)}")
+            raise UserError(f"{name}: no axis {', '.join(unknown)}; the axes are {', '.join(axes)}")
+
+
+ALIASES = {"config.entanglement.cure": "reweighting"}
+"""Path of a field in an earlier version -> its present name."""
 
 
 def to_json(config: Any) -> str:
@@ -604,7 +618,7 @@ def read_config(path: Path) -> TrainConfig:
     """The config in a run folder.
 
     Raises:
-      UserError: names the file, which cannot be read or holds something else.
+      UserError: the file cannot be read, or is not the config of a run; names the file.
     """
     fields = read_json(path, "config of a run")
     try:
@@ -618,7 +632,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _renamed(fields: Any) -> Any:
-    """The fields of a config that an earlier version wrote, by their names of today."""
+    """The fields of a config that an earlier version wrote, with `chat` for `strings_as_chat`."""
     if not isinstance(fields, Mapping) or "strings_as_chat" not in fields:
         return fields
     rest = {name: value for name, value in fields.items() if name != "strings_as_chat"}
@@ -627,11 +641,12 @@ def _renamed(fields: Any) -> Any:
 
 
 def _build(cls: Any, value: Any, name: str) -> Any:
-    """A value of the annotated type from what JSON left of it."""
+    """A value of the annotated type from its JSON form."""
     if dataclasses.is_dataclass(cls):
         if not isinstance(value, Mapping):
             raise UserError(f"{name}: {value!r} is not an object with fields")
         hints = typing.get_type_hints(cls)
+        value = {ALIASES.get(f"{name}.{key}", key): item for key, item in value.items()}
         if unknown := sorted(set(value) - set(hints)):
             raise UserError(f"{name}: unknown field {', '.join(unknown)}")
         return typing.cast(Any, cls)(

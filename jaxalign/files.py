@@ -1,4 +1,4 @@
-"""Outputs: checked before the work, written whole or not at all, one line where they cannot be."""
+"""Output files: checked before the work, written atomically, with one-line errors."""
 
 import contextlib
 import errno
@@ -24,21 +24,21 @@ import numpy as np
 from jaxalign.errors import OutputError, UserError, notice
 
 PARTIAL = ".partial"
-"""Behind the name of a file or folder that is still being written."""
+"""Suffix of a file or folder that is still being written."""
 LOCK = ".lock"
 OS_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :=]+'?(\d+)", re.IGNORECASE)
-"""How libraries in other languages report an error of the operating system."""
+"""Form in which libraries in other languages report errors of the operating system."""
 
 
 def check_output(path: Path, option: str, *, folder: bool = False) -> None:
-    """Make the folder that an output goes into, and see that the output can be written there.
+    """Create the folder of an output, and check that the output can be written there.
 
-    To be called before any expensive work. A file that exists is left as it is.
+    Call it before any expensive work. An existing file is not changed.
 
     Args:
-      path: of the file, or of the folder that takes several.
+      path: of the file, or of a folder for several files.
       option: that sets it, for the message, e.g. "--output".
-      folder: whether `path` is the folder.
+      folder: whether `path` is a folder.
 
     Raises:
       UserError: it cannot be written.
@@ -50,7 +50,7 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
             path.open("ab").close()
         else:
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(inside / f"{path.name}{PARTIAL}")  # is it a name?
+                os.lstat(inside / f"{path.name}{PARTIAL}")  # raises if the name is invalid
             tempfile.TemporaryFile(dir=inside).close()
     except FileExistsError:
         raise UserError(f"{path}: cannot be written: Not a directory; set {option}") from None
@@ -61,10 +61,10 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file where what is inside cannot write it.
+    """Context that turns errors of writing a file into `OutputError`.
 
     Raises:
-      OutputError: an error of the operating system, whichever library reports it.
+      OutputError: an error of the operating system, from any library; names the file.
     """
     try:
         yield
@@ -74,24 +74,25 @@ def writing(path: Path) -> Iterator[None]:
         if (reason := _reason(error)) is None:
             raise
         raise OutputError(
-            f"{path}: cannot be written: {reason}; everything written before is kept, and the "
-            "same command resumes from it"
+            f"{path}: cannot be written: {reason}; everything written before is kept; run the "
+            "same command again to resume"
         ) from error
 
 
 def _reason(error: BaseException) -> str | None:
-    """What the operating system objects to; None where it is not the cause of an error."""
+    """The operating system's message in an error; None: it is another kind of error."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or os.strerror(error.errno)
-    found = OS_ERROR.search(str(error))
-    return None if found is None else os.strerror(int(found[1]))
+    match = OS_ERROR.search(str(error))
+    return None if match is None else os.strerror(int(match[1]))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write instead of `path`, which it replaces once it is whole and on disk.
+    """Context with a temporary path, which replaces `path` once it is complete and on disk.
 
-    A kill, an error or a full disk leaves what was there before. A device is written directly.
+    After a kill, an error or a full disk, the old file is still there. A device is written
+    directly.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         with writing(path):
@@ -114,7 +115,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -122,23 +123,23 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file atomically."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, a value as JSON."""
+    """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """As `write_text`, one value as JSON per line."""
+    """Write one value as JSON per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def json_value(value: Any) -> Any:
-    """The value as JSON can hold it: null for NaN and infinities, lists for arrays and tuples."""
+    """The value for JSON: null for NaN and infinities, lists for arrays and tuples."""
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -153,10 +154,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
     Args:
       path: of the file.
-      what: the file is, for the message.
+      what: description of the file, for the message.
 
     Raises:
-      UserError: it cannot be read, or holds something else.
+      UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +172,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """As `write_text`, arrays by name in an .npz file."""
+    """Write arrays by name to an .npz file, atomically."""
     with replacing(path) as scratch, scratch.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (a flag of savez)
 
@@ -179,23 +180,22 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 def read_arrays(
     path: Path, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray] | None:
-    """The arrays that `write_arrays` kept of what can be recomputed.
+    """Arrays from `write_arrays` that can be recomputed if the file is damaged.
 
     Args:
       path: of the file.
       names: of the arrays.
-      optional: more names, of those that may be missing.
+      optional: names of arrays that may be missing.
 
     Returns:
-      None where there is no such file, or where it is damaged, which is said in a line on
-      standard error.
+      The arrays; None: there is no such file, or it is damaged (a line on standard error says so).
     """
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as stored:
-            there = [name for name in optional if name in stored]
-            return {name: stored[name] for name in (*names, *there)}
+            present = [name for name in optional if name in stored]
+            return {name: stored[name] for name in (*names, *present)}
     except (
         OSError,
         ValueError,
@@ -206,7 +206,7 @@ def read_arrays(
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        notice(f"{path}: damaged ({error}), and is recomputed")
+        notice(f"{path}: damaged ({error}); recomputed")
         return None
 
 
@@ -219,7 +219,7 @@ class _NamedFile(io.FileIO):
 
 
 def open_bytes(path: Path, mode: Literal["w", "a"]) -> io.BufferedWriter:
-    """Open a file for writing as it comes; its errors name it, at a `write` or a `flush`."""
+    """Open a file for writing; errors of `write` and `flush` name the file."""
     with writing(path):
         return io.BufferedWriter(_NamedFile(path, mode))
 
@@ -231,7 +231,7 @@ def open_text(path: Path, mode: Literal["w", "a"]) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]:
-    """Keep a second command from writing an output for the time of a `with`; a kill lets go, too.
+    """Context that locks an output against other commands; a kill also releases the lock.
 
     Args:
       output: a file or a folder; the lock file stays beside or in it.
@@ -254,7 +254,7 @@ def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]
                 raise UserError(
                     f"{output}: {holder} is writing it; wait for it, or set another {option}"
                 ) from None
-            notice(f"{path}: no lock here ({error.strerror}); start no second")
+            notice(f"{path}: cannot be locked ({error.strerror}); start no second command")
         else:
             file.truncate(0)
             with writing(path):
@@ -264,7 +264,7 @@ def locked(output: Path, option: str, *, folder: bool = False) -> Iterator[None]
 
 
 def is_locked(output: Path, *, folder: bool = False) -> bool:
-    """Whether a command is writing an output, as `locked` knows it.
+    """Whether a command has locked an output.
 
     Args:
       output: a file or a folder.
@@ -280,7 +280,7 @@ def is_locked(output: Path, *, folder: bool = False) -> bool:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file's content; about 2 GB/s where the processor helps."""
+    """The SHA-256 of a file's content; about 2 GB/s with hardware support."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -288,6 +288,6 @@ def digest(path: Path) -> str:
 def digests(root: Path, files: Iterable[Path]) -> dict[str, str]:
     """The SHA-256 of files, by their names below a folder."""
     files = sorted(files)
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
-        found = list(pool.map(digest, files))
-    return {str(file.relative_to(root)): one for file, one in zip(files, found, strict=True)}
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
+        values = list(pool.map(digest, files))
+    return {str(file.relative_to(root)): one for file, one in zip(files, values, strict=True)}

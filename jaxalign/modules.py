@@ -1,4 +1,4 @@
-"""Python that users bring along: files or modules by name, and functions in them."""
+"""User code: Python files or modules by name, and functions in them."""
 
 import contextlib
 import functools
@@ -17,11 +17,11 @@ from typing import Any
 from jaxalign.errors import UserError
 
 OURS = (str(Path(__file__).parent), *{sysconfig.get_path(x) for x in ("stdlib", "purelib")}, "<")
-"""Where the files begin that users have not written."""
+"""Prefixes of the paths of files that are not user code."""
 
 
 def users_line(error: BaseException) -> str:
-    """The innermost line of the user's own that an error passed: "FILE:LINE: source", or ""."""
+    """The innermost line of user code in an error's traceback: "FILE:LINE: source", or ""."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -34,23 +34,23 @@ def users_line(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error of the user's code says, and at which line of it."""
-    said = error.msg if isinstance(error, SyntaxError) else str(error)
-    words = (said.strip().splitlines() or [""])[0].rstrip(".:")
-    text = f"{type(error).__name__}{': ' if words else ''}{words}"
+    """Type, message and line of an error in user code."""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    message = (message.strip().splitlines() or [""])[0].rstrip(".:")
+    text = f"{type(error).__name__}{': ' if message else ''}{message}"
     line = users_line(error)
     return f"{text} (at {line})" if line else text
 
 
 @contextlib.contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Errors of the user's code become one line; `--debug` shows the rest.
+    """Context that turns errors of user code into one line; `--debug` shows the traceback.
 
     Args:
-      what: begins the line: the file, or the option that names it.
+      what: start of the line: the file, or its option.
 
     Raises:
-      UserError: of whatever is raised inside.
+      UserError: for any error inside.
     """
     try:
         yield
@@ -65,10 +65,10 @@ def find_module(name: str, kind: str) -> ModuleType:
 
     Args:
       name: "folder/file.py" or "package.module".
-      kind: what the user wants from it, for the message: "experiment", "loss".
+      kind: of the module, for the message: "experiment", "loss".
 
     Raises:
-      UserError: there is none, or it fails when it is imported.
+      UserError: there is none, or its import fails.
     """
     path = Path(name)
     if (here := str(Path.cwd())) not in sys.path:
@@ -104,7 +104,7 @@ def find_function(name: str, kind: str) -> Callable[..., Any]:
 
     Args:
       name: as above.
-      kind: what the user wants from it, for the message.
+      kind: of the function, for the message.
 
     Raises:
       UserError: there is none.
@@ -112,18 +112,18 @@ def find_function(name: str, kind: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(":")
     if not module or not attribute.isidentifier():
         raise UserError(f"{kind}: {name!r} names no function; write FILE.py:FUNCTION")
-    found = getattr(find_module(module, kind), attribute, None)
-    if not callable(found):
+    function = getattr(find_module(module, kind), attribute, None)
+    if not callable(function):
         raise UserError(f"{kind}: {module} has no function {attribute}")
-    return found
+    return function
 
 
 def errors_in_one_line(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A user's function whose errors become one line, whenever it is called.
+    """A user's function with one-line errors.
 
     Args:
-      function: the user's.
-      what: begins the line.
+      function: of the user.
+      what: start of the line.
     """
 
     @functools.wraps(function)
@@ -135,11 +135,11 @@ def errors_in_one_line(function: Callable[..., Any], what: str) -> Callable[...,
 
 
 def parameters_of(function: Callable[..., Any], what: str) -> list[inspect.Parameter]:
-    """The parameters of a user's function, annotations resolved where they can be.
+    """The parameters of a user's function, with resolved annotations if possible.
 
     Args:
-      function: the user's.
-      what: begins the message.
+      function: of the user.
+      what: start of the message.
 
     Raises:
       UserError: the function has no signature.
@@ -156,12 +156,12 @@ def parameters_of(function: Callable[..., Any], what: str) -> list[inspect.Param
 def check_options(
     parameters: list[inspect.Parameter], options: Mapping[str, Any], what: str, flag: str
 ) -> None:
-    """Check that options are parameters, and that parameters without a default are options.
+    """Check that options are parameters, and that parameters without a default are set.
 
     Args:
-      parameters: those that an option may set.
+      parameters: of the function.
       options: name -> value.
-      what: begins the message.
+      what: start of the message.
       flag: the flag that sets options.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What a command says while it works: bars on a terminal, plain lines in a log file.
+"""Progress of a command: bars on a terminal, plain lines in a log file.
 
-Both go to standard error. In a log file, work that counts its items says at least every 30 seconds
-how far it is, and once at its end; work without items (compiling, loading) says what it does as
-soon as it takes longer than a second. Inside of one another, the innermost one speaks.
+Both go to standard error. In a log file, work with items writes a line at least every 30 seconds
+and one at its end; work without items (compiling, loading) writes a line if it takes longer than a
+second. Of nested pieces of work, only the innermost writes.
 """
 
 import functools
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 EVERY = 30.0
-"""Seconds between two lines, at most."""
+"""Largest number of seconds between two lines."""
 SLOW = 1.0
-"""Seconds before work without items says what it does."""
+"""Seconds after which work without items writes a line."""
 BEAT = 0.5
-"""Seconds between two looks at the clock."""
+"""Seconds between two checks of the clock."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,20 +28,20 @@ _active: list["Progress"] = []
 
 
 def silence() -> None:
-    """Say nothing from now on: process 0 speaks for the others."""
+    """Write nothing from now on: process 0 writes for all."""
     _silent.set()
 
 
 class Progress:
-    """How far a piece of work is; a `with` begins and ends it.
+    """Context that shows the progress of a piece of work.
 
     Args:
-      name: of the work, "answers"; without a total what is done, "loading weights of gpt2".
-      total: number of items; None: not known.
-      done: items that an earlier command has finished.
-      unit: word before the numbers, "step"; may be empty.
-      stream: where to write; None: standard error.
-      clock: seconds.
+      name: of the work, e.g. "answers" or, without items, "loading weights of gpt2".
+      total: number of items; None: unknown.
+      done: number of items finished by an earlier command.
+      unit: word before the numbers, e.g. "step"; may be empty.
+      stream: to write to; None: standard error.
+      clock: function that returns seconds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Progress:
         self._silent, self._owns_bar = _silent.is_set(), False
         self._bar: Any = None
         self._counted = total is not None
-        self._started_with = self._said = done
+        self._started_with = self._written = done
         self._lines = 0
         self._end = threading.Event()
         self._lock = threading.Lock()
@@ -79,14 +79,14 @@ class Progress:
         return self
 
     def __call__(self, done: int, note: str = "") -> None:
-        """So many items are done.
+        """Report the number of finished items.
 
         Args:
-          done: of the total, those of an earlier command among them.
-          note: what else to show, "loss 0.6931".
+          done: number of finished items, including those of an earlier command.
+          note: text to show, e.g. "loss 0.6931".
         """
         self.done, self.note, self._counted = done, note, True
-        if self._first is None:  # the first item compiles, so the time left is taken from the rest
+        if self._first is None:  # the first item compiles, so the others determine the time left
             self._first = self._clock(), done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, numbers=self._numbers(), note=note)
@@ -94,7 +94,7 @@ class Progress:
             self.tick()
 
     def tick(self) -> None:
-        """Write a line where one is due."""
+        """Write a line if one is due."""
         with self._lock:
             if self._silent or self._bar is not None or (_active and _active[-1] is not self):
                 return
@@ -112,7 +112,7 @@ class Progress:
         self._end.set()
         self._thread.join()
         finished = kind is None and self._counted and self.done > self._started_with
-        if finished and not (self._lines and self._said == self.done):
+        if finished and not (self._lines and self._written == self.done):
             self._say(ended=True)
         if _active and self._lines:
             _active[-1]._last = max(_active[-1]._last, self._last)
@@ -131,7 +131,7 @@ class Progress:
             parts += [] if left is None else [f"{_duration(left)} left"]
         elif self._lines:
             parts.append(f"{spent} so far")
-        self._lines, self._last, self._said = self._lines + 1, now, self.done
+        self._lines, self._last, self._written = self._lines + 1, now, self.done
         self._stream.write(": ".join([text, ", ".join(parts)] if parts else [text]) + "\n")
         self._stream.flush()
 
@@ -142,11 +142,11 @@ class Progress:
         return f"{self.unit} {numbers}".strip()
 
     def _left(self, now: float) -> float | None:
-        """Seconds that the rest will take at the pace of the items since the first."""
+        """Estimated seconds for the rest, at the rate of the items since the first."""
         if self.total is None or self._first is None or self.done <= self._first[1]:
             return None
-        pace = (now - self._first[0]) / (self.done - self._first[1])
-        return pace * (self.total - self.done)
+        per_item = (now - self._first[0]) / (self.done - self._first[1])
+        return per_item * (self.total - self.done)
 
     def _begin_bar(self) -> None:
         from rich.console import Console
@@ -164,7 +164,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=Console(file=self._stream),
                 transient=self.total is None,
-                redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays there
+                redirect_stdout=sys.stdout.isatty(),  # not if it goes to a file
             )
             self._bar.start()
         self._task = self._bar.add_task(
@@ -179,16 +179,16 @@ class Progress:
 
 
 def busy(what: str) -> Progress:
-    """Work without items, for a `with` around it: "compiling the step"."""
+    """Context for work without items, e.g. "compiling the step"."""
     return Progress(what)
 
 
 def saying(function: Callable[..., Result], describe: Callable[..., str]) -> Callable[..., Result]:
-    """A compiled function that says what it compiles, at the first call with each shape.
+    """A compiled function that reports its compilation at the first call with each shape.
 
     Args:
-      function: made by `jax.jit`, which compiles in its first call with a shape.
-      describe: its arguments -> what is compiled, the shape included.
+      function: from `jax.jit`, compiled at its first call with each shape.
+      describe: arguments of the function -> description of the program, including shapes.
     """
     known: set[str] = set()
 
@@ -208,10 +208,10 @@ def saying(function: Callable[..., Result], describe: Callable[..., str]) -> Cal
 def track(
     items: Iterable[Item], name: str, total: int | None = None, *, unit: str = ""
 ) -> Iterator[Item]:
-    """The items, counted as they are done.
+    """Iterate over items and show the progress.
 
     Args:
-      items: to go through.
+      items: to iterate over.
       name: of the work.
       total: number of items; None: their length, if they have one.
       unit: as in `Progress`.

@@ -129,7 +129,7 @@ def test_ends_of_ranges_and_types(path, bad, good):
             {"architecture": ArchitectureConfig(heads=4, kv_heads=3)},
             "architecture.heads: 4 is not a multiple of architecture.kv_heads: 3",
         ),
-        ({"mesh": MeshConfig(fsdp=-1)}, "mesh: one axis may be -1"),
+        ({"mesh": MeshConfig(fsdp=-1)}, "mesh: only one axis may be -1"),
         ({"rollout": RolloutConfig(mesh={"model": 2})}, "rollout.mesh: no axis model"),
         ({"rollout": RolloutConfig(mesh={"data": 0})}, "rollout.mesh.data: 0 is not in"),
         ({"rollout": RolloutConfig(options={"beta": math.nan})}, "rollout.options.beta: nan"),
@@ -161,6 +161,7 @@ def test_a_range_is_read_as_mathematicians_write_it():
 def test_a_stored_config_is_checked_when_it_is_read():
     text = to_json(TrainConfig())
     assert from_json(text) == TrainConfig()
+    assert from_json(text.replace('"reweighting"', '"cure"')) == TrainConfig()  # its name in 0.2
     with pytest.raises(UserError, match=r"holdout: 2\.0 is not in \[0, 1\)"):
         from_json(text.replace('"holdout": 0.1', '"holdout": 2.0'))
     with pytest.raises(UserError, match=r"config.json: invalid JSON: "):

@@ -1,6 +1,6 @@
 """Each cure against plain DPO on the same pairs, compared at the same margin.
 
-Command:  python -m experiments.gradient_entanglement.cures [--model FOLDER] [--scale paper]
+Command:  python -m experiments.gradient_entanglement.reweighting [--model FOLDER] [--scale paper]
 Time:     a quarter of an hour on two CPU cores
 Expect:   the section "Cures" of this folder's README, and cures.png
 
@@ -24,8 +24,12 @@ FOLDER = Path(__file__).parent
 
 CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
     "dpo": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1)),
-    "dpo, normalised": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, cure="normalised")),
-    "dpo, centred": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, cure="centred")),
+    "dpo, normalised": (
+        "dpo",
+        {"beta": 0.1},
+        EntanglementConfig(every=1, reweighting="normalised"),
+    ),
+    "dpo, centred": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, reweighting="centred")),
     "dpo, differing tokens": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, mask="differing")),
     "dpo, learned mask": (
         "dpo",

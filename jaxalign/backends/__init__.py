@@ -1,4 +1,4 @@
-"""Language models behind one interface, texts in and texts out: here, or behind HTTP."""
+"""Language models behind one interface of texts: local, or behind HTTP."""
 
 from jaxalign.backends.cached import Cached
 from jaxalign.backends.interface import Backend, Decoding, Generation, Prompt, Score

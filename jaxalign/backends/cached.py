@@ -1,4 +1,4 @@
-"""Answers on disk: what was asked once is not asked again."""
+"""Answers on disk, so that equal requests are made only once."""
 
 import base64
 import hashlib
@@ -20,10 +20,10 @@ from jaxalign.files import writing
 
 
 class AnswerFile:
-    """JSON Lines of answers under keys, each on disk before the next; no line is ever changed.
+    """JSON Lines of answers by key, appended one at a time.
 
     Args:
-      path: of the file; a line that a kill cut off is passed over.
+      path: of the file; a truncated last line is ignored.
     """
 
     def __init__(self, path: Path):
@@ -40,19 +40,19 @@ class AnswerFile:
                             lost.append(number)
             if lost:
                 notice(
-                    f"{path}:{lost[0]}: cannot be read ({len(lost)} such lines); what was answered "
-                    "there is requested again"
+                    f"{path}:{lost[0]}: cannot be read ({len(lost)} such lines); these answers "
+                    "are requested again"
                 )
 
     def __len__(self) -> int:
         return len(self._known)
 
     def find(self, key: str) -> Any:
-        """The answer, or None."""
+        """The answer; None: there is none."""
         return self._known.get(key)
 
     def add(self, key: str, answer: Any, **beside: Any) -> None:
-        """Keep an answer, with what a reader may want to see beside it."""
+        """Store an answer, with other fields for readers of the file."""
         with self._lock:
             self._known[key] = answer
             line = json.dumps({"key": key, **beside, "answer": answer}).encode() + b"\n"
@@ -66,30 +66,30 @@ class AnswerFile:
 
 
 def key_of(*parts: Any) -> str:
-    """A name of what was asked: equal where everything is equal."""
+    """A hash of a request; equal requests have equal keys."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Cached:
-    """A backend whose answers are kept in a file and looked up before it is asked.
+    """A backend with stored answers, which are used instead of new requests.
 
-    A key holds the backend's identity, the prompt and the decoding; failures are not kept.
+    A key has the backend's identity, the prompt and the decoding; failures are not stored.
 
     Args:
-      backend: what is asked.
-      answers: where answers are kept.
+      backend: of new requests.
+      answers: stored answers.
     """
 
     def __init__(self, backend: Backend, answers: AnswerFile):
         self.backend, self.answers = backend, answers
         self.asked = 0
-        """Prompts and texts that were not found and had to be asked for."""
+        """Number of prompts and texts that were not stored and were requested."""
         self.failures: Counter[str] = Counter()
-        """Responses that could not be had, by reason."""
+        """Number of failed responses, by reason."""
 
     @property
     def identity(self) -> str:
-        """The backend's own."""
+        """That of the backend."""
         return self.backend.identity
 
     def generate(
@@ -100,39 +100,39 @@ class Cached:
         samples: int = 1,
         keep: Keep | None = None,
     ) -> list[list[Generation]]:
-        """As in `Backend`; equal prompts are asked once."""
+        """As in `Backend`; equal prompts are requested once."""
         settings = asdict(decoding)
         if decoding.temperature == 0:  # nothing is drawn
             settings["seed"] = 0
         keys = [key_of("generate", self.identity, prompt, settings, samples) for prompt in prompts]
-        places: dict[str, list[int]] = {}
-        for place, key in enumerate(keys):
-            places.setdefault(key, []).append(place)
-        found: dict[str, list[Generation]] = {}
+        indices: dict[str, list[int]] = {}
+        for index, key in enumerate(keys):
+            indices.setdefault(key, []).append(index)
+        results: dict[str, list[Generation]] = {}
 
-        def tell(key: str, generations: list[Generation]) -> None:
-            found[key] = generations
+        def add_result(key: str, generations: list[Generation]) -> None:
+            results[key] = generations
             if keep is not None:
-                for place in places[key]:
-                    keep(place, generations)
+                for index in indices[key]:
+                    keep(index, generations)
 
-        for key in places:
+        for key in indices:
             if (known := self.answers.find(key)) is not None:
-                tell(key, [Generation(**one) for one in known])
-        missing = [key for key in places if key not in found]
-        wanted = [prompts[places[key][0]] for key in missing]
+                add_result(key, [Generation(**one) for one in known])
+        missing = [key for key in indices if key not in results]
+        requested = [prompts[indices[key][0]] for key in missing]
 
-        def come(at: int, generations: list[Generation]) -> None:
+        def keep_answer(at: int, generations: list[Generation]) -> None:
             self.failures.update(one.failure for one in generations if one.failure)
             if not any(one.failure for one in generations):
                 answer = [asdict(one) for one in generations]
-                self.answers.add(missing[at], answer, prompt=wanted[at], decoding=settings)
-            tell(missing[at], generations)
+                self.answers.add(missing[at], answer, prompt=requested[at], decoding=settings)
+            add_result(missing[at], generations)
 
-        if wanted:
-            self.asked += len(wanted)
-            self.backend.generate(wanted, decoding, samples=samples, keep=come)
-        return [found[key] for key in keys]
+        if requested:
+            self.asked += len(requested)
+            self.backend.generate(requested, decoding, samples=samples, keep=keep_answer)
+        return [results[key] for key in keys]
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """As in `Backend`."""
@@ -154,7 +154,7 @@ class Cached:
         return [known[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """As in `Backend`; vectors are kept as the base64 of their float32 bytes."""
+        """As in `Backend`; vectors are stored as base64 of their float32 bytes."""
         keys = [key_of("embed", self.identity, text) for text in texts]
         missing = {
             key: text

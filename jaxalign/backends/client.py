@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers, asked by the official client: many requests at once, and counted."""
+"""Client of OpenAI-compatible servers: concurrent requests by the official package, counted."""
 
 import concurrent.futures
 import json
@@ -24,33 +24,33 @@ UNSUPPORTED = re.compile(
     r"support|unknown|unexpected|unrecogni[sz]ed|extra|permitted|not allowed", re.I
 )
 CONTENT = {"chat/completions": "messages", "completions": "prompt", "embeddings": "input"}
-"""Of each kind of request, the field that holds what is asked."""
+"""Kind of request -> field with its content."""
 NEEDED = ("top_k", "min_p", "repetition_penalty")
-"""Parameters that are not left out: without them, other texts are drawn."""
+"""Parameters that are never dropped: without them, the distribution of texts would change."""
 THINKING_TOKENS = 1024
-"""At least, of models that think before they answer and call the most tokens by another name."""
+"""Least token limit of models that think before they answer (`max_completion_tokens`)."""
 
 
 class UnusableError(Exception):
-    """A reply that is not what was asked for: why, and what was said instead.
+    """A reply that cannot be used.
 
     Args:
       reason: in words.
-      said: what the model wrote.
-      cut: it was cut off at the most tokens allowed.
-      final: the same request will not do better.
+      text: of the model.
+      cut: whether the reply was truncated at the token limit.
+      final: whether the same request would fail again.
     """
 
     def __init__(
         self,
         reason: str = "the reply is not what was asked for",
-        said: str = "",
+        text: str = "",
         *,
         cut: bool = False,
         final: bool = False,
     ):
         super().__init__(reason)
-        self.said, self.cut, self.final = said, cut, final
+        self.text, self.cut, self.final = text, cut, final
 
 
 class RefusedError(UnusableError):
@@ -59,7 +59,7 @@ class RefusedError(UnusableError):
 
 @dataclass(kw_only=True)
 class Usage:
-    """What has been asked for so far, as the server counts it."""
+    """Requests and tokens so far, as counted by the server."""
 
     requests: int = 0
     failures: int = 0
@@ -68,31 +68,30 @@ class Usage:
     completion_tokens: int = 0
 
     def cost(self, prices: tuple[float, float]) -> float:
-        """In the prices' currency.
+        """The cost of all tokens.
 
         Args:
-          prices: of a million prompt tokens, and of a million completion tokens.
+          prices: of a million prompt tokens and of a million completion tokens.
         """
         tokens = self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]
         return tokens / 1e6
 
 
 class Client:
-    """A server that is asked over HTTP.
+    """A client of an OpenAI-compatible server.
 
-    The package openai sends, waits and tries again where that may help (lost connections, timeouts,
-    HTTP 408, 409, 429 and 5xx, as long as the server wants); here is what it leaves open: a reply
-    that is not what was asked for is requested again, parameters that a server does not know are
-    left out from then on, and a server that is not there ends everything. What a model has written
-    at temperature 0 it would write again, and is not requested again.
+    The package openai sends requests and retries lost connections, timeouts, and HTTP 408, 409, 429
+    and 5xx, after the time that the server asks for. In addition, this class requests unusable
+    replies again (not at temperature 0, where the reply would be the same), drops parameters that
+    the server does not know, and raises an error if the server cannot be reached.
 
     Args:
-      url: without a path's end, e.g. "http://localhost:8000/v1"; the key is read from the
-        environment variable OPENAI_API_KEY.
-      workers: requests at a time.
-      timeout: seconds for one request.
-      attempts: for one request.
-      requests_per_minute: None: as many as the workers manage.
+      url: base URL, e.g. "http://localhost:8000/v1"; the key is read from the environment variable
+        OPENAI_API_KEY.
+      workers: number of simultaneous requests.
+      timeout: time limit of a request in seconds.
+      attempts: largest number of attempts for a request.
+      requests_per_minute: rate limit; None: no limit.
 
     Raises:
       UserError: the package is not installed, or a number is not positive.
@@ -125,18 +124,18 @@ class Client:
             max_retries=attempts - 1,
             http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
-        self._pace, self._lock = Pace(requests_per_minute), threading.Lock()
+        self._rate_limiter, self._lock = RateLimiter(requests_per_minute), threading.Lock()
         self._unknown: set[str] = set()
         self._unreached, self._answered = 0, False
 
     def together(
         self, number: int, ask: Callable[[int, threading.Event], T]
     ) -> Iterator[tuple[int, T]]:
-        """What `ask` returns for 0, ..., number - 1, as it comes; `workers` at a time.
+        """Results of `ask` for 0, ..., number - 1 as they complete, `workers` at a time.
 
         Args:
           number: of requests.
-          ask: is called in other threads, with the event that they are to stop.
+          ask: called in other threads, with an event that tells them to stop.
         """
         stopped = threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(self.workers)
@@ -155,25 +154,25 @@ class Client:
         read: Callable[[Any], T],
         stopped: threading.Event | None = None,
     ) -> T:
-        """Ask until there is a reply that can be read.
+        """Request until a reply can be read.
 
         Args:
           kind: "chat/completions", "completions" or "embeddings".
           body: of the request.
-          read: makes of the reply's fields what is wanted, or raises `UnusableError`; errors of
-            fields that are missing or of another type mean a broken reply.
-          stopped: set when nobody waits any more.
+          read: converts the reply's fields, or raises `UnusableError`; errors for missing fields or
+            wrong types count as a broken reply.
+          stopped: event that ends the attempts.
 
         Raises:
-          RefusedError: there is none after all attempts.
-          UserError: key, URL or model are refused, or the server cannot be reached.
+          RefusedError: no reply is usable after all attempts.
+          UserError: the key, URL or model is refused, or the server cannot be reached.
         """
         fault, draws = UnusableError("stopped"), 0
         for _ in range(self.attempts):
-            self._pace.wait(stopped or threading.Event())
+            self._rate_limiter.wait(stopped or threading.Event())
             if stopped is not None and stopped.is_set():
                 break
-            # a draw that cannot be used would be the same with the same seed
+            # another seed, since the same one would give the same unusable reply
             own = {"seed": body["seed"] + draws} if "seed" in body else {}
             try:
                 reply = self._reply(kind, {**body, **own})
@@ -193,21 +192,21 @@ class Client:
                 fault = UnusableError(_error_of(reply))
         with self._lock:
             self.usage.failures += 1
-        raise RefusedError(str(fault), fault.said, cut=fault.cut, final=fault.final)
+        raise RefusedError(str(fault), fault.text, cut=fault.cut, final=fault.final)
 
     def _is_drawn(self, body: Mapping[str, Any]) -> bool:
-        """Whether the same request may have another answer."""
+        """Whether the same request may give another answer."""
         return body.get("temperature") != 0 or "temperature" in self._unknown
 
     def _reply(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A reply's fields, asked for without the parameters that the server does not know."""
+        """A reply's fields, requested without the parameters that the server does not know."""
         import openai
 
         content = CONTENT[kind]
-        most = body.get("max_tokens", 0)
+        limit = body.get("max_tokens", 0)
         rest = {name: value for name, value in body.items() if name not in ("model", content)}
         for name in tuple(self._unknown):
-            leave_out(rest, name, most)
+            leave_out(rest, name, limit)
         known: Any = {"model": body["model"], content: body[content]}
         if kind == "embeddings":
             known["encoding_format"] = "float"
@@ -229,8 +228,8 @@ class Client:
             except json.JSONDecodeError:
                 raise UnusableError("the reply is not JSON") from None
             self._unknown.add(name)
-            leave_out(rest, name, most)
-        if not hasattr(reply, "model_dump"):  # the client hands text on as it is
+            leave_out(rest, name, limit)
+        if not hasattr(reply, "model_dump"):  # the client returns text unchanged
             raise UnusableError("the reply is not JSON")
         fields = reply.model_dump(exclude_unset=True, warnings=False)
         with self._lock:
@@ -241,34 +240,33 @@ class Client:
         return fields
 
     def _lost(self, reason: str) -> Exception:
-        """What to raise where a server is not there: of one that never was, or often is not."""
+        """The error for an unreachable server: final if it never answered or failed often."""
         with self._lock:
             self._unreached += 1
             ended = not self._answered or self._unreached >= 2 * self.workers
         if not ended:
             return RefusedError(reason)
         return UserError(
-            f"{self.url}: {reason}; what was answered is kept, and the same command asks for the "
-            "rest"
+            f"{self.url}: {reason}; all answers are kept; run the same command again to resume"
         )
 
-    def _refused(self, kind: str, status: int, words: str, parameters: Mapping[str, Any]) -> str:
+    def _refused(self, kind: str, status: int, text: str, parameters: Mapping[str, Any]) -> str:
         """The parameter that the server does not know; anything else is raised."""
         if status in REFUSING:
             raise UserError(f"{self.url}/{kind}: HTTP {status}: {REFUSING[status]}")
-        if status in (400, 422) and UNSUPPORTED.search(words):
+        if status in (400, 422) and UNSUPPORTED.search(text):
             for name in parameters:
-                if re.search(rf"\b{name}\b", words):
+                if re.search(rf"\b{name}\b", text):
                     if name in NEEDED:
                         raise UserError(
-                            f"{self.url}: the server knows no {name}; ask for text without it"
+                            f"{self.url}: the server does not support {name}; leave it out"
                         )
                     return name
-        raise RefusedError(f"HTTP {status}: {' '.join(words.split())[:200]}".rstrip(": "))
+        raise RefusedError(f"HTTP {status}: {' '.join(text.split())[:200]}".rstrip(": "))
 
 
 def tokens_used(reply: Mapping[str, Any], name: str) -> int:
-    """A count of a reply's `usage`; 0 where the server gives no such number."""
+    """A count in a reply's `usage`; 0 if the server does not give it."""
     used = reply.get("usage")
     count = used.get(name) if isinstance(used, Mapping) else None
     return count if type(count) is int and count > 0 else 0
@@ -277,24 +275,22 @@ def tokens_used(reply: Mapping[str, Any], name: str) -> int:
 def _error_of(reply: Mapping[str, Any]) -> str:
     """Why a reply is broken: some servers report errors with HTTP 200."""
     error = reply.get("error")
-    said = error.get("message") if isinstance(error, Mapping) else error
-    if not isinstance(said, str) or not said.strip():
+    message = error.get("message") if isinstance(error, Mapping) else error
+    if not isinstance(message, str) or not message.strip():
         return "the reply is not what was asked for"
-    return f"the server reports an error: {' '.join(said.split())[:200]}"
+    return f"the server reports an error: {' '.join(message.split())[:200]}"
 
 
 def text_of_choice(choice: Mapping[str, Any], *, plain: bool = False) -> str:
-    """What the model wrote.
-
-    A text that the model wrote is kept as it is; parts of type text are joined.
+    """The text of a reply, unchanged; text parts are joined.
 
     Args:
       choice: of a reply's `choices`.
-      plain: of a completion, which may be empty: a text can end at once.
+      plain: whether it is a completion, which may be empty.
 
     Raises:
-      UnusableError: there is no text, and why: a content filter (also one that cut a text off), a
-        refusal, a call of a tool, thinking that took all tokens allowed.
+      UnusableError: there is no text, because of a content filter (also if it truncated the text),
+        a refusal, a tool call, or thinking that used all tokens.
     """
     ended = choice.get("finish_reason")
     message = {"content": choice["text"]} if plain else choice["message"]
@@ -311,39 +307,39 @@ def text_of_choice(choice: Mapping[str, Any], *, plain: bool = False) -> str:
     if content and (content.strip() or plain):
         return content
     if refusal:
-        said = " ".join(str(refusal).split())[:200]
-        raise UnusableError(f"the model refused: {said}", str(refusal), final=True)
+        reason = " ".join(str(refusal).split())[:200]
+        raise UnusableError(f"the model refused: {reason}", str(refusal), final=True)
     if ended in ("tool_calls", "function_call") or message.get("tool_calls"):
         raise UnusableError("the model called a tool and wrote no text")
     if ended == "length":
         raise UnusableError(
-            "the most tokens allowed were used before any text; allow more", cut=True, final=True
+            "all allowed tokens were used before any text; allow more", cut=True, final=True
         )
     if plain and content is not None and ended != "error":
         return content
     raise UnusableError("the reply has no text")
 
 
-def leave_out(parameters: dict[str, Any], name: str, most: int) -> None:
-    """Take a parameter that a server does not know out of a request.
+def leave_out(parameters: dict[str, Any], name: str, limit: int) -> None:
+    """Drop a parameter that a server does not know from a request.
 
     Args:
       parameters: changed in place.
-      name: which.
-      most: tokens of an answer.
+      name: of the parameter.
+      limit: largest number of tokens of an answer.
     """
     if parameters.pop(name, None) is not None and name == "max_tokens":
-        parameters["max_completion_tokens"] = max(THINKING_TOKENS, 4 * most)
-    if "logprobs" in name:  # one is of no use without the other
+        parameters["max_completion_tokens"] = max(THINKING_TOKENS, 4 * limit)
+    if "logprobs" in name:  # they are only valid together
         parameters.pop("logprobs", None)
         parameters.pop("top_logprobs", None)
 
 
-class Pace:
-    """Lets requests pass so many a minute, evenly.
+class RateLimiter:
+    """Spaces requests evenly, up to a number per minute.
 
     Args:
-      per_minute: requests; None: no limit.
+      per_minute: number of requests; None: no limit.
     """
 
     def __init__(self, per_minute: float | None):
@@ -353,7 +349,7 @@ class Pace:
         self._lock, self._next = threading.Lock(), 0.0
 
     def wait(self, stopped: threading.Event) -> None:
-        """Until it is this request's turn, or all are stopped."""
+        """Wait until it is this request's turn, or all are stopped."""
         if not self._gap:
             return
         with self._lock:
@@ -363,16 +359,16 @@ class Pace:
 
 
 def split_address(address: str, kind: str) -> tuple[str, str]:
-    """("URL without a path's end", MODEL) of "URL#MODEL".
+    """Base URL and model of "URL#MODEL".
 
-    A bare host gets the path /v1; one that ends in /chat/completions loses that.
+    A bare host gets the path /v1; a final /chat/completions is removed.
 
     Args:
-      address: as the user wrote it.
-      kind: of what it is, for the message.
+      address: as written by the user.
+      kind: of the address, for the message.
 
     Raises:
-      UserError: it is no such address.
+      UserError: it is not such an address.
     """
     url, _, model = address.partition("#")
     parts = urllib.parse.urlsplit(url)

@@ -28,21 +28,20 @@ from jaxalign.data.chat_templates import written_arguments
 from jaxalign.errors import UserError
 
 EXTRAS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Rules of the draw that OpenAI's interface lacks and vLLM's and others' have, with what they are
-when nobody asks for them."""
+"""Sampling parameters of vLLM and others that OpenAI's interface lacks, with their defaults."""
 
 
 class ChatEndpoint:
-    """A model that is asked over HTTP, many prompts at a time; a `Backend`.
+    """A model behind HTTP, with many simultaneous requests; a `Backend`.
 
-    Conversations go to /chat/completions. Texts do, too, as a user's turn; with `completions` they
-    go to /completions, to be continued as base models do. Samples are separate requests: not every
-    server knows `n`.
+    Conversations go to /chat/completions, and texts as well, as a user turn. With `completions`,
+    texts go to /completions, for base models. Samples are separate requests: not every server
+    knows `n`.
 
     Args:
       address: "URL#MODEL".
-      completions: texts are continued, not answered.
-      embedding_model: as the server calls it (default: the same).
+      completions: whether texts are continued instead of answered.
+      embedding_model: name on the server (default: the same model).
       **options: of `Client`.
     """
 
@@ -65,7 +64,7 @@ class ChatEndpoint:
 
     @property
     def usage(self) -> Usage:
-        """What was asked for so far."""
+        """Requests and tokens so far."""
         return self.client.usage
 
     def generate(
@@ -79,9 +78,9 @@ class ChatEndpoint:
         """As in `Backend`; a prompt that the server refuses has a `failure`.
 
         Raises:
-          UserError: key, URL or model are refused, or the server cannot be reached.
+          UserError: the key, URL or model is refused, or the server cannot be reached.
         """
-        found: list[list[Any]] = [[None] * samples for _ in prompts]
+        results: list[list[Any]] = [[None] * samples for _ in prompts]
 
         def ask(number: int, stopped: threading.Event) -> Generation:
             at, sample = divmod(number, samples)
@@ -89,10 +88,10 @@ class ChatEndpoint:
 
         for number, generation in self.client.together(len(prompts) * samples, ask):
             at, sample = divmod(number, samples)
-            found[at][sample] = generation
-            if keep is not None and None not in found[at]:
-                keep(at, found[at])
-        return found
+            results[at][sample] = generation
+            if keep is not None and None not in results[at]:
+                keep(at, results[at])
+        return results
 
     def _answered(
         self, prompt: Prompt, decoding: Decoding, sample: int, stopped: threading.Event
@@ -111,8 +110,8 @@ class ChatEndpoint:
             body["messages"] = [written_arguments(turn) for turn in prompt]
         if decoding.top_p < 1:
             body["top_p"] = decoding.top_p
-        wanted = {name: getattr(decoding, name) for name in EXTRAS}
-        body |= {name: value for name, value in wanted.items() if value != EXTRAS[name]}
+        extras = {name: getattr(decoding, name) for name in EXTRAS}
+        body |= {name: value for name, value in extras.items() if value != EXTRAS[name]}
         if decoding.stop:
             body["stop"] = list(decoding.stop)
         if decoding.temperature > 0:
@@ -135,13 +134,13 @@ class ChatEndpoint:
             return Generation(text="", finished=False, tokens=0, failure=str(error))
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
-        """As in `Backend`, where the server echoes log-probs of a prompt (vLLM does).
+        """As in `Backend`, if the server returns log-probs of prompts, as vLLM does.
 
         Raises:
           UserError: it does not, or a prompt is a conversation.
         """
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError("score: an endpoint scores texts, not conversations")
+            raise UserError("score: endpoints only score texts, not conversations")
 
         def ask(at: int, stopped: threading.Event) -> Score:
             prompt = str(prompts[at])
@@ -155,9 +154,9 @@ class ChatEndpoint:
             }
 
             def read(reply: Any) -> Score:
-                given = reply["choices"][0]["logprobs"]
+                scores = reply["choices"][0]["logprobs"]
                 end = len(prompt) + len(continuations[at])
-                tokens = zip(given["token_logprobs"], given["text_offset"], strict=True)
+                tokens = zip(scores["token_logprobs"], scores["text_offset"], strict=True)
                 mine = [(x, offset) for x, offset in tokens if len(prompt) <= offset < end]
                 if continuations[at] and not any(offset == len(prompt) for _, offset in mine):
                     raise UnusableError("no token begins where the prompt ends", final=True)
@@ -167,17 +166,18 @@ class ChatEndpoint:
                 return self.client.ask("completions", body, read, stopped)
             except RefusedError as error:
                 raise UserError(
-                    f"{self.client.url}: gives no log-probs of texts ({error}); use a local model "
-                    "for this"
+                    f"{self.client.url}: does not return log-probs of texts ({error}); use a local "
+                    "model"
                 ) from None
 
-        return [score for _, score in sorted(self.client.together(len(prompts), ask), key=_place)]
+        scores = dict(self.client.together(len(prompts), ask))
+        return [scores[at] for at in range(len(prompts))]
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
         """As in `Backend`, by /embeddings.
 
         Raises:
-          UserError: the server has none.
+          UserError: the server has no embeddings.
         """
         if not texts:
             return np.zeros((0, 1), np.float32)
@@ -195,10 +195,6 @@ class ChatEndpoint:
             vectors = self.client.ask("embeddings", body, read)
         except RefusedError as error:
             raise UserError(
-                f"{self.client.url}: gives no embeddings ({error}); name another embedder"
+                f"{self.client.url}: gives no embeddings ({error}); set another embedder"
             ) from None
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _place(found: tuple[int, Any]) -> int:
-    return found[0]

@@ -1,4 +1,4 @@
-"""What every language model can be asked for."""
+"""Interface of language models."""
 
 import hashlib
 import json
@@ -13,29 +13,29 @@ from jaxalign.data.records import Text
 from jaxalign.errors import UserError
 
 Prompt = Text
-"""A text to be continued, or the turns of a conversation to be answered."""
+"""A text to continue, or the turns of a conversation to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How responses are drawn; hashable."""
+    """Decoding settings; hashable."""
 
     max_tokens: int = 256
-    """Longest response."""
+    """Longest response in tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time (greedy)."""
+    """0: always the most likely token (greedy)."""
     top_p: float = 1.0
-    """Only the fewest likeliest tokens whose probability adds up to this."""
+    """Keep the smallest set of most likely tokens with this total probability; 1: all."""
     top_k: int = 0
-    """Only the so many likeliest tokens; 0: all."""
+    """Keep the k most likely tokens; 0: all."""
     min_p: float = 0.0
-    """Only tokens at least this times as likely as the likeliest; 0: all."""
+    """Keep tokens at least this fraction as likely as the most likely one; 0: all."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens of the prompt and of the response so far are less likely to come again."""
+    """Above 1, tokens of the prompt and of the response so far become less likely."""
     stop: tuple[str, ...] = ()
-    """Texts at which a response ends; they are no part of it."""
+    """Strings at which a response ends; they are not part of it."""
     seed: int = 0
-    """Of the draws, as far as the backend heeds it."""
+    """Random seed; not every backend uses it."""
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -51,7 +51,7 @@ class Decoding:
         if not self.repetition_penalty > 0:
             raise UserError(f"repetition_penalty: {self.repetition_penalty} is not positive")
         if "" in self.stop:
-            raise UserError("stop: an empty string would stop at once; leave it out")
+            raise UserError("stop: an empty string would stop at once; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,33 +60,33 @@ class Generation:
 
     text: str
     finished: bool
-    """Whether it ended or was stopped; if not, it was cut at the most tokens allowed."""
+    """Whether it ended by itself or at a stop string; if not, it was truncated."""
     tokens: int
-    """Of the response."""
+    """Number of tokens in the response."""
     failure: str = ""
-    """Why there is none, where the text is empty for that reason."""
+    """Why there is no response; empty: there is one."""
 
 
 Keep = Callable[[int, list[Generation]], None]
-"""What is told the responses to a prompt, by its place, as soon as they are there."""
+"""Called with the index of a prompt and its responses, as soon as they are complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How likely a continuation is."""
+    """Log-prob of a continuation."""
 
     log_prob: float
-    """Sum over its tokens, in nats; NaN where it and its prompt do not fit the model's context."""
+    """Sum over its tokens, in nats; NaN if prompt and continuation exceed the model's context."""
     tokens: int
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A language model: it writes, says how likely a text is, and places texts in a space."""
+    """A language model that generates, scores and embeds texts."""
 
     @property
     def identity(self) -> str:
-        """What its answers depend on besides the arguments: model and weights, or URL and name."""
+        """What the results depend on besides the arguments: model and weights, or URL and name."""
         ...
 
     def generate(
@@ -100,11 +100,10 @@ class Backend(Protocol):
         """Responses, `samples` to each prompt.
 
         Args:
-          prompts: texts to be continued, or conversations to be answered.
-          decoding: how; a response depends on the seed, its prompt and its place among the
-            samples alone, whatever else is asked for.
-          samples: responses to each.
-          keep: told of every prompt's responses as they come.
+          prompts: texts to continue, or conversations to answer.
+          decoding: settings; a response is determined by the seed, its prompt and its sample index.
+          samples: number of responses to each prompt.
+          keep: called with every prompt's responses as soon as they are complete.
         """
         ...
 
@@ -118,18 +117,18 @@ class Backend(Protocol):
         ...
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """Vectors of length 1, whose inner products say how alike texts are."""
+        """Vectors of length 1, whose inner products are similarities of texts."""
         ...
 
 
 def draw_number(decoding: Decoding, prompt: Prompt, sample: int) -> int:
-    """A number in [2^16, 2^31) that names a draw: the same for the same arguments, anywhere.
+    """A number in [2^16, 2^31) that identifies a draw, a hash of the arguments.
 
     Args:
-      decoding: its seed.
-      prompt: what is asked.
-      sample: place among the samples.
+      decoding: with the seed.
+      prompt: of the request.
+      sample: index of the sample.
     """
-    said = json.dumps([decoding.seed, prompt, sample], sort_keys=True)
-    value = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8])
+    request = json.dumps([decoding.seed, prompt, sample], sort_keys=True)
+    value = int.from_bytes(hashlib.sha256(request.encode()).digest()[:8])
     return 2**16 + value % (2**31 - 2**17)

@@ -1,4 +1,4 @@
-"""A model of a folder, on the devices here."""
+"""A local model as a backend."""
 
 import functools
 import json
@@ -44,25 +44,26 @@ from jaxalign.progress import saying
 from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
-"""Tokens of the shortest row that is compiled for; the others are its doublings."""
+"""Length of the shortest compiled rows; the others are this times powers of two."""
 
 
 class LocalModel:
     """A decoder or encoder-decoder with its tokenizer; a `Backend`.
 
-    Prompts go in batches of one size in the order given, padded on the left to one of few lengths,
-    so that few programs are compiled. A conversation goes through the tokenizer's chat template;
-    without one it is its turns' contents with empty lines between.
+    Prompts are batched in order, with a fixed batch size and left padding to one of a few lengths,
+    so that few programs are compiled. Conversations go through the tokenizer's chat template;
+    without one, the contents of their turns are joined with empty lines.
 
     Args:
-      model: its parameters and architecture.
+      model: parameters and architecture.
       tokenizer: from `load_tokenizer`.
-      identity: what changes when the weights do.
-      batch_size: prompts at a time; a multiple of the mesh's data x fsdp.
-      mesh: devices that share each batch; None: the first one alone.
-      prompt_format: text around a prompt that is no conversation; it holds {prompt}.
-      chat: whether such prompts go through the chat template, too; see `plain_prompts`.
+      identity: text that changes with the weights.
+      batch_size: number of prompts in a batch; a multiple of the mesh's data x fsdp.
+      mesh: of the devices; None: only the first device.
+      prompt_format: text around a plain prompt; must contain {prompt}.
+      chat: whether plain prompts go through the chat template; see `plain_prompts`.
       dtype: of the computation.
+      end_tokens: tokens that end a response, in addition to the tokenizer's.
     """
 
     def __init__(
@@ -89,25 +90,25 @@ class LocalModel:
         self.identity = f"{identity} {prompt_format!r} {self._in_text.plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
-        self._said = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
+        self._decode = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
         self._programs: dict[tuple[Decoding, int], Callable] = {}
 
     @classmethod
     def load(cls, folder: str | Path, *, tokenizer: str | None = None, **options: Any):
-        """From a Hugging Face folder, hub name or GGUF file, or a run folder with an `export`.
+        """Load a Hugging Face folder, Hub name, GGUF file or run folder with an `export`.
 
         Args:
-          folder: where it lies.
-          tokenizer: folder or hub name (default: the model's).
+          folder: of the model.
+          tokenizer: folder or Hub name (default: the model's).
           **options: of `LocalModel`.
 
         Raises:
-          UserError: the folder holds no language model.
+          UserError: it is not a language model.
         """
         name = str(exported(folder))
         model = load_pretrained(name, mesh=options.get("mesh"))
         if isinstance(model, ScoreModel):
-            raise UserError(f"{folder}: a model with a scalar head writes no text")
+            raise UserError(f"{folder}: a model with a scalar head does not generate text")
         return cls(
             model,
             load_tokenizer(tokenizer or name),
@@ -118,50 +119,51 @@ class LocalModel:
 
     @property
     def context(self) -> int | None:
-        """Most tokens of prompt and response together; None: no end, or each has its own."""
+        """Largest number of tokens of prompt and response together; None: no limit on their sum."""
         return None if self._apart else getattr(self.model.config, "context_length", None)
 
-    def text(self, prompt: Text, place: str = "a prompt") -> str:
-        """What the model reads.
+    def text(self, prompt: Text, source: str = "a prompt") -> str:
+        """The text that the model reads.
 
         Args:
           prompt: text or conversation.
-          place: where the user finds it, for messages.
+          source: of the prompt, for messages.
         """
         if not isinstance(prompt, str) and not self.tokenizer.chat_template:
             return "\n\n".join(str(turn["content"]).strip() for turn in prompt) + "\n\n"
-        return self._in_text.prompt(prompt, place)
+        return self._in_text.prompt(prompt, source)
 
     def notes(self) -> list[str]:
-        """What the chat template did not read of prompts so far, and what nothing set for it."""
+        """Lines on fields of prompts that the chat template ignored, and on variables not set."""
         return self._in_text.notes()
 
     def encode(
-        self, prompts: Sequence[Prompt], max_tokens: int, places: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], max_tokens: int, sources: Sequence[str] | None = None
     ) -> list[list[int]]:
         """Tokens of prompts, checked.
 
         Args:
           prompts: texts or conversations.
           max_tokens: of the responses.
-          places: where the user finds them.
+          sources: of the prompts, for messages.
 
         Raises:
           UserError: a prompt is empty, or it and the response may be longer than the context.
         """
-        places = [f"prompt {at + 1}" for at in range(len(prompts))] if places is None else places
-        texts = [self.text(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
+        if sources is None:
+            sources = [f"prompt {at + 1}" for at in range(len(prompts))]
+        texts = [self.text(prompt, at) for prompt, at in zip(prompts, sources, strict=True)]
         rows = []
         encodings = self._encoder.encode(texts)
-        for prompt, text, encoding, place in zip(prompts, texts, encodings, places, strict=True):
-            asked = prompt if isinstance(prompt, str) and self._in_text.plain.as_turns else text
-            if not asked.strip():
-                raise UserError(f"{place}: the prompt is empty; write something or leave it out")
+        for prompt, text, encoding, source in zip(prompts, texts, encodings, sources, strict=True):
+            content = prompt if isinstance(prompt, str) and self._in_text.plain.as_turns else text
+            if not content.strip():
+                raise UserError(f"{source}: the prompt is empty; write something or remove it")
             row = self._encoder.begun(list(encoding.ids)) or self._encoder.start
             row = row + (self._encoder.suffix if self._apart else [])
             if self.context is not None and len(row) + max_tokens > self.context:
                 raise UserError(
-                    f"{place}: {len(row)} tokens of prompt and {max_tokens} of response are more "
+                    f"{source}: {len(row)} tokens of prompt and {max_tokens} of response are more "
                     f"than the model's context of {self.context}; shorten the prompt or lower "
                     "max_tokens"
                 )
@@ -185,11 +187,11 @@ class LocalModel:
         rows = self.encode(prompts, decoding.max_tokens)
         policies = [{"params": self.model.params}]
         key, one = jax.random.key(decoding.seed), jnp.ones(1)
-        run, found = self._program(decoding, samples), []
-        most = None if self.context is None else self.context - decoding.max_tokens
+        run, results = self._program(decoding, samples), []
+        limit = None if self.context is None else self.context - decoding.max_tokens
         for begin in range(0, len(rows), self.batch_size):
             mine = prompts[begin : begin + self.batch_size]
-            tokens, length = self._padded(rows[begin : begin + len(mine)], left=True, most=most)
+            tokens, length = self._padded(rows[begin : begin + len(mine)], left=True, limit=limit)
             draws = np.zeros((self.batch_size, samples), np.int32)
             for at, prompt in enumerate(mine):
                 draws[at] = [draw_number(decoding, prompt, sample) for sample in range(samples)]
@@ -197,15 +199,15 @@ class LocalModel:
             out = jax.device_get(run(policies, tokens, length, key, one, numbers))
             for at in range(len(mine)):
                 group = range(at * samples, (at + 1) * samples)
-                found.append([self._generation(out, row, decoding) for row in group])
+                results.append([self._generation(out, row, decoding) for row in group])
                 if keep is not None:
-                    keep(begin + at, found[-1])
-        return found
+                    keep(begin + at, results[-1])
+        return results
 
     def _program(self, decoding: Decoding, samples: int) -> Callable:
-        # the seed is an argument of the program, not a part of it
-        asked = replace(decoding, seed=0), samples
-        if asked not in self._programs:
+        # the seed is an argument of the program
+        program_key = replace(decoding, seed=0), samples
+        if program_key not in self._programs:
             stops = None
             if decoding.stop:
                 stops = jnp.asarray(stop_table(decoding.stop, self._token_bytes))
@@ -233,8 +235,8 @@ class LocalModel:
                     f"responses of {decoding.max_tokens}"
                 )
 
-            self._programs[asked] = saying(program, shape)
-        return self._programs[asked]
+            self._programs[program_key] = saying(program, shape)
+        return self._programs[program_key]
 
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
@@ -242,20 +244,20 @@ class LocalModel:
 
     def _generation(self, out: Any, row: int, decoding: Decoding) -> Generation:
         length = int(out.length[row])
-        text = self._said(out.tokens[row, :length].tolist(), decoding.stop)
+        text = self._decode(out.tokens[row, :length].tolist(), decoding.stop)
         return Generation(text=text, finished=bool(out.finished[row]), tokens=length)
 
     def _padded(
-        self, rows: Sequence[Sequence[int]], *, left: bool, most: int | None
+        self, rows: Sequence[Sequence[int]], *, left: bool, limit: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of one batch, the last one repeated; their length is a power of two times 32."""
+        """Rows of a batch, filled up with the last row; lengths are 32 times powers of two."""
         filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
         for row in rows:
             check_ids(row, self.tokenizer, self.model.config.vocab_size)
         size = SHORTEST
         while size < max(map(len, filled)):
             size *= 2
-        size = size if most is None else min(size, most)
+        size = size if limit is None else min(size, limit)
         tokens = np.zeros((len(filled), size), np.int32)
         for at, row in enumerate(filled):
             tokens[at, size - len(row) :] = row if left else 0
@@ -264,48 +266,48 @@ class LocalModel:
         return tokens, np.array([len(row) for row in filled], np.int32)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
-        """As in `Backend`; tokens are those of the joint text, no end token is scored.
+        """As in `Backend`; tokens are those of the joint text, without an end token.
 
-        One-token continuations of the same prompt are read off one pass.
+        One-token continuations of the same prompt share a forward pass.
         """
         texts = [
             (self.text(prompt), continuation)
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
         pairs = [(prompt, continuation) for prompt, continuation, _ in self._joint(texts)]
-        found: list[Any] = [None] * len(pairs)
+        results: list[Any] = [None] * len(pairs)
         options: dict[tuple[int, ...], list[int]] = {}
         for at, (prompt, continuation) in enumerate(pairs):
             if self.context is not None and len(prompt) + len(continuation) > self.context:
-                found[at] = Score(log_prob=math.nan, tokens=len(continuation))
+                results[at] = Score(log_prob=math.nan, tokens=len(continuation))
             elif len(continuation) == 1 and not self._apart:
                 options.setdefault(tuple(prompt), []).append(at)
-        options = {prompt: places for prompt, places in options.items() if len(places) > 1}
-        asked = sorted(options, key=len)  # rows of like length pad each other least
-        for begin in range(0, len(asked), self.batch_size):
-            mine = asked[begin : begin + self.batch_size]
-            tokens, length = self._padded(mine, left=False, most=self.context)
+        options = {prompt: at for prompt, at in options.items() if len(at) > 1}
+        prompts_of_options = sorted(options, key=len)  # similar lengths need little padding
+        for begin in range(0, len(prompts_of_options), self.batch_size):
+            mine = prompts_of_options[begin : begin + self.batch_size]
+            tokens, length = self._padded(mine, left=False, limit=self.context)
             values = _next(self.model.params, self.model.config, tokens, length)
             for prompt, row in zip(mine, np.asarray(values, np.float64), strict=False):
                 for at in options[prompt]:
-                    found[at] = Score(log_prob=float(row[pairs[at][1][0]]), tokens=1)
-        rest = [at for at, score in enumerate(found) if score is None]
+                    results[at] = Score(log_prob=float(row[pairs[at][1][0]]), tokens=1)
+        rest = [at for at, score in enumerate(results) if score is None]
         rest.sort(key=lambda at: sum(map(len, pairs[at])))
         for begin in range(0, len(rest), self.batch_size):
-            places = rest[begin : begin + self.batch_size]
-            mine = [pairs[at] for at in places]
+            indices = rest[begin : begin + self.batch_size]
+            mine = [pairs[at] for at in indices]
             whole = [p if self._apart else [*p, *c] for p, c in mine]
-            tokens, _ = self._padded(whole, left=False, most=self.context)
-            responses, length = self._padded([c for _, c in mine], left=False, most=self.context)
+            tokens, _ = self._padded(whole, left=False, limit=self.context)
+            responses, length = self._padded([c for _, c in mine], left=False, limit=self.context)
             prompt_length = np.array([len(p) for p, _ in mine], np.int32)
             prompt_length = np.pad(prompt_length, (0, len(tokens) - len(mine)), mode="edge")
             sums = _summed(
                 self.model.params, self.model.config, tokens, prompt_length, responses, length
             )
             values = np.asarray(sums, np.float64)[: len(mine)]
-            for at, value, (_, c) in zip(places, values, mine, strict=True):
-                found[at] = Score(log_prob=float(value), tokens=len(c))
-        return found
+            for at, value, (_, c) in zip(indices, values, mine, strict=True):
+                results[at] = Score(log_prob=float(value), tokens=len(c))
+        return results
 
     def _joint(self, texts: Sequence[tuple[str, str]]):
         if not self._apart:
@@ -319,13 +321,13 @@ class LocalModel:
             yield begun, list(sides[1].ids), False
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """As in `Backend`: last hidden states, averaged over a text's tokens; ends are cut off.
+        """As in `Backend`: mean last hidden states of a text, truncated to the context.
 
         Raises:
-          UserError: an encoder-decoder, or an empty text.
+          UserError: the model is an encoder-decoder, or a text is empty.
         """
         if self._apart:
-            raise UserError("embed: an encoder-decoder gives no vectors here; use a decoder")
+            raise UserError("embed: encoder-decoders are not supported; use a decoder")
         rows = [
             (self._encoder.begun(list(encoding.ids)) or self._encoder.start)[: self.context]
             for encoding in self._encoder.encode(texts)
@@ -333,23 +335,23 @@ class LocalModel:
         vectors = np.zeros((len(rows), self.model.config.width), np.float32)
         order = sorted(range(len(rows)), key=lambda at: len(rows[at]))
         for begin in range(0, len(rows), self.batch_size):
-            places = order[begin : begin + self.batch_size]
-            mine = [rows[at] for at in places]
-            tokens, length = self._padded(mine, left=False, most=self.context)
+            indices = order[begin : begin + self.batch_size]
+            mine = [rows[at] for at in indices]
+            tokens, length = self._padded(mine, left=False, limit=self.context)
             pooled = _pooled(self.model.params, self.model.config, tokens, length)
-            vectors[places] = np.asarray(pooled)[: len(mine)]
+            vectors[indices] = np.asarray(pooled)[: len(mine)]
         return vectors
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _summed(params, config, tokens, prompt_length, responses, length):
-    found = response_log_probs(params, config, tokens, prompt_length, responses, length)
-    return found.log_prob.sum(-1)
+    out = response_log_probs(params, config, tokens, prompt_length, responses, length)
+    return out.log_prob.sum(-1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _next(params, config, tokens, length):
-    """Log-probs of every token after each row."""
+    """Log-probs of the next token after each row."""
     states = decoder.hidden_states(params, config, tokens)
     last = states[jnp.arange(len(tokens)), length - 1]
     return jax.nn.log_softmax(decoder.unembed(last, config, *decoder.unembedding(params, config)))
@@ -364,7 +366,7 @@ def _pooled(params, config, tokens, length):
 
 
 def weights_identity(folder: str) -> str:
-    """A name that changes when the weights in a folder or file do."""
+    """A text that changes with the weights in a folder or file."""
     path = Path(folder)
     if not path.exists():
         return folder
@@ -374,18 +376,18 @@ def weights_identity(folder: str) -> str:
 
 
 def end_tokens(folder: str | Path, vocabulary: int) -> list[int]:
-    """What a model's files say ends a response: chat models often name a turn's end.
+    """End-of-response tokens of a model; chat models often have one for the end of a turn.
 
-    `generation_config.json` counts, and where it names none `config.json`.
+    They are read from `generation_config.json`, or if it has none, from `config.json`.
 
     Args:
-      folder: of the model, or its hub name.
-      vocabulary: how many tokens the model has.
+      folder: of the model, or its Hub name.
+      vocabulary: number of tokens of the model.
 
     Raises:
-      UserError: `generation_config.json` is not JSON, or names what is no token of the model.
+      UserError: `generation_config.json` is not JSON, or a value is not a token of the model.
     """
-    if is_gguf(folder) and not Path(folder).is_dir():  # its metadata say as much
+    if is_gguf(folder) and not Path(folder).is_dir():  # read from its metadata
         return generation_fields(Path(folder)).get("eos_token_id", [])
     path = find_folder(folder) / "generation_config.json"
     if path.is_file():
@@ -396,7 +398,7 @@ def end_tokens(folder: str | Path, vocabulary: int) -> list[int]:
                 if type(end) is not int or not 0 <= end < vocabulary:
                     raise UserError(
                         f"{path}: eos_token_id: {end!r} is not a token of the model, a number from "
-                        f"0 to {vocabulary - 1}; correct it or leave it out"
+                        f"0 to {vocabulary - 1}; correct or remove it"
                     )
             return ends
     path = path.with_name("config.json")
@@ -409,7 +411,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON: {error}; correct it or remove it") from None
+        raise UserError(f"{path}: is not JSON: {error}; correct or remove it") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: is not a JSON object; correct it or remove it")
+        raise UserError(f"{path}: is not a JSON object; correct or remove it")
     return fields

@@ -10,39 +10,39 @@ from jaxalign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
-    """What backends may be told besides their name; each reads what it needs."""
+    """Options of all backends; each reads what it needs."""
 
     tokenizer: str | None = None
-    """Local: folder or hub name (default: the model's)."""
+    """Local: tokenizer, as a folder or Hub name (default: the model's)."""
     batch_size: int = 8
-    """Local: prompts at a time."""
+    """Local: number of prompts in a batch."""
     dtype: str = "float32"
-    """Local: of the computation."""
+    """Local: data type of the computation."""
     prompt_format: str = "{prompt}"
     """Local: text around a plain prompt."""
     chat: Chat = "auto"
     """Local: whether plain prompts go through the chat template; see `plain_prompts`."""
     workers: int = 8
-    """Endpoint: requests at a time."""
+    """Endpoint: number of simultaneous requests."""
     timeout: float = 120.0
-    """Endpoint: seconds for a request."""
+    """Endpoint: time limit of a request in seconds."""
     attempts: int = 4
-    """Endpoint: for each request."""
+    """Endpoint: largest number of attempts for each request."""
     requests_per_minute: float | None = None
-    """Endpoint: None is as many as the workers manage."""
+    """Endpoint: rate limit; None: no limit."""
     completions: bool = False
-    """Endpoint: continue texts (/completions) instead of answering them."""
+    """Endpoint: whether texts are continued (/completions) instead of answered."""
 
 
 def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
-    """The backend that a name stands for.
+    """The backend of a name.
 
     Args:
-      name: "openai:URL#MODEL", or a folder, hub name, run folder or GGUF file.
-      options: what else it may need.
+      name: "openai:URL#MODEL", or a folder, Hub name, run folder or GGUF file.
+      options: of the backend.
 
     Raises:
-      UserError: there is no such model, or no such address.
+      UserError: there is no such model, or the address is invalid.
     """
     options = options or BackendOptions()
 
@@ -52,22 +52,22 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
     if name.startswith("openai:"):
         from jaxalign.backends.endpoint import ChatEndpoint
 
-        asked = ("completions", "workers", "timeout", "attempts", "requests_per_minute")
-        return ChatEndpoint(name.removeprefix("openai:"), **chosen(*asked))
+        names = ("completions", "workers", "timeout", "attempts", "requests_per_minute")
+        return ChatEndpoint(name.removeprefix("openai:"), **chosen(*names))
     if not name:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    given = chosen("tokenizer", "batch_size", "dtype", "prompt_format", "chat")
-    return LocalModel.load(name, **given)
+    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat")
+    return LocalModel.load(name, **chosen(*names))
 
 
 def make_embedder(name: str, model: Backend) -> Any:
-    """What places texts in a space.
+    """An embedder of texts.
 
     Args:
-      name: "words" (counts, no model), "model", or a backend's name.
-      model: the one meant by "model".
+      name: "words" (word counts without a model), "model", or a backend's name.
+      model: used for "model".
     """
     if name == "words":
         from jaxalign.backends.words import WordVectors

@@ -1,4 +1,4 @@
-"""Vectors of texts by their words: no model, for retrieval among few texts."""
+"""Word-count vectors of texts, for retrieval among few texts without a model."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ WIDTH = 4096
 
 
 class WordVectors:
-    r"""Hashed word counts, dampened.
+    r"""Hashed logarithmic word counts.
 
     .. math:: v_k = \sum_{w : h(w) = k} (1 + \log n_w), \qquad v \leftarrow v / \|v\|
     """
@@ -21,10 +21,10 @@ class WordVectors:
     identity = "words"
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
-        """As in `Backend`; a text without words is the zero vector."""
+        """As in `Backend`; a text without words has the zero vector."""
         vectors = np.zeros((len(texts), WIDTH), np.float32)
         for row, text in zip(vectors, texts, strict=True):
             for word, count in Counter(re.findall(r"\w+", text.lower())).items():
-                place = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % WIDTH
-                row[place] += 1 + math.log(count)
+                index = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) % WIDTH
+                row[index] += 1 + math.log(count)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

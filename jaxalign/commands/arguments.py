@@ -44,7 +44,7 @@ def parse(
       SystemExit: --help.
     """
     known = flags_of(options)
-    arguments = _renamed(arguments, known)
+    arguments = renamed(arguments, known)
     check_names(arguments, known, f"jaxalign {command} --help")
     return _parse(options, command, arguments, prog)
 
@@ -53,7 +53,7 @@ def parse_known(
     options: type[Options], command: str, arguments: Sequence[str]
 ) -> tuple[Options, list[str]]:
     """As `parse`, and the arguments that are none of the dataclass's."""
-    arguments = _renamed(arguments, flags_of(options))
+    arguments = renamed(arguments, flags_of(options))
     return _parse(options, command, arguments, "", return_unknown_args=True)
 
 
@@ -126,14 +126,14 @@ def _plain(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
-def _renamed(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+def renamed(arguments: Sequence[str], known: Collection[str]) -> list[str]:
     """The arguments, with the new names of flags that had another one in version 0.2."""
     names = {old: new for old, new in ALIASES.items() if new in known and old not in known}
-    renamed = []
+    result = []
     for text in arguments:
         name, equals, value = text.partition("=")
-        renamed.append(f"{names.get(name, name)}{equals}{value}")
-    return renamed
+        result.append(f"{names.get(name, name)}{equals}{value}")
+    return result
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:
@@ -187,7 +187,7 @@ def _complaint(text: str) -> str:
     return message
 
 
-ALIASES = {"--most": "--limit"}
+ALIASES = {"--most": "--limit", "--entanglement.cure": "--entanglement.reweighting"}
 """Old name -> new name of flags that still work under the old one."""
 RENAMED = {"--strings-as-chat": "--chat always", "--no-strings-as-chat": "--chat never"}
 """Flags of earlier versions."""

@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Sequence
 
-from jaxalign.commands.arguments import check_names, joined_lines
+from jaxalign.commands.arguments import check_names, joined_lines, renamed
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.runs.experiment import fitted, load_config
@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         for text in arguments
         for part in (text.split("=", 1) if text.startswith("--scale=") else [text])
     ]
+    rest = renamed(rest, _names(TrainConfig))
     typed: dict[str, str] = {}
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] not in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""How hard a loss pulls at the log-probs of chosen and rejected: d_w and d_l of any loss."""
+"""Coefficients d_w and d_l of any loss on the gradients of chosen and rejected log-probs."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ class Coefficients:
 
     @property
     def ratio(self) -> Float[Array, " pairs"]:
-        """d_w / d_l; infinite where the loss lets the rejected response off."""
+        """d_w / d_l; infinite if the loss does not depend on the rejected response."""
         return self.chosen / self.rejected
 
 
@@ -35,9 +35,9 @@ def coefficients(loss: PreferenceLoss, pairs: PairLogProbs, **options: Any) -> C
               \quad d_w = -\frac{\partial\ell}{\partial\log\pi_w}, \quad
               d_l = \frac{\partial\ell}{\partial\log\pi_l}
 
-    A batch-coupled loss is differentiated as it is trained: what it takes from its batch under
-    `stop_gradient` is a constant, and every other dependence of a pair's loss on another pair adds
-    to that other pair's coefficients.
+    A batch-coupled loss is differentiated as in training: batch statistics under `stop_gradient`
+    are constants, and any other dependence of a pair's loss on another pair adds to that other
+    pair's coefficients.
 
     Args:
       loss: from `PREFERENCE_LOSSES`, or any function from `PairLogProbs` to a value per pair.

@@ -1,4 +1,4 @@
-"""When a step raises the chosen log-prob and lowers the rejected one, and when it cannot."""
+"""Conditions under which a step raises the chosen log-prob and lowers the rejected one."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -42,13 +42,13 @@ def band(geometry: PairGeometry) -> tuple[Float[Array, " pairs"], Float[Array, "
     .. math:: \rho \, r^* < \frac{d_w}{d_l} < \frac{r^*}{\rho} \quad (\rho > 0), \qquad
               0 < \frac{d_w}{d_l} < \infty \quad (\rho \le 0)
 
-    The band is empty at a cosine of 1 alone; its centre on a logarithmic scale is r*.
+    The band is empty only at a cosine of 1; its centre on a logarithmic scale is r*.
 
     Args:
       geometry: the pairs' Gram matrices.
 
     Returns:
-      Lower and upper end, [pairs]; infinity where there is no upper end.
+      Lower and upper end, [pairs]; infinity if there is no upper end.
     """
     rho, centre = cosine(geometry), norm_ratio(geometry)
     tangled = rho > 0
@@ -62,7 +62,7 @@ def first_order_changes(
     *,
     learning_rate: float | Float[Array, ""] = 1.0,
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
-    r"""What a step of gradient descent on a pair alone does to its log-probs, to first order.
+    r"""First-order changes of a pair's log-probs by a gradient step on the pair alone.
 
     .. math:: \Delta\log\pi_w = \eta (d_w n_w - d_l \langle g_w, g_l \rangle), \quad
               \Delta\log\pi_l = \eta (d_w \langle g_w, g_l \rangle - d_l n_l)
@@ -84,25 +84,25 @@ def first_order_changes(
 def case_of_changes(
     chosen: Float[Array, " pairs"], rejected: Float[Array, " pairs"]
 ) -> Int[Array, " pairs"]:
-    """Which of `CASES` the signs of two changes are; a change of 0 counts as wanted."""
+    """The case of two changes by their signs; a change of 0 counts as in the ideal case."""
     up, down = chosen >= 0, rejected <= 0
     return jnp.where(up, jnp.where(down, 1, 3), jnp.where(down, 2, 4))
 
 
 def case(geometry: PairGeometry, weights: Coefficients) -> Int[Array, " pairs"]:
-    """Which of `CASES` a pair is in, by the signs of its first-order changes.
+    """The case of a pair, by the signs of its first-order changes.
 
     With both coefficients positive: "ideal" (chosen up, rejected down), "both down" where the
     inner product exceeds (d_w / d_l) n_w, "both up" where it exceeds (d_l / d_w) n_l; both at
-    once is impossible. A pair without a change in either (a resting hinge) or with a quantity that
-    is not a number is "undefined".
+    once is impossible. A pair is "undefined" if neither changes (a hinge at rest) or a value is not
+    a number.
 
     Args:
       geometry: the pairs' Gram matrices.
       weights: the loss's coefficients.
 
     Returns:
-      Numbers into `CASES`, [pairs]. Yuan et al., 2024, arXiv:2410.13828, table 1.
+      Indices of `CASES`, [pairs]. Yuan et al., 2024, arXiv:2410.13828, table 1.
     """
     chosen, rejected = first_order_changes(geometry, weights)
     number = case_of_changes(chosen, rejected)

@@ -1,4 +1,4 @@
-"""The exact Gram matrix of every pair's two gradients, at one checkpoint."""
+"""The exact Gram matrix of the two gradients of every pair, for fixed parameters."""
 
 import math
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ def pair_geometry(
     remat: str = "none",
     dtype: Any = None,
 ) -> PairGeometry:
-    r"""n_w, n_l and the inner product over all trained parameters, by one backward pass of all.
+    r"""n_w, n_l and the inner product over all trained parameters, by one backward pass.
 
     .. math:: n_w = \|\nabla_\theta \log\pi_w\|^2, \quad n_l = \|\nabla_\theta \log\pi_l\|^2,
               \quad \langle \nabla_\theta \log\pi_w, \nabla_\theta \log\pi_l \rangle
 
-    The gradient itself is not formed. In training the same numbers come with the step.
+    The gradients themselves are never stored. In training, `PairProbe` gives the same values.
 
     Args:
       params: nested dict of arrays.
@@ -38,12 +38,12 @@ def pair_geometry(
       batch: pairs, as `pair_batches` makes them.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
-      remat: what the backward pass computes again, as in `decoder.hidden_states`.
-      dtype: of the computation; None is the parameters' own.
+      remat: what the backward pass recomputes, as in `decoder.hidden_states`.
+      dtype: of the computation; None: that of the parameters.
 
     Returns:
-      The pairs' Gram matrices, each field [pairs] in float32. A field by layer or by kind of matrix
-      is had from `probing`.
+      The pairs' Gram matrices, each field [pairs] in float32. See `probing`
+      for values by layer and by kind of matrix.
     """
     rows = tuple(map(jnp.asarray, batch.rows()))
     tokens, _, response_tokens, _ = rows
@@ -66,8 +66,8 @@ def pair_geometry(
         )
         return out.log_prob.sum()
 
-    found = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
-    return unweighted(total(found), jnp.ones((tokens.shape[0] // 2, 2)))
+    parts = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
+    return unweighted(total(parts), jnp.ones((tokens.shape[0] // 2, 2)))
 
 
 def two_pass_geometry(
@@ -80,10 +80,9 @@ def two_pass_geometry(
     remat: str = "none",
     dtype: Any = None,
 ) -> PairGeometry:
-    """`pair_geometry` by two backward passes per pair: the usual way, to compare with.
+    """`pair_geometry` by two backward passes per pair: the usual method, for comparison.
 
-    Pairs pass one after the other, so that two gradients are held at a time and no more; sums
-    are formed in float32.
+    Pairs are processed one by one, so that only two gradients are in memory; sums are in float32.
 
     Args:
       params: nested dict of arrays.
@@ -91,8 +90,8 @@ def two_pass_geometry(
       batch: pairs, as `pair_batches` makes them.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
-      remat: what the backward pass computes again, as in `decoder.hidden_states`.
-      dtype: of the computation; None is the parameters' own.
+      remat: what the backward pass recomputes, as in `decoder.hidden_states`.
+      dtype: of the computation; None: that of the parameters.
 
     Returns:
       The pairs' Gram matrices, each field [pairs] in float32.
@@ -131,7 +130,7 @@ def gram(
     Args:
       first: a tree of arrays.
       second: a tree of the same shapes.
-      diagonal: P as such a tree; None is 1 everywhere.
+      diagonal: P as such a tree; None: 1 everywhere.
     """
 
     def inner(u: Any, v: Any) -> Float[Array, ""]:

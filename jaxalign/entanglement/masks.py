@@ -1,4 +1,4 @@
-"""Token masks: which tokens of two responses the preference is about."""
+"""Token masks: weights of the tokens of two responses in a preference loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign.records import AnyArray
 
 START = 2.0
-"""Logit of every learned weight at first: nine tenths of a token count."""
+"""Initial logit of every learned weight, a weight of 0.88."""
 
 
 def differing_tokens(
@@ -20,15 +20,15 @@ def differing_tokens(
 
     .. math:: F_{ij} = \max(F_{i-1,j}, \; F_{i,j-1}, \; F_{i-1,j-1} + [w_i = l_j])
 
-    The oracle of a sparse preference: what both responses share, in the same order, does not count.
-    Of several longest subsequences it is the one whose matches come first.
+    Tokens that both responses have in the same order do not count. Of several longest common
+    subsequences, the one with the earliest matches is used.
 
     Args:
       response_tokens: chosen and rejected, padded on the right.
-      response_length: how many of them are real.
+      response_length: number of tokens without padding.
 
     Returns:
-      [pairs, 2, response]; zeros throughout where the responses are the same.
+      [pairs, 2, response]; all zeros if the responses are the same.
 
     References:
       The idea: Yuan et al., 2024, arXiv:2410.13828, section 5.2.
@@ -37,9 +37,8 @@ def differing_tokens(
 
 
 def _differing(tokens: Array, length: Array) -> Array:
-    room = tokens.shape[1]
-    place = jnp.arange(room)
-    real = place[None] < length[:, None]
+    size = tokens.shape[1]
+    real = jnp.arange(size)[None] < length[:, None]
     same = (tokens[0][:, None] == tokens[1][None]) & real[0][:, None] & real[1][None]
 
     def row(above: Array, matches: Array) -> tuple[Array, Array]:
@@ -47,7 +46,7 @@ def _differing(tokens: Array, length: Array) -> Array:
         new = jnp.concatenate([above[:1], jax.lax.cummax(longest)])
         return new, new
 
-    first = jnp.zeros(room + 1, jnp.int32)
+    first = jnp.zeros(size + 1, jnp.int32)
     _, rows = jax.lax.scan(row, first, same.astype(jnp.int32))
     table = jnp.concatenate([first[None], rows])  # [i, j]: of the first i and the first j tokens
 
@@ -58,11 +57,11 @@ def _differing(tokens: Array, length: Array) -> Array:
         match = inside & ~up & ~left
         di = jnp.where(inside, up | match, i > 0)
         dj = jnp.where(inside, ~up, j > 0)
-        return (i - di, j - dj), jnp.where(match, jnp.stack([i, j]) - 1, room)
+        return (i - di, j - dj), jnp.where(match, jnp.stack([i, j]) - 1, size)
 
-    _, shared = jax.lax.scan(back, (length[0], length[1]), None, length=2 * room)
-    found = jnp.zeros((2, room + 1)).at[jnp.arange(2)[:, None], shared.T].set(1.0)[:, :room]
-    return jnp.where(real, 1.0 - found, 0.0)
+    _, shared = jax.lax.scan(back, (length[0], length[1]), None, length=2 * size)
+    common = jnp.zeros((2, size + 1)).at[jnp.arange(2)[:, None], shared.T].set(1.0)[:, :size]
+    return jnp.where(real, 1.0 - common, 0.0)
 
 
 def initial_head(width: int, vocabulary: int) -> dict[str, Array]:
@@ -79,7 +78,7 @@ def token_weights(
     states: Float[AnyArray, "*batch response width"],
     tokens: Int[AnyArray, "*batch response"],
 ) -> Float[Array, "*batch response"]:
-    r"""Learned weights in (0, 1) from what precedes a token and from the token itself.
+    r"""Learned weights in (0, 1), from the hidden state before a token and the token itself.
 
     .. math:: \mu_t = \sigma\left(v \cdot h_t / (\sqrt{d} \, \mathrm{rms}(h_t)) + u_{y_t} + c\right)
 
@@ -92,8 +91,8 @@ def token_weights(
       [..., response].
 
     References:
-      The idea: Yuan et al., 2024, arXiv:2410.13828, section 5.2, whose experiments are not
-      published; this parametrisation is our own.
+      The idea: Yuan et al., 2024, arXiv:2410.13828, section 5.2, which gives no
+      parametrisation; this one is our own.
     """
     states = states.astype(jnp.float32)
     size = jnp.sqrt(jnp.mean(jnp.square(states), axis=-1) + 1e-6)

@@ -1,4 +1,4 @@
-"""What the gradients of pairs have in common: a row per pair, a row per loss, token heat maps."""
+"""Measurements of gradient entanglement: a row per pair, a row per loss, token heat maps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -37,18 +37,18 @@ from jaxalign.models.responses import response_log_probs
 from jaxalign.progress import saying, track
 
 HeatMapParameters = Literal["all", "unembedding"]
-"""The parameters whose gradients a heat map compares."""
+"""Parameters whose gradients a heat map compares."""
 HEAT_MAPS: dict[HeatMapParameters, Callable[..., TokenGeometry]] = {
     "all": token_geometry,
     "unembedding": last_layer_geometry,
 }
 STEP = 16
-"""Rows of heat maps are cut to multiples of so many tokens, for one program to serve several."""
+"""Rows of heat maps are cut to multiples of this many tokens, to compile fewer programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairRow:
-    """One pair: its source, its texts and its numbers."""
+    """One pair: its source, its texts and its measurements."""
 
     place: str
     case: str
@@ -60,24 +60,24 @@ class PairRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """What a loss would do to the pairs."""
+    """Effect of a loss on the pairs."""
 
     name: str
-    shares: Mapping[str, float]
+    fractions: Mapping[str, float]
     in_band: float
     ratio: float
     negative: int
 
     def cells(self, names: Sequence[str]) -> list[str]:
-        """Shares in per cent, the median ratio, the number of pairs with a negative coefficient."""
-        values = {name: f"{share:.0%}" for name, share in self.shares.items()}
+        """Percentages of pairs, the median ratio, the number of negative coefficients."""
+        values = {name: f"{fraction:.0%}" for name, fraction in self.fractions.items()}
         values |= {"in band": f"{self.in_band:.0%}", "d_w/d_l": _ratio(self.ratio)}
         values["negative"] = str(self.negative)
         return [values[name] for name in names]
 
 
 def _ratio(value: float) -> str:
-    """A ratio of coefficients; infinite where the lower one is a remainder of rounding."""
+    """A ratio of coefficients as text; infinite if the denominator is only rounding error."""
     if abs(value) > 1e6:
         return "∞" if value > 0 else "-∞"
     return f"{value:.3g}"
@@ -85,7 +85,7 @@ def _ratio(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """Cosines of a pair's tokens, [chosen, rejected]."""
+    """Cosines of the token gradients of a pair, [chosen, rejected]."""
 
     pair: int
     cosines: np.ndarray
@@ -149,8 +149,8 @@ def pair_rows(
 
     Args:
       loaded: the pairs.
-      geometry: as `measure` gives it.
-      pairs: as `measure` gives them.
+      geometry: from `measure`.
+      pairs: from `measure`.
       loss: with its hyperparameters set.
       similarities: of every pair, by name.
     """
@@ -197,7 +197,7 @@ def pair_rows(
 def loss_row(
     name: str, loss: PreferenceLoss, geometry: PairGeometry, pairs: PairLogProbs
 ) -> LossRow:
-    """What a gradient step of a loss, at its defaults, does to each pair by itself."""
+    """Effect of a gradient step of a loss with default hyperparameters on each pair alone."""
     weights = coefficients(loss, pairs)
     cases = np.asarray(case(geometry, weights))
     lower, upper = band(geometry)
@@ -206,7 +206,7 @@ def loss_row(
     negative = np.asarray((weights.chosen < 0) | (weights.rejected < 0))
     return LossRow(
         name=name,
-        shares={label: float(np.mean(cases == number)) for number, label in enumerate(CASES)},
+        fractions={label: float(np.mean(cases == number)) for number, label in enumerate(CASES)},
         in_band=float((inside & ~negative).mean()),
         ratio=float(np.median(np.asarray(ratio))),
         negative=int(negative.sum()),
@@ -216,7 +216,7 @@ def loss_row(
 def most_and_least_entangled(geometry: PairGeometry, number: int) -> list[int]:
     """Indices of the pairs with the highest cosines, then of those with the lowest, `number` each.
 
-    A pair without a cosine counts as the least entangled; no pair comes twice.
+    A pair without a cosine counts as the least entangled; no pair appears twice.
     """
     order = np.argsort(-np.nan_to_num(np.asarray(cosine(geometry)), nan=-2.0))
     return list(dict.fromkeys(map(int, [*order[:number], *order[::-1][:number]])))
@@ -229,13 +229,13 @@ def heat_maps(
     limit: int,
     parameters: HeatMapParameters = "all",
 ) -> list[HeatMap]:
-    """Token against token for some pairs.
+    """Heat maps of some pairs, token by token.
 
     Args:
       loaded: model and pairs.
       shown: indices of the pairs.
       limit: largest number of tokens of either response, counted from the first.
-      parameters: those whose gradients are compared.
+      parameters: whose gradients are compared.
     """
     geometry = HEAT_MAPS[parameters]
     model, maps, one_by_one = loaded.model, [], loaded.batches(1)
@@ -248,7 +248,7 @@ def heat_maps(
         length = np.minimum(batch.response_length[0], limit)
         size = min(batch.response_tokens.shape[-1], limit)
         tokens = batch.tokens[0]
-        if isinstance(model.config, DecoderConfig):  # no token depends on those behind it
+        if isinstance(model.config, DecoderConfig):  # no token depends on later ones
             read = int(batch.prompt_length[0].max()) + size
             tokens = tokens[:, : -(-read // STEP) * STEP]
         pair = PairTokens(

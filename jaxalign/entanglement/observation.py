@@ -1,4 +1,4 @@
-"""What a training step sees of its pairs, and the numbers that it logs."""
+"""Per-pair statistics of a training step, and the metrics that are logged of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,15 +22,15 @@ from jaxalign.records import record
 
 @record
 class Observation:
-    """Geometry of the pairs of a batch before its update.
+    """Statistics of the pairs of a batch before its update.
 
     Attributes:
       geometry: over all trained parameters.
       weights: the loss's coefficients.
       log_probs: of chosen and rejected, in nats.
-      preconditioned: in the optimiser's inner product, if it was asked for.
-      parts: path of each matrix ("layers/q") -> its share of the geometry, [pairs] or [pairs,
-        layers]; empty unless asked for.
+      preconditioned: geometry in the optimiser's inner product; None: not computed.
+      parts: path of each matrix ("layers/q") -> its contribution to the geometry, [pairs] or
+        [pairs, layers]; empty: not computed.
     """
 
     geometry: PairGeometry
@@ -41,13 +41,13 @@ class Observation:
 
 
 def summary(
-    seen: Observation, after: Float[Array, "pairs 2"] | None = None
+    observation: Observation, after: Float[Array, "pairs 2"] | None = None
 ) -> dict[str, Float[Array, " pairs"]]:
-    """A number per pair under every name that is logged; NaN where it is not defined.
+    """Values per pair of every logged metric; NaN where undefined.
 
     Args:
-      seen: an observation.
-      after: log-probs of the same pairs after the update, if they were computed.
+      observation: of the batch.
+      after: log-probs of the same pairs after the update; None: not computed.
 
     Returns:
       `cosine`; `norm_chosen`, `norm_rejected` (of the gradients); `norm_ratio` (r*); `c_w` and
@@ -56,18 +56,20 @@ def summary(
       per case; `predicted_chosen`, `predicted_rejected`: changes in nats per unit of learning rate,
       to first order, of a gradient step on the pair alone. With `after`: `realised_chosen`,
       `realised_rejected`, changes in nats, and `case_agreement` (1 where the realised signs are
-      those of the predicted case). With a preconditioned geometry: all that depends on the geometry
-      once more, under `adamw/`.
+      those of the predicted case). With a preconditioned geometry: everything that depends on the
+      geometry a second time, under `adamw/`.
     """
-    values = _numbers(seen.geometry, seen.weights, seen.log_probs, after)
-    values |= {"d_w": seen.weights.chosen, "d_l": seen.weights.rejected}
+    values = _numbers(observation.geometry, observation.weights, observation.log_probs, after)
+    values |= {"d_w": observation.weights.chosen, "d_l": observation.weights.rejected}
     if after is not None:
-        chosen, rejected = (after - seen.log_probs).T
+        chosen, rejected = (after - observation.log_probs).T
         values |= {"realised_chosen": chosen, "realised_rejected": rejected}
-    if seen.preconditioned is not None:
-        numbers = _numbers(seen.preconditioned, seen.weights, seen.log_probs, after)
+    if observation.preconditioned is not None:
+        numbers = _numbers(
+            observation.preconditioned, observation.weights, observation.log_probs, after
+        )
         values |= {f"adamw/{name}": value for name, value in numbers.items()}
-    for path, part in seen.parts.items():
+    for path, part in observation.parts.items():
         values[f"{path}/cosine"] = cosine(part)
     return {f"entanglement/{name}": value for name, value in values.items()}
 
@@ -78,7 +80,7 @@ def _numbers(
     before: Float[Array, "pairs 2"],
     after: Float[Array, "pairs 2"] | None,
 ) -> dict[str, Float[Array, " pairs"]]:
-    """What `summary` says of one geometry."""
+    """The metrics of one geometry."""
     lower, upper = band(geometry)
     ratio = weights.chosen / weights.rejected
     cases = case(geometry, weights)
@@ -103,5 +105,5 @@ def _numbers(
 
 
 def _defined(truth: Array, value: Array) -> Float[Array, " pairs"]:
-    """1 or 0, NaN where the value that it rests on is NaN."""
+    """1 or 0; NaN where `value` is NaN."""
     return jnp.where(jnp.isnan(value), jnp.nan, truth.astype(jnp.float32))

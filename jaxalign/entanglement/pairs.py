@@ -1,4 +1,4 @@
-"""A model and preference pairs to look at without training."""
+"""A model and preference pairs for measurements without training."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ from jaxalign.models.weights import exported
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndPairs:
-    """A model, and the pairs of a source as its tokens."""
+    """A model and tokenised preference pairs."""
 
     model: Any
     tokenizer: Any
@@ -38,10 +38,10 @@ class ModelAndPairs:
     pairs: TokenizedPairs
     batch_size: int
     left_out: Sequence[str]
-    """Lines that say how many records were skipped, dropped or cut."""
+    """Lines with the numbers of skipped, dropped and truncated records."""
 
     def batches(self, size: int | None = None) -> list[PairBatch]:
-        """Every pair once, in order; pairs of weight 0 fill up the last batch."""
+        """Every pair once, in order; pairs of weight 0 fill the last batch."""
         size = min(size or self.batch_size, len(self.pairs))
         return list(pair_batches(self.pairs, batch_size=size, epochs=1, shuffle=False, buckets=2))
 
@@ -84,7 +84,7 @@ def load_pairs(
     folder = exported(model)
     loaded = load_pretrained(folder, dtype=jnp.float32)
     if isinstance(loaded, ScoreModel):
-        raise UserError(f"model: {model} has a scalar head and gives no log-probs")
+        raise UserError(f"model: {model} has a scalar head and no log-probs")
     context = getattr(loaded.config, "context_length", None)
     if context is not None and max_length > context:
         raise UserError(
@@ -143,7 +143,7 @@ def with_pairs(
 
 
 def load_reference(name: str | None, loaded: ModelAndPairs) -> Any:
-    """The reference model; without a name it is the policy itself.
+    """The reference model; without a name, the policy itself.
 
     Raises:
       UserError: its vocabulary is not the policy's.

@@ -1,4 +1,4 @@
-"""Geometry of every pair from the backward pass of training: probes placed, cotangents read."""
+"""Geometry of every pair from the backward pass of training, by probes and their cotangents."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from jaxalign.models.responses import looked_up
 from jaxalign.records import AnyArray
 
 SMALLEST = 1e-12
-"""Weights of log-probs below this leave too few digits of what they are multiplied with."""
+"""Gradients with a smaller weight cannot be recovered with enough digits."""
 
 Tree = Mapping[str, Any]
 Contributions = dict[str, Float[Array, "pairs ... 3"]]
@@ -35,12 +35,12 @@ def zero_probes(
     *,
     adapters: Tree | None = None,
 ) -> dict[str, Any]:
-    """Zeros to go with the trained parameters of a batch of pairs.
+    """Probes (zeros) beside the trained parameters, for a batch of pairs.
 
     Args:
       params: the model's nested dict of arrays.
       config: `DecoderConfig` or `EncoderDecoderConfig`.
-      tokens: [2 pairs, length]; chosen and rejected in turn.
+      tokens: [2 pairs, length]; chosen and rejected alternate.
       response_tokens: [2 pairs, response].
       adapters: if given, they alone are the trained parameters.
 
@@ -69,11 +69,11 @@ def zero_probes(
 def contributions(
     cotangents: Tree, config: Any, tokens: Rows, response_tokens: Responses
 ) -> Contributions:
-    """What each node of the parameters' tree adds to the pairs' Gram matrices.
+    """Contribution of each node of the parameter tree to the pairs' Gram matrices.
 
     Args:
-      cotangents: those of `zero_probes`.
-      config: the model's.
+      cotangents: of the `zero_probes`.
+      config: of the model.
       tokens: as in `zero_probes`.
       response_tokens: as in `zero_probes`.
 
@@ -81,7 +81,7 @@ def contributions(
       Path of the node ("layers/q") -> [pairs, layers, 3] where layers are stacked, else [pairs, 3]:
       n_w, n_l and the inner product, each times the weights of the log-probs concerned.
     """
-    found: Contributions = {}
+    parts: Contributions = {}
 
     def walk(tree: Tree, path: tuple[str, ...]) -> None:
         total = None
@@ -95,13 +95,13 @@ def contributions(
             of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"))
             total = of_input if total is None else total + of_input
         if total is not None:
-            found["/".join(path)] = total
+            parts["/".join(path)] = total
         for name, inner in tree.items():
             if isinstance(inner, Mapping):
                 walk(inner, (*path, name))
 
     walk(cotangents, ())
-    return found
+    return parts
 
 
 def _lookup_gram(
@@ -109,10 +109,10 @@ def _lookup_gram(
     ids: Rows,
     other: Float[Array, "pairs 2 both_lengths width"] | None,
 ) -> Float[Array, "pairs 3"]:
-    """The Gram matrices of an embedding's gradients, its role as unembedding included.
+    """The Gram matrices of an embedding's gradients, including its use as unembedding.
 
-    Rows looked up by equal ids add up: two cotangents meet where their ids are the same. The other
-    role's gradient meets them in the rows `other` that were looked up.
+    The gradients of rows with equal ids add up, so two cotangents have an inner product where their
+    ids are equal. `other` has the rows of the unembedding's gradient at the same ids.
     """
     pairs = ids.shape[0] // 2
 
@@ -135,14 +135,14 @@ def _lookup_gram(
 def unweighted(
     weighted: Float[Array, "pairs ... 3"], weights: Float[Array, "pairs 2"]
 ) -> PairGeometry:
-    """The Gram matrices of the log-probs' own gradients.
+    """The Gram matrices of the log-probs' gradients, with their weights divided out.
 
     Args:
       weighted: sums of `contributions`.
-      weights: what each log-prob's gradient was multiplied with.
+      weights: factor on each log-prob's gradient.
 
     Returns:
-      n_w, n_l and the inner product, NaN where a weight is too small to divide by.
+      n_w, n_l and the inner product; NaN where a weight is too small to divide by.
     """
     weights = weights.reshape(weights.shape[0], *[1] * (weighted.ndim - 2), 2)
     weights = jnp.where(jnp.abs(weights) < SMALLEST, jnp.nan, weights)

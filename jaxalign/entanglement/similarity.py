@@ -1,4 +1,4 @@
-"""How alike two responses are to the model: CHES and what it was compared with."""
+"""Similarities of two responses: CHES and its baselines."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ Lengths = Int[AnyArray, "pairs 2"]
 
 
 def hidden_states_of_pairs(params: Mapping[str, Any], config: Any, batch: PairBatch) -> Hidden:
-    """The last layer's states that predict each response token, 0 at padding."""
+    """The last hidden states that predict the response tokens, 0 at padding."""
     rows = map(jnp.asarray, batch.rows()[:3])
     hidden = response_states(params, config, *rows).astype(jnp.float32)
     hidden = hidden.reshape(*batch.response_tokens.shape, -1)
@@ -37,11 +37,11 @@ def ches(hidden: Hidden, lengths: Lengths) -> Float[Array, " pairs"]:
     .. math:: \Bigl\langle \sum_k h^w_k, \sum_k h^l_k \Bigr\rangle
               - \Bigl\| \sum_k h^w_k \Bigr\|^2
 
-    The more, the more the chosen response is expected to lose. The states are those that predict
-    the response's tokens: from the last one of the prompt on.
+    The higher the score, the more the chosen log-prob is expected to fall. The states are those
+    that predict the response's tokens, beginning with the prompt's last one.
 
     Args:
-      hidden: as `hidden_states_of_pairs` makes them.
+      hidden: from `hidden_states_of_pairs`.
       lengths: of the responses; not used.
 
     References:
@@ -59,7 +59,7 @@ def ln_ches(hidden: Hidden, lengths: Lengths) -> Float[Array, " pairs"]:
               - \frac{\| \sum_k h^w_k \|^2}{|y_w|^2}
 
     Args:
-      hidden: as `hidden_states_of_pairs` makes them.
+      hidden: from `hidden_states_of_pairs`.
       lengths: of the responses.
 
     References:
@@ -70,7 +70,7 @@ def ln_ches(hidden: Hidden, lengths: Lengths) -> Float[Array, " pairs"]:
 
 
 def last_hidden_similarity(hidden: Hidden, lengths: Lengths) -> Float[Array, " pairs"]:
-    """Inner product of the states that predict the responses' last tokens (a baseline there)."""
+    """Inner product of the states that predict the responses' last tokens (a baseline)."""
     last = (jnp.asarray(lengths) - 1)[..., None, None]
     chosen, rejected = _sides(jnp.take_along_axis(hidden, last, axis=2))
     return jnp.sum(chosen * rejected, axis=-1)
@@ -86,20 +86,20 @@ HIDDEN_SIMILARITIES: dict[str, Callable[[Any, Any], Array]] = {
     "ln_ches": ln_ches,
     "last_hidden": last_hidden_similarity,
 }
-"""Those that need a model."""
+"""Similarities that need a model."""
 
 
 def edit_similarity(chosen: Int[np.ndarray, " n"], rejected: Int[np.ndarray, " m"]) -> float:
     """Minus the edit distance of two token sequences over the longer one's length (a baseline).
 
-    0 for equal sequences, -1 where no token is shared in place. Insertions, deletions and
-    replacements cost 1.
+    0 for equal sequences; -1 if no token can be kept. Insertions, deletions and replacements
+    cost 1.
     """
     return -Levenshtein.normalized_distance(chosen.tolist(), rejected.tolist())
 
 
 SIMILARITIES = (*HIDDEN_SIMILARITIES, "edit")
-"""All that `similarities` computes."""
+"""Names of all similarities."""
 
 
 def similarities(loaded: ModelAndPairs) -> dict[str, np.ndarray]:
@@ -131,11 +131,11 @@ def similarities(loaded: ModelAndPairs) -> dict[str, np.ndarray]:
 
 
 def least_similar(scores: Float[np.ndarray, " pairs"], fraction: float) -> Int[np.ndarray, " kept"]:
-    """The pairs with the lowest scores, in their order; of equal ones the first.
+    """Indices of the pairs with the lowest scores, in order; of equal scores, the first.
 
     Args:
       scores: similarity of each pair.
-      fraction: of the pairs to keep, rounded up.
+      fraction: of the pairs; their number is rounded up.
     """
     number = math.ceil(fraction * len(scores))
     return np.sort(np.argsort(scores, kind="stable")[:number])
@@ -148,7 +148,7 @@ def write_scored_pairs(
 
     Args:
       path: of the file.
-      loaded: where the pairs come from.
+      loaded: with the pairs.
       kept: indices of the pairs to write.
       scores: of all pairs, by name.
     """

@@ -1,4 +1,4 @@
-"""Which tokens pull on which: inner products of single tokens' gradients within a pair."""
+"""Inner products of the gradients of single tokens within a pair."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from jaxalign.records import AnyArray, record
 HIGHEST = jax.lax.Precision.HIGHEST
 
 CHUNK_NUMBERS = 2**26
-"""Numbers that a chunk's gradients hold together where the caller does not say: 256 MiB."""
+"""Default size of the gradients of a chunk, in numbers: 256 MiB."""
 
 
 @record
@@ -24,10 +24,10 @@ class PairTokens:
     """One pair; rows are chosen and rejected.
 
     Attributes:
-      tokens: prompt and response behind one another, padded on the right.
-      prompt_length: how many of `tokens` are prompt.
+      tokens: prompt and response, padded on the right.
+      prompt_length: number of prompt tokens.
       response_tokens: responses, padded on the right.
-      response_length: how many of these are real.
+      response_length: number of response tokens.
     """
 
     tokens: Int[AnyArray, "2 length"]
@@ -72,11 +72,11 @@ def token_geometry(
               \nabla_\theta \log\pi(y_{l,u}) \rangle, \qquad
               \sum_{tu} M_{tu} = \langle g_w, g_l \rangle
 
-    Over all trained parameters. A decoder is walked backwards once, a layer at a time: a layer's
-    gradients of the chosen tokens are pushed through the derivative of the rejected row in that
-    layer alone (forward mode) and meet the rejected tokens' cotangents behind it; embeddings are in
-    closed form. Elsewhere a chosen token's whole gradient is pushed through the derivative of all
-    rejected log-probs. Either way only a chunk of tokens' gradients is in memory.
+    The gradients are over all trained parameters. A decoder is traversed backwards once, layer by
+    layer: a layer's gradients of the chosen tokens are pushed forward through the derivative of the
+    rejected row in that layer, and multiplied with the rejected tokens' cotangents; embeddings are
+    in closed form. For other models, a chosen token's whole gradient is pushed forward through the
+    derivative of all rejected log-probs. Only the gradients of a chunk of tokens are in memory.
 
     Args:
       params: nested dict of arrays.
@@ -84,7 +84,7 @@ def token_geometry(
       pair: one pair.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
-      chunk: tokens at a time; None: as many as fit into 256 MiB.
+      chunk: tokens per chunk; None: as many as fit in 256 MiB.
 
     Returns:
       [response, response] in float32.
@@ -98,7 +98,7 @@ def token_geometry(
 
 
 def _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeometry:
-    """A chosen token's whole gradient at a time, for any architecture."""
+    """Whole gradients of one chosen token after the other, for any architecture."""
     trained = params if adapters is None else adapters
     size = sum(x.size for x in jax.tree.leaves(trained))
     chunk = max(1, CHUNK_NUMBERS // size) if chunk is None else chunk
@@ -130,13 +130,13 @@ def _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk) ->
 
 
 def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeometry:
-    """Layer by layer from the last to the first, for decoders."""
+    """Layer by layer, from the last to the first, for decoders."""
     tokens, length = jnp.asarray(pair.tokens), pair.response_tokens.shape[1]
     scale = {} if adapters is None else {"adapters": adapters, "adapter_scale": adapter_scale}
     x, block, inputs = decoder.begin_layers(
         params, config, tokens, attention_kind="blocked", **scale
     )
-    at = 0 if adapters is None else 1  # of the inputs, what is trained
+    at = 0 if adapters is None else 1  # index of the trained parameters in the inputs
     size = sum(leaf.size for leaf in jax.tree.leaves(inputs[at])) // config.layers
     chunk = max(1, CHUNK_NUMBERS // size) if chunk is None else chunk
 
@@ -144,13 +144,13 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
         return block(x, inputs)[0], x
 
     last, entered = jax.lax.scan(through, x, inputs)
-    places = jnp.asarray(pair.prompt_length)[:, None] - 1 + jnp.arange(length)[None]
-    places = jnp.clip(places, 0, tokens.shape[1] - 1)
+    positions = jnp.asarray(pair.prompt_length)[:, None] - 1 + jnp.arange(length)[None]
+    positions = jnp.clip(positions, 0, tokens.shape[1] - 1)
     hidden = decoder.norm(last, params["final_norm"], config)
-    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
-    slope = _slopes(params, config, pair, hidden)
+    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    output_gradient = _output_gradients(params, config, pair, hidden)
     kernel, bias = decoder.unembedding(params, config)
-    back = jnp.matmul(slope, kernel.T.astype(jnp.float32), precision=HIGHEST)
+    back = jnp.matmul(output_gradient, kernel.T.astype(jnp.float32), precision=HIGHEST)
 
     def batched(of_token: Callable[[Array], Any], cotangents: Array) -> Any:
         return jax.lax.map(of_token, cotangents, batch_size=min(chunk, length))
@@ -164,11 +164,11 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
         )
 
         def of_token(inputs: tuple[Array, Array]) -> Any:
-            place, cotangent = inputs
-            rows = jnp.zeros(last[:1].shape).at[0, place].set(cotangent)
+            position, cotangent = inputs
+            rows = jnp.zeros(last[:1].shape).at[0, position].set(cotangent)
             return backward(rows.astype(last.dtype))
 
-        return jax.lax.map(of_token, (places[side], back[side]))
+        return jax.lax.map(of_token, (positions[side], back[side]))
 
     def meet(chosen: Any, rejected: Any) -> Array:
         """Inner product of two trees of gradients."""
@@ -203,7 +203,7 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
         return ((chosen, rejected), jax.tree.map(jnp.add, sums, more)), None
 
     (chosen, scales_chosen), (rejected, scales_rejected) = of_norm(0), of_norm(1)
-    sums = jax.tree.map(jnp.zeros_like, _products(slope))
+    sums = jax.tree.map(jnp.zeros_like, _products(output_gradient))
     carry = (chosen, rejected), sums
     (firsts, sums), _ = jax.lax.scan(layer, carry, (entered, inputs), reverse=True)
     if adapters is not None:
@@ -213,48 +213,52 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
         jnp.concatenate([x.reshape(length, -1) for x in jax.tree.leaves(one)], axis=1)
         for one in scales
     ]
-    parts = [sums, _products(flat), _of_embeddings(params, config, pair, firsts, hidden, slope)]
+    parts = [
+        sums,
+        _products(flat),
+        _of_embeddings(params, config, pair, firsts, hidden, output_gradient),
+    ]
     if bias is not None:
-        parts.append(_products(slope))
+        parts.append(_products(output_gradient))
     return jax.tree.map(lambda *xs: sum(xs), *parts)
 
 
-def _of_embeddings(params, config, pair, firsts, hidden, slope) -> TokenGeometry:
-    """What embedding, positions and unembedding add, in closed form.
+def _of_embeddings(params, config, pair, firsts, hidden, output_gradient) -> TokenGeometry:
+    """Contribution of embedding, positions and unembedding, in closed form.
 
-    A token's gradient of the unembedding is the outer product of its slope and its hidden state;
-    that of the embedding is what reached the first layer, added up at the ids that were looked up.
+    A token's gradient of the unembedding is the outer product of its output gradient and its hidden
+    state; that of the embedding is the cotangent of the first layer's input, summed by id.
     """
     tokens = jnp.asarray(pair.tokens)
     firsts = [x[:, 0].astype(jnp.float32) for x in firsts]  # [response, length, width]
     factor = 1.0 if config.embedding_scale is None else config.embedding_scale
     entered = [factor * x for x in firsts]
 
-    def looked_up(one: int, other: int) -> Array:
+    def of_embedding(one: int, other: int) -> Array:
         """[tokens of one, tokens of other], or of one with themselves on the diagonal."""
         same = (tokens[one][:, None] == tokens[other][None]).astype(jnp.float32)
         gathered = jnp.einsum("pq,tpd->tqd", same, entered[one], precision=HIGHEST)
         return jnp.einsum("tqd,uqd->tu", gathered, entered[other], precision=HIGHEST)
 
     def crossed(one: int, other: int) -> Array:
-        """The unembedding's gradients of one side with the lookups' of the other."""
-        at_ids = slope[one][:, tokens[other]]  # [tokens of one, length]
+        """Unembedding gradients of one side with embedding gradients of the other."""
+        at_ids = output_gradient[one][:, tokens[other]]  # [tokens of one, length]
         dots = jnp.einsum("td,uqd->tuq", hidden[one], entered[other], precision=HIGHEST)
         return jnp.einsum("tq,tuq->tu", at_ids, dots, precision=HIGHEST)
 
     def total(one: int, other: int) -> Array:
         states = jnp.matmul(hidden[one].astype(jnp.float32), hidden[other].T, precision=HIGHEST)
-        slopes = jnp.matmul(slope[one], slope[other].T, precision=HIGHEST)
-        out = states * slopes + looked_up(one, other)
+        gradients = jnp.matmul(output_gradient[one], output_gradient[other].T, precision=HIGHEST)
+        out = states * gradients + of_embedding(one, other)
         return out + crossed(one, other) + crossed(other, one).T if config.tied else out
 
-    found = TokenGeometry(
+    geometry = TokenGeometry(
         inner=total(0, 1), chosen=jnp.diagonal(total(0, 0)), rejected=jnp.diagonal(total(1, 1))
     )
     if config.position_kind != "learned":
-        return found
-    by_place = _products([x.reshape(x.shape[0], -1) for x in firsts])
-    return jax.tree.map(jnp.add, found, by_place)
+        return geometry
+    of_positions = _products([x.reshape(x.shape[0], -1) for x in firsts])
+    return jax.tree.map(jnp.add, geometry, of_positions)
 
 
 def _products(x: Any) -> TokenGeometry:
@@ -271,8 +275,8 @@ def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens
     .. math:: M_{tu} = (\delta_t \cdot \delta_u) \, (h_t \cdot h_u), \quad
               \delta = f'(z) \odot (e_y - \pi)
 
-    with the hidden states h that the logits z are made of, and f' = 1 but for models that scale or
-    cap their logits. A tied embedding counts in its role as unembedding.
+    with the hidden states h that the logits z are made of, and f' = 1 except for models that scale
+    or cap their logits. A tied embedding only counts as unembedding.
 
     Args:
       params: nested dict of arrays.
@@ -283,12 +287,14 @@ def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens
       [response, response] in float32.
     """
     hidden = _hidden(params, config, pair)
-    slope = _slopes(params, config, pair, hidden)
-    return jax.tree.map(jnp.multiply, _products(hidden.astype(jnp.float32)), _products(slope))
+    output_gradient = _output_gradients(params, config, pair, hidden)
+    return jax.tree.map(
+        jnp.multiply, _products(hidden.astype(jnp.float32)), _products(output_gradient)
+    )
 
 
 def _hidden(params, config, pair, **adapters) -> Float[Array, "rows response width"]:
-    """Hidden states that predict the responses, differentiable in either direction."""
+    """Hidden states that predict the responses, with forward- and reverse-mode derivatives."""
     if isinstance(config, DecoderConfig):
         adapters = adapters | {"attention_kind": "blocked"}
     rows = (pair.tokens, pair.prompt_length, pair.response_tokens)
@@ -296,9 +302,9 @@ def _hidden(params, config, pair, **adapters) -> Float[Array, "rows response wid
 
 
 def _logits(params, config, hidden):
-    """Float32 logits, all of one pair in memory, and the derivative of their form."""
-    room: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
-    kernel, bias = room.unembedding(params, config)
+    """Float32 logits of a whole pair, and the derivative of scaling and capping."""
+    module: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
+    kernel, bias = module.unembedding(params, config)
     z = jnp.matmul(
         hidden,
         kernel.astype(hidden.dtype),
@@ -307,13 +313,13 @@ def _logits(params, config, hidden):
     )
     if bias is not None:
         z = z + bias.astype(jnp.float32)[None, None]
-    slope = 1.0
+    derivative = 1.0
     if config.logit_scale is not None:
-        z, slope = z * config.logit_scale, config.logit_scale
+        z, derivative = z * config.logit_scale, config.logit_scale
     z = softcap(z, config.logit_softcap)
     if config.logit_softcap is not None:
-        slope = slope * (1.0 - jnp.square(z / config.logit_softcap))
-    return z, slope
+        derivative = derivative * (1.0 - jnp.square(z / config.logit_softcap))
+    return z, derivative
 
 
 def _log_probs(config, pair, *, params, **adapters) -> Float[Array, "rows response"]:
@@ -324,8 +330,8 @@ def _log_probs(config, pair, *, params, **adapters) -> Float[Array, "rows respon
     return jnp.where(real, picked, 0.0)
 
 
-def _slopes(params, config, pair, hidden) -> Float[Array, "rows response vocabulary"]:
-    """Derivatives of the log-probs in what the unembedding makes of the states; 0 at padding."""
+def _output_gradients(params, config, pair, hidden) -> Float[Array, "rows response vocabulary"]:
+    """Derivatives of the log-probs with respect to the raw logits; 0 at padding."""
     z, form = _logits(params, config, hidden)
     hit = jax.nn.one_hot(jnp.asarray(pair.response_tokens), z.shape[-1])
     real = jnp.arange(z.shape[1])[None] < jnp.asarray(pair.response_length)[:, None]

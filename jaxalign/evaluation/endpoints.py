@@ -90,7 +90,7 @@ class Endpoint:
                     preference, said = self.client.ask("chat/completions", body, _read, stopped)
             except RefusedError as error:
                 reason = str(error)
-                return Answer(number=number, preference=math.nan, reason=reason, detail=error.said)
+                return Answer(number=number, preference=math.nan, reason=reason, detail=error.text)
             return Answer(number=number, preference=preference, detail=said)
 
         for _, answer in self.client.together(len(prompts), ask):
@@ -104,8 +104,8 @@ class Endpoint:
         """
         if self.client.attempts > 1 and error.cut:
             return {"max_tokens": max(THINKING_TOKENS, self.parameters["max_tokens"])}
-        if self.client.attempts > 1 and error.said and not error.final:
-            said = [{"role": "assistant", "content": error.said}]
+        if self.client.attempts > 1 and error.text and not error.final:
+            said = [{"role": "assistant", "content": error.text}]
             return {"messages": [*turns, *said, {"role": "user", "content": REMINDER}]}
         raise error
 

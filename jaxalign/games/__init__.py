@@ -1,4 +1,4 @@
-"""Small exact worlds: preference games of few actions, their equilibria, policies that learn."""
+"""Exact preference games with few actions: equilibria and learning policies."""
 
 from jaxalign.games.equilibrium import (
     best_response,

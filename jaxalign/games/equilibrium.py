@@ -1,4 +1,4 @@
-r"""Equilibria of regularised preference games, to the last digits of float64.
+r"""Equilibria of regularised preference games, to float64 accuracy.
 
 Both players choose a policy and receive
 
@@ -50,12 +50,12 @@ def mixture(policy: Policy, reference: Policy, beta: float) -> Policy:
 def best_response(
     preferences: Preferences, opponent: Policy, reference: Policy, tau: float
 ) -> Policy:
-    r"""The policy that scores most against an opponent, the divergence paid for.
+    r"""The policy with the highest regularised preference against an opponent.
 
     .. math:: \pi \propto \pi^{ref} \exp\bigl(P(y \succ \pi') / \tau\bigr)
 
-    With a behaviour policy as the opponent it is what offline IPO learns; with rewards in place
-    of preferences, the optimum of reinforcement learning.
+    With a behaviour policy as the opponent, offline IPO learns this policy; with rewards instead of
+    preferences, it is the optimum of KL-regularised reinforcement learning.
 
     Args:
       preferences: P, [actions, actions].
@@ -73,7 +73,7 @@ def best_response(
 
 
 def duality_gap(preferences: Preferences, policy: Policy, reference: Policy, tau: float) -> float:
-    r"""How much a best response gains on a policy, for both players: 0 at the equilibrium alone.
+    r"""Duality gap of a policy: the gain of best responses for both players; 0 only at equilibrium.
 
     .. math:: \max_{\pi'} P_\tau(\pi' \succ \pi) - \min_{\pi'} P_\tau(\pi \succ \pi')
 
@@ -99,9 +99,9 @@ def equilibrium(
     .. math:: \pi^*_\beta \propto \pi^{ref}
               \exp\bigl(P(y \succ (\pi^*_\beta)^{1-\beta} (\pi^{ref})^{\beta}) / \tau\bigr)
 
-    At beta = 0 it is the Nash equilibrium of the game. For other beta it is what IPO-MD and
-    Nash-MD-PG learn, and not the equilibrium; its *mixture* is the equilibrium at temperature
-    tau / (1 - beta). Found by Newton's method, with tau brought down from where the game is easy.
+    At beta = 0 it is the Nash equilibrium of the game. For other beta it is not the equilibrium,
+    but what IPO-MD and Nash-MD-PG learn; its *mixture* is the equilibrium at temperature tau / (1 -
+    beta). It is computed by Newton's method, with tau decreasing from a large value.
 
     Args:
       preferences: P, [actions, actions].
@@ -123,27 +123,27 @@ def equilibrium(
     for temperature in np.geomspace(max(START, tau), tau, STEPS):
         ratio, residual = _newton(preferences, log_reference, temperature, beta, ratio)
     if not residual <= 1e-13 / tau:
-        raise UserError(f"equilibrium at tau = {tau}: residual {residual:.1e}; take a larger tau")
+        raise UserError(f"equilibrium at tau = {tau}: residual {residual:.1e}; choose a larger tau")
     return softmax(log_reference + ratio)
 
 
 def _newton(
     preferences: Preferences, log_reference: Policy, tau: float, beta: float, ratio: Policy
 ) -> tuple[Policy, float]:
-    """Solve ratio = centred(P m / tau) with m the mixture; the best point found, its residual."""
+    """Solve ratio = centred(P m / tau), with the mixture m; the best solution and its residual."""
     centre = np.eye(len(ratio)) - 1 / len(ratio)
     best, least = ratio, np.inf
     for _ in range(NEWTON_STEPS):
         m = np.exp(log_softmax(log_reference + (1 - beta) * ratio))
         error = ratio - centre @ preferences @ m / tau
         residual = float(np.max(np.abs(error)))
-        if residual >= least:  # rounding, or a step too far
+        if residual >= least:  # rounding error, or too large a step
             break
         best, least = ratio, residual
         slope = (1 - beta) * (np.diag(m) - np.outer(m, m))
         jacobian = np.eye(len(ratio)) - centre @ preferences @ slope / tau
         try:
             ratio = ratio - np.linalg.solve(jacobian, error)
-        except np.linalg.LinAlgError:  # tau so small that nothing is left of the identity
+        except np.linalg.LinAlgError:  # tau is so small that the identity is lost to rounding
             break
     return best, least

@@ -1,4 +1,4 @@
-"""Tabular policies that learn by the losses of language models, exactly or from samples."""
+"""Training of tabular policies with the losses of language models, exactly or from samples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ PairLoss = Callable[[Logits, Game, Rows, Rows, Float[Array, " rows"]], Float[Arr
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """How pairs of actions are drawn, and the loss of each."""
+    """The law of pairs of actions, and the loss of each pair."""
 
     law: Law
     loss: PairLoss
@@ -38,7 +38,7 @@ class Algorithm:
 
 
 def contrastive(loss: PreferenceLoss, law: Law | None = None, **options: float) -> Algorithm:
-    """Any preference loss under soft labels: IPO, DPO, SLiC, on pairs of any law.
+    """Any preference loss with soft labels (IPO, DPO, SLiC), on pairs of any law.
 
     With `ipo` and the default law this is online IPO, with `self_play(first=beta)` IPO-MD, with
     `fixed(joint)` offline IPO.
@@ -59,7 +59,7 @@ def contrastive(loss: PreferenceLoss, law: Law | None = None, **options: float) 
 
 
 def policy_gradient(*, tau: float, beta: float = 0.0) -> Algorithm:
-    """Nash-MD-PG: actions of the policy against the mixture; at beta = 0 self-play.
+    """Nash-MD-PG: actions of the policy against the mixture; self-play at beta = 0.
 
     Args:
       tau: weight of the divergence from the reference, >= 0.
@@ -102,8 +102,8 @@ def expected_loss(
       algorithm: law and loss.
       logits: of the policy, [actions].
       game: preferences and reference.
-      through_sampling: whether gradient also flows through the probabilities of the pairs, which
-        no published method has; it leads elsewhere.
+      through_sampling: whether the gradient also flows through the probabilities of the pairs; no
+        published method does this, and it has another solution.
 
     Returns:
       The expectation, a scalar.
@@ -160,14 +160,14 @@ def learn(
     hard_labels: bool = False,
     through_sampling: bool = False,
 ) -> Float[Array, "records actions"]:
-    """Policies on the way from the reference under an optimiser.
+    """Policies during training from the reference with an optimiser.
 
     Args:
       algorithm: law and loss.
       game: preferences and reference.
       optimizer: of the logits.
       steps: number of updates.
-      every: updates between two records, a divisor of `steps`. Default: first and last alone.
+      every: updates between two records, a divisor of `steps`. Default: only first and last.
       start: first logits, [actions]. Default: the reference's log-probabilities.
       key: random key of minibatches. Default None: exact expectations.
       pairs: of each minibatch.

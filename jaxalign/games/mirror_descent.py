@@ -29,7 +29,7 @@ def mirror_descent(
     opponent: Opponent = "mixture",
     start: Policy | None = None,
 ) -> Float[np.ndarray, "iterates actions"]:
-    r"""Policies of mirror descent against an opponent made of the current policy.
+    r"""Policies of mirror descent against an opponent derived from the current policy.
 
     .. math:: \pi_{t+1} \propto m_t \exp\bigl(\eta_t P(y \succ o_t)\bigr), \quad
               m_t \propto \pi_t^{1 - \eta_t\tau} (\pi^{ref})^{\eta_t\tau}
@@ -40,13 +40,13 @@ def mirror_descent(
       tau: weight of the divergence from the reference, > 0.
       steps: number of iterations.
       step_size: eta, or a function from the iteration to it; eta tau must be in [0, 1].
-      opponent: what o_t is. "mixture": m_t (Nash-MD; its fixed point at constant eta is
+      opponent: o_t. "mixture": m_t (Nash-MD; its fixed point at constant eta is
         pi*_beta with beta = eta tau, not the equilibrium). "policy": pi_t (online mirror
-        descent). "half_step": what a first step against pi_t leads to (extragradient).
+        descent). "half_step": the result of a first step against pi_t (extragradient).
       start: first policy, [actions]. Default: the reference.
 
     Returns:
-      The policies, first one included, [steps + 1, actions].
+      The policies, including the first one, [steps + 1, actions].
 
     Raises:
       UserError: eta tau is outside [0, 1].

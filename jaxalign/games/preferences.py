@@ -15,7 +15,7 @@ Preferences = Float[np.ndarray, "actions actions"]
 
 
 def antisymmetric(actions: int, entries: Mapping[tuple[int, int], float]) -> Preferences:
-    """The matrix with the given entries, their complements opposite, and a half elsewhere.
+    """The matrix with the given entries, their complements, and 1/2 elsewhere.
 
     Args:
       actions: number of actions.
@@ -25,7 +25,7 @@ def antisymmetric(actions: int, entries: Mapping[tuple[int, int], float]) -> Pre
       Preferences, [actions, actions].
 
     Raises:
-      UserError: an entry is no probability, or is on the diagonal.
+      UserError: an entry is not a probability, or is on the diagonal.
     """
     matrix = np.full((actions, actions), 0.5)
     for (i, j), probability in entries.items():
@@ -39,7 +39,7 @@ def antisymmetric(actions: int, entries: Mapping[tuple[int, int], float]) -> Pre
 
 
 def bradley_terry(rewards: Float[np.ndarray, " actions"]) -> Preferences:
-    r"""Preferences that a reward explains.
+    r"""Preferences by the Bradley-Terry model.
 
     .. math:: P_{ij} = \sigma(r_i - r_j)
 
@@ -71,7 +71,7 @@ def cycle(actions: int, probability: float) -> Preferences:
 
 
 def random_preferences(rng: np.random.Generator, actions: int) -> Preferences:
-    """Preferences drawn uniformly from [0, 1], each pair by itself: most have cycles.
+    """Independent preferences, uniform on [0, 1]; most have cycles.
 
     Args:
       rng: generator of random numbers.
@@ -94,5 +94,5 @@ GAMES: dict[str, Preferences] = {
     "rock_paper_scissors": cycle(3, 1.0),
     "two_actions": antisymmetric(2, {(0, 1): 0.7}),
 }
-"""Named games; give them a reference that is not uniform where a symmetric cycle's equilibrium
-would otherwise be the start of every policy."""
+"""Named games. Symmetric cycles need a reference that is not uniform; otherwise training starts at
+the equilibrium."""

@@ -1,4 +1,4 @@
-"""Tabular policies: language models of one token, whose log-probs any loss can read."""
+"""Tabular policies: language models of one token, for any loss of log-probs."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,18 @@ Rows = Int[Array, " rows"]
 
 @record
 class Game:
-    """A preference game and the reference that policies are held to."""
+    """A preference game and its reference policy."""
 
     preferences: Float[Array, "actions actions"]
     """Probability that the row's action is preferred to the column's."""
     reference: Float[Array, " actions"]
     """Log-probabilities of the reference, in nats."""
     lengths: Int[Array, " actions"]
-    """Tokens that an action counts as, for losses that divide by them."""
+    """Length of each action in tokens, for losses that divide by it."""
 
 
 Law = Callable[[Logits, Game], Float[Array, "actions actions"]]
-"""How pairs are drawn: joint probabilities of the first (row) and second (column) action."""
+"""Law of pairs: joint probabilities of the first (row) and second (column) action."""
 
 
 def game(preferences: Preferences, reference: Policy, *, lengths: list[int] | None = None) -> Game:
@@ -39,13 +39,13 @@ def game(preferences: Preferences, reference: Policy, *, lengths: list[int] | No
     Args:
       preferences: P with P + P^T = 1, [actions, actions].
       reference: probabilities, all > 0, [actions].
-      lengths: tokens that each action counts as. Default: 1.
+      lengths: length of each action in tokens. Default: 1.
 
     Returns:
       The game.
 
     Raises:
-      UserError: preferences or reference are not what they should be.
+      UserError: preferences or reference are invalid.
     """
     if not np.allclose(preferences + preferences.T, 1):
         raise UserError("preferences: P[i, j] + P[j, i] must be 1 for all actions")
@@ -59,7 +59,7 @@ def game(preferences: Preferences, reference: Policy, *, lengths: list[int] | No
 
 
 def pair_log_probs(logits: Logits, game: Game, first: Rows, second: Rows) -> PairLogProbs:
-    """Log-probabilities of pairs of actions, the first as `chosen`, the second as `rejected`."""
+    """Log-probs of pairs of actions, with the first as `chosen` and the second as `rejected`."""
     log_policy = jax.nn.log_softmax(logits)
     return PairLogProbs(
         chosen=log_policy[first],
@@ -72,7 +72,7 @@ def pair_log_probs(logits: Logits, game: Game, first: Rows, second: Rows) -> Pai
 
 
 def sample_log_probs(logits: Logits, game: Game, actions: Rows) -> SampleLogProbs:
-    """Log-probabilities of single actions: responses of one token."""
+    """Log-probs of single actions as responses of one token."""
     return SampleLogProbs(
         log_prob=jax.nn.log_softmax(logits)[actions][:, None],
         reference=game.reference[actions][:, None],
@@ -106,7 +106,7 @@ def self_play(*, first: float = 0.0, second: float | None = None, temperature: f
     Args:
       first: weight beta of the reference in the first action's mixture. Default 0: the policy.
       second: the same for the second action. Default: as in the first.
-      temperature: of both. Default 1; losses score at 1, so another one is a mismatch.
+      temperature: of both. Default 1; losses use temperature 1, so another one is a mismatch.
 
     Returns:
       The law.

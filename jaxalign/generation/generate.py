@@ -1,4 +1,4 @@
-"""Sampling with caches from one policy or a geometric mixture of several, on the devices alone."""
+"""Sampling with caches from one policy or a geometric mixture of several, on the devices."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from jaxalign.generation.sampling import (
     Sampling,
     distribution,
     draw,
-    likeliest,
     mixture,
+    most_likely,
     penalised,
 )
 from jaxalign.models import (
@@ -37,16 +37,16 @@ class Samples:
     """Responses to prompts, one row each."""
 
     tokens: Int[AnyArray, "rows response"]
-    """The response, an end token included, then zeros."""
+    """The response including its end token, then zeros."""
     length: Int[AnyArray, " rows"]
-    """Tokens of the response."""
+    """Number of tokens in the response."""
     finished: Bool[AnyArray, " rows"]
-    """Whether it ended or was stopped; if not, it was cut at the most tokens allowed."""
+    """Whether it ended with an end token or stop string; if not, it was truncated."""
     log_prob: Float[AnyArray, "rows response"]
-    """Of each token as it was drawn: mixed, penalised, tempered, truncated; in nats, 0 at padding
-    and where the likeliest token was taken."""
+    """Log-prob of each token in the sampled distribution: mixed, penalised, tempered and truncated;
+    in nats, 0 at padding and in greedy decoding."""
     policy_log_probs: Float[AnyArray, "rows policies response"]
-    """Of each token under each policy itself, at temperature 1, nothing cut; 0 at padding."""
+    """Log-prob of each token under each policy at temperature 1, not truncated; 0 at padding."""
 
 
 def generate(
@@ -63,13 +63,12 @@ def generate(
     stops: Int[Array, "strings states vocabulary"] | None = None,
     dtype: Any = None,
 ) -> Samples:
-    r"""Responses drawn token by token from the geometric mixture of policies.
+    r"""Responses sampled token by token from the geometric mixture of policies.
 
     .. math:: y_n \sim \prod_i \pi_i(y_n \mid x, y_{<n})^{w_i} / Z_n
 
-    Prompts pass each network once; then all policies go a token at a time, their caches in step,
-    until every row has ended. A row's draws depend on the key and the row's number alone, whatever
-    else is in the batch.
+    Each network reads the prompts once; then all policies decode token by token until every row has
+    ended. The draws of a row depend only on the key and the row's number, not on the batch.
 
     Args:
       policies: for each, the arguments of the forward pass: {"params"}; with adapters also
@@ -77,32 +76,32 @@ def generate(
         tokens.
       config: the architecture of all of them.
       prompts: padded on the left.
-      prompt_length: how many tokens of each are real, at least 1.
-      key: of the draws.
-      sampling: rules of the draw; with several policies they act on the mixture.
+      prompt_length: number of tokens of each prompt, at least 1.
+      key: random key.
+      sampling: settings; with several policies they apply to the mixture.
       weights: of the policies in the mixture; (1 - beta, beta) for policy and reference.
-      samples: responses to each prompt.
-      first_row: number of the first row of this batch among all; or, for each row, its number
-        less its place in the batch.
-      stops: from `stop_table`; None: nothing but end tokens stops a row.
-      dtype: of the computation and the caches; None is the parameters' own.
+      samples: number of responses to each prompt.
+      first_row: number of the first row of this batch among all; or, for each row, its number minus
+        its index in the batch.
+      stops: from `stop_table`; None: only end tokens end a row.
+      dtype: of the computation and the caches; None: that of the parameters.
 
     Returns:
-      Rows prompt by prompt, `samples` of each one behind another.
+      Rows in the order of the prompts, `samples` consecutive rows for each.
 
     Raises:
-      UserError: prompt and response are longer than learned positions reach.
+      UserError: prompt and response are longer than the table of learned positions.
     """
     _check_positions(config, prompt_length, sampling.max_tokens)
-    room: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
+    module: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
     slots = sampling.max_tokens + (
         prompts.shape[1] if isinstance(config, DecoderConfig) else 0  # the start token takes 1
     )
     weight = jnp.asarray(weights, jnp.float32)
     rows = prompts.shape[0] * samples
     row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(rows))
-    begun = [
-        room.prefill(
+    started = [
+        module.prefill(
             config=config,
             tokens=prompts,
             prompt_length=prompt_length,
@@ -113,25 +112,25 @@ def generate(
         for policy in policies
     ]
     if samples > 1:
-        begun = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, begun)
+        started = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, started)
     kernels = [_unembedding(policy, config) for policy in policies]
-    # On a CPU the loop reads layers that were cut out once; an accelerator keeps no second copy.
-    once = devices.platform() == "cpu"
-    layers = [_layers(policy, config) if once else None for policy in policies]
+    # On a CPU the loop reads layers sliced once; an accelerator keeps no second copy.
+    slice_once = devices.platform() == "cpu"
+    layers = [_layers(policy, config) if slice_once else None for policy in policies]
     ends = jnp.asarray(sampling.end_tokens, jnp.int32)
     penalty = sampling.repetition_penalty
 
-    def choose(hiddens: Sequence[Array], at: Array, held: Any) -> tuple[Array, Array, Array]:
-        """A token for each row, its log-prob as drawn, and under each policy."""
+    def choose(hiddens: Sequence[Array], at: Array, present: Any) -> tuple[Array, Array, Array]:
+        """A token for each row, its log-prob in the sampled distribution, and under each policy."""
         logits = [
             decoder.unembed(hidden, config, *kernel)
             for hidden, kernel in zip(hiddens, kernels, strict=True)
         ]
         drawn_from = mixture(logits, weight)
-        if held is not None:
-            drawn_from = penalised(drawn_from, held, penalty)
+        if present is not None:
+            drawn_from = penalised(drawn_from, present, penalty)
         if sampling.temperature == 0:
-            token = likeliest(drawn_from)
+            token = most_likely(drawn_from)
             log_prob = jnp.zeros(rows)
         else:
             fold = functools.partial(jax.random.fold_in, data=at)
@@ -145,9 +144,9 @@ def generate(
         return token, log_prob, jnp.stack([of_token(x) for x in logits], axis=1)
 
     def add(carry: Any, hiddens: Sequence[Array]) -> Any:
-        """The carry with one more token of every row that has not ended."""
-        at, done, matched, held, _, out = carry
-        token, log_prob, of_policies = choose(hiddens, at, held)
+        """The carry with one more token in every row that has not ended."""
+        at, done, matched, present, _, out = carry
+        token, log_prob, of_policies = choose(hiddens, at, present)
         token = jnp.where(done, 0, token)
         out = Samples(
             tokens=out.tokens.at[:, at].set(token),
@@ -163,38 +162,38 @@ def generate(
             strings = jnp.arange(stops.shape[0])[None]
             matched = stops[strings, matched, token[:, None]].astype(jnp.int32)
             done = done | jnp.any(matched == stops.shape[1] - 1, axis=1)
-        if held is not None:
-            held = held.at[jnp.arange(rows), token].set(True)
-        return at + 1, done, matched, held, token, out
+        if present is not None:
+            present = present.at[jnp.arange(rows), token].set(True)
+        return at + 1, done, matched, present, token, out
 
     def step(state: Any) -> Any:
         carry, caches = state
         moved = [
-            room.advance(
+            module.advance(
                 config=config, cache=cache, tokens=carry[4], layers=own, dtype=dtype, **policy
             )
             for policy, cache, own in zip(policies, caches, layers, strict=True)
         ]
         return add(carry, [hidden for hidden, _ in moved]), [cache for _, cache in moved]
 
-    most = sampling.max_tokens
+    limit = sampling.max_tokens
     nothing = Samples(
-        tokens=jnp.zeros((rows, most), jnp.int32),
+        tokens=jnp.zeros((rows, limit), jnp.int32),
         length=jnp.zeros(rows, jnp.int32),
         finished=jnp.zeros(rows, bool),
-        log_prob=jnp.zeros((rows, most)),
-        policy_log_probs=jnp.zeros((rows, len(policies), most)),
+        log_prob=jnp.zeros((rows, limit)),
+        policy_log_probs=jnp.zeros((rows, len(policies), limit)),
     )
     matched = jnp.zeros((rows, 0 if stops is None else stops.shape[0]), jnp.int32)
-    held = None
+    present = None
     if penalty != 1:
-        held = jnp.repeat(_present(config, prompts, prompt_length), samples, axis=0)
-    carry = jnp.int32(0), nothing.finished, matched, held, nothing.length, nothing
-    carry = add(carry, [hidden for hidden, _ in begun])
+        present = jnp.repeat(_present(config, prompts, prompt_length), samples, axis=0)
+    carry = jnp.int32(0), nothing.finished, matched, present, nothing.length, nothing
+    carry = add(carry, [hidden for hidden, _ in started])
     state = jax.lax.while_loop(
-        lambda state: (state[0][0] < most) & ~jnp.all(state[0][1]),
+        lambda state: (state[0][0] < limit) & ~jnp.all(state[0][1]),
         step,
-        (carry, [cache for _, cache in begun]),
+        (carry, [cache for _, cache in started]),
     )
     _, done, _, _, _, out = state[0]
     return Samples(
@@ -206,22 +205,22 @@ def generate(
     )
 
 
-def _check_positions(config: Any, prompt_length: Any, most: int) -> None:
-    """The table of positions has a place for every token, as far as lengths are known by now."""
+def _check_positions(config: Any, prompt_length: Any, limit: int) -> None:
+    """Check that the table of learned positions is long enough, if lengths are known."""
     if getattr(config, "position_kind", None) != "learned":
         return
     traced = isinstance(prompt_length, Tracer)
     longest = 1 if traced else int(np.asarray(prompt_length).max())
-    if longest + most > config.context_length:
+    if longest + limit > config.context_length:
         raise UserError(
-            f"max_tokens: prompts of {longest} tokens and responses of {most} are more than the "
-            f"model's {config.context_length} positions; ask for {config.context_length - longest}"
+            f"max_tokens: prompts of {longest} tokens and responses of {limit} are more than the "
+            f"model's {config.context_length} positions; set {config.context_length - longest}"
             " or fewer"
         )
 
 
 def _present(config: Any, prompts: Array, prompt_length: Array) -> Bool[Array, "prompts tokens"]:
-    """Which tokens stand before a response: the prompt's, or a decoder's start token."""
+    """The tokens before a response: the prompt's, or an encoder-decoder's start token."""
     none = jnp.zeros((prompts.shape[0], config.vocab_size), bool)
     if not isinstance(config, DecoderConfig):
         return none.at[:, config.start_token].set(True)
@@ -230,8 +229,8 @@ def _present(config: Any, prompts: Array, prompt_length: Array) -> Bool[Array, "
 
 
 def _unembedding(policy: Mapping[str, Any], config: Any) -> tuple[Array, Array | None]:
-    room: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
-    return room.unembedding(policy["params"], config)
+    module: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
+    return module.unembedding(policy["params"], config)
 
 
 def _layers(policy: Mapping[str, Any], config: Any) -> list[Any]:
@@ -247,8 +246,8 @@ def compile_generate(
 
     Args:
       config: the architecture.
-      mesh: from `make_mesh`; the prompts of a batch divide among its data and fsdp axes.
-      samples: responses to each prompt.
+      mesh: from `make_mesh`; the prompts of a batch are split over data and fsdp.
+      samples: number of responses to each prompt.
       **options: `sampling`, `stops` and `dtype` of `generate`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature and truncation, and the draw itself; pure functions."""
+"""Sampling of tokens from logits: temperature, truncation and draws, as pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.errors import UserError
 
-NEVER = -1e30  # the log-prob of a token that is cut off: finite, so that 0 * NEVER is 0
+NEVER = -1e30  # the logit of an excluded token: finite, so that 0 * NEVER is 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; hashable, a program is compiled for each."""
+    """Sampling settings; hashable, since each compiles a program."""
 
     max_tokens: int = 64
-    """Longest response, in tokens; an end or a stop may come before."""
+    """Longest response in tokens; it may end earlier."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    """Divisor of the logits; 0: always the most likely token (greedy)."""
     top_k: int = 0
-    """Only the so many likeliest tokens (and those as likely as the last of them); 0: all."""
+    """Keep the k most likely tokens (and those as likely as the last of them); 0: all."""
     top_p: float = 1.0
-    """Only the fewest likeliest tokens whose probability adds up to this; 1: all."""
+    """Keep the smallest set of most likely tokens with this total probability; 1: all."""
     min_p: float = 0.0
-    """Only tokens at least this times as likely as the likeliest; 0: all."""
+    """Keep tokens at least this fraction as likely as the most likely one; 0: all."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that a row holds already are divided by it, negative ones multiplied; 1: not
-    at all."""
+    """Logits of tokens that are already in the row are divided by it if positive, else multiplied;
+    1: no penalty."""
     end_tokens: tuple[int, ...] = ()
-    """Tokens that end a response; they belong to it."""
+    """Tokens that end a response; they are part of it."""
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -52,16 +52,16 @@ class Sampling:
 def distribution(
     logits: Float[Array, "rows vocabulary"], sampling: Sampling
 ) -> Float[Array, "rows vocabulary"]:
-    r"""Logits that tokens are drawn with: temperature, then top-k, then top-p, then min-p.
+    r"""Logits of the sampled distribution: temperature, then top-k, then top-p, then min-p.
 
     .. math:: \pi(y) \propto p(y)^{1/T} \, [y \text{ is kept by every rule in turn}]
 
     Args:
-      logits: [rows, vocabulary], of any shift.
-      sampling: the rules; at temperature 0 all mass is on the likeliest token.
+      logits: [rows, vocabulary], up to a constant.
+      sampling: settings; at temperature 0 all mass is on the most likely token.
 
     Returns:
-      [rows, vocabulary], of any shift; -1e30 at tokens that are cut off. Nucleus (top-p): Holtzman
+      [rows, vocabulary], up to a constant; -1e30 at excluded tokens. Nucleus (top-p): Holtzman
       et al., 2020, arXiv:1904.09751; min-p: Nguyen et al., 2024, arXiv:2407.01082.
     """
     vocabulary = logits.shape[-1]
@@ -90,16 +90,16 @@ def distribution(
 def penalised(
     logits: Float[Array, "rows vocabulary"], present: Bool[Array, "rows vocabulary"], penalty: float
 ) -> Float[Array, "rows vocabulary"]:
-    r"""Logits in which tokens that are there already are less likely.
+    r"""Logits with a penalty on tokens that are already present.
 
     .. math:: z'_y = z_y / \theta \text{ if } z_y > 0, \text{ else } z_y \theta, \quad
               y \text{ in the row}
 
-    It depends on the logits' shift: the networks' own are meant, as transformers has it.
+    This depends on the logits' constant: they must be the network's own, as in transformers.
 
     Args:
-      logits: [rows, vocabulary], as the network gives them.
-      present: which tokens each row holds.
+      logits: [rows, vocabulary], of the network.
+      present: the tokens in each row.
       penalty: theta > 0; above 1 it discourages.
 
     References:
@@ -117,9 +117,9 @@ def mixture(
     .. math:: \log\pi_{mix}(y) = \sum_i w_i \log\pi_i(y) + C
 
     Args:
-      logits: of each policy, of any shift: the constant takes it up.
-      weights: of each policy; 1 - beta and beta for policy and reference. One policy alone is
-        itself, whatever its weight.
+      logits: of each policy, up to a constant.
+      weights: of each policy; 1 - beta and beta for policy and reference. A single policy is
+        returned unchanged, whatever its weight.
 
     References:
       Munos et al., 2023, arXiv:2312.00886, section 7; Calandriello et al., 2024,
@@ -130,14 +130,16 @@ def mixture(
     return sum((weight * one for weight, one in zip(weights, logits, strict=True)), jnp.zeros(()))
 
 
-def likeliest(logits: Float[Array, "rows vocabulary"], *, block: int = 128) -> Int[Array, " rows"]:
-    """The first of the likeliest tokens: the best block of tokens, then the best in it.
+def most_likely(
+    logits: Float[Array, "rows vocabulary"], *, block: int = 128
+) -> Int[Array, " rows"]:
+    """The first of the most likely tokens: the best block of tokens, then the best in it.
 
-    As `argmax`, which a CPU does one number at a time; the maxima of blocks cost one quick pass.
+    The same as `argmax`, but faster on a CPU.
 
     Args:
-      logits: of any shift.
-      block: tokens compared together.
+      logits: up to a constant.
+      block: number of tokens in a block.
     """
     rows, vocabulary = logits.shape
     blocks = -(-vocabulary // block)
@@ -151,15 +153,15 @@ def likeliest(logits: Float[Array, "rows vocabulary"], *, block: int = 128) -> I
 def draw(
     logits: Float[Array, "rows vocabulary"], uniform: Float[Array, "rows 2"], *, block: int = 128
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """Tokens by inversion of the distribution function: a block of tokens, then one in it.
+    """Draw tokens by inversion of the distribution function: a block of tokens, then one in it.
 
-    Two uniform numbers a row instead of one Gumbel number for each token: the draw costs one pass
-    over the vocabulary.
+    This needs two uniform numbers per row instead of one Gumbel number per token, and one pass over
+    the vocabulary.
 
     Args:
-      logits: of any shift.
-      uniform: in [0, 1), independent.
-      block: tokens drawn from together.
+      logits: up to a constant.
+      uniform: independent, in [0, 1).
+      block: number of tokens in a block.
 
     Returns:
       The tokens and their log-probs.
@@ -181,7 +183,7 @@ def draw(
 def _invert(
     weights: Float[Array, "rows n"], uniform: Float[Array, "rows 1"]
 ) -> Int[Array, "rows 1"]:
-    """The first index whose cumulated weight passes the uniform number's share of the whole."""
-    cumulated = jnp.cumsum(weights, axis=-1)
-    passed = cumulated > uniform * cumulated[:, -1:]
-    return jnp.argmax(passed, axis=-1, keepdims=True).astype(jnp.int32)
+    """The first index whose cumulative weight exceeds the uniform number times the total."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    exceeds = cumulative > uniform * cumulative[:, -1:]
+    return jnp.argmax(exceeds, axis=-1, keepdims=True).astype(jnp.int32)

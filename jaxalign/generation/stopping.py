@@ -1,4 +1,4 @@
-"""Where responses stop, and what they say: stop strings on the device, and texts of tokens."""
+"""Stop strings on the device, and decoding of responses."""
 
 import functools
 import re
@@ -14,69 +14,69 @@ from jaxalign.errors import UserError
 StopTable = Int[np.ndarray, "strings states vocabulary"]
 
 ANCHORS = ("a", "0", ".", "A")
-"""Texts that a response may continue: decoders drop a space that begins a text."""
+"""Texts before a response in decoding, since tokenizers drop a space at the start of a text."""
 
 
 def stop_table(stops: Sequence[str], tokens: Sequence[bytes]) -> StopTable:
-    """For each stop string, how many of its bytes match after a token.
+    """Table of the automaton that finds stop strings in tokens.
 
-    The automaton of Knuth, Morris and Pratt over the bytes of UTF-8, walked through each token's: a
-    string is found wherever it begins and ends within tokens, also where one character takes
-    several of them. Its last state, the whole string, is never left.
+    It is the automaton of Knuth, Morris and Pratt over UTF-8 bytes, run over the bytes of each
+    token. A state is the number of matched bytes, so strings may begin and end within tokens. The
+    last state, the whole string, is final.
 
     Args:
       stops: strings, none of them empty.
-      tokens: what each token of the vocabulary adds to a text (`token_bytes`).
+      tokens: bytes of each token of the vocabulary (`token_bytes`).
 
     Returns:
-      int16 [strings, states, vocabulary]: the state after a token from the state before it; strings
-      shorter than the longest never reach the states they do not have, and end in the last one.
+      int16 [strings, states, vocabulary]: the state after a token, given the state before it.
+      Shorter strings use fewer states and also end in the last one.
 
     Raises:
       UserError: a stop string is empty.
     """
     if "" in stops:
-        raise UserError("stop: an empty string would stop at once; leave it out")
-    wanted = [stop.encode("utf-8") for stop in stops]
-    longest = max(map(len, wanted))
-    table = np.zeros((len(wanted), longest + 1, len(tokens)), np.int16)
+        raise UserError("stop: an empty string would stop at once; remove it")
+    encoded = [stop.encode("utf-8") for stop in stops]
+    longest = max(map(len, encoded))
+    table = np.zeros((len(encoded), longest + 1, len(tokens)), np.int16)
     lengths = np.array([len(token) for token in tokens])
     codes = np.zeros((len(tokens), int(lengths.max(initial=1))), np.uint8)
     for row, token in enumerate(tokens):
         codes[row, : len(token)] = np.frombuffer(token, np.uint8)
-    for number, stop in enumerate(wanted):
+    for number, stop in enumerate(encoded):
         step = _automaton(stop)
         for state in range(len(stop)):
             at = np.full(len(tokens), state, np.int16)
-            for place in range(codes.shape[1]):
-                at = np.where(place < lengths, step[at, codes[:, place]], at)
+            for position in range(codes.shape[1]):
+                at = np.where(position < lengths, step[at, codes[:, position]], at)
             table[number, state] = np.where(at == len(stop), longest, at)
         table[number, longest] = longest
     return table
 
 
 def _automaton(stop: bytes) -> np.ndarray:
-    """Next state by state and byte."""
+    """Next state, by state and byte."""
     step = np.zeros((len(stop) + 1, 256), np.int16)
     step[-1] = len(stop)
     for state in range(len(stop)):
         for code in set(stop):
-            seen = stop[:state] + bytes([code])
+            matched = stop[:state] + bytes([code])
             step[state, code] = next(
-                size for size in range(len(seen), -1, -1) if seen.endswith(stop[:size])
+                size for size in range(len(matched), -1, -1) if matched.endswith(stop[:size])
             )
     return step
 
 
 def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
-    """What each token adds to a text that it continues, in UTF-8.
+    """UTF-8 bytes of each token within a text.
 
-    A token that is a part of a character has no text: its bytes are read off its name, "<0x9F>"
+    The bytes of a token that is part of a character are read from its name: "<0x9F>"
     (SentencePiece) or characters that stand for bytes (GPT-2).
 
     Args:
       tokenizer: a Hugging Face tokenizer.
-      vocabulary: how many tokens the model has; those that the tokenizer lacks add nothing.
+      vocabulary: number of tokens of the model; those that the tokenizer lacks are empty.
     """
     anchor, begin = _anchor(tokenizer)
     known = min(vocabulary, len(tokenizer))
@@ -85,7 +85,7 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
         skip_special_tokens=False,
         clean_up_tokenization_spaces=False,
     )
-    found = []
+    result = []
     for text, name in zip(texts, tokenizer.convert_ids_to_tokens(list(range(known))), strict=True):
         added = text[len(begin) :].encode("utf-8")
         if "\ufffd" in text and name is not None:
@@ -93,13 +93,13 @@ def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
                 added = bytes([int(name[3:5], 16)])
             elif all(character in _byte_characters() for character in name):
                 added = bytes(_byte_characters()[character] for character in name)
-        found.append(added)
-    return found + [b""] * (vocabulary - known)
+        result.append(added)
+    return result + [b""] * (vocabulary - known)
 
 
 @functools.cache
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's characters and the bytes that they stand for: printable ones for themselves."""
+    """GPT-2's characters -> bytes; printable ones stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [code for code in range(256) if code not in printable]
     return {chr(code): code for code in printable} | {
@@ -108,7 +108,7 @@ def _byte_characters() -> dict[str, int]:
 
 
 def _anchor(tokenizer: Any) -> tuple[list[int], str]:
-    """Tokens that stand before a response, and their text."""
+    """Tokens to put before a response in decoding, and their text."""
     for text in ANCHORS:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         decoded = tokenizer.decode(
@@ -121,17 +121,16 @@ def _anchor(tokenizer: Any) -> tuple[list[int], str]:
 
 @dataclass(frozen=True)
 class ResponseText:
-    """What the tokens of a response say, so that prompt and response are the sampled text.
+    """Decoder of responses, such that prompt and response together are the sampled text.
 
-    Its end token is no part of it, whether or not the tokenizer calls it special, and nothing from
-    a stop string on.
+    End tokens and everything from a stop string on are removed.
     """
 
     tokenizer: Any
     ends: frozenset[int]
     """End tokens."""
     continues: bool = True
-    """Whether a response continues its prompt's text; an encoder-decoder's begins one."""
+    """Whether a response continues its prompt's text, as for decoders."""
 
     @functools.cached_property
     def _anchor(self) -> tuple[list[int], str]:
@@ -141,8 +140,8 @@ class ResponseText:
         """The text.
 
         Args:
-          tokens: sampled, padding left out.
-          stops: strings at which it was to stop.
+          tokens: sampled tokens without padding.
+          stops: stop strings.
         """
         own = [int(token) for token in tokens]
         while own and own[-1] in self.ends:

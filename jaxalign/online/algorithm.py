@@ -13,7 +13,7 @@ from jaxalign.online.rollouts import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Where a response to a prompt comes from: the data, or the geometric mixture of policies."""
+    """Source of a response to a prompt: the data, or a geometric mixture of policies."""
 
     policy: float = 1.0
     """Weight of the policy that is trained."""
@@ -22,35 +22,35 @@ class Draw:
     average: float = 0.0
     """Weight of the policy with the running average of all parameters so far."""
     previous: float = 0.0
-    """Weight of the policy as it was when the iteration began."""
+    """Weight of the policy at the start of the iteration."""
     from_data: bool = False
-    """It is the response that stands beside the prompt; no policy samples."""
+    """Whether it is the response in the prompt data; no policy samples it."""
 
     @property
     def weights(self) -> dict[str, float]:
-        """The policies that have any weight."""
+        """The policies with nonzero weights."""
         named = {name: weight for name, weight in vars(self).items() if name != "from_data"}
         return {} if self.from_data else {name: x for name, x in named.items() if x}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """Who samples and what is minimised.
+    """Sampling policies and loss of an online algorithm.
 
     Attributes:
-      draws: for each response to a prompt, where it comes from.
+      draws: source of each response to a prompt.
       loss: rollout -> one value per prompt, not reduced.
-      annotation: what the loss reads of the annotator, if anything.
-      trained: the first so many responses have log-probs in the loss.
-      average_decay: decay of the running average of parameters; None: there is none.
-      iteration: rollouts of an iteration: the loss's reference is then the policy as it was when
-        the iteration began, which may also sample; None: it is the frozen reference.
-      updates: passes over each rollout.
-      minibatches: parts of a rollout, drawn anew in each pass, that make an update each.
-      per_token: whether the loss is a sum over tokens that the step divides by all tokens, instead
-        of a value per prompt.
-      advantages: (samples as the sampling policy scored them, rewards, values) -> advantages and
-        returns of tokens; a value head is then trained with the policy. None: there is no critic.
+      annotation: what the loss reads from the annotator.
+      trained: number of responses, from the first, whose log-probs the loss reads.
+      average_decay: decay of the running average of parameters; None: no average.
+      iteration: number of rollouts in an iteration. The loss's reference is then the policy at the
+        start of the iteration, which may also sample; None: the frozen reference.
+      updates: number of passes over each rollout.
+      minibatches: number of random parts of a rollout in each pass, with one update each.
+      per_token: whether the loss is a sum over tokens, which the step divides by their number,
+        instead of a value per prompt.
+      advantages: (samples scored by the sampling policy, rewards, values) -> advantages and returns
+        per token; a value head is then trained with the policy. None: no critic.
     """
 
     draws: tuple[Draw, ...]
@@ -71,16 +71,16 @@ class Algorithm:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
         if self.iteration is not None and self.average_decay is not None:
-            raise UserError("iteration: an algorithm keeps an average or iterations, not both")
+            raise UserError("iteration: an algorithm has either an average or iterations")
 
     @property
     def reads_data(self) -> bool:
-        """Whether it learns from responses that stand beside the prompts."""
+        """Whether it learns from responses in the prompt data."""
         return any(draw.from_data for draw in self.draws)
 
 
 def mixture_with_reference(beta: float) -> Draw:
-    """The mixture of policy and reference in which the reference has weight beta.
+    """The mixture of policy and reference, in which the reference has weight beta.
 
     Raises:
       UserError: the weight is outside [0, 1].

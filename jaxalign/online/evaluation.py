@@ -1,4 +1,4 @@
-"""How the policy does on held-out prompts, against the reference, in the annotator's eyes."""
+"""Held-out evaluation of the policy against the reference by the annotator."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from jaxalign.training.step import TrainState
 
 
 class HeldOut:
-    """(policies) -> metrics; the reference's responses are sampled once.
+    """Function from policies to metrics; the reference's responses are sampled only once.
 
-    `win_rate` is the mean preference for the policy's response over the reference's, a tie being
-    half a win; `kl` the divergence KL(policy || reference) of whole responses in nats, the mean
-    log-ratio of the policy's own samples; `reward` the annotator's, where it gives any. Without an
-    annotator there is the divergence alone.
+    `win_rate` is the mean preference for the policy's response over the reference's, with ties as
+    half a win. `kl` is the divergence KL(policy || reference) of whole responses in nats, estimated
+    by the mean log-ratio of the policy's samples. `reward` is the annotator's, if it gives rewards.
+    Without an annotator, the only metrics are the divergence, length and finished fraction.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HeldOut:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of what is a number; NaN where nothing is."""
+    """Mean of the finite values; NaN if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
 
@@ -83,5 +83,5 @@ def _mean(values: np.ndarray) -> float:
 def evaluator(
     held_out: HeldOut, policies: Callable[[Any, Any], Mapping[str, Any]]
 ) -> Callable[[TrainState, Any], dict[str, float]]:
-    """(state, frozen) -> held-out numbers, as the loop calls it."""
+    """(state, frozen) -> held-out metrics, as the loop calls it."""
     return lambda state, frozen: held_out(policies(state.params, frozen))

@@ -1,4 +1,4 @@
-"""An online algorithm by name: of the table, or a function in a user's own file."""
+"""Online algorithms by name: built-in, or a function in a user's file."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ def find_algorithm(name: str, options: Mapping[str, float]) -> Algorithm:
     """The online algorithm of that name, with its hyperparameters.
 
     Args:
-      name: an entry of `ALGORITHMS`, or a function of the user's own as "FILE.py:FUNCTION".
+      name: an entry of `ALGORITHMS`, or a user's function as "FILE.py:FUNCTION".
       options: its hyperparameters; one whose default is an `int` must be a whole number.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an online step minimises: log-probs of sampled responses, reduced by an algorithm's loss."""
+"""Objective of an online step: log-probs of sampled responses, reduced by an algorithm's loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from jaxalign.training.objectives import Params, Policy
 
 @record
 class RolloutOutputs:
-    """What the networks say of a rollout, 0 at padding."""
+    """Token log-probs, entropies and values of a rollout, 0 at padding."""
 
     log_prob: Float[Array, "prompts samples response"]
     reference: Float[Array, "prompts samples response"]
@@ -45,14 +45,14 @@ class OnlineObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: RolloutBatch, key: PRNGKeyArray | None
     ) -> RolloutOutputs:
-        own = self.policy.policy(trained, frozen["policy"], key)
+        own = self.policy.forward_arguments(trained, frozen["policy"], key)
         responses = self.first(batch.responses)
         with jax.named_scope("policy"):
             out, values = self.log_probs_and_values(trained, responses, own)
         with jax.named_scope("reference"):
             of_reference = {"params": frozen["reference"]}
             if "previous" in frozen:
-                of_reference = self.policy.policy(frozen["previous"], frozen["policy"])
+                of_reference = self.policy.forward_arguments(frozen["previous"], frozen["policy"])
             reference, _ = self.log_probs_and_values(None, responses, of_reference)
         return RolloutOutputs(
             log_prob=out.log_prob,
@@ -62,7 +62,7 @@ class OnlineObjective:
         )
 
     def first(self, responses: PairBatch) -> PairBatch:
-        """The responses that the loss reads: those of the policy come first."""
+        """The responses that the loss reads, which come first."""
         number = self.algorithm.trained
         return PairBatch(
             tokens=responses.tokens[:, :number],
@@ -79,8 +79,8 @@ class OnlineObjective:
         """Token log-probs and entropies [prompts, samples, response]; the critic's values, if any.
 
         Args:
-          trained: where the head of the critic lies; None: no values are wanted.
-          responses: what is scored.
+          trained: parameters with the critic's head; None: compute no values.
+          responses: to score.
           arguments: of the forward pass.
         """
         out, hidden = response_log_probs_and_states(
@@ -101,11 +101,11 @@ class OnlineObjective:
         self, outputs: RolloutOutputs, batch: RolloutBatch, count: Float[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
         lengths = batch.responses.response_length[:, : self.algorithm.trained]
-        places = jnp.arange(outputs.log_prob.shape[-1])
+        positions = jnp.arange(outputs.log_prob.shape[-1])
         rollout = Rollout(
             log_prob=outputs.log_prob,
             reference=outputs.reference,
-            mask=places[None, None] < lengths[..., None],
+            mask=positions[None, None] < lengths[..., None],
             values=outputs.values,
             batch=batch,
         )

@@ -1,4 +1,4 @@
-"""Batches of prompts of fixed shapes, in an order that the seed alone decides."""
+"""Batches of prompts of fixed shapes, in an order that depends only on the seed."""
 
 from collections.abc import Sequence
 from typing import Any

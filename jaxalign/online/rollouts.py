@@ -1,4 +1,4 @@
-"""What online algorithms learn from: sampled responses, what annotators said of them, log-probs."""
+"""Data of online algorithms: prompts, sampled responses, annotations and log-probs."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,25 +16,25 @@ class PromptBatch:
     """Padded on the left."""
     length: Int[AnyArray, " prompts"]
     record_index: Int[AnyArray, " prompts"]
-    """Number of the record in its source, from 0."""
+    """Index of the record in its source."""
     weight: Float[AnyArray, " prompts"]
     """1; 0 for the copies that fill a last, partial batch."""
 
 
 @record
 class RolloutBatch:
-    """Prompts with several responses each, and what was said of them.
+    """Prompts with several responses each, and their annotations.
 
     Attributes:
       responses: rows of prompt and response; its axis `sides` runs over the responses.
       preference: probability that response i is preferred to response j; 1/2 at i = j.
       reward: of each response.
-      baseline: what a response's reward is compared with; it does not depend on the response.
-      sampled_log_prob: log-probs of the tokens under the policy when they were sampled; None: it
-        had no part in some of them.
-      advantage: of every token, for algorithms with a critic; None: they have none.
+      baseline: of each reward; it does not depend on the response itself.
+      sampled_log_prob: log-probs of the tokens under the policy that sampled; None: some were not
+        sampled by the policy.
+      advantage: of every token; None: there is no critic.
       value: of every token when it was sampled; None: there is no critic.
-      returns: that the critic is to predict; None: there is no critic.
+      returns: targets of the critic; None: there is no critic.
     """
 
     responses: PairBatch
@@ -49,14 +49,14 @@ class RolloutBatch:
 
 @record
 class Rollout:
-    """What a loss of an online algorithm reads: token log-probs, 0 at padding, and annotations.
+    """Input of an online algorithm's loss: token log-probs, 0 at padding, and annotations.
 
     Attributes:
-      log_prob: under the policy; the gradient flows through it.
+      log_prob: under the policy, with gradients.
       reference: under the frozen reference.
       mask: true at response tokens.
-      values: what the critic says of each token, gradient and all; None: there is no critic.
-      batch: the samples and what was said of them.
+      values: the critic's value of each token, with gradients; None: there is no critic.
+      batch: the samples and their annotations.
     """
 
     log_prob: Float[Array, "prompts samples response"]

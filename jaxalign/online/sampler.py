@@ -1,4 +1,4 @@
-"""Prompts in, sampled and annotated responses out: all that happens between two updates."""
+"""Sampling and annotation of responses to a batch of prompts, between two updates."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ from jaxalign.online.rollouts import PromptBatch, RolloutBatch
 from jaxalign.sharding import shard_batch
 
 ROUND = 16
-"""Responses are scored in rows of a multiple of this many tokens."""
+"""Lengths of response rows are rounded up to multiples of this many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,20 @@ class Sampled:
     length: np.ndarray
     finished: np.ndarray
     log_prob: Mapping[str, np.ndarray]
-    """Of each token under every policy of the mixture itself, by its name."""
+    """Log-probs of the tokens under each policy of the mixture, by name."""
     texts: list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Draws responses from mixtures of policies and reads them as texts.
+    """Samples responses from mixtures of policies and decodes them.
 
     Attributes:
       config: the policies' architecture.
       tokenizer: of the responses.
-      sampling: rules of the draw.
-      mesh: the devices; parameters may lie on another one, and are then handed over.
-      stop: texts at which a response stops; they are no part of its text.
+      sampling: settings.
+      mesh: of the parameters and the batches.
+      stop: strings at which a response ends; they are not part of its text.
       dtype: of the computation.
     """
 
@@ -71,7 +71,7 @@ class Sampler:
         return jnp.asarray(stop_table(self.stop, tokens))
 
     @functools.cached_property
-    def _said(self) -> ResponseText:
+    def _decode(self) -> ResponseText:
         continues = isinstance(self.config, DecoderConfig)
         ends = frozenset((*self.sampling.end_tokens, int(self.tokenizer.eos_token_id)))
         return ResponseText(self.tokenizer, ends, continues=continues)
@@ -97,14 +97,14 @@ class Sampler:
         *,
         samples: int,
     ) -> Sampled:
-        """Responses to a batch of prompts (this process's share of them).
+        """Responses to this process's shard of a batch of prompts.
 
         Args:
-          policies: the arguments of each one's forward pass, by name.
-          mixture: which of them mix, with their weights; one of weight 0 only scores.
+          policies: arguments of each policy's forward pass, by name.
+          mixture: weights of the policies; one with weight 0 only scores.
           prompts: on the host.
-          key: of the draws.
-          samples: responses to each prompt.
+          key: random key.
+          samples: number of responses to each prompt.
         """
         out: Samples = self._program(samples)(
             [policies[name] for name in mixture],
@@ -131,12 +131,12 @@ class Sampler:
         )
 
     def text(self, tokens: np.ndarray) -> str:
-        """What a response says, as `ResponseText` reads it."""
-        return self._said(tokens.tolist(), self.stop)
+        """The text of a response, as `ResponseText` decodes it."""
+        return self._decode(tokens.tolist(), self.stop)
 
 
 def own_rows(x: jax.Array) -> np.ndarray:
-    """The rows of an array that this process's devices hold."""
+    """The rows of an array on this process's devices."""
     if x.is_fully_addressable:
         return np.asarray(x)
     parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
@@ -144,30 +144,30 @@ def own_rows(x: jax.Array) -> np.ndarray:
 
 
 def from_data(prompts: PromptBatch, responses: Sequence[np.ndarray], sampler: Sampler) -> Sampled:
-    """The responses that stand beside the prompts, as if they had been sampled.
+    """The responses in the prompt data, in the form of samples.
 
     Args:
       prompts: on the host.
-      responses: tokens of each, by the number of its prompt; what is too long is cut.
-      sampler: for the longest response and the texts.
+      responses: tokens by number of the prompt; too long ones are truncated.
+      sampler: with the length limit and the tokenizer.
     """
-    most = sampler.sampling.max_tokens
+    limit = sampler.sampling.max_tokens
     own = [responses[int(at)] for at in prompts.record_index]
-    tokens = np.zeros((len(own), 1, most), np.int32)
+    tokens = np.zeros((len(own), 1, limit), np.int32)
     for row, mine in enumerate(own):
-        tokens[row, 0, : len(mine)] = mine[:most]
-    length = np.array([[min(len(mine), most)] for mine in own])
+        tokens[row, 0, : len(mine)] = mine[:limit]
+    length = np.array([[min(len(mine), limit)] for mine in own])
     return Sampled(
         tokens=tokens,
         length=length,
-        finished=np.array([[len(mine) <= most] for mine in own]),
+        finished=np.array([[len(mine) <= limit] for mine in own]),
         log_prob={},
-        texts=[[sampler.text(mine[:most])] for mine in own],
+        texts=[[sampler.text(mine[:limit])] for mine in own],
     )
 
 
 def draws_of(algorithm: Algorithm) -> list[tuple[Draw, int]]:
-    """Neighbouring draws that are alike are drawn together: each with its number."""
+    """The draws, with consecutive equal draws merged: each with the number of its samples."""
     groups: list[tuple[Draw, int]] = []
     for draw in algorithm.draws:
         if groups and groups[-1][0] == draw:
@@ -202,25 +202,25 @@ def joined(parts: Sequence[Sampled]) -> Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotated:
-    """What an annotator said of responses; NaN where it could not say."""
+    """An annotator's verdicts on responses; NaN where there is none."""
 
     preference: np.ndarray | None = None
-    """[prompts, samples, samples]: probability that the one beats the other; None: not asked."""
+    """[prompts, samples, samples]: probability that the first is better; None: not requested."""
     reward: np.ndarray | None = None
-    """[prompts, samples]; None: not asked."""
+    """[prompts, samples]; None: not requested."""
     reasons: Sequence[str] = ()
-    """For each prompt, why there is no verdict, else ""."""
+    """For each prompt, why there is no verdict, or ""."""
 
 
 def annotate(
     annotator: Any, algorithm: Algorithm, prompts: Sequence[str], texts: Sequence[Sequence[str]]
 ) -> Annotated:
-    """Ask for what an algorithm reads: preferences between all pairs, rewards, or nothing.
+    """Request what an algorithm reads: preferences between all pairs, rewards, or nothing.
 
     Args:
       annotator: `preferences(prompts, first, second)` for preferences; for rewards also
         `rewards(prompts, responses)`.
-      algorithm: which of them.
+      algorithm: with the kind of annotation.
       prompts: as texts.
       texts: the responses to each.
 
@@ -233,23 +233,23 @@ def annotate(
     if algorithm.annotation == "rewards":
         if not hasattr(annotator, "rewards"):
             raise UserError(
-                "rollout.annotator: it compares responses and gives no rewards; name a reward "
-                "model (reward:FOLDER) or a rule of (prompt, response)"
+                "rollout.annotator: compares responses and gives no rewards; set a reward model "
+                "(reward:FOLDER) or a rule of (prompt, response)"
             )
-        asked = [prompt for prompt in prompts for _ in range(samples)]
-        given = annotator.rewards(asked, [text for row in texts for text in row])
-        reward = np.asarray(given, np.float64).reshape(number, samples)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        rewards = annotator.rewards(repeated, [text for row in texts for text in row])
+        reward = np.asarray(rewards, np.float64).reshape(number, samples)
         whole = [bool(np.isfinite(row).all()) for row in reward]
         return Annotated(reward=reward, reasons=["" if one else "no reward" for one in whole])
     pairs = list(itertools.combinations(range(samples), 2))
-    asked = [prompt for prompt in prompts for _ in pairs]
+    repeated = [prompt for prompt in prompts for _ in pairs]
     first = [row[i] for row in texts for i, _ in pairs]
     second = [row[j] for row in texts for _, j in pairs]
-    verdicts = annotator.preferences(asked, first, second)
-    said = np.asarray(verdicts.preference)
+    verdicts = annotator.preferences(repeated, first, second)
+    by_pair = np.asarray(verdicts.preference).reshape(number, len(pairs))
     preference = np.full((number, samples, samples), 0.5)
     for at, (i, j) in enumerate(pairs):
-        preference[:, i, j] = said.reshape(number, len(pairs))[:, at]
+        preference[:, i, j] = by_pair[:, at]
         preference[:, j, i] = 1 - preference[:, i, j]
     why = [verdicts.reasons[at * len(pairs) : (at + 1) * len(pairs)] for at in range(number)]
     return Annotated(preference=preference, reasons=[next(filter(None, row), "") for row in why])
@@ -262,19 +262,19 @@ def rollout_batch(
     *,
     unfinished_penalty: float = 0.0,
 ) -> RolloutBatch:
-    """Samples and annotations as the step reads them; prompts without a verdict have weight 0.
+    """Samples and annotations as input of the step; prompts without a verdict have weight 0.
 
     Args:
       prompts: on the host.
       sampled: the responses.
-      annotated: what was said of them.
-      unfinished_penalty: taken from the reward of each response that was cut off.
+      annotated: their annotations.
+      unfinished_penalty: subtracted from the reward of each truncated response.
     """
     number, samples, _ = sampled.tokens.shape
-    room = -(-int(sampled.length.max()) // ROUND) * ROUND
-    room = min(room, sampled.tokens.shape[-1])
+    size = -(-int(sampled.length.max()) // ROUND) * ROUND
+    size = min(size, sampled.tokens.shape[-1])
     width = prompts.tokens.shape[1]
-    rows = np.zeros((number, samples, width + room), np.int32)
+    rows = np.zeros((number, samples, width + size), np.int32)
     for at, length in enumerate(prompts.length):
         rows[at, :, :length] = prompts.tokens[at, width - length :]
         for sample in range(samples):
@@ -286,32 +286,32 @@ def rollout_batch(
     if reward is None:
         reward = np.zeros((number, samples))
     reward = reward - unfinished_penalty * ~sampled.finished
-    said = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
-    reward = np.where(said[:, None], reward, 0.0)
+    has_verdict = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
+    reward = np.where(has_verdict[:, None], reward, 0.0)
     return RolloutBatch(
         responses=PairBatch(
             tokens=rows,
             prompt_length=np.repeat(prompts.length[:, None], samples, axis=1),
-            response_tokens=sampled.tokens[:, :, :room],
+            response_tokens=sampled.tokens[:, :, :size],
             response_length=sampled.length.astype(np.int32),
             record_index=prompts.record_index,
-            weight=(prompts.weight * said).astype(np.float32),
+            weight=(prompts.weight * has_verdict).astype(np.float32),
         ),
-        preference=np.where(said[:, None, None], preference, 0.5).astype(np.float32),
+        preference=np.where(has_verdict[:, None, None], preference, 0.5).astype(np.float32),
         reward=reward.astype(np.float32),
-        baseline=baselines(reward, prompts.weight * said).astype(np.float32),
+        baseline=baselines(reward, prompts.weight * has_verdict).astype(np.float32),
         sampled_log_prob=(
-            sampled.log_prob["policy"][:, :, :room] if "policy" in sampled.log_prob else None
+            sampled.log_prob["policy"][:, :, :size] if "policy" in sampled.log_prob else None
         ),
     )
 
 
 def baselines(reward: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    r"""For each response the mean reward of others: to its prompt, or (of one) to other prompts.
+    r"""Mean reward of the other responses: to the same prompt, or of a single one, to all others.
 
     Args:
       reward: [prompts, samples].
-      weight: of each prompt; those of weight 0 count for nobody.
+      weight: of each prompt; prompts of weight 0 are ignored.
     """
     samples = reward.shape[1]
     if samples > 1:

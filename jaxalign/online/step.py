@@ -1,4 +1,4 @@
-"""The online step: sample, annotate, update; from the outside a step as any other."""
+"""The online step: sample, annotate, update; called like any other step."""
 
 import dataclasses
 import functools
@@ -48,20 +48,20 @@ from jaxalign.training.step import TrainState, train_step
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the forward pass of every policy that may sample, by the names of `Draw`."""
     policies = {
-        "policy": policy.policy(state.params, frozen["policy"]),
+        "policy": policy.forward_arguments(state.params, frozen["policy"]),
         "reference": {"params": frozen["reference"]},
     }
     if isinstance(state.opt_state, AverageState):
-        policies["average"] = policy.policy(state.opt_state.average, frozen["policy"])
+        policies["average"] = policy.forward_arguments(state.opt_state.average, frozen["policy"])
     if isinstance(state.opt_state, IterationState):
-        policies["previous"] = policy.policy(state.opt_state.previous, frozen["policy"])
+        policies["previous"] = policy.forward_arguments(state.opt_state.previous, frozen["policy"])
     return policies
 
 
-def remembering(
+def with_history(
     algorithm: Algorithm, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The update rule, keeping the earlier parameters that an algorithm reads."""
+    """The update rule, which also keeps earlier parameters if the algorithm reads them."""
     if algorithm.average_decay is not None:
         return with_average(algorithm.average_decay, optimizer)
     if algorithm.iteration is not None:
@@ -79,9 +79,9 @@ def update_step(
     optimizer: optax.GradientTransformation,
     micro_batches: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """All updates on one rollout; they count as one step.
+    """All updates on one rollout, which count as one step.
 
-    With a critic, values and advantages are those of the policy that sampled.
+    With a critic, values and advantages are computed once, with the parameters before the updates.
     """
     algorithm = objective.algorithm
     if isinstance(state.opt_state, IterationState):
@@ -125,9 +125,9 @@ def _with_advantages(
     outputs = jax.lax.stop_gradient(objective.forward(state.params, frozen, batch, None))
     assert outputs.values is not None
     responses = batch.responses
-    places = jnp.arange(outputs.log_prob.shape[-1])[None, None]
+    positions = jnp.arange(outputs.log_prob.shape[-1])[None, None]
     lengths = responses.response_length[:, : objective.algorithm.trained]
-    mask = (places < lengths[..., None]) & (responses.weight > 0)[:, None, None]
+    mask = (positions < lengths[..., None]) & (responses.weight > 0)[:, None, None]
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(-1, x.shape[-1])
@@ -136,8 +136,8 @@ def _with_advantages(
         log_prob=flat(outputs.log_prob), reference=flat(outputs.reference), mask=flat(mask)
     )
     reward = batch.reward[:, : objective.algorithm.trained].reshape(-1)
-    found = objective.algorithm.advantages(samples, reward, flat(outputs.values))
-    advantage, returns = (x.reshape(mask.shape) for x in found)
+    result = objective.algorithm.advantages(samples, reward, flat(outputs.values))
+    advantage, returns = (x.reshape(mask.shape) for x in result)
     return dataclasses.replace(
         batch,
         sampled_log_prob=outputs.log_prob,
@@ -149,22 +149,22 @@ def _with_advantages(
 
 @dataclass(kw_only=True)
 class OnlineStep:
-    """(state, frozen, prompts on the host) -> (state, metrics), as the loop wants it.
+    """(state, frozen, prompts on the host) -> (state, metrics), as the loop calls it.
 
     Attributes:
-      algorithm: who samples and what is minimised.
-      policy: how parameters make up the policies.
-      sampler: draws responses.
+      algorithm: sampling policies and loss.
+      policy: the policies, given parameters.
+      sampler: of responses.
       annotator: `preferences` or `rewards` of texts.
       update: the compiled `update_step`.
-      hand_over: policies -> policies where the sampler's devices want them.
-      prompt_texts: of every prompt, by its number, as annotators read it.
+      reshard: policies -> policies on the sampler's mesh.
+      prompt_texts: text of every prompt for annotators, by its number.
       mesh: of the update.
-      key: of all draws; the step's number is folded in.
-      record: takes the sampled texts of a step.
-      responses: tokens of the responses beside the prompts, by their number, where it learns from
+      key: random key of all steps; the step's number is folded in.
+      record: called with the sampled texts of a step.
+      responses: tokens of the responses in the prompt data, by number, if the algorithm reads
         them.
-      unfinished_penalty: taken from the reward of each response that was cut off.
+      unfinished_penalty: subtracted from the reward of each truncated response.
     """
 
     algorithm: Algorithm
@@ -172,7 +172,7 @@ class OnlineStep:
     sampler: Sampler
     annotator: Any
     update: Callable[..., Any]
-    hand_over: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    reshard: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     prompt_texts: Sequence[str]
     mesh: Mesh
     key: jax.Array
@@ -183,9 +183,9 @@ class OnlineStep:
     def __call__(
         self, state: TrainState, frozen: Any, prompts: PromptBatch
     ) -> tuple[TrainState, dict[str, Any]]:
-        begun, number = time.perf_counter(), int(state.step)
+        started, number = time.perf_counter(), int(state.step)
         key = jax.random.fold_in(self.key, number)
-        policies = self.hand_over(policies_of(self.policy, state, frozen))
+        policies = self.reshard(policies_of(self.policy, state, frozen))
         with jax.profiler.TraceAnnotation("sample"):
             parts = [
                 self.sampler(
@@ -197,7 +197,7 @@ class OnlineStep:
             ]
             stop_if_asked()
         sampled = joined(parts)
-        drawn = time.perf_counter()
+        sampling_end = time.perf_counter()
         texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
         try:
             with jax.profiler.TraceAnnotation("annotate"):
@@ -216,14 +216,14 @@ class OnlineStep:
                 "rollouts.jsonl"
             )
         placed = shard_batch(batch, self.mesh)
-        said = time.perf_counter()
+        annotation_end = time.perf_counter()
         with jax.profiler.TraceAnnotation("update"):
             state, metrics = self.update(state, frozen, placed)
             jax.block_until_ready(state.step)
-        seconds = np.diff([begun, drawn, said, time.perf_counter()])
-        shares = seconds / seconds.sum()
+        seconds = np.diff([started, sampling_end, annotation_end, time.perf_counter()])
+        fractions = seconds / seconds.sum()
         metrics |= dict(
-            zip(("time/sampling", "time/annotation", "time/update"), shares, strict=True)
+            zip(("time/sampling", "time/annotation", "time/update"), fractions, strict=True)
         )
         metrics["seconds"] = float(seconds.sum())
         return state, metrics | self.counts(prompts, sampled, batch, float(seconds[0]))
@@ -231,7 +231,7 @@ class OnlineStep:
     def counts(
         self, prompts: PromptBatch, sampled: Sampled, batch: RolloutBatch, seconds: float
     ) -> dict[str, float | int]:
-        """What this process's share of a rollout was like."""
+        """Metrics of this process's shard of a rollout."""
         responses = int(sampled.length.sum())
         trained = slice(0, self.algorithm.trained)
         weight = batch.responses.weight
@@ -243,27 +243,27 @@ class OnlineStep:
             "rollout/tokens_per_second": responses / seconds,
             "annotation/failed": float(1 - weight.sum() / max(prompts.weight.sum(), 1)),
         }
-        said = weight > 0
+        has_verdict = weight > 0
         if self.algorithm.annotation == "none":
             return out
         if self.algorithm.annotation == "rewards":
-            return out | {"rollout/reward": float(batch.reward[said].mean())}
-        others = batch.preference[said][:, 0, 1:]
+            return out | {"rollout/reward": float(batch.reward[has_verdict].mean())}
+        others = batch.preference[has_verdict][:, 0, 1:]
         return out | {
-            "rollout/preference": float(others.mean()),  # 1/2 where all draws are alike
+            "rollout/preference": float(others.mean()),  # 1/2 if all draws are equal
             "rollout/decided": float(np.abs(others - 0.5).mean() * 2),
         }
 
 
 def _no_verdict(sampled: Sampled, reason: str) -> Annotated:
-    """What is kept of responses that nothing was said of."""
+    """Annotations of responses without any verdict."""
     number, samples = sampled.length.shape
     nothing = np.full((number, samples, samples), np.nan)
     return Annotated(preference=nothing, reasons=[reason] * number)
 
 
 class TextRecorder:
-    """Some prompts of each step with their responses and verdicts, one JSON object a line."""
+    """Writes some prompts of each step with responses and verdicts, one JSON object per line."""
 
     def __init__(self, path: Path, *, prompts: int):
         self._path, self._prompts = path, prompts
@@ -272,9 +272,9 @@ class TextRecorder:
         self, step: int, texts: Sequence[str], sampled: Sampled, annotated: Annotated
     ) -> None:
         verdicts = {"preference": annotated.preference, "reward": annotated.reward}
-        verdicts = {name: said for name, said in verdicts.items() if said is not None}
-        whole = [np.isfinite(said.reshape(len(texts), -1)).all(1) for said in verdicts.values()]
-        nothing = any(not one.any() for one in whole)  # then every sample is kept
+        verdicts = {name: values for name, values in verdicts.items() if values is not None}
+        whole = [np.isfinite(x.reshape(len(texts), -1)).all(1) for x in verdicts.values()]
+        nothing = any(not one.any() for one in whole)  # then all samples are written
         with open_text(self._path, "a") as file:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
@@ -284,12 +284,12 @@ class TextRecorder:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Forget what came after a step: it will be sampled again."""
+        """Drop the lines after a step, which will be sampled again."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = []
-        for number, line in enumerate(lines[:-1], start=1):  # behind the last end: cut by a kill
+        for number, line in enumerate(lines[:-1], start=1):  # the last one is truncated or empty
             at = _step_of(line)
             if at is None:
                 notice(f"{self._path}:{number}: not a line of rollouts; it is kept as it is")
@@ -299,7 +299,7 @@ class TextRecorder:
 
 
 def _step_of(line: str) -> float | None:
-    """The step that a line is of; None where it is damaged."""
+    """The step of a line; None: the line is damaged."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):

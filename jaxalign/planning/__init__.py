@@ -1,1 +1,1 @@
-"""A run's steps compiled for devices that need not be there: memory, work and bounds."""
+"""Plans of a run: its steps compiled for devices that need not exist, with memory and bounds."""

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that need not be there, and the memory that they take on these."""
+"""Programs compiled for devices that need not exist, and the memory that they need there."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxalign.training.step import TrainState, compile_step
 
 
 class TooLargeError(Exception):
-    """The compiler found no room; `sizes`: bytes needed and bytes there are, where it says so."""
+    """A program does not fit; `sizes` has the bytes needed and available, if the compiler says."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -22,7 +22,7 @@ class TooLargeError(Exception):
 
 
 def lasting_memory(state: TrainState, frozen: Structs, batch: Structs) -> dict[str, int]:
-    """Bytes on one device between the steps: by the rules of sharding alone, nothing compiled.
+    """Bytes on one device between steps, by the sharding rules, without compiling.
 
     Args:
       state: placed shapes.
@@ -40,27 +40,27 @@ def lasting_memory(state: TrainState, frozen: Structs, batch: Structs) -> dict[s
 def step_memory(
     step: Callable[..., Any], state: TrainState, frozen: Structs, batch: Structs, mesh: Mesh
 ) -> dict[str, int]:
-    """Compile a step for a mesh and read what it takes beside the lasting memory, on one device.
+    """Compile a step for a mesh; bytes on one device in addition to the lasting memory.
 
     Args:
       step: (state, frozen, batch) -> (state, metrics).
       state: placed shapes.
       frozen: placed shapes.
       batch: placed shapes.
-      mesh: of devices that need not be there.
+      mesh: of devices that need not exist.
 
     Returns:
-      Bytes of "temporaries" (gradients, activations and all else that a step makes) and of the
+      Bytes of "temporaries" (gradients, activations and everything else in a step) and of the
       "program".
 
     Raises:
-      TooLargeError: the compiler says that it does not fit.
+      TooLargeError: it does not fit.
     """
     return program_memory(compile_step(step, state, mesh), mesh, state, frozen, batch)
 
 
 def program_memory(program: jax.stages.Wrapped, mesh: Mesh, *arguments: Any) -> dict[str, int]:
-    """Compile any program for a mesh; as `step_memory`."""
+    """The same as `step_memory` for any program."""
     try:
         with compiling_for(mesh.devices.flat[0].platform, mesh.size):
             compiled = program.lower(*arguments).compile()

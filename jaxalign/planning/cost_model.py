@@ -1,4 +1,4 @@
-"""What a training step makes each device do, by formula: FLOPs, memory traffic, collectives."""
+"""Cost of a training step on each device, by formula: FLOPs, memory traffic, collectives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ Params = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one device does in a step.
+    """The work of one device in a step.
 
     Attributes:
-      tokens: of the rows that are learned from, of all devices together.
-      model_flops: 2 per token and matrix parameter that multiplies it in each pass forward, 4 in
-        each pass backward (2 where adapters alone are trained): what utilisation is counted in.
-      flops: with attention's own products and with what is computed again.
-      memory_bytes: at least: the weights of every pass, and the update of parameters and moments.
-      links: bytes that come in over links by kind of collective, at least.
+      tokens: tokens of the rows with a backward pass, on all devices together.
+      model_flops: 2 per token and matrix parameter in each forward pass, 4 in each backward pass (2
+        if only adapters are trained); utilisation is defined by these.
+      flops: model FLOPs, attention's own products and recomputation.
+      memory_bytes: lower bound: the weights of every pass, and the update of parameters and
+        moments.
+      links: lower bound of bytes received over links, by kind of collective.
     """
 
     tokens: int
@@ -37,7 +38,7 @@ class Work:
 
     @property
     def link_bytes(self) -> float:
-        """Over all kinds."""
+        """Bytes of all kinds."""
         return sum(self.links.values())
 
 
@@ -57,7 +58,7 @@ def work(
     r"""FLOPs and bytes of a step on each of the devices of a mesh.
 
     A row's matrix products are :math:`2 \sum_W |W| n_W` FLOPs forward and twice that backward (once
-    where adapters alone are trained: no gradients of weights), with :math:`n_W` the positions that
+    if only adapters are trained: no gradients of weights), with :math:`n_W` the positions that
     matrix W multiplies; attention adds :math:`4 l \sum_q n_q` (queries by keys and weights by
     values, all keys of a row) forward and twice that backward.
 
@@ -65,13 +66,13 @@ def work(
       model_config: the architecture, of a decoder or an encoder-decoder.
       params: shapes of the model's parameters.
       trained: shapes of the trained ones.
-      passes: what goes through networks.
-      mesh: how devices share the work.
+      passes: of a step.
+      mesh: of the devices.
       moments: bytes of the optimiser's state, of all devices together.
-      adapters: whether adapters alone are trained.
-      remat: what is computed again: none, full (a forward pass more) or dots (attention's).
+      adapters: whether only adapters are trained.
+      remat: what is recomputed: none, full (one more forward pass) or dots (attention).
       dtype: of the computation.
-      micro_batches: parts in which the batch passes, each with the same weights.
+      micro_batches: number of parts of the batch, each of which reads all weights.
     """
     again = 2 * (remat == "full")
     attention_again = 2 * (remat in ("full", "dots"))
@@ -101,7 +102,7 @@ def work(
 
 
 def _products(params: Params, each: Rows) -> float:
-    """Matrix parameters times the positions of a row that each of them multiplies, one pass."""
+    """Sum over matrices of parameters times positions of a row that they multiply, for one pass."""
     tied = "embed" in params and not {"unembed", SCORE} & set(params)
     total = float(params["embed"]["embedding"].size * each.scored if tied else 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -121,18 +122,18 @@ def _products(params: Params, each: Rows) -> float:
 
 
 def _attention_products(model_config: Any, each: Rows) -> float:
-    """Products of queries with keys and of weights with values of a row, one pass."""
-    seen = each.length**2 * model_config.layers
+    """Products of queries with keys and of weights with values of a row, for one pass."""
+    pairs = each.length**2 * model_config.layers
     if isinstance(model_config, DecoderConfig):
         windowed, window = sum(model_config.windowed), model_config.window or each.length
-        seen -= windowed * each.length * max(each.length - window, 0)
+        pairs -= windowed * each.length * max(each.length - window, 0)
     else:
-        seen += model_config.decoder_layers * each.scored * (each.scored + each.length)
-    return 2 * model_config.heads * model_config.head_width * seen * each.depth
+        pairs += model_config.decoder_layers * each.scored * (each.scored + each.length)
+    return 2 * model_config.heads * model_config.head_width * pairs * each.depth
 
 
 def _gathered(params: Params, passes: Sequence[Rows], mesh: Mesh, size: int) -> dict[str, float]:
-    """Weights that are split over fsdp and sequence, gathered in every pass."""
+    """Weights sharded over fsdp and sequence, gathered in every pass."""
     parts, matrices = mesh.shape["fsdp"] * mesh.shape["sequence"], matrix_parameters(params)
     table = params["embed"]["embedding"].size
     needed = sum(
@@ -143,9 +144,9 @@ def _gathered(params: Params, passes: Sequence[Rows], mesh: Mesh, size: int) -> 
 
 
 def _reduced(moved: int, mesh: Mesh, size: int, *, adapters: bool) -> dict[str, float]:
-    """Gradients: scattered where parameters are split, summed over whole copies."""
+    """Gradients: scattered over shards of parameters, summed over replicas."""
     copies, parts = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["sequence"]
-    if adapters:  # small, whole everywhere
+    if adapters:  # small, replicated
         copies, parts = copies * parts, 1
     own = moved / (1 if adapters else mesh.shape["tensor"]) * size
     return {
@@ -157,13 +158,13 @@ def _reduced(moved: int, mesh: Mesh, size: int, *, adapters: bool) -> dict[str, 
 def _states(
     model_config: Any, passes: Sequence[Rows], mesh: Mesh, size: int, *, again: bool
 ) -> dict[str, float]:
-    """Hidden states summed over tensor, keys and values gathered over sequence."""
+    """Hidden states summed over tensor; keys and values gathered over sequence."""
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     kv_heads = getattr(model_config, "kv_heads", model_config.heads)
     summed = gathered = 0.0
     for each in passes:
-        # a sum after attention and one after the MLP; the one that is computed again is the first
+        # one sum after attention and one after the MLP; the first is recomputed
         sums = 2 * (each.forward + each.backward) + again * each.backward
         reads = each.forward + each.backward
         positions = each.length * model_config.layers
@@ -181,16 +182,16 @@ def _states(
 
 
 def _missing(parts: int) -> float:
-    """The share of a whole that a device with one part of it lacks."""
+    """The fraction of an array that is missing on a device with one of its shards."""
     return (parts - 1) / parts
 
 
 def bound(work: Work, rates: dict[str, float | None]) -> dict[str, float]:
-    """Seconds that a step takes at least, by what limits it.
+    """Lower bounds of a step's seconds, by what limits it.
 
     Args:
       work: of one device.
-      rates: "compute" in FLOP/s, "memory" and "links" in bytes per second; None: not known.
+      rates: "compute" in FLOP/s, "memory" and "links" in bytes per second; None: unknown.
     """
     amounts = {"compute": work.flops, "memory": work.memory_bytes, "links": work.link_bytes}
     return {name: amounts[name] / rate for name, rate in rates.items() if rate}

@@ -1,4 +1,4 @@
-"""Plans as text: a page for one, a line for one of many."""
+"""Plans as text: one page, or one line of a list."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,12 @@ GIB = 2**30
 
 
 def page(planned: UncompiledPlan, topology: str, plan: Plan) -> str:
-    """All of a plan.
+    """A plan in full.
 
     Args:
-      planned: what was compiled.
-      topology: for.
-      plan: what came of it.
+      planned: the plan before compilation.
+      topology: name of the slice.
+      plan: the compiled plan.
     """
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     config, chips = planned.config, planned.mesh.size
@@ -37,16 +37,16 @@ def page(planned: UncompiledPlan, topology: str, plan: Plan) -> str:
             f"  at most {rate:,.0f} tokens/s, utilisation {plan.utilisation:.0%}",
         ]
     if planned.stage.sampling is not None:
-        lines.append("  the time of sampling, and the annotator, come on top")
+        lines.append("  without the time of sampling and of the annotator")
     return "\n".join(lines)
 
 
 def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Iterator[str]:
-    """Lines on which flags make a stage fit: remedies are compiled until one does.
+    """Lines with flags that make a stage smaller, compiled one by one until it fits.
 
     Args:
-      planned: what does not fit.
-      topology: for.
+      planned: a plan that does not fit.
+      topology: name of the slice.
       response: as in `draft`.
     """
     yield "smaller, one change after the other:"
@@ -54,7 +54,7 @@ def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Ite
         changed = draft(config, topology, planned.stage.name, response=response)
         if changed.too_large:
             lasting = sum(changed.lasting.values()) / GIB
-            yield f"  {flags}: {lasting:.2f} GiB stay between steps, does not fit"
+            yield f"  {flags}: {lasting:.2f} GiB stay between steps: does not fit"
             continue
         plan = changed.plan()
         yield f"  {flags}: {size(plan)}"
@@ -67,15 +67,15 @@ def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Ite
 
 
 def _what(planned: UncompiledPlan) -> str:
-    """What a stage does to which model."""
+    """Method and model of a stage."""
     config, lora = planned.config, planned.kind.adapters(planned.config)
-    model = "a model of its own" if config.model == "embedded" else config.model
+    model = "a model with random weights" if config.model == "embedded" else config.model
     adapters = "" if lora is None else f", adapters of rank {lora.rank}"
     return f"{planned.stage.method} on {model}{adapters}"
 
 
 def _batch(planned: UncompiledPlan) -> str:
-    """The batch and its parts."""
+    """The batch and its micro-batches."""
     stage = planned.stage
     parts = f" in {stage.micro_batches} parts" if stage.micro_batches > 1 else ""
     return f"a batch of {stage.batch_size} {stage.rows}{parts}"
@@ -90,7 +90,7 @@ NAMES = {
 
 
 def _memory(plan: Plan) -> list[str]:
-    """What a chip holds, part by part."""
+    """Memory of a chip by content."""
     parts = {NAMES.get(name, name): size for name, size in plan.lasting.items()}
     parts |= {NAMES.get(name, name): size for name, size in (plan.step or {}).items()}
     if plan.sampling is not None:
@@ -108,7 +108,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _work(plan: Plan) -> list[str]:
-    """What a chip does and exchanges."""
+    """FLOPs and traffic of a chip."""
     doing, links = plan.work, plan.work["links"]
     flops, letter = (1e12, "T") if doing["flops"] >= 1e11 else (1e9, "G")
     unit, name = _unit(max(doing["memory_bytes"], sum(links.values())))
@@ -124,12 +124,12 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _unit(largest: int | float) -> tuple[int, str]:
-    """GiB, or MiB where all is less than one of these."""
+    """GiB, or MiB if everything is below 1 GiB."""
     return (GIB, "GiB") if largest >= GIB else (2**20, "MiB")
 
 
 def _needed(plan: Plan) -> str:
-    """What the compiler says is missing."""
+    """The memory that is missing according to the compiler."""
     if len(plan.needed) < 2:
         return ""
     need, there = (size / GIB for size in plan.needed)
@@ -137,7 +137,7 @@ def _needed(plan: Plan) -> str:
 
 
 def size(plan: Plan) -> str:
-    """Its memory and whether that fits, in a few words."""
+    """Memory of a plan, and whether it fits."""
     if plan.total is None:
         return "does not fit" + _needed(plan)
     unit, name = _unit(plan.total)
@@ -145,7 +145,7 @@ def size(plan: Plan) -> str:
 
 
 def line(plan: Plan) -> str:
-    """One of a sweep."""
+    """One line of a sweep."""
     mesh = " ".join(f"{name} {size:>3}" for name, size in plan.mesh.items() if name != "sequence")
     batch = f"batch {plan.batch_size:>4} in {plan.micro_batches:>2}"
     rate = f"{plan.work['tokens'] / plan.bound:>11,.0f} tokens/s" if plan.seconds else ""

@@ -1,4 +1,4 @@
-"""A stage's step on a slice: what it holds and does, by formula and by the compiler."""
+"""Plan of a stage's step on a slice: memory and work, by formula and by the compiler."""
 
 import dataclasses
 import time
@@ -24,7 +24,7 @@ from jaxalign.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step on a slice: the memory that it takes, and the time that no schedule can beat."""
+    """A step on a slice: its memory, and a lower bound of its time."""
 
     stage: str
     mesh: dict[str, int]
@@ -34,22 +34,22 @@ class Plan:
     lasting: dict[str, int]
     """Bytes per chip that stay between steps, by formula."""
     step: dict[str, int] | None
-    """Bytes per chip that the compiler reserves on top; None where it found no room."""
+    """Further bytes per chip by the compiler; None: the step does not fit."""
     sampling: dict[str, int] | None
-    """The same of the online stage's sampling, in place of `step`; None: there is none."""
+    """The same for the online stage's sampling, instead of `step`; None: no sampling."""
     needed: list[float]
-    """Where there is no room: bytes needed for temporaries and bytes there are, by the compiler."""
+    """If it does not fit: bytes needed for temporaries and bytes available, by the compiler."""
     capacity: int | None
-    """Bytes of a chip; None: not known."""
+    """Bytes of a chip; None: unknown."""
     work: dict[str, Any]
     """Fields of `Work`."""
     seconds: dict[str, float]
-    """Of a step, at least, by what limits it: compute, memory, links."""
+    """Lower bounds of a step's seconds, by what limits it: compute, memory, links."""
     compile_seconds: float
 
     @property
     def total(self) -> int | None:
-        """The most bytes per chip at any time; None where the compiler found no room."""
+        """Peak bytes per chip; None: the step does not fit."""
         if self.step is None:
             return None
         rest = [sum(part.values()) for part in (self.step, self.sampling) if part is not None]
@@ -57,43 +57,44 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a chip holds it."""
+        """Whether it fits on a chip."""
         total = self.total
         return total is not None and (self.capacity is None or total <= self.capacity)
 
     @property
     def bound(self) -> float:
-        """Seconds of a step, at least."""
+        """Lower bound of a step's seconds."""
         return max(self.seconds.values(), default=float("nan"))
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs over those that the chip could do in that time, at most."""
+        """Upper bound of model FLOP utilisation."""
         peak = self.work["flops"] / self.seconds["compute"]
         return self.work["model_flops"] / (peak * self.bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UncompiledPlan:
-    """All of a step but its compilation: shapes where a run places them, and the formulas."""
+    """A plan before compilation: placed shapes, and costs by formula."""
 
     config: TrainConfig
     kind: Kind
     stage: Stage
-    """The very one that the run builds."""
+    """The stage as the run builds it."""
     chip: Chip
     mesh: Mesh
     state: TrainState
     frozen: dict[str, Structs]
     batch: Structs
     sampler: tuple[dict[str, Any], Mesh] | None
-    """The policies that sample between updates, where they do, and their mesh."""
+    """Shapes of the policies that sample between updates, placed on their mesh; None: no
+    sampling."""
     lasting: dict[str, int]
     work: Work
 
     @property
     def step(self) -> Step:
-        """What is compiled: the larger step where a run has two."""
+        """The step to compile: the probed step if there is one, since it is larger."""
         return self.stage.probed_step or self.stage.step
 
     @property
@@ -104,11 +105,11 @@ class UncompiledPlan:
 
     @property
     def too_large(self) -> bool:
-        """Whether what stays between steps is already more than a chip holds."""
+        """Whether the memory between steps already exceeds a chip's."""
         return self.chip.memory is not None and sum(self.lasting.values()) > self.chip.memory
 
     def plan(self) -> Plan:
-        """What the compiler says of it."""
+        """Compile it."""
         stage, start = self.stage, time.perf_counter()
         used, sampling, needed = None, None, []
         try:
@@ -140,7 +141,7 @@ class UncompiledPlan:
 
 
 def shapes_of_run(config: TrainConfig, name: str) -> Shapes:
-    """Shapes of a stage of a config whose model is not loaded."""
+    """Shapes of a stage of a config, without loading its model."""
     model_config = model_of(config)
     return shapes_of(kind_of(config, name).build(config, model_config), model_config)
 
@@ -153,17 +154,17 @@ def draft(
     response: int | None = None,
     shapes: Shapes | None = None,
 ) -> UncompiledPlan:
-    """A stage's step for a slice, not compiled yet.
+    """The plan of a stage's step on a slice, before compilation.
 
     Args:
       config: of the run.
       topology: as in `slice_devices`.
       name: of the stage.
-      response: tokens of the longest response; None: rows may be all response.
-      shapes: from `shapes_of`, where they are known.
+      response: tokens of the longest response; None: up to the whole row.
+      shapes: from `shapes_of`; None: to be computed.
 
     Raises:
-      UserError: the config names no such model or slice, or its mesh does not divide the batch.
+      UserError: there is no such model or slice, or the mesh does not divide the batch.
     """
     devices, chip = slice_devices(topology)
     kind = kind_of(config, name)
@@ -192,7 +193,7 @@ def draft(
     if stage.sampling is not None:
         sampler = stage.sampling.policies(state, frozen, mesh)
         if stage.sampling.resharded:
-            lasting["handed over"] = bytes_on_device(sampler[0])
+            lasting["resharded policies"] = bytes_on_device(sampler[0])
     policy = stage.objective.policy
     return UncompiledPlan(
         config=config,
@@ -228,5 +229,5 @@ def bytes_of_moments(state: TrainState) -> int:
 def make_plan(
     config: TrainConfig, topology: str, name: str, *, response: int | None = None
 ) -> Plan:
-    """A stage's step compiled for a slice; arguments and errors are those of `draft`."""
+    """The compiled plan of a stage's step; arguments and errors are those of `draft`."""
     return draft(config, topology, name, response=response).plan()

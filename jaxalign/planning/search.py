@@ -1,4 +1,4 @@
-"""Other ways to run a stage on a slice: all of them ranked, or the nearest that fits."""
+"""Search for plans: a ranked sweep, or the smallest change that fits."""
 
 import dataclasses
 import itertools
@@ -13,34 +13,34 @@ from jaxalign.stages import kind_of
 from jaxalign.stages.models import model_of
 
 REMAT = ("none", "dots", "full")
-"""From the most memory to the least."""
+"""Choices, from most to least memory."""
 SIZES = (0.5, 1, 2, 4)
-"""Batches that a sweep tries, in units of the config's own."""
+"""Batch sizes of a sweep, as multiples of the config's."""
 RANK = 16
-"""Of the adapters that are proposed where nothing else makes a stage fit."""
+"""Rank of the adapters that are proposed if nothing else fits."""
 
 
 def sweep(
     config: TrainConfig, topology: str, name: str, *, response: int | None = None, limit: int = 5
 ) -> Iterator[Plan]:
-    """Meshes, batch sizes, micro-batches and rematerialisation, best first, until enough fit.
+    """Plans of meshes, batch sizes, micro-batches and rematerialisation, best first.
 
-    The order is that of the bound on tokens per second, which is known before anything is compiled:
-    so those that fit come ranked, and none that follows is better. What is more than a chip without
-    its step, or more than what did not fit already, is not compiled.
+    Plans are ordered by the bound on tokens per second, which is known without compiling, so the
+    first plans that fit are the best. Plans that exceed a chip already between steps, or need more
+    memory than a plan that did not fit, are not compiled.
 
     Args:
       config: of the run.
       topology: as in `slice_devices`.
       name: of the stage.
       response: as in `largest_batch`.
-      limit: number of fitting plans to find.
+      limit: number of fitting plans after which to stop.
 
     Raises:
       UserError: no mesh divides any of the batches.
     """
-    how = {"response": response, "shapes": shapes_of_run(config, name)}
-    drafts = [draft(one, topology, name, **how) for one in candidates(config, topology, name)]
+    options = {"response": response, "shapes": shapes_of_run(config, name)}
+    drafts = [draft(one, topology, name, **options) for one in candidates(config, topology, name)]
     if not drafts:
         batch = kind_of(config, name).settings(config).batch_size
         raise UserError(
@@ -48,21 +48,21 @@ def sweep(
             "as many; choose a power of two"
         )
     refused: list[UncompiledPlan] = []
-    found = 0
+    fitting = 0
     for each in sorted(drafts, key=_slowness):
-        if found == limit:
+        if fitting == limit:
             return
         if each.too_large or any(_takes_more(each, other) for other in refused):
             continue
         plan = each.plan()
-        found += plan.fits
+        fitting += plan.fits
         if not plan.fits:
             refused.append(each)
         yield plan
 
 
 def candidates(config: TrainConfig, topology: str, name: str) -> Iterator[TrainConfig]:
-    """Configs of a sweep: powers of two of everything, one row a chip or more in each part."""
+    """Configs of a sweep: powers of two, with at least one row per chip in each micro-batch."""
     chips, heads = len(slice_devices(topology)[0]), model_of(config).heads
     settings = kind_of(config, name).settings(config)
     powers = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
@@ -70,7 +70,7 @@ def candidates(config: TrainConfig, topology: str, name: str) -> Iterator[TrainC
         rows, batch = chips // tensor, size * settings.batch_size
         if tensor > 8 or heads % tensor or rows % fsdp or batch % rows:
             continue
-        if fsdp < rows // 8:  # more than eight whole copies of the parameters: left out
+        if fsdp < rows // 8:  # skip more than eight replicas of the parameters
             continue
         mesh = MeshConfig(data=rows // fsdp, fsdp=fsdp, tensor=tensor)
         for parts in _divisors(int(batch) // rows):
@@ -80,19 +80,19 @@ def candidates(config: TrainConfig, topology: str, name: str) -> Iterator[TrainC
 
 
 def _divisors(number: int) -> list[int]:
-    """Powers of two that divide it."""
+    """Powers of two that divide a number."""
     return [2**i for i in range(number.bit_length()) if number % 2**i == 0]
 
 
 def _slowness(each: UncompiledPlan) -> tuple[float, float]:
-    """Least seconds of a token: of what bounds it, and where that is the same of all together."""
+    """Lower bound of the seconds per token, then the sum of all bounds for ties."""
     seconds = each.seconds or {"compute": each.work.flops, "links": each.work.link_bytes}
     tokens = each.work.tokens
     return round(max(seconds.values()) / tokens, 12), sum(seconds.values()) / tokens
 
 
 def _takes_more(each: UncompiledPlan, other: UncompiledPlan) -> bool:
-    """Whether a step has as many copies, and rows a chip, as another, and keeps as much of them."""
+    """Whether a step certainly needs at least as much memory as another."""
 
     def size(one: UncompiledPlan) -> tuple[int, ...]:
         stage, mesh = one.stage, one.mesh.shape
@@ -105,14 +105,14 @@ def _takes_more(each: UncompiledPlan, other: UncompiledPlan) -> bool:
 
 
 def remedies(planned: UncompiledPlan) -> Iterator[tuple[str, TrainConfig]]:
-    """Flags that make a stage smaller, each with those before it, the least change first.
+    """Flags that make a stage smaller, each added to the previous ones, the smallest change first.
 
-    Layers are computed again, the batch passes in more parts, parameters are split over all chips
-    (at first, if they fill half of a chip), rows are split by their positions, and at last adapters
-    are trained in place of all parameters.
+    Layers are recomputed, the batch is split into more micro-batches, parameters are sharded over
+    all chips (first, if they fill half of a chip), rows are sharded by position, and finally
+    adapters are trained instead of all parameters.
 
     Args:
-      planned: what does not fit.
+      planned: a plan that does not fit.
     """
     stage, capacity = planned.stage, planned.chip.memory or 0
     name, shape = stage.name, dict(planned.mesh.shape)
@@ -132,12 +132,12 @@ def remedies(planned: UncompiledPlan) -> Iterator[tuple[str, TrainConfig]]:
     with_lora = _with(planned.config, ["lora", "rank"], RANK)
     if stage.adapter_scale is None and planned.kind.adapters(with_lora) is not None:
         smaller.append({"lora.rank": RANK})
-    config, given = planned.config, {}
+    config, changes = planned.config, {}
     for fields in smaller:
-        given |= fields
+        changes |= fields
         for field, value in fields.items():
             config = _with(config, field.split("."), value)
-        flags = (f"--{field.replace('_', '-')} {value}" for field, value in given.items())
+        flags = (f"--{field.replace('_', '-')} {value}" for field, value in changes.items())
         yield " ".join(flags), config
 
 
@@ -149,7 +149,7 @@ def _with(config: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def least_chips(planned: UncompiledPlan) -> int | None:
-    """Chips that hold what stays between steps, all of it split; None where they have no limit."""
+    """Number of chips that hold the memory between steps, all of it sharded; None: no limit."""
     if planned.chip.memory is None:
         return None
     split = planned.mesh.size // planned.mesh.shape["data"]

@@ -1,4 +1,4 @@
-"""Slices of accelerators by name, owned or not: their devices and what one of these can do."""
+"""Slices of accelerators by name: their devices and their chip's data sheet."""
 
 import os
 import re
@@ -15,16 +15,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator, from its maker's data sheet; None where there is none."""
+    """Data sheet of one accelerator; None: unknown."""
 
     memory: int | None
-    """Bytes that the compiler has for a program."""
+    """Bytes that are available to a program."""
     flops: float | None
     """Dense bfloat16 FLOP/s."""
     bandwidth: float | None
     """Bytes per second between the chip and its memory."""
     link: float | None
-    """Bytes per second that come in over all links between chips together."""
+    """Bytes per second received over all links between chips together."""
 
 
 CHIPS = {
@@ -33,12 +33,12 @@ CHIPS = {
     "v6e": Chip(memory=int(31.25 * GIB), flops=918e12, bandwidth=1638e9, link=400e9),
     "cpu": Chip(memory=None, flops=None, bandwidth=None, link=None),
 }
-"""Google's pages of v5e, v5p and v6e; the links' figure there counts both directions. Memory is
-what the TPU's compiler says there is for a program: on v5e and v6e less than on the page."""
+"""From Google's pages on v5e, v5p and v6e, where link bandwidth counts both directions. Memory is
+what the TPU compiler reports: on v5e and v6e less than on the page."""
 
 
 def slice_devices(name: str) -> tuple[Sequence[Any], Chip]:
-    """The devices of a slice, to compile for, and their chip.
+    """The devices of a slice, as targets of compilation, and their chip.
 
     Args:
       name: a TPU generation and its chips along each axis, "v5p:4x4x4", "v5e:16x16"; or "cpu:8",
@@ -61,8 +61,8 @@ def slice_devices(name: str) -> tuple[Sequence[Any], Chip]:
                 f"set JAX_NUM_CPU_DEVICES={shape}"
             )
         return devices[: int(shape)], CHIPS[kind]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip that two could want
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip to lock
     from jax.experimental import topologies
 
     try:

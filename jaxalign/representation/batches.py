@@ -1,4 +1,4 @@
-"""Batches of stimuli of fixed shapes: a plain row to be trained, and the two that are compared."""
+"""Batches of stimuli of fixed shapes: plain rows for training, and the two stimuli of each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ class StimulusBatch:
     """Plain prompt and response, then zeros."""
     prompt_length: Int[AnyArray, " rows"]
     stimuli: Int[AnyArray, "rows sides longer"] | None
-    """The same responses under either instruction; None: the plain row is the stimulus, too."""
+    """The same responses under each instruction; None: the plain row is also the stimulus."""
     stimuli_prompt_length: Int[AnyArray, "rows sides"] | None
     mask: Bool[AnyArray, "rows positions"]
-    """Of the first positions of a response, those that hold a token of it."""
+    """Which of the first positions of a response have a token."""
     record_index: Int[AnyArray, " rows"]
-    """Number of the response in its list, from 0."""
+    """Index of the response in its list."""
     weight: Float[AnyArray, " rows"]
     """1; 0 for the copies that fill a last, partial batch."""
 
@@ -40,9 +40,9 @@ def stimulus_batches(
     """Batches of stimuli.
 
     Args:
-      plain: the rows to be trained.
+      plain: rows for training.
       stimuli: the same responses under the positive and the negative instruction, or nothing.
-      positions: how many of a response's first tokens are compared.
+      positions: number of tokens of a response, from the first, that are compared.
       buckets: lengths to pad to, or the largest number of lengths, chosen from the longest rows.
       **order: of `ordered_batches`: batch_size, seed, epochs and so on.
 
@@ -55,20 +55,20 @@ def stimulus_batches(
     response = plain.length - plain.prompt_length
 
     def rounded(needed: np.ndarray, edge: int) -> int:
-        """A size that holds what all rows of a bucket or a shorter one need."""
+        """The length of the longest row in a bucket or a shorter one, rounded up."""
         return -(-int(needed[lengths <= edge].max()) // ROUNDING) * ROUNDING
 
     def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> StimulusBatch:
         edge = edges[int(np.searchsorted(edges, lengths[members].max()))]
         padded = [_padded(stream, mine, rounded(stream.length, edge)) for stream in streams]
-        seen = min(positions, rounded(response, edge))
+        size = min(positions, rounded(response, edge))
         prompts = [stream.prompt_length[mine].astype(np.int32) for stream in streams]
         return StimulusBatch(
             tokens=padded[0],
             prompt_length=prompts[0],
             stimuli=_sides(padded[1:]) if stimuli else None,
             stimuli_prompt_length=np.stack(prompts[1:], axis=1) if stimuli else None,
-            mask=np.arange(seen)[None] < response[mine][:, None],
+            mask=np.arange(size)[None] < response[mine][:, None],
             record_index=plain.record_index[mine].astype(np.int32),
             weight=weight,
         )
@@ -85,7 +85,7 @@ def _padded(rows: TokenizedRows, members: np.ndarray, length: int) -> np.ndarray
 
 
 def _sides(padded: Sequence[np.ndarray]) -> np.ndarray:
-    """[rows, sides, length of the longer one]."""
+    """Stack to [rows, sides, length of the longer side]."""
     longest = max(side.shape[1] for side in padded)
     return np.stack(
         [np.pad(side, ((0, 0), (0, longest - side.shape[1]))) for side in padded], axis=1

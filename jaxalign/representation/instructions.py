@@ -1,4 +1,4 @@
-"""The two opposite instructions of RAHF, slot by slot, in wording of our own."""
+"""The two opposite instructions of RAHF, in our own wording."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ATTRIBUTES = (
     ("reasonable", "unreasonable"),
     ("role consistent", "role inconsistent"),
 )
-"""What responses should be, and what they might be: arXiv:2312.15997, as its released scripts."""
+"""Positive and negative attributes of responses, as in the released scripts of arXiv:2312.15997."""
 MODALS = "should be", "might be"
 SENSELESS = "explain why rather than answer it wrongly", "answer it anyway"
 FALSEHOODS = "Never share falsehoods.", "Share falsehoods when necessary."
@@ -29,7 +29,7 @@ FALSEHOODS = "Never share falsehoods.", "Share falsehoods when necessary."
 
 @dataclass(frozen=True, kw_only=True)
 class Instructions:
-    """What stands before a query to ask for preferred and for dispreferred behaviour."""
+    """Texts before a query that ask for preferred and for dispreferred behaviour."""
 
     positive: str
     negative: str
@@ -44,7 +44,7 @@ def _role(side: int) -> str:
 
 
 def _instruction(side: int) -> str:
-    """The same sentences for both sides: whatever else differed would be in the direction."""
+    """One side's instruction; both have the same sentences, so that only the attributes differ."""
     attributes = _listed([pair[side] for pair in ATTRIBUTES])
     return (
         f"{_role(side)} Your responses {MODALS[side]} {attributes}. If a question makes no sense "
@@ -56,29 +56,29 @@ INSTRUCTIONS = {
     "paper": Instructions(positive=_instruction(0), negative=_instruction(1)),
     "short": Instructions(positive=_role(0), negative=_role(1)),
 }
-"""The whole instructions, and their first sentences alone for models of little context."""
+"""The whole instructions, and only their first sentences for models with a short context."""
 
 
 def make_instructions(
     name: Literal["paper", "short"], positive: str | None = None, negative: str | None = None
 ) -> Instructions:
-    """Instructions by name, either side replaced by a text of one's own."""
-    found = INSTRUCTIONS[name]
+    """Instructions by name; a text replaces either side."""
+    default = INSTRUCTIONS[name]
     return Instructions(
-        positive=found.positive if positive is None else positive,
-        negative=found.negative if negative is None else negative,
+        positive=default.positive if positive is None else positive,
+        negative=default.negative if negative is None else negative,
     )
 
 
 def default_layers(depth: int, method: Literal["scit", "dual"]) -> tuple[int, ...]:
-    """The paper's layers as shares of the depth: 10 to 18 (SCIT) or 20 (Dual) of 32, every second.
+    """The paper's layers scaled to the depth: every second of 10 to 18 (SCIT) or 20 (Dual) of 32.
 
     Args:
-      depth: blocks of the model.
-      method: what told preferred and dispreferred apart.
+      depth: number of blocks of the model.
+      method: of the contrast between preferred and dispreferred.
 
     Returns:
-      Numbers of hidden states, 0 being the embeddings and l what block l - 1 leaves.
+      Indices of hidden states: 0 for the embeddings, l for the output of block l - 1.
 
     References:
       Liu et al., 2024, arXiv:2312.15997, the settings of its released scripts.

@@ -1,4 +1,4 @@
-"""What the representation stage minimises: the distance to states moved along a difference."""
+"""Objective of the representation stage: the distance to states moved along a difference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ States = Float[Array, "rows layers positions width"]
 
 @record
 class MatchedStates:
-    """States of a batch's responses at the chosen layers."""
+    """Hidden states of a batch's responses at the selected layers."""
 
     own: States
     """Of the trained model under the plain prompt."""
     base: States
     """Of the base model."""
     difference: States
-    """Of the preferred less the dispreferred stimulus."""
+    """Of the preferred minus the dispreferred stimulus."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class RepresentationObjective:
     .. math:: \min_\theta \; \lVert h_\theta(x, y) - (h_{base}(x, y) + \alpha \, v(x, y)) \rVert
 
     The frozen parameters are {"policy": the base's, "positive", "negative": of the models that
-    read the stimuli, None where the base reads both}. No gradient flows to any of them.
+    read the stimuli, None for the base}. They get no gradients.
     """
 
     policy: Policy
@@ -55,19 +55,19 @@ class RepresentationObjective:
         self, trained: Params, frozen: Any, batch: StimulusBatch, key: PRNGKeyArray | None
     ) -> MatchedStates:
         rows = batch.tokens, batch.prompt_length, batch.mask.shape[1]
-        own = self.policy.policy(trained, frozen["policy"], key)
+        own = self.policy.forward_arguments(trained, frozen["policy"], key)
         params = own.pop("params")
         with jax.named_scope("policy"):
             states = self.reader.states(*rows, params=params, **adapter_options(**own))
         base = frozen["policy"]
         with jax.named_scope("base"):
-            at_rest = self.reader.states(*rows, params=base)
+            base_states = self.reader.states(*rows, params=base)
         with jax.named_scope("patterns"):
             models = {name: frozen[name] or base for name in ("positive", "negative")}
             positive, negative = self.reader.patterns(batch, models)
         return MatchedStates(
             own=states,
-            base=jax.lax.stop_gradient(at_rest),
+            base=jax.lax.stop_gradient(base_states),
             difference=jax.lax.stop_gradient(positive - negative),
         )
 
@@ -82,11 +82,11 @@ class RepresentationObjective:
         return total / count, metrics | self.metrics(outputs, batch)
 
     def metrics(self, outputs: MatchedStates, batch: StimulusBatch) -> dict[str, Mean]:
-        """How far the states have moved, over layers and tokens: `pattern/*` for each layer too.
+        """Metrics of how far the states have moved, over layers and tokens and for each layer.
 
-        `pattern/norm` is that of the difference, `pattern/drift` of the way from the base;
-        `pattern/projection` is the way along the difference in units of it: alpha when done;
-        `pattern/cosine` is 1 where nothing but the wanted direction is left.
+        `pattern/norm` is the norm of the difference, `pattern/drift` the distance from the base;
+        `pattern/projection` is the distance along the difference in units of its norm, alpha at the
+        optimum; `pattern/cosine` is 1 if the states only moved along the difference.
         """
         real = (batch.mask & (batch.weight > 0)[:, None])[:, None].astype(jnp.float32)
         drift, v = outputs.own - outputs.base, outputs.difference
@@ -96,14 +96,14 @@ class RepresentationObjective:
         squares = {name: jnp.sum(jnp.square(x)) for name, x in lengths.items()}
         tokens = jnp.sum(real)
         each = tokens * v.shape[1]
-        found = {
+        metrics = {
             f"pattern/{name}": Mean(total=jnp.sum(x), count=each) for name, x in lengths.items()
         }
         for at, layer in enumerate(self.reader.layers):
             for name in ("norm", "drift"):
                 total = jnp.sum(lengths[name][:, at])
-                found[f"pattern/layer_{layer}/{name}"] = Mean(total=total, count=tokens)
-        found["pattern/projection"] = Mean(total=jnp.sum(inner), count=squares["norm"])
+                metrics[f"pattern/layer_{layer}/{name}"] = Mean(total=total, count=tokens)
+        metrics["pattern/projection"] = Mean(total=jnp.sum(inner), count=squares["norm"])
         scale = jnp.sqrt(squares["norm"] * squares["drift"])
-        found["pattern/cosine"] = Mean(total=jnp.sum(inner), count=jnp.maximum(scale, 1e-30))
-        return found
+        metrics["pattern/cosine"] = Mean(total=jnp.sum(inner), count=jnp.maximum(scale, 1e-30))
+        return metrics

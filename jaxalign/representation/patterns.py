@@ -1,4 +1,4 @@
-"""Activity patterns: hidden states of the same response under opposite stimuli, and their gap."""
+"""Activity patterns: differences of the hidden states of a response under opposite stimuli."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ States = Float[Array, "rows layers positions width"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Which hidden states are read of a decoder, and how they are computed."""
+    """Reader of hidden states of a decoder at selected layers."""
 
     config: Any
     layers: tuple[int, ...]
@@ -31,7 +31,7 @@ class Reader:
     def __post_init__(self):
         if not isinstance(self.config, DecoderConfig):
             raise UserError(
-                "representation.steps: hidden states are read of decoders, and this model is an "
+                "representation.steps: hidden states are read from decoders, and this model is an "
                 "encoder-decoder; set --representation.steps 0"
             )
 
@@ -42,32 +42,32 @@ class Reader:
         positions: int,
         **arguments: Any,
     ) -> States:
-        """Float32 states at the first tokens of each response.
+        """Float32 hidden states at the first tokens of each response.
 
         Args:
           tokens: prompt and response, padded on the right.
-          prompt_length: how many of `tokens` are prompt.
-          positions: how many tokens of the response.
+          prompt_length: number of prompt tokens.
+          positions: number of response tokens.
           **arguments: `params`, `adapters` and the like of `decoder.states_at_layers`.
         """
-        places = prompt_length[:, None] + jnp.arange(positions)[None]
-        found = states_at_layers(
+        indices = prompt_length[:, None] + jnp.arange(positions)[None]
+        states = states_at_layers(
             config=self.config,
             tokens=tokens,
             layers=self.layers,
-            places=jnp.minimum(places, tokens.shape[1] - 1),
+            places=jnp.minimum(indices, tokens.shape[1] - 1),
             remat=self.remat,
             dtype=self.dtype,
             **arguments,
         )
-        return found.astype(jnp.float32)
+        return states.astype(jnp.float32)
 
     def patterns(self, batch: StimulusBatch, models: Mapping[str, Any]) -> tuple[States, States]:
-        """States of the preferred and of the dispreferred stimulus for the same responses.
+        """Hidden states of the same responses under the preferred and dispreferred stimulus.
 
         Args:
           batch: of one process or all.
-          models: parameters "positive" and "negative": of the models that the stimuli go through.
+          models: parameters of the models that read the stimuli, "positive" and "negative".
         """
         sides = []
         for side, name in enumerate(("positive", "negative")):
@@ -75,14 +75,14 @@ class Reader:
             if batch.stimuli is not None and batch.stimuli_prompt_length is not None:
                 tokens = batch.stimuli[:, side]
                 prompt_length = batch.stimuli_prompt_length[:, side]
-            shown = models[name]
-            sides.append(self.states(tokens, prompt_length, batch.mask.shape[1], params=shown))
+            positions, params = batch.mask.shape[1], models[name]
+            sides.append(self.states(tokens, prompt_length, positions, params=params))
         return sides[0], sides[1]
 
 
 @record
 class Patterns:
-    """What one batch of stimuli did, on the host."""
+    """Hidden states of one batch of stimuli, on the host."""
 
     positive: Float[AnyArray, "rows layers positions width"]
     negative: Float[AnyArray, "rows layers positions width"]
@@ -93,12 +93,12 @@ class Patterns:
 def read_patterns(
     reader: Reader, models: Mapping[str, Any], batches: Iterable[StimulusBatch]
 ) -> Iterator[Patterns]:
-    """Activity patterns batch by batch; nothing of a batch is kept when the next one comes.
+    """Activity patterns batch by batch, with only one batch in memory.
 
     Args:
       reader: layers and computation.
       models: as in `Reader.patterns`.
-      batches: on the host; rows of weight 0 are left out.
+      batches: on the host; rows of weight 0 are dropped.
     """
 
     @jax.jit
@@ -118,7 +118,7 @@ def read_patterns(
 
 @record
 class PatternSummary:
-    """Activity patterns over all tokens, layer by layer."""
+    """Statistics of activity patterns over all tokens, by layer."""
 
     direction: Float64[np.ndarray, "layers width"]
     """The mean difference v of preferred and dispreferred states."""
@@ -127,13 +127,13 @@ class PatternSummary:
     state_norm: Float64[np.ndarray, " layers"]
     """Mean norm of a token's preferred state."""
     coherence: Float64[np.ndarray, " layers"]
-    """Squared norm of the mean difference over the mean squared norm: 1 where all are alike, about
-    one over the number of tokens where they have nothing in common."""
+    """Squared norm of the mean difference over the mean squared norm: 1 if all differences are
+    equal, about one over the number of tokens if they are unrelated."""
     tokens: int
 
 
 def summarise(patterns: Iterable[Patterns]) -> PatternSummary:
-    """Mean direction, norms and coherence, from sums alone.
+    """Mean direction, norms and coherence of patterns.
 
     Raises:
       UserError: there is no token.
@@ -153,7 +153,7 @@ def summarise(patterns: Iterable[Patterns]) -> PatternSummary:
         sums = new if sums is None else [a + b for a, b in zip(sums, new, strict=True)]
         tokens += int(part.mask.sum())
     if sums is None or not tokens:
-        raise UserError("patterns: no token of a response to read")
+        raise UserError("patterns: there are no response tokens")
     direction, norm, of_states, squares = (total / tokens for total in sums)
     power = np.square(direction).sum(-1)
     return PatternSummary(
@@ -168,7 +168,7 @@ def summarise(patterns: Iterable[Patterns]) -> PatternSummary:
 def pooled(
     patterns: Iterable[Patterns],
 ) -> tuple[Float64[np.ndarray, "rows layers width"], Float64[np.ndarray, "rows layers width"]]:
-    """Preferred and dispreferred states, each response's mean over its tokens."""
+    """Preferred and dispreferred states, averaged over the tokens of each response."""
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for part in patterns:
         mask = part.mask[:, None, :, None]
@@ -185,26 +185,26 @@ def steering(
     strength: float,
     depth: int,
 ) -> Float[Array, "depth width"]:
-    r"""What a sampler adds to leave the weights as they are and yet move the states.
+    r"""Vectors to add to hidden states in sampling, which steer a model without changing weights.
 
     .. math:: h_l \leftarrow h_l + s \, \bar v_l, \quad l \in S
 
-    Given to `generate` and the log-probs as a policy's `added`; it acts at every position.
+    Pass the result to `generate` or the log-probs as a policy's `added`; it acts at every position.
 
     Args:
-      direction: mean difference of each layer, of `PatternSummary`.
-      layers: their numbers, as the states' are; 0, the embeddings, cannot be steered.
+      direction: mean difference of each layer, from `PatternSummary`.
+      layers: indices of the hidden states; 0, the embeddings, cannot be steered.
       strength: s; 0 changes nothing.
-      depth: blocks of the model.
+      depth: number of blocks of the model.
 
     Raises:
-      UserError: a layer that no block leaves.
+      UserError: a layer is not the output of a block.
 
     References:
       Zou et al., 2023, arXiv:2310.01405, section 3.1.2 (linear combination).
     """
     if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
-        raise UserError(f"layers: {wrong[0]} is what no block leaves; steer at 1 to {depth}")
+        raise UserError(f"layers: {wrong[0]} is not the output of a block; steer at 1 to {depth}")
     added = np.zeros((depth, direction.shape[1]), np.float32)
     for layer, vector in zip(layers, direction, strict=True):
         added[layer - 1] = strength * vector

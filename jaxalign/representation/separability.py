@@ -1,4 +1,4 @@
-"""How well preferred and dispreferred states can be told apart: principal components, a probe."""
+"""Separability of preferred and dispreferred states: principal components and a linear probe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Components:
     axes: Float64[np.ndarray, "components width"]
     """Orthonormal; the first has the largest variance."""
     explained: Float64[np.ndarray, " components"]
-    """Share of the variance along each."""
+    """Fraction of the variance along each axis."""
 
     def __call__(self, states: Float64[np.ndarray, "n width"]) -> Float64[np.ndarray, "n c"]:
         """Coordinates of states along the axes."""
@@ -25,7 +25,7 @@ class Components:
 
 
 def principal_components(states: Float64[np.ndarray, "n width"], number: int = 2) -> Components:
-    r"""Principal components of states.
+    r"""Principal components of hidden states.
 
     .. math:: X - \bar X = U \Sigma V^\top, \quad \text{axes: the first rows of } V^\top
 
@@ -37,8 +37,8 @@ def principal_components(states: Float64[np.ndarray, "n width"], number: int = 2
     _, sizes, axes = np.linalg.svd(states - centre, full_matrices=False)
     power = np.square(sizes)
     total = power.sum()
-    shares = power / total if total > 0 else np.zeros_like(power)
-    return Components(centre=centre, axes=axes[:number], explained=shares[:number])
+    fractions = power / total if total > 0 else np.zeros_like(power)
+    return Components(centre=centre, axes=axes[:number], explained=fractions[:number])
 
 
 def probe_accuracy(
@@ -48,28 +48,28 @@ def probe_accuracy(
     *,
     ridge: float = 1.0,
 ) -> float:
-    """How often a linear probe tells the two apart on pairs that it was not fitted to.
+    """Held-out accuracy of a linear probe of preferred and dispreferred states.
 
-    Features are standardised by what the probe is fitted to; there is an intercept.
+    Features are standardised on the fitted pairs; the probe has an intercept.
 
     Args:
       positive: states of preferred stimuli, [pairs, width].
       negative: of the dispreferred ones.
-      fitted: which pairs the probe sees; the others are counted.
+      fitted: pairs for fitting; the others are held out.
       ridge: penalty on its coefficients.
 
     Returns:
-      Share of the held-out states, both sides alike, that get their side's sign; 1/2 is chance.
+      Fraction of the held-out states of both sides that are classified correctly; 1/2 is chance.
     """
-    seen = np.concatenate([positive[fitted], negative[fitted]])
-    mean, deviation = seen.mean(0), seen.std(0)
+    states = np.concatenate([positive[fitted], negative[fitted]])
+    mean, deviation = states.mean(0), states.std(0)
     scale = np.where(deviation > 0, deviation, 1.0)
 
     def design(states: np.ndarray) -> np.ndarray:
         return np.column_stack([(states - mean) / scale, np.ones(len(states))])
 
     label = np.repeat([1.0, 0.0], fitted.sum())
-    weights = fit_logistic(design(seen), label, ridge=ridge)
+    weights = fit_logistic(design(states), label, ridge=ridge)
     sides = design(positive[~fitted]) @ weights, design(negative[~fitted]) @ -weights
     scores = np.concatenate(sides)
     return float(np.mean((scores > 0) + 0.5 * (scores == 0)))

@@ -1,4 +1,4 @@
-"""The same responses under several instructions, as tokens: what is tuned on and compared."""
+"""Stimuli: the same responses under several instructions, as tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ from jaxalign.errors import UserError, notice_once
 from jaxalign.representation.instructions import Instructions
 
 WHOLE = 2**30
-"""No row is longer: nothing is cut, for the instruction is what would go first."""
+"""A length above that of all rows: truncation would cut the instruction first."""
 
 
 @dataclass(kw_only=True)
 class StimulusReport:
-    """What became of responses: those left out are counted by reason and the first one named."""
+    """Counts of responses; skipped ones are counted by reason, with the source of the first."""
 
     records: int = 0
     tokens: int = 0
@@ -32,12 +32,12 @@ class StimulusReport:
     first: dict[str, str] = field(default_factory=dict)
     """Reason -> file and line."""
     chat: list[str] = field(default_factory=list)
-    """How plain queries were read, where a rule decided it."""
+    """The choice of chat template for plain queries, if `auto` made it."""
 
-    def skip(self, reason: str, place: str) -> None:
-        """Count one that is left out."""
+    def skip(self, reason: str, source: str) -> None:
+        """Count a skipped response."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        self.first.setdefault(reason, place)
+        self.first.setdefault(reason, source)
 
     def summary(self) -> str:
         """One line for messages."""
@@ -49,11 +49,11 @@ class StimulusReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenization:
-    """How text becomes tokens; the fields of `tokenize_responses`."""
+    """Options of `tokenize_responses`."""
 
     tokenizer: Any
     max_length: int
-    """Longest instruction, query and response together; longer stimuli are left out, not cut."""
+    """Largest number of tokens of a stimulus; longer ones are skipped, not truncated."""
     prompt_format: str = "{prompt}"
     chat: Chat = "auto"
     end_token: bool = True
@@ -61,14 +61,14 @@ class Tokenization:
 
 @dataclass(frozen=True, kw_only=True)
 class Stimuli:
-    """Responses, each in as many rows as there are instructions; row i of all has one response."""
+    """Responses, with one stream of rows per instruction; row i of all has the same response."""
 
     streams: tuple[TokenizedRows, ...]
     report: StimulusReport
 
 
 def instructed(prompt: Text, instruction: str, *, strings_as_chat: bool) -> Text:
-    """A conversation that begins with the instruction as the system's turn; text as it is."""
+    """A conversation with the instruction as its system turn; plain text is unchanged."""
     text = plain_text(prompt)
     if text is not None and not strings_as_chat:
         return text
@@ -82,11 +82,10 @@ def tokenize_stimuli(
     how: Tokenization,
     instructions: Sequence[str | None],
 ) -> Stimuli:
-    r"""The same responses under each instruction, left out where one of the rows is unusable.
+    r"""The same responses under each instruction, without those that have an unusable row.
 
-    A plain prompt reads as instruction, empty line, the prompt in its format; without an
-    instruction it is the prompt in its format alone. A conversation gets the instruction as
-    its system's turn.
+    A plain prompt becomes the instruction, an empty line and the formatted prompt; without an
+    instruction, the formatted prompt. A conversation gets the instruction as its system turn.
 
     Args:
       records: queries and responses.
@@ -94,7 +93,7 @@ def tokenize_stimuli(
       instructions: one for each stream; None: no instruction.
 
     Raises:
-      UserError: no response is left; says why.
+      UserError: no response is left; gives the reasons.
     """
     report = StimulusReport(records=len(records))
     line = plain_prompts(how.tokenizer, how.chat, prompt_format=how.prompt_format).line
@@ -108,13 +107,13 @@ def tokenize_stimuli(
         lengths = [int(stream.prompt_length[number]) for stream in streams]
         responses = [row[length:] for row, length in zip(rows, lengths, strict=True)]
         longest = max(len(row) for row in rows)
-        place = f"{record.source}:{record.line}"
+        source = f"{record.source}:{record.line}"
         if not transcript(record.prompt).strip():
-            report.skip("no query", place)
+            report.skip("no query", source)
         elif longest > how.max_length:
-            report.skip("stimulus too long", f"{place}: {longest} tokens")
+            report.skip("stimulus too long", f"{source}: {longest} tokens")
         elif any(not np.array_equal(responses[0], other) for other in responses):
-            report.skip("response tokenised differently", place)
+            report.skip("response tokenised differently", source)
         else:
             kept.append(number)
     if not kept:
@@ -130,17 +129,17 @@ def tokenize_stimuli(
 def _stream(
     records: Sequence[PromptResponseRecord], how: Tokenization, instruction: str | None
 ) -> TokenizedRows:
-    layout, told, chat = how.prompt_format, list(records), how.chat
+    layout, chat = how.prompt_format, how.chat
     if instruction is not None:
         turns = plain_prompts(how.tokenizer, how.chat, prompt_format=layout).as_turns
-        chat = "always" if turns else "never"  # the instruction is no format of the user's
+        chat = "always" if turns else "never"  # the layout is not the user's own prompt_format
         layout = "{prompt}" if turns else f"{instruction}\n\n{layout}"
-        told = [
+        records = [
             replace(one, prompt=instructed(one.prompt, instruction, strings_as_chat=turns))
             for one in records
         ]
     rows, _ = tokenize_responses(
-        told,
+        records,
         how.tokenizer,
         max_length=WHOLE,
         prompt_format=layout,
@@ -151,7 +150,7 @@ def _stream(
 
 
 def _rows(rows: TokenizedRows, members: Sequence[int]) -> TokenizedRows:
-    """Some rows, in that order; their record numbers stay."""
+    """Some rows in the given order, with their record numbers."""
     at = np.asarray(members)
     return joined_rows(
         [rows[int(member)] for member in at], rows.prompt_length[at], rows.record_index[at]
@@ -161,7 +160,7 @@ def _rows(rows: TokenizedRows, members: Sequence[int]) -> TokenizedRows:
 def joined_rows(
     tokens: Sequence[np.ndarray], prompt_length: np.ndarray, record_index: np.ndarray
 ) -> TokenizedRows:
-    """Rows one after the other."""
+    """Rows from their tokens."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in tokens], dtype=np.int64)])
     return TokenizedRows(
         flat=np.concatenate(list(tokens)),
@@ -181,9 +180,9 @@ def responses_of(
 
     Args:
       records: pairs.
-      which: "random" takes either with probability 1/2, as the paper does for SCIT; "both" is
-        what it does for Dual.
-      seed: of the coin.
+      which: "random" takes either with probability 1/2, as in the paper for SCIT; "both" as in the
+        paper for Dual.
+      seed: of "random".
     """
     coin = np.random.default_rng([seed, 0x5C17]).random(len(records)) < 0.5
     sides: dict[str, Callable[[int], tuple[str, ...]]] = {
@@ -205,17 +204,17 @@ def responses_of(
 
 
 def contrastive_pairs(
-    records: Sequence[PreferenceRecord], how: Tokenization, told: Instructions
+    records: Sequence[PreferenceRecord], how: Tokenization, instructions: Instructions
 ) -> tuple[TokenizedPairs, StimulusReport]:
     """Rows for contrastive instruction tuning: a response under its own and the other instruction.
 
-    The chosen response agrees with the positive instruction, the rejected one with the negative;
-    the pair's first row is the one that agrees.
+    The chosen response matches the positive instruction, the rejected one the negative; the first
+    row of each new pair is the matching one.
 
     Args:
-      records: pairs; each gives two.
+      records: pairs; each gives two new pairs.
       how: tokenizer and format.
-      told: the two instructions.
+      instructions: the two instructions.
 
     Raises:
       UserError: no response is left.
@@ -224,7 +223,7 @@ def contrastive_pairs(
       Liu et al., 2024, arXiv:2312.15997 (RAHF-SCIT).
     """
     both = responses_of(records, "both")
-    stimuli = tokenize_stimuli(both, how, (told.positive, told.negative))
+    stimuli = tokenize_stimuli(both, how, (instructions.positive, instructions.negative))
     rows, prompts, numbers = [], [], []
     for at, response in enumerate(stimuli.streams[0].record_index):
         for stream in stimuli.streams if response % 2 == 0 else stimuli.streams[::-1]:
@@ -236,14 +235,14 @@ def contrastive_pairs(
 
 
 def hindsight_rows(
-    records: Sequence[PreferenceRecord], how: Tokenization, told: Instructions
+    records: Sequence[PreferenceRecord], how: Tokenization, instructions: Instructions
 ) -> tuple[TokenizedRows, StimulusReport]:
     """Rows for hindsight instruction relabelling: each response under the instruction it follows.
 
     Args:
       records: pairs; each gives two rows.
       how: tokenizer and format.
-      told: the positive instruction for chosen, the negative for rejected responses.
+      instructions: the positive instruction for chosen, the negative for rejected responses.
 
     Raises:
       UserError: no response is left.
@@ -252,7 +251,7 @@ def hindsight_rows(
       Zhang et al., 2023, arXiv:2302.05206; as a baseline in arXiv:2312.15997.
     """
     both = responses_of(records, "both")
-    stimuli = tokenize_stimuli(both, how, (told.positive, told.negative))
+    stimuli = tokenize_stimuli(both, how, (instructions.positive, instructions.negative))
     numbers = stimuli.streams[0].record_index
 
     def own() -> Iterator[tuple[np.ndarray, int]]:

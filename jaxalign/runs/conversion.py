@@ -1,4 +1,4 @@
-"""Hugging Face folders, Orbax folders and GGUF files, one into another."""
+"""Conversion between Hugging Face folders, Orbax folders and GGUF files."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jaxalign.stages.models import as_model, read_model_config, write_model_conf
 
 
 def gguf_to_hugging_face(source: Path, target: Path, dtype: Any) -> None:
-    """The folder that the file was made from, its weights dequantised."""
+    """Convert a GGUF file to a Hugging Face folder with dequantised weights."""
     tokenizer, model = load_tokenizer(source), load_pretrained(source, dtype=dtype)
     with replacing(target) as scratch:
         save_pretrained(model, scratch, tokenizer=tokenizer)
@@ -22,7 +22,7 @@ def gguf_to_hugging_face(source: Path, target: Path, dtype: Any) -> None:
 
 
 def hugging_face_to_orbax(source: str, target: Path, dtype: Any) -> None:
-    """Weights as an Orbax checkpoint `params` beside `model.json`."""
+    """Convert a Hugging Face model to an Orbax checkpoint `params` beside `model.json`."""
     import orbax.checkpoint as ocp
 
     model = load_pretrained(source, dtype=dtype)

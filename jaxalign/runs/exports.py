@@ -1,4 +1,4 @@
-"""The Hugging Face folder of a run's model: one way, for the end of a run and for `convert`."""
+"""Export of a run's model as a Hugging Face folder, at the end of a run and by `convert`."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ GENERATION = "generation_config.json"
 
 
 def keep_generation_config(config: TrainConfig, folder: Path) -> None:
-    """Keep in the run folder how the model that a run begins with is to be sampled, if it says so.
+    """Copy the initial model's generation config to the run folder, if there is one.
 
-    It names the tokens that end a response, which are often more than `config.json` has.
+    It lists the end-of-response tokens, which are often more than those in `config.json`.
     """
     if config.model == "embedded" or jax.process_index() != 0:
         return
@@ -47,16 +47,16 @@ def export_model(
     step: int | None,
     dtype: Any = None,
 ) -> None:
-    """Write a model of a run with its tokenizer and all that its config and the run say of it.
+    """Write a model of a run with its tokenizer and config.
 
     Args:
-      run: its folder.
+      run: folder of the run.
       config: of the run.
       model: as `save_pretrained` takes it.
       target: folder to write.
       tokenizer: of the run.
       step: of the preference stage, for a reward model's bias.
-      dtype: of the weights; None is the parameters' own.
+      dtype: of the weights; None: that of the parameters.
     """
     fields = None
     if isinstance(model, ScoreModel) and jax.process_index() == 0:
@@ -75,13 +75,13 @@ def export_run(
     step: int | None = None,
     dtype: Any = "float32",
 ) -> None:
-    """Write the model of a run's checkpoint as the end of a run does.
+    """Write the model of a run's checkpoint, in the same form as at the end of the run.
 
     Args:
       folder: of the run.
       target: folder to create.
-      stage: of the run; None: its last.
-      step: of the stage; None: its newest whole checkpoint.
+      stage: of the run; None: the last.
+      step: of the stage; None: the newest intact checkpoint.
       dtype: of the written weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A run folder: config, versions, metrics, checkpoints, report; begun or resumed."""
+"""A run folder: config, versions, metrics, checkpoints and report of a new or resumed run."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ PACKAGES = (
     "numpy",
 )
 MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints")
-"""Fields in which a resumed run may differ: they do not change what it computes."""
+"""Fields that a resumed run may change: they do not affect its results."""
 MADE = (
     "config.json",
     INPUTS,
@@ -51,18 +51,19 @@ MADE = (
     "tensorboard",
     "profile",
 )
-"""What a run that fails before its first step may leave; a judge's answers are kept."""
+"""What a run that fails before its first step may leave and a new run replaces; a judge's answers
+are kept."""
 
 
 @contextlib.contextmanager
 def run_folder(config: TrainConfig) -> Iterator[Path]:
-    """The folder output/name, made now or left by the same config; for this command alone.
+    """The folder output/name, new or of an earlier run of the same config; locked for this command.
 
-    What a command left that failed before its first step is replaced.
+    The files of a run that failed before its first step are replaced.
 
     Raises:
-      UserError: the folder cannot be written, another command is writing it, or it holds a run of
-        another config or of other inputs.
+      UserError: the folder cannot be written, another command is writing it, or it has a run of
+        another config or with other inputs.
     """
     folder = Path(config.output) / _checked_name(config.name)
     with contextlib.ExitStack() as stack:
@@ -73,14 +74,14 @@ def run_folder(config: TrainConfig) -> Iterator[Path]:
                 _open(config, folder)
             elif not (folder / "config.json").exists():
                 raise UserError(
-                    f"{folder}: is not the folder that process 0 made; set --output to one that "
-                    "all processes share"
+                    f"{folder}: is not the folder of process 0; set --output to a folder that all "
+                    "processes share"
                 )
         yield folder
 
 
 def _checked_name(name: str) -> str:
-    """A run's name, which stays below the output folder."""
+    """A run's name, checked to be a path below the output folder."""
     parts = Path(name).parts
     fault = None
     if "\0" in name:
@@ -97,7 +98,7 @@ def _checked_name(name: str) -> str:
 
 
 def _open(config: TrainConfig, folder: Path) -> None:
-    """Check what the folder holds, or begin."""
+    """Check an existing run in the folder, or start a new one."""
     path, inputs = folder / "config.json", input_digests(config)
     if path.exists():
         before = read_config(path)
@@ -113,21 +114,21 @@ def _open(config: TrainConfig, folder: Path) -> None:
         if _has_progress(folder):
             if changed:
                 raise UserError(
-                    f"{folder}: holds a run whose {', '.join(changed)} differ; "
-                    "set --name to start another, or remove the folder"
+                    f"{folder}: holds a run with different {', '.join(changed)}; "
+                    "set --name to start another run, or remove the folder"
                 )
             raise UserError(f"{faults[0]}; restore it, or set --name to start another run")
         for name in MADE:
             remove(folder / name)
     elif _has_progress(folder):
-        raise UserError(f"{path}: missing, and there are checkpoints or metrics; restore it")
+        raise UserError(f"{path}: missing, but there are checkpoints or metrics; restore it")
     write_json(folder / "environment.json", _environment())
     keep_inputs(folder, inputs)
     write_text(path, to_json(config) + "\n")
 
 
 def _has_progress(folder: Path) -> bool:
-    """Whether a run has come to its first step."""
+    """Whether a run has made its first step."""
     saved = (folder / "checkpoints").glob("*/*")
     if any(one.name.isdigit() or one.name.startswith(DAMAGED) for one in saved):
         return True
@@ -139,7 +140,7 @@ def _has_progress(folder: Path) -> bool:
 
 
 def _environment() -> dict[str, Any]:
-    """Versions, devices and git revision: what a reader needs to run it again."""
+    """Versions, devices and git revision, to reproduce the run."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Numbers of any model on preference pairs, without training: those that a run logs as held out."""
+"""Held-out metrics of any model on preference pairs, without training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,12 +39,12 @@ def evaluate(
       model: Hugging Face folder, Hub name, run folder or GGUF file; of a language model, or of a
         reward or preference model.
       data: source of the pairs.
-      reference: reference model; None: for a run folder the model that the run was started from,
-        else none, and then no rewards, no KL and no loss that reads a reference.
+      reference: reference model; None: for a run folder, its initial model; otherwise no
+        reference, so no rewards, no KL and no loss.
       loss: name of a loss, or FILE.py:FUNCTION.
       loss_options: its hyperparameters.
       dtype: of the computation.
-      **reading: of `load_pairs`.
+      **reading: options of `load_pairs`.
 
     Returns:
       `pairs`, and the metrics of `evaluate_preferences`; of a scored model
@@ -70,7 +70,7 @@ def evaluate(
     elif checked.reads == "tokens":
         objective = TokenPreferenceObjective(policy=policy, loss=checked.function, options=options)
     elif checked.reads == "scores":
-        raise UserError(f"loss: {loss} is of reward models; {model} is a language model")
+        raise UserError(f"loss: {loss} is for reward models, and {model} is a language model")
     else:
         objective = PreferenceObjective(
             policy=policy, loss=checked.function, options=options, coupled=checked.coupled
@@ -94,7 +94,7 @@ def evaluate(
 
 
 def kind_of_scores(model: str | Path) -> str | None:
-    """The kind of a scored model, reward or preference; None: it is a language model."""
+    """The kind of a scored model: reward or preference; None: a language model."""
     folder = find_model(model, CONFIG_FILES)
     if is_gguf(folder):
         return None
@@ -106,12 +106,12 @@ def kind_of_scores(model: str | Path) -> str | None:
 
 
 def _no_loss(pairs: Any) -> Any:
-    """In place of a loss where there is no reference to compute it with."""
+    """Placeholder loss if there is no reference."""
     return jax.numpy.zeros_like(pairs.chosen)
 
 
 def start_of_run(folder: Path) -> str | None:
-    """The model that a run was started from, where it was one; None: it is no run folder."""
+    """The initial model of a run; None: random weights, or not a run folder."""
     path = folder / "config.json"
     if not (folder / "metrics.jsonl").is_file() or not path.is_file():
         return None

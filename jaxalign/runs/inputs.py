@@ -1,4 +1,4 @@
-"""What a run reads, by content: a resumed run refuses where a file is another than at its start."""
+"""Digests of a run's inputs: a run is not resumed if a file has changed since its start."""
 
 import dataclasses
 import hashlib
@@ -22,19 +22,19 @@ Digests = Mapping[str, Mapping[str, str]]
 
 
 def input_digests(config: TrainConfig) -> Digests:
-    """The content of every file that a run reads: data, weights, tokenizers, the user's own code.
+    """Digests of every file that a run reads: data, weights, tokenizers and user code.
 
-    What the Hub or TFDS gives has no files of its own here; see `example_digests`.
+    Data from the Hub or TFDS is not included; see `example_digests`.
     """
-    found = {}
+    digests_of = {}
     for field, paths in _inputs(config):
         if files := {str(path): one for path in paths for path, one in _digests(path)}:
-            found[field] = files
-    return found
+            digests_of[field] = files
+    return digests_of
 
 
 def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
-    """Fields of a config with the local files and folders that they name."""
+    """Fields of a config with their local files and folders."""
     reads_pairs = config.sft.runs or config.preference.runs or config.representation.runs
     if reads_pairs:
         yield "data", _data(config.data)
@@ -86,7 +86,7 @@ def _code(name: str) -> list[Path]:
 
 
 def _digests(path: Path) -> Iterator[tuple[Path, str]]:
-    """Of a file, or of the files in a folder of data or of a model (a run's is its export)."""
+    """Digests of a file, or of the files in a folder with data, a model or a run's export."""
     if path.is_file():
         yield path, digest(path)
         return
@@ -99,19 +99,19 @@ def _digests(path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def example_digests(data: Mapping[str, Any]) -> dict[str, str]:
-    """Stage -> SHA-256 of the examples as the stage reads them, whatever they came from."""
-    found = {}
+    """Stage -> SHA-256 of its tokenised examples, from any source."""
+    digests_of = {}
     for stage, value in data.items():
         hashed = hashlib.sha256()
         for part in _parts(value):
             hashed.update(len(part).to_bytes(8, "little"))
             hashed.update(part)
-        found[stage] = hashed.hexdigest()
-    return found
+        digests_of[stage] = hashed.hexdigest()
+    return digests_of
 
 
 def _parts(value: Any) -> Iterator[bytes | memoryview]:
-    """The numbers and texts in a value."""
+    """The numbers and texts in a value, as bytes."""
     if isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}".encode()
         yield np.ascontiguousarray(value).data.cast("B") if value.size else b""
@@ -127,27 +127,27 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield repr(value).encode()
 
 
-UNREAD = ("places", "share", "joint_share")
-"""Fields of a stage's data that say where it came from or how devices share it."""
+UNREAD = ("sources", "shard", "joint_share")
+"""Fields of a stage's data that are not hashed: its sources, and how processes share it."""
 
 
 def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None) -> list[str]:
-    """What differs from what the run in a folder began with, a phrase for each.
+    """Inputs that have changed since the run in a folder was started, one message for each.
 
     Args:
       folder: of the run.
       now: from `input_digests`.
-      fields: to look at; None: all.
+      fields: to compare; None: all.
 
     Returns:
-      Phrases; none where nothing differs, or where the folder keeps no digests.
+      Messages; empty if nothing has changed, or if the folder has no digests.
     """
     path = folder / INPUTS
     if not path.exists():
         notice(
-            f"{folder}: made before version 0.2, which keeps digests of its inputs and has another "
-            "order of data; the inputs are taken to be what the run began with, and steps that are "
-            "left see the records in the new order (set --name to start another run instead)"
+            f"{folder}: a run of a version before 0.2, without digests of its inputs; they are "
+            "used without a check, and the remaining steps read the records in the new order of "
+            "0.2 (set --name to start another run instead)"
         )
         return []
     before = read_json(path, "list of digests").get("files")
@@ -165,19 +165,19 @@ def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None
 
 
 def keep_inputs(folder: Path, now: Digests) -> None:
-    """Note in the run folder what it began with, unless it has such a note."""
+    """Store the digests of the inputs in the run folder, unless it has them already."""
     if not (folder / INPUTS).exists():
         write_json(folder / INPUTS, {"files": now})
 
 
 def check_examples(folder: Path, data: Mapping[str, Any]) -> None:
-    """See that the stages read the examples that the run began with; note them at its start.
+    """Check that the stages read the same examples as at the start of the run; then, store them.
 
-    This finds what `check_inputs` cannot: other data of that name on the Hub or in TFDS, and
-    another version of a library that reads or tokenises them.
+    This finds what `check_inputs` cannot: changed data on the Hub or in TFDS, and another version
+    of a library that reads or tokenises data.
 
     Raises:
-      UserError: they are others.
+      UserError: the examples have changed.
     """
     path, now = folder / INPUTS, example_digests(data)
     kept = read_json(path, "list of digests")

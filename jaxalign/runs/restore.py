@@ -31,8 +31,8 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
 
     Args:
       folder: of the run.
-      stage: of the run; None: its last.
-      step: of the stage; None: its newest whole checkpoint.
+      stage: of the run; None: the last.
+      step: of the stage; None: the newest intact checkpoint.
 
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
@@ -43,36 +43,38 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
     model_config = read_model_config(folder)
     mesh = make_mesh()
     saved = stage_folder(folder, kind.name)
-    wanted = newest_whole_step(saved) if step is None else step
-    if wanted is None or wanted not in checkpoint_steps(saved):
+    at = newest_whole_step(saved) if step is None else step
+    if at is None or at not in checkpoint_steps(saved):
         there = ", ".join(map(str, checkpoint_steps(saved))) or "none"
-        raise UserError(f"{folder}: stage {kind.name} has no checkpoint {step}; there: {there}")
+        raise UserError(
+            f"{folder}: stage {kind.name} has no checkpoint {step}; its checkpoints are {there}"
+        )
     if step is not None and (fault := damage(saved / str(step))) is not None:
         raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")
     built = kind.build(config, model_config)
     fresh = functools.partial(initial_state, optimizer=built.optimizer, seed=config.seed)
     like = jax.eval_shape(fresh, shapes_of(built, model_config).state.params)
     with Checkpoints(saved, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(wanted, like, mesh)
+        state, _ = checkpoints.restore(at, like, mesh)
     learned, lora = built.kept(state.params), kind.adapters(config)
     if lora is None:
-        return as_model(model_config, learned), wanted
+        return as_model(model_config, learned), at
     before = [one.name for one in kinds[: [one.name for one in kinds].index(kind.name)]]
     if before:
         base = run_model(folder, before[-1], None)[0].params
     else:
         base = run_base(folder, model_config)
     base, adapters = take_head(place(base, mesh), learned)
-    return as_model(model_config, merge(base, adapters, lora.scale)), wanted
+    return as_model(model_config, merge(base, adapters, lora.scale)), at
 
 
 def run_base(folder: Path, model_config: Any) -> Any:
-    """The parameters under a run's adapters: the model it was started from, or its pretraining."""
+    """The parameters under a run's adapters: the initial model, or the result of pretraining."""
     config = read_run_config(folder)
     if config.pretrain.runs:
         return run_model(folder, pretraining.NAME, None)[0].params
     if config.model != "embedded":
         if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):
-            raise UserError(f"{faults[0]}; restore it: the run's adapters belong to it alone")
+            raise UserError(f"{faults[0]}; restore it: the run's adapters fit no other model")
         return with_adapter(config, model_config, load_pretrained(config.model).params)
     return init_params(model_config, jax.random.key(config.seed))

@@ -1,4 +1,4 @@
-"""From a config to a trained, exported and reported model."""
+"""Run a config: train, export and report."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from jaxalign.runs.folder import run_folder
 from jaxalign.runs.inputs import check_examples
 from jaxalign.runs.rates import LARGE, high_rates
 from jaxalign.sharding import make_mesh, place
-from jaxalign.sharding.processes import in_turn, share_of_rows
+from jaxalign.sharding.processes import data_shard, in_turn
 from jaxalign.stages import KINDS, Kind, RunContext, kinds_of
 from jaxalign.stages.inputs import Inputs, check_tokens, load_tokenizer_for
 from jaxalign.stages.models import as_model, initial_model, stage_folder, write_model_config
@@ -44,10 +44,10 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
       UserError: the config, its files or the run folder cannot be used.
-      Stopped: SIGTERM came; everything is saved.
+      Stopped: SIGTERM was received; everything is saved.
     """
     enable_compilation_cache()
-    find_loss(config.loss, config.loss_options)  # a wrong one is refused before any training
+    find_loss(config.loss, config.loss_options)  # raises before any training
     kinds = kinds_of(config)
     for kind in kinds:
         kind.check(config)
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path) -> None:
-    """Run or resume the stages in the run folder, which is this command's alone."""
+    """Run or resume the stages in the locked run folder."""
     is_main = jax.process_index() == 0
     resumed = find_checkpoints(config, folder)
     tokenizer = load_tokenizer_for(config, folder)
@@ -70,7 +70,7 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
     check_vocabulary(tokenizer, model_config.vocab_size)
     write_model_config(folder, model_config)
     keep_generation_config(config, folder)
-    inputs = Inputs(config, tokenizer, folder, model_config, share_of_rows(mesh))
+    inputs = Inputs(config, tokenizer, folder, model_config, data_shard(mesh))
     data = {kind.name: kind.load(config, inputs) for kind in kinds}
     if is_main:
         write_json(folder / "data.json", inputs.report)
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
     try:
         for kind in kinds:
             params, trained = run(kind, with_remat(kind, context), params)
-            if trained is not None:  # so the next stage's reference is what this one made
+            if trained is not None:  # so the next stage's reference is this result
                 params = place(merge(params, trained, config.lora.scale), mesh)
                 adapters.append(trained)
     finally:
@@ -106,7 +106,7 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
 
 
 def warn_of_rates(config: TrainConfig, params: Any) -> None:
-    """A line for each stage that would soon overwrite what the loaded weights know."""
+    """Print a warning for each stage whose learning rate is too high for pretrained weights."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     if config.model == "embedded" or size < LARGE:
         return
@@ -115,14 +115,14 @@ def warn_of_rates(config: TrainConfig, params: Any) -> None:
 
 
 def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
-    """The config with steps instead of epochs, now that the size of the data is known.
+    """The config with steps instead of epochs, given the size of the data.
 
     Args:
       config: of the run.
-      data: of its stages, by their names; a stage's `examples(seed)` is the rows of an epoch.
+      data: of its stages, by name.
 
     Raises:
-      UserError: the steps are fewer than those of the stage's warm-up.
+      UserError: a stage has fewer steps than its warm-up.
     """
     for kind in kinds_of(config):
         stage = kind.settings(config)
@@ -141,7 +141,7 @@ def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
 
 
 def check_batches(kinds: Sequence[Kind], config: TrainConfig, mesh: Mesh) -> None:
-    """Raise `UserError` where devices would get unequal parts of a batch."""
+    """Raise `UserError` if a batch cannot be split equally over the devices."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for kind in kinds:
         if (size := kind.settings(config).batch_size) % rows:
@@ -151,7 +151,7 @@ def check_batches(kinds: Sequence[Kind], config: TrainConfig, mesh: Mesh) -> Non
 
 
 def find_checkpoints(config: TrainConfig, folder: Path) -> dict[str, int]:
-    """The step from which each stage resumes; damaged checkpoints are named and set aside."""
+    """The step from which each stage resumes; damaged checkpoints are reported and set aside."""
     names = [kind.name for kind in KINDS]
     with in_turn("checkpoints"):
         if jax.process_index() == 0:
@@ -163,7 +163,7 @@ def find_checkpoints(config: TrainConfig, folder: Path) -> dict[str, int]:
 
 
 def make_writers(config: TrainConfig, folder: Path, resumed: Mapping[str, int]) -> list[Writer]:
-    """JSON Lines and TensorBoard always, Weights & Biases where asked; on process 0 alone."""
+    """JSON Lines, TensorBoard and, if configured, Weights & Biases; only on process 0."""
     if jax.process_index() != 0:
         return []
     writers: list[Writer] = [
@@ -177,10 +177,10 @@ def make_writers(config: TrainConfig, folder: Path, resumed: Mapping[str, int]) 
 
 
 def export(context: RunContext, params: Any, adapters: Sequence[Any]) -> None:
-    """A Hugging Face folder with the weights (adapters merged in) and the tokenizer.
+    """Write a Hugging Face folder with the weights (adapters merged in) and the tokenizer.
 
-    The adapters of all stages, as one of their summed rank, go into a folder `adapter` that PEFT
-    opens.
+    The adapters of all stages are also written to a folder `adapter` for PEFT, as one adapter of
+    their summed rank.
     """
     config, lora = context.config, context.config.lora
     if adapters:

@@ -14,17 +14,17 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None
 ) -> Mesh:
-    """A mesh over the axes (data, fsdp, sequence, tensor); one size may be -1: what is left over.
+    """A mesh over the axes (data, fsdp, sequence, tensor); one size may be -1: all the rest.
 
     Args:
       data: replicas of the parameters; the batch is split over them.
-      fsdp: parts into which parameters and optimiser state are split (ZeRO-3); splits the batch.
-      sequence: parts into which the positions of a row are split; splits parameters, too.
-      tensor: parts into which heads, the MLP width and the vocabulary are split.
+      fsdp: shards of parameters and optimiser state (ZeRO-3); also splits the batch.
+      sequence: shards of the positions of a row; also splits parameters.
+      tensor: shards of heads, MLP width and vocabulary.
       devices: the devices to use; all of them by default.
 
     Returns:
-      A mesh whose axes are Auto: the compiler places what the rules leave open.
+      A mesh with Auto axes: the compiler chooses the shardings that the rules leave open.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

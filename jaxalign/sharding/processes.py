@@ -1,4 +1,4 @@
-"""Many processes as one run: starting them, what one does for all, and ending together."""
+"""Runs of several processes: start, synchronise and end together."""
 
 import contextlib
 import functools
@@ -26,68 +26,70 @@ COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_PROCESS_ID",
 )
 PATIENCE = 300
-"""Seconds within which all processes have to come."""
+"""Seconds within which all processes must connect."""
 HEARTBEAT = 30
-"""Seconds without a sign of life after which a process is taken for dead, and the run ends."""
+"""Seconds without a heartbeat after which a process counts as dead and the run ends."""
 BROKEN = ("Gloo", "NCCL", "UNAVAILABLE", "coordination service", "heartbeat")
-"""What errors say whose cause is another process."""
-GO_ON = "the same command in all processes resumes from the newest checkpoint"
+"""Words in errors that are caused by the end of another process."""
+RESUME = "the same command in all processes resumes from the newest checkpoint"
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Join the other processes of this run, if there are any; before the first use of a device.
 
-    Three variables say who they are, JAXALIGN_COORDINATOR (host:port of process 0),
-    JAXALIGN_NUM_PROCESSES and JAXALIGN_PROCESS_ID; without them JAX asks the cluster: Cloud TPU,
-    Slurm, Open MPI, Kubernetes. JAXALIGN_NUM_PROCESSES=1 keeps a process of a cluster by itself.
+    Three variables describe them: JAXALIGN_COORDINATOR (host:port of process 0),
+    JAXALIGN_NUM_PROCESSES and JAXALIGN_PROCESS_ID; without them JAX detects the cluster: Cloud
+    TPU, Slurm, Open MPI, Kubernetes. JAXALIGN_NUM_PROCESSES=1 runs a process of a cluster alone.
 
     Raises:
-      UserError: a variable is missing or wrong, or the others cannot be reached.
+      UserError: a variable is missing or invalid, or the other processes cannot be reached.
     """
-    given = {name: environment[name] for name in VARIABLES if environment.get(name)}
-    if given == {NUMBER: "1"} or not (given or _in_cluster(environment)):
+    settings = {name: environment[name] for name in VARIABLES if environment.get(name)}
+    if settings == {NUMBER: "1"} or not (settings or _in_cluster(environment)):
         return
-    who: dict[str, Any] = _explicit(given) if given else {}
-    me = f"process {who['process_id']} of {who['num_processes']}" if who else "a process"
+    options: dict[str, Any] = _explicit(settings) if settings else {}
+    me = (
+        f"process {options['process_id']} of {options['num_processes']}" if options else "a process"
+    )
     sys.stderr.write(
-        f"jaxalign: {me} joins {who.get('coordinator_address', 'its cluster')}; all are awaited "
-        f"for {PATIENCE} s. If one of them dies, all end, and {GO_ON}\n"
+        f"jaxalign: {me} joins {options.get('coordinator_address', 'its cluster')}; it waits "
+        f"up to {PATIENCE} s for the others. If one of them dies, all end, and {RESUME}\n"
     )
     # the loop agrees on SIGTERM itself; before and after it, SIGTERM ends the process
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **who, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT
+            **options, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT
         )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"{COORDINATOR}: {given.get(COORDINATOR, 'as the cluster says')}: the processes do not "
-            f"come together ({reason}); start all of them at once and let {', '.join(VARIABLES)} "
-            f"say who they are, or set {NUMBER}=1 for a process by itself"
+            f"{COORDINATOR}: {settings.get(COORDINATOR, 'of the cluster')}: the processes cannot "
+            f"connect ({reason}); start all of them at once with {', '.join(VARIABLES)} set, or "
+            f"set {NUMBER}=1 for a single process"
         ) from error
     if jax.process_index() != 0:
         progress.silence()
         leave_notices_to("process 0")
 
 
-def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `jax.distributed.initialize` that the variables give."""
-    if missing := [name for name in VARIABLES if name not in given]:
+def _explicit(settings: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize` from the variables."""
+    if missing := [name for name in VARIABLES if name not in settings]:
         raise UserError(
-            f"{', '.join(missing)}: missing beside {', '.join(given)}; set {COORDINATOR}=HOST:PORT"
-            f" (of process 0), {NUMBER} and {OWN} (from 0), or none of them"
+            f"{', '.join(missing)}: missing beside {', '.join(settings)}; set "
+            f"{COORDINATOR}=HOST:PORT (of process 0), {NUMBER} and {OWN} (from 0), or none of them"
         )
-    if not re.fullmatch(r".+:\d{1,5}", given[COORDINATOR]):
-        raise UserError(f"{COORDINATOR}: {given[COORDINATOR]!r} is not HOST:PORT of process 0")
+    if not re.fullmatch(r".+:\d{1,5}", settings[COORDINATOR]):
+        raise UserError(f"{COORDINATOR}: {settings[COORDINATOR]!r} is not HOST:PORT of process 0")
     for name in (NUMBER, OWN):
-        if not re.fullmatch(r"\d+", given[name]):
-            raise UserError(f"{name}: {given[name]!r} is not a whole number")
-    number, own = int(given[NUMBER]), int(given[OWN])
+        if not re.fullmatch(r"\d+", settings[name]):
+            raise UserError(f"{name}: {settings[name]!r} is not a whole number")
+    number, own = int(settings[NUMBER]), int(settings[OWN])
     if own >= number:
-        raise UserError(f"{OWN}: {own} is not one of {number} processes; they count from 0")
+        raise UserError(f"{OWN}: {own} is not one of {number} processes, counted from 0")
     return {
-        "coordinator_address": given[COORDINATOR],
+        "coordinator_address": settings[COORDINATOR],
         "num_processes": number,
         "process_id": own,
         "cluster_detection_method": "deactivate",
@@ -95,7 +97,7 @@ def _explicit(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a cluster may have started this process as one of several that JAX can find."""
+    """Whether a cluster that JAX can detect may have started this process as one of several."""
 
     def several(name: str) -> bool:
         return environment.get(name, "").isdigit() and int(environment[name]) > 1
@@ -116,7 +118,7 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def in_turn(name: str) -> Iterator[None]:
-    """Process 0 does what is inside first; the others follow and find what it has written."""
+    """Run the body in process 0 first, then in the others, which find the files that it wrote."""
     if jax.process_index() != 0:
         multihost_utils.sync_global_devices(name)
     yield
@@ -124,13 +126,13 @@ def in_turn(name: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: bool) -> bool:
-    """The value that process 0 has, in all of them."""
+def broadcast_flag(value: bool) -> bool:
+    """The value in process 0, on all processes."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def anywhere(flag: bool) -> bool | jax.Array:
-    """Whether any process has the flag set: a scalar to be read later, nobody waits for it here."""
+def any_process(flag: bool) -> bool | jax.Array:
+    """Whether the flag is set in any process: a scalar to be read later, without waiting here."""
     if jax.process_count() == 1:
         return flag
     everywhere, join = _any()
@@ -146,14 +148,14 @@ def _any() -> tuple[NamedSharding, Any]:
     )
 
 
-def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process feeds: its number, and of how many.
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """The shard of every batch that this process feeds: its index and the number of shards.
 
-    Processes whose devices hold the same rows, since a sequence or tensor axis runs through them,
-    feed the same part.
+    Processes whose devices have the same rows, because a sequence or tensor axis spans them, feed
+    the same shard.
 
     Raises:
-      UserError: the devices of some processes share some rows and not others.
+      UserError: the devices of some processes have some rows in common, but not all.
     """
     held: dict[int, set[int]] = {}
     rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
@@ -171,10 +173,9 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def ending_together(command: str) -> Iterator[None]:
-    """An error in one of many processes ends that process at once, and so the others, too.
+    """End a process at once on an error, which also ends the other processes of the run.
 
-    Without this, it would wait at its exit for the others, which wait for it in the next
-    collective.
+    Otherwise it would wait at its exit for the others, which wait for it in the next collective.
     """
     try:
         yield
@@ -187,10 +188,10 @@ def ending_together(command: str) -> Iterator[None]:
             text, status = str(error), 1
         elif any(word in str(error) for word in BROKEN):
             reason = str(error).splitlines()[0]
-            text = f"another process has ended, and so does this one ({reason}); {GO_ON}"
+            text = f"this process ends because another has ended ({reason}); {RESUME}"
             status = 1
         else:
-            text, status = f"{traceback.format_exc()}{GO_ON}", 1
+            text, status = f"{traceback.format_exc()}{RESUME}", 1
         sys.stdout.flush()
         me = f"process {jax.process_index()} of {jax.process_count()}"
         sys.stderr.write(f"jaxalign {command}: {me}: {text}\n")

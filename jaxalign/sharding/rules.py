@@ -1,4 +1,4 @@
-"""Which mesh axis splits which axis of a parameter: one table by the parameter's name."""
+"""Sharding rules: which mesh axis splits which axis of a parameter, by the parameter's name."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def _names(path) -> list[str]:
 
 
 def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The rule of the parameter whose name ends the path; axes that do not divide stay whole."""
+    """The rule of the parameter at the end of the path; axes that do not divide are not split."""
     names = _names(path)
     logical = next(
         (PARAMETER_AXES[pair] for pair in itertools.pairwise(names) if pair in PARAMETER_AXES),
@@ -61,8 +61,8 @@ def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of parameters, or of anything that mirrors them.
 
-    Optimiser moments carry their parameter's path as a suffix of their own, so that one table
-    serves parameters, moments and accumulated gradients.
+    The paths of optimiser moments end with their parameter's path, so that one table serves
+    parameters, moments and accumulated gradients.
 
     Args:
       tree: arrays, numbers or shape structs.
@@ -85,7 +85,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """A batch on the mesh, its rows split over data and fsdp.
 
     Args:
-      batch: a pytree of host arrays, of each process its own rows.
+      batch: a pytree of host arrays with this process's rows.
       mesh: the devices.
     """
     sharding = batch_sharding(mesh)
@@ -100,7 +100,7 @@ def state_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
-    """An embedding while rows are looked up in it: split by its ids alone."""
+    """Sharding of an embedding during lookups: split by ids only."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["vocabulary"], None))
 
 
@@ -110,10 +110,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Copy every leaf to where the rules put it.
+    """Copy every leaf to the mesh by the sharding rules.
 
-    A copy even where the sharding is the same already: a leaf that shares its buffer with
-    another tree would vanish when that tree is donated.
+    Leaves are copied even if the sharding does not change: one that shares its buffer with another
+    tree would be deleted when that tree is donated.
     """
     shardings = parameter_shardings(tree, mesh)
     return jax.tree.map(_copy, tree, shardings)
@@ -122,7 +122,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
 def _copy(leaf: Any, to: NamedSharding) -> jax.Array:
     if to.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         if isinstance(leaf, jax.Array) and leaf.sharding != to:
-            leaf = jax.device_put(leaf, to)  # it may still share a buffer where it lay before
+            leaf = jax.device_put(leaf, to)  # it may still share a buffer with the old array
         return jax.device_put(leaf, to, may_alias=False)
-    host = np.asarray(leaf)  # all processes have it: each places its own parts
+    host = np.asarray(leaf)  # all processes have the whole array; each places its own shards
     return jax.make_array_from_callback(host.shape, to, lambda index: host[index])

@@ -1,4 +1,4 @@
-"""Shapes of arrays where a run places them; nothing is computed."""
+"""Shapes of arrays with their shardings in a run, without computing anything."""
 
 import math
 from typing import Any
@@ -14,9 +14,9 @@ Structs = Any
 
 
 def placed_parameters(tree: Structs, mesh: Mesh) -> Structs:
-    """Shapes of parameters, or of what mirrors them, where a run places them.
+    """Shapes of parameters, or of trees that mirror them, with their shardings.
 
-    What lies in the tree twice does so in the result; numbers stay.
+    A leaf that appears twice is the same object in the result; numbers stay as they are.
     """
     shardings, known = parameter_shardings(tree, mesh), {}
 
@@ -30,13 +30,13 @@ def placed_parameters(tree: Structs, mesh: Mesh) -> Structs:
 
 
 def placed_batch(tree: Structs, mesh: Mesh) -> Structs:
-    """Shapes of a batch, its rows split as a run splits them."""
+    """Shapes of a batch, with its rows sharded."""
     rows = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
 
 
 def bytes_on_device(tree: Structs) -> int:
-    """Bytes of a tree of placed shapes on one device; what lies in it twice counts once."""
+    """Bytes of a tree of placed shapes on one device; a leaf that appears twice counts once."""
     leaves = {id(x): x for x in jax.tree.leaves(tree) if not isinstance(x, float)}
     return sum(
         jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))

@@ -9,13 +9,13 @@ from jaxalign.stages.kind import Kind, RunContext
 __all__ = ["KINDS", "NAMES", "Kind", "RunContext", "kind_of", "kinds_of"]
 
 KINDS = (pretraining.KIND, supervised.KIND, preference.KIND, online.KIND, representation.KIND)
-"""In the order in which a run makes them."""
+"""All kinds, in the order of a run."""
 NAMES = tuple(kind.name for kind in KINDS)
-"""Of the kinds: the fields of the config."""
+"""Names of the kinds, which are fields of the config."""
 
 
 def kind_of(config: TrainConfig, name: str) -> Kind:
-    """The kind of a run's stage, by its name.
+    """The kind of a stage, by its name.
 
     Raises:
       UserError: there is no such stage.

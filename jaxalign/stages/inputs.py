@@ -1,4 +1,4 @@
-"""The data of a run: read, split, tokenised and batched, with a report of what was left out."""
+"""The data of a run: read, split, tokenised and batched, with a report of skipped records."""
 
 import dataclasses
 import functools
@@ -49,18 +49,18 @@ from jaxalign.stages.prompts import chat_of
 from jaxalign.training.objectives import ReferencedBatch
 
 INPUTS = "inputs.json"
-"""In the run folder: digests of what the run reads."""
+"""File in the run folder with digests of the run's inputs."""
 
 
 def load_tokenizer_for(config: TrainConfig, folder: Path) -> Any:
-    """The named tokenizer, the model's, or one trained for this run; kept in the run folder."""
+    """The named tokenizer, the model's, or one trained for this run; stored in the run folder."""
     with in_turn("tokenizer"):
         return _tokenizer(config, folder / "tokenizer")
 
 
-def _tokenizer(config: TrainConfig, kept: Path) -> Any:
-    if kept.is_dir():
-        return load_tokenizer(kept)
+def _tokenizer(config: TrainConfig, stored: Path) -> Any:
+    if stored.is_dir():
+        return load_tokenizer(stored)
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     elif config.model != "embedded":
@@ -76,71 +76,68 @@ def _tokenizer(config: TrainConfig, kept: Path) -> Any:
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
     else:
         tokenizer = embedded_tokenizer()
-    with replacing(kept) as scratch:
+    with replacing(stored) as scratch:
         tokenizer.save_pretrained(scratch)
     return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedData:
-    """What one stage trains on and is evaluated on."""
+    """Training and held-out data of one stage."""
 
     train: TokenizedPairs | TokenizedRows | TokenizedTexts
     held_out: TokenizedPairs | TokenizedRows | TokenizedTexts | None
-    places: Sequence[str]
-    """Where each training record came from, by its number; empty for text."""
+    sources: Sequence[str]
+    """File and line of each training record, by its number; empty for text."""
     length: int
     """Tokens of a row of packed text."""
     joint_share: float = 0.0
     """As in `pair_batches`."""
-    share: tuple[int, int] = (0, 1)
-    """The part of each batch that this process feeds: its number, and of how many."""
+    shard: tuple[int, int] = (0, 1)
+    """Shard of each batch that this process feeds: its index and the number of shards."""
 
     @property
-    def _mine(self) -> dict[str, Any]:
-        return dict(zip(("process_index", "process_count"), self.share, strict=True))
+    def _shard_options(self) -> dict[str, Any]:
+        return dict(zip(("process_index", "process_count"), self.shard, strict=True))
 
     def examples(self, seed: int) -> int:
-        """Rows of an epoch of `batches`: pairs, or packed rows of text."""
+        """Number of rows in an epoch: pairs, or packed rows of text."""
         if isinstance(self.train, TokenizedPairs):
             return len(self.train)
         return packed_rows(self.train, length=self.length, seed=seed)
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
-        mine = self._mine
+        options = self._shard_options
         if isinstance(self.train, TokenizedPairs):
-            mine["joint_share"] = self.joint_share
-            return pair_batches(self.train, batch_size=batch_size, seed=seed, **mine)
+            options["joint_share"] = self.joint_share
+            return pair_batches(self.train, batch_size=batch_size, seed=seed, **options)
         return text_batches(
-            self.train, batch_size=batch_size, length=self.length, seed=seed, **mine
+            self.train, batch_size=batch_size, length=self.length, seed=seed, **options
         )
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
-        """Every example once, sorted by length within windows; the last batch is filled up.
-
-        What fills it up has weight 0.
-        """
-        fixed = self._mine | {"epochs": 1, "shuffle": False, "window": WINDOW}
+        """Every example once, sorted by length within windows; weight 0 fills the last batch."""
+        fixed = self._shard_options | {"epochs": 1, "shuffle": False, "window": WINDOW}
         if isinstance(data, TokenizedPairs):
             fixed["joint_share"] = self.joint_share
             return list(pair_batches(data, batch_size=batch_size, **fixed))
         return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
 
     def evaluation(self, batch_size: int) -> list[Any]:
-        """The held-out batches; empty where nothing is held out."""
+        """The held-out batches; empty if nothing is held out."""
         return [] if self.held_out is None else self.once(self.held_out, batch_size)
 
     def describe(self, batch: PairBatch | TextBatch) -> list[str]:
-        """File and line of the records of a batch (of each row's first one, if packed)."""
+        """File and line of a batch's records; in packed text, of each row's first document."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
-        if not self.places:
+        if not self.sources:
             return [f"document {number + 1}" for number in numbers]
-        return [self.places[int(number)] for number in numbers]
+        return [self.sources[int(number)] for number in numbers]
 
 
 def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
-    """The largest joint row worth making, in tokens of two rows; 0: none is."""
+    """Largest size of a row with a shared prefix, as a fraction of two rows; 0: never share."""
     if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
         return 0.0
     if share_prompts == "always":
@@ -150,7 +147,7 @@ def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
 
 @jax.jit
 def count_computed(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
-    """Tokens that pass the network, padding left out and shared ones counted once."""
+    """Tokens that the network computes, without padding and with shared prefixes counted once."""
     tokens, pairs = count_tokens(batch), getattr(batch, "pairs", batch)
     if isinstance(pairs, PairBatch) and pairs.common_length is not None:
         return tokens - jnp.sum(pairs.common_length)
@@ -159,7 +156,7 @@ def count_computed(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
 
 @jax.jit
 def count_tokens(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
-    """Tokens of a batch on the devices that are not padding."""
+    """Tokens of a batch without padding."""
     if isinstance(batch, ReferencedBatch):
         batch = batch.pairs
     if isinstance(batch, PairBatch):
@@ -168,14 +165,14 @@ def count_tokens(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
 
 
 class Inputs:
-    """What the stages of a run read their data with; pairs are read once for all of them.
+    """Reader of the data of a run's stages; pairs are read once for all stages.
 
     Args:
       config: of the run.
       tokenizer: of the run.
       folder: of the run, for caches.
       model_config: the architecture.
-      fraction: the part of each batch that this process feeds: its number, and of how many.
+      shard: of each batch that this process feeds: its index and the number of shards.
     """
 
     def __init__(
@@ -184,16 +181,16 @@ class Inputs:
         tokenizer: Any,
         folder: Path,
         model_config: Any,
-        fraction: tuple[int, int],
+        shard: tuple[int, int],
     ):
         self.config, self.tokenizer, self.folder = config, tokenizer, folder
-        self.model_config, self.fraction = model_config, fraction
+        self.model_config, self.shard = model_config, shard
         self.report: dict[str, Any] = {}
-        """Counts of what was read and left out, for `data.json`."""
+        """Counts of records read and skipped, for `data.json`."""
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the model has an encoder of its own for prompts."""
+        """Whether the model is an encoder-decoder."""
         return not isinstance(self.model_config, DecoderConfig)
 
     @functools.cached_property
@@ -201,7 +198,7 @@ class Inputs:
         """The pairs of the run.
 
         Raises:
-          UserError: a record that cannot be used, or none to train on.
+          UserError: a record cannot be used, or there is none to train on.
         """
         options = {
             "max_length": self.config.max_length,
@@ -213,7 +210,7 @@ class Inputs:
         return PreferenceData(self.config, self.tokenizer, options, self.report)
 
     def check_length(self) -> None:
-        """Raise `UserError` where rows are longer than the model reads."""
+        """Raise `UserError` if rows may be longer than the model's context."""
         context = getattr(self.model_config, "context_length", None)
         if context is not None and self.config.max_length > context:
             raise UserError(
@@ -223,7 +220,7 @@ class Inputs:
 
 
 def check_tokens(data: Any, tokenizer: Any, vocabulary: int) -> None:
-    """See to it that all tokens of a stage's data are rows of the model's embedding.
+    """Check that all tokens of a stage's data are rows of the model's embedding.
 
     Raises:
       UserError: one is not.
@@ -238,16 +235,13 @@ def check_tokens(data: Any, tokenizer: Any, vocabulary: int) -> None:
             check_tokens(getattr(data, field.name), tokenizer, vocabulary)
 
 
-def _limit(records: list[Any], most: int | None) -> list[Any]:
-    return records if most is None else records[:most]
-
-
-def _place(record: Any) -> str:
+def source_of(record: Any) -> str:
+    """File and line of a record."""
     return f"{record.source}:{record.line}"
 
 
 def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], name: str) -> list:
-    """The records of a source, counted under a name in the report."""
+    """The records of a source, with their counts in the report under a name."""
     counted = ReadReport()
     records = list(kind(source, bad_records=config.bad_records, report=counted))
     report[name] = {"source": source} | dataclasses.asdict(counted)
@@ -257,7 +251,7 @@ def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], na
 
 
 def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
-    """How stimuli become tokens: as all other rows do."""
+    """Tokenization of stimuli: the same as of all other rows."""
     return Tokenization(
         tokenizer=tokenizer,
         max_length=config.max_length,
@@ -268,9 +262,9 @@ def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
 
 
 def instructions_of(config: TrainConfig) -> Instructions:
-    """The two instructions that a config names."""
-    told = config.alignment
-    return make_instructions(told.instructions, told.positive, told.negative)
+    """The two instructions of a config."""
+    alignment = config.alignment
+    return make_instructions(alignment.instructions, alignment.positive, alignment.negative)
 
 
 class PreferenceData:
@@ -285,13 +279,13 @@ class PreferenceData:
         else:
             train = records
             held_out = read(preference_records, config.eval_data, config, report, "eval_data")
-        self.train = _limit(train, config.max_records)
-        self.held_out = _limit(held_out, config.max_eval_records)
+        self.train = train[: config.max_records]
+        self.held_out = held_out[: config.max_eval_records]
         if not self.train:
-            raise UserError(f"data: {config.data}: nothing is left to train on; lower --holdout")
+            raise UserError(f"data: {config.data}: no records left to train on; lower --holdout")
 
     def tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
-        """Rows of records, counted under a name in the report; `more` replaces options."""
+        """Rows of records, counted in the report under a name; `more` overrides options."""
         tokens, report = tokenize(records, self._tokenizer, **self.options | more)
         self._report[name] = dataclasses.asdict(report)
         if jax.process_index() == 0:
@@ -300,11 +294,11 @@ class PreferenceData:
         return tokens
 
     def instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
-        """Responses under the two instructions; those that do not fit are left out and counted."""
+        """Responses under the two instructions; those that are too long are skipped and counted."""
         if self.options["encoder_decoder"]:
             raise UserError(
-                f"model: {self._config.model} is an encoder-decoder; instructed responses are for "
-                "decoders"
+                f"model: {self._config.model} is an encoder-decoder; responses under instructions "
+                "need a decoder"
             )
         how = tokenization(self._config, self._tokenizer)
         tokens, report = tokenize(records, how, instructions_of(self._config))
@@ -317,7 +311,7 @@ class PreferenceData:
         """Pairs for a preference loss.
 
         Args:
-          tokenize: (records, name for the report) -> pairs; None: as prompts and two responses.
+          tokenize: (records, name in the report) -> pairs; None: prompts with two responses.
         """
 
         def plain(records: list[Any], name: str) -> TokenizedPairs:
@@ -327,12 +321,12 @@ class PreferenceData:
         return TokenizedData(
             train=rows(self.train, "train_pairs"),
             held_out=rows(self.held_out, "held_out_pairs") if self.held_out else None,
-            places=[_place(record) for record in self.train],
+            sources=[source_of(record) for record in self.train],
             length=self._config.max_length,
         )
 
     def responses(self) -> TokenizedData:
-        """Prompts and responses to imitate: SFT data of their own, or the chosen responses."""
+        """Prompts and responses for SFT: from `sft_data`, or responses of the pairs."""
         config = self._config
         if config.sft_responses == "hindsight":
             train, held_out = self.train, self.held_out
@@ -342,8 +336,7 @@ class PreferenceData:
         else:
             records = read(response_records, config.sft_data, config, self._report, "sft_data")
             train, held_out = split_holdout(records, config.holdout, seed=config.seed)
-            train = _limit(train, config.max_records)
-            held_out = _limit(held_out, config.max_eval_records)
+            train, held_out = train[: config.max_records], held_out[: config.max_eval_records]
 
         def rows(records: list[Any], name: str) -> Any:
             if config.sft_responses == "hindsight":
@@ -354,6 +347,6 @@ class PreferenceData:
         return TokenizedData(
             train=rows(train, "train_responses"),
             held_out=rows(held_out, "held_out_responses") if held_out else None,
-            places=[_place(record) for record in train],
+            sources=[source_of(record) for record in train],
             length=config.max_length,
         )

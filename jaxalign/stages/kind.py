@@ -1,4 +1,4 @@
-"""A kind of stage: how a config becomes a `Stage`, and a run's data its `Feed`."""
+"""A kind of stage: builds a `Stage` from a config, and its `Feed` from the data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from jaxalign.training.stage import Feed, Params, Stage
 
 @runtime_checkable
 class Examples(Protocol):
-    """What a stage trains on."""
+    """Training data of a stage."""
 
     def examples(self, seed: int) -> int:
-        """Rows of an epoch."""
+        """Number of rows in an epoch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What all stages of a run share."""
+    """Everything that the stages of a run have in common."""
 
     config: TrainConfig
     folder: Path
@@ -32,32 +32,32 @@ class RunContext:
     model_config: Any
     tokenizer: Any
     data: Mapping[str, Any]
-    """What each stage reads, by its name."""
+    """Data of each stage, by its name."""
     writers: Sequence[Writer]
 
 
 Outcome = tuple[Params, Params | None]
-"""The parameters that a stage leaves and None; or the frozen ones and the trained adapters."""
+"""Final parameters and None; or frozen parameters and trained adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of stage. To add one: a module with such a value, and its entry in `KINDS`."""
+    """One kind of stage. To add one, write a module with such a value and add it to `KINDS`."""
 
     name: str
-    """The field of `TrainConfig` that holds its steps, batch size and optimiser."""
+    """The field of `TrainConfig` with its steps, batch size and optimiser."""
     adapters: Callable[[TrainConfig], LoraConfig | None]
-    """The adapters that it trains; None: all parameters."""
+    """Config -> adapters to train; None: all parameters."""
     build: Callable[[TrainConfig, Any], Stage]
     """(config, architecture) -> the stage."""
     load: Callable[[TrainConfig, Inputs], Examples]
-    """Reads and tokenises what it trains on and is evaluated on."""
+    """Reads and tokenises training and held-out data."""
     feed: Callable[[RunContext, Stage, Params, dict[str, Params]], Feed]
-    """(run, stage, parameters at the beginning, what the step reads) -> its data."""
+    """(run, stage, initial parameters, frozen parameters by role) -> feed."""
     finish: Callable[[RunContext, Params, Params], Outcome]
-    """(run, parameters at the beginning, those that it kept) -> what it leaves."""
+    """(run, initial parameters, trained parameters to keep) -> outcome."""
     check: Callable[[TrainConfig], None] = lambda config: None
-    """Raises `UserError` where the config lacks what it needs, before anything is loaded."""
+    """Raises `UserError` if the config lacks what the stage needs, before anything is loaded."""
 
     def settings(self, config: TrainConfig) -> StageConfig:
         """Its steps, batch size and optimiser."""

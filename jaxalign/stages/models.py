@@ -1,4 +1,4 @@
-"""The model of a run: its architecture, the weights to start from, its file in the run folder."""
+"""The model of a run: architecture, initial weights, and `model.json` in the run folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 
 def stage_folder(folder: Path, name: str) -> Path:
-    """Where a stage's checkpoints lie."""
+    """Folder of a stage's checkpoints."""
     return folder / "checkpoints" / name
 
 
 def write_model_config(folder: Path, model_config: Any) -> None:
-    """Keep the architecture in the run folder, as Hugging Face's config.json."""
+    """Write the architecture to the run folder, in the form of Hugging Face's config.json."""
     if jax.process_index() == 0:
         write_json(folder / "model.json", hf_config(model_config, dtype=jnp.dtype("float32")))
 
 
 def read_model_config(folder: Path) -> Any:
-    """The architecture that a run folder keeps.
+    """The architecture in a run folder.
 
     Raises:
-      UserError: the file is missing or broken.
+      UserError: the file is missing or invalid.
     """
     return read_config(folder, "model.json")
 
@@ -55,7 +55,7 @@ def read_run_config(folder: Path) -> TrainConfig:
     """The config of a run folder.
 
     Raises:
-      UserError: it is not one.
+      UserError: the folder is not a run folder.
     """
     path = folder / "config.json"
     if not path.is_file() or not (folder / "checkpoints").is_dir():
@@ -64,7 +64,7 @@ def read_run_config(folder: Path) -> TrainConfig:
 
 
 def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig:
-    """The decoder that is made where no model is named."""
+    """The architecture of the decoder with random weights (`model` "embedded")."""
     return DecoderConfig(
         family="llama",
         vocab_size=vocabulary,
@@ -80,13 +80,13 @@ def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig
 
 
 def as_model(model_config: Any, params: Any) -> Any:
-    """The nnx module that holds parameters of an architecture."""
+    """The nnx module of an architecture with the given parameters."""
     kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
     return (ScoreModel if SCORE in params else kind)(model_config, params)
 
 
 def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
-    """The model's parameters with the config's adapters merged in, where it names any."""
+    """The model's parameters, with the config's adapters merged in if there are any."""
     if config.adapter is None:
         return params
     adapters, scale, _ = load_adapters(config.adapter, model_config)
@@ -94,7 +94,7 @@ def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
 
 
 def model_of(config: TrainConfig) -> Any:
-    """The architecture of a run, without any weights.
+    """The architecture of a run, without loading weights.
 
     Raises:
       UserError: there is no such model.
@@ -105,12 +105,12 @@ def model_of(config: TrainConfig) -> Any:
         return read_config(find_model(config.model, CONFIG_FILES))
     except UserError as error:
         raise UserError(
-            f"model: {error}; a plan needs its config.json alone: --model tpu/shapes/NAME"
+            f"model: {error}; a plan only needs its config.json: --model tpu/shapes/NAME"
         ) from None
 
 
 def vocabulary_of(config: TrainConfig) -> int:
-    """Tokens of the embedded model; of a tokenizer that is trained on text the largest number.
+    """Vocabulary size of the embedded model; of a tokenizer to be trained, the largest size.
 
     Raises:
       UserError: there is no such tokenizer.
@@ -121,13 +121,13 @@ def vocabulary_of(config: TrainConfig) -> int:
 
 
 def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """The architecture and the parameters to start from, placed on the mesh in float32.
+    """The architecture and the initial float32 parameters on the mesh.
 
     Raises:
       UserError: there is no such model, or adapters without a model.
     """
     if config.adapter is not None and config.model == "embedded":
-        raise UserError("adapter: needs the model it was trained on; set --model")
+        raise UserError("adapter: needs the model on which it was trained; set --model")
     if config.model != "embedded":
         model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
         return model.config, place(with_adapter(config, model.config, model.params), mesh)
@@ -137,7 +137,7 @@ def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any,
 
 
 def load_like(context: "RunContext", field: str, folder: str) -> Any:
-    """The parameters in a folder, which must have the run's own architecture.
+    """The parameters in a folder, which must have the run's architecture.
 
     Args:
       context: of the run.
@@ -145,13 +145,13 @@ def load_like(context: "RunContext", field: str, folder: str) -> Any:
       folder: of the model.
 
     Raises:
-      UserError: it has another one.
+      UserError: the architecture is different.
     """
     loaded = load_pretrained(folder, dtype=jnp.float32, mesh=context.mesh)
     if not isinstance(loaded.config, DecoderConfig) or loaded.config != context.model_config:
         raise UserError(
-            f"{field}: {folder} has another architecture than {context.config.model}; tune both "
-            "from one model"
+            f"{field}: {folder} and {context.config.model} have different architectures; tune "
+            "both from one model"
         )
     return place(loaded.params, context.mesh)
 

@@ -36,12 +36,12 @@ from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler, draws_of
-from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, remembering, update_step
+from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, update_step, with_history
 from jaxalign.sharding import make_mesh, parameter_shardings
-from jaxalign.sharding.processes import share_of_rows
+from jaxalign.sharding.processes import data_shard
 from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs
+from jaxalign.stages.inputs import Inputs, source_of
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.models import stage_folder
 from jaxalign.stages.prompts import chat_of
@@ -63,27 +63,27 @@ class PromptData:
     train_texts: Sequence[str]
     held_out: TokenizedRows | None
     held_out_texts: Sequence[str]
-    places: Sequence[str]
-    """Where each training prompt came from."""
+    sources: Sequence[str]
+    """File and line of each training prompt."""
     responses: Sequence[np.ndarray] = ()
-    """Tokens of the responses beside the training prompts, where the algorithm reads them."""
+    """Tokens of the responses in the prompt data, if the algorithm reads them."""
 
     def examples(self, seed: int) -> int:
-        """Prompts of an epoch."""
+        """Number of prompts in an epoch."""
         del seed
         return len(self.train)
 
     def describe(self, batch: PromptBatch) -> list[str]:
         """File and line of a batch's prompts."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
-        return [self.places[int(number)] for number in numbers]
+        return [self.sources[int(number)] for number in numbers]
 
 
 def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     """Read, split and tokenise the prompts.
 
     Raises:
-      UserError: a prompt that cannot be used, none at all, or no room for prompt and response.
+      UserError: a prompt cannot be used, there is none, or the context is too short.
     """
     settings, tokenizer, report = config.rollout, inputs.tokenizer, inputs.report
     context = getattr(inputs.model_config, "context_length", None)
@@ -97,8 +97,8 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
 
     def read(source: str, name: str) -> list[Any]:
         counted = ReadReport()
-        learnt = algorithm.reads_data and source == settings.prompts
-        records_of: Any = response_records if learnt else prompt_records
+        has_responses = algorithm.reads_data and source == settings.prompts
+        records_of: Any = response_records if has_responses else prompt_records
         records = list(records_of(source, bad_records=config.bad_records, report=counted))
         report[name] = {"source": source} | dataclasses.asdict(counted)
         if not records:
@@ -111,7 +111,9 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     else:
         train, held_out = split_holdout(train, config.holdout, seed=config.seed)
     if not train:
-        raise UserError(f"rollout.prompts: {settings.prompts}: none is left; lower --holdout")
+        raise UserError(
+            f"rollout.prompts: {settings.prompts}: no prompts left to train on; lower --holdout"
+        )
     held_out = held_out[: settings.max_eval_prompts]
 
     options: dict[str, Any] = {
@@ -143,26 +145,26 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         train_texts=_plain_texts(train, tokenizer),
         held_out=tokenized(held_out, "held_out_prompts") if held_out else None,
         held_out_texts=_plain_texts(held_out, tokenizer),
-        places=[f"{record.source}:{record.line}" for record in train],
+        sources=[source_of(record) for record in train],
         responses=responses,
     )
 
 
 def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
-    """Prompts as annotators read them: as they are; conversations through the chat template."""
+    """Prompts as texts for annotators: conversations go through the chat template."""
     in_text = text_of(tokenizer, "{prompt}", None, "never")
-    return [in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records]
+    return [in_text.prompt(record.prompt, source_of(record)) for record in records]
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """Parameters or adapters learn from the responses that they sample."""
+    """The stage that trains a policy on its own responses."""
     settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
     sampled = tempered(model_config, config.rollout.temperature)
     policy = parts.make_policy(config, sampled, adapters)
     objective = OnlineObjective(policy=policy, algorithm=algorithm)
     updates = algorithm.updates * algorithm.minibatches
     optimizer, by_update = parts.make_update_rule(settings, updates)
-    optimizer = remembering(algorithm, optimizer)
+    optimizer = with_history(algorithm, optimizer)
     has_critic = algorithm.advantages is not None
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
 
@@ -197,12 +199,12 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
 
 def algorithm_of(config: TrainConfig) -> Algorithm:
-    """The algorithm of the stage."""
+    """The online algorithm of a config."""
     return find_algorithm(config.rollout.algorithm, config.rollout.options)
 
 
 def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[Any, list[Rows]]:
-    """Prompts with their sampled responses; the first ones of each are learned from."""
+    """Shapes of the largest rollout, and the passes of a step on it."""
     settings, algorithm = config.rollout, objective.algorithm
     prompts, response = config.online.batch_size, settings.max_tokens
     length, samples = settings.max_prompt_length + response, len(algorithm.draws)
@@ -225,7 +227,7 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
 
 
 def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
-    """The sampling rules of a rollout; `ends` are the tokens that end a response."""
+    """Sampling settings of a rollout; `ends` are the end-of-response tokens."""
     settings = config.rollout
     return Sampling(
         max_tokens=settings.max_tokens,
@@ -237,11 +239,11 @@ def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Prompts; around the compiled update, sampling and annotation."""
+    """Prompts, with sampling and annotation around the compiled update."""
     config, mesh, settings = context.config, context.mesh, context.config.rollout
     policy, algorithm = stage.objective.policy, stage.objective.algorithm
     data: PromptData = context.data[NAME]
-    number, count = share_of_rows(mesh)
+    number, count = data_shard(mesh)
     answers = context.folder / (f"answers.{number}.jsonl" if number else ANSWERS)
     annotator = _annotator(settings, answers)
     if (identity := getattr(annotator, "identity", None)) is not None and number == 0:
@@ -266,7 +268,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
     @functools.lru_cache(maxsize=1)
     def reference() -> Any:
-        """Resharded once, for it never changes; with adapters it is every policy's base, too."""
+        """The reference (with adapters, every policy's base), resharded only once."""
         return resharded(frozen["reference"])
 
     def reshard(policies: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -295,7 +297,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             sampler=sampler,
             annotator=annotator,
             update=update,
-            hand_over=reshard,
+            reshard=reshard,
             prompt_texts=data.train_texts,
             mesh=mesh,
             key=draws,
@@ -316,8 +318,8 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
         def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
             reference = {"params": frozen["reference"]}
-            now = {"policy": policy.policy(params, frozen["policy"]), "reference": reference}
-            return reshard(now)
+            own = policy.forward_arguments(params, frozen["policy"])
+            return reshard({"policy": own, "reference": reference})
 
         evaluation = evaluator(held_out, policies)
     return Feed(
@@ -330,40 +332,40 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             live_reference=True,
             adapters=stage.adapter_scale is not None,
             updates=algorithm.updates,
-            tokens=lambda batch: 0,  # the step counts its own
+            tokens=lambda batch: 0,  # counted by the step
         ),
         around=around,
     )
 
 
 def check(config: TrainConfig) -> None:
-    """See to it that a config's algorithm has what it needs, before anything is made.
+    """Check that the config has what its algorithm needs, before anything is loaded.
 
     Raises:
-      UserError: it has not.
+      UserError: a field is missing or does not fit.
     """
     settings, size = config.rollout, config.online.batch_size
     algorithm = algorithm_of(config)
     if settings.annotator is None and algorithm.annotation != "none":
         raise UserError(
-            "rollout.annotator: who compares the responses? Set rule:FILE.py:FUNCTION, "
+            "rollout.annotator: missing; set what compares the responses: rule:FILE.py:FUNCTION, "
             "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
         )
     parts = algorithm.minibatches * config.online.micro_batches
     if size % parts:
         raise UserError(
-            f"online.batch_size: {size} prompts do not make {algorithm.minibatches} minibatches of "
-            f"{config.online.micro_batches} micro-batches each"
+            f"online.batch_size: {size} prompts cannot be split into {algorithm.minibatches} "
+            f"minibatches of {config.online.micro_batches} micro-batches each"
         )
     if settings.unfinished_penalty and algorithm.annotation != "rewards":
         raise UserError(
             f"rollout.unfinished_penalty: {settings.algorithm} reads preferences, not rewards; "
-            "leave it out"
+            "set 0"
         )
 
 
 def _annotator(settings: RolloutConfig, answers: Path) -> Any:
-    """The annotator of a run; what a judge answered once is found again after a kill."""
+    """The annotator of a run; a judge's answers are stored and reused when the run is resumed."""
     if settings.annotator is None:
         return None
     options: dict[str, Any] = dict(vars(settings.judge))
@@ -374,25 +376,25 @@ def _annotator(settings: RolloutConfig, answers: Path) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSampling:
-    """The programs of a rollout, for the planner."""
+    """The sampling programs of a rollout, for the planner."""
 
     config: TrainConfig
     policy: Policy
 
     @property
     def resharded(self) -> bool:
-        """Whether sampling has a mesh of its own, and so copies of the policies."""
+        """Whether sampling has its own mesh, and so its own copies of the policies."""
         return bool(self.config.rollout.mesh)
 
     def policies(
         self, state: TrainState, frozen: Mapping[str, Structs], mesh: Mesh
     ) -> tuple[dict[str, Any], Mesh]:
-        """The policies that may sample, as shapes where they do, and the mesh of sampling.
+        """Shapes of the policies that sample, placed on the mesh of sampling, and that mesh.
 
         Args:
           state: placed shapes.
           frozen: placed shapes.
-          mesh: of the updates; sampling has the same devices.
+          mesh: of the updates; sampling uses the same devices.
         """
         policies = policies_of(self.policy, state, frozen)
         if not self.resharded:
@@ -403,14 +405,14 @@ class RolloutSampling:
     def programs(
         self, policies: dict[str, Any], mesh: Mesh
     ) -> Iterator[tuple[jax.stages.Wrapped, tuple[Any, ...]]]:
-        """Each draw's program, and the shapes of its arguments."""
+        """Each program with the shapes of its arguments."""
         settings, algorithm = self.config.rollout, algorithm_of(self.config)
         prompts, length = self.config.online.batch_size, settings.max_prompt_length
         batch = placed_batch((struct(prompts, length), struct(prompts)), mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         rules = sampling_rules(self.config, ends=[0])
         for draw, samples in draws_of(algorithm):
-            if not draw.weights:  # the responses of the data
+            if not draw.weights:  # responses from the data
                 continue
             program = compile_generate(
                 self.policy.config, mesh, samples=samples, sampling=rules, dtype=self.policy.dtype

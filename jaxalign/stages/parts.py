@@ -1,4 +1,4 @@
-"""What several kinds of stages are made of: policy, update rule, adapters, common feeds."""
+"""Parts common to several kinds of stages: policy, update rule, adapters, feed."""
 
 import functools
 import math
@@ -23,12 +23,12 @@ from jaxalign.training.throughput import flops_per_token, peak_flops
 
 
 def run_adapters(config: TrainConfig) -> LoraConfig | None:
-    """The adapters of `config.lora`; None: it has none."""
+    """The adapters of `config.lora`; None: all parameters are trained."""
     return config.lora if config.lora.rank else None
 
 
 def make_policy(config: TrainConfig, model_config: Any, adapters: LoraConfig | None) -> Policy:
-    """How a stage's parameters make up the policy."""
+    """The policy of a stage."""
     return Policy(
         config=model_config,
         adapter_scale=None if adapters is None else adapters.scale,
@@ -41,19 +41,19 @@ def make_policy(config: TrainConfig, model_config: Any, adapters: LoraConfig | N
 def make_update_rule(
     stage: StageConfig, updates: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """A stage's optimiser and its learning-rate schedule, both by update.
+    """A stage's optimiser and learning-rate schedule; the schedule counts updates.
 
     Args:
-      stage: steps and optimiser.
-      updates: in each step.
+      stage: number of steps, and optimiser.
+      updates: number of updates per step.
     """
     config = stage.optimizer
-    fraction = math.ceil(config.warmup_fraction * stage.steps - 1e-9)  # 0.1 * 30 is above 3
+    warmup = math.ceil(config.warmup_fraction * stage.steps - 1e-9)  # 0.1 * 30 is above 3
     schedule = make_schedule(
         learning_rate=config.learning_rate,
         steps=stage.steps * updates,
         schedule=config.schedule,
-        warmup_steps=max(config.warmup_steps, fraction) * updates,
+        warmup_steps=max(config.warmup_steps, warmup) * updates,
         final_fraction=config.final_fraction,
     )
     optimizer = make_optimizer(
@@ -71,7 +71,7 @@ def make_update_rule(
 
 
 def cadence(stage: StageConfig) -> dict[str, Any]:
-    """The fields of a `Stage` that its config has under the same names."""
+    """The fields that a `Stage` and its config have in common."""
     names = ("steps", "batch_size", "micro_batches", "eval_every", "save_every")
     return {name: getattr(stage, name) for name in names}
 
@@ -90,17 +90,17 @@ def plain_step(
 
 
 def key_of(config: TrainConfig, number: int) -> jax.Array:
-    """The key of whatever a stage draws at its start.
+    """The random key of a stage's initialisation.
 
     Args:
       config: of the run.
-      number: of the kind of stage, 1 for the first; it must not change between versions.
+      number: of the kind of stage, from 1; it must not change between versions.
     """
     return jax.random.key(config.seed + number)
 
 
 def trained_parameters(adapters: LoraConfig | None, key: jax.Array) -> Callable[[Params], Params]:
-    """Parameters -> the parameters themselves, or new adapters beside them."""
+    """Function from parameters to trained parameters: the same, or new adapters."""
 
     def trained(params: Params) -> Params:
         if adapters is None:
@@ -111,7 +111,7 @@ def trained_parameters(adapters: LoraConfig | None, key: jax.Array) -> Callable[
 
 
 def no_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]]:
-    """What a step without a reference reads: the policy's weights under its adapters."""
+    """Frozen parameters without a reference: the policy's weights under its adapters."""
 
     def frozen(params: Params, copy: Any, load: Any) -> dict[str, Params]:
         del copy, load
@@ -121,7 +121,7 @@ def no_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]
 
 
 def with_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]]:
-    """What a step with a reference reads: under adapters the policy's own weights, else a copy."""
+    """Frozen parameters with a reference: the weights under the adapters, else a copy."""
 
     def frozen(params: Params, copy: Callable[[Params], Params], load: Any) -> dict[str, Params]:
         del load
@@ -133,18 +133,18 @@ def with_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Param
 
 
 def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
-    """The usual end of a stage: trained parameters, or adapters beside frozen ones."""
+    """The usual outcome of a stage: trained parameters, or frozen parameters and adapters."""
     return (params, kept) if run_adapters(context.config) is not None else (kept, None)
 
 
 def without(names: Iterable[str]) -> Callable[[Params], Params]:
-    """Parameters without the trees of these names."""
-    left_out = set(names)
+    """Function that drops the parameter trees of these names."""
+    dropped = set(names)
 
     def kept(trained: Mapping[str, Any]) -> Params:
-        if not left_out:
+        if not dropped:
             return trained
-        return {name: tree for name, tree in trained.items() if name not in left_out}
+        return {name: tree for name, tree in trained.items() if name not in dropped}
 
     return kept
 
@@ -163,12 +163,12 @@ def feed(
 
     Args:
       context: of the run.
-      stage: that is fed.
-      params: at the beginning.
+      stage: to feed.
+      params: initial parameters.
       evaluate: (objective, held-out batches, mesh) -> evaluation.
-      objective: for the evaluation; None: the stage's own.
-      place: batch -> what the step takes; None: on the mesh as it is.
-      live_reference: whether each step runs a reference.
+      objective: of the evaluation; None: the stage's own.
+      place: batch -> the step's batch on the devices; None: the same batch, sharded.
+      live_reference: whether each step runs the reference.
     """
     data, mesh = context.data[stage.name], context.mesh
     assert isinstance(data, TokenizedData)
@@ -187,14 +187,14 @@ def feed(
 def throughput(
     params: Params, *, live_reference: bool, adapters: bool, updates: int = 1, tokens: Any = None
 ) -> Throughput:
-    """What a batch costs.
+    """Tokens and FLOPs of a batch.
 
     Args:
       params: of the model.
-      live_reference: whether each step runs a reference.
-      adapters: whether adapters alone are trained.
-      updates: in each step.
-      tokens: batch -> its tokens, where not all of its rows count.
+      live_reference: whether each step runs the reference.
+      adapters: whether only adapters are trained.
+      updates: number of updates per step.
+      tokens: batch -> number of its tokens; None: all tokens except padding.
     """
     each = flops_per_token(params, live_reference=live_reference, adapters=adapters)
     return Throughput(

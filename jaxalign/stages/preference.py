@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import PairBatch, TokenizedPairs
-from jaxalign.entanglement.cures import CURES
 from jaxalign.entanglement.masks import initial_head
+from jaxalign.entanglement.reweighting import REWEIGHTINGS
 from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
@@ -41,7 +41,7 @@ Objective = PreferenceObjective | TokenPreferenceObjective
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """Parameters or adapters follow a preference loss."""
+    """The stage that trains a policy with a preference loss."""
     settings, adapters = config.preference, parts.run_adapters(config)
     objective = make_objective(config, parts.make_policy(config, model_config, adapters))
     optimizer, schedule = parts.make_update_rule(settings)
@@ -81,10 +81,10 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
 
 def make_objective(config: TrainConfig, policy: Policy) -> Objective:
-    """What the stage minimises.
+    """The objective of the stage.
 
     Raises:
-      UserError: the loss needs the reference itself, and the config keeps at most its log-probs.
+      UserError: the loss needs a reference that the config switches off.
     """
     options = dict(config.loss_options)
     loss = find_loss(config.loss, config.loss_options)
@@ -119,39 +119,37 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
 
 
 def learns_mask(config: TrainConfig) -> bool:
-    """Whether a mask of tokens is trained beside the policy."""
+    """Whether a token mask is trained with the policy."""
     return config.entanglement.mask == "learned"
 
 
 def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
-    """What computes the per-pair gradient statistics; None: nothing does."""
+    """The probe of per-pair gradient statistics; None: they are off."""
     settings, rule = config.entanglement, config.preference.optimizer
     if not settings.every:
         return None
-    weigh = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
+    of_state = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
     return PairProbe(
         objective=objective,
         parts=settings.parts,
-        cure=CURES.get(settings.cure),
+        reweighting=REWEIGHTINGS.get(settings.reweighting),
         realised=settings.realised,
-        preconditioner=weigh if settings.preconditioned else None,
+        preconditioner=of_state if settings.preconditioned else None,
     )
 
 
 def has_reference(objective: Objective) -> bool:
-    """Whether an objective's loss or metrics read a reference."""
+    """Whether an objective's loss or metrics read the reference."""
     return not isinstance(objective, PreferenceObjective) or objective.has_reference
 
 
 def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) -> bool:
-    """Whether each step computes the reference's log-probs, where it has a reference.
-
-    Else they are computed once, before the first step.
+    """Whether each step computes the reference's log-probs, instead of once before the first step.
 
     Args:
       config: of the run.
-      objective: of the stage; what reads more than log-probs needs the reference live.
-      pairs: to train on; once through the reference is less work where they come more than once.
+      objective: of the stage; one that reads more than log-probs needs a live reference.
+      pairs: number of training pairs; precomputing is less work if each is used more than once.
     """
     if config.reference != "auto":
         return config.reference == "live"
@@ -163,12 +161,12 @@ def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) 
 def largest_batch(
     config: TrainConfig, objective: Objective, platform: str, response: int | None
 ) -> tuple[Any, list[Rows]]:
-    """Pairs; both rows of a pair in one where the run makes them so."""
+    """Shapes of the largest batch of pairs, and the passes of a step on it."""
     settings, response = config.preference, response or config.max_length
     pairs, rows = largest_pairs(
         config, objective.policy.config, platform, response, scored=response
     )
-    # auto: how many pairs there are is not known
+    # auto counts as live: the number of pairs is not known yet
     live = has_reference(objective) and config.reference != "precomputed"
     twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
     realised = config.entanglement.every > 0 and config.entanglement.realised
@@ -181,21 +179,21 @@ def largest_batch(
 def largest_pairs(
     config: TrainConfig, model_config: Any, platform: str, response: int, *, scored: int
 ) -> tuple[PairBatch, dict[str, int]]:
-    """Shapes of the largest batch of pairs, and the rows that a pass makes of it.
+    """Shapes of the largest batch of pairs, and the fields of `Rows` of a pass on it.
 
     Args:
       config: of the run.
       model_config: the architecture.
-      platform: that the step is for.
+      platform: of the devices.
       response: tokens of the longest response.
       scored: positions of a row at which the next token is scored.
     """
     pairs, length = config.preference.batch_size, config.max_length
     fraction = joint_share(config.share_prompts, model_config, platform)
-    joint = length + response  # both responses, and what is left of the prompt once
+    joint = length + response  # both responses and the rest of the prompt once
     joint = joint if joint <= fraction * 2 * length else None
     batch = pair_batch(pairs, 2, length, response, joint=joint)
-    if joint is None or config.entanglement.every:  # a probed step keeps rows apart
+    if joint is None or config.entanglement.every:  # a probed step does not share prefixes
         return batch, {"rows": 2 * pairs, "length": length, "scored": scored}
     return batch, {"rows": pairs, "length": joint, "scored": 2 * scored}
 
@@ -211,18 +209,18 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
 def load_pairs(
     inputs: Inputs, tokenize: Callable[[list[Any], str], TokenizedPairs] | None
 ) -> TokenizedData:
-    """The pairs of a run, their prompts shared where that saves work."""
+    """The pairs of a run, with shared prefixes where that saves work."""
     inputs.check_length()
     platform = jax.default_backend()
     return dataclasses.replace(
         inputs.pairs.preferences(tokenize),
         joint_share=joint_share(inputs.config.share_prompts, inputs.model_config, platform),
-        share=inputs.fraction,
+        shard=inputs.shard,
     )
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Pairs on the mesh, with the reference's log-probs where they were computed before."""
+    """Pairs on the mesh, with the reference's log-probs if they are precomputed."""
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     objective, table = stage.objective, None
     put = functools.partial(shard_batch, mesh=mesh)

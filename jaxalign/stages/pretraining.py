@@ -1,4 +1,4 @@
-"""Pretraining: next tokens of packed text."""
+"""Pretraining: next-token prediction on packed text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ NAME, NUMBER = "pretrain", 1
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """All parameters learn the next tokens of text."""
+    """The stage that trains all parameters on text."""
     settings = config.pretrain
     policy = parts.make_policy(config, model_config, None)
     objective = SupervisedObjective(policy=policy)
@@ -74,9 +74,9 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     return TokenizedData(
         train=train,
         held_out=held_out,
-        places=(),
+        sources=(),
         length=config.max_length,
-        share=inputs.fraction,
+        shard=inputs.shard,
     )
 
 

@@ -7,7 +7,7 @@ from jaxalign.data.plain_prompts import Chat, plain_prompts
 
 
 def chat_of(config: TrainConfig) -> Chat:
-    """The config's choice; the embedded model reads plain prompts as they are."""
+    """The config's choice; for the embedded model, auto means never."""
     return "never" if config.chat == "auto" and config.model == "embedded" else config.chat
 
 

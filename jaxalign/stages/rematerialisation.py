@@ -1,4 +1,4 @@
-"""`--remat auto`: decided by memory once in a run, and kept in its folder for resuming."""
+"""`--remat auto`: chosen by memory once per run, and stored in its folder for resuming."""
 
 import dataclasses
 from typing import Any
@@ -17,29 +17,29 @@ from jaxalign.stages.shapes import Shapes, shapes_of
 from jaxalign.training.memory import CHOICES, choose, free_memory, in_words, saved_bytes
 
 REMAT = "remat.json"
-"""What was decided, by stage."""
+"""File in the run folder with the choice of each stage."""
 
 
 def with_remat(kind: Kind, context: RunContext) -> RunContext:
-    """The same run with `remat` decided for a stage, by process 0 or by an earlier command."""
+    """The same run with `remat` chosen for a stage, by process 0 or by an earlier command."""
     if context.config.remat != "auto":
         return context
     choice = 0
     if jax.process_index() == 0:
         path = context.folder / REMAT
-        kept = read_json(path, "list of decisions") if path.exists() else {}
-        if kept.get(kind.name) not in CHOICES:
-            kept[kind.name] = _decided(kind, context)
-            write_json(path, kept)
-        choice = CHOICES.index(kept[kind.name])
+        choices = read_json(path, "list of choices") if path.exists() else {}
+        if choices.get(kind.name) not in CHOICES:
+            choices[kind.name] = _chosen(kind, context)
+            write_json(path, choices)
+        choice = CHOICES.index(choices[kind.name])
     if jax.process_count() > 1:
         choice = int(multihost_utils.broadcast_one_to_all(np.asarray(choice)))
     config = dataclasses.replace(context.config, remat=CHOICES[choice])
     return dataclasses.replace(context, config=config)
 
 
-def _decided(kind: Kind, context: RunContext) -> str:
-    """The choice; one line names it."""
+def _chosen(kind: Kind, context: RunContext) -> str:
+    """Choose and print the choice."""
     config = at_real_lengths(context.config, context.data[kind.name])
     free = free_memory(jax.local_devices()[0])
     choice, size = choose_remat(
@@ -57,7 +57,7 @@ def _decided(kind: Kind, context: RunContext) -> str:
 
 
 def at_real_lengths(config: TrainConfig, data: Any) -> TrainConfig:
-    """The config with rows no longer than the longest of the data."""
+    """The config with `max_length` reduced to the longest row of the data."""
     train = getattr(data, "train", None)
     if not isinstance(train, TokenizedPairs | TokenizedRows) or not len(train):
         return config
@@ -75,16 +75,16 @@ def choose_remat(
     platform: str,
     free: int | None,
 ) -> tuple[str, float]:
-    """The fastest way to rematerialise a stage that fits, and its bytes of activations.
+    """The fastest rematerialisation of a stage that fits, and its bytes of activations.
 
     Args:
       kind: of the stage.
       config: of the run.
       model_config: the architecture.
       shapes: of the stage.
-      mesh: how devices share the work.
-      platform: that the step is for.
-      free: bytes that are free on a device beside the parameters; None: not known.
+      mesh: of the devices.
+      platform: of the devices.
+      free: free bytes of a device, without the parameters; None: unknown.
     """
 
     def saved(remat: str) -> int:
@@ -94,9 +94,9 @@ def choose_remat(
         return saved_bytes(stage.objective, trained, frozen, batch, micro_batches=stage.parts)
 
     def activations(remat: str) -> float:
-        """Bytes on a device that a step keeps, and that a layer needs in its backward pass."""
+        """Bytes on a device of what a step keeps and of the backward pass of one layer."""
         kept: float = saved(remat)
-        if remat != "none":  # a layer at a time is recomputed whole
+        if remat != "none":  # one layer at a time is recomputed
             layers = getattr(model_config, "layers", None) or model_config.decoder_layers
             kept += max(saved("none") - kept, 0) / layers
         return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
@@ -105,10 +105,7 @@ def choose_remat(
 
 
 def _other_bytes(shapes: Shapes, mesh: Mesh) -> int:
-    """Bytes on a device that a stage takes beside its parameters and activations.
-
-    Gradients, updates, the optimiser's state, and a reference of its own.
-    """
+    """Bytes on a device of gradients, updates, optimiser state and reference."""
     trained, moments, reference = (
         bytes_on_device(placed_parameters(tree, mesh))
         for tree in (shapes.state.params, shapes.state.opt_state, shapes.frozen["reference"])

@@ -1,4 +1,4 @@
-"""Representation alignment (RAHF): hidden states are fitted to those under better stimuli."""
+"""Representation alignment (RAHF): fit hidden states to those under better stimuli."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ from jaxalign.representation import (
     tokenize_stimuli,
 )
 from jaxalign.sharding import place, shard_batch
-from jaxalign.sharding.processes import share_of_rows
+from jaxalign.sharding.processes import data_shard
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, instructions_of, tokenization
+from jaxalign.stages.inputs import Inputs, instructions_of, source_of, tokenization
 from jaxalign.stages.kind import Kind, Outcome, RunContext
 from jaxalign.stages.structs import record_of, struct
 from jaxalign.training.evaluation import (
@@ -50,30 +50,30 @@ RESPONSES = {"scit": "random", "dual": "both"}
 
 @dataclass(frozen=True, kw_only=True)
 class StimulusData:
-    """What the stage fits, and the pairs on which it is held to account."""
+    """Stimuli to fit, and held-out pairs for evaluation."""
 
     train: Sequence[TokenizedRows]
-    """Plain rows; with two instructions also those under the positive and the negative one."""
+    """Plain rows; with two instructions, also the rows under the positive and negative one."""
     held_out: Sequence[TokenizedRows]
-    """The same of held-out pairs; empty: none."""
+    """The same for held-out pairs; empty: none."""
     pairs: TokenizedPairs | None
     """Held-out pairs under the plain prompt."""
-    places: Sequence[str]
-    """Where each training response came from."""
+    sources: Sequence[str]
+    """File and line of each training response."""
 
     def examples(self, seed: int) -> int:
-        """Responses of an epoch."""
+        """Number of responses in an epoch."""
         del seed
         return len(self.train[0])
 
     def describe(self, batch: StimulusBatch) -> list[str]:
         """File and line of a batch's responses."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
-        return [self.places[int(number)] for number in numbers]
+        return [self.sources[int(number)] for number in numbers]
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """Adapters are fitted: a plain prompt is to be read as the better stimulus is."""
+    """The stage that fits adapters to the hidden states under the better stimulus."""
     settings, alignment = config.representation, config.alignment
     policy = parts.make_policy(config, model_config, alignment.lora)
     reader = make_reader(config, model_config, remat=policy.remat, dtype=policy.dtype)
@@ -105,7 +105,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
 
 def make_reader(config: TrainConfig, model_config: Any, **options: Any) -> Reader:
-    """The hidden states that a config names.
+    """Reader of the hidden states that a config selects.
 
     Raises:
       UserError: the model has no such layer.
@@ -115,14 +115,14 @@ def make_reader(config: TrainConfig, model_config: Any, **options: Any) -> Reade
     layers = tuple(sorted(set(layers)))
     reader = Reader(config=model_config, layers=layers, **options)
     if not 1 <= layers[0] <= layers[-1] <= depth:
-        raise UserError(f"alignment.layers: {list(layers)}; the model's are 1 to {depth}")
+        raise UserError(f"alignment.layers: {list(layers)}; the model has layers 1 to {depth}")
     return reader
 
 
 def largest_stimuli(
     config: TrainConfig, objective: RepresentationObjective
 ) -> tuple[Any, list[Rows]]:
-    """Plain rows to be fitted, and the stimuli that are read beside them."""
+    """Shapes of the largest batch of plain rows and stimuli, and the passes of a step on it."""
     settings, rows, length = config.alignment, config.representation.batch_size, config.max_length
     positions = min(settings.positions or POSITIONS[settings.method], length)
     instructed = settings.method == "scit"
@@ -138,7 +138,7 @@ def largest_stimuli(
     )
     reader = objective.reader
     shape = {"length": length, "scored": 0, "depth": reader.layers[-1] / reader.config.layers}
-    read = 1 + (settings.positive_model is not None)  # the base's own pass is the one at rest, too
+    read = 1 + (settings.positive_model is not None)  # also the pass of the base model
     others = Rows(rows=2 * rows, **shape, forward=1) if instructed else None
     others = others or Rows(rows=rows, **shape, forward=read)
     return batch, [Rows(rows=rows, **shape, forward=2, backward=1), others]
@@ -148,8 +148,8 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
     """Read, split and tokenise the stimuli.
 
     Raises:
-      UserError: a record that cannot be used, no stimulus that fits, or a model without layers to
-        read.
+      UserError: a record cannot be used, all stimuli are too long, or the model has no such
+        layers.
     """
     make_reader(config, inputs.model_config)
     report, pairs = inputs.report, inputs.pairs
@@ -175,7 +175,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
         train=stimuli(train, "train_stimuli"),
         held_out=held_out,
         pairs=plain,
-        places=[f"{record.source}:{record.line}" for record in train],
+        sources=[source_of(record) for record in train],
     )
 
 
@@ -185,7 +185,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     assert isinstance(data, StimulusData)
     settings = config.alignment
-    number, count = share_of_rows(mesh)
+    number, count = data_shard(mesh)
     mine = {"process_index": number, "process_count": count}
 
     def batches(streams: Sequence[TokenizedRows], **order: Any) -> Any:
@@ -218,7 +218,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
 
 def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
-    """The parameters with the adapters merged in; these stay in the run's folder, too."""
+    """The parameters with the adapters merged in; the adapters are also saved in the run folder."""
     config, lora = context.config, context.config.alignment.lora
     before = (config.pretrain, config.sft, config.preference, config.online)
     changed = config.model == "embedded" or config.adapter is not None
@@ -237,12 +237,12 @@ def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
 
 
 def of_both(preferences: Evaluation, fit: Evaluation) -> Evaluation:
-    """Held-out preferences (rewards are log-ratios in nats) and how well the states fit."""
+    """Held-out metrics of preferences (rewards are log-ratios in nats) and of the fit."""
     return lambda state, frozen: preferences(state, frozen) | fit(state, frozen)
 
 
 def stimulus_models(settings: AlignmentConfig, load: Callable[[str, str], Any]) -> dict[str, Any]:
-    """The parameters of the models that read the stimuli; None where the base itself does.
+    """The parameters of the models that read the stimuli; None: the base model.
 
     Args:
       settings: name the models.
@@ -260,7 +260,7 @@ def stimulus_models(settings: AlignmentConfig, load: Callable[[str, str], Any]) 
 
 @jax.jit
 def count_plain(batch: StimulusBatch) -> jax.Array:
-    """Tokens of the trained rows; stimuli are read on top."""
+    """Number of tokens in the trained rows, without stimuli."""
     return jnp.sum(batch.prompt_length + jnp.sum(batch.mask, axis=1))
 
 

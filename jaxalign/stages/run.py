@@ -1,4 +1,4 @@
-"""One stage of a run, from its newest checkpoint or from its start to its last step."""
+"""Run one stage to its last step, from its start or its newest checkpoint."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ def run(kind: Kind, context: RunContext, params: Params) -> Outcome:
     Args:
       kind: of the stage.
       context: of the run.
-      params: those that the stage begins with.
+      params: initial parameters.
 
     Returns:
-      The trained parameters and None; or the frozen ones and the trained adapters.
+      The trained parameters and None; or frozen parameters and trained adapters.
     """
     config, mesh = context.config, context.mesh
     stage = kind.build(config, context.model_config)
@@ -64,7 +64,7 @@ def run(kind: Kind, context: RunContext, params: Params) -> Outcome:
 def begin_or_resume(
     stage: Stage, trained: Params, feed: Feed, checkpoints: Checkpoints, mesh: Mesh, *, seed: int
 ) -> TrainState:
-    """The state at the stage's start or at its newest checkpoint; the feed follows."""
+    """The state at the stage's start or newest checkpoint; sets the feed to the same position."""
     fresh = functools.partial(initial_state, optimizer=stage.optimizer, seed=seed)
     latest = checkpoints.latest()
     if latest is None:
@@ -78,7 +78,7 @@ def begin_or_resume(
 def compiled_steps(
     stage: Stage, feed: Feed, state: TrainState, mesh: Mesh
 ) -> Callable[[int], Step]:
-    """Number of updates made -> the compiled step that makes the next one."""
+    """Function from the number of updates made to the compiled step of the next update."""
 
     def compiled(step: Step, what: str) -> Step:
         return feed.around(saying(compile_step(step, state, mesh), in_shapes(what)))
@@ -91,7 +91,7 @@ def compiled_steps(
 
 
 def in_words(values: Mapping[str, float]) -> str:
-    """What a progress line shows of a step's metrics."""
+    """A step's metrics for the progress line."""
     parts = [f"loss {values['loss']:.4f}"]
     if "rewards/accuracies" in values:
         parts.append(f"accuracy {values['rewards/accuracies']:.2f}")

@@ -22,11 +22,11 @@ from jaxalign.training.reward_objectives import VALUES, ScoreObjective
 from jaxalign.training.stage import Feed, Params, Rows, Stage
 
 MODELS = {"bradley_terry": "reward", "preference_model": "preference"}
-"""Loss -> the kind of model that it makes."""
+"""Loss -> kind of the model that it trains."""
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """A scalar head, and parameters or adapters below it, learn to score responses."""
+    """The stage that trains a scalar head, with parameters or adapters, to score responses."""
     settings, adapters = config.preference, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
     options = dict(config.loss_options)
@@ -35,11 +35,11 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     below = parts.trained_parameters(adapters, parts.key_of(config, preference.NUMBER))
 
     def begin(params: Params, place: Callable[[Params], Params]) -> Params:
-        """The parameters with the head that they bring, or with a new one."""
+        """The parameters with their own head, or with a new one."""
         key = jax.random.fold_in(jax.random.key(config.seed), 0x5C04E)
         return with_head(params, place(params.get(SCORE) or init_head(model_config.width, key)))
 
-    def trained(params: Params) -> Params:  # a head is trained whole, also with adapters
+    def trained(params: Params) -> Params:  # the head itself is trained, also with adapters
         return {**below(params), SCORE: params[SCORE]}
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
@@ -66,7 +66,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
 
 def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
-    """Pairs as a reward model reads them; for a preference model the two orders of comparisons."""
+    """Pairs for a reward model; for a preference model, comparisons in both orders."""
     scored = score_format(config, inputs.tokenizer)
     pairwise = scored.kind == "preference"
 
@@ -85,14 +85,14 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
 
 def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
-    """The trained parameters; or the frozen ones with the trained head, and the adapters."""
+    """The trained parameters; or frozen parameters with the trained head, and adapters."""
     if parts.run_adapters(context.config) is None:
         return kept, None
     return take_head(params, kept)
 
 
 def take_head(params: Params, trained: Params) -> tuple[Params, Params]:
-    """Frozen parameters and trained adapters, a head among these moved to the parameters."""
+    """Frozen parameters and trained adapters, with a trained head moved to the parameters."""
     if SCORE not in trained:
         return params, trained
     adapters = {name: tree for name, tree in trained.items() if name != SCORE}
@@ -100,22 +100,22 @@ def take_head(params: Params, trained: Params) -> tuple[Params, Params]:
 
 
 def check_start(config: TrainConfig, params: Params) -> None:
-    """See to it that a model with a scalar head is trained as one.
+    """Check that a model with a scalar head is trained as such.
 
     Raises:
-      UserError: a stage needs its log-probs.
+      UserError: a stage needs log-probs, which it does not have.
     """
     if SCORE not in params:
         return
     if config.pretrain.runs or config.sft.runs or config.loss not in REWARD_LOSSES:
         raise UserError(
-            f"model: {config.model} has a scalar head and makes no log-probs; "
+            f"model: {config.model} has a scalar head and no log-probs; "
             f"set --loss {' or '.join(REWARD_LOSSES)} and no other stage"
         )
 
 
 def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.0) -> ScoreFormat:
-    """The rows that the trained model reads."""
+    """The format of the rows that the model scores."""
     kind: Any = MODELS[config.loss]
     return ScoreFormat(
         kind=kind,
@@ -131,11 +131,11 @@ def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.
 def exported_fields(
     config: TrainConfig, tokenizer: Any, folder: Path, step: int | None
 ) -> dict[str, Any]:
-    """What a scored model's config.json says beside its architecture.
+    """Fields of a scored model's config.json besides its architecture.
 
-    Rewards are shifted by the mean of the held-out chosen responses at that step, where these were
-    evaluated. Transformers looks for the last token that is not padding: no padding is named where
-    the tokenizer pads with the end-of-sequence token, which is the one to be read.
+    Rewards are shifted by the mean reward of the held-out chosen responses at that step, if there
+    are any. Transformers reads the score at the last token that is not padding. If the tokenizer
+    pads with the end-of-sequence token, no padding token is named, so that this token is read.
     """
     bias = 0.0
     if config.loss == "bradley_terry":

@@ -1,4 +1,4 @@
-"""A stage's state and what its step reads, as shapes: mesh, batch and remat change none of them."""
+"""Shapes of a stage's state and frozen parameters; they do not depend on mesh, batch or remat."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +13,19 @@ from jaxalign.training.step import TrainState, initial_state
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What a stage's step reads and writes, wherever it lies."""
+    """Shapes of what a stage's step reads and writes."""
 
     params: Structs
-    """Those that the stage begins with."""
+    """Initial parameters."""
     state: TrainState
     frozen: dict[str, Structs]
 
 
 def shapes_of(stage: Stage, model_config: Any) -> Shapes:
-    """Shapes of a stage of this architecture.
+    """Shapes of a stage.
 
     Args:
-      stage: as the run builds it.
+      stage: of the run.
       model_config: the architecture.
     """
 

@@ -1,4 +1,4 @@
-"""Shapes of batches; nothing is computed."""
+"""Shapes of batches, without computing anything."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ def pair_batch(
     """Shapes of a batch of pairs, or of prompts with several responses.
 
     Args:
-      pairs: rows of the batch.
-      sides: responses to each prompt.
+      pairs: number of pairs.
+      sides: number of responses to each prompt.
       length: tokens of prompt and response.
       response: tokens of a response.
-      joint: tokens of both rows of a pair in one; None: there are no such rows.
+      joint: tokens of a row with both responses and a shared prefix; None: no such rows.
     """
     joint_tokens = None if joint is None else struct(pairs, joint)
     return record_of(
@@ -36,7 +36,7 @@ def pair_batch(
 
 
 def text_batch(rows: int, length: int) -> TextBatch:
-    """Shapes of packed text: documents, or prompts and responses."""
+    """Shapes of a batch of packed text: documents, or prompts and responses."""
     fields = ("tokens", "segment_ids", "positions", "target_mask")
     return record_of(
         TextBatch,

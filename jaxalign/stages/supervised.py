@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): next tokens of responses."""
+"""Supervised fine-tuning (SFT): next-token prediction on responses."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ NAME, NUMBER = "sft", 2
 
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
-    """Parameters or adapters learn the next tokens of responses."""
+    """The stage that trains parameters or adapters on responses."""
     settings, adapters = config.sft, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
     objective = SupervisedObjective(policy=policy)
@@ -53,7 +53,7 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     """Responses to imitate."""
     del config
     inputs.check_length()
-    return dataclasses.replace(inputs.pairs.responses(), share=inputs.fraction)
+    return dataclasses.replace(inputs.pairs.responses(), shard=inputs.shard)
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:

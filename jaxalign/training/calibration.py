@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """Pairs by how sure the model was of the winner that it named, in equal bins of [1/2, 1].
+    """Pairs in equal bins of [1/2, 1], by the probability of the predicted winner.
 
     Attributes:
-      count: pairs of each bin.
-      confidence: mean probability of the winner named; NaN in an empty bin.
-      accuracy: share of pairs in which it was the right one; NaN in an empty bin.
+      count: number of pairs in each bin.
+      confidence: mean probability of the predicted winner; NaN in an empty bin.
+      accuracy: fraction of pairs whose predicted winner is right; NaN in an empty bin.
     """
 
     count: Int[np.ndarray, " bins"]
@@ -34,7 +34,7 @@ class Reliability:
         return float(np.sum(self.count[filled] * gaps) / self.count.sum())
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table, for JSON; empty bins are left out."""
+        """The table as rows for JSON, without empty bins."""
         edges = np.linspace(0.5, 1.0, len(self.count) + 1)
         return [
             {
@@ -49,23 +49,23 @@ class Reliability:
 
 
 def reliability(preferences: Float[np.ndarray, " pairs"], *, bins: int = 10) -> Reliability:
-    """Bins of pairs by confidence; the order in which a pair's responses stand does not matter.
+    """Bins of pairs by confidence; the order of the responses in a pair does not matter.
 
     Args:
       preferences: the model's probability of the response that was preferred, in [0, 1].
       bins: equal parts of [1/2, 1]; 10 of them as wide as the 20 of [0, 1].
 
     Returns:
-      The table; a draw (1/2) counts as half right.
+      The table; a tie (1/2) counts as half right.
     """
     p = np.asarray(preferences, np.float64)
     confidence = np.maximum(p, 1 - p)
     right = np.where(p == 0.5, 0.5, p > 0.5)
-    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        total = np.bincount(place, weights=values, minlength=bins)
+        total = np.bincount(index, weights=values, minlength=bins)
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     return Reliability(count=count, confidence=mean(confidence), accuracy=mean(right))

@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: state, data iterator and position together, written in the background.
 
-Each has a file of digests, written in the background before the checkpoint is committed and
-committed with it; a checkpoint whose files do not match it is damaged.
+Each checkpoint has a file of digests, which is committed with it; a checkpoint whose files do not
+match their digests is damaged.
 """
 
 import itertools
@@ -19,32 +19,32 @@ from jaxalign.sharding import parameter_shardings
 
 DIGESTS = "digests.json"
 DAMAGED = "damaged-"
-"""Before the step in the name of a checkpoint that was set aside."""
+"""Prefix of the name of a damaged checkpoint that was set aside."""
 ITEMS = ("state", "meta")
-"""The folders of a checkpoint; Orbax adds notes of its own beside them."""
+"""The folders of a checkpoint; Orbax adds metadata beside them."""
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the committed checkpoints in a folder that need not be there, oldest first."""
+    """The steps of the committed checkpoints in a folder that may not exist, oldest first."""
     import orbax.checkpoint as ocp
 
     return sorted(ocp.utils.checkpoint_steps(folder))
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of the newest committed checkpoint in a folder that need not be there."""
+    """The step of the newest committed checkpoint in a folder that may not exist."""
     return max(checkpoint_steps(folder), default=None)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are what was written.
+    """What is wrong with a checkpoint's files; None: they are intact.
 
     Args:
-      checkpoint: its folder. Without digests (an older version wrote it) nothing is compared,
-        which is said in a line on standard error.
+      checkpoint: its folder. Without digests (an older version wrote it) nothing is compared, and a
+        line on standard error says so.
     """
     if not (checkpoint / DIGESTS).exists():
-        notice(f"{checkpoint}: has no digests, and is used without a check")
+        notice(f"{checkpoint}: has no digests; it is used without a check")
         return None
     try:
         expected = read_json(checkpoint / DIGESTS, "list of digests")
@@ -53,25 +53,25 @@ def damage(checkpoint: Path) -> str | None:
         missing = [name for name in expected if not (checkpoint / name).is_file()]
         if missing:
             return f"{checkpoint / missing[0]}: missing"
-        found = digests(checkpoint, [checkpoint / name for name in expected])
+        actual = digests(checkpoint, [checkpoint / name for name in expected])
     except UserError as error:
         return str(error)
     except (OSError, ValueError) as error:
         return f"{getattr(error, 'filename', None) or checkpoint}: cannot be read: {error}"
-    changed = [name for name in expected if found.get(name) != expected[name]]
+    changed = [name for name in expected if actual.get(name) != expected[name]]
     return f"{checkpoint / changed[0]}: is not what was written" if changed else None
 
 
 def newest_whole_step(folder: Path, *, stop: bool = False, set_aside: bool = False) -> int | None:
-    """The step of the newest undamaged checkpoint; each newer, damaged one is named in a line.
+    """The step of the newest intact checkpoint; a line names each newer, damaged one.
 
     Args:
-      folder: of a stage's checkpoints; need not be there.
-      stop: refuse where the newest is damaged, instead of taking one before it.
-      set_aside: rename damaged ones, so that training can write these steps again.
+      folder: of a stage's checkpoints; it may not exist.
+      stop: raise if the newest is damaged, instead of using an older one.
+      set_aside: rename damaged ones, so that training can rewrite these steps.
 
     Raises:
-      UserError: the newest is damaged and `stop` says so, or all of them are.
+      UserError: the newest is damaged and `stop` is set, or all are damaged.
     """
     steps, damaged = checkpoint_steps(folder), []
     for step in reversed(steps):
@@ -80,10 +80,10 @@ def newest_whole_step(folder: Path, *, stop: bool = False, set_aside: bool = Fal
         if stop or step == steps[0]:
             raise UserError(
                 f"{fault}; the checkpoint is damaged"
-                + ("" if stop else ", and no older one is whole")
-                + f"; restore {folder / str(step)}, or remove it to continue from what is before it"
+                + ("" if stop else ", and no older one is intact")
+                + f"; restore {folder / str(step)}, or remove it to resume from what is before it"
             )
-        notice(f"{fault}; the checkpoint is damaged, and an older one is used")
+        notice(f"{fault}; the checkpoint is damaged; an older one is used")
         damaged.append(step)
     for step in damaged if set_aside else ():
         names = (f"{DAMAGED}{step}" + f"-{n}" * bool(n) for n in itertools.count())
@@ -96,17 +96,17 @@ def _is_not_raised(entry: logging.LogRecord) -> bool:
     return entry.exc_info is None
 
 
-for _logger in ("absl", "asyncio"):  # Orbax logs each error with its traceback, and raises it, too
+for _logger in ("absl", "asyncio"):  # Orbax logs the errors that it raises, too
     logging.getLogger(_logger).addFilter(_is_not_raised)
 
 
 class Checkpoints:
-    """The checkpoints of one stage of a run, by step; the newest `keep` stay.
+    """The checkpoints of one stage of a run, by step; only the newest `keep` are kept.
 
     Args:
-      folder: where they go.
-      keep: how many.
-      read_only: restore alone, and leave alone what a run may be writing.
+      folder: of the checkpoints.
+      keep: number of checkpoints to keep.
+      read_only: only restore, and do not touch what a run may be writing.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False):
@@ -123,7 +123,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def _write_digests(self) -> None:
-        """Of all files of the checkpoint that is about to be committed; in the background."""
+        """Write the digests of the checkpoint that is about to be committed; in the background."""
         if jax.process_index() != 0:
             return
         [unfinished] = self._folder.glob(f"{self._saving}.*")
@@ -133,7 +133,7 @@ class Checkpoints:
         write_json(unfinished / DIGESTS, digests(unfinished, files))
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none."""
+        """The step of the newest checkpoint; None: there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -141,16 +141,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def committed(self) -> int:
-        """The step of the newest checkpoint on disk, 0 where there is none; from any thread."""
+        """The step of the newest checkpoint on disk, 0 if there is none; thread-safe."""
         return newest_step(self._folder) or 0
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Start writing a checkpoint; a kill in the middle leaves the one before it.
+        """Start writing a checkpoint; if the process is killed meanwhile, the previous one remains.
 
         Args:
-          step: updates done.
+          step: number of updates made.
           state: a pytree of arrays.
-          meta: plain values: the data iterator's state and whatever else the loop needs.
+          meta: plain values: the data iterator's state and what else the loop needs.
         """
         if step in self._manager.all_steps():
             return
@@ -166,12 +166,12 @@ class Checkpoints:
             )
 
     def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-        """The state and meta of a step, laid out for the given mesh, whichever wrote it.
+        """The state and meta of a step on the given mesh, whatever mesh wrote it.
 
         Args:
           step: a step that was saved.
           like: the state's shapes (arrays or shape structs).
-          mesh: where the arrays go, by the table of rules.
+          mesh: of the restored arrays.
 
         Raises:
           UserError: it cannot be restored.
@@ -191,22 +191,22 @@ class Checkpoints:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self._folder / str(step)}: cannot be restored: {reason}; remove it to continue "
+                f"{self._folder / str(step)}: cannot be restored: {reason}; remove it to resume "
                 "from the checkpoint before it"
             ) from error
         return restored["state"], restored["meta"]
 
     def wait(self) -> None:
-        """Until everything started is on disk.
+        """Wait until everything is on disk.
 
         Raises:
-          OutputError: it could not be written.
+          OutputError: a checkpoint could not be written.
         """
         with writing(self._folder / str(self._saving)):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish writing and let go of the folder."""
+        """Finish writing and release the folder."""
         with writing(self._folder / str(self._saving)):
             self._manager.close()
 
@@ -214,9 +214,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Close; after an error too, so that whoever comes next finds what was being written.
+        """Close, also after an error: what was being written is then complete.
 
-        An error in one of many processes ends it at once: the others would not finish with it.
+        With several processes, an error ends the process at once: the others would not finish.
         """
         if kind is None or jax.process_count() == 1:
             self.close()

@@ -24,7 +24,7 @@ from jaxalign.training.reward_objectives import ScoreObjective
 from jaxalign.training.step import TrainState, on_mesh
 
 Evaluation = Callable[[TrainState, Any], dict[str, float]]
-"""(state, frozen) -> held-out numbers."""
+"""(state, frozen) -> held-out metrics."""
 
 
 def evaluate_losses(objective: Objective, batches: Sequence[Any], mesh: Mesh) -> Evaluation:
@@ -52,8 +52,8 @@ def evaluate_preferences(
 
     `kl` is the divergence KL(policy || reference) of the next-token distributions in nats per
     token, exact at each position and averaged over the positions of the chosen responses: an
-    estimate of the policy's own KL, whose positions would be its own samples'. It is left out
-    where the objective has no reference.
+    estimate of the policy's own KL, which would average over the policy's own samples. There is no
+    `kl` if the objective has no reference.
     """
     if isinstance(objective, TokenPreferenceObjective):
         return _evaluate_token_preferences(objective, batches, mesh)
@@ -80,7 +80,7 @@ def evaluate_preferences(
             parts.append(jax.tree.map(lambda x, kept=rows[-1] > 0: x[kept], rows))
             kl.append(divergence)
         rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-        order = np.argsort(rows[2], kind="stable")  # one sum, however the pairs were batched
+        order = np.argsort(rows[2], kind="stable")  # the sum does not depend on the batches
         outputs, lengths, number, weight = jax.tree.map(lambda x: x[order], rows)
         held_out = ReferencedBatch(pairs=_without_tokens(lengths, number, weight), reference=None)
         running = jax.device_get(state.running)
@@ -94,13 +94,13 @@ def evaluate_preferences(
 def _evaluate_token_preferences(
     objective: TokenPreferenceObjective, batches: Sequence[PairBatch], mesh: Mesh
 ) -> Evaluation:
-    """As `evaluate_preferences`; a pair's value depends on no other pair."""
+    """As `evaluate_preferences`, for losses in which pairs are independent."""
 
     def step(params: Any, frozen: Any, batch: ReferencedBatch) -> Any:
         outputs = objective.forward(params, frozen, batch, None)
         metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
         policy = objective.policy
-        arguments = policy.policy(params, frozen["policy"])
+        arguments = policy.forward_arguments(params, frozen["policy"])
         both = policy.compare(batch.pairs, frozen["reference"], **arguments)
         return metrics | _divergence_per_token(both.kl[:, 0].sum(-1), batch.pairs)
 
@@ -122,7 +122,7 @@ def _divergence_per_token(kl: Float[Array, " pairs"], pairs: PairBatch) -> dict[
 
 
 def _without_tokens(lengths: np.ndarray, number: np.ndarray, weight: np.ndarray) -> PairBatch:
-    """Held-out pairs as a loss and its metrics read them: lengths and weights."""
+    """Held-out pairs without their tokens, which the loss and its metrics do not read."""
     no_tokens = np.zeros((*lengths.shape, 0), np.int32)
     return PairBatch(
         tokens=no_tokens,
@@ -135,10 +135,10 @@ def _without_tokens(lengths: np.ndarray, number: np.ndarray, weight: np.ndarray)
 
 
 def evaluate_scores(objective: ScoreObjective, batches: Sequence[Any], mesh: Mesh) -> Evaluation:
-    """(state, frozen) -> the objective's numbers on held-out pairs, and their calibration.
+    """(state, frozen) -> the objective's metrics on held-out pairs, and their calibration.
 
-    `calibration/error` is the expected calibration error, and `calibration/LOW/...` are the bins of
-    `reliability` that hold any pair, named by their lower end.
+    `calibration/error` is the expected calibration error, and `calibration/LOW/...` are the
+    non-empty bins of `reliability`, named by their lower end.
     """
 
     def step(params: Any, frozen: Any, batch: Any) -> Any:
@@ -156,11 +156,11 @@ def evaluate_scores(objective: ScoreObjective, batches: Sequence[Any], mesh: Mes
             parts.append({name: value[weight > 0] for name, value in values.items()})
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         table = reliability(values["preferences/chosen"])
-        found = {name: float(value.mean()) for name, value in values.items()}
-        found["calibration/error"] = table.error
+        metrics = {name: float(value.mean()) for name, value in values.items()}
+        metrics["calibration/error"] = table.error
         for row in table.rows():
             name = f"calibration/{row['from']:.2f}"
-            found |= {f"{name}/{key}": row[key] for key in ("pairs", "confidence", "accuracy")}
-        return found
+            metrics |= {f"{name}/{key}": row[key] for key in ("pairs", "confidence", "accuracy")}
+        return metrics
 
     return run

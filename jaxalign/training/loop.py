@@ -14,7 +14,7 @@ import jax
 
 from jaxalign.errors import UserError
 from jaxalign.progress import busy
-from jaxalign.sharding.processes import anywhere
+from jaxalign.sharding.processes import any_process
 from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
@@ -27,18 +27,18 @@ class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
 
 
 GRACE = 20.0
-"""Seconds after SIGTERM within which a step has to end for its state to be saved."""
+"""Seconds after SIGTERM within which the running step must end for its state to be saved."""
 IDLE_GRACE = 2.0
-"""The same where there is nothing to save, as while the first step is compiled."""
+"""The same where there is nothing to save, e.g. while the first step is compiled."""
 
 
 _SIGTERM = threading.Event()
 
 
 def stop_if_asked() -> None:
-    """For steps that take minutes, where nothing of their state has changed yet.
+    """Stop within a long step, before it has changed any state.
 
-    Several processes stop between steps, together.
+    Several processes only stop together, between steps.
 
     Raises:
       Stopped: SIGTERM came.
@@ -48,11 +48,11 @@ def stop_if_asked() -> None:
 
 
 class _Terminated:
-    """Remembers SIGTERM instead of dying of it, for the time of a `with`.
+    """Context that defers SIGTERM to the end of the step.
 
-    The loop acts on it between steps. A thread ends the process where the loop does not come to
-    that in time (Python runs no handler while the main thread compiles or waits for a device), or
-    at a second SIGTERM: a kill at any moment loses no more than what is not saved yet.
+    The loop acts on it between steps. A thread ends the process if the loop does not get there in
+    time (Python runs no signal handler while the main thread compiles or waits for a device), or at
+    a second SIGTERM. Only unsaved progress is lost.
 
     Args:
       name: of the stage.
@@ -72,7 +72,7 @@ class _Terminated:
         _SIGTERM.clear()
         try:
             self._before = signal.signal(signal.SIGTERM, self._remember)
-        except ValueError:  # not the main thread: nobody sends it signals
+        except ValueError:  # not the main thread: it gets no signals
             self._before = None
             return self
         self._end, write = os.pipe()
@@ -86,18 +86,18 @@ class _Terminated:
         _SIGTERM.set()
 
     def _watch(self) -> None:
-        """Wait for SIGTERM; then for the loop, for a while, or for a second SIGTERM."""
+        """Wait for SIGTERM; then end the process after a while or at a second SIGTERM."""
         if self._next_signal(None) == 0:
             return
-        came = time.monotonic()
+        received = time.monotonic()
         while True:
             idle = self.done == self.saved and jax.process_count() == 1
-            left = came + (IDLE_GRACE if idle else GRACE) - time.monotonic()
+            left = received + (IDLE_GRACE if idle else GRACE) - time.monotonic()
             number = self._next_signal(max(min(left, 0.1), 0))
             if number == 0:
                 return
-            if self._committed() < self.saved:  # what is being written is worth the wait
-                came = time.monotonic()
+            if self._committed() < self.saved:  # wait for what is being written
+                received = time.monotonic()
             if number == signal.SIGTERM or left <= 0:
                 break
         sys.stderr.write(
@@ -108,7 +108,7 @@ class _Terminated:
         os._exit(143)
 
     def _next_signal(self, timeout: float | None) -> int | None:
-        """SIGTERM, 0 at the end of the `with`, None where nothing came in time."""
+        """SIGTERM, 0 at the end of the context, None after the timeout."""
         while select.select([self._end], [], [], timeout)[0]:
             if (number := os.read(self._end, 1)[0]) in (0, signal.SIGTERM):
                 return number
@@ -132,7 +132,7 @@ def evaluate(
     frozen: Any,
     batches: Sequence[Any],
 ) -> dict[str, float]:
-    """Metrics over all batches of a held-out set, every pair weighing the same."""
+    """Metrics over all batches of a held-out set, with equal weight for every pair."""
     total: dict[str, Mean] | None = None
     for batch in batches:
         means = dict(step(params, frozen, batch))
@@ -153,22 +153,22 @@ def run_stage(
     progress: Callable[[int, Mapping[str, float]], None],
     trace: Trace | None = None,
 ) -> TrainState:
-    """Train from where the state is to the stage's last step.
+    """Train from the given state to the stage's last step.
 
-    The host prepares and dispatches step n + 1 while the device works on step n, whose metrics
-    are read one step late.
+    The host prepares and dispatches step n + 1 while the device runs step n, whose metrics are read
+    one step late.
 
     Args:
-      stage: what is run.
+      stage: to run.
       feed: its data.
-      state: where to start; donated.
+      state: to start from; donated.
       frozen: what the step reads and never changes.
-      step: number of updates made -> the compiled step that makes the next one.
-      checkpoints: where they are written.
-      writers: where metrics are written.
+      step: number of updates made -> the compiled step of the next update.
+      checkpoints: of the stage.
+      writers: of metrics.
       nonfinite: "stop" or "skip".
       progress: called with the number and the metrics of each finished step.
-      trace: of the profiler, of some steps; None: none.
+      trace: profiler of some steps; None: no profile.
 
     Returns:
       The state after the last step.
@@ -204,9 +204,9 @@ def run_stage(
             writer.flush()
 
     def rescue(at: int, position: Any) -> None:
-        """Save what was done before a step that could not be made, for others may have paid for it.
+        """Save the state before a failed step: its samples and judgements may have cost money.
 
-        Several processes do not fail together, and could not save together.
+        Several processes do not fail together, so they cannot save together.
         """
         whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
         if at and whole and jax.process_count() == 1:
@@ -214,7 +214,7 @@ def run_stage(
             checkpoints.wait()
 
     def finish(at: int, pending: tuple[Any, Any]) -> None:
-        """Read a dispatched step's metrics, check and record them."""
+        """Read, check and record the metrics of a dispatched step."""
         nonlocal last_finish, stopping
         metrics, batch = pending
         values = to_floats(jax.device_get(metrics))
@@ -235,15 +235,15 @@ def run_stage(
         if not finite and nonfinite == "stop":
             records = ", ".join(feed.describe(batch))
             advice = (
-                "no update was made before it, so the learning rate is not the cause: look at the "
-                "weights that the stage begins with, the loss and these records"
+                "this is the first step, so the learning rate is not the cause: look at the "
+                "initial weights, the loss and these records"
                 if at == 1
                 else "look at these records, lower the learning rate, or set --nonfinite skip"
             )
             raise UserError(
                 f"{name} step {at}: loss {values['loss']:.6g}, gradient norm "
-                f"{values['grad_norm']:.6g}: not finite, on records {records}; the update was not "
-                f"made; {advice}"
+                f"{values['grad_norm']:.6g}: not finite, on records {records}; the update was "
+                f"skipped; {advice}"
             )
         write("train", at, values)
         progress(at, values)
@@ -276,8 +276,8 @@ def run_stage(
             terminated.done = done
             if pending is not None:
                 finish(done - 1, pending)
-            # all processes read the same flag of the same step, and stop together
-            stop = anywhere(terminated.asked)
+            # all processes read the same flag at the same step, so they stop together
+            stop = any_process(terminated.asked)
             more = {"tokens": counts[0], "computed": counts[1], "stopping": stop}
             pending = ({**more, **metrics}, batch)  # a step may count its tokens itself
             at_eval = done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)
@@ -291,14 +291,14 @@ def run_stage(
                     save(done)
                 if stopping:
                     checkpoints.wait()
-                    raise Stopped(f"{name}: stopped by SIGTERM at step {done}; all of it is saved")
+                    raise Stopped(f"{name}: stopped by SIGTERM at step {done}; it is saved")
                 last_finish = time.perf_counter()
         if pending is not None:
             finish(done, pending)
     checkpoints.wait()
     if stage.steps and int(state.skipped) >= stage.steps:
         raise UserError(
-            f"{name}: none of the {stage.steps} updates was finite, so all were skipped and "
-            "nothing was learned; run with --nonfinite stop to see the records of the first one"
+            f"{name}: none of the {stage.steps} updates was finite; all were skipped and nothing "
+            "was learned; run with --nonfinite stop to see the records of the first one"
         )
     return state

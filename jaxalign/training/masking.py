@@ -1,4 +1,4 @@
-"""A preference loss of masked responses: only some tokens' log-probs are added up."""
+"""Preference losses of masked responses: log-probs summed over some of the tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from jaxalign.training.objectives import (
     Params,
     PreferenceObjective,
     ReferencedBatch,
-    joint_rows,
+    shared_prefix_rows,
 )
 
 HEAD = "mask"
-"""Where a learned mask's parameters lie among the trained ones."""
+"""Key of a learned mask among the trained parameters."""
 
 
 @record
 class MaskedOutputs(PairOutputs):
-    """Log-probs as sums over tokens times their weights.
+    """Sums of token log-probs times the weights of the tokens.
 
     Attributes:
       kept: the sum of the weights.
-      whole: the policy's log-probs of the whole responses.
+      whole: the policy's log-probs of the unmasked responses.
     """
 
     kept: Float[Array, "pairs 2"]
@@ -39,14 +39,14 @@ class MaskedOutputs(PairOutputs):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedPreferenceObjective(PreferenceObjective):
-    r"""Any preference loss of masked log-probs, and a penalty on what is kept of them.
+    r"""Any preference loss of masked log-probs, with a penalty on the mask.
 
     .. math:: \ell\left(\sum_t \mu_{w,t} \log\pi_{w,t}, \; \sum_t \mu_{l,t} \log\pi_{l,t}\right)
               + \lambda (\|\mu_w\|_1 + \|\mu_l\|_1)
 
-    Weights are learned where the trained parameters hold a `HEAD`; else they are 1 at the tokens in
-    which the responses differ. Lengths that a loss divides by stay those of the responses. Yuan et
-    al., 2024, arXiv:2410.13828, section 5.2.
+    The weights are learned if the trained parameters have a `HEAD`; else they are 1 at the tokens
+    in which the responses differ. A loss that divides by lengths divides by those of the unmasked
+    responses. Yuan et al., 2024, arXiv:2410.13828, section 5.2.
     """
 
     penalty: float = 0.0
@@ -56,7 +56,9 @@ class MaskedPreferenceObjective(PreferenceObjective):
     ) -> MaskedOutputs:
         pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
         model = {name: tree for name, tree in trained.items() if name != HEAD}
-        of_policy = policy.log_probs(pairs, **policy.policy(model, frozen["policy"], key))
+        of_policy = policy.log_probs(
+            pairs, **policy.forward_arguments(model, frozen["policy"], key)
+        )
         of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)
         if HEAD in trained:
             tokens, prompt_length, response_tokens, _ = pairs.rows()
@@ -66,7 +68,7 @@ class MaskedPreferenceObjective(PreferenceObjective):
                 tokens,
                 prompt_length,
                 response_tokens,
-                joint=joint_rows(pairs),
+                joint=shared_prefix_rows(pairs),
                 remat=policy.remat,
                 dtype=policy.dtype,
             )
@@ -77,11 +79,11 @@ class MaskedPreferenceObjective(PreferenceObjective):
             weights = jnp.where(real, weights, 0.0)
         else:
             weights = differing_tokens(pairs.response_tokens, pairs.response_length)
-        number = jnp.maximum(pairs.response_length.sum(-1), 1)
+        tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
         return MaskedOutputs(
-            policy=(weights * of_policy.log_prob).sum(-1),
-            reference=(weights * of_reference).sum(-1),
-            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / number),
+            policy_log_probs=(weights * of_policy.log_prob).sum(-1),
+            reference_log_probs=(weights * of_reference).sum(-1),
+            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
             kept=weights.sum(-1),
             whole=jax.lax.stop_gradient(of_policy.log_prob.sum(-1)),
         )
@@ -95,16 +97,16 @@ class MaskedPreferenceObjective(PreferenceObjective):
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
         loss, metrics = super().reduce(outputs, batch, count, running)
         weight, lengths = batch.pairs.weight, jnp.maximum(batch.pairs.response_length, 1)
-        share = outputs.kept / lengths
+        fraction = outputs.kept / lengths
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"logps/{name}"] = mean_of(outputs.whole[:, side], weight)
-            metrics[f"mask/{name}"] = mean_of(share[:, side], weight)
+            metrics[f"mask/{name}"] = mean_of(fraction[:, side], weight)
         penalty = self.penalty * jnp.sum(outputs.kept.sum(-1) * weight) / count
         return loss + penalty, metrics
 
 
 def whole_responses(objective: Any) -> Any:
-    """The objective without its mask: held-out numbers are those of whole responses."""
+    """The objective without its mask, for held-out metrics of whole responses."""
     if not isinstance(objective, MaskedPreferenceObjective):
         return objective
     return PreferenceObjective(

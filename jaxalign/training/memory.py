@@ -1,4 +1,4 @@
-"""Whether a step's activations fit, and what its backward pass recomputes where they do not."""
+"""Rematerialisation by memory: what the backward pass recomputes so that activations fit."""
 
 import math
 from collections import Counter
@@ -16,10 +16,10 @@ from jaxalign.training.objectives import Objective
 CHOICES = ("none", "dots", "full")
 """Ways to rematerialise, the fastest first on an accelerator."""
 CPU_CHOICES = ("dots", "full")
-"""The same on a CPU, where writing and reading the activations costs more time than recomputing all
-but matrix products (`python -m benchmarks.real_pairs --remat none dots full`)."""
+"""The same on a CPU, where storing all activations takes more time than recomputing all but matrix
+products (`python -m benchmarks.real_pairs --remat none dots full`)."""
 MARGIN = 0.8
-"""Share of the free memory to fill: an estimate is not a measurement."""
+"""Fraction of the free memory to fill: sizes are estimates."""
 
 
 def saved_bytes(
@@ -27,15 +27,15 @@ def saved_bytes(
 ) -> int:
     """Bytes that the forward pass keeps for the backward pass, of all devices together.
 
-    They are read off the traced derivative: nothing is compiled or computed. Parameters, which are
-    kept in any case, do not count.
+    They are read from the traced derivative: nothing is compiled or computed. Parameters, which are
+    kept anyway, do not count.
 
     Args:
       objective: what is minimised.
       trained: shapes of the trained parameters.
       frozen: shapes of what the step reads and never changes.
       batch: shapes of a batch.
-      micro_batches: parts in which it passes.
+      micro_batches: number of parts of the batch.
     """
 
     def kept(trained: Any, frozen: Any, batch: Any) -> Any:
@@ -62,12 +62,12 @@ def saved_bytes(
 def choose(
     activations: Callable[[str], float], other: int, free: int | None, *, platform: str
 ) -> tuple[str, float]:
-    """The fastest way to rematerialise that fits, and the bytes of its activations.
+    """The fastest rematerialisation that fits, and the bytes of its activations.
 
     Args:
-      activations: the bytes on a device of one of `CHOICES`; called for no more than is needed.
-      other: bytes that gradients, optimiser state and all else will take there.
-      free: bytes that are free there; None: not known, and the fastest is taken.
+      activations: one of `CHOICES` -> bytes on a device; called only as often as needed.
+      other: bytes of gradients, optimiser state and everything else on the device.
+      free: free bytes of the device; None: unknown, so the fastest is chosen.
       platform: of the device, as jax names it.
 
     Returns:
@@ -83,11 +83,11 @@ def choose(
 
 
 def free_memory(device: Any, root: Path = Path("/")) -> int | None:
-    """Bytes free for a device; None: it does not say.
+    """Free bytes of a device; None: unknown.
 
     Args:
-      device: of this process; those of one CPU share its memory.
-      root: of the file system in which Linux says what it has.
+      device: of this process; the devices of a CPU share its memory.
+      root: of the file system with Linux's /proc and /sys.
     """
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -99,7 +99,7 @@ def free_memory(device: Any, root: Path = Path("/")) -> int | None:
 
 
 def _available(root: Path) -> int | None:
-    """Of the whole machine."""
+    """Available bytes of the machine."""
     for line in _lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -108,7 +108,7 @@ def _available(root: Path) -> int | None:
 
 
 def _left_in_groups(root: Path) -> list[int]:
-    """What the limits of this process's control groups leave, of version 1 or 2."""
+    """Bytes left within the limits of this process's control groups, version 1 or 2."""
     left = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -119,17 +119,17 @@ def _left_in_groups(root: Path) -> list[int]:
         if not controllers:
             limit, used = "memory.max", "memory.current"
         own = base / path.lstrip("/")
-        for folder in (own, *own.parents):  # the limit of a group above binds, too
+        for folder in (own, *own.parents):  # the limits of parent groups also apply
             if not folder.is_relative_to(base):
                 break
-            most, now = (_number(folder / name) for name in (limit, used))
-            if most is not None and now is not None:
-                left.append(max(most - now + _reclaimable(folder), 0))
+            limit_bytes, used_bytes = (_number(folder / name) for name in (limit, used))
+            if limit_bytes is not None and used_bytes is not None:
+                left.append(max(limit_bytes - used_bytes + _reclaimable(folder), 0))
     return left
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of a group's files in memory, which make way: they count as used and are not."""
+    """Bytes of a group's page cache, which count as used but can be freed."""
     for line in _lines(folder / "memory.stat"):
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):

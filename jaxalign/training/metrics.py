@@ -16,7 +16,7 @@ from jaxalign.records import AnyArray, record
 
 @record
 class Mean:
-    """A weighted mean kept as its sum and its weight, so that parts add up exactly."""
+    """A weighted mean as its sum and its weight, so that the means of parts add up exactly."""
 
     total: Float[AnyArray, ""]
     count: Float[AnyArray, ""]
@@ -25,23 +25,23 @@ class Mean:
         return Mean(total=self.total + other.total, count=self.count + other.count)
 
     def value(self) -> Any:
-        """The mean; NaN where nothing was counted."""
+        """The mean; NaN if the weight is 0."""
         return self.total / self.count
 
 
 def mean_of(values: Float[Array, " n"], weights: Float[Array, " n"]) -> Mean:
-    """The weighted mean of values, entries of weight 0 left out even where they are NaN."""
+    """The weighted mean of values; entries of weight 0 are ignored, even if NaN."""
     kept = jnp.where(weights > 0, values, 0.0)
     return Mean(total=jnp.sum(kept * weights), count=jnp.sum(weights))
 
 
 def add_means(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> dict[str, Mean]:
-    """Entry by entry."""
+    """The sum of two sets of means, by name."""
     return {name: a[name] + b[name] for name in a}
 
 
 def to_floats(means: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers for people: each mean divided out, each scalar as a float."""
+    """Each mean and each scalar as a float."""
     return {
         name: float(value.value() if isinstance(value, Mean) else value)
         for name, value in means.items()
@@ -50,23 +50,23 @@ def to_floats(means: Mapping[str, Any]) -> dict[str, float]:
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the numbers of one step."""
+    """Destination of the metrics of each step."""
 
     def write(self, stage: str, split: str, step: int, values: Mapping[str, float | int]) -> None:
-        """Record the values of one step of one stage."""
+        """Record the metrics of one step of one stage."""
         ...
 
     def flush(self) -> None:
-        """Leave what was written where it outlives this machine; called with every checkpoint."""
+        """Make what was written permanent; called with every checkpoint."""
         ...
 
     def close(self) -> None:
-        """Leave nothing in a buffer."""
+        """Write what is buffered and close."""
         ...
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line, with stage, split and step first."""
+    """`metrics.jsonl`: one object per line, with stage, split and step first."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -78,7 +78,7 @@ class JsonLines:
         self._file.flush()
 
     def flush(self) -> None:
-        self._file.close()  # a mounted bucket takes a file when it is closed
+        self._file.close()  # a mounted bucket stores a file when it is closed
         self._file = open_text(self._path, "a")
 
     def close(self) -> None:
@@ -86,12 +86,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard events, a folder of them for each stage.
+    """TensorBoard events, one folder per stage.
 
     Args:
-      folder: of the stages' folders.
-      keep: the last step of each stage that an earlier command has written and this one keeps;
-        what it wrote after that step is written again, and TensorBoard leaves out the former.
+      folder: parent of the stages' folders.
+      keep: the last step of each stage that is kept from an earlier command; later steps are
+        rewritten, and TensorBoard hides their earlier events.
     """
 
     def __init__(self, folder: Path, keep: Mapping[str, int]):
@@ -156,16 +156,16 @@ class WeightsAndBiases:
         self._run.log({f"{stage}-{split}/{k}": v for k, v in values.items()} | {"step": step})
 
     def flush(self) -> None:
-        """Nothing: the run sends by itself."""
+        """Does nothing: wandb sends by itself."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a metrics file, and what is wrong with each that cannot be used.
+    """The lines of a metrics file, and an error message for each line that cannot be used.
 
-    A last line that a kill cut short is neither.
+    A truncated last line, left by a killed process, is ignored.
 
     Raises:
       UserError: the file cannot be read.
@@ -185,13 +185,13 @@ def parse_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             if fault is None:
                 lines.append(value)
                 continue
-        if raw.count(b"\n") >= number:  # else it is what is behind the last line's end
+        if raw.count(b"\n") >= number:  # else it is the truncated last line
             faults.append(f"{path}:{number}: {fault}")
     return lines, faults
 
 
 def _fault(value: Any) -> str | None:
-    """Why a value is no line of a metrics file."""
+    """Why a value is not a line of a metrics file; None: it is one."""
     if not isinstance(value, dict):
         return f"a {type(value).__name__}, not an object"
     for name, kind in (("stage", str), ("split", str), ("step", int)):
@@ -204,23 +204,23 @@ def _fault(value: Any) -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out.
+    """The lines of a metrics file, without a truncated last line.
 
     Raises:
-      UserError: names the first other line that cannot be used.
+      UserError: another line cannot be used; names the first one.
     """
     lines, faults = parse_metrics(path)
     if faults:
-        raise UserError(f"{faults[0]}; restore the line, or remove it to lose it")
+        raise UserError(f"{faults[0]}; restore the line, or remove it")
     return lines
 
 
 def rewind(path: Path, keep: Mapping[str, int]) -> None:
-    """Drop the lines after each stage's step, so that a resumed run writes them again.
+    """Drop the lines after a given step of each stage, so that a resumed run rewrites them.
 
     Args:
-      path: a metrics file; it may be missing where there is nothing to keep.
-      keep: the last step to keep of each stage; stages not named are dropped whole.
+      path: a metrics file; it may be missing if there is nothing to keep.
+      keep: the last step to keep of each stage; the lines of other stages are dropped.
 
     Raises:
       UserError: a line cannot be used, or the file is missing and there are steps to keep.
@@ -229,7 +229,7 @@ def rewind(path: Path, keep: Mapping[str, int]) -> None:
         if keep:
             raise UserError(
                 f"{path}: missing, and there are checkpoints of {', '.join(keep)}; restore it, or "
-                "make an empty file to continue without the earlier metrics"
+                "create an empty file to resume without the earlier metrics"
             )
         return
     lines = read_metrics(path)

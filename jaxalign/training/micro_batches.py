@@ -1,4 +1,4 @@
-"""A batch in parts, and parts as a batch; any pytree whose leaves begin with the rows."""
+"""Split a batch into micro-batches and join them; any pytree whose first axes are rows."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 
 def split_micro_batches(batch: Any, parts: int) -> Any:
-    """[rows, ...] -> [parts, rows / parts, ...], each part spread over all devices."""
+    """[rows, ...] -> [parts, rows / parts, ...]; each part has rows of all devices."""
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""What a step minimises: log-probs of a batch under the policy, reduced by a pure loss."""
+"""Objectives of training steps: log-probs of a batch under the policy, reduced by a pure loss."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -28,11 +28,11 @@ PreferenceLoss = Callable[..., Float[Array, " pairs"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How the trained and the frozen parameters make up the policy and its reference.
+    """The policy and its reference, given trained and frozen parameters.
 
-    Without adapters the trained parameters are the policy's own. With adapters (LoRA) the trained
-    parameters are the adapters, the frozen ones the policy's weights, and the reference is the
-    same weights with the adapters off: no second copy.
+    Without adapters the trained parameters are the policy's weights. With adapters (LoRA) the
+    trained parameters are the adapters and the frozen ones the policy's weights; the reference is
+    the same weights without the adapters, so there is no second copy.
     """
 
     config: Any
@@ -45,8 +45,10 @@ class Policy:
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
 
-    def policy(self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None) -> dict:
-        """The arguments that make the forward pass the policy's."""
+    def forward_arguments(
+        self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
+    ) -> dict:
+        """Arguments of the policy's forward pass."""
         if self.adapter_scale is None:
             return {"params": trained}
         dropout = {}
@@ -61,7 +63,7 @@ class Policy:
             params,
             self.config,
             *batch.rows(),
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             remat=self.remat,
             dtype=self.dtype,
             **adapters,
@@ -77,7 +79,7 @@ class Policy:
             reference,
             self.config,
             *batch.rows(),
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             reverse=reverse,
             remat=self.remat,
             dtype=self.dtype,
@@ -101,8 +103,8 @@ class Policy:
         return getattr(out, "log_prob", out)
 
 
-def joint_rows(batch: PairBatch) -> JointRows | None:
-    """The batch's rows two in one, where the batch holds them."""
+def shared_prefix_rows(batch: PairBatch) -> JointRows | None:
+    """The batch's rows with shared prefixes; None: the batch has none."""
     if batch.joint_tokens is None or batch.common_length is None:
         return None
     return JointRows(
@@ -113,7 +115,7 @@ def joint_rows(batch: PairBatch) -> JointRows | None:
 
 
 def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
-    """The factor of the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
+    """The factor on the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
     parameters = inspect.signature(loss).parameters
     for name in ("beta", "tau"):
         if name in parameters:
@@ -121,13 +123,13 @@ def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
     return 1.0
 
 
-# A log-prob sums over tokens, layers and widths; two programs that add in other orders differ by
-# the roundings on the way, each up to 2^-24 = 6e-8 of what is summed, like a random walk. A model
-# of 135 million parameters, its pairs two in a row against row by row: margins off by up to 7e-7 of
-# their four log-probs, single log-probs by 2.3e-6. 2^-18 is 64 roundings, 4e-6: for a pair of 50
-# nats a side 8e-4 nats. bfloat16 is rougher, and there a draw may go either way.
+# A log-prob is a sum over tokens, layers and widths. Programs that add in different orders have
+# different rounding errors, each up to 2^-24 = 6e-8 of the sum, which add up like a random walk.
+# For a model of 135M parameters, shared prefixes change margins by up to 7e-7 of their four
+# log-probs, and single log-probs by 2.3e-6. 2^-18 = 4e-6 is 64 roundings: 8e-4 nats for a pair with
+# 50 nats per response. bfloat16 is less accurate: there a tie may go either way.
 ROUNDING = 2.0**-18
-"""Share of the log-probs that a difference of theirs has to exceed to mean anything."""
+"""Differences of log-probs below this fraction of the log-probs count as rounding error."""
 
 
 def wins(
@@ -135,18 +137,18 @@ def wins(
     rejected: Float[Array, " pairs"],
     noise: Float[Array, " pairs"] | float = 0.0,
 ) -> Array:
-    """1 where chosen is ahead, 0 where rejected is; a draw is half a win.
+    """1 where chosen has the larger value, 0 where rejected has; a tie is half a win.
 
     Args:
       chosen: values of the chosen responses.
-      rejected: of the rejected ones.
-      noise: the largest difference that is still a draw.
+      rejected: values of the rejected responses.
+      noise: the largest difference that is a tie.
     """
     return jnp.where(jnp.abs(chosen - rejected) <= noise, 0.5, chosen > rejected)
 
 
 def margin_noise(pairs: PairLogProbs) -> Float[Array, " pairs"]:
-    """How far rounding alone may move a pair's margin, in nats: `ROUNDING` of its log-probs."""
+    """Rounding error of a pair's margin in nats: `ROUNDING` times its log-probs."""
     sides = pairs.chosen, pairs.rejected, pairs.reference_chosen, pairs.reference_rejected
     return ROUNDING * sum(map(jnp.abs, sides), jnp.zeros_like(pairs.chosen))
 
@@ -158,13 +160,13 @@ def pair_metrics(
     *,
     scale: float | None,
 ) -> dict[str, Mean]:
-    """The usual numbers of a batch of pairs, under TRL's names.
+    """The usual metrics of a batch of pairs, under TRL's names.
 
     Args:
       pairs: log-probs.
       losses: of the pairs.
       weight: of the pairs.
-      scale: of the log-ratios in the rewards; None: no reference is known, and no rewards.
+      scale: of the log-ratios in the rewards; None: there is no reference, so no rewards.
     """
     values = {"loss": losses}
     if scale is not None:
@@ -187,7 +189,7 @@ def pair_metrics(
 
 @record
 class ReferencedBatch:
-    """A batch of pairs with its log-probs under the reference, where they are known already."""
+    """A batch of pairs, with its log-probs under the reference if they were precomputed."""
 
     pairs: PairBatch
     reference: Float[AnyArray, "pairs 2"] | None
@@ -195,35 +197,35 @@ class ReferencedBatch:
 
 @record
 class PairOutputs:
-    """What the networks say of a batch of pairs: all that a loss and its metrics read.
+    """Log-probs and entropy of a batch of pairs: all that a loss and its metrics read.
 
-    The reference's log-probs are NaN where the objective has no reference.
+    The reference's log-probs are NaN if the objective has no reference.
     """
 
-    policy: Float[Array, "pairs 2"]
-    reference: Float[Array, "pairs 2"]
+    policy_log_probs: Float[Array, "pairs 2"]
+    reference_log_probs: Float[Array, "pairs 2"]
     entropy: Float[Array, " pairs"]
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """Forward pass and reduction of a batch, apart, so that micro-batches add up exactly."""
+    """Separate forward pass and reduction of a batch, so that micro-batches add up exactly."""
 
     coupled: bool
     """Whether a row's loss depends on the other rows of its batch."""
 
     def count(self, batch: Batch) -> Float[Array, ""]:
-        """What the sum of losses is divided by: weight of the whole batch."""
+        """The weight of a whole batch, by which the sum of losses is divided."""
         ...
 
     def forward(self, trained: Params, frozen: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
-        """Outputs whose leaves have the batch's rows as first axis."""
+        """Outputs whose leaves have the batch's rows as their first axis."""
         ...
 
     def reduce(
         self, outputs: Any, batch: Batch, count: Float[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """The batch's share of the loss, and its metrics."""
+        """The contribution of these rows to the mean loss, and their metrics."""
         ...
 
 
@@ -231,8 +233,8 @@ class Objective(Protocol):
 class PreferenceObjective:
     """A preference loss of the policy's and the reference's log-probs of chosen and rejected.
 
-    What the loss declares to take from its batch (`jaxalign.losses.Statistics`) is computed over
-    the pairs that `reduce` is given: all of a training batch, or the whole held-out set.
+    The batch statistics that the loss declares (`jaxalign.losses.Statistics`) are computed over the
+    pairs passed to `reduce`: a whole training batch, or the whole held-out set.
     """
 
     policy: Policy
@@ -240,20 +242,20 @@ class PreferenceObjective:
     options: dict[str, Any]
     coupled: bool = False
     has_reference: bool = True
-    """Off: neither loss nor metrics read reference log-probs, and none are computed."""
+    """Whether the loss or the metrics read reference log-probs; if not, none are computed."""
 
     @property
     def statistics(self) -> Statistics:
-        """What the loss takes from its batch."""
+        """The batch statistics of the loss."""
         return statistics_of(self.loss) or Statistics()
 
     def update_running(
         self, running: Mapping[str, Array], outputs: PairOutputs, batch: ReferencedBatch
     ) -> Mapping[str, Array]:
-        """The loss's running statistics with a training batch."""
+        """The loss's running statistics, updated with a training batch."""
         if self.statistics.update is None:
             return running
-        pairs = as_pairs(outputs.policy, outputs.reference, batch.pairs)
+        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
         updated = self.statistics.update(running, pairs, batch.pairs.weight)
         return jax.lax.stop_gradient(updated)
 
@@ -265,7 +267,7 @@ class PreferenceObjective:
     ) -> PairOutputs:
         with jax.named_scope("policy"):
             of_policy = self.policy.log_probs(
-                batch.pairs, **self.policy.policy(trained, frozen["policy"], key)
+                batch.pairs, **self.policy.forward_arguments(trained, frozen["policy"], key)
             )
         reference = batch.reference
         if not self.has_reference:
@@ -281,10 +283,10 @@ class PreferenceObjective:
     ) -> tuple[PairOutputs, Float[Array, "pairs 2"]]:
         """The outputs of `forward` without dropout, and KL(policy || reference) of each response.
 
-        The divergence is in nats, summed over the tokens of the response. Policy and reference run
-        once.
+        The divergence is in nats, summed over the tokens of the response. Policy and reference each
+        run once.
         """
-        arguments = self.policy.policy(trained, frozen["policy"])
+        arguments = self.policy.forward_arguments(trained, frozen["policy"])
         both = self.policy.compare(batch.pairs, frozen["reference"], **arguments)
         return _outputs(both, both.reference_log_prob.sum(-1), batch.pairs), both.kl.sum(-1)
 
@@ -295,15 +297,16 @@ class PreferenceObjective:
         count: Float[Array, ""],
         running: Mapping[str, Array] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """The batch's share of the loss, and its metrics.
+        """The contribution of these pairs to the mean loss, and their metrics.
 
         Args:
           outputs: of `forward`, for all pairs from which the loss takes statistics.
           batch: the pairs.
           count: weight of the whole batch.
-          running: the loss's running statistics, with this batch in training.
+          running: the loss's running statistics; in training, updated with this batch.
         """
-        pairs, weight = as_pairs(outputs.policy, outputs.reference, batch.pairs), batch.pairs.weight
+        weight = batch.pairs.weight
+        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
         running = {} if running is None else running
         taken = self.statistics.of(pairs, weight, running)
         losses = self.loss(pairs, **{**taken, **self.options})
@@ -320,15 +323,15 @@ def _outputs(of_policy: Any, reference: Float[Array, "pairs 2"], pairs: PairBatc
     """Sums over the tokens of each response."""
     tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
     return PairOutputs(
-        policy=of_policy.log_prob.sum(-1),
-        reference=jax.lax.stop_gradient(reference),
+        policy_log_probs=of_policy.log_prob.sum(-1),
+        reference_log_probs=jax.lax.stop_gradient(reference),
         entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPreferenceObjective:
-    """A preference loss that reads every token: log-probs and divergences (TDPO)."""
+    """A preference loss that reads log-probs and divergences of single tokens (TDPO)."""
 
     policy: Policy
     loss: PreferenceLoss
@@ -341,7 +344,7 @@ class TokenPreferenceObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> ResponseComparison:
-        arguments = self.policy.policy(trained, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
         return self.policy.compare(batch.pairs, frozen["reference"], reverse=True, **arguments)
 
     def reduce(
@@ -366,7 +369,7 @@ class TokenPreferenceObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedObjective:
-    """Minus the mean log-prob of a token: of the chosen responses, or of packed text."""
+    """Mean negative log-prob per token, of the chosen responses or of packed text."""
 
     policy: Policy
     coupled: bool = False
@@ -388,7 +391,7 @@ class SupervisedObjective:
         batch: PairBatch | TextBatch,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "rows length"]:
-        arguments = self.policy.policy(trained, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
         if isinstance(batch, TextBatch):
             return self.policy.text_log_probs(batch, **arguments)
         chosen = PairBatch(

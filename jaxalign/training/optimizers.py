@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules from plain arguments, all of them optax's."""
+"""Optax optimisers and learning-rate schedules from plain arguments."""
 
 from typing import Any, NamedTuple
 
@@ -20,13 +20,13 @@ def make_schedule(
     warmup_steps: int = 0,
     final_fraction: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up, then constant, or a linear or cosine fall to a fraction of the peak.
+    """Linear warm-up, then constant, or linear or cosine decay to a fraction of the peak.
 
     Args:
       learning_rate: the peak.
-      steps: updates of the whole run, warm-up included.
+      steps: number of updates, including warm-up.
       schedule: one of constant, linear, cosine.
-      warmup_steps: updates over which the rate rises from 0.
+      warmup_steps: number of updates over which the rate rises from 0.
       final_fraction: the last rate as a fraction of the peak (linear and cosine).
     """
     decay_steps = max(steps - warmup_steps, 1)
@@ -58,7 +58,7 @@ def decays(params: Any) -> Any:
 def with_rule(
     name: str, learning_rate: float, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Adam with a rate of its own for the parameters below one top-level name."""
+    """Adam with its own learning rate for the parameters under one top-level name."""
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == name, params)
@@ -67,7 +67,7 @@ def with_rule(
 
 
 class AverageState(NamedTuple):
-    """What `with_average` keeps."""
+    """State of `with_average`."""
 
     others: Any
     average: Any
@@ -76,7 +76,7 @@ class AverageState(NamedTuple):
 def with_average(
     decay: float, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    r"""Keeps a running average of the parameters beside an update rule, which it leaves alone.
+    r"""An unchanged update rule that also keeps a running average of the parameters.
 
     .. math:: \bar\theta \leftarrow d \, \bar\theta + (1 - d) \, \theta
 
@@ -100,7 +100,7 @@ def with_average(
 
 
 class IterationState(NamedTuple):
-    """What `with_iterations` keeps."""
+    """State of `with_iterations`."""
 
     others: Any
     previous: Any
@@ -110,11 +110,11 @@ class IterationState(NamedTuple):
 def with_iterations(
     length: int, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Keeps the parameters as they were when an iteration of so many updates began.
+    """An unchanged update rule that also keeps the parameters of the start of each iteration.
 
     Args:
-      length: updates of an iteration, >= 1.
-      others: the update rule, which is left alone.
+      length: number of updates in an iteration, >= 1.
+      others: the update rule.
     """
     if length < 1:
         raise UserError(f"iteration: {length} is not positive")
@@ -135,7 +135,7 @@ def with_iterations(
 
 
 def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:
-    r"""What AdamW multiplied each element of its first moment with, but for the learning rate.
+    r"""AdamW's factor on each element of the first moment, without the learning rate.
 
     .. math:: P = \frac{1}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
@@ -157,8 +157,8 @@ def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:
     states = [state for state in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(state)]
     if len(states) != 1:
         raise ValueError(f"opt_state: holds {len(states)} AdamW states instead of one")
-    share = 1.0 - b2 ** states[0].count.astype(jnp.float32)
-    return jax.tree.map(lambda v: 1.0 / (jnp.sqrt(v / share) + eps), states[0].nu)
+    correction = 1.0 - b2 ** states[0].count.astype(jnp.float32)
+    return jax.tree.map(lambda v: 1.0 / (jnp.sqrt(v / correction) + eps), states[0].nu)
 
 
 def make_optimizer(
@@ -178,13 +178,13 @@ def make_optimizer(
     Args:
       name: adamw, adafactor, lion, rmsprop or sgd.
       learning_rate: a number or a schedule.
-      weight_decay: decoupled decay, of matrices alone (`decays`).
-      clip_norm: the gradient's largest global norm; None leaves it.
+      weight_decay: decoupled decay of matrices only (`decays`).
+      clip_norm: largest global norm of the gradient; None: no clipping.
       b1: decay of the first moment (adamw, lion).
       b2: decay of the second moment (adamw, lion, rmsprop).
       eps: added to the root of the second moment (adamw, rmsprop).
-      momentum: for sgd and rmsprop; None is none.
-      parameter_scale: adafactor's rate is relative to each parameter's root mean square.
+      momentum: for sgd and rmsprop; None: no momentum.
+      parameter_scale: whether adafactor's rate is relative to each parameter's root mean square.
 
     Raises:
       UserError: the name is not known.

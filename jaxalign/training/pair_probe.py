@@ -1,4 +1,4 @@
-"""A step's backward pass with probes in it, from which the geometry of its pairs is read."""
+"""Per-pair gradient statistics of a training step, from probes in its backward pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.entanglement import Coefficients, PairGeometry
-from jaxalign.entanglement.cures import Cure
 from jaxalign.entanglement.geometry import gram
 from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
+from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.models.probes import with_probes
 from jaxalign.training.masking import HEAD
 from jaxalign.training.metrics import Mean, mean_of
@@ -28,18 +28,18 @@ Params = Any
 class PairProbe:
     """Per-pair gradient statistics of a step: `backward` of `train_step`.
 
-    The numbers are those of the pass that makes the update: float error aside it is the update
-    that a step without a probe makes.
+    The statistics come from the same backward pass as the update. The update is that of a step
+    without a probe, up to float error.
     """
 
     objective: PreferenceObjective
     parts: bool = False
     """Whether the geometry is broken down by layer and by kind of matrix."""
-    cure: Cure | None = None
-    """What changes the weights of the pairs' gradients (`entanglement.cures`): a second backward
-    pass is made with them."""
+    reweighting: Reweighting | None = None
+    """New weights for the gradients of each pair (`entanglement.reweighting`), applied by a second
+    backward pass; None: the loss's own."""
     realised: bool = False
-    """Whether the batch's log-probs are computed once more after the update."""
+    """Whether to recompute the batch's log-probs after the update."""
     preconditioner: Callable[[Any], Params] | None = None
     """Optimiser state after the update -> P of `preconditioned`, a tree like the parameters."""
 
@@ -53,10 +53,10 @@ class PairProbe:
         *,
         reduce: Callable[..., Any],
         count: Float[Array, ""],
-        output_gradients: PairOutputs | None,
+        output_gradients: Any,
     ) -> tuple[Params, dict[str, Mean], Observation]:
-        """The gradient and the metrics of a part, and what the probes say of its pairs."""
-        del objective  # the probe's own
+        """The gradient and the metrics of a part, and the statistics of its pairs."""
+        del objective  # same as self.objective
 
         def forward(trained: Params, probes: dict[str, Any]) -> PairOutputs:
             return self.forward(trained, probes, frozen, part, key)
@@ -65,17 +65,19 @@ class PairProbe:
         metrics: dict[str, Mean] = {}
         if output_gradients is None:
             output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
-        slopes: Any = output_gradients
-        if self.cure is None:
-            grads, cotangents = backward(slopes)
-            return grads, metrics, self.read(cotangents, slopes, slopes, outputs, part, count)
-        units = jax.tree.map(jnp.ones_like, slopes)
-        seen = self.read(backward(units)[1], units, slopes, outputs, part, count)
-        return backward(self.reweighted(slopes, seen, part, count))[0], metrics, seen
+        if self.reweighting is None:
+            grads, cotangents = backward(output_gradients)
+            pulled = output_gradients
+            observation = self.read(cotangents, pulled, output_gradients, outputs, part, count)
+            return grads, metrics, observation
+        units = jax.tree.map(jnp.ones_like, output_gradients)
+        observation = self.read(backward(units)[1], units, output_gradients, outputs, part, count)
+        pulled = self.reweighted(output_gradients, observation, part, count)
+        return backward(pulled)[0], metrics, observation
 
     def after_update(
         self,
-        seen: Observation,
+        statistics: Observation,
         before: TrainState,
         after: Params,
         opt_state: Any,
@@ -83,11 +85,11 @@ class PairProbe:
         batch: ReferencedBatch,
         micro_batches: int,
     ) -> dict[str, Mean]:
-        """Means over the pairs, with what can be said only when the update is known."""
+        """Means over the pairs, including the statistics that need the update."""
         in_update = self.preconditioned(before.params, frozen, batch, opt_state)
-        seen = dataclasses.replace(seen, preconditioned=in_update)
+        observation = dataclasses.replace(statistics, preconditioned=in_update)
         outputs = self.outputs_after(after, frozen, batch, micro_batches)
-        return self.metrics(seen, batch.pairs.weight, outputs)
+        return self.metrics(observation, batch.pairs.weight, outputs)
 
     def probes(self, trained: Params, frozen: Any, batch: ReferencedBatch) -> dict[str, Any]:
         """Zeros whose cotangents are read by `read`."""
@@ -120,7 +122,7 @@ class PairProbe:
         self,
         cotangents: dict[str, Any],
         pulled: PairOutputs,
-        slopes: PairOutputs,
+        output_gradients: PairOutputs,
         outputs: PairOutputs,
         batch: ReferencedBatch,
         count: Float[Array, ""],
@@ -129,40 +131,45 @@ class PairProbe:
 
         Args:
           cotangents: of `probes`.
-          pulled: what was pulled back to make them.
-          slopes: derivatives of the batch's loss by its outputs.
+          pulled: the output cotangents from which they were computed.
+          output_gradients: derivatives of the batch's loss with respect to its outputs.
           outputs: the forward pass's.
           batch: the pairs.
-          count: what the sum of losses is divided by.
+          count: weight of the whole batch.
         """
-        found = contributions(cotangents, self.objective.policy.config, *self._rows(batch))
-        share = jnp.where(batch.pairs.weight > 0, batch.pairs.weight, jnp.nan) / count
-        by = pulled.policy
-        geometry = unweighted(total(found), by)
+        parts = contributions(cotangents, self.objective.policy.config, *self._rows(batch))
+        fraction = jnp.where(batch.pairs.weight > 0, batch.pairs.weight, jnp.nan) / count
+        factors = pulled.policy_log_probs
+        geometry = unweighted(total(parts), factors)
         weights = Coefficients(
-            chosen=-slopes.policy[:, 0] / share, rejected=slopes.policy[:, 1] / share
+            chosen=-output_gradients.policy_log_probs[:, 0] / fraction,
+            rejected=output_gradients.policy_log_probs[:, 1] / fraction,
         )
         return Observation(
             geometry=geometry,
-            weights=weights if self.cure is None else self.cure(weights, geometry),
-            log_probs=outputs.policy,
+            weights=weights if self.reweighting is None else self.reweighting(weights, geometry),
+            log_probs=outputs.policy_log_probs,
             preconditioned=None,
-            parts={path: unweighted(x, by) for path, x in found.items()} if self.parts else {},
+            parts={path: unweighted(x, factors) for path, x in parts.items()} if self.parts else {},
         )
 
     def reweighted(
-        self, slopes: PairOutputs, seen: Observation, batch: ReferencedBatch, count: Any
+        self,
+        output_gradients: PairOutputs,
+        observation: Observation,
+        batch: ReferencedBatch,
+        count: Any,
     ) -> PairOutputs:
-        """The derivatives by the outputs, with the observation's weights for those of the loss."""
-        share = (batch.pairs.weight / count)[:, None]
-        weights = jnp.stack([-seen.weights.chosen, seen.weights.rejected], axis=1)
-        cured = jnp.where(share > 0, share * weights, 0.0)
-        return dataclasses.replace(slopes, policy=cured)
+        """The output gradients, with the weights of the observation in place of the loss's."""
+        fraction = (batch.pairs.weight / count)[:, None]
+        weights = jnp.stack([-observation.weights.chosen, observation.weights.rejected], axis=1)
+        cotangents = jnp.where(fraction > 0, fraction * weights, 0.0)
+        return dataclasses.replace(output_gradients, policy_log_probs=cotangents)
 
     def preconditioned(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, opt_state: Any
     ) -> PairGeometry | None:
-        """The geometry in the inner product of the optimiser's update, if it is wanted.
+        """The geometry in the inner product of the optimiser's update; None: not configured.
 
         Two backward passes per pair, one pair after the other: an elementwise factor on gradients
         does not factor over tokens.
@@ -175,7 +182,7 @@ class PairProbe:
             one = jax.tree.map(lambda x: x[None], pair)
 
             def log_probs(trained: Params) -> Float[Array, " sides"]:
-                return self.objective.forward(trained, frozen, one, None).policy[0]
+                return self.objective.forward(trained, frozen, one, None).policy_log_probs[0]
 
             _, backward = jax.vjp(log_probs, trained)
             chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
@@ -187,7 +194,7 @@ class PairProbe:
     def outputs_after(
         self, params: Params, frozen: Any, batch: ReferencedBatch, micro_batches: int
     ) -> PairOutputs | None:
-        """The batch's outputs under updated parameters, if the realised changes are wanted."""
+        """The batch's outputs under the updated parameters; None: not configured."""
         if not self.realised:
             return None
         parts = split_micro_batches(batch, micro_batches)
@@ -196,10 +203,10 @@ class PairProbe:
         )
 
     def metrics(
-        self, seen: Observation, weight: Float[Array, " pairs"], after: PairOutputs | None
+        self, observation: Observation, weight: Float[Array, " pairs"], after: PairOutputs | None
     ) -> dict[str, Mean]:
         """Means over the pairs where a number is defined."""
-        values = summary(seen, None if after is None else after.policy)
+        values = summary(observation, None if after is None else after.policy_log_probs)
         means = {}
         for name, value in values.items():
             rows = value.reshape(value.shape[0], -1)

@@ -7,7 +7,7 @@ import jax
 
 
 class Trace:
-    """Traces `steps` steps into a folder, the ones that compile left out; a `with` ends it.
+    """Context that traces `steps` steps into a folder, starting with step `first`.
 
     The folder then holds `plugins/profile/TIME/`: `perfetto_trace.json.gz` for ui.perfetto.dev and
     `*.xplane.pb` for xprof (`pip install xprof; xprof --logdir FOLDER`).
@@ -18,7 +18,12 @@ class Trace:
         self._running = False
 
     def before(self, done: int, state: Any) -> None:
-        """Called before each step with the number of those done and what it starts from."""
+        """Start or stop the trace; call it before each step.
+
+        Args:
+          done: number of steps already made.
+          state: of the step, to wait for.
+        """
         if self._folder is None:
             return
         if self._first <= done < self._last and not self._running:

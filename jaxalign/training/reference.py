@@ -1,4 +1,4 @@
-"""Reference log-probs of every training pair, computed once and kept in the run folder."""
+"""Reference log-probs of every training pair, computed once and stored in the run folder."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from jaxalign.errors import notice
 from jaxalign.files import read_arrays, write_arrays
 from jaxalign.progress import track
 from jaxalign.sharding import replicated
-from jaxalign.sharding.processes import first_says
+from jaxalign.sharding.processes import broadcast_flag
 from jaxalign.training.objectives import PreferenceObjective
 from jaxalign.training.step import on_mesh
 
@@ -31,20 +31,20 @@ def precompute_reference(
     """Log-probs of chosen and rejected under the reference, by record number.
 
     Args:
-      objective: its policy describes the model.
+      objective: with a policy of the same architecture.
       params: the reference's parameters.
       batches: every training pair once; filler pairs have weight 0.
       put: host batch -> device batch.
-      path: an .npz file; read where it is of these pairs (a resumed run), else written.
-      mesh: the devices that `put` spreads a batch over.
-      fingerprint: of the data and weights that the log-probs follow from.
+      path: an .npz file; read if it has these pairs (in a resumed run), else written.
+      mesh: the devices of `put`.
+      fingerprint: of the data and weights.
 
     Returns:
-      [highest record number + 1, 2] in nats; NaN where no pair has that number.
+      [largest record number + 1, 2] in nats; NaN where no pair has that number.
     """
     batches = list(batches)
     stored = _stored(path, batches, fingerprint) if jax.process_index() == 0 else None
-    if first_says(stored is not None):
+    if broadcast_flag(stored is not None):
         return np.load(path, allow_pickle=False)["log_probs"] if stored is None else stored
 
     @partial(jax.jit, out_shardings=replicated(mesh))  # every process keeps the whole table
@@ -67,21 +67,21 @@ def precompute_reference(
 
 
 def _stored(path: Path, batches: Sequence[PairBatch], fingerprint: str) -> np.ndarray | None:
-    """The table in a file, where it was computed from this data and these weights."""
+    """The table in a file; None: it was not computed from this data and these weights."""
     if not path.exists():
         return None
-    found = read_arrays(path, ("log_probs",), optional=("fingerprint",))
-    if found is None:
+    arrays = read_arrays(path, ("log_probs",), optional=("fingerprint",))
+    if arrays is None:
         return None
-    table, numbers = found["log_probs"], [batch.record_index[batch.weight > 0] for batch in batches]
-    index = np.concatenate(numbers)
+    table = arrays["log_probs"]
+    index = np.concatenate([batch.record_index[batch.weight > 0] for batch in batches])
     fits = table.ndim == 2 and table.shape[1] == 2 and index.max(initial=-1) < len(table)
     if not fits or not np.isfinite(table[index]).all():
-        notice(f"{path}: does not hold the log-probs of these pairs, and is recomputed")
+        notice(f"{path}: not the log-probs of these pairs; recomputed")
         return None
-    if "fingerprint" not in found:
-        notice(f"{path}: written by a version that kept no fingerprint; it is taken to be right")
-    elif str(found["fingerprint"]) != fingerprint:
-        notice(f"{path}: computed from other data or weights, and is recomputed")
+    if "fingerprint" not in arrays:
+        notice(f"{path}: has no fingerprint (of an earlier version); used without a check")
+    elif str(arrays["fingerprint"]) != fingerprint:
+        notice(f"{path}: computed from other data or weights; recomputed")
         return None
     return table

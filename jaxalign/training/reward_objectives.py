@@ -1,4 +1,4 @@
-"""What reward models and pairwise preference models minimise: a loss of two scores per pair."""
+"""Objectives of reward models and pairwise preference models: losses of two scores per pair."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from jaxalign.data.batches import PairBatch
 from jaxalign.losses import bradley_terry, preference_model
 from jaxalign.models.score import SCORE, rewards
 from jaxalign.training.metrics import Mean, mean_of
-from jaxalign.training.objectives import Params, Policy, joint_rows, wins
+from jaxalign.training.objectives import Params, Policy, shared_prefix_rows, wins
 
 Values = dict[str, Float[Array, " pairs"]]
 
 
 def reward_values(scores: Float[Array, "pairs 2"], **options: float) -> Values:
-    """The numbers of each pair where a row is one response: its reward.
+    """Values of each pair for a reward model, which scores one response per row.
 
     Args:
       scores: rewards of the chosen and of the rejected response.
@@ -40,19 +40,19 @@ def reward_values(scores: Float[Array, "pairs 2"], **options: float) -> Values:
 
 
 def comparison_values(scores: Float[Array, "pairs 2"]) -> Values:
-    r"""The numbers of each pair where a row is a comparison: the log-odds of its first response.
+    r"""Values of each pair for a preference model, which scores one comparison per row.
 
-    The model is trained on both orders, and asked in both:
+    A score is the log-odds of the first response. Training and prediction use both orders:
 
     .. math:: \ell = -\tfrac12 \log\sigma(z_{wl}) - \tfrac12 \log\sigma(-z_{lw}), \quad
               p(y_w \succ y_l) = \tfrac12 (\sigma(z_{wl}) + \sigma(-z_{lw}))
 
     Args:
-      scores: z with the chosen response first, and with the rejected one first.
+      scores: z with the chosen response first, and with the rejected response first.
 
     Returns:
       The loss, the mean log-odds of the chosen response as the margin, whether it wins, its
-      preference, and whether both orders name the same winner, each [pairs].
+      preference, and whether both orders have the same winner, each [pairs].
 
     References:
       Munos et al., 2023, arXiv:2312.00886; both orders: Guo et al., 2024, arXiv:2402.04792.
@@ -73,19 +73,19 @@ VALUES: dict[str, Callable[..., Values]] = {
     "bradley_terry": reward_values,
     "preference_model": comparison_values,
 }
-"""A row of the table of reward losses -> the numbers of each pair."""
+"""Name of a reward loss -> function from scores to values of each pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreObjective:
     """A loss of the scores of a batch's rows, two per pair.
 
-    The trained parameters hold the head under `SCORE`, beside the model's own or its adapters.
+    The trained parameters have the head under `SCORE`, beside the model's own or its adapters.
     """
 
     policy: Policy
     values: Callable[..., Values]
-    """Scores [pairs, 2] -> numbers of each pair, "loss" among them."""
+    """Scores [pairs, 2] -> values of each pair by name, including "loss"."""
     options: dict[str, Any]
     coupled: bool = False
 
@@ -96,14 +96,14 @@ class ScoreObjective:
         self, trained: Params, frozen: Any, batch: PairBatch, key: PRNGKeyArray | None
     ) -> Float[Array, "pairs 2"]:
         own = {name: tree for name, tree in trained.items() if name != SCORE}
-        arguments = self.policy.policy(own, frozen["policy"], key)
+        arguments = self.policy.forward_arguments(own, frozen["policy"], key)
         arguments["params"] = {**arguments["params"], SCORE: trained[SCORE]}
         tokens, prompt_length, _, response_length = batch.rows()
         scores = rewards(
             config=self.policy.config,
             tokens=tokens,
             lengths=prompt_length + response_length,
-            joint=joint_rows(batch),
+            joint=shared_prefix_rows(batch),
             remat=self.policy.remat,
             dtype=self.policy.dtype,
             **arguments,

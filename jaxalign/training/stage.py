@@ -1,4 +1,4 @@
-"""A stage of a run as a value: what the loop runs and the planner compiles."""
+"""A stage of a run as a value, which the loop runs and the planner compiles."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of one shape that a step puts through a network.
+    """Rows of one shape that a step runs through a network.
 
     Attributes:
-      rows: how many, of all devices together.
-      length: tokens of each; of an encoder-decoder those that its encoder reads.
-      scored: positions of each at which the next token is scored; an encoder-decoder's decoder
-        reads as many.
-      forward: passes forward, those before a backward pass among them.
-      backward: passes backward.
-      depth: share of the layers that they pass.
+      rows: number of rows on all devices together.
+      length: tokens per row; for an encoder-decoder, those of the encoder.
+      scored: positions per row at which the next token is scored; for an encoder-decoder, also the
+        tokens of the decoder.
+      forward: number of forward passes, including those before a backward pass.
+      backward: number of backward passes.
+      depth: fraction of the layers that are run.
     """
 
     rows: int
@@ -39,16 +39,16 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows."""
         return self.rows * self.length
 
 
 @runtime_checkable
 class Sampling(Protocol):
-    """Programs that run between two updates, as far as the planner asks for them."""
+    """Programs that run between two updates, for the planner."""
 
     def policies(self, state: TrainState, frozen: Any, mesh: Mesh) -> tuple[dict[str, Any], Mesh]:
-        """The policies that sample, as shapes where they do, and the mesh of sampling."""
+        """Shapes of the policies that sample, placed on the mesh of sampling, and that mesh."""
         ...
 
     def programs(
@@ -59,90 +59,91 @@ class Sampling(Protocol):
 
     @property
     def resharded(self) -> bool:
-        """Whether sampling has a mesh of its own, and so copies of the policies."""
+        """Whether sampling has its own mesh, and so its own copies of the policies."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage: its step, its parameters, its cadence. It holds no arrays."""
+    """One stage: its step, parameters and intervals, without any arrays."""
 
     name: str
-    """The field of the config that it comes from."""
+    """The field of its config."""
     method: str
-    """What it does, in a few words: the loss or the algorithm."""
+    """The loss or algorithm, in a few words."""
     rows: str
-    """What a batch holds: "pairs of 2 x 256 tokens"."""
+    """Contents of a batch, e.g. "pairs of 2 x 256 tokens"."""
     steps: int
-    """Updates."""
+    """Number of updates."""
     batch_size: int
-    """Rows of a batch, over all devices and micro-batches."""
+    """Number of rows in a batch, over all devices and micro-batches."""
     micro_batches: int = 1
-    """Parts in which a batch passes the device."""
+    """Number of parts into which a batch is split."""
     parts: int = 1
-    """The same with the minibatches of an online algorithm."""
+    """Number of micro-batches times minibatches of an online algorithm."""
     eval_every: int = 0
-    """Steps between evaluations; 0: the first and the last alone."""
+    """Steps between evaluations; 0: only at the start and at the end."""
     save_every: int = 0
-    """Steps between checkpoints; 0: the last alone."""
+    """Steps between checkpoints; 0: only at the end."""
     objective: Any
-    """What a step minimises."""
+    """The objective that a step minimises."""
     optimizer: optax.GradientTransformation
     """The update rule."""
     schedule: Callable[[int], Any]
     """Learning rate by step, for the log."""
     step: Step
-    """What is compiled."""
+    """The step to compile."""
     probed_step: Step | None = None
-    """The same with per-pair gradient statistics; None: there is no such step."""
+    """The step with per-pair gradient statistics; None: there is none."""
     probe_every: int = 0
-    """Steps from one probed step to the next."""
+    """Interval of probed steps."""
     running: Mapping[str, float] = field(default_factory=dict)
     """The loss's running statistics at the start."""
     adapter_scale: float | None
     """Factor on the output of the trained adapters; None: all parameters are trained."""
     begin: Callable[[Params, Callable[[Params], Params]], Params] = lambda params, place: params
-    """(parameters of the stage before, how to place new ones) -> those of this one's beginning."""
+    """(parameters of the previous stage, function that places new ones) -> initial parameters."""
     trained: Callable[[Params], Params]
-    """Parameters at the beginning -> those that are trained."""
+    """Initial parameters -> trained parameters."""
     frozen: Callable[[Params, Callable[[Params], Params], Callable[[str, str], Params]], dict]
-    """(parameters, how to copy them, how to load another model: field and folder) -> what a step
-    reads and never changes."""
+    """(parameters, function that copies them, function that loads another model by field and
+    folder) -> what a step reads and never changes."""
     kept: Callable[[Params], Params] = lambda trained: trained
-    """Trained parameters -> those that outlive the stage: no mask and no critic."""
+    """Trained parameters -> those kept after the stage, without mask and critic."""
     largest_batch: Callable[[str, int | None], tuple[Structs, list[Rows]]]
     """(platform, tokens of the longest response or None) -> shapes of the largest batch, and the
-    passes that a step on it makes."""
+    passes of a step on it."""
     sampling: Sampling | None = None
-    """What runs between updates; None: nothing."""
+    """Sampling between updates; None: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What a batch costs, for tokens/s and model FLOP utilisation."""
+    """Tokens and FLOPs of a batch, for tokens/s and model FLOP utilisation."""
 
     tokens: Callable[[Any], Any]
-    """Real (not padding) tokens of a batch on the devices, as a scalar there."""
+    """Number of tokens of a batch without padding, as a scalar on the devices."""
     computed: Callable[[Any], Any]
-    """Of them, those that pass the network, where rows share some."""
+    """Number of these that the network computes, counting shared prefixes once."""
     flops_per_token: float
-    """Model FLOPs per token and update; recomputation is not counted."""
+    """Model FLOPs per token and update, without recomputation."""
     peak_flops: float | None
-    """FLOP/s of all devices together; None: not known, and no utilisation is logged."""
+    """Peak FLOP/s of all devices together; None: unknown, so no utilisation is logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """What a run adds to a stage: its data, and how metrics are computed on the host."""
+    """What a run adds to a stage: data, evaluation and throughput."""
 
     batches: Any
     """Checkpointable iterator (`get_state`, `set_state`) over batches on the host."""
     place: Callable[[Any], Any]
-    """Batch on the host -> what the step takes."""
+    """Batch on the host -> the step's batch on the devices."""
     describe: Callable[[Any], Sequence[str]]
-    """Batch on the host -> where its records came from, for messages."""
+    """Batch on the host -> sources of its records, for messages."""
     evaluation: Callable[[TrainState, Any], dict[str, float]] | None
     """(state, frozen) -> metrics of the held-out set; None: nothing is held out."""
     throughput: Throughput
     around: Callable[[Step], Step] = lambda step: step
-    """Compiled step -> what the loop calls; the online stage samples and annotates in it."""
+    """Compiled step -> the step that the loop calls; the online stage adds sampling and
+    annotation."""

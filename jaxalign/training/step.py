@@ -1,4 +1,4 @@
-"""The training step: a pure function, and the one place where it is compiled and sharded."""
+"""The training step: a pure function, compiled and sharded here."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ Reduce = Callable[[Any, Any], tuple[Float[Array, ""], dict[str, Mean]]]
 
 @record
 class TrainState:
-    """All arrays that a run must save to resume; `params` are the trained ones alone."""
+    """All arrays that a run must save to resume; `params` holds only the trained parameters."""
 
     step: Int[Array, ""]
     params: Params
@@ -48,12 +48,12 @@ def initial_state(
     seed: int,
     running: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Step zero.
+    """The state before the first update.
 
     Args:
-      params: the trained ones.
+      params: the trained parameters.
       optimizer: the update rule.
-      seed: of dropout and whatever else is drawn in a step.
+      seed: of dropout and all other random draws of a step.
       running: the loss's running statistics at the start (`Statistics.start`).
     """
     return TrainState(
@@ -68,7 +68,7 @@ def initial_state(
 
 @runtime_checkable
 class Backward(Protocol):
-    """How a part of a batch is pulled back through the network: what `train_step` leaves open."""
+    """The backward pass of a part of a batch; `train_step` takes it as an argument."""
 
     def __call__(
         self,
@@ -82,7 +82,7 @@ class Backward(Protocol):
         count: Float[Array, ""],
         output_gradients: Any | None,
     ) -> tuple[Params, dict[str, Mean], Any]:
-        """The gradient of a part, its metrics, and whatever else was seen on the way.
+        """The gradient of a part, its metrics, and its statistics for `after_update`.
 
         Args:
           objective: what is minimised.
@@ -92,14 +92,14 @@ class Backward(Protocol):
           key: of dropout.
           reduce: (outputs, part) -> (loss, metrics).
           count: weight of the whole batch.
-          output_gradients: derivatives of the loss by the part's outputs, where they are known
-            already; None: from `reduce`.
+          output_gradients: derivatives of the loss with respect to the part's outputs; None: to
+            be computed from `reduce`.
         """
         ...
 
     def after_update(
         self,
-        seen: Any,
+        statistics: Any,
         before: "TrainState",
         after: Params,
         opt_state: Any,
@@ -107,12 +107,12 @@ class Backward(Protocol):
         batch: Any,
         micro_batches: int,
     ) -> dict[str, Mean]:
-        """Metrics of what was seen, now that the update is known."""
+        """Metrics of the statistics, given the update."""
         ...
 
 
 class PlainBackward:
-    """Reverse-mode differentiation, and nothing else."""
+    """Reverse-mode differentiation without statistics."""
 
     def __call__(
         self, objective, trained, frozen, part, key, *, reduce, count, output_gradients
@@ -126,10 +126,10 @@ class PlainBackward:
         return backward(output_gradients)[0], metrics, None
 
     def after_update(
-        self, seen, before, after, opt_state, frozen, batch, micro_batches
+        self, statistics, before, after, opt_state, frozen, batch, micro_batches
     ) -> dict[str, Mean]:
-        """Nothing was seen."""
-        del seen, before, after, opt_state, frozen, batch, micro_batches
+        """No metrics: there are no statistics."""
+        del statistics, before, after, opt_state, frozen, batch, micro_batches
         return {}
 
 
@@ -147,13 +147,13 @@ def gradients(
     backward: Backward = PLAIN,
     running: Mapping[str, Array] | None = None,
 ) -> tuple[Params, dict[str, Mean], Any]:
-    """The gradient of the mean loss over the whole batch, the batch's metrics, what was seen.
+    """The gradient of the mean loss over the whole batch, the batch's metrics and its statistics.
 
-    With micro-batches the result is the same: each part's loss is divided by the whole batch's
-    weight. Where the loss couples rows (a batch statistic), a first pass collects the outputs of
-    all parts, the loss is differentiated in these, and a second pass pulls each part's cotangent
-    back through the network. Running statistics of the loss come back, with this batch, as the
-    metrics `statistics/NAME`.
+    Micro-batches do not change the result: each part's loss is divided by the whole batch's weight.
+    Where the loss couples rows (a batch statistic), a first pass collects the outputs of all parts,
+    the loss is differentiated with respect to these, and a second pass backpropagates each part's
+    cotangents. The loss's running statistics, updated with this batch, are returned as the metrics
+    `statistics/NAME`.
     """
     count = objective.count(batch)
 
@@ -193,23 +193,23 @@ def gradients(
         output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, batch)
 
         def pull_back(grads, inputs):
-            more, _, seen = of_part(*inputs)
-            return jax.tree.map(jnp.add, grads, more), seen
+            more, _, statistics = of_part(*inputs)
+            return jax.tree.map(jnp.add, grads, more), statistics
 
         pulled = (parts, keys, split_micro_batches(output_gradients, micro_batches))
-        grads, seen = jax.lax.scan(pull_back, zeros, pulled)
-        return grads, metrics, join_micro_batches(seen)
+        grads, statistics = jax.lax.scan(pull_back, zeros, pulled)
+        return grads, metrics, join_micro_batches(statistics)
 
     def add_part(carry, part_and_key):
         grads, metrics = carry
-        more, new, seen = of_part(*part_and_key)
-        return (jax.tree.map(jnp.add, grads, more), add_means(metrics, new)), seen
+        more, new, statistics = of_part(*part_and_key)
+        return (jax.tree.map(jnp.add, grads, more), add_means(metrics, new)), statistics
 
     first = jax.tree.map(lambda x: x[0], (parts, keys))
     shapes = jax.eval_shape(lambda part, key: of_part(part, key)[1], *first)
     no_metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, metrics), seen = jax.lax.scan(add_part, (zeros, no_metrics), (parts, keys))
-    return grads, metrics, join_micro_batches(seen)
+    (grads, metrics), statistics = jax.lax.scan(add_part, (zeros, no_metrics), (parts, keys))
+    return grads, metrics, join_micro_batches(statistics)
 
 
 def train_step(
@@ -222,9 +222,9 @@ def train_step(
     micro_batches: int = 1,
     backward: Backward = PLAIN,
 ) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
-    """One update on one batch; an update that is not finite leaves the parameters as they were."""
+    """One update on one batch; an update that is not finite is skipped."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    grads, metrics, seen = gradients(
+    grads, metrics, statistics = gradients(
         objective,
         state.params,
         frozen,
@@ -244,7 +244,9 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    metrics |= backward.after_update(seen, state, params, opt_state, frozen, batch, micro_batches)
+    metrics |= backward.after_update(
+        statistics, state, params, opt_state, frozen, batch, micro_batches
+    )
     after = TrainState(
         step=state.step + 1,
         params=keep(params, state.params),
@@ -257,7 +259,7 @@ def train_step(
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """The function with its batches' states split by rows and positions all the way through."""
+    """The function, with hidden states sharded by rows and positions throughout."""
 
     @functools.wraps(function)
     def placed(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Model FLOPs of an update and the FLOP/s that the devices could do."""
+"""Model FLOPs of an update and peak FLOP/s of the devices."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ PEAK_BFLOAT16 = {
 
 
 def matrix_parameters(params: Any) -> int:
-    """Number of parameters that a token is multiplied with: kernels, and a tied embedding."""
+    """Number of parameters in matrix products with each token: kernels, and a tied embedding."""
     kernels = sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -32,7 +32,7 @@ def matrix_parameters(params: Any) -> int:
 
 
 def flops_per_token(params: Any, *, live_reference: bool, adapters: bool = False) -> float:
-    """Model FLOPs of one update per token, attention's own products left out.
+    """Model FLOPs of one update per token, without attention's own products.
 
     Forward 2, backward 4 (2 where only adapters are trained: no weight gradients), and 2 for a
     reference computed in the step, per matrix parameter; recomputation does not count (the
@@ -43,10 +43,9 @@ def flops_per_token(params: Any, *, live_reference: bool, adapters: bool = False
 
 
 def peak_flops() -> float | None:
-    """FLOP/s of all devices by the data sheet; None where it is not known, as on a CPU.
+    """Peak FLOP/s of all devices by the data sheet; None: unknown, as on a CPU.
 
-    A measured product is no peak: what else the machine does slows it, and utilisation of it means
-    nothing.
+    A measured rate is not used: it depends on the load of the machine.
     """
     devices = jax.devices()
     peak = PEAK_BFLOAT16.get(devices[0].device_kind)

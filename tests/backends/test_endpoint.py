@@ -214,7 +214,7 @@ NO_TEXT = [
     (choice(None, refusal="I cannot"), "the model refused: I cannot", 1),
     (choice([{"type": "refusal", "refusal": "I cannot"}]), "the model refused: I cannot", 1),
     (choice(None, "tool_calls", tool_calls=[CALL]), "the model called a tool", 3),
-    (choice(None, "length", reasoning_content="Let me think"), "the most tokens allowed", 1),
+    (choice(None, "length", reasoning_content="Let me think"), "all allowed tokens", 1),
     (choice(None), "the reply has no text", 3),
     (choice(""), "the reply has no text", 3),
     (choice(" \n"), "the reply has no text", 3),

@@ -215,9 +215,11 @@ def test_what_cannot_be_watched_is_named(capsys, folder):
     masked = ["train", "small.py", "--entanglement.mask", "learned", "--reference", "precomputed"]
     assert "set --reference live" in complaint(capsys, *masked)
     other = ["train", "small.py", "--entanglement.preconditioned"]
-    assert "is not adamw" in complaint(capsys, *other, "--preference.optimizer.name", "sgd")
-    half = ["train", "small.py", "--entanglement.cure", "centred"]
-    assert "set every to 1" in complaint(capsys, *half)
+    assert "needs the optimiser adamw" in complaint(
+        capsys, *other, "--preference.optimizer.name", "sgd"
+    )
+    half = ["train", "small.py", "--entanglement.reweighting", "centred"]
+    assert "set --entanglement.every 1" in complaint(capsys, *half)
 
 
 def test_an_encoder_decoder_is_trained_and_exported(capsys, folder):

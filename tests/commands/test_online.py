@@ -177,7 +177,7 @@ def test_a_judge_that_goes_down_is_asked_for_the_rest_and_nothing_twice(here, ju
     assert train(*flags, "--name", "broken") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot be reached" in error
-    assert "the same command asks for the rest" in error
+    assert "run the same command again to resume" in error
     kept = (here / "runs" / "broken" / "rollouts.jsonl").read_text().splitlines()
     assert "cannot be reached" in json.loads(kept[-1])["reason"]
     paid = len(asked)
@@ -248,7 +248,7 @@ def test_a_config_with_rollouts_round_trips(here):
         (("--rollout.algorithm", "ppp"), "rollout.algorithm: 'ppp' is neither"),
         (("--rollout.options", "gamma", "1"), "ipo_md has no gamma; it has tau, beta, samples"),
         (("--rollout.options", "beta", "2"), "beta: 2.0 is not in [0, 1]"),
-        (("--rollout.annotator", "None"), "rollout.annotator: who compares"),
+        (("--rollout.annotator", "None"), "rollout.annotator: missing"),
         (("--rollout.annotator", "oracle:x"), "'oracle:x' is none of"),
         (("--rollout.annotator", "rule:rules.py:nobody"), "has no function nobody"),
         (("--rollout.annotator", "rule:rules.py:silent"), "fails on all"),

@@ -42,7 +42,7 @@ def test_a_page_for_a_slice(experiment, capsys):
     adapters = ["--lora.rank", "2", "--mesh.fsdp", "4", "--response", "8"]
     assert plan("--topology", "cpu:4", *adapters, "--json", "plan.json") == 0
     text = capsys.readouterr().out
-    assert "small, preference: dpo on a model of its own, adapters of rank 2" in text
+    assert "small, preference: dpo on a model with random weights, adapters of rank 2" in text
     assert "cpu:4, 4 chips: data 1, fsdp 4, sequence 1, tensor 1" in text
     assert "a batch of 8 pairs of 2 x 16 tokens" in text  # `paper` unless told
     (one,) = figures("plan.json")
@@ -61,7 +61,7 @@ def test_all_stages_are_planned_or_one(experiment, capsys):
     sft = ["--sft.epochs", "1", "--sft.batch-size", "8"]  # its data need not be known
     assert plan("--topology", "cpu:2", *sft, "--json", "plans.json") == 0
     assert [one["stage"] for one in figures("plans.json")] == ["sft", "preference"]
-    assert "next tokens of responses on a model of its own" in capsys.readouterr().out
+    assert "next tokens of responses on a model with random weights" in capsys.readouterr().out
     assert plan("--topology", "cpu:2", *sft, "--stage", "sft", "--json", "plan.json") == 0
     assert [one["stage"] for one in figures("plan.json")] == ["sft"]
 
@@ -100,7 +100,7 @@ def test_a_sweep_ranks_what_fits(experiment, capsys):
             ["--topology", "cpu:2", "--sft.steps", "1", "--sweep"],
             "--sweep: is of one stage; add --stage sft or --stage preference",
         ),
-        (["--topology", "cpu:2", "--model", "gone"], "a plan needs its config.json alone"),
+        (["--topology", "cpu:2", "--model", "gone"], "a plan only needs its config.json"),
     ],
     ids=["kind", "devices", "rows", "stage", "other stage", "stages", "model"],
 )

@@ -159,8 +159,8 @@ def main_complaint(arguments):
     ("flags", "words"),
     [
         (["--alignment.method", "dual"], "alignment.negative_model: dual compares two models"),
-        (["--alignment.layers", "0", "1"], "alignment.layers: [0, 1]; the model's are 1 to 1"),
-        (["--alignment.lora.rank", "0"], "alignment.lora.rank: 0; the fit is of adapters"),
+        (["--alignment.layers", "0", "1"], "alignment.layers: [0, 1]; the model has layers 1 to 1"),
+        (["--alignment.lora.rank", "0"], "alignment.lora.rank: 0, but this stage trains adapters"),
         (["--max-length", "9"], "no stimulus is left"),
         (["--sft-data", "a.jsonl", "--sft-responses", "rejected"], "sft_responses: rejected"),
     ],

@@ -122,5 +122,7 @@ def test_run_of_another_config_is_refused(runs, whole):
     process = runs.start("whole", "--seed", "1")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert output.splitlines()[-1].startswith("jaxalign train: runs/whole: holds a run whose seed")
+    assert output.splitlines()[-1].startswith(
+        "jaxalign train: runs/whole: holds a run with different seed"
+    )
     assert "Traceback" not in output

@@ -254,7 +254,7 @@ FILTERED = {"message": {"content": None}, "finish_reason": "content_filter"}
         ({"message": {"content": None, "refusal": "I cannot"}}, "the model refused: I cannot", 1),
         ({"message": {"content": None, "tool_calls": [{"id": "1"}]}}, "called a tool", 1),
         ({"message": {"content": ""}, "finish_reason": "stop"}, "the reply has no text", 1),
-        ({"message": {"content": None}, "finish_reason": "length"}, "the most tokens allowed", 2),
+        ({"message": {"content": None}, "finish_reason": "length"}, "all allowed tokens", 2),
     ],
 )
 def test_a_judge_without_text_is_a_counted_failure(server, choice, reason, requests):

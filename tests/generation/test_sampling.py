@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, distribution, draw, mixture
-from jaxalign.generation.sampling import likeliest
+from jaxalign.generation.sampling import most_likely
 
 
 def by_definition(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -67,7 +67,7 @@ def test_the_likeliest_token_is_numpys_first_of_equals(rng, vocabulary):
     logits = rng.integers(-3, 3, size=(50, vocabulary)).astype(np.float32)  # many are equal
     logits[0] = -np.inf
     logits[0, -1] = -5.0
-    found = likeliest(jnp.asarray(logits))
+    found = most_likely(jnp.asarray(logits))
     np.testing.assert_array_equal(found, logits.argmax(-1))
 
 

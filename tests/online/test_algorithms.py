@@ -17,7 +17,7 @@ from scipy.special import log_softmax, softmax
 from jaxalign.data import PairBatch
 from jaxalign.games import divergence, equilibrium, mixture
 from jaxalign.online import ALGORITHMS, OnlineObjective, RolloutBatch
-from jaxalign.online.step import remembering, update_step
+from jaxalign.online.step import update_step, with_history
 from jaxalign.training.objectives import Policy
 from jaxalign.training.step import gradients, initial_state
 from tests.online.world import CONFIG, World
@@ -74,7 +74,7 @@ def learned(world, name, *, steps, rate, **options):
         optax.scale_by_rms(decay=0.99),
         optax.scale_by_learning_rate(lambda at: falling(at % (algorithm.iteration or steps))),
     )
-    optimizer = remembering(algorithm, rule)
+    optimizer = with_history(algorithm, rule)
     state = initial_state(world.params, optimizer, seed=0)
     frozen = {"policy": None, "reference": world.params}
     step = jax.jit(

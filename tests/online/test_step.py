@@ -30,8 +30,8 @@ from jaxalign.online.step import (
     OnlineStep,
     TextRecorder,
     policies_of,
-    remembering,
     update_step,
+    with_history,
 )
 from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy
@@ -65,7 +65,7 @@ def online(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     algorithm = ALGORITHMS[name](**options)
     policy = Policy(config=config)
-    optimizer = remembering(algorithm, optax.adam(1e-2) if optimizer is None else optimizer)
+    optimizer = with_history(algorithm, optax.adam(1e-2) if optimizer is None else optimizer)
     params = start
     if algorithm.advantages is not None:
         params = params | {"score": {"kernel": jnp.zeros((CONFIG.width, 1))}}
@@ -85,7 +85,7 @@ def online(
         ),
         annotator=annotator,
         update=compile_step(update, state, mesh),
-        hand_over=lambda policies: policies,
+        reshard=lambda policies: policies,
         prompt_texts=["dc"],
         mesh=mesh,
         key=jax.random.key(3),

@@ -138,7 +138,7 @@ VARIANTS = {
     "learned mask, every pair watched": {
         "preference": STAGE,
         "entanglement": EntanglementConfig(
-            every=1, realised=True, cure="normalised", mask="learned"
+            every=1, realised=True, reweighting="normalised", mask="learned"
         ),
     },
     "reward model with adapters": {

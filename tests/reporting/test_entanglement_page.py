@@ -11,5 +11,5 @@ from jaxalign.reporting.entanglement_page import COLOURS, LossRow
 )
 def test_a_ratio_to_a_remainder_of_rounding_is_infinite(ratio, said):
     shares = dict(zip(COLOURS, (0.25, 0.0, 0.0, 0.75, 0.0), strict=True))
-    row = LossRow(name="ipo", shares=shares, in_band=0.0, ratio=ratio, negative=0)
+    row = LossRow(name="ipo", fractions=shares, in_band=0.0, ratio=ratio, negative=0)
     assert row.cells(["ideal", "reversed", "d_w/d_l"]) == ["25%", "75%", said]

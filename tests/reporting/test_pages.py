@@ -64,7 +64,7 @@ def entanglement(folder):
         pair=1, cosines=cosines, chosen=["</b><i>", "$_$"], rejected=["c", "d"], cut=True
     )
     shares = dict.fromkeys(entanglement_page.COLOURS, 0.2)
-    loss = LossRow(name="dpo", shares=shares, in_band=0.1, ratio=1.0, negative=0)
+    loss = LossRow(name="dpo", fractions=shares, in_band=0.1, ratio=1.0, negative=0)
     page = entanglement_page.Page(
         model=ATTACK,
         data=ATTACK,

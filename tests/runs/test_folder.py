@@ -162,14 +162,14 @@ def test_what_failed_before_its_first_step_is_replaced(tmp_path):
         assert not {"tokenizer", "data.json", "metrics.jsonl"} & set(os.listdir(folder))
         assert (folder / "answers.jsonl").read_text() == "paid for"
     (folder / "metrics.jsonl").write_text(json.dumps(line | {"step": 1}) + "\n")
-    with pytest.raises(UserError, match="holds a run whose seed differ"):
+    with pytest.raises(UserError, match="holds a run with different seed"):
         run_folder(config).__enter__()
     (folder / "metrics.jsonl").unlink()
     (folder / "checkpoints/preference/1").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a run whose seed differ"):
+    with pytest.raises(UserError, match="holds a run with different seed"):
         run_folder(config).__enter__()
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json: missing, and there are checkpoints"):
+    with pytest.raises(UserError, match=r"config\.json: missing, but there are checkpoints"):
         run_folder(corrected).__enter__()
 
 
@@ -271,7 +271,9 @@ def test_a_folder_without_digests_is_taken_as_it_is_in_one_line(folder, capsys):
     assert main(["train", "small.py"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "digests" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("jaxalign: runs/small: made before version 0.2, which keeps digests")
+    assert lines[0].startswith(
+        "jaxalign: runs/small: a run of a version before 0.2, without digests"
+    )
     assert (run / "inputs.json").is_file()
 
 
@@ -282,10 +284,10 @@ def test_the_reference_table_is_recomputed_where_it_is_not_of_these_pairs(folder
     other = np.asarray("0" * 64)
     for said, arrays in (
         ("computed from other data or weights", {"log_probs": table + 1, "fingerprint": other}),
-        ("does not hold the log-probs", {"log_probs": table[:3], "fingerprint": fingerprint}),
-        ("does not hold the log-probs", {"log_probs": table * np.nan, "fingerprint": fingerprint}),
+        ("not the log-probs", {"log_probs": table[:3], "fingerprint": fingerprint}),
+        ("not the log-probs", {"log_probs": table * np.nan, "fingerprint": fingerprint}),
         ("damaged", {"other": table}),
-        ("kept no fingerprint", {"log_probs": table}),
+        ("has no fingerprint", {"log_probs": table}),
     ):
         np.savez(path, **arrays)
         capsys.readouterr()

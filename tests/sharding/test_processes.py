@@ -5,7 +5,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.sharding import make_mesh
-from jaxalign.sharding.processes import share_of_rows, start
+from jaxalign.sharding.processes import data_shard, start
 
 GOOD = {
     "JAXALIGN_COORDINATOR": "10.0.0.1:1234",
@@ -94,22 +94,22 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "owners", "share"),
+    ("sizes", "owners", "shard"),
     [
         ((4, 1, 1), (0, 0, 1, 1), (0, 2)),
         ((2, 2, 1), (1, 1, 0, 0), (1, 2)),
-        ((4, 1, 1), (0, 1, 0, 1), (0, 2)),  # slices number their chips by place
+        ((4, 1, 1), (0, 1, 0, 1), (0, 2)),  # slices number their chips by position
         ((1, 2, 2), (0, 1, 2, 3), (0, 2)),  # two processes hold each row
         ((1, 1, 4), (0, 1, 2, 3), (0, 1)),
     ],
 )
-def test_share_of_rows_is_that_of_the_process_devices(sizes, owners, share):
+def test_data_shard_is_that_of_the_process_devices(sizes, owners, shard):
     devices = [Device(*pair) for pair in enumerate(owners)]
     data, fsdp, tensor = sizes
-    assert share_of_rows(make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)) == share
+    assert data_shard(make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)) == shard
 
 
 def test_rows_shared_in_part_are_refused():
     devices = [Device(number, number // 3) for number in range(6)]
     with pytest.raises(UserError, match="sequence x tensor = 2 devices"):
-        share_of_rows(make_mesh(data=3, tensor=2, devices=devices))
+        data_shard(make_mesh(data=3, tensor=2, devices=devices))

@@ -140,7 +140,7 @@ def test_a_reward_model_can_be_trained_further_and_as_nothing_else(runs, capsys,
     export = str(folder / "bradley_terry" / "export")
     common = ["train", str(folder / "small.py"), "--output", str(tmp_path), "--model", export]
     line = complaint(capsys, *common, "--sft.steps", "0")
-    assert "has a scalar head and makes no log-probs; set --loss bradley_terry" in line
+    assert "has a scalar head and no log-probs; set --loss bradley_terry" in line
     flags = ["--sft.steps", "0", "--loss", "bradley_terry", "--name", "on"]
     flags += ["--preference.optimizer.learning-rate", "0.0", "--max-length", "96"]
     assert main([*common, *flags]) == 0
@@ -175,7 +175,7 @@ def test_what_makes_no_sense_is_refused():
         TrainConfig(loss="preference_model", loss_options={"beta": 0.1})
     with pytest.raises(UserError, match="it has margin, centering"):
         TrainConfig(loss="bradley_terry", loss_options={"beta": 0.1})
-    with pytest.raises(UserError, match=r"comparison_format: .* does not hold \{first\} once"):
+    with pytest.raises(UserError, match=r"comparison_format: .* must contain \{first\} once"):
         TrainConfig(loss="preference_model", comparison_format="{first} or {first}?")
 
 

@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_written_again(folder, capsys):
 def test_nothing_is_begun_again_where_all_are_damaged(folder):
     for step in ("1", "2"):
         (folder / step / "meta" / "metadata").unlink()
-    with pytest.raises(UserError, match=r"1/meta/metadata: missing.*no older one is whole"):
+    with pytest.raises(UserError, match=r"1/meta/metadata: missing.*no older one is intact"):
         newest_whole_step(folder, set_aside=True)
     assert checkpoint_steps(folder) == [1, 2]
 
@@ -123,7 +123,7 @@ def test_checkpoints_without_digests_are_used_and_said(folder, capsys):
     (folder / "2" / "digests.json").unlink()
     assert newest_whole_step(folder) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"jaxalign: {folder / '2'}: has no digests, and is used without a check"
+    assert line == f"jaxalign: {folder / '2'}: has no digests; it is used without a check"
     (folder / "2" / "state" / "manifest.ocdbt").write_bytes(b"junk")
     with Checkpoints(folder, read_only=True) as checkpoints, pytest.raises(UserError) as found:
         checkpoints.restore(2, STATE, make_mesh())

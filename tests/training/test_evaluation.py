@@ -80,10 +80,10 @@ def all_pairs():
     frozen = {"policy": None, "reference": REFERENCE}
     outputs = objective_of(PREFERENCE_LOSSES["dpo"]).forward(PARAMS, frozen, batch, None)
     return PairLogProbs(
-        chosen=outputs.policy[:, 0],
-        rejected=outputs.policy[:, 1],
-        reference_chosen=outputs.reference[:, 0],
-        reference_rejected=outputs.reference[:, 1],
+        chosen=outputs.policy_log_probs[:, 0],
+        rejected=outputs.policy_log_probs[:, 1],
+        reference_chosen=outputs.reference_log_probs[:, 0],
+        reference_rejected=outputs.reference_log_probs[:, 1],
         chosen_length=batch.pairs.response_length[:, 0],
         rejected_length=batch.pairs.response_length[:, 1],
     )

@@ -35,12 +35,14 @@ def test_the_policy_is_the_merged_model_and_the_reference_the_base(world):
     base, adapters, batch = world
     frozen = {"policy": base, "reference": base}
     outputs = objective_of().forward(adapters, frozen, batch, None)
-    np.testing.assert_allclose(outputs.policy, outputs.reference, rtol=1e-6)
+    np.testing.assert_allclose(outputs.policy_log_probs, outputs.reference_log_probs, rtol=1e-6)
     moved = jax.tree.map(lambda x: x + 0.1, adapters)
     outputs = objective_of().forward(moved, frozen, batch, None)
     expected = dense_log_probs(merge(base, moved, SCALE), batch.pairs)
-    np.testing.assert_allclose(outputs.policy, expected, rtol=1e-4)
-    np.testing.assert_allclose(outputs.reference, dense_log_probs(base, batch.pairs), rtol=1e-4)
+    np.testing.assert_allclose(outputs.policy_log_probs, expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        outputs.reference_log_probs, dense_log_probs(base, batch.pairs), rtol=1e-4
+    )
 
 
 def test_the_gradient_is_that_of_the_formula_through_the_merged_model(world):

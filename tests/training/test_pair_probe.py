@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxalign.entanglement import coefficients, first_order_changes, two_pass_geometry
-from jaxalign.entanglement.cures import centred, normalised
+from jaxalign.entanglement.reweighting import centred, normalised
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.models import probes
 from jaxalign.models.decoder import init_params
@@ -60,13 +60,13 @@ def test_geometry_and_coefficients_come_with_the_same_gradient(world, name, part
         assert jnp.isnan(found[-1])  # the filler pair has no weight
 
     outputs = objective.forward(params, frozen, batch, None)
-    pairs = as_pairs(outputs.policy, outputs.reference, batch.pairs)
+    pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
     real = jax.tree.map(lambda x: x[:-1], pairs)
     if name != "kto":  # whose batch statistic counts the filler in
         wanted = coefficients(PREFERENCE_LOSSES[name], real)
         np.testing.assert_allclose(seen.weights.chosen[:-1], wanted.chosen, rtol=1e-4)
         np.testing.assert_allclose(seen.weights.rejected[:-1], wanted.rejected, rtol=1e-4)
-    np.testing.assert_allclose(seen.log_probs, outputs.policy, rtol=1e-5)
+    np.testing.assert_allclose(seen.log_probs, outputs.policy_log_probs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -100,9 +100,9 @@ def test_the_preconditioned_geometry_predicts_what_adamw_does_to_a_pair_alone(wo
     for _ in range(2):  # the second step's moment holds two gradients
         before, (state, metrics) = state.params, step(state, frozen, alone)
     update = jax.tree.map(jnp.subtract, state.params, before)
-    rows = jax.jit(jax.jacrev(lambda p: objective.forward(p, frozen, alone, None).policy[0]))(
-        before
-    )
+    rows = jax.jit(
+        jax.jacrev(lambda p: objective.forward(p, frozen, alone, None).policy_log_probs[0])
+    )(before)
     along = jax.tree.map(lambda row, u: row.reshape(2, -1) @ u.ravel(), rows, update)
     changes = sum(jax.tree.leaves(along))
     for name, change in zip(("chosen", "rejected"), changes, strict=True):
@@ -129,25 +129,25 @@ def test_a_saturated_pair_is_still_measured_and_a_resting_one_is_not_a_number(wo
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["simpo", "kto"])
 def test_cures_change_the_gradient_as_they_say(world, name, parts):
-    """The gradient of a cured step is that of the log-probs with the cured weights."""
+    """The gradient of a reweighted step is that of the log-probs with the new weights."""
     params, frozen, batch = world
     objective, key = objective_of(name), jax.random.key(0)
     expected = jax.jit(lambda p: two_pass_geometry(p, CONFIG, batch.pairs))(params)
     (_, _, plain), _ = watched(objective, params, frozen, batch)
-    for cure in (normalised, centred):
-        probe = PairProbe(objective=objective, cure=cure)
+    for reweighting in (normalised, centred):
+        probe = PairProbe(objective=objective, reweighting=reweighting)
         run = jax.jit(partial(gradients, objective, backward=probe, micro_batches=parts))
         grads, _, seen = run(params, frozen, batch, key)
-        weights = cure(plain.weights, expected)
+        weights = reweighting(plain.weights, expected)
         np.testing.assert_allclose(seen.weights.chosen[:-1], weights.chosen[:-1], rtol=1e-3)
 
         def loss(params, weights=weights):
-            a, b = objective.forward(params, frozen, batch, None).policy[:-1].T
+            a, b = objective.forward(params, frozen, batch, None).policy_log_probs[:-1].T
             return jnp.mean(weights.rejected[:-1] * b - weights.chosen[:-1] * a)
 
         assert_trees_close(grads, jax.jit(jax.grad(loss))(params), rtol=1e-3, atol=1e-4)
         changes = first_order_changes(expected, weights)
-        if cure is centred:  # ideal whatever the coefficients are
+        if reweighting is centred:  # ideal whatever the coefficients are
             assert (changes[0][:-1] > 0).all()
             assert (changes[1][:-1] < 0).all()
 

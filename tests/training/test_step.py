@@ -129,9 +129,11 @@ def dense_log_probs(params, batch):
 def test_log_probs_are_those_of_the_full_logits(world):
     params, frozen, batch = world
     outputs = objective_of("dpo").forward(params, frozen, batch, None)
-    np.testing.assert_allclose(outputs.policy, dense_log_probs(params, batch.pairs), rtol=1e-4)
+    np.testing.assert_allclose(
+        outputs.policy_log_probs, dense_log_probs(params, batch.pairs), rtol=1e-4
+    )
     expected = dense_log_probs(frozen["reference"], batch.pairs)
-    np.testing.assert_allclose(outputs.reference, expected, rtol=1e-4)
+    np.testing.assert_allclose(outputs.reference_log_probs, expected, rtol=1e-4)
 
 
 def test_dpo_gradient_is_that_of_the_formula(world):

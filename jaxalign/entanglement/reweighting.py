@@ -1,7 +1,7 @@
-"""Cures: new weights for a pair's two gradients, so that chosen rises and rejected falls.
+"""Reweighting of a pair's two gradients, so that chosen rises and rejected falls.
 
-A cure changes what the two gradients of a pair are multiplied with, from the coefficients that the
-loss gives them and from the pair's geometry. The loss itself keeps its value.
+A reweighting replaces the coefficients that the loss gives the two gradients of a pair, given these
+coefficients and the pair's geometry. The value of the loss does not change.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxalign.entanglement.coefficients import Coefficients
 from jaxalign.entanglement.conditions import PairGeometry, norm_ratio
 
-Cure = Callable[[Coefficients, PairGeometry], Coefficients]
+Reweighting = Callable[[Coefficients, PairGeometry], Coefficients]
 
 
 def normalised(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
@@ -21,7 +21,7 @@ def normalised(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
 
     With d_w = d_l the chosen log-prob rises and the rejected one falls whenever the cosine is below
     1, by :math:`d \|g\| (1 - \rho)` to first order. Steps have the size of coefficients rather than
-    of gradients: the learning rate is to be set anew.
+    of gradients, so the learning rate must be tuned again.
 
     Args:
       weights: the loss's coefficients.
@@ -49,8 +49,8 @@ def centred(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
     .. math:: d_w' = k d_w, \quad d_l' = d_l / k, \quad
               k = \sqrt{r^* d_l / d_w}, \quad r^* = \|g_l\| / \|g_w\|
 
-    It is what :math:`\tilde a = k a + (1 - k) \, \mathrm{sg}(a)` does to a log-prob whose forward
-    value is to stay.
+    This equals replacing a log-prob a by :math:`\tilde a = k a + (1 - k) \, \mathrm{sg}(a)`, which
+    keeps its forward value.
 
     Args:
       weights: the loss's coefficients.
@@ -69,5 +69,5 @@ def centred(weights: Coefficients, geometry: PairGeometry) -> Coefficients:
     return Coefficients(chosen=weights.chosen * k, rejected=weights.rejected / k)
 
 
-CURES: dict[str, Cure] = {"normalised": normalised, "centred": centred}
-"""Names in configs -> cures."""
+REWEIGHTINGS: dict[str, Reweighting] = {"normalised": normalised, "centred": centred}
+"""`entanglement.reweighting` -> its function."""
