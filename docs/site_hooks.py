@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("docs", "experiments", "benchmarks", "tpu", "gpu")
+FOLDERS = ("docs", "notebooks", "experiments", "benchmarks", "tpu", "gpu")
 MATH_BLOCK = re.compile(r"^( *)\.\. math:: ?(.*(?:\n\1 +.*)*)", re.M)
 
 

@@ -1,5 +1,6 @@
 """jaxalign from Python: train a config, load a model, make a single step."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from jaxalign.data import PairBatch, PreferenceRecord, pair_batches, preference_
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.entanglement.measurements import PairRow, measure, pair_rows
 from jaxalign.entanglement.pairs import ModelAndPairs, with_pairs
+from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.errors import UserError
 from jaxalign.losses import PairLogProbs, PreferenceLoss, dpo
 from jaxalign.losses.lookup import own_loss
@@ -92,15 +94,9 @@ class LanguageModel:
 
     def with_params(self, params: Any) -> "LanguageModel":
         """The same model with other parameters, such as those of a `TrainState`."""
-        backend = self.backend
-        other = LocalModel(
-            type(backend.model)(backend.model.config, place(params, backend.mesh)),
-            backend.tokenizer,
-            identity=f"{backend.identity} changed",
-            batch_size=backend.batch_size,
-            mesh=backend.mesh,
-            chat=self.chat,
-        )
+        other = copy.copy(self.backend)  # it shares the compiled programs
+        other.model = type(self.model)(self.model.config, place(params, other.mesh))
+        other.identity = f"{other.identity} changed"
         return dataclasses.replace(self, backend=other)
 
     def generate(
@@ -120,6 +116,29 @@ class LanguageModel:
         rows = self.backend.generate(prompts, Decoding(**decoding), samples=samples)
         return [[one.text for one in row] for row in rows]
 
+    def tokenized(self, pairs: Pairs, *, max_length: int = 512) -> ModelAndPairs:
+        """Pairs as this model's tokens, for `jaxalign.entanglement.measurements`.
+
+        Args:
+          pairs: to read.
+          max_length: largest number of tokens in prompt and response together.
+
+        Raises:
+          UserError: the responses of no pair differ in their tokens.
+        """
+        context = self.backend.context
+        loaded = with_pairs(
+            self.model,
+            self.tokenizer,
+            list(_records(pairs)),
+            max_length=max_length if context is None else min(max_length, context),
+            chat=self.chat,
+            batch_size=self.backend.batch_size,
+        )
+        if not len(loaded.pairs):
+            raise UserError("pairs: none whose responses differ in their tokens")
+        return loaded
+
     def batches(
         self, pairs: Pairs, *, batch_size: int = 8, max_length: int = 512, **order: Any
     ) -> Iterator[PairBatch]:
@@ -129,9 +148,9 @@ class LanguageModel:
           pairs: to read.
           batch_size: pairs in a batch.
           max_length: largest number of tokens in prompt and response together.
-          **order: of `pair_batches`: seed, epochs, shuffle.
+          **order: of `pair_batches`: seed, epochs, shuffle, buckets.
         """
-        tokens = self._tokenized(pairs, max_length).pairs
+        tokens = self.tokenized(pairs, max_length=max_length).pairs
         return pair_batches(tokens, batch_size=batch_size, **order)
 
     def log_probs(
@@ -151,17 +170,13 @@ class LanguageModel:
         Returns:
           Sums over the tokens of each response, in nats, float32 [pairs].
         """
-        loaded = self._tokenized(pairs, max_length)
-
-        @jax.jit
-        def of_batch(params: Any, batch: PairBatch) -> Any:
-            out = response_log_probs(params, loaded.model.config, *batch.rows())
-            return out.log_prob.sum(-1).reshape(-1, 2)
+        loaded = self.tokenized(pairs, max_length=max_length)
 
         def of_model(model: Any) -> np.ndarray:
             parts = []
             for batch in loaded.batches():
-                values = jax.device_get(of_batch(model.params, jax.tree.map(jnp.asarray, batch)))
+                placed = jax.tree.map(jnp.asarray, batch)
+                values = jax.device_get(_sums(model.params, model.config, placed))
                 parts.append(values[np.asarray(batch.weight) > 0])
             return np.concatenate(parts)
 
@@ -198,24 +213,15 @@ class LanguageModel:
           A row for each pair: its case, and numbers such as `cosine`, `d_w`, `d_l`,
           `change_chosen`.
         """
-        loaded = self._tokenized(pairs, max_length)
+        loaded = self.tokenized(pairs, max_length=max_length)
         geometry, log_probs = measure(loaded, self.model if reference is None else reference.model)
         return pair_rows(loaded, geometry, log_probs, loss, {})
 
-    def _tokenized(self, pairs: Pairs, max_length: int) -> ModelAndPairs:
-        """Pairs as this model's tokens."""
-        context = self.backend.context
-        loaded = with_pairs(
-            self.model,
-            self.tokenizer,
-            list(_records(pairs)),
-            max_length=max_length if context is None else min(max_length, context),
-            chat=self.chat,
-            batch_size=self.backend.batch_size,
-        )
-        if not len(loaded.pairs):
-            raise UserError("pairs: none whose responses differ in their tokens")
-        return loaded
+
+@functools.partial(jax.jit, static_argnames="config")
+def _sums(params: Any, config: Any, batch: PairBatch) -> jax.Array:
+    """Log-probs of both responses, [pairs, 2]."""
+    return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
 
 
 def _records(pairs: Pairs) -> Iterator[PreferenceRecord]:
@@ -241,6 +247,7 @@ def preference_step(
     mesh: Mesh | None = None,
     micro_batches: int = 1,
     per_pair: bool = False,
+    reweighting: Reweighting | None = None,
     remat: str = "none",
     dtype: str = "float32",
     seed: int = 0,
@@ -255,6 +262,8 @@ def preference_step(
       mesh: devices that share the work; None: all, as copies.
       micro_batches: parts in which a batch passes the devices.
       per_pair: whether the metrics have the per-pair gradient statistics (`entanglement/...`).
+      reweighting: new weights of the two gradients of each pair: `normalised` or `centred` of
+        `jaxalign.entanglement.reweighting`, or a function of yours; None: none.
       remat: what the backward pass recomputes: none, dots or full.
       dtype: of the computation; parameters and optimiser state are float32.
       seed: of whatever is drawn in a step.
@@ -281,13 +290,14 @@ def preference_step(
     running = objective.statistics.start
     state = place(initial_state(params, optimizer, seed=seed, running=running), mesh)
     frozen = {"policy": None, "reference": place(params, mesh)}
+    probe = PairProbe(objective=objective, reweighting=reweighting)
     step = compile_step(
         functools.partial(
             train_step,
             objective=cast(Objective, objective),
             optimizer=optimizer,
             micro_batches=micro_batches,
-            backward=PairProbe(objective=objective) if per_pair else PLAIN,
+            backward=probe if per_pair or reweighting else PLAIN,
         ),
         state,
         mesh,

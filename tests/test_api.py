@@ -12,6 +12,8 @@ import pytest
 
 import jaxalign
 from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.entanglement.measurements import measure
+from jaxalign.entanglement.reweighting import normalised
 from jaxalign.errors import UserError
 from jaxalign.training.optimizers import make_optimizer
 from tests.tiny_model import save_tiny_model
@@ -116,6 +118,40 @@ def test_the_step_alone_is_the_step_of_a_run(model, folder, monkeypatch, parts):
     assert ("entanglement/cosine" in metrics) == (parts == 1)
     assert int(state.step) == 2
     jax.tree.map(np.testing.assert_array_equal, before, model.model.params)  # as it was
+
+
+def test_a_trained_state_writes_from_all_devices(model):
+    """Its parameters lie on eight devices; the model's programs and end tokens serve them, too."""
+    batches = model.batches(RECORDS, batch_size=8, max_length=60, buckets=1)
+    state, step = jaxalign.preference_step(model, jaxalign.api.dpo, optax.sgd(1e-9))
+    state, _ = step(state, next(batches))
+    assert len(jax.tree.leaves(state.params)[0].devices()) == 8
+    same = model.with_params(state.params)
+    assert same.generate(["Say 1"], max_tokens=5) == model.generate(["Say 1"], max_tokens=5)
+    assert same.backend._programs is model.backend._programs
+    assert same.backend.identity != model.backend.identity
+    np.testing.assert_allclose(
+        same.log_probs(RECORDS, reference=model).margin, np.zeros(12), atol=1e-4
+    )
+
+
+def test_a_reweighting_leaves_every_pair_ideal(model):
+    """Unit gradients: chosen up, rejected down, wherever the cosine is below 1 (section 5.1)."""
+    batch = next(model.batches(RECORDS, batch_size=8, max_length=60, buckets=1))
+    found = {}
+    for name, reweighting in {"none": None, "normalised": normalised}.items():
+        state, step = jaxalign.preference_step(
+            model, jaxalign.api.dpo, optax.sgd(1e-3), per_pair=True, reweighting=reweighting
+        )
+        found[name] = step(state, batch)[1]
+    assert found["normalised"]["loss"] == pytest.approx(found["none"]["loss"], rel=1e-6)
+    assert found["normalised"]["entanglement/ideal"] == 1.0
+    d_w = found["none"]["entanglement/d_w"]  # beta / 2 for all pairs at the start
+    geometry = measure(model.tokenized(RECORDS, max_length=60), model.model)[0]
+    chosen = np.asarray(geometry.chosen)[np.asarray(batch.record_index)]
+    assert found["normalised"]["entanglement/d_w"] == pytest.approx(
+        d_w * np.mean(chosen**-0.5), rel=1e-3
+    )
 
 
 def test_a_loss_that_is_none_is_refused(model):

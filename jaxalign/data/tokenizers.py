@@ -59,6 +59,8 @@ def load_tokenizer(path_or_hub_name: str | Path) -> Any:
             f"tokenizer {name}: it has no fast form (tokenizer.json), which is needed for "
             "the position of each token in the text"
         )
+    for where in ("is_local", "local_files_only"):  # else `save_pretrained` writes them, too
+        tokenizer.init_kwargs.pop(where, None)
     return with_end_token(tokenizer)
 
 

@@ -1,6 +1,7 @@
 """Measurements of gradient entanglement: a row per pair, a row per loss, token heat maps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,28 +102,21 @@ def measure(loaded: ModelAndPairs, reference: Any) -> tuple[PairGeometry, PairLo
       loaded: policy and pairs.
       reference: the reference model; it may be the policy.
     """
-    config = loaded.model.config
-
-    def of_batch(params: Any, of_reference: Any, batch: PairBatch) -> Any:
-        def log_probs(params: Any) -> Any:
-            return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
-
-        own = log_probs(params)
-        known = own if of_reference is None else log_probs(of_reference)
-        return pair_geometry(params, config, batch), own, known
-
+    model = loaded.model
+    of_reference = None if reference is model else reference.params
     compiled = saying(
-        jax.jit(of_batch),
-        lambda _, __, batch: "the gradients of {} pairs of {} x {} tokens".format(
+        _of_batch,
+        lambda _, __, batch, ___: "the gradients of {} pairs of {} x {} tokens".format(
             *batch.tokens.shape
         ),
     )
 
     parts = []
     for batch in track(loaded.batches(), "gradients of pairs", unit="batch"):
-        of_reference = None if reference is loaded.model else reference.params
         placed = jax.tree.map(jnp.asarray, batch)
-        exact, own, known = jax.device_get(compiled(loaded.model.params, of_reference, placed))
+        exact, own, known = jax.device_get(
+            compiled(model.params, of_reference, placed, model.config)
+        )
         real = np.asarray(batch.weight) > 0
         fields = exact, own, known, batch.response_length
         parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], fields))
@@ -136,6 +130,18 @@ def measure(loaded: ModelAndPairs, reference: Any) -> tuple[PairGeometry, PairLo
         rejected_length=lengths[:, 1],
     )
     return geometry, pairs
+
+
+@functools.partial(jax.jit, static_argnames="config")  # compiled once for all losses
+def _of_batch(params: Any, of_reference: Any, batch: PairBatch, config: Any) -> Any:
+    """Geometry of a batch, log-probs of the policy and those of the reference."""
+
+    def log_probs(params: Any) -> Any:
+        return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
+
+    own = log_probs(params)
+    known = own if of_reference is None else log_probs(of_reference)
+    return pair_geometry(params, config, batch), own, known
 
 
 def pair_rows(

@@ -572,6 +572,14 @@ def test_embedded_pairs_are_whole(tokenizers):
     assert (len(pairs), report.truncated_prompts, report.straddling) == (200, 0, 0)
 
 
+def test_a_tokenizer_is_written_as_it_was_read(tmp_path):
+    """A finished run exports again when it is resumed: the same files, on which others may rest."""
+    embedded_tokenizer().save_pretrained(tmp_path / "first")
+    load_tokenizer(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for file in (tmp_path / "first").iterdir():
+        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_tokenizers_that_cannot_serve_are_refused(tmp_path, tokenizers):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
