@@ -154,7 +154,7 @@ class LanguageModel:
 
         @jax.jit
         def of_batch(params: Any, batch: PairBatch) -> Any:
-            out = response_log_probs(params, loaded.model.config, *batch.rows())
+            out = response_log_probs(params, loaded.model.config, batch.rows())
             return out.log_prob.sum(-1).reshape(-1, 2)
 
         def of_model(model: Any) -> np.ndarray:

@@ -88,7 +88,7 @@ class _Row(NamedTuple):
 def _blocked_attention(q, k, v, row, scale, window, cap, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
-    if devices.one_cpu():
+    if devices.is_single_cpu():
         return _row_by_row(mix, q, k, v, row, window, block)
     batch, length, heads, width = q.shape
     k, v = devices.whole_length(k), devices.whole_length(v)

@@ -107,7 +107,7 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
             raise ValueError(f"{name}: {value} is not positive")
     usual, block_logits = CPU_BLOCK
     if devices.platform() != "cpu":
-        usual, block_logits = (size * devices.number() for size in ACCELERATOR_BLOCK)
+        usual, block_logits = (size * devices.device_count() for size in ACCELERATOR_BLOCK)
     token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)
@@ -259,7 +259,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return (d_block, d_bias_rows.sum(0)), new
 
         inputs = hiddens, rows, sums
-        if devices.one_cpu():
+        if devices.is_single_cpu():
 
             def step(total, inputs):
                 added, new = of_pair(*inputs)
@@ -306,7 +306,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return product("nrt,nri->nti", d_z.reshape(2, response, -1), x)
 
         inputs = hiddens, rows, probe.tokens
-        of_all = jax.lax.map if devices.one_cpu() else lambda f, xs: jax.vmap(f)(xs)
+        of_all = jax.lax.map if devices.is_single_cpu() else lambda f, xs: jax.vmap(f)(xs)
         d_probe = dataclasses.replace(d_probe, rows=of_all(at_tokens, inputs))
     return d_hidden, d_kernel.T.astype(kernel.dtype), d_bias, d_probe
 

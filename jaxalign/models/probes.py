@@ -136,7 +136,7 @@ def _matmul_bwd(saved, dy):
     if not forms_gradients(xs.shape[2], *kernel.shape):
         geometry = factored_gram(token_products(xs), token_products(dys))
         total = product("pnti,pnto->io", xs, dys)
-    elif devices.one_cpu():
+    elif devices.is_single_cpu():
 
         def of_pair(total, inputs):
             chosen, rejected = row_gradients(*inputs)

@@ -100,7 +100,7 @@ class Sampler:
         """Responses to a batch of prompts (this process's share of them).
 
         Args:
-          policies: the arguments of each one's forward pass, by name.
+          policies: the parameters of each one, by name.
           mixture: which of them mix, with their weights; one of weight 0 only scores.
           prompts: on the host.
           key: of the draws.
