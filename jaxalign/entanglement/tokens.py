@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxalign.models import DecoderConfig, decoder
 from jaxalign.models.compute import Compute
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.layers import softcap
 from jaxalign.models.lora import with_adapters
 from jaxalign.models.precision import precision
@@ -257,7 +258,7 @@ def _products(x: Any) -> TokenGeometry:
 
 
 def last_layer_geometry(
-    params: Mapping[str, Any], config: Any, pair: ResponseRows
+    params: Mapping[str, Any], config: ModelConfig, pair: ResponseRows
 ) -> TokenGeometry:
     r"""`token_geometry` of the unembedding alone, in closed form from one forward pass.
 
