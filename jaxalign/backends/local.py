@@ -36,10 +36,10 @@ from jaxalign.generation import (
 )
 from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
+from jaxalign.models.folders import exported, find_folder
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import exported, find_folder
 from jaxalign.progress import saying
 from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh

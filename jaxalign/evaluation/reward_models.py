@@ -28,8 +28,8 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Verdicts
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.compute import Compute
+from jaxalign.models.folders import exported
 from jaxalign.models.score import ScoreModel, rewards
-from jaxalign.models.weights import exported
 from jaxalign.sharding import batch_sharding, make_mesh
 from jaxalign.training.step import on_mesh
 

@@ -6,7 +6,8 @@ Parameters travel as nested dicts of arrays; the nnx modules are the shells that
 from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope, tempered
 from jaxalign.models.decoder import Decoder, init_model
 from jaxalign.models.encoder_decoder import EncoderDecoder
-from jaxalign.models.weights import load_pretrained, save_pretrained
+from jaxalign.models.saving import save_pretrained
+from jaxalign.models.weights import load_pretrained
 
 __all__ = [
     "Decoder",

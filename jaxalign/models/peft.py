@@ -15,10 +15,13 @@ import numpy as np
 from jaxalign.errors import UserError
 from jaxalign.files import replacing, write_json
 from jaxalign.models import lora
-from jaxalign.models.config import DecoderConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import TensorFiles, find_folder, flatten, model_class, to_host
+from jaxalign.models.folders import find_folder
+from jaxalign.models.saving import to_host
+from jaxalign.models.tensor_files import TensorFiles
+from jaxalign.models.weights import flatten, model_class
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -92,7 +95,7 @@ class Module:
         return self.weight.split(lora_b if self.stored_transposed else lora_b.T)
 
 
-def modules(config: Any) -> list[Module]:
+def modules(config: ModelConfig) -> list[Module]:
     """The modules of a model that can have an adapter, from its family's weight table."""
     shapes = flatten(model_class(config)[1])
     found = []
@@ -116,7 +119,7 @@ def modules(config: Any) -> list[Module]:
 def save_adapters(
     folder: str | Path,
     adapters: Mapping[str, Any],
-    config: Any,
+    config: ModelConfig,
     *,
     rank: int,
     alpha: float | int,
@@ -255,7 +258,7 @@ def _whole(x: float | int) -> float | int:
 
 
 def load_adapters(
-    path_or_hub_name: str | Path, config: Any
+    path_or_hub_name: str | Path, config: ModelConfig
 ) -> tuple[lora.Adapters, float, dict[str, Any]]:
     r"""Adapters that PEFT has written, in float32.
 

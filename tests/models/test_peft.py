@@ -15,9 +15,9 @@ from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params, logits
 from jaxalign.models.families import FAMILIES
+from jaxalign.models.folders import read_config
 from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.peft import load_adapters, modules, save_adapters
-from jaxalign.models.weights import read_config
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "adapters").iterdir())

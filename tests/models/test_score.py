@@ -72,7 +72,7 @@ def test_transformers_has_the_classes_that_are_named():
         MODEL_MAPPING_NAMES,
     )
 
-    from jaxalign.models.weights import score_architecture
+    from jaxalign.models.saving import score_architecture
 
     for name, family in FAMILIES.items():
         known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
