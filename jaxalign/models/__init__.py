@@ -1,6 +1,6 @@
 """Decoders and encoder-decoders that load, run and save Hugging Face folders.
 
-Parameters travel as nested dicts of arrays; the nnx modules are the shells that users hold.
+Functions take parameters as nested dicts of arrays; the nnx modules hold them for users.
 """
 
 from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope, tempered

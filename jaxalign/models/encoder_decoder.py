@@ -91,18 +91,18 @@ def init_params(config: EncoderDecoderConfig, key: jax.Array, *, dtype: Any = jn
 def relative_bucket(
     distance: Int[Array, "..."], *, buckets: int, reach: int, both_ways: bool
 ) -> Int[Array, "..."]:
-    r"""The learned distance that a key's place relative to a query's falls into.
+    r"""The bucket of the distance between a key and a query.
 
-    Of n buckets (half of them for either direction where both are seen), the first n/2 are one
+    Of n buckets (half of them for either direction where both are seen), the first n/2 hold one
     distance d each and the others grow geometrically up to `reach`:
 
     .. math:: \lfloor n/2 \rfloor + \Bigl\lfloor \frac{\log (d / \lfloor n/2 \rfloor)}
               {\log (\text{reach} / \lfloor n/2 \rfloor)} \lceil n/2 \rceil \Bigr\rfloor
 
     Args:
-      distance: place of the key minus place of the query.
-      buckets: how many there are.
-      reach: distances from here on share the last bucket.
+      distance: position of the key minus position of the query.
+      buckets: number of buckets.
+      reach: distances from this one on share the last bucket.
       both_ways: whether keys after the query are seen (encoder).
 
     Returns:
@@ -125,28 +125,28 @@ def attend(
     q: Float[Array, "batch queries heads head_width"],
     k: Float[Array, "batch keys heads head_width"],
     v: Float[Array, "batch keys heads head_width"],
-    q_places: Int[Array, " queries"],
+    q_positions: Int[Array, " queries"],
     key_mask: Array | None,
     biases: Array | None,
     config: EncoderDecoderConfig,
     *,
     causal: bool,
 ) -> Float[Array, "batch queries heads head_width"]:
-    """Scores plus learned distances, softmax in float32, mixture, for a set of queries.
+    """Attention with learned distances added to the scores; softmax in float32.
 
     Args:
       q: queries.
-      k: keys, from place 0 on.
+      k: keys, from position 0 on.
       v: values.
-      q_places: where the queries stand.
+      q_positions: positions of the queries.
       key_mask: [batch or 1, keys], nonzero at keys that are seen; None: all.
-      biases: [batch or 1, buckets, heads], what distances add to scores; None: nothing.
+      biases: [batch or 1, buckets, heads], added to the scores by distance; None: nothing.
       config: the encoder-decoder.
       causal: keys after a query are not seen.
     """
     at = precision(q.dtype)
     scores = jnp.einsum("bqhd,bshd->bhqs", q, k, precision=at, preferred_element_type=jnp.float32)
-    distance = jnp.arange(k.shape[1])[None] - q_places[:, None]
+    distance = jnp.arange(k.shape[1])[None] - q_positions[:, None]
     if biases is not None:
         bucket = relative_bucket(
             distance,

@@ -17,14 +17,14 @@ CONFIG_FILES = ("config.json",)
 
 
 def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """The local folder of that name, or the hub's snapshot of it.
+    """The local folder of that name, or the Hub's snapshot of it.
 
     Args:
       path_or_hub_name: "folder" or "org/name".
-      files: patterns of what is wanted from the hub; by default safetensors, JSON and tokenizers.
+      files: patterns of the files to download; by default safetensors, JSON and tokenizers.
 
     Raises:
-      UserError: if there is neither.
+      UserError: if neither exists.
     """
     path = Path(path_or_hub_name).expanduser()
     name = str(path_or_hub_name)
@@ -39,13 +39,13 @@ def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) 
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"{name}: no such folder here, and the hub did not give it ({reason}); "
+            f"{name}: no such folder here, and could not load it from the Hub ({reason}); "
             "give a local folder or check the name and the connection"
         ) from error
 
 
 def exported(name: str | Path) -> str | Path:
-    """The exported model of a run's folder; any other name as it is."""
+    """The exported model of a run's folder; any other name unchanged."""
     export = Path(name).expanduser() / "export"
     return export if export.is_dir() else name
 
@@ -57,7 +57,7 @@ def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -
 
 
 def read_config(source: Path, name: str = "config.json") -> ModelConfig:
-    """Our description of a model: from its folder's config file, or its GGUF file's metadata.
+    """A model's architecture, from its folder's config file or its GGUF file's metadata.
 
     Raises:
       UserError: if the file is missing or broken, or the family is not supported.
@@ -79,7 +79,7 @@ def read_config(source: Path, name: str = "config.json") -> ModelConfig:
 
 
 def _config(file: Path, text: str) -> ModelConfig:
-    """The description in a config's text; the file is named in messages."""
+    """The architecture in a config's text; the file is named in messages."""
     try:
         fields = json.loads(text)
     except ValueError as error:

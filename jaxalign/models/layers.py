@@ -65,7 +65,7 @@ def look_up(
 ) -> Float[Array, "rows length width"]:
     """Rows of {"embedding": [ids, width]}; a "lookup", [rows, length, width] of zeros, is added.
 
-    Its cotangent is that of every row that was looked up: how embeddings are watched.
+    Its cotangent is that of every row read, which is how embeddings are watched (`probes`).
     """
     table = devices.as_table(params["embedding"])
     x = devices.by_rows(jnp.take(table, ids, axis=0).astype(dtype))
@@ -75,7 +75,7 @@ def look_up(
 def dropout(
     x: Float[Array, "... width"], key: Array, rate: float | Float[Array, ""]
 ) -> Float[Array, "... width"]:
-    """Each element is 0 with probability `rate`, else divided by 1 - rate: x in expectation."""
+    """Each element is 0 with probability `rate`, else divided by 1 - rate."""
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
     return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
 

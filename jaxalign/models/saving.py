@@ -25,18 +25,18 @@ def save_pretrained(
     max_shard_size: int = 5 * 1000**3,
     fields: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes config.json and safetensors that transformers opens; the reverse of loading.
+    """Writes config.json and safetensors that transformers opens.
 
     Tensors are taken from the devices layer by layer, and at most one shard is held at a time.
 
     Args:
       model: a `Decoder`, `EncoderDecoder` or `ScoreModel`, or anything with its `config` and
         `params`.
-      folder: made if absent; weights that an earlier save left there are removed.
+      folder: created if absent; weights of an earlier save are removed.
       tokenizer: written beside the model with its own `save_pretrained`, if given.
-      dtype: of the file; None is the parameters' own.
-      max_shard_size: bytes of one file; more tensors go into several files and an index.
-      fields: more fields of config.json.
+      dtype: dtype of the file; None is the parameters' own.
+      max_shard_size: maximum bytes of a file; a larger model is written as several, with an index.
+      fields: additional fields of config.json.
 
     Returns:
       The folder.
@@ -104,10 +104,10 @@ def save_pretrained(
 
 
 def hf_config(config: ModelConfig, *, dtype: Any, scored: bool = False) -> dict[str, Any]:
-    """The `config.json` of a config: what it was read from, where it still says the same.
+    """The `config.json` of a config: its source, where that still describes the same model.
 
-    Otherwise the family writes its fields anew, and those that do not shape the model (token
-    ids) are kept. With a scalar head it is a sequence classifier of one label.
+    Otherwise the family rewrites its fields, and those that do not shape the model (token ids) are
+    kept. With a scalar head it is a sequence classifier with one label.
     """
     family, fields = FAMILIES[config.family], config.source_fields
     if not (fields and family.config(fields) == config):
@@ -165,7 +165,7 @@ def to_host(leaf: Any, layer: int | None) -> np.ndarray:
 
 
 def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
-    """Weights of an earlier save, which loading would otherwise prefer or mix in."""
+    """Removes weights of an earlier save, which loading would otherwise prefer or mix in."""
     pattern = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     for file in folder.iterdir():
         if pattern.fullmatch(file.name) and file.name not in keep:

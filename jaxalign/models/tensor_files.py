@@ -23,12 +23,12 @@ class TensorFiles:
     """The tensors of safetensors files, read one at a time.
 
     A file is opened for each read and closed after it: the pages of an open memory map count as
-    the process's own memory, and would add the whole model once more.
+    the process's own memory, as much as the whole model.
 
     Args:
       files: to read from.
-      weight_map: tensor -> the name of the file that holds it, from an index: copies elsewhere and
-        tensors that are not listed are not read. None: every tensor is read.
+      weight_map: tensor -> name of the file that holds it, from an index; copies in other files and
+        tensors that are not listed are ignored. None: every tensor is read.
 
     Raises:
       UserError: if a file cannot be read, or a tensor is not of floating-point numbers.
@@ -79,7 +79,7 @@ class TensorFiles:
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by the bits: half the time of copying `x`."""
+    """Whether no value is NaN or infinite, tested by its bits: half the time of copying `x`."""
     infinity, size = np.array(np.inf, x.dtype), x.dtype.itemsize
     return all(
         x.view(kind).max(initial=0) < bound.view(kind)
@@ -88,10 +88,10 @@ def _is_finite(x: np.ndarray) -> bool:
 
 
 def tensor_files(folder: Path) -> TensorFiles:
-    """The tensors of a model folder: of its single file, or those that its index lists.
+    """The tensors of a model folder: of its single file, or those listed by its index.
 
     Raises:
-      UserError: if there are none, or index and files do not agree.
+      UserError: if there are none, or the index does not match the files.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

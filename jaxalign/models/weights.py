@@ -35,13 +35,13 @@ def load_pretrained(
 ) -> Any:
     """A model from a Hugging Face folder, hub name or GGUF file, its weights streamed into place.
 
-    Every leaf is read, converted and placed before the next one; with a mesh, each device's part
-    is read from the files by itself. So the host never holds the model twice.
+    Leaves are read, converted and placed one by one; with a mesh, each device reads its own part of
+    the files. So the host never holds the model twice.
 
     Args:
       path_or_hub_name: folder with config.json and safetensors, a GGUF file, or a name such as
         "org/model".
-      dtype: of the parameters; None keeps the file's own (float32 where it is quantised).
+      dtype: dtype of the parameters; None keeps the file's (float32 where it is quantised).
       mesh: devices to place the parameters on; None is the default device.
       rule: path ("layers/q/kernel") and shape -> PartitionSpec; by default the largest axis that
         the mesh's "fsdp" axis divides is split over it.
@@ -73,7 +73,7 @@ def load_pretrained(
 
 
 def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
-    """The family's tensors and our leaves; with a scalar head, its own for the unembedding's."""
+    """The family's tensors and our leaves; a scalar head takes the place of the unembedding."""
     table: list[Weight] = FAMILIES[config.family].weights(config)
     if not scored:
         return table
@@ -82,7 +82,7 @@ def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
 
 
 def model_class(config: ModelConfig, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The class of the model that a config describes, and its parameters' shapes."""
+    """The class of a config's model, and its parameters' shapes."""
     from jaxalign.models.config import DecoderConfig
 
     if scored:
@@ -134,7 +134,7 @@ def _sources(
 ) -> dict[str, tuple[Weight, int, list[str]]]:
     """Per leaf: its weight, its number among the weight's leaves and the names to read.
 
-    Checks on the way that the files hold exactly the tensors of this config, in its shapes.
+    Also checks that the files hold exactly the tensors of this config, in its shapes.
     """
     sources: dict[str, tuple[Weight, int, list[str]]] = {}
     expected: dict[str, tuple[int, ...]] = {}
@@ -169,7 +169,7 @@ def _sources(
 def _resolve_ties(
     files: TensorFiles | GGUFTensors, config: ModelConfig, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
-    """The config as the files have it, and the file's names of tensors where they are others.
+    """The config as the files have it, and the file's names of tensors where these differ.
 
     Embedding and head are tied by transformers' rule: not where both are stored and differ, and
     where one of a tied pair is stored, it is both (`PreTrainedModel.tie_weights`, transformers 5).
@@ -222,7 +222,7 @@ def _resolve_ties(
 
 
 def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
-    """Whether two tensors, [rows, width], are the same; some rows of each are held at a time."""
+    """Whether two tensors, [rows, width], are equal; compared some rows at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
         return shape == files.shapes[other]
@@ -272,7 +272,7 @@ def largest_axis(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec
 
 
 def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
-    """One leaf on its devices; each device's part is read, converted and placed by itself."""
+    """One leaf on its devices, each of which reads and converts its own part."""
     stored = files.read(names[0]).dtype if dtype is None else np.dtype(dtype)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, compile_generate, generate, stop_table
 from jaxalign.models import DecoderConfig, cached_decoder, decoder, load_pretrained
+from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.models.responses import response_log_probs
@@ -72,7 +73,7 @@ def sampled(policies, prompts, *, weights=(1.0,), key=0, length=8, **options):
     return run(policies, *padded_left(prompts, length), jax.random.key(key))
 
 
-def scored(policy, prompts, samples, config=CONFIG):
+def scored(policy, prompts, samples, compute=Compute()):
     """Log-probs of samples from the training forward."""
     length = max(map(len, prompts)) + samples.tokens.shape[1]
     rows = np.zeros((len(prompts), length), np.int32)
@@ -85,7 +86,7 @@ def scored(policy, prompts, samples, config=CONFIG):
         response_tokens=samples.tokens,
         response_length=samples.length,
     )
-    return response_log_probs(policy, config, responses).log_prob
+    return response_log_probs(policy, CONFIG, responses, compute=compute).log_prob
 
 
 def from_folder(case, *, key=0, samples=1, **rules):
@@ -348,5 +349,5 @@ def test_bfloat16_computes_and_caches_in_bfloat16():
         sampling=Sampling(max_tokens=4),
         dtype=jnp.bfloat16,
     )
-    exact = scored(policy_of(0), PROMPTS, samples, dtype=jnp.bfloat16)
+    exact = scored(policy_of(0), PROMPTS, samples, Compute(dtype=jnp.bfloat16))
     np.testing.assert_allclose(samples.policy_log_probs[:, 0], exact, atol=0.1)

@@ -23,7 +23,7 @@ from jaxalign.models.compute import Compute
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.score import ScoreModel, init_head, rewards, with_head
-from tests.models.test_joint_rows import KINDS, PLAIN, make_rows
+from tests.models.test_shared_prefix import KINDS, PLAIN, make_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "classifiers").iterdir())
