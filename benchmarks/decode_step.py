@@ -27,8 +27,8 @@ from jaxalign.generation import Sampling, compile_generate
 from jaxalign.generation.sampling import most_likely
 from jaxalign.models import DecoderConfig, decoder, init_model
 from jaxalign.models.cached_decoder import attend_slots, layers_of
-from jaxalign.models.decoder import mlp_branch, one_layer, queries_keys_values, rotations
-from jaxalign.models.layers import dense
+from jaxalign.models.decoder_layer import one_layer, queries_keys_values, rotations
+from jaxalign.models.layers import dense, mlp_branch
 from jaxalign.sharding import make_mesh
 
 
@@ -145,14 +145,13 @@ def measure(
     def seconds(most: int) -> float:
         rules = Sampling(max_tokens=most, temperature=0.0)
         run = compile_generate(config, make_mesh(), sampling=rules)
-        policies = [{"params": model.params}]
+        policies = [model.params]
         arguments = tokens, lengths, jax.random.key(0), jnp.ones(1), 0
         return cpu_seconds(lambda: run(policies, *arguments).tokens, options.repeats)
 
     whole = (seconds(options.new) - seconds(1)) / (options.new - 1)
     layers = layers_of(model.params["layers"], config.layers)
     x = jnp.asarray(rng.normal(size=(batch, 1, config.width)), jnp.float32)
-    none: dict[str, Any] = {"adapters": {}, "scale": 1.0}
     angles = rotations(config, jnp.full((batch, 1), options.prompt))
 
     def through(x: jax.Array, layers: list[Any]) -> jax.Array:
@@ -160,15 +159,13 @@ def measure(
         for layer in layers:
 
             def attend(y: jax.Array, layer: Any = layer) -> tuple[jax.Array, None]:
-                q, k, v = queries_keys_values(
-                    y, layer, config, is_windowed=False, angles=angles, **none
-                )
+                q, k, v = queries_keys_values(y, layer, config, is_windowed=False, angles=angles)
                 groups = config.heads // config.kv_heads
                 mixed = q + jnp.repeat(k + v, groups, axis=2)
                 return dense(mixed.reshape(batch, 1, -1), layer["o"]), None
 
             def mlp(y: jax.Array, layer: Any = layer) -> jax.Array:
-                return mlp_branch(y, layer, config, **none)
+                return mlp_branch(y, layer, config)
 
             x, _ = one_layer(x, layer, config, attend=attend, mlp=mlp)
         return x

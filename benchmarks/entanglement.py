@@ -27,7 +27,7 @@ from jaxalign.entanglement import PairGeometry, two_pass_geometry
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
-from jaxalign.models.lora import init_adapters
+from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.models.responses import response_log_probs
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
@@ -100,14 +100,11 @@ def main(options: Options) -> None:
     state = initial_state(trained, optimizer, seed=0)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer)
     watched = functools.partial(step, backward=PairProbe(objective=objective))
-    how = {"remat": options.remat, "dtype": options.dtype}
 
     def beside(geometry):
         def both(state, frozen, batch):
-            own = {"params": state.params} if adapters is None else {"params": params}
-            if adapters is not None:
-                own |= {"adapters": state.params}
-            seen = geometry(config=config, batch=batch.pairs, **own, **how)
+            own = (state.params, None) if adapters is None else (params, state.params)
+            seen = geometry(own[0], config, batch.pairs, adapters=own[1], compute=policy.compute)
             return *step(state, frozen, batch), seen
 
         return both
@@ -187,20 +184,19 @@ def random_batch(options: Options) -> ReferencedBatch:
     )
 
 
-def vmapped_geometry(params, config, batch, adapters=None, **how) -> PairGeometry:
+def vmapped_geometry(params, config, batch, *, adapters, compute) -> PairGeometry:
     """Every sequence's gradient at once, as `vmap(grad)` makes them."""
 
-    def log_prob(trained, *row):
-        own = (trained, None) if adapters is None else (params, trained)
-        rows = (x[None] for x in row)
-        return response_log_probs(own[0], config, *rows, adapters=own[1], **how).log_prob.sum()
+    def log_prob(trained, row):
+        policy = trained if adapters is None else with_adapters(params, trained, 1.0)
+        rows = jax.tree.map(lambda x: x[None], row)
+        return response_log_probs(policy, config, rows, compute=compute).log_prob.sum()
 
     trained = params if adapters is None else adapters
-    rows = (batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length)
-    over = jax.vmap(jax.vmap(jax.grad(log_prob), (None, 0, 0, 0, 0)), (None, 0, 0, 0, 0))
+    gradients = jax.vmap(jax.grad(log_prob), (None, 0))(trained, batch.rows())
     parts = jax.tree.map(
-        lambda x: jnp.einsum("psi,pri->psr", *[x.reshape(*x.shape[:2], -1)] * 2),
-        over(trained, *rows),
+        lambda x: jnp.einsum("psi,pri->psr", *[x.reshape(len(batch.weight), 2, -1)] * 2),
+        gradients,
     )
     gram = sum(jax.tree.leaves(parts))
     return PairGeometry(chosen=gram[:, 0, 0], rejected=gram[:, 1, 1], inner=gram[:, 0, 1])

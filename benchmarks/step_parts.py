@@ -32,7 +32,8 @@ from benchmarks.shared_prompts import random_pairs
 from jaxalign.losses import dpo
 from jaxalign.models import DecoderConfig
 from jaxalign.models.attention import attention
-from jaxalign.models.decoder import hidden_states, init_params, unembedding
+from jaxalign.models.compute import Compute
+from jaxalign.models.decoder import Layout, hidden_states, init_params, unembedding
 from jaxalign.models.logprobs import token_log_probs
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.step import initial_state, train_step
@@ -163,6 +164,7 @@ def step_parts(
         "prefix_ids": jnp.where(segments == 1, 0, 1),
         "positions": jnp.where(place < second, place, place - options.response),
     }
+    layout = Layout(**seen)
     keys = jax.random.split(jax.random.key(1), 3)
     q, k, v = (jax.random.normal(key, (*rows, shape.heads, head)) for key in keys)
     states = jax.random.normal(keys[0], (responses, shape.width))
@@ -174,7 +176,7 @@ def step_parts(
     state = initial_state(params, optimizer, seed=0)
 
     def layers(params: Any, remat: str) -> jax.Array:
-        return hidden_states(params, config, joint, remat=remat, **seen).sum()
+        return hidden_states(params, config, joint, layout, compute=Compute(remat=remat)).sum()
 
     def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention(q, k, v, scale=config.scale, **seen).sum()

@@ -221,7 +221,7 @@ class LanguageModel:
 @functools.partial(jax.jit, static_argnames="config")
 def _sums(params: Any, config: Any, batch: PairBatch) -> jax.Array:
     """Log-probs of both responses, [pairs, 2]."""
-    return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
+    return response_log_probs(params, config, batch.rows()).log_prob.sum(-1).reshape(-1, 2)
 
 
 def _records(pairs: Pairs) -> Iterator[PreferenceRecord]:

@@ -29,7 +29,7 @@ def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generat
     )
     tokens = jnp.asarray(prompts, jnp.int32)
     lengths = jnp.full(len(prompts), tokens.shape[1], jnp.int32)
-    inputs = [{"params": model.params}], tokens, lengths, jax.random.key(0), jnp.ones(1), 0
+    inputs = [model.params], tokens, lengths, jax.random.key(0), jnp.ones(1), 0
     return lambda: np.asarray(run(*inputs).tokens)
 
 

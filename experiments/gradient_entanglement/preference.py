@@ -30,6 +30,7 @@ from jaxalign.losses import PREFERENCE_LOSSES, PairLogProbs
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
 from jaxalign.reporting import read_run
+from jaxalign.rows import ResponseRows
 
 FOLDER = Path(__file__).parent
 
@@ -67,29 +68,28 @@ def one_by_one(folder: str) -> dict[str, tuple[dict[str, float], float]]:
     )
 
     @jax.jit
-    def log_probs(params, pair: tuple[Array, ...]) -> Array:
-        return response_log_probs(params, model.config, *pair).log_prob.sum(-1)
+    def log_probs(params, pair: ResponseRows) -> Array:
+        return response_log_probs(params, model.config, pair).log_prob.sum(-1)
 
     @jax.jit
-    def gradients(params, pair: tuple[Array, ...]):
+    def gradients(params, pair: ResponseRows):
         values, backward = jax.vjp(lambda p: log_probs(p, pair), params)
         chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
         return values, chosen, rejected, gram(chosen, rejected)
 
     @jax.jit
-    def stepped(params, chosen, rejected, pair: tuple[Array, ...], up: Array, down: Array):
+    def stepped(params, chosen, rejected, pair: ResponseRows, up: Array, down: Array):
         moved = jax.tree.map(lambda x, g, h: x + up * g - down * h, params, chosen, rejected)
         return log_probs(moved, pair)
 
     found: dict[str, list[tuple[int, bool]]] = {name: [] for name in LOSSES}
-    fields = batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length
     for row in range(len(batch.weight)):
-        pair = tuple(jnp.asarray(x[row]) for x in fields)
+        pair = jax.tree.map(lambda x, row=row: jnp.asarray(x[row : row + 1]), batch).rows()
         reference = log_probs(model.params, pair)
         values, chosen, rejected, numbers = gradients(params, pair)
         geometry = PairGeometry(**dict(zip(("chosen", "rejected", "inner"), numbers, strict=True)))
         geometry = jax.tree.map(lambda x: x[None], geometry)
-        lengths = pair[3]
+        lengths = pair.response_length
         of_loss = PairLogProbs(
             chosen=values[:1],
             rejected=values[1:],

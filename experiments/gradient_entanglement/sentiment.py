@@ -35,9 +35,10 @@ from experiments.gradient_entanglement.runs import (
 from experiments.page import put, table
 from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
-from jaxalign.entanglement.tokens import PairTokens, token_geometry
+from jaxalign.entanglement.tokens import token_geometry
 from jaxalign.models import load_pretrained
 from jaxalign.reporting import heat_map, read_run
+from jaxalign.rows import ResponseRows
 
 FOLDER = Path(__file__).parent
 SUFFIXES = {"single token": 0, "short suffix": 3, "long suffix": 16}
@@ -252,7 +253,7 @@ def draw_heat_map(folder: Path) -> None:
     record = next(iter(preference_records(kept["data"], bad_records="skip")))
     pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept["max_length"], end_token=False)
     batch = next(pair_batches(pairs, batch_size=1, epochs=1, shuffle=False))
-    pair = PairTokens(
+    pair = ResponseRows(
         tokens=batch.tokens[0],
         prompt_length=batch.prompt_length[0],
         response_tokens=batch.response_tokens[0],

@@ -120,7 +120,7 @@ def continuations(folder: Path | str, prompts: Path, *, samples: int, seed: int)
     batches = prompt_batches(rows, batch_size=64, epochs=1, shuffle=False)
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        policies = {"policy": {"params": model.params}}
+        policies = {"policy": model.params}
         out = sampler(policies, {"policy": 1.0}, batch, key, samples=samples)
         for at, said, weight in zip(batch.record_index, out.texts, batch.weight, strict=True):
             if weight:

@@ -35,6 +35,7 @@ from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
+from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh
 from jaxalign.stages.inputs import instructions_of
 
@@ -125,17 +126,17 @@ def answers(
     )
 
 
-def pair_log_probs(policy: Mapping[str, Any], pairs: Any, model: Any) -> np.ndarray:
+def pair_log_probs(params: Mapping[str, Any], pairs: Any, model: Any) -> np.ndarray:
     """Log-probs of the test pairs, [pairs, 2], in nats."""
 
     @jax.jit
-    def run(policy: Mapping[str, Any], rows: Any) -> jax.Array:
-        return response_log_probs(policy["params"], model, *rows).log_prob.sum(-1).reshape(-1, 2)
+    def run(params: Mapping[str, Any], rows: ResponseRows) -> jax.Array:
+        return response_log_probs(params, model, rows).log_prob.sum(-1).reshape(-1, 2)
 
     found = []
     for batch in pair_batches(pairs, batch_size=BATCH, epochs=1, shuffle=False, window=1):
-        rows = tuple(map(jnp.asarray, batch.rows()))
-        found.append(np.asarray(run(policy, rows))[np.asarray(batch.weight) > 0])
+        rows = jax.tree.map(jnp.asarray, batch.rows())
+        found.append(np.asarray(run(params, rows))[np.asarray(batch.weight) > 0])
     return np.concatenate(found)
 
 
@@ -169,9 +170,9 @@ def measure(
         prompts, _ = tokenize_prompts(records, tokenizer, **options)
         pairs, _ = tokenize_pairs(records, tokenizer, **options)
         model = load_pretrained(folder / "export")
-        said = answers({"params": model.params}, {"params": base.params}, prompts, base.config,
+        said = answers(model.params, base.params, prompts, base.config,
                        tokenizer)  # fmt: skip
-        log_probs = pair_log_probs({"params": model.params}, pairs, base.config)
+        log_probs = pair_log_probs(model.params, pairs, base.config)
         kept[name] = said, log_probs
         rewards[name] = judge.rewards(asked, said.responses)
         first, before = kept["base"]

@@ -18,6 +18,7 @@ from jaxalign.config import TrainConfig
 from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.models import load_pretrained
+from jaxalign.models.decoder import with_steering
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.representation import (
     Reader,
@@ -117,14 +118,15 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
         "high": tuple(layer for layer in range(1, depth + 1) if layer > middle[-1]),
     }
     learning = list(preference_records(config.data))[:200]
-    rows, plain = [], {"params": tuned.params}
+    rows, plain = [], tuned.params
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for name, layers in bands.items():
         direction = summarise(read(tuned, config, tokenizer, learning, layers)).direction
         rewards, divergences = [], []
         for strength in STRENGTHS:
-            added = steering(direction, layers, strength=strength, depth=depth)
-            said = answers(plain | {"added": added}, plain, asked, tuned.config, tokenizer)
+            vectors = steering(direction, layers, strength=strength, depth=depth)
+            steered = with_steering(plain, vectors)
+            said = answers(steered, plain, asked, tuned.config, tokenizer)
             texts = [str(record.prompt) for record in records]
             rewards.append(float(scored.rewards(texts, said.responses).mean()))
             divergences.append(float(said.log_ratio.mean()))

@@ -36,11 +36,12 @@ from jaxalign.generation import (
 )
 from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
+from jaxalign.models.folders import exported, find_folder
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import exported, find_folder
 from jaxalign.progress import saying
+from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
@@ -185,7 +186,7 @@ class LocalModel:
           UserError: a prompt is empty, or it and the response may be longer than the context.
         """
         rows = self.encode(prompts, decoding.max_tokens)
-        policies = [{"params": self.model.params}]
+        policies = [self.model.params]
         key, one = jax.random.key(decoding.seed), jnp.ones(1)
         run, results = self._program(decoding, samples), []
         limit = None if self.context is None else self.context - decoding.max_tokens
@@ -302,7 +303,14 @@ class LocalModel:
             prompt_length = np.array([len(p) for p, _ in mine], np.int32)
             prompt_length = np.pad(prompt_length, (0, len(tokens) - len(mine)), mode="edge")
             sums = _summed(
-                self.model.params, self.model.config, tokens, prompt_length, responses, length
+                self.model.params,
+                self.model.config,
+                ResponseRows(
+                    tokens=tokens,
+                    prompt_length=prompt_length,
+                    response_tokens=responses,
+                    response_length=length,
+                ),
             )
             values = np.asarray(sums, np.float64)[: len(mine)]
             for at, value, (_, c) in zip(indices, values, mine, strict=True):
@@ -344,9 +352,8 @@ class LocalModel:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _summed(params, config, tokens, prompt_length, responses, length):
-    out = response_log_probs(params, config, tokens, prompt_length, responses, length)
-    return out.log_prob.sum(-1)
+def _summed(params, config, rows):
+    return response_log_probs(params, config, rows).log_prob.sum(-1)
 
 
 @functools.partial(jax.jit, static_argnames="config")

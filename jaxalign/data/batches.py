@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
+from jaxalign.rows import ResponseRows, SharedPrefixRows
 
 Iterations = Any
 """A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
@@ -40,13 +41,26 @@ class PairBatch:
     common_length: Int[AnyArray, " pairs"] | None = None
     """Tokens that both rows begin with; None where there are no joint rows."""
 
-    def rows(self) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
-        """Tokens, prompt length, response tokens and length: a row per side, chosen first."""
-        fields = self.tokens, self.prompt_length, self.response_tokens, self.response_length
-        tokens, prompt_length, response_tokens, response_length = (
-            x.reshape(-1, *x.shape[2:]) for x in fields
+    def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
+        """A row per side, chosen first.
+
+        Args:
+          shared_prefix: whether the rows carry the batch's joint rows, where it has them.
+        """
+        joint = None
+        if shared_prefix and self.joint_tokens is not None and self.common_length is not None:
+            joint = SharedPrefixRows(
+                tokens=self.joint_tokens,
+                first_length=self.prompt_length[:, 0] + self.response_length[:, 0],
+                common_length=self.common_length,
+            )
+        return ResponseRows(
+            tokens=self.tokens.reshape(-1, self.tokens.shape[-1]),
+            prompt_length=self.prompt_length.reshape(-1),
+            response_tokens=self.response_tokens.reshape(-1, self.response_tokens.shape[-1]),
+            response_length=self.response_length.reshape(-1),
+            shared_prefix=joint,
         )
-        return tokens, prompt_length, response_tokens, response_length
 
 
 @record

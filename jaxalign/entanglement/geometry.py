@@ -11,19 +11,21 @@ from jaxtyping import Array, Float
 from jaxalign.data.batches import PairBatch
 from jaxalign.entanglement.conditions import PairGeometry
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
+from jaxalign.models.compute import Compute
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.lora import with_adapters
 from jaxalign.models.probes import with_probes
 from jaxalign.models.responses import response_log_probs
 
 
 def pair_geometry(
     params: Mapping[str, Any],
-    config: Any,
+    config: ModelConfig,
     batch: PairBatch,
     *,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float = 1.0,
-    remat: str = "none",
-    dtype: Any = None,
+    compute: Compute = Compute(),
 ) -> PairGeometry:
     r"""n_w, n_l and the inner product over all trained parameters, by one backward pass.
 
@@ -34,37 +36,26 @@ def pair_geometry(
 
     Args:
       params: nested dict of arrays.
-      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      config: the architecture.
       batch: pairs, as `pair_batches` makes them.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
-      remat: what the backward pass recomputes, as in `decoder.hidden_states`.
-      dtype: of the computation; None: that of the parameters.
+      compute: precision and memory.
 
     Returns:
       The pairs' Gram matrices, each field [pairs] in float32. See `probing`
       for values by layer and by kind of matrix.
     """
-    rows = tuple(map(jnp.asarray, batch.rows()))
-    tokens, _, response_tokens, _ = rows
+    rows = jax.tree.map(jnp.asarray, batch.rows())
+    tokens, response_tokens = rows.tokens, rows.response_tokens
     probes = zero_probes(params, config, tokens, response_tokens, adapters=adapters)
 
     def log_probs(probes: Any) -> Float[Array, ""]:
-        weights, updates = params, adapters
-        if updates is None:
-            weights = with_probes(params, probes)
+        if adapters is None:
+            policy = with_probes(params, probes)
         else:
-            updates = with_probes(updates, probes)
-        out = response_log_probs(
-            weights,
-            config,
-            *rows,
-            remat=remat,
-            dtype=dtype,
-            adapters=updates,
-            adapter_scale=adapter_scale,
-        )
-        return out.log_prob.sum()
+            policy = with_adapters(params, with_probes(adapters, probes), adapter_scale)
+        return response_log_probs(policy, config, rows, compute=compute).log_prob.sum()
 
     parts = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
     return unweighted(total(parts), jnp.ones((tokens.shape[0] // 2, 2)))
@@ -72,13 +63,12 @@ def pair_geometry(
 
 def two_pass_geometry(
     params: Mapping[str, Any],
-    config: Any,
+    config: ModelConfig,
     batch: PairBatch,
     *,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float = 1.0,
-    remat: str = "none",
-    dtype: Any = None,
+    compute: Compute = Compute(),
 ) -> PairGeometry:
     """`pair_geometry` by two backward passes per pair: the usual method, for comparison.
 
@@ -86,37 +76,30 @@ def two_pass_geometry(
 
     Args:
       params: nested dict of arrays.
-      config: `DecoderConfig` or `EncoderDecoderConfig`.
+      config: the architecture.
       batch: pairs, as `pair_batches` makes them.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
-      remat: what the backward pass recomputes, as in `decoder.hidden_states`.
-      dtype: of the computation; None: that of the parameters.
+      compute: precision and memory.
 
     Returns:
       The pairs' Gram matrices, each field [pairs] in float32.
     """
 
-    def of_pair(pair: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def of_pair(pair: PairBatch) -> tuple[Array, Array, Array]:
+        rows = jax.tree.map(lambda x: x[None], pair).rows()
+
         def log_probs(trained: Any) -> Float[Array, " sides"]:
-            weights, updates = (trained, None) if adapters is None else (params, trained)
-            rows = response_log_probs(
-                weights,
-                config,
-                *pair,
-                remat=remat,
-                dtype=dtype,
-                adapters=updates,
-                adapter_scale=adapter_scale,
-            )
-            return rows.log_prob.sum(-1)
+            policy = trained
+            if adapters is not None:
+                policy = with_adapters(params, trained, adapter_scale)
+            return response_log_probs(policy, config, rows, compute=compute).log_prob.sum(-1)
 
         _, backward = jax.vjp(log_probs, params if adapters is None else adapters)
         chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
         return gram(chosen, rejected)
 
-    rows = (batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length)
-    chosen, rejected, inner = jax.lax.map(of_pair, tuple(map(jnp.asarray, rows)))
+    chosen, rejected, inner = jax.lax.map(of_pair, jax.tree.map(jnp.asarray, batch))
     return PairGeometry(chosen=chosen, rejected=rejected, inner=inner)
 
 

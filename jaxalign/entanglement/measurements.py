@@ -26,7 +26,6 @@ from jaxalign.entanglement.conditions import (
 from jaxalign.entanglement.geometry import pair_geometry
 from jaxalign.entanglement.pairs import ModelAndPairs
 from jaxalign.entanglement.tokens import (
-    PairTokens,
     TokenGeometry,
     last_layer_geometry,
     token_geometry,
@@ -36,6 +35,7 @@ from jaxalign.losses import PairLogProbs, PreferenceLoss
 from jaxalign.models import DecoderConfig
 from jaxalign.models.responses import response_log_probs
 from jaxalign.progress import saying, track
+from jaxalign.rows import ResponseRows
 
 HeatMapParameters = Literal["all", "unembedding"]
 """Parameters whose gradients a heat map compares."""
@@ -137,7 +137,7 @@ def _of_batch(params: Any, of_reference: Any, batch: PairBatch, config: Any) -> 
     """Geometry of a batch, log-probs of the policy and those of the reference."""
 
     def log_probs(params: Any) -> Any:
-        return response_log_probs(params, config, *batch.rows()).log_prob.sum(-1).reshape(-1, 2)
+        return response_log_probs(params, config, batch.rows()).log_prob.sum(-1).reshape(-1, 2)
 
     own = log_probs(params)
     known = own if of_reference is None else log_probs(of_reference)
@@ -257,7 +257,7 @@ def heat_maps(
         if isinstance(model.config, DecoderConfig):  # no token depends on later ones
             read = int(batch.prompt_length[0].max()) + size
             tokens = tokens[:, : -(-read // STEP) * STEP]
-        pair = PairTokens(
+        pair = ResponseRows(
             tokens=tokens,
             prompt_length=batch.prompt_length[0],
             response_tokens=batch.response_tokens[0][:, :size],

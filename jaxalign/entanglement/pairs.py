@@ -24,8 +24,8 @@ from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.reading import BadRecords
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained
+from jaxalign.models.folders import exported
 from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import exported
 
 
 @dataclass(frozen=True, kw_only=True)

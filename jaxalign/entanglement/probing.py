@@ -15,7 +15,7 @@ from jaxalign.models.probes import (
     probes_of,
     token_products,
 )
-from jaxalign.models.responses import looked_up
+from jaxalign.models.responses import embedding_ids
 from jaxalign.records import AnyArray
 
 SMALLEST = 1e-12
@@ -48,7 +48,7 @@ def zero_probes(
       A tree for `models.probes.with_probes`, over the adapters if given, else over the parameters.
     """
     pairs = tokens.shape[0] // 2
-    read = looked_up(config, tokens, response_tokens).shape
+    read = embedding_ids(config, tokens, response_tokens).shape
 
     def zero(path: tuple[str, ...], arrays: Mapping[str, Array]) -> dict[str, Array]:
         stacked = (next(iter(arrays.values())).shape[0],) if "layers" in path else ()
@@ -89,7 +89,7 @@ def contributions(
             total = tree["probe"]
             total = jnp.moveaxis(total, 0, 1) if total.ndim == 3 else total
         if "lookup" in tree:
-            ids = looked_up(config, tokens, response_tokens)
+            ids = embedding_ids(config, tokens, response_tokens)
             if path == ("positions",):
                 ids = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
             of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"))
@@ -129,7 +129,7 @@ def _lookup_gram(
 
     x = by_pairs(cotangents.astype(jnp.float32), pairs)
     inputs = x, ids.reshape(pairs, 2, -1), other
-    return jax.lax.map(of_pair, inputs) if devices.one_cpu() else jax.vmap(of_pair)(inputs)
+    return jax.lax.map(of_pair, inputs) if devices.is_single_cpu() else jax.vmap(of_pair)(inputs)
 
 
 def unweighted(

@@ -23,9 +23,9 @@ Lengths = Int[AnyArray, "pairs 2"]
 
 
 def hidden_states_of_pairs(params: Mapping[str, Any], config: Any, batch: PairBatch) -> Hidden:
-    """The last hidden states that predict the response tokens, 0 at padding."""
-    rows = map(jnp.asarray, batch.rows()[:3])
-    hidden = response_states(params, config, *rows).astype(jnp.float32)
+    """The last layer's states that predict each response token, 0 at padding."""
+    rows = jax.tree.map(jnp.asarray, batch.rows())
+    hidden = response_states(params, config, rows).astype(jnp.float32)
     hidden = hidden.reshape(*batch.response_tokens.shape, -1)
     real = jnp.arange(hidden.shape[2])[None, None] < jnp.asarray(batch.response_length)[..., None]
     return jnp.where(real[..., None], hidden, 0.0)

@@ -5,13 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxalign.models import DecoderConfig, decoder, encoder_decoder
+from jaxalign.models import DecoderConfig, decoder
+from jaxalign.models.compute import Compute
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.layers import softcap
+from jaxalign.models.lora import with_adapters
 from jaxalign.models.precision import precision
 from jaxalign.models.responses import response_states
-from jaxalign.records import AnyArray, record
+from jaxalign.records import record
+from jaxalign.rows import ResponseRows
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -19,21 +23,8 @@ CHUNK_NUMBERS = 2**26
 """Default size of the gradients of a chunk, in numbers: 256 MiB."""
 
 
-@record
-class PairTokens:
-    """One pair; rows are chosen and rejected.
-
-    Attributes:
-      tokens: prompt and response, padded on the right.
-      prompt_length: number of prompt tokens.
-      response_tokens: responses, padded on the right.
-      response_length: number of response tokens.
-    """
-
-    tokens: Int[AnyArray, "2 length"]
-    prompt_length: Int[AnyArray, "2"]
-    response_tokens: Int[AnyArray, "2 response"]
-    response_length: Int[AnyArray, "2"]
+BLOCKED = Compute(attention="blocked")
+"""The attention that can be differentiated in forward mode."""
 
 
 @record
@@ -60,7 +51,7 @@ class TokenGeometry:
 def token_geometry(
     params: Mapping[str, Any],
     config: Any,
-    pair: PairTokens,
+    pair: ResponseRows,
     *,
     adapters: Mapping[str, Any] | None = None,
     adapter_scale: float = 1.0,
@@ -81,7 +72,7 @@ def token_geometry(
     Args:
       params: nested dict of arrays.
       config: `DecoderConfig` or `EncoderDecoderConfig`.
-      pair: one pair.
+      pair: its two rows, chosen and rejected.
       adapters: low-rank updates; if given, they alone are the trained parameters.
       adapter_scale: factor on the updates, alpha / rank.
       chunk: tokens per chunk; None: as many as fit in 256 MiB.
@@ -105,10 +96,10 @@ def _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk) ->
 
     def side(row: int) -> Callable[[Any], Float[Array, " response"]]:
         def log_probs(trained: Any) -> Float[Array, " response"]:
-            own = {"params": trained} if adapters is None else {"params": params}
+            policy = trained
             if adapters is not None:
-                own |= {"adapters": trained, "adapter_scale": adapter_scale}
-            return _log_probs(config, jax.tree.map(lambda x: x[row : row + 1], pair), **own)[0]
+                policy = with_adapters(params, trained, adapter_scale)
+            return _log_probs(policy, config, jax.tree.map(lambda x: x[row : row + 1], pair))[0]
 
         return log_probs
 
@@ -132,12 +123,10 @@ def _by_whole_gradients(params, config, pair, adapters, adapter_scale, chunk) ->
 def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeometry:
     """Layer by layer, from the last to the first, for decoders."""
     tokens, length = jnp.asarray(pair.tokens), pair.response_tokens.shape[1]
-    scale = {} if adapters is None else {"adapters": adapters, "adapter_scale": adapter_scale}
-    x, block, inputs = decoder.begin_layers(
-        params, config, tokens, attention_kind="blocked", **scale
-    )
-    at = 0 if adapters is None else 1  # index of the trained parameters in the inputs
-    size = sum(leaf.size for leaf in jax.tree.leaves(inputs[at])) // config.layers
+    policy = params if adapters is None else with_adapters(params, adapters, adapter_scale)
+    x, block, inputs = decoder.begin_layers(policy, config, tokens, compute=BLOCKED)
+    trained = params["layers"] if adapters is None else adapters["layers"]
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained)) // config.layers
     chunk = max(1, CHUNK_NUMBERS // size) if chunk is None else chunk
 
     def through(x: Array, inputs: Any) -> tuple[Array, Array]:
@@ -177,15 +166,18 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
 
     def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
         (chosen, rejected), sums = carry
-        entered, own = inputs
+        entered, (layer_params, is_windowed), trained = inputs
 
         def run(trained: Any, x: Array) -> Array:
-            return block(x, (*own[:at], trained, *own[at + 1 :]))[0]
+            own = trained
+            if adapters is not None:
+                own = with_adapters(layer_params, trained, adapter_scale)
+            return block(x, (own, is_windowed))[0]
 
         rows = entered[:1], entered[1:]
-        _, pull_chosen = jax.vjp(run, own[at], rows[0])
-        _, pull_rejected = jax.vjp(run, own[at], rows[1])
-        _, push = jax.linearize(lambda trained: run(trained, rows[1]), own[at])
+        _, pull_chosen = jax.vjp(run, trained, rows[0])
+        _, pull_rejected = jax.vjp(run, trained, rows[1])
+        _, push = jax.linearize(lambda trained: run(trained, rows[1]), trained)
 
         def of_chosen(cotangent: Array) -> tuple[Array, Array, Array]:
             gradient, before = pull_chosen(cotangent)
@@ -205,7 +197,7 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
     (chosen, scales_chosen), (rejected, scales_rejected) = of_norm(0), of_norm(1)
     sums = jax.tree.map(jnp.zeros_like, _products(output_gradient))
     carry = (chosen, rejected), sums
-    (firsts, sums), _ = jax.lax.scan(layer, carry, (entered, inputs), reverse=True)
+    (firsts, sums), _ = jax.lax.scan(layer, carry, (entered, inputs, trained), reverse=True)
     if adapters is not None:
         return sums
     scales = [scales_chosen, scales_rejected]
@@ -269,7 +261,9 @@ def _products(x: Any) -> TokenGeometry:
     )
 
 
-def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens) -> TokenGeometry:
+def last_layer_geometry(
+    params: Mapping[str, Any], config: ModelConfig, pair: ResponseRows
+) -> TokenGeometry:
     r"""`token_geometry` of the unembedding alone, in closed form from one forward pass.
 
     .. math:: M_{tu} = (\delta_t \cdot \delta_u) \, (h_t \cdot h_u), \quad
@@ -281,7 +275,7 @@ def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens
     Args:
       params: nested dict of arrays.
       config: `DecoderConfig` or `EncoderDecoderConfig`.
-      pair: one pair.
+      pair: its two rows, chosen and rejected.
 
     Returns:
       [response, response] in float32.
@@ -293,18 +287,15 @@ def last_layer_geometry(params: Mapping[str, Any], config: Any, pair: PairTokens
     )
 
 
-def _hidden(params, config, pair, **adapters) -> Float[Array, "rows response width"]:
-    """Hidden states that predict the responses, with forward- and reverse-mode derivatives."""
-    if isinstance(config, DecoderConfig):
-        adapters = adapters | {"attention_kind": "blocked"}
-    rows = (pair.tokens, pair.prompt_length, pair.response_tokens)
-    return response_states(params, config, *map(jnp.asarray, rows), **adapters)
+def _hidden(params, config, pair) -> Float[Array, "rows response width"]:
+    """Hidden states that predict the responses, differentiable in either direction."""
+    rows = jax.tree.map(jnp.asarray, pair)
+    return response_states(params, config, rows, compute=BLOCKED)
 
 
 def _logits(params, config, hidden):
-    """Float32 logits of a whole pair, and the derivative of scaling and capping."""
-    module: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
-    kernel, bias = module.unembedding(params, config)
+    """Float32 logits, all of one pair in memory, and the derivative of their form."""
+    kernel, bias = decoder.unembedding(params, config)
     z = jnp.matmul(
         hidden,
         kernel.astype(hidden.dtype),
@@ -322,8 +313,8 @@ def _logits(params, config, hidden):
     return z, derivative
 
 
-def _log_probs(config, pair, *, params, **adapters) -> Float[Array, "rows response"]:
-    z, _ = _logits(params, config, _hidden(params, config, pair, **adapters))
+def _log_probs(params, config, pair) -> Float[Array, "rows response"]:
+    z, _ = _logits(params, config, _hidden(params, config, pair))
     targets = jnp.asarray(pair.response_tokens)
     picked = jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], axis=-1)[..., 0]
     real = jnp.arange(targets.shape[1])[None] < jnp.asarray(pair.response_length)[:, None]

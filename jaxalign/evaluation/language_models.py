@@ -21,7 +21,8 @@ from jaxalign.errors import UserError, notice_once
 from jaxalign.evaluation.templates import CHAT, COMPLETION, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
 from jaxalign.models import DecoderConfig, load_pretrained
-from jaxalign.models.responses import JointRows, response_log_probs
+from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows, SharedPrefixRows
 
 NAMES = ("A", "B")
 BUCKETS = 4  # programs compiled at most
@@ -130,15 +131,19 @@ def _label_log_probs(
     joint = None
     if isinstance(config, DecoderConfig):
         at = prompt_length[:, None] + places[None]
-        joint = JointRows(
+        joint = SharedPrefixRows(
             tokens=tokens.at[rows[:, None], at].set(labels[None]),
             first_length=prompt_length + 1,
             common_length=prompt_length,
         )
-    found = response_log_probs(
-        params, config, twice, lengths, both, jnp.ones_like(lengths), joint=joint
+    answers = ResponseRows(
+        tokens=twice,
+        prompt_length=lengths,
+        response_tokens=both,
+        response_length=jnp.ones_like(lengths),
+        shared_prefix=joint,
     )
-    return found.log_prob.reshape(-1, 2)
+    return response_log_probs(params, config, answers).log_prob.reshape(-1, 2)
 
 
 def question_tokens(

@@ -27,8 +27,9 @@ from jaxalign.data.records import Text
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Verdicts
 from jaxalign.models import DecoderConfig, load_pretrained
+from jaxalign.models.compute import Compute
+from jaxalign.models.folders import exported
 from jaxalign.models.score import ScoreModel, rewards
-from jaxalign.models.weights import exported
 from jaxalign.sharding import batch_sharding, make_mesh
 from jaxalign.training.step import on_mesh
 
@@ -73,7 +74,7 @@ class Scorer:
         self._options["encoder_decoder"] = not isinstance(config, DecoderConfig)
 
         def scores(params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-            return rewards(params, config, tokens, lengths, dtype=kind)
+            return rewards(params, config, tokens, lengths, compute=Compute(dtype=kind))
 
         self._scores = jax.jit(on_mesh(scores, mesh))
 

@@ -20,14 +20,8 @@ from jaxalign.generation.sampling import (
     most_likely,
     penalised,
 )
-from jaxalign.models import (
-    cached_decoder,
-    cached_encoder_decoder,
-    decoder,
-    devices,
-    encoder_decoder,
-)
-from jaxalign.models.config import DecoderConfig
+from jaxalign.models import cached_decoder, cached_encoder_decoder, decoder, devices
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.records import AnyArray, record
 from jaxalign.sharding import batch_sharding, replicated, state_sharding, table_sharding
 
@@ -51,7 +45,7 @@ class Samples:
 
 def generate(
     policies: Sequence[Mapping[str, Any]],
-    config: Any,
+    config: ModelConfig,
     prompts: Int[Array, "prompts length"],
     prompt_length: Int[Array, " prompts"],
     key: PRNGKeyArray,
@@ -71,9 +65,8 @@ def generate(
     ended. The draws of a row depend only on the key and the row's number, not on the batch.
 
     Args:
-      policies: for each, the arguments of the forward pass: {"params"}; with adapters also
-        {"adapters", "adapter_scale"}; {"added"} where a decoder is steered. All have the same
-        tokens.
+      policies: parameters of each, with adapters (`lora.with_adapters`) or steering
+        (`decoder.with_steering`) where wanted. All have the same tokens.
       config: the architecture of all of them.
       prompts: padded on the left.
       prompt_length: number of tokens of each prompt, at least 1.
@@ -93,7 +86,7 @@ def generate(
       UserError: prompt and response are longer than the table of learned positions.
     """
     _check_positions(config, prompt_length, sampling.max_tokens)
-    module: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
+    cached: Any = cached_decoder if isinstance(config, DecoderConfig) else cached_encoder_decoder
     slots = sampling.max_tokens + (
         prompts.shape[1] if isinstance(config, DecoderConfig) else 0  # the start token takes 1
     )
@@ -101,22 +94,15 @@ def generate(
     rows = prompts.shape[0] * samples
     row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_row + jnp.arange(rows))
     started = [
-        module.prefill(
-            config=config,
-            tokens=prompts,
-            prompt_length=prompt_length,
-            slots=slots,
-            dtype=dtype,
-            **policy,
-        )
+        cached.prefill(policy, config, prompts, prompt_length, slots=slots, dtype=dtype)
         for policy in policies
     ]
     if samples > 1:
         started = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, started)
-    kernels = [_unembedding(policy, config) for policy in policies]
+    kernels = [decoder.unembedding(policy, config) for policy in policies]
     # On a CPU the loop reads layers sliced once; an accelerator keeps no second copy.
-    slice_once = devices.platform() == "cpu"
-    layers = [_layers(policy, config) if slice_once else None for policy in policies]
+    once = devices.platform() == "cpu"
+    layers = [_layers(policy, config) if once else None for policy in policies]
     ends = jnp.asarray(sampling.end_tokens, jnp.int32)
     penalty = sampling.repetition_penalty
 
@@ -169,9 +155,7 @@ def generate(
     def step(state: Any) -> Any:
         carry, caches = state
         moved = [
-            module.advance(
-                config=config, cache=cache, tokens=carry[4], layers=own, dtype=dtype, **policy
-            )
+            cached.advance(policy, config, cache, carry[4], layers=own, dtype=dtype)
             for policy, cache, own in zip(policies, caches, layers, strict=True)
         ]
         return add(carry, [hidden for hidden, _ in moved]), [cache for _, cache in moved]
@@ -228,15 +212,10 @@ def _present(config: Any, prompts: Array, prompt_length: Array) -> Bool[Array, "
     return none.at[jnp.arange(prompts.shape[0])[:, None], prompts].max(real)
 
 
-def _unembedding(policy: Mapping[str, Any], config: Any) -> tuple[Array, Array | None]:
-    module: Any = decoder if isinstance(config, DecoderConfig) else encoder_decoder
-    return module.unembedding(policy["params"], config)
-
-
 def _layers(policy: Mapping[str, Any], config: Any) -> list[Any]:
     if isinstance(config, DecoderConfig):
-        return cached_decoder.layers_of(policy["params"]["layers"], config.layers)
-    return cached_decoder.layers_of(policy["params"]["decoder"]["layers"], config.decoder_layers)
+        return cached_decoder.layers_of(policy["layers"], config.layers)
+    return cached_decoder.layers_of(policy["decoder"]["layers"], config.decoder_layers)
 
 
 def compile_generate(

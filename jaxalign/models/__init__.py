@@ -1,12 +1,13 @@
 """Decoders and encoder-decoders that load, run and save Hugging Face folders.
 
-Parameters travel as nested dicts of arrays; the nnx modules are the shells that users hold.
+Functions take parameters as nested dicts of arrays; the nnx modules hold them for users.
 """
 
 from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope, tempered
 from jaxalign.models.decoder import Decoder, init_model
 from jaxalign.models.encoder_decoder import EncoderDecoder
-from jaxalign.models.weights import load_pretrained, save_pretrained
+from jaxalign.models.saving import save_pretrained
+from jaxalign.models.weights import load_pretrained
 
 __all__ = [
     "Decoder",

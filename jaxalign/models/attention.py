@@ -1,4 +1,4 @@
-"""Causal attention for every device: fused on GPUs, by blocks elsewhere, row by row on one CPU."""
+"""Causal attention: fused on GPUs, in blocks elsewhere, row by row on a single CPU."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def attention(
     implementation: str = "auto",
     query_block: int = 512,
 ) -> Float[Array, "batch length heads head_width"]:
-    """Causal attention that never forms a [length, length] array of scores for long sequences.
+    """Causal attention without an array of scores [length, length] for long sequences.
 
     Args:
       q: queries; heads is a multiple of kv_heads (grouped queries).
@@ -36,13 +36,13 @@ def attention(
       scale: factor on query-key products.
       segment_ids: a position sees its own segment alone (padding is one more segment). None
         means one segment; rows padded on the right need none, since causality hides padding.
-      prefix_ids: the segment that a position's own one continues, and that it sees, too.
-      positions: what a window counts in; by default the place in the row.
+      prefix_ids: the segment that a position's own segment continues, and that it sees, too.
+      positions: used for the window; by default the index in the row.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
       implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
         cap).
-      query_block: how many queries "blocked" treats at a time.
+      query_block: number of queries in a block of "blocked".
 
     Returns:
       [batch, length, heads, head_width] in the dtype of `q`.
@@ -74,7 +74,7 @@ def attention(
 
 
 class _Row(NamedTuple):
-    """Where the positions of rows stand, each [batch or 1, length]."""
+    """Index, segments and position of each token, [batch or 1, length]."""
 
     place: Array
     segment: Array
@@ -88,7 +88,7 @@ class _Row(NamedTuple):
 def _blocked_attention(q, k, v, row, scale, window, cap, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
-    if devices.one_cpu():
+    if devices.is_single_cpu():
         return _row_by_row(mix, q, k, v, row, window, block)
     batch, length, heads, width = q.shape
     k, v = devices.whole_length(k), devices.whole_length(v)
@@ -101,15 +101,15 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
         return attend(q, k, v, row, row)
     padding = -length % block
     blocks = (length + padding) // block
-    strewn = devices.splits_length()  # every block over the whole row: a part for each device
+    strided = devices.splits_length()  # every block spans the row: a part for each device
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        sizes = (block, blocks) if strewn else (blocks, block)
-        return jnp.moveaxis(x.reshape(x.shape[0], *sizes, *x.shape[2:]), 2 if strewn else 1, 0)
+        sizes = (block, blocks) if strided else (blocks, block)
+        return jnp.moveaxis(x.reshape(x.shape[0], *sizes, *x.shape[2:]), 2 if strided else 1, 0)
 
     # A windowed block reads its own positions and the window - 1 positions before them.
-    narrow = window is not None and row.prefix is None and not strewn
+    narrow = window is not None and row.prefix is None and not strided
     span = min(length, block + window - 1) if narrow else length
 
     @jax.checkpoint
@@ -126,14 +126,14 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
 
     starts = jnp.arange(blocks) * block
     _, out = jax.lax.scan(step, None, (starts, split(q), row.map(split)))
-    out = jnp.moveaxis(out, 0, 2 if strewn else 1)
+    out = jnp.moveaxis(out, 0, 2 if strided else 1)
     return out.reshape(batch, -1, heads, width)[:, :length]
 
 
 def _row_by_row(mix, q, k, v, row, window, block):
-    """Attention on one CPU: rows one after the other, a quarter of their queries at a time.
+    """Attention on one CPU: row by row, a quarter of a row's queries at a time.
 
-    What is worked on then stays in the cache, and a quarter reads no key behind it.
+    The arrays then stay in the cache, and a quarter reads no later key.
     """
     length = q.shape[1]
     size = min(block, -(-length // 4))
@@ -175,7 +175,7 @@ def _mix(q, k, v, seen, *, scale, cap):
 
 
 def _sees(queries: _Row, keys: _Row, window: int | None) -> Bool[Array, "batch queries keys"]:
-    """Which keys a query sees: none behind it, those of its segment and of the one before."""
+    """Which keys a query sees: no later ones, those of its segment and of its prefix."""
 
     def pairs(of_query: Array, of_key: Array) -> tuple[Array, Array]:
         return of_query[:, :, None], of_key[:, None, :]

@@ -1,4 +1,4 @@
-"""A decoder one token at a time: keys and values of all tokens so far wait in a cache."""
+"""A decoder one token at a time, with a cache of keys and values."""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -9,17 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import devices
+from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.decoder import (
-    first_states,
-    mlp_branch,
-    norm,
-    one_layer,
-    queries_keys_values,
-    rotations,
-    states_and_keys,
-)
-from jaxalign.models.layers import dense, softcap
+from jaxalign.models.decoder import Layout, embed, states_keys_values
+from jaxalign.models.decoder_layer import norm, one_layer, queries_keys_values, rotations
+from jaxalign.models.layers import dense, mlp_branch, softcap
 from jaxalign.models.precision import precision
 from jaxalign.records import AnyArray, record
 
@@ -42,7 +36,7 @@ class Cache:
 
 
 def layers_of(tree: Mapping[str, Any], number: int) -> list[Any]:
-    """What is stacked over layers, cut up: [layers, ...] leaves as one tree for each of them."""
+    """A tree of stacked leaves, [layers, ...], as one tree per layer."""
     return [jax.tree.map(itemgetter(at), tree) for at in range(number)]
 
 
@@ -53,9 +47,6 @@ def prefill(
     prompt_length: Int[Array, " rows"],
     *,
     slots: int,
-    adapters: Mapping[str, Any] | None = None,
-    adapter_scale: float | Float[Array, ""] = 1.0,
-    added: Float[Array, "layers width"] | None = None,
     dtype: Any = None,
 ) -> tuple[Float[Array, "rows width"], Cache]:
     """The hidden state after each prompt, and the cache with the prompts in it.
@@ -65,25 +56,14 @@ def prefill(
       config: the decoder.
       tokens: prompts, padded on the left: the last token of each ends its row.
       prompt_length: how many of a row's tokens are real.
-      slots: of the cache: the prompts' length and what is to be generated.
-      adapters: as in `decoder.hidden_states`.
-      adapter_scale: as in `decoder.hidden_states`.
-      added: as in `decoder.states_and_keys`: how a policy is steered.
+      slots: size of the cache: the prompts' length and the number of tokens to generate.
       dtype: of the computation and the cache; None is the parameters' own.
     """
     length = tokens.shape[1]
     first = length - prompt_length
-    hidden, kept = states_and_keys(
-        params,
-        config,
-        tokens,
-        attention_mask=(jnp.arange(length)[None] >= first[:, None]).astype(jnp.int32),
-        adapters=adapters,
-        adapter_scale=adapter_scale,
-        added=added,
-        dtype=dtype,
-        keep=True,
-    )
+    real = (jnp.arange(length)[None] >= first[:, None]).astype(jnp.int32)
+    layout, compute = Layout(attention_mask=real), Compute(dtype=dtype)
+    hidden, kept = states_keys_values(params, config, tokens, layout, compute=compute)
 
     def in_slots(x: Array) -> tuple[Array, ...]:
         x = jnp.pad(jnp.moveaxis(x, 2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0)))
@@ -100,9 +80,6 @@ def advance(
     tokens: Int[Array, " rows"],
     *,
     layers: Sequence[Any] | None = None,
-    adapters: Mapping[str, Any] | None = None,
-    adapter_scale: float | Float[Array, ""] = 1.0,
-    added: Float[Array, "layers width"] | None = None,
     dtype: Any = None,
 ) -> tuple[Float[Array, "rows width"], Cache]:
     """The hidden state after one more token of every row, and the cache with these in it.
@@ -112,10 +89,7 @@ def advance(
       config: the decoder.
       cache: of the tokens before; it has a free slot.
       tokens: one for each row.
-      layers: from `layers_of`, where a loop should not cut the layers out anew for each token.
-      adapters: as in `decoder.hidden_states`.
-      adapter_scale: as in `decoder.hidden_states`.
-      added: as in `decoder.states_and_keys`: how a policy is steered.
+      layers: from `layers_of`, where a loop should not slice the layers again for each token.
       dtype: as in `prefill`.
     """
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
@@ -124,35 +98,27 @@ def advance(
     place = jnp.arange(cache.keys[0].shape[2])[None]
     seen = (place >= cache.first[:, None]) & (place <= cache.used)
     near = seen if config.window is None else seen & (cache.used - place < config.window)
-    updates = [{}] * config.layers
-    if adapters is not None:
-        updates = layers_of(adapters["layers"], config.layers)
 
     def through(x: Array, number: int, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """One layer, with its keys and values after it."""
-        own = {"adapters": updates[number], "scale": adapter_scale}
         windowed = bool(config.windowed) and config.windowed[number]
 
         def attend(y: Array) -> tuple[Array, tuple[Array, Array]]:
-            turned = {"is_windowed": windowed, "angles": angles}
-            q, k, v = queries_keys_values(y, layer, config, **own, **turned)
+            q, k, v = queries_keys_values(y, layer, config, is_windowed=windowed, angles=angles)
             keys = write(cache.keys[number], k, cache.used)
             values = write(cache.values[number], v, cache.used)
             mixed = attend_slots(q[:, 0], keys, values, near if windowed else seen, config)
-            out = dense(mixed, layer["o"], own["adapters"].get("o"), adapter_scale)
-            return out, (keys, values)
+            return dense(mixed, layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
-            return mlp_branch(y, layer, config, **own)
+            return mlp_branch(y, layer, config)
 
         return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
 
-    x = first_states(params, config, tokens[:, None], positions, dtype)
+    x = embed(params, config, tokens[:, None], positions, dtype)
     kept = []
     for number, layer in enumerate(layers or layers_of(params["layers"], config.layers)):
         x, both = through(x, number, layer)
-        if added is not None:
-            x = x + added[number].astype(x.dtype)[None, None]
         kept.append(both)
     keys, values = zip(*kept, strict=True)
     after = Cache(keys=keys, values=values, first=cache.first, used=cache.used + 1)

@@ -1,4 +1,4 @@
-"""What a decoder is made of, as plain values: every family is one setting of these."""
+"""Architectures as plain values: every model family is one setting of these."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ class Rope:
     """Rotary positions: base, scaling and the rotated part of each head.
 
     Attributes:
-      theta: base of the geometric row of wavelengths.
+      theta: base of the geometric series of wavelengths.
       kind: one of `ROPE_KINDS`; the other fields belong to the kinds that read them.
       rotated: fraction of the head width that is rotated, in (0, 1].
       factor: how far the context is stretched (linear, dynamic, llama3, yarn, longrope).
@@ -163,28 +163,6 @@ class DecoderConfig:
         return json.loads(self.source) if self.source else {}
 
 
-def tempered(config: Any, temperature: float) -> Any:
-    r"""The architecture of the policy with every next-token distribution at a temperature.
-
-    .. math:: \pi_T(y_n \mid x, y_{<n}) \propto \pi(y_n \mid x, y_{<n})^{1/T}
-
-    What samples and what scores then agree by construction.
-
-    Args:
-      config: of a decoder or an encoder-decoder.
-      temperature: T > 0.
-    """
-    if not temperature > 0:
-        raise UserError(f"temperature: {temperature} is not positive")
-    if temperature == 1:
-        return config
-    scale = 1.0 if config.logit_scale is None else config.logit_scale
-    changed = {"logit_scale": scale / temperature}
-    if config.logit_softcap is not None:
-        changed["logit_softcap"] = config.logit_softcap / temperature
-    return dataclasses.replace(config, **changed)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
     """One encoder-decoder transformer of T5's kind; hashable, as `DecoderConfig` is.
@@ -250,3 +228,31 @@ class EncoderDecoderConfig:
     def source_fields(self) -> dict[str, Any]:
         """The fields of the Hugging Face config this one was read from; empty if none."""
         return json.loads(self.source) if self.source else {}
+
+
+ModelConfig = DecoderConfig | EncoderDecoderConfig
+
+
+def tempered(config: ModelConfig, temperature: float) -> ModelConfig:
+    r"""The architecture of the policy with every next-token distribution at a temperature.
+
+    .. math:: \pi_T(y_n \mid x, y_{<n}) \propto \pi(y_n \mid x, y_{<n})^{1/T}
+
+    Sampling and scoring with this config then agree by construction.
+
+    Args:
+      config: of a decoder or an encoder-decoder.
+      temperature: T > 0.
+
+    Raises:
+      UserError: if the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature: {temperature} is not positive")
+    if temperature == 1:
+        return config
+    scale = 1.0 if config.logit_scale is None else config.logit_scale
+    changed = {"logit_scale": scale / temperature}
+    if config.logit_softcap is not None:
+        changed["logit_softcap"] = config.logit_softcap / temperature
+    return dataclasses.replace(config, **changed)

@@ -1,6 +1,6 @@
-"""What the models know of the devices: which they are, and how these share a batch's states.
+"""The devices that models compile for, and how a batch's states are sharded over them.
 
-Both are set around the tracing of a program, by whoever compiles it.
+Both are set by the caller while a program is traced.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ _TARGET: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar
 )
 
 
-_PLACES: contextvars.ContextVar[tuple[NamedSharding, NamedSharding] | None] = (
-    contextvars.ContextVar("places", default=None)
+_SHARDINGS: contextvars.ContextVar[tuple[NamedSharding, NamedSharding] | None] = (
+    contextvars.ContextVar("shardings", default=None)
 )
 
 
 def enable_compilation_cache() -> None:
-    """Keep all compiled programs on disk, where the user has not said otherwise.
+    """Keep all compiled programs on disk, unless the user has set this otherwise.
 
-    Small programs, too: a command has about a hundred of them, which together take longer to
-    compile than a small model's step. JAX_COMPILATION_CACHE_DIR names another folder,
-    JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+    Small programs are kept too: a command has about a hundred of them, which together take longer
+    to compile than a small model's step. JAX_COMPILATION_CACHE_DIR names another folder,
+    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path.home() / ".cache" / "jaxalign" / "compiled"
@@ -44,20 +44,20 @@ def platform() -> str:
     return jax.default_backend() if target is None else target[0]
 
 
-def number() -> int:
-    """How many devices share the work."""
+def device_count() -> int:
+    """Number of devices that share the work."""
     target = _TARGET.get()
     return jax.device_count() if target is None else target[1]
 
 
-def one_cpu() -> bool:
-    """Whether rows pass one by one, through the cache, or all at once, spread over devices."""
-    return platform() == "cpu" and number() == 1
+def is_single_cpu() -> bool:
+    """Whether rows are processed one by one, for the cache, rather than all at once."""
+    return platform() == "cpu" and device_count() == 1
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str, devices: int) -> Iterator[None]:
-    """What is traced inside takes the forms that these devices run best."""
+    """Programs traced inside are written for these devices."""
     token = _TARGET.set((platform, devices))
     try:
         yield
@@ -67,48 +67,48 @@ def compiling_for(platform: str, devices: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def splitting_states(states: NamedSharding, tables: NamedSharding) -> Iterator[None]:
-    """What is traced inside keeps a batch's states where `states` puts them.
+    """Programs traced inside shard a batch's states as `states` says.
 
     Args:
-      states: of the first two axes of states [rows, length, ...].
-      tables: of an embedding [ids, width] while rows are looked up in it.
+      states: sharding of the first two axes of states [rows, length, ...].
+      tables: sharding of an embedding [ids, width] while rows are looked up in it.
     """
-    token = _PLACES.set((states, tables))
+    token = _SHARDINGS.set((states, tables))
     try:
         yield
     finally:
-        _PLACES.reset(token)
+        _SHARDINGS.reset(token)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """States [rows, length, ...] split by rows and length alone, inside `splitting_states`.
+    """States [rows, length, ...] sharded by rows and length alone, inside `splitting_states`.
 
-    Said of the residual stream, it keeps the compiler from splitting states by width, as it splits
-    the parameters, and repeating every row's work on every device.
+    On the residual stream this keeps the compiler from sharding states by width, as parameters
+    are, and repeating every row's work on every device.
     """
-    places = _PLACES.get()
-    return x if places is None else _placed(x, places[0])
+    shardings = _SHARDINGS.get()
+    return x if shardings is None else _constrained(x, shardings[0])
 
 
 def as_table(x: jax.Array) -> jax.Array:
-    """An embedding as rows are looked up in it, its width in one piece, if states are split."""
-    places = _PLACES.get()
-    return x if places is None else _placed(x, places[1])
+    """An embedding for a lookup: its width is not sharded inside `splitting_states`."""
+    shardings = _SHARDINGS.get()
+    return x if shardings is None else _constrained(x, shardings[1])
 
 
 def splits_length() -> bool:
     """Whether several devices share the positions of a row."""
-    places = _PLACES.get()
-    return places is not None and _parts(places[0], 1) > 1
+    shardings = _SHARDINGS.get()
+    return shardings is not None and _parts(shardings[0], 1) > 1
 
 
 def whole_length(x: jax.Array) -> jax.Array:
     """[rows, length, ...] with all positions of a row on each device that has any of them."""
-    places = _PLACES.get()
-    if places is None or not splits_length() or x.shape[0] % _parts(places[0], 0):
+    shardings = _SHARDINGS.get()
+    if shardings is None or not splits_length() or x.shape[0] % _parts(shardings[0], 0):
         return x
-    spec = P(places[0].spec[0], None, *[P.UNCONSTRAINED] * (x.ndim - 2))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(places[0].mesh, spec))
+    spec = P(shardings[0].spec[0], None, *[P.UNCONSTRAINED] * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(shardings[0].mesh, spec))
 
 
 def _parts(sharding: NamedSharding, axis: int) -> int:
@@ -118,8 +118,8 @@ def _parts(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """The array where it should be; an axis that does not divide stays whole."""
+def _constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array with this sharding; an axis that does not divide stays whole."""
     if x.shape[0] % _parts(sharding, 0):
         return x
     axes = [

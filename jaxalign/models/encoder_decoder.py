@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxalign.errors import UserError
 from jaxalign.models import devices
+from jaxalign.models.compute import Compute
 from jaxalign.models.config import EncoderDecoderConfig
-from jaxalign.models.decoder import REMAT_POLICIES, unembed
-from jaxalign.models.layers import ACTIVATIONS, dense, look_up, rms_norm
+from jaxalign.models.decoder import unembed, unembedding
+from jaxalign.models.layers import dense, look_up, mlp_branch, rms_norm
+from jaxalign.models.module import Model
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import spread
-from jaxalign.models.shell import Model
 
 
 def parameter_shapes(config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -91,18 +91,18 @@ def init_params(config: EncoderDecoderConfig, key: jax.Array, *, dtype: Any = jn
 def relative_bucket(
     distance: Int[Array, "..."], *, buckets: int, reach: int, both_ways: bool
 ) -> Int[Array, "..."]:
-    r"""The learned distance that a key's place relative to a query's falls into.
+    r"""The bucket of the distance between a key and a query.
 
-    Of n buckets (half of them for either direction where both are seen), the first n/2 are one
+    Of n buckets (half of them for either direction where both are seen), the first n/2 hold one
     distance d each and the others grow geometrically up to `reach`:
 
     .. math:: \lfloor n/2 \rfloor + \Bigl\lfloor \frac{\log (d / \lfloor n/2 \rfloor)}
               {\log (\text{reach} / \lfloor n/2 \rfloor)} \lceil n/2 \rceil \Bigr\rfloor
 
     Args:
-      distance: place of the key minus place of the query.
-      buckets: how many there are.
-      reach: distances from here on share the last bucket.
+      distance: position of the key minus position of the query.
+      buckets: number of buckets.
+      reach: distances from this one on share the last bucket.
       both_ways: whether keys after the query are seen (encoder).
 
     Returns:
@@ -125,28 +125,28 @@ def attend(
     q: Float[Array, "batch queries heads head_width"],
     k: Float[Array, "batch keys heads head_width"],
     v: Float[Array, "batch keys heads head_width"],
-    q_places: Int[Array, " queries"],
+    q_positions: Int[Array, " queries"],
     key_mask: Array | None,
     biases: Array | None,
     config: EncoderDecoderConfig,
     *,
     causal: bool,
 ) -> Float[Array, "batch queries heads head_width"]:
-    """Scores plus learned distances, softmax in float32, mixture, for a set of queries.
+    """Attention with learned distances added to the scores; softmax in float32.
 
     Args:
       q: queries.
-      k: keys, from place 0 on.
+      k: keys, from position 0 on.
       v: values.
-      q_places: where the queries stand.
+      q_positions: positions of the queries.
       key_mask: [batch or 1, keys], nonzero at keys that are seen; None: all.
-      biases: [batch or 1, buckets, heads], what distances add to scores; None: nothing.
+      biases: [batch or 1, buckets, heads], added to the scores by distance; None: nothing.
       config: the encoder-decoder.
       causal: keys after a query are not seen.
     """
     at = precision(q.dtype)
     scores = jnp.einsum("bqhd,bshd->bhqs", q, k, precision=at, preferred_element_type=jnp.float32)
-    distance = jnp.arange(k.shape[1])[None] - q_places[:, None]
+    distance = jnp.arange(k.shape[1])[None] - q_positions[:, None]
     if biases is not None:
         bucket = relative_bucket(
             distance,
@@ -164,12 +164,12 @@ def attend(
     return jnp.einsum("bhqs,bshd->bqhd", weights, v, precision=at)
 
 
-def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, causal, block=512):
+def _attention(x, memory, layer, key_mask, biases, config, *, causal, block=512):
     """Multi-head attention of `x` over `memory`; long inputs one block of queries at a time."""
     batch, length, _ = x.shape
 
     def project(name, inputs):
-        y = dense(inputs, layer[name], adapters.get(name), scale)
+        y = dense(inputs, layer[name])
         return y.reshape(batch, inputs.shape[1], config.heads, config.head_width)
 
     q, k, v = project("q", x), project("k", memory), project("v", memory)
@@ -189,30 +189,10 @@ def _attention(x, memory, layer, adapters, scale, key_mask, biases, config, *, c
 
         _, mixed = jax.lax.scan(step, None, (jnp.arange(blocks), q))
         mixed = jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * block, -1)[:, :length]
-    return dense(mixed.reshape(batch, length, -1), layer["o"], adapters.get("o"), scale)
+    return dense(mixed.reshape(batch, length, -1), layer["o"])
 
 
-def mlp_branch(
-    x: Float[Array, "... width"],
-    layer: Mapping[str, Any],
-    config: EncoderDecoderConfig,
-    *,
-    adapters: Mapping[str, Any],
-    scale: float | Float[Array, ""],
-) -> Float[Array, "... width"]:
-    """What a layer's MLP adds to the residual stream."""
-    activation = ACTIVATIONS[config.activation]
-    y = dense(x, layer["up"], adapters.get("up"), scale)
-    if config.gated:
-        y = activation(dense(x, layer["gate"], adapters.get("gate"), scale)) * y
-    else:
-        y = activation(y)
-    return dense(y, layer["down"], adapters.get("down"), scale)
-
-
-def _stack(
-    x, stack, config, adapters, scale, remat, *, mask, causal, memory=None, memory_mask=None
-):
+def _stack(x, stack, config, compute, *, mask, causal, memory=None, memory_mask=None):
     """The layers of one stack under `jax.lax.scan`, and its final norm."""
     biases, probe = stack["positions"]["embedding"], stack["positions"].get("probe")
     rows = 1 if probe is None else x.shape[0]
@@ -221,21 +201,18 @@ def _stack(
     def norm(y, params):
         return rms_norm(y, params, eps=config.norm_eps)
 
-    def block(x, inputs):
-        layer, updates = inputs
+    def block(x, layer):
         x = devices.by_rows(x)
         y = norm(x, layer["attention_norm"])
-        x = x + _attention(y, y, layer, updates, scale, mask, biases, config, causal=causal)
+        x = x + _attention(y, y, layer, mask, biases, config, causal=causal)
         if memory is not None:
-            y, cross = norm(x, layer["cross_norm"]), updates.get("cross", {})
+            y = norm(x, layer["cross_norm"])
             seen = memory_mask, None
-            x = x + _attention(y, memory, layer["cross"], cross, scale, *seen, config, causal=False)
+            x = x + _attention(y, memory, layer["cross"], *seen, config, causal=False)
         y = norm(x, layer["mlp_norm"])
-        return x + mlp_branch(y, layer, config, adapters=updates, scale=scale), None
+        return x + mlp_branch(y, layer, config), None
 
-    if remat != "none":
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x, _ = jax.lax.scan(block, x, (stack["layers"], adapters.get("layers", {})))
+    x, _ = jax.lax.scan(compute.checkpoint(block), x, stack["layers"])
     return norm(devices.by_rows(x), stack["final_norm"])
 
 
@@ -247,48 +224,36 @@ def hidden_states(
     *,
     attention_mask: Array | None = None,
     decoder_attention_mask: Array | None = None,
-    adapters: Mapping[str, Any] | None = None,
-    adapter_scale: float | Float[Array, ""] = 1.0,
-    remat: str = "none",
-    dtype: Any = None,
+    compute: Compute = Compute(),
 ) -> Float[Array, "batch response width"]:
     """The decoder's last hidden states, after the final norm; layers run under `jax.lax.scan`.
 
     Args:
-      params: nested dict of arrays, as `init_params` makes it.
+      params: nested dict of arrays, as `init_params` makes it; with adapters if wanted
+        (`lora.with_adapters`).
       config: the encoder-decoder.
       tokens: what the encoder reads, [batch, length].
       decoder_tokens: what the decoder reads, [batch, response], the start token first.
       attention_mask: [batch, length], nonzero at the encoder's real tokens.
       decoder_attention_mask: [batch, response], nonzero at real tokens; padding on the right
         needs none, since causality hides it.
-      adapters: low-rank updates {"encoder": {"layers": {"q": ...}}, "decoder": {"layers": {"q":
-        ..., "cross": {"q": ...}}}}, or None for the weights alone.
-      adapter_scale: factor on the updates, alpha / rank.
-      remat: what the backward pass computes again, as in `decoder.hidden_states`.
-      dtype: of the computation; None is the parameters' own.
+      compute: precision and memory.
 
     Returns:
-      [batch, response, width] in `dtype`.
+      [batch, response, width] in the computation's dtype.
 
     Raises:
       UserError: if `remat` is unknown.
     """
-    if remat != "none" and remat not in REMAT_POLICIES:
-        raise UserError(f"remat: {remat!r} is not one of none, {', '.join(REMAT_POLICIES)}")
-    dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
-    updates = {} if adapters is None else adapters
-    read = look_up(params["embed"], jnp.concatenate([tokens, decoder_tokens], axis=1), dtype)
-    length = tokens.shape[1]
-
-    def run(name, x, **options):
-        own = updates.get(name, {})
-        return _stack(x, params[name], config, own, adapter_scale, remat, **options)
-
-    memory = run("encoder", read[:, :length], mask=attention_mask, causal=False)
-    return run(
-        "decoder",
-        read[:, length:],
+    ids = jnp.concatenate([tokens, decoder_tokens], axis=1)
+    x, length = look_up(params["embed"], ids, compute.dtype_of(params)), tokens.shape[1]
+    read = x[:, :length]
+    memory = _stack(read, params["encoder"], config, compute, mask=attention_mask, causal=False)
+    return _stack(
+        x[:, length:],
+        params["decoder"],
+        config,
+        compute,
         mask=decoder_attention_mask,
         causal=True,
         memory=memory,
@@ -302,24 +267,19 @@ def encode(
     tokens: Int[Array, "batch length"],
     mask: Int[Array, "batch length"],
     *,
-    adapters: Mapping[str, Any] | None = None,
-    adapter_scale: float | Float[Array, ""] = 1.0,
-    dtype: Any = None,
+    compute: Compute = Compute(),
 ) -> Float[Array, "batch length width"]:
-    """What the decoder reads of the prompts: the encoder's last states.
+    """The encoder's last states, which the decoder attends to.
 
     Args:
       params: nested dict of arrays.
       config: the encoder-decoder.
       tokens: the prompts.
       mask: nonzero at real tokens.
-      adapters: as in `hidden_states`.
-      adapter_scale: as in `hidden_states`.
-      dtype: as in `hidden_states`.
+      compute: as in `hidden_states`.
     """
-    own = {} if adapters is None else adapters.get("encoder", {})
-    x = look_up(params["embed"], tokens, dtype)
-    return _stack(x, params["encoder"], config, own, adapter_scale, "none", mask=mask, causal=False)
+    x = look_up(params["embed"], tokens, compute.dtype_of(params))
+    return _stack(x, params["encoder"], config, compute, mask=mask, causal=False)
 
 
 def response_states(
@@ -328,7 +288,8 @@ def response_states(
     tokens: Int[Array, "batch length"],
     prompt_length: Int[Array, " batch"],
     response_tokens: Int[Array, "batch response"],
-    **options: Any,
+    *,
+    compute: Compute = Compute(),
 ) -> Float[Array, "batch response width"]:
     """Hidden states that predict the response: the decoder reads the start token and the response.
 
@@ -338,12 +299,11 @@ def response_states(
       tokens: the encoder reads each row's first `prompt_length` tokens.
       prompt_length: [batch].
       response_tokens: [batch, response], padded on the right.
-      **options: those of `hidden_states`.
+      compute: as in `hidden_states`.
     """
-    places = jnp.arange(tokens.shape[1])[None]
-    mask = (places < prompt_length[:, None]).astype(jnp.int32)
-    shifted = decoder_inputs(config, response_tokens)
-    return hidden_states(params, config, tokens, shifted, attention_mask=mask, **options)
+    mask = (jnp.arange(tokens.shape[1])[None] < prompt_length[:, None]).astype(jnp.int32)
+    inputs = decoder_inputs(config, response_tokens)
+    return hidden_states(params, config, tokens, inputs, attention_mask=mask, compute=compute)
 
 
 def decoder_inputs(
@@ -354,27 +314,10 @@ def decoder_inputs(
     return jnp.concatenate([start, response_tokens[:, :-1]], axis=1)
 
 
-def unembedding(
-    params: Mapping[str, Any], config: EncoderDecoderConfig
-) -> tuple[Float[Array, "width vocabulary"], None]:
-    """The matrix from hidden states to logits; there is no bias."""
-    if config.tied:
-        return params["embed"]["embedding"].T, None
-    return params["unembed"]["kernel"], None
-
-
-@functools.partial(jax.jit, static_argnames=("config", "remat", "dtype"))
-def _compiled_logits(params, config, tokens, mask, decoder_tokens, decoder_mask, remat, dtype):
-    hidden = hidden_states(
-        params,
-        config,
-        tokens,
-        decoder_tokens,
-        attention_mask=mask,
-        decoder_attention_mask=decoder_mask,
-        remat=remat,
-        dtype=dtype,
-    )
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _compiled_logits(params, config, tokens, decoder_tokens, mask, decoder_mask, compute):
+    masks = {"attention_mask": mask, "decoder_attention_mask": decoder_mask}
+    hidden = hidden_states(params, config, tokens, decoder_tokens, **masks, compute=compute)
     return unembed(hidden, config, *unembedding(params, config))
 
 
@@ -397,10 +340,11 @@ class EncoderDecoder(Model):
           attention_mask: [batch, length], nonzero at real tokens.
           decoder_tokens: the decoder's, [batch, response] int32, the start token first.
           decoder_attention_mask: [batch, response], nonzero at real tokens.
-          remat: what a backward pass would compute again.
+          remat: what a backward pass recomputes.
         """
         arrays = [
             None if x is None else jnp.asarray(x)
-            for x in (tokens, attention_mask, decoder_tokens, decoder_attention_mask)
+            for x in (tokens, decoder_tokens, attention_mask, decoder_attention_mask)
         ]
-        return _compiled_logits(self.params, self.config, *arrays, remat, self.dtype)
+        compute = Compute(remat=remat, dtype=self.dtype)
+        return _compiled_logits(self.params, self.config, *arrays, compute=compute)

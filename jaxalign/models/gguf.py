@@ -130,7 +130,7 @@ class Architecture:
 
 
 def _shortest(value: Any) -> Any:
-    """1e-05 rather than 9.999999747378752e-06: the decimal that float32 was written from."""
+    """1e-05 rather than 9.999999747378752e-06: the shortest decimal of a float32."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -380,7 +380,7 @@ def _architecture(file: GGUF) -> tuple[str, Architecture]:
 
 
 def config_fields(path: Path) -> Fields:
-    """The fields of config.json that a GGUF file stands for.
+    """The fields of config.json that correspond to a GGUF file.
 
     Raises:
       UserError: the architecture or one of its settings is not supported.
@@ -413,7 +413,7 @@ def config_fields(path: Path) -> Fields:
 
 
 def _tied(file: GGUF) -> bool:
-    """Whether the embedding unembeds: no matrix of its own, or the same bytes once more."""
+    """Whether the unembedding is tied: it has no matrix of its own, or the same bytes."""
     if "output.weight" not in file.tensors:
         return True
     one, other = file.tensors["token_embd.weight"], file.tensors["output.weight"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.models import devices
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.probes import matmul, spread
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -19,24 +20,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def dense(
-    x: Float[Array, "... inputs"],
-    params: Mapping[str, Any],
-    adapter: Mapping[str, Any] | None = None,
-    adapter_scale: float | Float[Array, ""] = 1.0,
-) -> Float[Array, "... outputs"]:
+def dense(x: Float[Array, "... inputs"], params: Mapping[str, Any]) -> Float[Array, "... outputs"]:
     r"""The one matrix product of all models: computed in the dtype of `x`.
 
     .. math:: y = x W + b + s \, x A B
 
     Args:
       x: inputs, [..., inputs].
-      params: {"kernel": [inputs, outputs], "bias"?: [outputs]} in any float dtype; with a
-        "probe", the gradients of both are watched (`probes`).
-      adapter: low-rank update {"a": [inputs, rank], "b": [rank, outputs]}, or None; with
+      params: {"kernel": [inputs, outputs], "bias"?: [outputs], "adapter"?} in any float dtype;
+        with a "probe", the gradients of kernel and bias are watched (`probes`). The adapter
+        (`lora.with_adapters`) is {"a": [inputs, rank], "b": [rank, outputs], "scale": s}; with
         "dropout_key" and "dropout_rate" its input is dropped (`lora.with_dropout`), with a
         "probe" it is watched.
-      adapter_scale: s, alpha / rank of the low-rank update.
 
     Returns:
       [..., outputs] in the dtype of `x`.
@@ -45,13 +40,24 @@ def dense(
     y = matmul(x, params["kernel"], probe)
     if "bias" in params:
         y = y + spread(params["bias"], y.shape, x.dtype, probe)
-    if adapter is not None:
+    if "adapter" in params:
+        adapter = params["adapter"]
         if "dropout_key" in adapter:
             x = dropout(x, adapter["dropout_key"], adapter["dropout_rate"])
         probe = adapter.get("probe")
         update = matmul(matmul(x, adapter["a"], probe), adapter["b"], probe)
-        y = y + update * jnp.asarray(adapter_scale, x.dtype)
+        y = y + update * jnp.asarray(adapter["scale"], x.dtype)
     return y
+
+
+def mlp_branch(
+    x: Float[Array, "... width"], layer: Mapping[str, Any], config: ModelConfig
+) -> Float[Array, "... width"]:
+    """What a layer's MLP adds to the residual stream."""
+    activation = ACTIVATIONS[config.activation]
+    y = dense(x, layer["up"])
+    y = activation(dense(x, layer["gate"])) * y if config.gated else activation(y)
+    return dense(y, layer["down"])
 
 
 def look_up(
@@ -59,7 +65,7 @@ def look_up(
 ) -> Float[Array, "rows length width"]:
     """Rows of {"embedding": [ids, width]}; a "lookup", [rows, length, width] of zeros, is added.
 
-    Its cotangent is that of every row that was looked up: how embeddings are watched.
+    Its cotangent is that of every row read, which is how embeddings are watched (`probes`).
     """
     table = devices.as_table(params["embedding"])
     x = devices.by_rows(jnp.take(table, ids, axis=0).astype(dtype))
@@ -69,7 +75,7 @@ def look_up(
 def dropout(
     x: Float[Array, "... width"], key: Array, rate: float | Float[Array, ""]
 ) -> Float[Array, "... width"]:
-    """Each element is 0 with probability `rate`, else divided by 1 - rate: x in expectation."""
+    """Each element is 0 with probability `rate`, else divided by 1 - rate."""
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
     return jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep.astype(x.dtype), 0)
 

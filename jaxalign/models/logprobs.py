@@ -23,20 +23,20 @@ from jaxalign.models.probes import (
 )
 from jaxalign.records import AnyArray, record
 
-# Tokens and logits of a block. On a CPU: about what a core's cache holds. On accelerators, per
-# device: rather narrow blocks than few tokens, since gradients of a block are summed over devices.
+# Tokens and logits of a block. On a CPU: about the size of a core's cache. On accelerators, per
+# device: narrow blocks of many tokens, since a block's gradients are summed over devices.
 CPU_BLOCK = (512, 2**20)
 ACCELERATOR_BLOCK = (2**15, 2**25)
-NEVER = -1e30  # the logit of a column that does not count: finite, so that 0 * NEVER is 0
+NEVER = -1e30  # logit of an ignored column: finite, so that 0 * NEVER is 0
 
 
 @record
 class TokenStatistics:
-    """What a distribution over the vocabulary says of one token, in nats.
+    """Log-prob and entropy of each token, in nats.
 
     Attributes:
       log_prob: log-prob of the target token.
-      entropy: of the distribution that the target is drawn from.
+      entropy: of the distribution over the vocabulary.
     """
 
     log_prob: Float[Array, " tokens"]
@@ -45,13 +45,13 @@ class TokenStatistics:
 
 @record
 class UnembeddingProbe:
-    """Zeros whose cotangents tell of the unembedding's gradients, pair by pair (see `probes`).
+    """Zeros whose cotangents describe the unembedding's gradients, pair by pair (see `probes`).
 
     Attributes:
-      gram: its cotangent is the Gram matrices of kernel and bias together.
+      gram: its cotangent is the Gram matrix of kernel and bias together.
       rows: where the kernel is tied to the embedding: its cotangent is, for either sequence of a
         pair, the gradient's rows at the tokens that the pair looks up. None: not tied.
-      tokens: which these are; chosen and rejected sequence behind one another. Else None.
+      tokens: these tokens, the chosen sequence's, then the rejected one's. None: not tied.
     """
 
     gram: Float[AnyArray, "pairs 3"]
@@ -72,20 +72,20 @@ class _Plan:
     scale: float | None
 
     def first_columns(self) -> Array:
-        """First column of each vocabulary block that no block before it has treated."""
+        """First column of each vocabulary block that no earlier block covers."""
         return jnp.arange(self.vocab_blocks, dtype=jnp.int32) * self.vocab_block
 
     def start(self, first: Array) -> Array:
-        """Where a block is read: the last one steps back so that it ends with the vocabulary."""
+        """First column that a block reads: the last block ends with the vocabulary."""
         return jnp.minimum(first, self.vocabulary - self.vocab_block)
 
     def columns(self, first: Array) -> Array:
-        """The numbers of a block's columns; -1 where a block before it has treated one."""
+        """The indices of a block's columns; -1 where an earlier block covers one."""
         column = self.start(first) + jnp.arange(self.vocab_block)
         return jnp.where(column >= first, column, -1)
 
     def split(self, x: Array) -> Array:
-        """[tokens, ...] -> [token_blocks, size, ...], every block strewn over all of the tokens.
+        """[tokens, ...] -> [token_blocks, size, ...], each block a strided sample of the tokens.
 
         So a token axis that is sharded over devices stays sharded within every block.
         """
@@ -107,7 +107,7 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
             raise ValueError(f"{name}: {value} is not positive")
     usual, block_logits = CPU_BLOCK
     if devices.platform() != "cpu":
-        usual, block_logits = (size * devices.number() for size in ACCELERATOR_BLOCK)
+        usual, block_logits = (size * devices.device_count() for size in ACCELERATOR_BLOCK)
     token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)
@@ -142,7 +142,7 @@ def _columns(
 
 
 def _logits(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None, first: Array) -> Array:
-    """Float32 logits of a block of tokens and columns; columns treated before count as never."""
+    """Float32 logits of a block of tokens and columns; columns of earlier blocks are ignored."""
     z = _products(plan, hidden, kernel, bias)
     if plan.vocab_blocks * plan.vocab_block > plan.vocabulary:
         z = jnp.where((plan.columns(first) >= 0)[None], z, NEVER)
@@ -172,7 +172,7 @@ def _at_targets(plan: _Plan, z: Array, targets: Array, first: Array) -> Array:
 
 
 def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
-    """Cotangents of hidden states, kernel and bias from a slope of the logits, block by block.
+    """Cotangents of hidden states, kernel and bias from that of the logits, block by block.
 
     Args:
       plan: blocks and the form of the logits.
@@ -224,9 +224,9 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
 def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, probe):
     """`_gradients` of tokens that belong to pairs, and the cotangents of their probe.
 
-    Each row's own gradient of a block of columns is formed, used and added up; or, where that is
-    dearer, the tokens' inner products are added up over the blocks. `slope_of` takes the numbers of
-    columns instead of the first one of a block.
+    Each row's own gradient of a block of columns is computed, used and summed; or, where that
+    costs more, the tokens' inner products are summed over the blocks. `slope_of` takes the indices
+    of columns instead of a block's first one.
     """
     pairs, width, at = probe.gram.shape[0], hidden.shape[-1], precision(hidden.dtype)
     hiddens = by_pairs(hidden, pairs)
@@ -259,7 +259,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return (d_block, d_bias_rows.sum(0)), new
 
         inputs = hiddens, rows, sums
-        if devices.one_cpu():
+        if devices.is_single_cpu():
 
             def step(total, inputs):
                 added, new = of_pair(*inputs)
@@ -306,7 +306,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             return product("nrt,nri->nti", d_z.reshape(2, response, -1), x)
 
         inputs = hiddens, rows, probe.tokens
-        of_all = jax.lax.map if devices.one_cpu() else lambda f, xs: jax.vmap(f)(xs)
+        of_all = jax.lax.map if devices.is_single_cpu() else lambda f, xs: jax.vmap(f)(xs)
         d_probe = dataclasses.replace(d_probe, rows=of_all(at_tokens, inputs))
     return d_hidden, d_kernel.T.astype(kernel.dtype), d_bias, d_probe
 
@@ -314,7 +314,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
 def _through_form(plan: _Plan, z: Array, d_z: Array) -> Array:
     """The cotangent of the product with the kernel from that of the logits z."""
     if plan.softcap is not None:
-        # Columns that do not count lie far outside the cap: slope 0 and not infinity.
+        # Ignored columns lie far outside the cap: their slope is 0 and not infinite.
         d_z = d_z * (1.0 - jnp.square(jnp.clip(z / plan.softcap, -1.0, 1.0)))
     return d_z if plan.scale is None else d_z * plan.scale
 
@@ -436,8 +436,8 @@ def token_log_probs(
       softcap: c, or None for none.
       scale: s, or None for 1.
       entropy_gradient: whether gradients flow through the entropy; else it is a constant.
-      token_block: most tokens of one block; None chooses.
-      vocab_block: most columns of one block; None chooses.
+      token_block: maximum number of tokens in a block; None chooses.
+      vocab_block: maximum number of columns in a block; None chooses.
       probe: watches the unembedding's gradients; tokens are then those of 2 pairs rows of the
         same length, chosen and rejected in turn.
 

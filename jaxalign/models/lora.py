@@ -1,7 +1,7 @@
-"""Low-rank adapters: a tree of its own beside the parameters, trained, dropped out and merged.
+"""Low-rank adapters: a tree of their own, trained, dropped out, applied or merged.
 
-The forward pass is a pure function of plain trees, so adapters are one more argument of it: no
-module is wrapped, and the model without them is the same call without the argument.
+The forward pass is a pure function of the parameters. `with_adapters` returns parameters with each
+adapter beside its matrix, so every function that takes parameters also takes adapted ones.
 """
 
 import fnmatch
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
@@ -59,15 +60,15 @@ def nested(flat: Mapping[str, Adapter]) -> Adapters:
 
 
 def _own_key(key: Array, path: str) -> Array:
-    """A key that depends on the path alone, not on what other adapters there are."""
+    """A key that depends on the path alone, not on which other adapters exist."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _selected(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The paths that a target names by their last name or as a whole.
+    """The paths that targets match, by their last name or as a whole.
 
     Raises:
-      UserError: if a target names none.
+      UserError: if a target matches none.
     """
     chosen = []
     for target in targets:
@@ -130,13 +131,13 @@ def _each(change: Callable[[str, Adapter], Adapter], adapters: Mapping[str, Any]
 
 
 def with_dropout(adapters: Mapping[str, Any], key: Array, *, rate: float) -> Adapters:
-    r"""Adapters whose inputs are dropped by themselves, as `layers.dense` reads them.
+    r"""Adapters with dropout on their inputs.
 
     .. math:: y = x W + s \, (m \odot x / (1 - p)) A B, \quad m \sim \text{Bernoulli}(1 - p)
 
-    Each adapter of each layer gets a key, from which `dense` draws one m per token and feature;
-    the frozen path sees the whole of x. This is PEFT's `lora_dropout`, where queries, keys and
-    values of a fused matrix share their m, which here have one each.
+    Each adapter of each layer gets a key, from which `layers.dense` draws m per token and feature;
+    the frozen path reads all of x. This is PEFT's `lora_dropout`, except that there queries, keys
+    and values of a fused matrix share one m.
 
     Args:
       adapters: as `init_adapters` makes them.
@@ -164,10 +165,35 @@ def with_dropout(adapters: Mapping[str, Any], key: Array, *, rate: float) -> Ada
     return _each(seeded, adapters)
 
 
+def with_adapters(
+    params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float | Float[Array, ""]
+) -> dict[str, Any]:
+    r"""Parameters whose forward pass adds the low-rank updates.
+
+    .. math:: y = x W + s \, x A B
+
+    Args:
+      params: the model's parameters, or those of one layer; not changed.
+      adapters: as `init_adapters` makes them, or those of the layer.
+      scale: s, alpha / rank.
+
+    Returns:
+      The parameters, all leaves the very same arrays, with {"a", "b", "scale"} under "adapter"
+      beside each adapted kernel.
+    """
+    if "a" in adapters:
+        layers = adapters["a"].shape[:-2]
+        is_number = isinstance(scale, float | int)
+        every = np.full(layers, scale, np.float32) if is_number else jnp.broadcast_to(scale, layers)
+        return {**params, "adapter": {**adapters, "scale": every}}
+    changed = {name: with_adapters(params[name], adapters[name], scale) for name in adapters}
+    return {**params, **changed}
+
+
 def merge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float | Float[Array, ""]
 ) -> dict[str, Any]:
-    r"""Parameters that compute by themselves what they compute with the adapters on.
+    r"""Parameters with the low-rank updates added to the kernels.
 
     .. math:: W' = W + s A B
 
@@ -177,7 +203,7 @@ def merge(
       scale: s, alpha / rank.
 
     Returns:
-      The parameters, each adapted kernel in its own dtype (the sum is formed in float32), all
+      The parameters, each adapted kernel in its own dtype (the sum is computed in float32), all
       other leaves the very same arrays.
     """
     if "a" in adapters:
@@ -190,7 +216,7 @@ def merge(
 
 
 def stack(first: Mapping[str, Any], second: Mapping[str, Any]) -> Adapters:
-    r"""One tree of adapters that does what two do one after the other.
+    r"""One tree of adapters whose update is the sum of two.
 
     .. math:: A = [A_1 \; A_2], \quad B = [B_1; B_2], \quad A B = A_1 B_1 + A_2 B_2
 
@@ -214,5 +240,5 @@ def stack(first: Mapping[str, Any], second: Mapping[str, Any]) -> Adapters:
 
 
 def count(adapters: Mapping[str, Any]) -> int:
-    """How many numbers are trained."""
+    """Number of trained parameters."""
     return sum(adapter[name].size for adapter in items(adapters).values() for name in ("a", "b"))

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders in and out, under the module names of the families' weight tables."""
+"""PEFT adapter folders, read and written under the module names of the weight tables."""
 
 import dataclasses
 import json
@@ -15,10 +15,13 @@ import numpy as np
 from jaxalign.errors import UserError
 from jaxalign.files import replacing, write_json
 from jaxalign.models import lora
-from jaxalign.models.config import DecoderConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import TensorFiles, find_folder, flatten, model_class, to_host
+from jaxalign.models.folders import find_folder
+from jaxalign.models.saving import to_host
+from jaxalign.models.tensor_files import TensorFiles
+from jaxalign.models.weights import flatten, model_class
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -92,7 +95,7 @@ class Module:
         return self.weight.split(lora_b if self.stored_transposed else lora_b.T)
 
 
-def modules(config: Any) -> list[Module]:
+def modules(config: ModelConfig) -> list[Module]:
     """The modules of a model that can have an adapter, from its family's weight table."""
     shapes = flatten(model_class(config)[1])
     found = []
@@ -116,7 +119,7 @@ def modules(config: Any) -> list[Module]:
 def save_adapters(
     folder: str | Path,
     adapters: Mapping[str, Any],
-    config: Any,
+    config: ModelConfig,
     *,
     rank: int,
     alpha: float | int,
@@ -210,8 +213,8 @@ def _fuse(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """One A, [layers, inputs, rank], and the B of each matrix, [layers, rank, outputs], for it.
 
-    The A is shared where all have the same; else they stand beside one another, and each B is
-    zero but for the rows of its own.
+    The A is shared where all are equal; else they are concatenated, and each B is zero outside its
+    own rows.
     """
     present = [part for part in parts if part is not None]
     first = present[0]["a"]
@@ -233,7 +236,7 @@ def _fuse(
 
 
 def _pattern(name: str, others: Iterable[str]) -> str:
-    """The shortest end of a module's name that is no other's; a regular expression at worst."""
+    """The shortest unique suffix of a module's name; a regular expression if there is none."""
     others = list(others)
     behind = name.split("{layer}.")[-1]
     for end in (name.split(".")[-1], behind):
@@ -243,7 +246,7 @@ def _pattern(name: str, others: Iterable[str]) -> str:
 
 
 def _target_modules(patterns: Sequence[str]) -> list[str] | str:
-    """PEFT takes a list of names' ends, or one regular expression of the whole name."""
+    """Target modules for PEFT: suffixes of names, or one regular expression of the whole name."""
     if any("\\" in pattern for pattern in patterns):
         return rf"(.*\.)?({'|'.join(sorted(set(patterns)))})"
     return sorted(set(patterns))
@@ -255,9 +258,9 @@ def _whole(x: float | int) -> float | int:
 
 
 def load_adapters(
-    path_or_hub_name: str | Path, config: Any
+    path_or_hub_name: str | Path, config: ModelConfig
 ) -> tuple[lora.Adapters, float, dict[str, Any]]:
-    r"""Adapters that PEFT has written, in float32.
+    r"""Adapters from a folder that PEFT has written, in float32.
 
     Over a fused matrix the parts share their A. Ranks, alphas and layers that differ are made
     alike without changing what is computed: missing ranks and layers are zeros (which no gradient
@@ -357,7 +360,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first key that is, as a regular expression, an end of the name."""
+    """PEFT's rule: the first key that matches the end of the name as a regular expression."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -378,7 +381,7 @@ def _take(
     scale: float,
     file: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Our adapters of one module, its tensors taken out of `tensors`."""
+    """Our adapters of one module, whose tensors are removed from `tensors`."""
     pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for layer in range(module.layers):
         name = module.name.format(layer=layer)

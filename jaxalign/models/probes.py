@@ -1,17 +1,16 @@
-r"""Parameters whose uses are watched: per-pair Gram matrices as by-products of a backward pass.
+r"""Probes of parameters: per-pair Gram matrices as by-products of a backward pass.
 
-Rows of a watched batch alternate: chosen, rejected, chosen, ... A *probe* is a zero, [pairs, 3],
-that a use of a parameter takes along. The forward pass ignores it. The backward pass has in hand
-each row's own gradient :math:`G_n` of the parameter, or the factors of it, and returns
+Rows of a watched batch alternate: chosen, rejected, chosen, ... A *probe* is an array of zeros,
+[pairs, 3], that is passed to each use of a parameter. The forward pass ignores it. The backward
+pass computes each row's own gradient :math:`G_n` of the parameter, or its factors, and returns
 
 .. math:: \left(\|G_w\|^2, \; \|G_l\|^2, \; \langle G_w, G_l \rangle\right)
 
-of every pair as the probe's cotangent. Probes that several uses share add up, as cotangents do; so
+of every pair as the probe's cotangent. Cotangents of a probe with several uses add up; so
 `jax.grad` with respect to parameters and probes gives the gradient and the geometry of every pair,
 under `scan`, `checkpoint` and shardings, by one backward pass.
 
-Probes travel inside the parameters' own tree, {"kernel": ..., "probe": ...}: what uses a parameter
-finds its probe beside it.
+A probe lies beside its parameter in the tree, {"kernel": ..., "probe": ...}.
 """
 
 import functools
@@ -25,7 +24,7 @@ from jaxtyping import Array, Float
 from jaxalign.models import devices
 from jaxalign.models.precision import precision
 
-# Arithmetic that costs as much as one access to an element in memory.
+# Operations that cost as much as one access to an element in memory.
 CPU_BALANCE, ACCELERATOR_BALANCE = 16, 256
 
 
@@ -39,8 +38,8 @@ def matmul(
 
 
 def _product(x: Array, kernel: Array) -> Array:
-    # One row per token: the gradient of the kernel is then one plain product, too, which a CPU
-    # forms faster than a contraction over two axes.
+    # One row per token: the kernel's gradient is then a plain product, too, which is faster on a
+    # CPU than a contraction over two axes.
     flat = x.reshape(-1, x.shape[-1])
     y = jnp.matmul(flat, kernel.astype(x.dtype), precision=precision(x.dtype))
     return y.reshape(*x.shape[:-1], -1)
@@ -72,13 +71,13 @@ def gram(
 def factored_gram(
     of_inputs: tuple[Array, Array], of_outputs: tuple[Array, Array]
 ) -> Float[Array, "*pairs 3"]:
-    r"""The same from the tokens' inner products, no gradient being formed.
+    r"""`gram` from the tokens' inner products, without computing a gradient.
 
     .. math:: \langle G_m, G_n \rangle = \sum_{s,t} (x_m[s] \cdot x_n[t]) \, (y_m[s] \cdot y_n[t])
 
     Args:
-      of_inputs: what `token_products` says of the layer's inputs x.
-      of_outputs: what it says of the cotangents y of its outputs.
+      of_inputs: `token_products` of the layer's inputs x.
+      of_outputs: `token_products` of the cotangents y of its outputs.
     """
     own, cross = (jnp.sum(x * y, axis=(-2, -1)) for x, y in zip(of_inputs, of_outputs, strict=True))
     return jnp.concatenate([own, cross[..., None]], axis=-1)
@@ -96,10 +95,10 @@ def token_products(
 
 
 def forms_gradients(tokens: int, inputs: int, outputs: int) -> bool:
-    """Whether each row's gradient is formed rather than inner products between tokens.
+    """Whether computing each row's gradient is cheaper than inner products between tokens.
 
-    Formed gradients cost about eight accesses to each of their elements (written, added up, and
-    contracted three times), products between tokens three times tokens squared dot products.
+    Gradients cost about eight accesses to each of their elements (written, summed, and contracted
+    three times), inner products three times tokens squared dot products.
     """
     balance = CPU_BALANCE if devices.platform() == "cpu" else ACCELERATOR_BALANCE
     return 8 * balance * inputs * outputs < 6 * tokens**2 * (inputs + outputs)
@@ -136,7 +135,7 @@ def _matmul_bwd(saved, dy):
     if not forms_gradients(xs.shape[2], *kernel.shape):
         geometry = factored_gram(token_products(xs), token_products(dys))
         total = product("pnti,pnto->io", xs, dys)
-    elif devices.one_cpu():
+    elif devices.is_single_cpu():
 
         def of_pair(total, inputs):
             chosen, rejected = row_gradients(*inputs)

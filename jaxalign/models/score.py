@@ -1,4 +1,4 @@
-"""A scalar head on any model: what reward models and pairwise preference models are made of.
+"""A scalar head on any model, for reward models and pairwise preference models.
 
 A decoder is read at the last real token of prompt and response, as transformers'
 `*ForSequenceClassification` is. An encoder-decoder's encoder reads the whole row and its decoder
@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxalign.models.responses import JointRows, adapter_options, response_states
-from jaxalign.models.shell import Model
+from jaxalign.models.compute import Compute
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.module import Model
+from jaxalign.models.responses import response_states
+from jaxalign.rows import ResponseRows, SharedPrefixRows
 
 SCORE = "score"
-"""Where the head lies among a model's parameters."""
+"""Name of the head among a model's parameters."""
 
 
 def init_head(width: int, key: Array) -> dict[str, Array]:
@@ -40,20 +43,18 @@ def init_head(width: int, key: Array) -> dict[str, Array]:
 
 
 def with_head(params: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's parameters with a scalar head in the place of the unembedding."""
+    """A model's parameters with a scalar head in place of the unembedding."""
     return {name: tree for name, tree in params.items() if name != "unembed"} | {SCORE: head}
 
 
 def rewards(
     params: Mapping[str, Any],
-    config: Any,
+    config: ModelConfig,
     tokens: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
     *,
-    joint: JointRows | None = None,
-    remat: str = "none",
-    dtype: Any = None,
-    **adapters: Any,
+    shared_prefix: SharedPrefixRows | None = None,
+    compute: Compute = Compute(),
 ) -> Float[Array, " rows"]:
     r"""The scalar that a model with a head gives each row of prompt and response.
 
@@ -61,28 +62,23 @@ def rewards(
 
     Args:
       params: nested dict of arrays with the head under `SCORE`.
-      config: `DecoderConfig` or `EncoderDecoderConfig`.
-      tokens: prompt and response behind one another, padded on the right.
+      config: the architecture.
+      tokens: prompt, then response, padded on the right.
       lengths: real tokens of each row, at least 1.
-      joint: rows 2 i and 2 i + 1 in one, for a decoder: the same numbers with less work.
-      remat: what the backward pass computes again, as in `decoder.hidden_states`.
-      dtype: of the computation up to the head, which is float32; None is the parameters' own.
-      **adapters: as in `response_log_probs`.
+      shared_prefix: as in `ResponseRows`.
+      compute: precision and memory up to the head, which is computed in float32.
 
     Returns:
       Float32, [rows].
     """
-    last = response_states(
-        params,
-        config,
-        tokens,
-        lengths,
-        jnp.zeros_like(tokens[:, :1]),  # one state a row, at its last token
-        joint=joint,
-        remat=remat,
-        dtype=dtype,
-        **adapter_options(**adapters),
-    )[:, 0]
+    rows = ResponseRows(
+        tokens=tokens,
+        prompt_length=lengths,
+        response_tokens=jnp.zeros_like(tokens[:, :1]),  # one state a row, at its last token
+        response_length=jnp.ones_like(lengths),
+        shared_prefix=shared_prefix,
+    )
+    last = response_states(params, config, rows, compute=compute)[:, 0]
     kernel = params[SCORE]["kernel"][:, 0].astype(jnp.float32)
     with jax.named_scope("score"):
         return jnp.matmul(last.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
@@ -90,7 +86,7 @@ def rewards(
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def _compiled_rewards(params, config, tokens, lengths, dtype):
-    return rewards(params, config, tokens, lengths, dtype=dtype)
+    return rewards(params, config, tokens, lengths, compute=Compute(dtype=dtype))
 
 
 class ScoreModel(Model):

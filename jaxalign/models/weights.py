@@ -1,12 +1,9 @@
-"""Hugging Face folders in and out: safetensors streamed to and from the nested dict."""
+"""Weights of Hugging Face folders and GGUF files streamed into the nested dict."""
 
 import dataclasses
-import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,220 +12,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxalign.errors import UserError
-from jaxalign.files import replacing, write_json, writing
 from jaxalign.gguf import is_gguf
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.families.mapping import Weight, check_numbers, transposed
-from jaxalign.models.gguf import GGUFTensors, config_fields
+from jaxalign.models.families.mapping import Weight, transposed
+from jaxalign.models.folders import find_model, read_config
+from jaxalign.models.gguf import GGUFTensors
+from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
-# Buffers that old checkpoints carry and no model needs.
-HARMLESS = re.compile(
-    r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias"
-    r"|attention\.masked_bias)$"
-)
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-CONFIG_FILES = ("config.json",)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
-FLOATING = ("F64", "F32", "F16", "BF16")
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
-
-
-def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """The local folder of that name, or the hub's snapshot of it.
-
-    Args:
-      path_or_hub_name: "folder" or "org/name".
-      files: patterns of what is wanted from the hub; by default safetensors, JSON and tokenizers.
-
-    Raises:
-      UserError: if there is neither.
-    """
-    path = Path(path_or_hub_name).expanduser()
-    name = str(path_or_hub_name)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"{name}: no such folder here, and the hub did not give it ({reason}); "
-            "give a local folder or check the name and the connection"
-        ) from error
-
-
-def exported(name: str | Path) -> str | Path:
-    """The exported model of a run's folder; any other name as it is."""
-    export = Path(name).expanduser() / "export"
-    return export if export.is_dir() else name
-
-
-def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
-    """The GGUF file of that name, or the folder as `find_folder` finds it."""
-    path = Path(path_or_hub_name).expanduser()
-    return path if is_gguf(path) and not path.is_dir() else find_folder(path_or_hub_name, files)
-
-
-def read_config(source: Path, name: str = "config.json") -> Any:
-    """Our description of a model: from its folder's config file, or its GGUF file's metadata.
-
-    Raises:
-      UserError: if the file is missing or broken, or the family is not supported.
-    """
-    if is_gguf(source):
-        return _config(source, json.dumps(config_fields(source)))
-    file = source / name
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    except FileNotFoundError:
-        found = next(iter(sorted(source.glob("*.gguf"))), None)
-        hint = "" if found is None else f"; for the GGUF file there, name {found}"
-        raise UserError(
-            f"{file}: missing; a model folder has config.json and safetensors{hint}"
-        ) from None
-    return _config(file, text)
-
-
-def _config(file: Path, text: str) -> Any:
-    """The description in a config's text; the file is named in messages."""
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: a JSON object is expected")
-    family = fields.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
-    if fields.get("quantization_config"):
-        raise UserError(f"{file}: quantization_config: quantised weights are not supported")
-    try:
-        check_numbers(fields)
-        config = FAMILIES[family].config(fields)
-    except UserError as error:
-        raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: {type(error).__name__}: {error}") from None
-    return dataclasses.replace(config, source=text)
-
-
-class TensorFiles:
-    """The tensors of safetensors files, read one at a time.
-
-    A file is opened for each read and closed after it: the pages of an open memory map count as
-    the process's own memory, and would add the whole model once more.
-
-    Args:
-      files: to read from.
-      weight_map: tensor -> the name of the file that holds it, from an index: copies elsewhere and
-        tensors that are not listed are not read. None: every tensor is read.
-
-    Raises:
-      UserError: if a file cannot be read, or a tensor is not of floating-point numbers.
-    """
-
-    def __init__(self, files: Iterable[Path], weight_map: Mapping[str, str] | None = None):
-        from safetensors import SafetensorError
-
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            try:
-                with self._open(file) as opened:
-                    for name in opened.keys():  # noqa: SIM118, it is no dict
-                        if weight_map is not None and weight_map.get(name) != file.name:
-                            continue
-                        part = opened.get_slice(name)
-                        kind = part.get_dtype()
-                        if kind not in FLOATING and not HARMLESS.search(name):
-                            raise UserError(
-                                f"{file}: {name}: {kind} weights are not supported; save the "
-                                "model in float32, float16 or bfloat16"
-                            )
-                        self.files[name] = file
-                        self.shapes[name] = tuple(part.get_shape())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-
-    def _open(self, file: Path) -> Any:
-        from safetensors import safe_open
-
-        return safe_open(file, framework="numpy")
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor, or the part of it that `index` names, without reading the rest.
-
-        Raises:
-          UserError: if a value in it is not finite.
-        """
-        with self._open(self.files[name]) as opened:
-            tensor = opened.get_slice(name)[index] if index else opened.get_tensor(name)
-        if not _is_finite(tensor):
-            raise UserError(
-                f"{self.files[name]}: {name}: holds NaN or infinity; the file is damaged or the "
-                "training that wrote it diverged"
-            )
-        return tensor
-
-
-def _is_finite(x: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by the bits: half the time of copying `x`."""
-    infinity, size = np.array(np.inf, x.dtype), x.dtype.itemsize
-    return all(
-        x.view(kind).max(initial=0) < bound.view(kind)
-        for kind, bound in ((f"i{size}", infinity), (f"u{size}", -infinity))
-    )
-
-
-def tensor_files(folder: Path) -> TensorFiles:
-    """The tensors of a model folder: of its single file, or those that its index lists.
-
-    Raises:
-      UserError: if there are none, or index and files do not agree.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return TensorFiles([single])
-    if index.is_file():
-        listed = _weight_map(index)
-        files = TensorFiles([folder / name for name in sorted(set(listed.values()))], listed)
-        for name, file in listed.items():
-            if name not in files.shapes:
-                raise UserError(f"{index}: {name}: is not in {file}, where the index has it")
-        return files
-    pickles = sorted(file.name for kind in PICKLES for file in folder.glob(kind))
-    if pickles:
-        raise UserError(
-            f"{folder}: only {pickles[0]} there; pickled weights can run code and are refused, "
-            "convert them to model.safetensors"
-        )
-    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file in the index's folder that holds it."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: broken index ({type(error).__name__}: {error})") from None
-    if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{index}: weight_map: an object of tensor and file names is expected")
-    for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: {name}: {file!r} is not the name of a file in the folder")
-        if not (index.parent / file).is_file():
-            raise UserError(f"{index}: {name}: names {file}, which is not in the folder")
-    return listed
 
 
 def load_pretrained(
@@ -240,13 +35,13 @@ def load_pretrained(
 ) -> Any:
     """A model from a Hugging Face folder, hub name or GGUF file, its weights streamed into place.
 
-    Every leaf is read, converted and placed before the next one; with a mesh, each device's part
-    is read from the files by itself. So the host never holds the model twice.
+    Leaves are read, converted and placed one by one; with a mesh, each device reads its own part of
+    the files. So the host never holds the model twice.
 
     Args:
       path_or_hub_name: folder with config.json and safetensors, a GGUF file, or a name such as
         "org/model".
-      dtype: of the parameters; None keeps the file's own (float32 where it is quantised).
+      dtype: dtype of the parameters; None keeps the file's (float32 where it is quantised).
       mesh: devices to place the parameters on; None is the default device.
       rule: path ("layers/q/kernel") and shape -> PartitionSpec; by default the largest axis that
         the mesh's "fsdp" axis divides is split over it.
@@ -261,7 +56,7 @@ def load_pretrained(
     config = read_config(folder)
     files = GGUFTensors(folder) if is_gguf(folder) else tensor_files(folder)
     scored = SCORE_TENSOR in files.shapes
-    config, renamed = _settle(files, config, folder, scored=scored)
+    config, renamed = _resolve_ties(files, config, folder, scored=scored)
     if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
         labels = files.shapes[SCORE_TENSOR][:1]
         raise UserError(f"{folder}: {SCORE_TENSOR}: {sum(labels)} labels; a scalar head has one")
@@ -277,8 +72,8 @@ def load_pretrained(
     return make(config, params)
 
 
-def weight_table(config: Any, *, scored: bool) -> list[Weight]:
-    """The family's tensors and our leaves; with a scalar head, its own for the unembedding's."""
+def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
+    """The family's tensors and our leaves; a scalar head takes the place of the unembedding."""
     table: list[Weight] = FAMILIES[config.family].weights(config)
     if not scored:
         return table
@@ -286,8 +81,8 @@ def weight_table(config: Any, *, scored: bool) -> list[Weight]:
     return [*kept, transposed(SCORE_TENSOR, "score/kernel")]
 
 
-def model_class(config: Any, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The class of the model that a config describes, and its parameters' shapes."""
+def model_class(config: ModelConfig, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The class of a config's model, and its parameters' shapes."""
     from jaxalign.models.config import DecoderConfig
 
     if scored:
@@ -322,7 +117,7 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def _layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[str]:
+def layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The file's names of a weight, one per layer where it has layers."""
     if not weight.per_layer:
         return [weight.name]
@@ -334,17 +129,17 @@ def _sources(
     table: Iterable[Weight],
     renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
-    config: Any,
+    config: ModelConfig,
     folder: Path,
 ) -> dict[str, tuple[Weight, int, list[str]]]:
     """Per leaf: its weight, its number among the weight's leaves and the names to read.
 
-    Checks on the way that the files hold exactly the tensors of this config, in its shapes.
+    Also checks that the files hold exactly the tensors of this config, in its shapes.
     """
     sources: dict[str, tuple[Weight, int, list[str]]] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for weight in table:
-        names = _layer_names(weight, leaves)
+        names = layer_names(weight, leaves)
         shapes = [leaves[path][1:] if weight.per_layer else leaves[path] for path in weight.paths]
         shape = weight.join(*(np.empty(s, np.bool_) for s in shapes)).shape
         expected |= dict.fromkeys(names, shape)
@@ -371,10 +166,10 @@ def _sources(
     return sources
 
 
-def _settle(
-    files: TensorFiles | GGUFTensors, config: Any, folder: Path, *, scored: bool
+def _resolve_ties(
+    files: TensorFiles | GGUFTensors, config: ModelConfig, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
-    """The config as the files have it, and the file's names of tensors where they are others.
+    """The config as the files have it, and the file's names of tensors where these differ.
 
     Embedding and head are tied by transformers' rule: not where both are stored and differ, and
     where one of a tied pair is stored, it is both (`PreTrainedModel.tie_weights`, transformers 5).
@@ -427,7 +222,7 @@ def _settle(
 
 
 def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
-    """Whether two tensors, [rows, width], are the same; some rows of each are held at a time."""
+    """Whether two tensors, [rows, width], are equal; compared some rows at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
         return shape == files.shapes[other]
@@ -440,7 +235,7 @@ def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
     return True
 
 
-def _bare_names(files: TensorFiles | GGUFTensors, config: Any) -> dict[str, str]:
+def _bare_names(files: TensorFiles | GGUFTensors, config: ModelConfig) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}
@@ -477,7 +272,7 @@ def largest_axis(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec
 
 
 def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
-    """One leaf on its devices; each device's part is read, converted and placed by itself."""
+    """One leaf on its devices, each of which reads and converts its own part."""
     stored = files.read(names[0]).dtype if dtype is None else np.dtype(dtype)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -497,159 +292,3 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
         return out
 
     return jax.make_array_from_callback(shape, sharding, read)
-
-
-def save_pretrained(
-    model: Any,
-    folder: str | Path,
-    *,
-    tokenizer: Any = None,
-    dtype: Any = None,
-    max_shard_size: int = 5 * 1000**3,
-    fields: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes config.json and safetensors that transformers opens; the reverse of loading.
-
-    Tensors are taken from the devices layer by layer, and at most one shard is held at a time.
-
-    Args:
-      model: a `Decoder`, `EncoderDecoder` or `ScoreModel`, or anything with its `config` and
-        `params`.
-      folder: made if absent; weights that an earlier save left there are removed.
-      tokenizer: written beside the model with its own `save_pretrained`, if given.
-      dtype: of the file; None is the parameters' own.
-      max_shard_size: bytes of one file; more tensors go into several files and an index.
-      fields: more fields of config.json.
-
-    Returns:
-      The folder.
-    """
-    folder = Path(folder)
-    params = dict(_leaf_items(model.params))
-    shapes = {path: leaf.shape for path, leaf in params.items()}
-    scored = "score/kernel" in shapes
-    plan = _save_plan(weight_table(model.config, scored=scored), shapes)
-    writer = jax.process_index() == 0
-    target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
-
-    def tensor(weight: Weight, layer: int | None) -> np.ndarray:
-        parts = [to_host(params[path], layer) for path in weight.paths]
-        joined = weight.join(*parts)
-        kept = joined.dtype if dtype is None else target
-        return np.ascontiguousarray(joined.astype(kept, copy=False))
-
-    def nbytes(weight: Weight) -> int:
-        items = [params[path] for path in weight.paths]
-        sizes = [x.size // (x.shape[0] if weight.per_layer else 1) for x in items]
-        return sum(sizes) * (items[0].dtype.itemsize if dtype is None else target.itemsize)
-
-    shards: list[list[tuple[str, Weight, int | None]]] = [[]]
-    filled = total = 0
-    for entry in plan:
-        size = nbytes(entry[1])
-        if shards[-1] and filled + size > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled, total = filled + size, total + size
-    if writer:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    files = [
-        "model.safetensors"
-        if len(shards) == 1
-        else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    for file, entries in zip(files, shards, strict=True):
-        tensors = {name: tensor(weight, layer) for name, weight, layer in entries}
-        if writer:
-            from safetensors.numpy import save_file
-
-            with replacing(folder / file) as scratch:
-                save_file(tensors, scratch, metadata={"format": "pt"})
-    if writer:
-        _remove_old_weights(folder, keep=files)
-        if len(shards) > 1:
-            where = {
-                name: file
-                for file, entries in zip(files, shards, strict=True)
-                for name, _, _ in entries
-            }
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_json(folder / "model.safetensors.index.json", index)
-        written = hf_config(model.config, dtype=target, scored=scored) | dict(fields or {})
-        write_json(folder / "config.json", written)
-        if tokenizer is not None:
-            with writing(folder):
-                tokenizer.save_pretrained(folder)
-    return folder
-
-
-def hf_config(config: Any, *, dtype: Any, scored: bool = False) -> dict[str, Any]:
-    """The `config.json` of a config: what it was read from, where it still says the same.
-
-    Otherwise the family writes its fields anew, and those that do not shape the model (token
-    ids) are kept. With a scalar head it is a sequence classifier of one label.
-    """
-    family, fields = FAMILIES[config.family], config.source_fields
-    if not (fields and family.config(fields) == config):
-        kept = {
-            key: value
-            for key, value in fields.items()
-            if key not in ("rope_parameters", "layer_types")
-        }
-        fields = kept | family.hf_config(config)
-    name = score_architecture(family) if scored else family.ARCHITECTURE
-    fields |= {"model_type": config.family, "architectures": [name]}
-    if scored:
-        fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    fields.pop("torch_dtype", None)
-    fields.pop("dtype", None)
-    return fields | {"torch_dtype": np.dtype(dtype).name}
-
-
-def score_architecture(family: ModuleType) -> str:
-    """Transformers' class with a scalar head; the model below it where there is none."""
-    usual = family.ARCHITECTURE.replace("ForCausalLM", "ForSequenceClassification")
-    return getattr(family, "SCORE_ARCHITECTURE", usual)
-
-
-def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaf_items(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _save_plan(table, shapes) -> list[tuple[str, Weight, int | None]]:
-    """Every tensor to write, in the order of layers."""
-    outer: list[tuple[str, Weight, int | None]] = [
-        (w.name, w, None) for w in table if not w.per_layer
-    ]
-    layered: list[tuple[str, Weight, int]] = [
-        (name, w, layer)
-        for w in table
-        if w.per_layer
-        for layer, name in enumerate(_layer_names(w, shapes))
-    ]
-    return [*outer, *sorted(layered, key=lambda entry: entry[2])]
-
-
-def to_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, gathered from all devices and processes."""
-    part = leaf if layer is None else leaf[layer]
-    if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        part = multihost_utils.process_allgather(part, tiled=True)
-    return np.asarray(part)
-
-
-def _remove_old_weights(folder: Path, *, keep: list[str]) -> None:
-    """Weights of an earlier save, which loading would otherwise prefer or mix in."""
-    pattern = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    for file in folder.iterdir():
-        if pattern.fullmatch(file.name) and file.name not in keep:
-            file.unlink()

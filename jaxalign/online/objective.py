@@ -45,14 +45,14 @@ class OnlineObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: RolloutBatch, key: PRNGKeyArray | None
     ) -> RolloutOutputs:
-        own = self.policy.forward_arguments(trained, frozen["policy"], key)
+        own = self.policy.policy_params(trained, frozen["policy"], key)
         responses = self.first(batch.responses)
         with jax.named_scope("policy"):
             out, values = self.log_probs_and_values(trained, responses, own)
         with jax.named_scope("reference"):
-            of_reference = {"params": frozen["reference"]}
+            of_reference = frozen["reference"]
             if "previous" in frozen:
-                of_reference = self.policy.forward_arguments(frozen["previous"], frozen["policy"])
+                of_reference = self.policy.policy_params(frozen["previous"], frozen["policy"])
             reference, _ = self.log_probs_and_values(None, responses, of_reference)
         return RolloutOutputs(
             log_prob=out.log_prob,
@@ -74,21 +74,17 @@ class OnlineObjective:
         )
 
     def log_probs_and_values(
-        self, trained: Params | None, responses: PairBatch, arguments: dict[str, Any]
+        self, trained: Params | None, responses: PairBatch, params: Params
     ) -> tuple[Any, Array | None]:
         """Token log-probs and entropies [prompts, samples, response]; the critic's values, if any.
 
         Args:
-          trained: parameters with the critic's head; None: compute no values.
-          responses: to score.
-          arguments: of the forward pass.
+          trained: where the head of the critic lies; None: no values are wanted.
+          responses: what is scored.
+          params: of the policy, with adapters where it has them.
         """
         out, hidden = response_log_probs_and_states(
-            config=self.policy.config,
-            remat=self.policy.remat,
-            dtype=self.policy.dtype,
-            **dict(zip(ROWS, responses.rows(), strict=True)),
-            **arguments,
+            params, self.policy.config, responses.rows(), compute=self.policy.compute
         )
         shape = responses.response_tokens.shape
         values = None
@@ -122,7 +118,3 @@ class OnlineObjective:
             metrics["margin_squared"] = jnp.square(metrics["margin"])
         means = {name: mean_of(value, weight) for name, value in metrics.items()}
         return total / count, {"loss": Mean(total=total, count=count)} | means
-
-
-ROWS = ("tokens", "prompt_length", "response_tokens", "response_length")
-"""The order of `PairBatch.rows`."""

@@ -100,8 +100,8 @@ class Sampler:
         """Responses to this process's shard of a batch of prompts.
 
         Args:
-          policies: arguments of each policy's forward pass, by name.
-          mixture: weights of the policies; one with weight 0 only scores.
+          policies: the parameters of each one, by name.
+          mixture: which of them mix, with their weights; one of weight 0 only scores.
           prompts: on the host.
           key: random key.
           samples: number of responses to each prompt.

@@ -46,15 +46,15 @@ from jaxalign.training.step import TrainState, train_step
 
 
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the forward pass of every policy that may sample, by the names of `Draw`."""
+    """The parameters of every policy that may sample, by the names of `Draw`."""
     policies = {
-        "policy": policy.forward_arguments(state.params, frozen["policy"]),
-        "reference": {"params": frozen["reference"]},
+        "policy": policy.policy_params(state.params, frozen["policy"]),
+        "reference": frozen["reference"],
     }
     if isinstance(state.opt_state, AverageState):
-        policies["average"] = policy.forward_arguments(state.opt_state.average, frozen["policy"])
+        policies["average"] = policy.policy_params(state.opt_state.average, frozen["policy"])
     if isinstance(state.opt_state, IterationState):
-        policies["previous"] = policy.forward_arguments(state.opt_state.previous, frozen["policy"])
+        policies["previous"] = policy.policy_params(state.opt_state.previous, frozen["policy"])
     return policies
 
 

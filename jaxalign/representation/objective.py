@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.losses import shifted_states
-from jaxalign.models.responses import adapter_options
 from jaxalign.records import record
 from jaxalign.representation.batches import StimulusBatch
 from jaxalign.representation.patterns import Reader
@@ -55,13 +54,12 @@ class RepresentationObjective:
         self, trained: Params, frozen: Any, batch: StimulusBatch, key: PRNGKeyArray | None
     ) -> MatchedStates:
         rows = batch.tokens, batch.prompt_length, batch.mask.shape[1]
-        own = self.policy.forward_arguments(trained, frozen["policy"], key)
-        params = own.pop("params")
+        params = self.policy.policy_params(trained, frozen["policy"], key)
         with jax.named_scope("policy"):
-            states = self.reader.states(*rows, params=params, **adapter_options(**own))
+            states = self.reader.states(params, *rows)
         base = frozen["policy"]
         with jax.named_scope("base"):
-            base_states = self.reader.states(*rows, params=base)
+            base_states = self.reader.states(base, *rows)
         with jax.named_scope("patterns"):
             models = {name: frozen[name] or base for name in ("positive", "negative")}
             positive, negative = self.reader.patterns(batch, models)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
+from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import states_at_layers
 from jaxalign.records import AnyArray, record
 from jaxalign.representation.batches import StimulusBatch
@@ -37,28 +38,27 @@ class Reader:
 
     def states(
         self,
+        params: Mapping[str, Any],
         tokens: Int[Array, "rows length"],
         prompt_length: Int[Array, " rows"],
         positions: int,
-        **arguments: Any,
     ) -> States:
         """Float32 hidden states at the first tokens of each response.
 
         Args:
+          params: of the decoder, with adapters where it has them.
           tokens: prompt and response, padded on the right.
-          prompt_length: number of prompt tokens.
-          positions: number of response tokens.
-          **arguments: `params`, `adapters` and the like of `decoder.states_at_layers`.
+          prompt_length: how many of `tokens` are prompt.
+          positions: how many tokens of the response.
         """
-        indices = prompt_length[:, None] + jnp.arange(positions)[None]
+        read = prompt_length[:, None] + jnp.arange(positions)[None]
         states = states_at_layers(
-            config=self.config,
-            tokens=tokens,
+            params,
+            self.config,
+            tokens,
             layers=self.layers,
-            places=jnp.minimum(indices, tokens.shape[1] - 1),
-            remat=self.remat,
-            dtype=self.dtype,
-            **arguments,
+            positions=jnp.minimum(read, tokens.shape[1] - 1),
+            compute=Compute(remat=self.remat, dtype=self.dtype),
         )
         return states.astype(jnp.float32)
 
@@ -75,8 +75,8 @@ class Reader:
             if batch.stimuli is not None and batch.stimuli_prompt_length is not None:
                 tokens = batch.stimuli[:, side]
                 prompt_length = batch.stimuli_prompt_length[:, side]
-            positions, params = batch.mask.shape[1], models[name]
-            sides.append(self.states(tokens, prompt_length, positions, params=params))
+            positions = batch.mask.shape[1]
+            sides.append(self.states(models[name], tokens, prompt_length, positions))
         return sides[0], sides[1]
 
 
@@ -189,7 +189,7 @@ def steering(
 
     .. math:: h_l \leftarrow h_l + s \, \bar v_l, \quad l \in S
 
-    Pass the result to `generate` or the log-probs as a policy's `added`; it acts at every position.
+    Put into the parameters by `decoder.with_steering`; it acts at every position.
 
     Args:
       direction: mean difference of each layer, from `PatternSummary`.

@@ -12,9 +12,9 @@ from jaxalign.data.plain_prompts import with_choice
 from jaxalign.files import replacing, write_json, write_text
 from jaxalign.gguf import is_gguf
 from jaxalign.models import save_pretrained
+from jaxalign.models.folders import find_model
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.score import ScoreModel
-from jaxalign.models.weights import find_model
 from jaxalign.runs.restore import run_model
 from jaxalign.stages.models import read_run_config
 from jaxalign.stages.prompts import reads_turns

@@ -15,7 +15,7 @@ from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.files import read_json
 from jaxalign.gguf import is_gguf
 from jaxalign.losses.lookup import find_loss
-from jaxalign.models.weights import CONFIG_FILES, exported, find_model
+from jaxalign.models.folders import CONFIG_FILES, exported, find_model
 from jaxalign.sharding import make_mesh
 from jaxalign.training.calibration import reliability
 from jaxalign.training.evaluation import evaluate_preferences

@@ -13,7 +13,7 @@ from jaxalign.config import TrainConfig
 from jaxalign.data.reading import FILES, split_name
 from jaxalign.errors import UserError, notice
 from jaxalign.files import digest, digests, read_json, write_json
-from jaxalign.models.weights import find_model
+from jaxalign.models.folders import find_model
 from jaxalign.stages.inputs import INPUTS
 
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".model", ".txt", ".jinja")

@@ -4,7 +4,7 @@ import jax
 
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
-from jaxalign.models.weights import CONFIG_FILES, find_model, read_config
+from jaxalign.models.folders import CONFIG_FILES, find_model, read_config
 from jaxalign.stages import kinds_of
 from jaxalign.stages.models import parameter_structs
 

@@ -21,10 +21,11 @@ from jaxalign.models import (
     load_pretrained,
 )
 from jaxalign.models.decoder import init_params
+from jaxalign.models.folders import CONFIG_FILES, find_model, read_config
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
+from jaxalign.models.saving import hf_config
 from jaxalign.models.score import SCORE, ScoreModel
-from jaxalign.models.weights import CONFIG_FILES, find_model, hf_config, read_config
 from jaxalign.sharding import place
 
 if TYPE_CHECKING:

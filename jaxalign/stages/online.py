@@ -261,26 +261,22 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         dtype=policy.dtype,
     )
 
-    def resharded(tree: Any) -> Any:
-        if isinstance(tree, float):  # the adapters' scale
-            return tree
-        return jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
-
     @functools.lru_cache(maxsize=1)
-    def reference() -> Any:
-        """The reference (with adapters, every policy's base), resharded only once."""
-        return resharded(frozen["reference"])
+    def reference() -> dict[int, jax.Array]:
+        """Resharded once, for it never changes; with adapters it is every policy's base, too."""
+        tree = frozen["reference"]
+        moved = jax.device_put(tree, parameter_shardings(tree, sampling_mesh))
+        return dict(zip(map(id, jax.tree.leaves(tree)), jax.tree.leaves(moved), strict=True))
 
     def reshard(policies: Mapping[str, Any]) -> Mapping[str, Any]:
         if not settings.mesh:
             return policies
-        return {
-            name: {
-                part: reference() if tree is frozen["reference"] else resharded(tree)
-                for part, tree in one.items()
-            }
-            for name, one in policies.items()
-        }
+        known = reference()
+
+        def moved(leaf: Any, sharding: Any) -> jax.Array:
+            return known[id(leaf)] if id(leaf) in known else jax.device_put(leaf, sharding)
+
+        return jax.tree.map(moved, policies, parameter_shardings(policies, sampling_mesh))
 
     recorder = TextRecorder(context.folder / ROLLOUTS, prompts=settings.record)
     if jax.process_index() == 0:
@@ -317,9 +313,8 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         )
 
         def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
-            reference = {"params": frozen["reference"]}
-            own = policy.forward_arguments(params, frozen["policy"])
-            return reshard({"policy": own, "reference": reference})
+            now = policy.policy_params(params, frozen["policy"])
+            return reshard({"policy": now, "reference": frozen["reference"]})
 
         evaluation = evaluator(held_out, policies)
     return Feed(

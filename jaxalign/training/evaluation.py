@@ -100,8 +100,8 @@ def _evaluate_token_preferences(
         outputs = objective.forward(params, frozen, batch, None)
         metrics = objective.reduce(outputs, batch, objective.count(batch))[1]
         policy = objective.policy
-        arguments = policy.forward_arguments(params, frozen["policy"])
-        both = policy.compare(batch.pairs, frozen["reference"], **arguments)
+        own = policy.policy_params(params, frozen["policy"])
+        both = policy.compare(batch.pairs, own, frozen["reference"])
         return metrics | _divergence_per_token(both.kl[:, 0].sum(-1), batch.pairs)
 
     compiled = jax.jit(on_mesh(step, mesh))

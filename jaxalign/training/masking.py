@@ -17,7 +17,6 @@ from jaxalign.training.objectives import (
     Params,
     PreferenceObjective,
     ReferencedBatch,
-    shared_prefix_rows,
 )
 
 HEAD = "mask"
@@ -56,22 +55,12 @@ class MaskedPreferenceObjective(PreferenceObjective):
     ) -> MaskedOutputs:
         pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
         model = {name: tree for name, tree in trained.items() if name != HEAD}
-        of_policy = policy.log_probs(
-            pairs, **policy.forward_arguments(model, frozen["policy"], key)
-        )
+        params = policy.policy_params(model, frozen["policy"], key)
+        of_policy = policy.log_probs(pairs, params)
         of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)
         if HEAD in trained:
-            tokens, prompt_length, response_tokens, _ = pairs.rows()
-            states = response_states(
-                reference,
-                policy.config,
-                tokens,
-                prompt_length,
-                response_tokens,
-                joint=shared_prefix_rows(pairs),
-                remat=policy.remat,
-                dtype=policy.dtype,
-            )
+            rows = pairs.rows(shared_prefix=True)
+            states = response_states(reference, policy.config, rows, compute=policy.compute)
             states = jax.lax.stop_gradient(states).reshape(*pairs.response_tokens.shape, -1)
             position = jnp.arange(pairs.response_tokens.shape[-1])
             real = position[None, None] < pairs.response_length[..., None]

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
 from jaxalign.losses import PairLogProbs, Statistics, TokenLogProbs, statistics_of
+from jaxalign.models.compute import Compute
+from jaxalign.models.lora import with_adapters, with_dropout
 from jaxalign.models.responses import (
-    JointRows,
     ResponseComparison,
+    ResponseLogProbs,
     compare_responses,
     response_log_probs,
     text_log_probs,
@@ -45,73 +47,48 @@ class Policy:
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
 
-    def forward_arguments(
-        self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
-    ) -> dict:
-        """Arguments of the policy's forward pass."""
-        if self.adapter_scale is None:
-            return {"params": trained}
-        dropout = {}
-        if self.adapter_dropout and key is not None:
-            dropout = {"adapter_dropout": self.adapter_dropout, "dropout_key": key}
-        scale = self.adapter_scale
-        return {"params": frozen, "adapters": trained, "adapter_scale": scale} | dropout
+    @property
+    def compute(self) -> Compute:
+        """How forward passes are computed."""
+        return Compute(remat=self.remat, dtype=self.dtype)
 
-    def log_probs(self, batch: PairBatch, params: Params, **adapters) -> Any:
+    def policy_params(
+        self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
+    ) -> Params:
+        """The policy's parameters, with adapters where these are trained.
+
+        Args:
+          trained: all parameters, or the adapters.
+          frozen: the weights below the adapters.
+          key: of the adapters' dropout; None: no dropout.
+        """
+        if self.adapter_scale is None:
+            return trained
+        adapters = {name: tree for name, tree in trained.items() if name in frozen}  # no heads
+        if self.adapter_dropout and key is not None:
+            adapters = with_dropout(adapters, key, rate=self.adapter_dropout)
+        return with_adapters(frozen, adapters, self.adapter_scale)
+
+    def log_probs(self, batch: PairBatch, params: Params) -> ResponseLogProbs:
         """Token log-probs [pairs, 2, response] of chosen and rejected, 0 at padding."""
-        out = response_log_probs(
-            params,
-            self.config,
-            *batch.rows(),
-            joint=shared_prefix_rows(batch),
-            remat=self.remat,
-            dtype=self.dtype,
-            **adapters,
-        )
+        rows = batch.rows(shared_prefix=True)
+        out = response_log_probs(params, self.config, rows, compute=self.compute)
         return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
     def compare(
-        self, batch: PairBatch, reference: Params, *, reverse: bool = False, params, **adapters
+        self, batch: PairBatch, params: Params, reference: Params, *, reverse: bool = False
     ) -> ResponseComparison:
         """Policy and reference at every response token, [pairs, 2, response], 0 at padding."""
+        rows = batch.rows(shared_prefix=True)
         out = compare_responses(
-            params,
-            reference,
-            self.config,
-            *batch.rows(),
-            joint=shared_prefix_rows(batch),
-            reverse=reverse,
-            remat=self.remat,
-            dtype=self.dtype,
-            **adapters,
+            params, reference, self.config, rows, reverse=reverse, compute=self.compute
         )
         return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
-    def text_log_probs(self, batch: TextBatch, params: Params, **adapters) -> Array:
+    def text_log_probs(self, batch: TextBatch, params: Params) -> Array:
         """Token log-probs [rows, length], 0 where a token is not scored."""
-        out = text_log_probs(
-            params,
-            self.config,
-            batch.tokens,
-            batch.segment_ids,
-            batch.positions,
-            batch.target_mask,
-            remat=self.remat,
-            dtype=self.dtype,
-            **adapters,
-        )
-        return getattr(out, "log_prob", out)
-
-
-def shared_prefix_rows(batch: PairBatch) -> JointRows | None:
-    """The batch's rows with shared prefixes; None: the batch has none."""
-    if batch.joint_tokens is None or batch.common_length is None:
-        return None
-    return JointRows(
-        tokens=batch.joint_tokens,
-        first_length=batch.prompt_length[:, 0] + batch.response_length[:, 0],
-        common_length=batch.common_length,
-    )
+        text = batch.tokens, batch.segment_ids, batch.positions, batch.target_mask
+        return text_log_probs(params, self.config, *text, compute=self.compute)
 
 
 def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
@@ -266,9 +243,8 @@ class PreferenceObjective:
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> PairOutputs:
         with jax.named_scope("policy"):
-            of_policy = self.policy.log_probs(
-                batch.pairs, **self.policy.forward_arguments(trained, frozen["policy"], key)
-            )
+            params = self.policy.policy_params(trained, frozen["policy"], key)
+            of_policy = self.policy.log_probs(batch.pairs, params)
         reference = batch.reference
         if not self.has_reference:
             reference = jnp.full(batch.pairs.response_length.shape, jnp.nan)
@@ -286,8 +262,8 @@ class PreferenceObjective:
         The divergence is in nats, summed over the tokens of the response. Policy and reference each
         run once.
         """
-        arguments = self.policy.forward_arguments(trained, frozen["policy"])
-        both = self.policy.compare(batch.pairs, frozen["reference"], **arguments)
+        params = self.policy.policy_params(trained, frozen["policy"])
+        both = self.policy.compare(batch.pairs, params, frozen["reference"])
         return _outputs(both, both.reference_log_prob.sum(-1), batch.pairs), both.kl.sum(-1)
 
     def reduce(
@@ -344,8 +320,8 @@ class TokenPreferenceObjective:
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> ResponseComparison:
-        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
-        return self.policy.compare(batch.pairs, frozen["reference"], reverse=True, **arguments)
+        params = self.policy.policy_params(trained, frozen["policy"], key)
+        return self.policy.compare(batch.pairs, params, frozen["reference"], reverse=True)
 
     def reduce(
         self, outputs: ResponseComparison, batch: ReferencedBatch, count: Float[Array, ""]
@@ -391,9 +367,9 @@ class SupervisedObjective:
         batch: PairBatch | TextBatch,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "rows length"]:
-        arguments = self.policy.forward_arguments(trained, frozen["policy"], key)
+        params = self.policy.policy_params(trained, frozen["policy"], key)
         if isinstance(batch, TextBatch):
-            return self.policy.text_log_probs(batch, **arguments)
+            return self.policy.text_log_probs(batch, params)
         chosen = PairBatch(
             tokens=batch.tokens[:, :1],
             prompt_length=batch.prompt_length[:, :1],
@@ -402,7 +378,7 @@ class SupervisedObjective:
             record_index=batch.record_index,
             weight=batch.weight,
         )
-        return self.policy.log_probs(chosen, **arguments).log_prob[:, 0]
+        return self.policy.log_probs(chosen, params).log_prob[:, 0]
 
     def reduce(
         self,

@@ -217,5 +217,5 @@ class PairProbe:
         return means
 
     def _rows(self, batch: ReferencedBatch) -> tuple[Array, Array]:
-        tokens, _, response_tokens, _ = batch.pairs.rows()
-        return tokens, response_tokens
+        rows = batch.pairs.rows()
+        return rows.tokens, rows.response_tokens

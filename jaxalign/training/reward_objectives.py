@@ -12,7 +12,7 @@ from jaxalign.data.batches import PairBatch
 from jaxalign.losses import bradley_terry, preference_model
 from jaxalign.models.score import SCORE, rewards
 from jaxalign.training.metrics import Mean, mean_of
-from jaxalign.training.objectives import Params, Policy, shared_prefix_rows, wins
+from jaxalign.training.objectives import Params, Policy, wins
 
 Values = dict[str, Float[Array, " pairs"]]
 
@@ -96,17 +96,15 @@ class ScoreObjective:
         self, trained: Params, frozen: Any, batch: PairBatch, key: PRNGKeyArray | None
     ) -> Float[Array, "pairs 2"]:
         own = {name: tree for name, tree in trained.items() if name != SCORE}
-        arguments = self.policy.forward_arguments(own, frozen["policy"], key)
-        arguments["params"] = {**arguments["params"], SCORE: trained[SCORE]}
-        tokens, prompt_length, _, response_length = batch.rows()
+        params = self.policy.policy_params(own, frozen["policy"], key)
+        rows = batch.rows(shared_prefix=True)
         scores = rewards(
-            config=self.policy.config,
-            tokens=tokens,
-            lengths=prompt_length + response_length,
-            joint=shared_prefix_rows(batch),
-            remat=self.policy.remat,
-            dtype=self.policy.dtype,
-            **arguments,
+            {**params, SCORE: trained[SCORE]},
+            self.policy.config,
+            rows.tokens,
+            rows.prompt_length + rows.response_length,
+            shared_prefix=rows.shared_prefix,
+            compute=self.policy.compute,
         )
         return scores.reshape(-1, 2)
 

@@ -11,7 +11,7 @@ from jaxalign.data import PairBatch
 from jaxalign.entanglement import coefficients, first_order_changes, pair_geometry
 from jaxalign.losses import PairLogProbs, simpo
 from jaxalign.models import DecoderConfig, EncoderDecoderConfig, decoder, encoder_decoder
-from jaxalign.models.lora import init_adapters
+from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.models.responses import response_log_probs
 
 DECODER = DecoderConfig(
@@ -61,13 +61,9 @@ def start(config, room, key=0):
     return jax.jit(room.init_params, static_argnums=0)(config, jax.random.key(key))
 
 
-def log_probs(params, config, batch, **options):
+def log_probs(params, config, batch):
     """[pairs, 2], all pairs at once."""
-    flat = [
-        x.reshape(-1, *x.shape[2:])
-        for x in (batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length)
-    ]
-    return response_log_probs(params, config, *flat, **options).log_prob.sum(-1).reshape(-1, 2)
+    return response_log_probs(params, config, batch.rows()).log_prob.sum(-1).reshape(-1, 2)
 
 
 def gram(function, trained):
@@ -91,9 +87,8 @@ def test_with_adapters_they_alone_are_the_parameters(batch):
     params = start(DECODER, decoder)
     adapters = init_adapters(params, jax.random.key(1), rank=2, targets=["q", "down"])
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    options = {"adapter_scale": 0.5}
-    expected = gram(lambda a: log_probs(params, DECODER, batch, adapters=a, **options), adapters)
-    found = jax.jit(lambda a: pair_geometry(params, DECODER, batch, adapters=a, **options))(
+    expected = gram(lambda a: log_probs(with_adapters(params, a, 0.5), DECODER, batch), adapters)
+    found = jax.jit(lambda a: pair_geometry(params, DECODER, batch, adapters=a, adapter_scale=0.5))(
         adapters
     )
     np.testing.assert_allclose(found.inner, expected[:, 0, 1], rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def test_similarities_and_rows_are_those_of_their_records(loaded):
         assert row.chosen == record["chosen"].strip() or row.chosen == record["chosen"]
         assert row.numbers["length_chosen"] == len(responses[at][0])
         one = loaded.batches(1)[at]
-        rows_of_one = map(jnp.asarray, one.rows())
-        own = response_log_probs(loaded.model.params, loaded.model.config, *rows_of_one)
+        rows_of_one = jax.tree.map(jnp.asarray, one.rows())
+        own = response_log_probs(loaded.model.params, loaded.model.config, rows_of_one)
         assert row.numbers["log_prob_chosen"] == pytest.approx(
             float(own.log_prob[0].sum()), rel=1e-5
         )

@@ -10,7 +10,9 @@ import pytest
 from jaxalign.data import PairBatch
 from jaxalign.entanglement import pair_geometry, probing, two_pass_geometry
 from jaxalign.models import DecoderConfig, decoder, devices, load_pretrained, logprobs, probes
+from jaxalign.models.compute import Compute
 from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -60,15 +62,17 @@ def pairs_for(vocabulary, *, pairs=3, prompt=4, response=5, seed=0):
 
 
 def rows_of(batch):
-    fields = batch.tokens, batch.prompt_length, batch.response_tokens, batch.response_length
-    return [x.reshape(-1, *x.shape[2:]) for x in fields]  # as `PairBatch.rows`, written out
+    """As `PairBatch.rows`, written out."""
+    names = "tokens", "prompt_length", "response_tokens", "response_length"
+    fields = {name: getattr(batch, name) for name in names}
+    return ResponseRows(**{name: x.reshape(-1, *x.shape[2:]) for name, x in fields.items()})
 
 
 def dense(params, config, batch):
     """Path of each parameter's node -> gradients [pairs, 2, layers, size], by a Jacobian."""
 
     def log_probs(params):
-        return response_log_probs(params, config, *rows_of(batch)).log_prob.sum(-1)
+        return response_log_probs(params, config, rows_of(batch)).log_prob.sum(-1)
 
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.jacrev(log_probs))(params)):
@@ -126,17 +130,17 @@ def test_every_form_and_every_part(form, tied, monkeypatch):
     formed, one_by_one = FORMS[form]
     for module in (probes, logprobs):
         monkeypatch.setattr(module, "forms_gradients", lambda *_: formed)
-    monkeypatch.setattr(devices, "one_cpu", lambda: one_by_one)
+    monkeypatch.setattr(devices, "is_single_cpu", lambda: one_by_one)
     config = small(tied)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     batch = pairs_for(config.vocab_size)
-    tokens, _, response_tokens, _ = rows = rows_of(batch)
+    rows = rows_of(batch)
+    tokens, response_tokens = rows.tokens, rows.response_tokens
     zeros = probing.zero_probes(params, config, tokens, response_tokens)
 
     def log_probs(zeros):
-        return response_log_probs(
-            probes.with_probes(params, zeros), config, *rows, vocab_block=9
-        ).log_prob.sum()
+        watched, blocks = probes.with_probes(params, zeros), Compute(vocab_block=9)
+        return response_log_probs(watched, config, rows, compute=blocks).log_prob.sum()
 
     cotangents = jax.jit(jax.grad(log_probs))(zeros)
     found = probing.contributions(cotangents, config, tokens, response_tokens)
@@ -152,12 +156,12 @@ def test_gradient_of_a_watched_pass_is_that_of_the_plain_one(remat):
     config = small(True)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     rows = rows_of(pairs_for(config.vocab_size))
-    zeros = probing.zero_probes(params, config, rows[0], rows[2])
+    zeros = probing.zero_probes(params, config, rows.tokens, rows.response_tokens)
     weights = jnp.linspace(-1.0, 2.0, 6)
 
     def loss(params, zeros):
         watched = probes.with_probes(params, zeros)
-        out = response_log_probs(watched, config, *rows, remat=remat)
+        out = response_log_probs(watched, config, rows, compute=Compute(remat=remat))
         return jnp.sum(jnp.tanh(weights * out.log_prob.sum(-1)))
 
     plain, watched = (jax.jit(jax.grad(loss))(params, z) for z in ({}, zeros))
@@ -179,7 +183,8 @@ def test_bfloat16_stays_close_to_float32():
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     batch = pairs_for(config.vocab_size)
     exact = jax.jit(lambda p: two_pass_geometry(p, config, batch))(params)
-    half = jax.jit(lambda p: pair_geometry(p, config, batch, dtype=jnp.bfloat16))(params)
+    rough = Compute(dtype=jnp.bfloat16)
+    half = jax.jit(lambda p: pair_geometry(p, config, batch, compute=rough))(params)
     np.testing.assert_allclose(half.chosen, exact.chosen, rtol=0.03)
     scale = jnp.sqrt(exact.chosen * exact.rejected)
     np.testing.assert_allclose(half.inner / scale, exact.inner / scale, atol=0.02)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from jaxalign.entanglement import two_pass_geometry
-from jaxalign.entanglement.tokens import PairTokens, last_layer_geometry, token_geometry
+from jaxalign.entanglement.tokens import last_layer_geometry, token_geometry
 from jaxalign.models import decoder, load_pretrained
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows
 from tests.entanglement.test_probing import folder_of, pairs_for, rows_of, small
 
 
 def first_pair(batch):
-    return PairTokens(
+    return ResponseRows(
         tokens=batch.tokens[0],
         prompt_length=batch.prompt_length[0],
         response_tokens=batch.response_tokens[0],
@@ -30,7 +31,7 @@ def test_the_matrix_is_that_of_dense_gradients_and_sums_to_the_pairs(name):
     found = jax.jit(lambda p: token_geometry(p, config, first_pair(batch), chunk=2))(params)
 
     def log_probs(params):
-        return response_log_probs(params, config, *rows_of(batch)).log_prob
+        return response_log_probs(params, config, rows_of(batch)).log_prob
 
     leaves = jax.tree.leaves(jax.jit(jax.jacrev(log_probs))(params))
     dense = np.concatenate([np.asarray(x, np.float64).reshape(2, 5, -1) for x in leaves], -1)
@@ -70,22 +71,22 @@ def test_the_last_layer_in_closed_form(name):
     model = load_pretrained(folder_of(name), dtype=jnp.float32)
     params, config = model.params, model.config
     batch = pairs_for(config.vocab_size, pairs=1)
-    tokens, prompt_length, response_tokens, response_length = rows_of(batch)
+    rows = rows_of(batch)
     found = last_layer_geometry(params, config, first_pair(batch))
-    hidden = decoder.hidden_states(params, config, tokens)
-    places = prompt_length[:, None] - 1 + jnp.arange(5)[None]
+    hidden = decoder.hidden_states(params, config, rows.tokens)
+    places = rows.prompt_length[:, None] - 1 + jnp.arange(5)[None]
     hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
 
     def log_probs(kernel):
         z = hidden @ kernel
         if config.logit_softcap is not None:
             z = config.logit_softcap * jnp.tanh(z / config.logit_softcap)
-        rows = jax.nn.log_softmax(z)
-        return jnp.take_along_axis(rows, response_tokens[..., None], axis=-1)[..., 0]
+        table = jax.nn.log_softmax(z)
+        return jnp.take_along_axis(table, rows.response_tokens[..., None], axis=-1)[..., 0]
 
     dense = jax.jacrev(log_probs)(decoder.unembedding(params, config)[0])
     dense = np.asarray(dense, np.float64).reshape(2, 5, -1)
-    real = np.arange(5) < np.asarray(response_length)[:, None]
+    real = np.arange(5) < np.asarray(rows.response_length)[:, None]
     dense = np.where(real[..., None], dense, 0.0)
     np.testing.assert_allclose(found.inner, dense[0] @ dense[1].T, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(found.chosen, (dense[0] ** 2).sum(-1), rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ import experiments
 from experiments.gradient_entanglement import cures, pairs, preference, sentiment
 from experiments.ipo_md.online import online
 from jaxalign.config import from_json, to_json
-from jaxalign.models.weights import read_config
+from jaxalign.models.folders import read_config
 from jaxalign.planning.pages import line
 from jaxalign.planning.plans import make_plan
 from jaxalign.runs.experiment import load_config

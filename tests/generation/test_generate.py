@@ -11,9 +11,11 @@ import pytest
 from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, compile_generate, generate, stop_table
 from jaxalign.models import DecoderConfig, cached_decoder, decoder, load_pretrained
+from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import init_params
-from jaxalign.models.lora import init_adapters
+from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh, place
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -46,7 +48,7 @@ def padded_left(prompts, length):
 
 
 def policy_of(seed):
-    return {"params": init_params(CONFIG, jax.random.key(seed))}
+    return init_params(CONFIG, jax.random.key(seed))
 
 
 def sampled(policies, prompts, *, weights=(1.0,), key=0, length=8, **options):
@@ -71,22 +73,20 @@ def sampled(policies, prompts, *, weights=(1.0,), key=0, length=8, **options):
     return run(policies, *padded_left(prompts, length), jax.random.key(key))
 
 
-def scored(policy, prompts, samples, **options):
+def scored(policy, prompts, samples, compute=Compute()):
     """Log-probs of samples from the training forward."""
     length = max(map(len, prompts)) + samples.tokens.shape[1]
     rows = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         whole = [*prompt, *np.asarray(samples.tokens[row][: samples.length[row]])]
         rows[row, : len(whole)] = whole
-    return response_log_probs(
-        config=CONFIG,
+    responses = ResponseRows(
         tokens=jnp.asarray(rows),
         prompt_length=jnp.array([len(prompt) for prompt in prompts]),
         response_tokens=samples.tokens,
         response_length=samples.length,
-        **policy,
-        **options,
-    ).log_prob
+    )
+    return response_log_probs(policy, CONFIG, responses, compute=compute).log_prob
 
 
 def from_folder(case, *, key=0, samples=1, **rules):
@@ -95,7 +95,7 @@ def from_folder(case, *, key=0, samples=1, **rules):
     length = jnp.sum(prompts != 0, axis=1)
     run = jax.jit(
         lambda params: generate(
-            [{"params": params}],
+            [params],
             model.config,
             prompts,
             length,
@@ -142,14 +142,13 @@ def test_an_encoder_decoders_sampled_log_probs_are_those_of_its_training_forward
     first = np.zeros(prompts.shape, np.int32)  # the training forward pads on the right
     for row, size in enumerate(np.asarray(length)):
         first[row, :size] = prompts[row, prompts.shape[1] - size :]
-    expected = response_log_probs(
-        config=model.config,
+    rows = ResponseRows(
         tokens=jnp.repeat(jnp.asarray(first), 4, axis=0),
         prompt_length=jnp.repeat(length, 4),
         response_tokens=samples.tokens,
         response_length=samples.length,
-        params=model.params,
     )
+    expected = response_log_probs(model.params, model.config, rows)
     np.testing.assert_allclose(samples.policy_log_probs[:, 0], expected.log_prob, atol=1e-4)
     assert len(set(np.asarray(samples.length))) > 1
 
@@ -157,9 +156,9 @@ def test_an_encoder_decoders_sampled_log_probs_are_those_of_its_training_forward
 def test_nothing_is_computed_after_the_last_row_has_ended(monkeypatch):
     steps, advance = [], cached_decoder.advance
 
-    def counted(**given):
+    def counted(*given, **options):
         jax.debug.callback(lambda: steps.append(1))  # whenever the compiled loop goes round
-        return advance(**given)
+        return advance(*given, **options)
 
     monkeypatch.setattr(cached_decoder, "advance", counted)
     samples = sampled([policy_of(0)], PROMPTS, max_tokens=50, end_tokens=tuple(range(0, 19, 2)))
@@ -172,7 +171,7 @@ def test_positions_that_were_learned_end_where_they_end():
     model = load_pretrained(folder_of("gpt2"))
     most = model.config.context_length
     prompts, sampling = jnp.full((2, 4), 5), Sampling(max_tokens=most - 2)
-    arguments = [{"params": model.params}], model.config, prompts
+    arguments = [model.params], model.config, prompts
     with pytest.raises(
         UserError, match=f"prompts of 4 tokens.*{most} positions; ask for {most - 4}"
     ):
@@ -185,16 +184,16 @@ def test_positions_that_were_learned_end_where_they_end():
 
 
 def test_adapters_are_read_by_both():
-    params = policy_of(0)["params"]
+    params = policy_of(0)
     adapters = init_adapters(params, jax.random.key(1), rank=2, targets=("*",))
     adapters = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), adapters
     )
-    policy = {"params": params, "adapters": adapters, "adapter_scale": 1.5}
+    policy = with_adapters(params, adapters, 1.5)
     samples = sampled([policy], PROMPTS)
     expected = scored(policy, PROMPTS, samples)
     np.testing.assert_allclose(samples.policy_log_probs[:, 0], expected, atol=1e-5)
-    plain = scored({"params": params}, PROMPTS, samples)
+    plain = scored(params, PROMPTS, samples)
     assert np.abs(np.asarray(plain - expected)).max() > 0.1
 
 
@@ -226,7 +225,7 @@ def test_frequencies_are_those_of_the_distribution():
 
 
 def _logits(policy, prompt):
-    return decoder.logits(policy["params"], CONFIG, jnp.asarray([prompt]))[0, -1]
+    return decoder.logits(policy, CONFIG, jnp.asarray([prompt]))[0, -1]
 
 
 def test_the_mixture_is_the_geometric_one_and_its_ends_are_the_policies():
@@ -274,7 +273,7 @@ def test_tokens_are_mixed_one_by_one_which_is_not_a_mixture_of_sequences():
     def table(policy):
         """Log-probs of the first token, and of the second after each first one."""
         first = jax.nn.log_softmax(_logits(policy, PROMPTS[0]))
-        rows = decoder.logits(policy["params"], CONFIG, jnp.asarray(begun))[:, -1]
+        rows = decoder.logits(policy, CONFIG, jnp.asarray(begun))[:, -1]
         return np.asarray(first, np.float64), np.asarray(jax.nn.log_softmax(rows), np.float64)
 
     def normal(x):
@@ -350,5 +349,5 @@ def test_bfloat16_computes_and_caches_in_bfloat16():
         sampling=Sampling(max_tokens=4),
         dtype=jnp.bfloat16,
     )
-    exact = scored(policy_of(0), PROMPTS, samples, dtype=jnp.bfloat16)
+    exact = scored(policy_of(0), PROMPTS, samples, Compute(dtype=jnp.bfloat16))
     np.testing.assert_allclose(samples.policy_log_probs[:, 0], exact, atol=0.1)

@@ -46,7 +46,7 @@ def written_out(q, k, v, segments, *, scale, window=None, cap=None):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
 def test_attention_is_the_textbooks(options, block, segmented, one_cpu, rng, monkeypatch):
-    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
+    monkeypatch.setattr(devices, "is_single_cpu", lambda: one_cpu)
     q, k, v = draw(rng, 2, 19, 4, 8), draw(rng, 2, 19, 2, 8), draw(rng, 2, 19, 2, 8)
     segments = np.ones((2, 19), np.int32)
     if segmented:
@@ -66,7 +66,7 @@ def test_blocks_change_no_gradient(one_cpu, rng, monkeypatch):
         return jnp.square(attention(*arrays, scale=0.4, window=6, query_block=block)).sum()
 
     whole = jax.grad(loss)(arrays, 64)
-    monkeypatch.setattr(devices, "one_cpu", lambda: one_cpu)
+    monkeypatch.setattr(devices, "is_single_cpu", lambda: one_cpu)
     blocked = jax.grad(loss)(arrays, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), blocked, whole)
 

@@ -11,7 +11,9 @@ from flax import nnx
 
 from jaxalign.errors import UserError
 from jaxalign.models import Decoder, DecoderConfig, Rope, decoder, init_model
-from jaxalign.models.decoder import REMAT_POLICIES, init_params, parameter_shapes, unembedding
+from jaxalign.models.compute import REMAT_POLICIES, Compute
+from jaxalign.models.decoder import Layout, init_params, parameter_shapes, unembedding
+from jaxalign.models.lora import with_adapters
 
 PLAIN = DecoderConfig(
     vocab_size=31,
@@ -25,8 +27,8 @@ PLAIN = DecoderConfig(
     initializer_range=0.4,
 )
 replace = dataclasses.replace
-hidden_states = jax.jit(decoder.hidden_states, static_argnames=("config", "remat", "dtype"))
-logits = jax.jit(decoder.logits, static_argnames=("config", "remat", "dtype"))
+hidden_states = jax.jit(decoder.hidden_states, static_argnames=("config", "compute"))
+logits = jax.jit(decoder.logits, static_argnames=("config", "compute"))
 CONFIGS = {
     "plain": PLAIN,
     "window": replace(PLAIN, window=3, windowed=(True, True)),
@@ -108,8 +110,8 @@ def test_padding_changes_nothing(config, rng):
     left = jnp.concatenate([junk, tokens], axis=1)
     mask = jnp.concatenate([ones, nothing], axis=1)
     close = functools.partial(np.testing.assert_allclose, atol=2e-5)
-    close(logits(params, config, right, attention_mask=mask)[:, :10], expected)
-    close(logits(params, config, left, attention_mask=mask[:, ::-1])[:, 5:], expected)
+    close(logits(params, config, right, Layout(attention_mask=mask))[:, :10], expected)
+    close(logits(params, config, left, Layout(attention_mask=mask[:, ::-1]))[:, 5:], expected)
     close(logits(params, config, right)[:, :10], expected)
 
 
@@ -120,13 +122,13 @@ def test_packed_documents_are_separate_rows(config, rng):
     first, second = random_tokens(rng, 1, 7), random_tokens(rng, 1, 4)
     packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], axis=1)
     segments = jnp.asarray([[1] * 7 + [2] * 4 + [0] * 3])
-    out = logits(params, config, packed, segment_ids=segments)
+    out = logits(params, config, packed, Layout(segment_ids=segments))
     alone = jnp.concatenate([first, jnp.pad(second, ((0, 0), (0, 3)))], axis=0)
     expected = logits(params, config, alone)
     np.testing.assert_allclose(out[0, :7], expected[0], atol=2e-5)
     np.testing.assert_allclose(out[0, 7:11], expected[1, :4], atol=2e-5)
     positions = jnp.asarray([[*range(7), *range(4), *range(3)]])
-    given = logits(params, config, packed, segment_ids=segments, positions=positions)
+    given = logits(params, config, packed, Layout(segment_ids=segments, positions=positions))
     np.testing.assert_array_equal(given, out)
 
 
@@ -145,7 +147,9 @@ def test_rematerialisation_changes_no_gradient(policy, rng):
     config, tokens = PLAIN, random_tokens(rng)
 
     def loss(params, remat):
-        return jnp.square(hidden_states(params, config, tokens, remat=remat)).mean()
+        return jnp.square(
+            hidden_states(params, config, tokens, compute=Compute(remat=remat))
+        ).mean()
 
     expected = jax.grad(loss)(params_of(config), "none")
     grads = jax.grad(loss)(params_of(config), policy)
@@ -159,7 +163,7 @@ def test_rematerialisation_is_really_on(rng):
 
     def residuals(remat):
         def loss(params):
-            return decoder.hidden_states(params, config, tokens, remat=remat).sum()
+            return decoder.hidden_states(params, config, tokens, compute=Compute(remat=remat)).sum()
 
         kept = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
         return sum(leaf.size for leaf in kept) - sum(x.size for x in jax.tree.leaves(params))
@@ -172,7 +176,7 @@ def test_rematerialisation_is_really_on(rng):
 
 def test_unknown_rematerialisation_is_refused(rng):
     with pytest.raises(UserError, match="remat: 'some' is not one of none, full"):
-        hidden_states(params_of(PLAIN), PLAIN, random_tokens(rng), remat="some")
+        hidden_states(params_of(PLAIN), PLAIN, random_tokens(rng), compute=Compute(remat="some"))
 
 
 def test_learned_positions_do_not_reach_further(rng):
@@ -185,16 +189,16 @@ def test_learned_positions_do_not_reach_further(rng):
 def test_bfloat16_is_close_and_parameters_stay_float32(config, rng):
     params, tokens = params_of(config), random_tokens(rng)
     exact = hidden_states(params, config, tokens)
-    rough = hidden_states(params, config, tokens, dtype=jnp.bfloat16)
+    rough = hidden_states(params, config, tokens, compute=Compute(dtype=jnp.bfloat16))
     assert rough.dtype == jnp.bfloat16
-    assert logits(params, config, tokens, dtype=jnp.bfloat16).dtype == jnp.float32
+    assert logits(params, config, tokens, compute=Compute(dtype=jnp.bfloat16)).dtype == jnp.float32
     error = np.linalg.norm(rough.astype(jnp.float32) - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.05  # 8 bits of mantissa
 
 
 def test_gradients_of_bfloat16_computation_are_float32(rng):
     tokens = random_tokens(rng)
-    loss = lambda p: hidden_states(p, PLAIN, tokens, dtype=jnp.bfloat16).sum()  # noqa: E731
+    loss = lambda p: hidden_states(p, PLAIN, tokens, compute=Compute(dtype=jnp.bfloat16)).sum()  # noqa: E731
     grads = jax.eval_shape(jax.grad(loss), params_of(PLAIN))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
 
@@ -211,8 +215,8 @@ def test_adapters_add_their_product_to_the_matrices(rng):
         if name in adapters
     }
     expected = logits(params | {"layers": params["layers"] | merged}, config, tokens)
-    with_adapters = logits(params, config, tokens, adapters={"layers": adapters}, adapter_scale=0.3)
-    np.testing.assert_allclose(with_adapters, expected, atol=1e-3, rtol=1e-4)
+    adapted = logits(with_adapters(params, {"layers": adapters}, 0.3), config, tokens)
+    np.testing.assert_allclose(adapted, expected, atol=1e-3, rtol=1e-4)
     assert np.abs(expected - logits(params, config, tokens)).max() > 0.1
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import UserError
 from jaxalign.models import EncoderDecoder, EncoderDecoderConfig, load_pretrained, save_pretrained
+from jaxalign.models.compute import Compute
 from jaxalign.models.encoder_decoder import (
     hidden_states,
     init_params,
@@ -19,9 +20,10 @@ from jaxalign.models.encoder_decoder import (
     relative_bucket,
 )
 from jaxalign.models.families import t5
-from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.peft import load_adapters, save_adapters
 from jaxalign.models.responses import compare_responses, response_log_probs
+from jaxalign.rows import ResponseRows
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"
 CASES = sorted(folder.name for folder in FOLDER.iterdir())
@@ -37,7 +39,7 @@ SMALL = EncoderDecoderConfig(
     relative_buckets=8,
     relative_distance=10,
 )
-states_of = jax.jit(hidden_states, static_argnames=("config", "remat"))
+states_of = jax.jit(hidden_states, static_argnames=("config", "compute"))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,15 @@ def rows(seed=0, *, prompts=(7, 3), responses=(5, 2), length=7, response=5):
     answer[np.arange(response)[None] >= np.array(responses)[:, None]] = 0
     arrays = prompt, np.array(prompts, np.int32), answer, np.array(responses, np.int32)
     return tuple(map(jnp.asarray, arrays))
+
+
+def responses_of(tokens, prompt_length, response_tokens, response_length):
+    return ResponseRows(
+        tokens=tokens,
+        prompt_length=prompt_length,
+        response_tokens=response_tokens,
+        response_length=response_length,
+    )
 
 
 @every_case
@@ -157,7 +168,8 @@ def test_response_log_probs_are_those_of_the_dense_model(params):
     prompt, prompt_length, answer, length = rows()
     # what follows the prompt in the row is the response itself, which the encoder may not see
     tokens = jnp.concatenate([prompt, prompt], axis=1)
-    got = response_log_probs(params, SMALL, tokens, prompt_length, answer, length).log_prob
+    responses = responses_of(tokens, prompt_length, answer, length)
+    got = response_log_probs(params, SMALL, responses).log_prob
     want = dense_log_probs(params, SMALL, prompt, prompt_length, answer)
     real = np.arange(answer.shape[1])[None] < np.asarray(length)[:, None]
     np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=2e-5, rtol=0)
@@ -165,8 +177,7 @@ def test_response_log_probs_are_those_of_the_dense_model(params):
 
 
 def test_a_model_does_not_diverge_from_itself(params):
-    prompt, prompt_length, answer, length = rows()
-    out = compare_responses(params, params, SMALL, prompt, prompt_length, answer, length)
+    out = compare_responses(params, params, SMALL, responses_of(*rows()))
     np.testing.assert_allclose(out.kl, 0, atol=1e-5)
     np.testing.assert_array_equal(out.log_prob, out.reference_log_prob)
 
@@ -216,7 +227,8 @@ def test_rematerialisation_changes_no_gradient(params, remat):
     prompt, _, answer, _ = rows()
 
     def gradient(remat):
-        loss = lambda p: states_of(p, SMALL, prompt, answer, remat=remat).sum()  # noqa: E731
+        how = Compute(remat=remat)
+        loss = lambda p: states_of(p, SMALL, prompt, answer, compute=how).sum()  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
@@ -244,7 +256,7 @@ def test_adapters_are_their_merged_model(params):
     drawn = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapters
     )
-    off_line = states_of(params, SMALL, prompt, answer, adapters=drawn, adapter_scale=0.7)
+    off_line = states_of(with_adapters(params, drawn, 0.7), SMALL, prompt, answer)
     merged = states_of(merge(params, drawn, 0.7), SMALL, prompt, answer)
     np.testing.assert_allclose(off_line, merged, atol=1e-4)
     assert np.abs(merged - states_of(params, SMALL, prompt, answer)).max() > 1e-2

@@ -12,9 +12,11 @@ from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import entropy as scipy_entropy
 
 from jaxalign.models import DecoderConfig
+from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import init_params, logits
 from jaxalign.models.logprobs import token_kl, token_log_probs
 from jaxalign.models.responses import response_log_probs, text_log_probs
+from jaxalign.rows import ResponseRows
 
 TOKENS, WIDTH = 13, 5
 vocabularies = pytest.mark.parametrize("vocabulary", [1000, 32000, 32003, 50257])
@@ -276,19 +278,25 @@ def dialogues(rng, vocabulary, batch=3, length=12, response=6):
     for row, (start, count) in enumerate(zip(prompt_length, response_length, strict=True)):
         tokens[row, : start + count] = rng.integers(1, vocabulary, start + count)
         responses[row, :count] = tokens[row, start : start + count]
-    return [jnp.asarray(x) for x in (tokens, prompt_length, responses, response_length)]
+    return ResponseRows(
+        tokens=jnp.asarray(tokens),
+        prompt_length=jnp.asarray(prompt_length),
+        response_tokens=jnp.asarray(responses),
+        response_length=jnp.asarray(response_length),
+    )
 
 
 def test_response_log_probs_are_those_of_the_logits(rng, policy):
     params, config = policy
-    tokens, prompt_length, responses, response_length = dialogues(rng, config.vocab_size)
-    out = response_log_probs(params, config, tokens, prompt_length, responses, response_length)
+    rows = dialogues(rng, config.vocab_size)
+    tokens, responses = rows.tokens, rows.response_tokens
+    out = response_log_probs(params, config, rows)
     log_p = log_softmax(np.float64(logits(params, config, tokens)), axis=-1)
     expected = np.zeros(responses.shape)
     entropy = np.zeros(responses.shape)
     for row in range(3):
-        for i in range(int(response_length[row])):
-            place = int(prompt_length[row]) + i
+        for i in range(int(rows.response_length[row])):
+            place = int(rows.prompt_length[row]) + i
             expected[row, i] = log_p[row, place - 1, tokens[row, place]]
             entropy[row, i] = scipy_entropy(np.exp(log_p[row, place - 1]))
     np.testing.assert_allclose(out.log_prob, expected, atol=1e-5)
@@ -298,14 +306,15 @@ def test_response_log_probs_are_those_of_the_logits(rng, policy):
 
 def test_padding_of_a_response_has_no_gradient(rng, policy):
     params, config = policy
-    tokens, prompt_length, responses, response_length = dialogues(rng, config.vocab_size)
+    rows = dialogues(rng, config.vocab_size)
+    tokens, responses = rows.tokens, rows.response_tokens
 
     def total(params, tokens, responses):
-        out = response_log_probs(params, config, tokens, prompt_length, responses, response_length)
-        return out.log_prob.sum()
+        changed = dataclasses.replace(rows, tokens=tokens, response_tokens=responses)
+        return response_log_probs(params, config, changed).log_prob.sum()
 
     other = jnp.where(responses == 0, 5, responses)
-    real = jnp.arange(tokens.shape[1])[None] < (prompt_length + response_length)[:, None]
+    real = jnp.arange(tokens.shape[1])[None] < (rows.prompt_length + rows.response_length)[:, None]
     gradient_of = jax.jit(jax.grad(total))
     gradient = gradient_of(params, tokens, responses)
     padded = gradient_of(params, jnp.where(real, tokens, 7), other)
@@ -336,10 +345,11 @@ def test_gradient_of_a_model_under_a_mesh(rng):
     """Eight rows over a data axis of four, parameters replicated: the gradient of one device."""
     params = init_params(CONFIG, jax.random.key(1))
     parts = [dialogues(rng, CONFIG.vocab_size) for _ in range(4)]
-    batch = [jnp.concatenate([part[i] for part in parts]) for i in range(4)]
+    batch = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
     def total(params, batch):
-        out = response_log_probs(params, CONFIG, *batch, token_block=24, vocab_block=40)
+        blocks = Compute(token_block=24, vocab_block=40)
+        out = response_log_probs(params, CONFIG, batch, compute=blocks)
         return out.log_prob.sum()
 
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))

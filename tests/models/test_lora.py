@@ -9,6 +9,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
+from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import hidden_states, init_params, logits, parameter_shapes
 from jaxalign.models.layers import dense
 from jaxalign.models.lora import (
@@ -18,9 +19,11 @@ from jaxalign.models.lora import (
     matrix_shapes,
     merge,
     stack,
+    with_adapters,
     with_dropout,
 )
 from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows
 
 CONFIG = DecoderConfig(
     vocab_size=31,
@@ -59,7 +62,7 @@ def tokens(rng):
 
 def test_new_adapters_change_nothing(params, tokens):
     new = init_adapters(params, jax.random.key(0), rank=2, targets=("*",))
-    on = logits(params, CONFIG, tokens, adapters=new, adapter_scale=SCALE)
+    on = logits(with_adapters(params, new, SCALE), CONFIG, tokens)
     np.testing.assert_array_equal(on, logits(params, CONFIG, tokens))
 
 
@@ -146,7 +149,7 @@ def test_trees_of_encoder_decoders():
 
 
 def test_merged_model_is_the_model_with_adapters_on(params, adapters, tokens):
-    on = logits(params, CONFIG, tokens, adapters=adapters, adapter_scale=SCALE)
+    on = logits(with_adapters(params, adapters, SCALE), CONFIG, tokens)
     merged = logits(merge(params, adapters, SCALE), CONFIG, tokens)
     np.testing.assert_allclose(on, merged, atol=2e-5)
     assert np.abs(on - logits(params, CONFIG, tokens)).max() > 0.05
@@ -181,11 +184,11 @@ def test_gradients_are_those_through_the_merged_matrices(params, adapters, token
     """With G the gradient of W: that of A is s G B^T, that of B is s A^T G."""
 
     def value(params, adapters, scale):
-        states = partial(hidden_states, config=CONFIG, tokens=tokens, remat=remat)
-        return jnp.sin(states(params, adapters=adapters, adapter_scale=scale)).sum()
+        adapted = with_adapters(params, adapters, scale)
+        return jnp.sin(hidden_states(adapted, CONFIG, tokens, compute=Compute(remat=remat))).sum()
 
     grads = jax.grad(value, argnums=1)(params, adapters, SCALE)
-    by_kernel = jax.grad(value)(merge(params, adapters, SCALE), None, 1.0)
+    by_kernel = jax.grad(value)(merge(params, adapters, SCALE), {}, 1.0)
     for name, adapter in adapters["layers"].items():
         g = by_kernel["layers"][name]["kernel"]
         a = SCALE * jnp.einsum("lio,lro->lir", g, adapter["b"])
@@ -200,8 +203,8 @@ def test_dropped_inputs_reach_the_adapter_alone(rng):
     kernel = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
     eye = {"layers": {"q": {"a": jnp.eye(8)[None], "b": jnp.eye(8)[None]}}}
     dropped = with_dropout(eye, jax.random.key(0), rate=0.5)["layers"]["q"]
-    one = {name: leaf[0] for name, leaf in dropped.items()}
-    update = (dense(x, {"kernel": kernel}, one, 3.0) - dense(x, {"kernel": kernel})) / 3.0
+    one = with_adapters({"kernel": kernel}, {name: leaf[0] for name, leaf in dropped.items()}, 3.0)
+    update = (dense(x, one) - dense(x, {"kernel": kernel})) / 3.0
     kept = np.abs(update) > 1e-4
     np.testing.assert_allclose(update, np.where(kept, 2 * x, 0), atol=1e-4)
     assert 0.4 < kept.mean() < 0.6
@@ -217,7 +220,8 @@ def test_dropout_is_the_adapter_in_expectation(rng):
     @jax.vmap
     def draw(key):
         adapters = with_dropout({"layers": {"q": {"a": a, "b": b}}}, key, rate=0.3)
-        return dense(x, flat, {k: v[0] for k, v in adapters["layers"]["q"].items()})
+        one = {k: v[0] for k, v in adapters["layers"]["q"].items()}
+        return dense(x, with_adapters(flat, one, 1.0))
 
     draws = draw(jax.random.split(jax.random.key(1), 20_000))
     error = draws.std(0) / 20_000**0.5
@@ -247,24 +251,18 @@ def test_no_dropout_is_no_change(adapters):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_dropout_through_the_log_probs(params, adapters, tokens, remat):
     """The same key drops the same; the backward pass of remat draws the masks of the forward."""
-    prompt, response = jnp.full(2, 4), tokens[:, 4:]
+    rows = ResponseRows(
+        tokens=tokens,
+        prompt_length=jnp.full(2, 4),
+        response_tokens=tokens[:, 4:],
+        response_length=jnp.full(2, 5),
+    )
 
     @partial(jax.jit, static_argnames="remat")
     @partial(jax.value_and_grad, argnums=0)
     def value(adapters, key, remat):
-        out = response_log_probs(
-            params,
-            CONFIG,
-            tokens,
-            prompt,
-            response,
-            jnp.full(2, 5),
-            remat=remat,
-            adapters=adapters,
-            adapter_scale=SCALE,
-            adapter_dropout=0.4,
-            dropout_key=key,
-        )
+        policy = with_adapters(params, with_dropout(adapters, key, rate=0.4), SCALE)
+        out = response_log_probs(policy, CONFIG, rows, compute=Compute(remat=remat))
         return out.log_prob.sum()
 
     here = value(adapters, jax.random.key(0), remat)

@@ -15,9 +15,9 @@ from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import init_params, logits
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.folders import read_config
+from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.peft import load_adapters, modules, save_adapters
-from jaxalign.models.weights import read_config
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "adapters").iterdir())
@@ -47,7 +47,7 @@ def test_logits_are_those_of_peft(case):
     adapters, scale, _ = load_adapters(folder_of(case), model.config)
     expected = load_file(folder_of(case) / "expected.safetensors")
     tokens = jnp.asarray(expected["tokens"])
-    on = logits(model.params, model.config, tokens, adapters=adapters, adapter_scale=scale)
+    on = logits(with_adapters(model.params, adapters, scale), model.config, tokens)
     np.testing.assert_allclose(on, expected["logits"], atol=1e-4)
     off = logits(model.params, model.config, tokens)
     assert np.abs(off - expected["logits"]).max() > 1

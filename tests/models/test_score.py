@@ -19,10 +19,11 @@ from jaxalign.models import (
     load_pretrained,
     save_pretrained,
 )
+from jaxalign.models.compute import Compute
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.lora import init_adapters, merge
+from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.score import ScoreModel, init_head, rewards, with_head
-from tests.models.test_joint_rows import KINDS, PLAIN, make_rows
+from tests.models.test_shared_prefix import KINDS, PLAIN, make_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "classifiers").iterdir())
@@ -71,7 +72,7 @@ def test_transformers_has_the_classes_that_are_named():
         MODEL_MAPPING_NAMES,
     )
 
-    from jaxalign.models.weights import score_architecture
+    from jaxalign.models.saving import score_architecture
 
     for name, family in FAMILIES.items():
         known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_MAPPING_NAMES
@@ -135,9 +136,10 @@ def test_padding_and_what_stands_in_it_change_nothing(config, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_joint_rows_score_like_rows_apart(kind, rng):
     config = KINDS[kind]
-    (tokens, prompt, _, response), joint = make_rows(rng)
-    apart = rewards(scored(config), config, tokens, prompt + response)
-    joined = rewards(scored(config), config, tokens, prompt + response, joint=joint)
+    rows, joint = make_rows(rng)
+    lengths, shared = rows.prompt_length + rows.response_length, joint.shared_prefix
+    apart = rewards(scored(config), config, rows.tokens, lengths)
+    joined = rewards(scored(config), config, rows.tokens, lengths, shared_prefix=shared)
     np.testing.assert_allclose(joined, apart, atol=1e-5)
 
 
@@ -168,7 +170,7 @@ def test_adapters_score_like_the_merged_model(config, rng):
     adapters = jax.tree.map(lambda x: x + 0.05, adapters)
     rows = jnp.asarray(rng.integers(1, 29, (2, 7)), jnp.int32), jnp.array([7, 4])
     merged = rewards(merge(params, adapters, 0.5), config, *rows)
-    found = rewards(params, config, *rows, adapters=adapters, adapter_scale=0.5)
+    found = rewards(with_adapters(params, adapters, 0.5), config, *rows)
     np.testing.assert_allclose(found, merged, atol=1e-5)
     assert np.abs(merged - rewards(params, config, *rows)).max() > 1e-3
 
@@ -177,12 +179,12 @@ def test_bfloat16_and_rematerialisation(rng):
     params = scored(PLAIN)
     rows = jnp.asarray(rng.integers(1, 29, (2, 7)), jnp.int32), jnp.array([7, 4])
     exact = rewards(params, PLAIN, *rows)
-    rough = rewards(params, PLAIN, *rows, dtype=jnp.bfloat16)
+    rough = rewards(params, PLAIN, *rows, compute=Compute(dtype=jnp.bfloat16))
     assert rough.dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.05)
 
     def total(params, remat):
-        return rewards(params, PLAIN, *rows, remat=remat).sum()
+        return rewards(params, PLAIN, *rows, compute=Compute(remat=remat)).sum()
 
     kept, again = (jax.grad(total)(params, remat) for remat in ("none", "full"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), kept, again)

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained, save_pretrained
+from jaxalign.models.folders import read_config
 from jaxalign.models.peft import load_adapters
-from jaxalign.models.weights import TensorFiles, read_config
+from jaxalign.models.tensor_files import TensorFiles
 from jaxalign.sharding import make_mesh
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

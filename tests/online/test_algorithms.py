@@ -30,8 +30,8 @@ DATA = np.array([0.4, 0.1, 0.2, 0.3])
 
 def exact_batch(world, algorithm, params, previous=None):
     """Every combination of responses, weighed with its probability under the algorithm's draws."""
-    tokens, prompt, response, length = world.rows()
-    number = len(length)
+    rows = world.rows()
+    number = len(rows.response_length)
     policy, reference = world.policy(params), world.policy(world.params)
     weight = np.ones((1,))
     for draw in algorithm.draws:
@@ -45,10 +45,10 @@ def exact_batch(world, algorithm, params, previous=None):
     reward = world.rewards(None, world.names)
     batch = RolloutBatch(
         responses=PairBatch(
-            tokens=tokens[grid],
-            prompt_length=prompt[grid],
-            response_tokens=response[grid],
-            response_length=length[grid],
+            tokens=rows.tokens[grid],
+            prompt_length=rows.prompt_length[grid],
+            response_tokens=rows.response_tokens[grid],
+            response_length=rows.response_length[grid],
             record_index=np.zeros(len(grid), np.int32),
             weight=weight.astype(np.float32),
         ),

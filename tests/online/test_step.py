@@ -262,7 +262,7 @@ def test_the_average_of_parameters_is_the_sum_by_hand():
         state, _ = step(state, frozen, prompts_of(8))
         now = np.asarray(state.params["embed"]["embedding"])
         expected = 0.75 * expected + 0.25 * now
-    average = policies_of(step.policy, state, frozen)["average"]["params"]
+    average = policies_of(step.policy, state, frozen)["average"]
     np.testing.assert_allclose(average["embed"]["embedding"], expected, atol=1e-6)
     assert np.abs(expected - now).max() > 1e-4
 
@@ -271,7 +271,7 @@ def test_an_iterations_reference_is_the_policy_that_began_it():
     step, state, frozen = online("sppo", samples=2, iteration=2)
 
     def of(policies, name):
-        return np.asarray(policies[name]["params"]["embed"]["embedding"])
+        return np.asarray(policies[name]["embed"]["embedding"])
 
     begun = []
     for _ in range(4):

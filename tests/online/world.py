@@ -1,7 +1,6 @@
 """A world small enough for exact numbers: a tiny decoder, all of whose responses are listed."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
@@ -9,6 +8,7 @@ from jaxalign.evaluation import Verdicts
 from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.responses import response_log_probs
+from jaxalign.rows import ResponseRows
 
 LETTERS, END = "abcd", 1
 PROMPT = (3, 2)  # two tokens: after one alone, the same again would leave the state as it was
@@ -61,7 +61,7 @@ class World:
         self.params = init_params(CONFIG, jax.random.key(seed))
 
     def rows(self):
-        """Tokens, prompt lengths, response tokens and lengths of all responses."""
+        """All responses after the prompt."""
         number = len(self.responses)
         before = len(PROMPT)
         tokens = np.zeros((number, before + self.most), np.int32)
@@ -69,11 +69,16 @@ class World:
         for row, response in enumerate(self.responses):
             tokens[row, before : before + len(response)] = response
         lengths = np.array([len(response) for response in self.responses], np.int32)
-        return tokens, np.full(number, before, np.int32), tokens[:, before:], lengths
+        return ResponseRows(
+            tokens=tokens,
+            prompt_length=np.full(number, before, np.int32),
+            response_tokens=tokens[:, before:],
+            response_length=lengths,
+        )
 
     def log_probs(self, params):
         """Token log-probs of all responses, [responses, most]."""
-        return np.asarray(_log_probs(params, *(jnp.asarray(x) for x in self.rows())), np.float64)
+        return np.asarray(_log_probs(params, self.rows()), np.float64)
 
     def policy(self, params):
         """Probabilities of all responses, to float32's precision."""
@@ -121,5 +126,5 @@ class World:
 
 
 @jax.jit
-def _log_probs(params, *rows):
-    return response_log_probs(params, CONFIG, *rows).log_prob
+def _log_probs(params, rows):
+    return response_log_probs(params, CONFIG, rows).log_prob

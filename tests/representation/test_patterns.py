@@ -14,8 +14,16 @@ from jaxalign.errors import UserError
 from jaxalign.generation import Sampling, generate
 from jaxalign.losses import hidden_state_distance, hidden_state_matching
 from jaxalign.models import DecoderConfig
-from jaxalign.models.decoder import hidden_states, init_params, norm, states_at_layers
-from jaxalign.models.lora import init_adapters, merge, with_dropout
+from jaxalign.models.compute import Compute
+from jaxalign.models.decoder import (
+    Layout,
+    hidden_states,
+    init_params,
+    norm,
+    states_at_layers,
+    with_steering,
+)
+from jaxalign.models.lora import init_adapters, merge, with_adapters, with_dropout
 from jaxalign.models.responses import response_log_probs
 from jaxalign.representation import (
     Reader,
@@ -26,6 +34,7 @@ from jaxalign.representation import (
     steering,
     summarise,
 )
+from jaxalign.rows import ResponseRows
 from jaxalign.training.objectives import Policy
 from jaxalign.training.step import gradients, initial_state, train_step
 
@@ -74,7 +83,8 @@ def batch_of(rng, rows=4, length=12, positions=5, stimuli=True):
 def test_a_state_is_what_a_model_of_so_many_blocks_ends_with(remat, rng):
     tokens = jnp.asarray(rng.integers(0, 23, size=(3, 9)))
     places = jnp.tile(jnp.arange(9), (3, 1))
-    read = states_at_layers(BASE, CONFIG, tokens, layers=(0, 2, 4), places=places, remat=remat)
+    where = {"layers": (0, 2, 4), "positions": places}
+    read = states_at_layers(BASE, CONFIG, tokens, **where, compute=Compute(remat=remat))
     assert read.shape == (3, 3, 9, 16)
     np.testing.assert_allclose(read[:, 0], BASE["embed"]["embedding"][tokens], rtol=1e-6)
     for at, depth in ((1, 2), (2, 4)):
@@ -87,23 +97,22 @@ def test_a_state_is_what_a_model_of_so_many_blocks_ends_with(remat, rng):
 def test_places_are_picked_row_by_row_and_padding_on_the_left_changes_nothing(rng):
     tokens = jnp.asarray(rng.integers(0, 23, size=(2, 6)))
     places = jnp.array([[2, 3], [4, 5]])
-    read = states_at_layers(BASE, CONFIG, tokens, layers=(3,), places=places)
+    read = states_at_layers(BASE, CONFIG, tokens, layers=(3,), positions=places)
     every = jnp.tile(jnp.arange(6), (2, 1))
-    whole = states_at_layers(BASE, CONFIG, tokens, layers=(3,), places=every)
+    whole = states_at_layers(BASE, CONFIG, tokens, layers=(3,), positions=every)
     np.testing.assert_allclose(read[1, 0], whole[1, 0, 4:6], rtol=1e-6)
     left = jnp.pad(tokens, ((0, 0), (4, 0)))
     mask = (jnp.arange(10)[None] >= 4) * jnp.ones((2, 1), jnp.int32)
-    options = {"layers": (3,), "places": places + 4, "attention_mask": mask}
-    np.testing.assert_allclose(
-        states_at_layers(BASE, CONFIG, left, **options), read, atol=1e-5, rtol=1e-4
-    )
+    layout = Layout(attention_mask=mask)
+    found = states_at_layers(BASE, CONFIG, left, layout, layers=(3,), positions=places + 4)
+    np.testing.assert_allclose(found, read, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [(), (3, 2), (5,), (-1, 2)])
 def test_layers_that_there_are_not_are_refused(layers):
     tokens = jnp.zeros((1, 3), jnp.int32)
     with pytest.raises(UserError, match="layers"):
-        states_at_layers(BASE, CONFIG, tokens, layers=layers, places=tokens)
+        states_at_layers(BASE, CONFIG, tokens, layers=layers, positions=tokens)
 
 
 def test_a_planted_direction_is_found_from_its_layer_on(rng):
@@ -184,7 +193,7 @@ def test_the_loss_is_the_formula_written_out(rng):
 
     def read(params, tokens, prompt_length):
         places = prompt_length[:, None] + jnp.arange(5)[None]
-        states = states_at_layers(params, CONFIG, tokens, places=places, **options)
+        states = states_at_layers(params, CONFIG, tokens, positions=places, **options)
         return np.asarray(states, np.float64)
 
     plain = batch.tokens, batch.prompt_length
@@ -240,9 +249,8 @@ def test_dropout_of_adapters_reaches_the_layers(rng):
     objective, key = objective_of(dropout=0.5), jax.random.key(2)
     dropped = objective.forward(adapters, frozen_of(), batch, key).own
     places = batch.prompt_length[:, None] + jnp.arange(5)[None]
-    options = {"layers": (1, 2, 3), "places": places, "adapter_scale": SCALE}
-    seeded = with_dropout(adapters, key, rate=0.5)
-    expected = states_at_layers(BASE, CONFIG, batch.tokens, adapters=seeded, **options)
+    seeded = with_adapters(BASE, with_dropout(adapters, key, rate=0.5), SCALE)
+    expected = states_at_layers(seeded, CONFIG, batch.tokens, layers=(1, 2, 3), positions=places)
     np.testing.assert_allclose(dropped, expected, rtol=1e-4, atol=1e-5)
     assert not np.allclose(dropped, objective.forward(adapters, frozen_of(), batch, None).own)
 
@@ -277,18 +285,21 @@ def test_a_steered_policy_samples_and_scores_as_one_with_the_vector_in_its_weigh
     """Prefill, the cache's steps and the training forward agree with a shifted bias."""
     vector = rng.normal(size=16)
     added = steering(vector[None], (LAYER,), strength=0.7, depth=4)
-    shifted = {"params": shifted_bias(BASE, 0.7 * vector)}
+    shifted = shifted_bias(BASE, 0.7 * vector)
     prompts, lengths = jnp.asarray(rng.integers(2, 23, size=(3, 4))), jnp.array([4, 2, 3])
     options = {"sampling": Sampling(max_tokens=6)}
     draw = jax.jit(lambda policy: generate([policy], CONFIG, prompts, lengths, KEY, **options))
-    steered, expected = draw({"params": BASE, "added": added}), draw(shifted)
+    steered, expected = draw(with_steering(BASE, added)), draw(shifted)
     np.testing.assert_array_equal(steered.tokens, expected.tokens)
     np.testing.assert_allclose(steered.log_prob, expected.log_prob, atol=1e-4)
-    assert not np.array_equal(steered.tokens, draw({"params": BASE}).tokens)
-    rows = jnp.concatenate([prompts[:1], steered.tokens[:1]], axis=1), jnp.array([4])
-    scored = response_log_probs(
-        BASE, CONFIG, *rows, steered.tokens[:1], jnp.array([6]), added=added
-    ).log_prob
+    assert not np.array_equal(steered.tokens, draw(BASE).tokens)
+    rows = ResponseRows(
+        tokens=jnp.concatenate([prompts[:1], steered.tokens[:1]], axis=1),
+        prompt_length=jnp.array([4]),
+        response_tokens=steered.tokens[:1],
+        response_length=jnp.array([6]),
+    )
+    scored = response_log_probs(with_steering(BASE, added), CONFIG, rows).log_prob
     np.testing.assert_allclose(scored, steered.log_prob[:1], atol=1e-4)
 
 

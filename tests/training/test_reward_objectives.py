@@ -51,7 +51,7 @@ def plain_scores(params, batch):
     lengths = (batch.prompt_length + batch.response_length).reshape(-1, 1)
     real = (jnp.arange(LENGTH)[None] < lengths).astype(jnp.int32)
     last = real - jnp.pad(real, ((0, 0), (0, 1)))[:, 1:]
-    states = decoder.hidden_states(params, CONFIG, rows, attention_mask=real)
+    states = decoder.hidden_states(params, CONFIG, rows, decoder.Layout(attention_mask=real))
     return (states @ params[SCORE]["kernel"][:, 0] * last).sum(1).reshape(-1, 2)
 
 

@@ -1,4 +1,4 @@
-"""What every family file is written with: entries of a weight table, and fields of a config."""
+"""Parts that all family files share: entries of a weight table, and fields of a config."""
 
 import dataclasses
 import math
@@ -105,7 +105,7 @@ def check_numbers(hf: Mapping[str, Any]) -> None:
 
 
 def _number(value: object) -> float:
-    """NaN, which no comparison admits, of what is not a number."""
+    """The value as a float; NaN, which fails every comparison, if it is not a number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return math.nan
@@ -169,7 +169,7 @@ def linear(name: str, path: str, *, bias: bool) -> list[Weight]:
 
 
 def fused(name: str, paths: tuple[str, ...], sizes: tuple[int, ...], *, axis: int) -> Weight:
-    """Several leaves behind one another along the file's output axis.
+    """Several leaves concatenated along the file's output axis.
 
     Args:
       name: the tensor's name.
@@ -199,7 +199,7 @@ def activation(hf: Mapping[str, Any], field: str) -> str:
 
 
 def refuse(hf: Mapping[str, Any], field: str, *, unless: Any) -> None:
-    """Refuses a setting that this code does not compute."""
+    """Refuses a setting that is not supported."""
     if hf.get(field, unless) != unless:
         raise UserError(f"config.json: {field}: {hf[field]!r} is not supported, only {unless!r} is")
 

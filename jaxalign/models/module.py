@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxalign.models.config import ModelConfig
+
 
 class Model(nnx.Module):
     """A model with its parameters; training works on `params`.
@@ -16,7 +18,7 @@ class Model(nnx.Module):
       dtype: of the computation; None is the parameters' own.
     """
 
-    def __init__(self, config: Any, params: Mapping[str, Any], *, dtype: Any = None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], *, dtype: Any = None):
         self.config = config
         self.dtype = dtype
         self.weights = nnx.data(jax.tree.map(nnx.Param, params))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jaxalign.models import DecoderConfig, attention
+from jaxalign.models.compute import Compute
 from jaxalign.models.config import Rope
 from jaxalign.models.decoder import init_params
-from jaxalign.models.lora import init_adapters
-from jaxalign.models.responses import JointRows, compare_responses, response_log_probs
+from jaxalign.models.lora import init_adapters, with_adapters
+from jaxalign.models.responses import compare_responses, response_log_probs
+from jaxalign.rows import ResponseRows, SharedPrefixRows
 
 PLAIN = DecoderConfig(
     family="llama",
@@ -42,7 +44,7 @@ CASES = [(5, 5, 4, 6), (7, 7, 1, 1), (1, 1, 3, 8), (9, 9, 8, 2), (6, 7, 4, 4), (
 
 
 def make_rows(rng, *, length=24, response=8):
-    """Six pairs as rows, and the same as joint rows; responses may begin alike."""
+    """Six pairs as rows, and the same with a shared prefix; responses may begin alike."""
     tokens = np.zeros((len(CASES), 2, length), np.int32)
     answers = np.zeros((len(CASES), 2, response), np.int32)
     joint = np.zeros((len(CASES), length + response), np.int32)
@@ -63,15 +65,17 @@ def make_rows(rng, *, length=24, response=8):
         )
         joint[pair, : len(whole)] = whole
     lengths = np.asarray(CASES)
-    rows = (
-        tokens.reshape(-1, length),
-        lengths[:, :2].reshape(-1),
-        answers.reshape(-1, response),
-        lengths[:, 2:].reshape(-1),
+    rows = ResponseRows(
+        tokens=tokens.reshape(-1, length),
+        prompt_length=lengths[:, :2].reshape(-1),
+        response_tokens=answers.reshape(-1, response),
+        response_length=lengths[:, 2:].reshape(-1),
     )
     assert common.tolist() == [5, 7, 1, 9, 6, 10]
-    both = JointRows(tokens=joint, first_length=lengths[:, 0] + lengths[:, 2], common_length=common)
-    return jax.tree.map(jnp.asarray, (rows, both))
+    shared = SharedPrefixRows(
+        tokens=joint, first_length=lengths[:, 0] + lengths[:, 2], common_length=common
+    )
+    return jax.tree.map(jnp.asarray, (rows, replace(rows, shared_prefix=shared)))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -79,14 +83,14 @@ def make_rows(rng, *, length=24, response=8):
 def test_joint_rows_have_the_rows_numbers_and_gradients(config, remat, rng):
     rows, joint = make_rows(rng)
     params = init_params(config, jax.random.key(1))
-    weights = rng.normal(size=rows[2].shape)
+    weights = rng.normal(size=rows.response_tokens.shape)
 
-    def loss(params, joint):
-        out = response_log_probs(params, config, *rows, joint=joint, remat=remat)
+    def loss(params, rows):
+        out = response_log_probs(params, config, rows, compute=Compute(remat=remat))
         return jnp.sum(weights * out.log_prob), out
 
     run = jax.jit(jax.grad(loss, has_aux=True))
-    (slopes, apart), (joint_slopes, together) = run(params, None), run(params, joint)
+    (slopes, apart), (joint_slopes, together) = run(params, rows), run(params, joint)
     np.testing.assert_allclose(together.log_prob, apart.log_prob, atol=2e-6)
     np.testing.assert_allclose(together.entropy, apart.entropy, atol=2e-6)
     jax.tree.map(
@@ -101,14 +105,13 @@ def test_joint_rows_of_adapters_and_of_policy_beside_reference(rng):
     adapters = init_adapters(params, jax.random.key(2), rank=2, targets=["*"])
     adapters = jax.tree.map(lambda x: x + 0.2, adapters)
 
-    def loss(adapters, joint):
-        out = compare_responses(
-            params, params, PLAIN, *rows, joint=joint, adapters=adapters, adapter_scale=0.5
-        )
+    def loss(adapters, rows):
+        policy = with_adapters(params, adapters, 0.5)
+        out = compare_responses(policy, params, PLAIN, rows)
         return jnp.sum(out.log_prob) + jnp.sum(out.kl), out
 
     run = jax.jit(jax.grad(loss, has_aux=True))
-    (slopes, apart), (joint_slopes, together) = run(adapters, None), run(adapters, joint)
+    (slopes, apart), (joint_slopes, together) = run(adapters, rows), run(adapters, joint)
     assert float(apart.kl.max()) > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), together, apart)
     jax.tree.map(
@@ -119,12 +122,12 @@ def test_joint_rows_of_adapters_and_of_policy_beside_reference(rng):
 def test_long_joint_rows_go_through_attention_in_blocks(rng, monkeypatch):
     rows, joint = make_rows(rng)
     params = init_params(KINDS["some windows"], jax.random.key(1))
-    whole = response_log_probs(params, KINDS["some windows"], *rows).log_prob
+    whole = response_log_probs(params, KINDS["some windows"], rows).log_prob
 
     def in_blocks(*arguments):
         return blocked(*arguments[:-1], 5)
 
     blocked = attention._blocked_attention
     monkeypatch.setattr(attention, "_blocked_attention", in_blocks)
-    parts = response_log_probs(params, KINDS["some windows"], *rows, joint=joint).log_prob
+    parts = response_log_probs(params, KINDS["some windows"], joint).log_prob
     np.testing.assert_allclose(parts, whole, atol=2e-6)

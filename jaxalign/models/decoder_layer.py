@@ -1,0 +1,155 @@
+"""One layer of a decoder: norms, attention and MLP around the residual stream."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.models.attention import attention
+from jaxalign.models.config import DecoderConfig
+from jaxalign.models.layers import dense, layer_norm, rms_norm
+from jaxalign.models.rope import rope_angles, rotate
+
+Rotations = list[tuple[Array, Array]]
+"""Cosines and sines for each kind of rotation: of all layers, of sliding-window layers."""
+
+
+def norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
+    """The config's norm over the last axis."""
+    if config.norm == "layer":
+        return layer_norm(x, params, eps=config.norm_eps)
+    return rms_norm(x, params, eps=config.norm_eps, offset=config.norm_offset)
+
+
+def queries_keys_values(
+    x: Float[Array, "batch length width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    is_windowed: bool | Bool[Array, ""],
+    angles: Rotations | None,
+) -> tuple[Array, Array, Array]:
+    """A layer's queries, keys and values, normed and rotated, [batch, length, heads, head_width].
+
+    Args:
+      x: what the layer's attention reads.
+      layer: its parameters.
+      config: the decoder.
+      is_windowed: whether it is a sliding-window layer, whose rotation may be one of its own.
+      angles: from `rotations`; None: no rotation.
+    """
+    batch, length, _ = x.shape
+
+    def project(name: str, heads: int) -> jax.Array:
+        y = dense(x, layer[name])
+        own = layer.get(f"{name}_norm")
+        if own is not None and config.qk_norm == "width":
+            y = norm(y, own, config)
+        y = y.reshape(batch, length, heads, config.head_width)
+        return norm(y, own, config) if own is not None and config.qk_norm == "head" else y
+
+    q = project("q", config.heads)
+    k, v = project("k", config.kv_heads), project("v", config.kv_heads)
+    if angles is not None:
+        cosines, sines = angles[0]
+        if config.local_rope is not None:
+            cosines, sines = (
+                jnp.where(is_windowed, local, full)
+                for local, full in zip(angles[1], angles[0], strict=True)
+            )
+        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+    return q, k, v
+
+
+def attention_branch(
+    x: Float[Array, "batch length width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    is_windowed: bool | Bool[Array, ""],
+    angles: Rotations | None,
+    visible: Mapping[str, Any],
+    implementation: str,
+) -> tuple[Float[Array, "batch length width"], tuple[Array, Array]]:
+    """What attention adds to the residual stream, and the keys and values that it read.
+
+    Args:
+      x: what the attention reads.
+      layer: its parameters.
+      config: the decoder.
+      is_windowed: as in `queries_keys_values`.
+      angles: as in `queries_keys_values`.
+      visible: `segment_ids`, `prefix_ids` and `positions` of `attention`.
+      implementation: as in `attention`.
+    """
+    q, k, v = queries_keys_values(x, layer, config, is_windowed=is_windowed, angles=angles)
+    attend = functools.partial(
+        attention,
+        scale=config.scale,
+        **visible,
+        cap=config.attention_softcap,
+        implementation=implementation,
+    )
+    if config.windowed and all(config.windowed):
+        mixed = attend(q, k, v, window=config.window)
+    elif any(config.windowed):
+        narrow = functools.partial(attend, window=config.window)
+        mixed = jax.lax.cond(is_windowed, narrow, attend, q, k, v)
+    else:
+        mixed = attend(q, k, v)
+    mixed = checkpoint_name(mixed, "attention_output")
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return dense(mixed, layer["o"]), (k, v)
+
+
+def one_layer(
+    x: Float[Array, "... width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    attend: Callable[[Array], tuple[Array, Any]],
+    mlp: Callable[[Array], Array],
+) -> tuple[Float[Array, "... width"], Any]:
+    """One layer: the two branches, with norms where the config puts them, and its steering.
+
+    Args:
+      x: the residual stream.
+      layer: its parameters.
+      config: the decoder.
+      attend: the attention branch, and whatever it keeps.
+      mlp: the MLP branch.
+
+    Returns:
+      The residual stream after the layer, and what `attend` keeps.
+    """
+
+    def before(name, y):
+        return y if config.norm_placement == "post" else norm(y, layer[name], config)
+
+    def after(name, y):
+        placed = config.norm_placement in ("post", "sandwich")
+        return norm(y, layer[name], config) if placed else y
+
+    attended, kept = attend(before("attention_norm", x))
+    attended = after("post_attention_norm", attended)
+    if config.norm_placement == "parallel":
+        x = x + attended + mlp(before("mlp_norm", x))
+    else:
+        x = x + attended
+        x = x + after("post_mlp_norm", mlp(before("mlp_norm", x)))
+    if "steering" in layer:
+        x = x + layer["steering"].astype(x.dtype)[None, None]
+    return x, kept
+
+
+def rotations(config: DecoderConfig, positions: Int[Array, "batch length"]) -> Rotations | None:
+    """Cosines and sines at each position for each kind of rotation; None: positions are learned."""
+    if config.position_kind == "learned":
+        return None
+    ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+    sizes = config.head_width, config.context_length
+    return [rope_angles(rope, *sizes, positions) for rope in ropes]

@@ -1,0 +1,102 @@
+"""Where models come from: Hugging Face folders, the Hub and GGUF files, and their configs."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxalign.errors import UserError
+from jaxalign.gguf import is_gguf
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.families import FAMILIES
+from jaxalign.models.families.mapping import check_numbers
+from jaxalign.models.gguf import config_fields
+
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+CONFIG_FILES = ("config.json",)
+
+
+def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
+    """The local folder of that name, or the Hub's snapshot of it.
+
+    Args:
+      path_or_hub_name: "folder" or "org/name".
+      files: patterns of the files to download; by default safetensors, JSON and tokenizers.
+
+    Raises:
+      UserError: if neither exists.
+    """
+    path = Path(path_or_hub_name).expanduser()
+    name = str(path_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{name}: no such folder here, and could not load it from the Hub ({reason}); "
+            "give a local folder or check the name and the connection"
+        ) from error
+
+
+def exported(name: str | Path) -> str | Path:
+    """The exported model of a run's folder; any other name unchanged."""
+    export = Path(name).expanduser() / "export"
+    return export if export.is_dir() else name
+
+
+def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
+    """The GGUF file of that name, or the folder as `find_folder` finds it."""
+    path = Path(path_or_hub_name).expanduser()
+    return path if is_gguf(path) and not path.is_dir() else find_folder(path_or_hub_name, files)
+
+
+def read_config(source: Path, name: str = "config.json") -> ModelConfig:
+    """A model's architecture, from its folder's config file or its GGUF file's metadata.
+
+    Raises:
+      UserError: if the file is missing or broken, or the family is not supported.
+    """
+    if is_gguf(source):
+        return _config(source, json.dumps(config_fields(source)))
+    file = source / name
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    except FileNotFoundError:
+        found = next(iter(sorted(source.glob("*.gguf"))), None)
+        hint = "" if found is None else f"; for the GGUF file there, name {found}"
+        raise UserError(
+            f"{file}: missing; a model folder has config.json and safetensors{hint}"
+        ) from None
+    return _config(file, text)
+
+
+def _config(file: Path, text: str) -> ModelConfig:
+    """The architecture in a config's text; the file is named in messages."""
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: a JSON object is expected")
+    family = fields.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
+    if fields.get("quantization_config"):
+        raise UserError(f"{file}: quantization_config: quantised weights are not supported")
+    try:
+        check_numbers(fields)
+        config = FAMILIES[family].config(fields)
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: {type(error).__name__}: {error}") from None
+    return dataclasses.replace(config, source=text)
