@@ -88,5 +88,7 @@ def test_ipo_md_and_its_exact_answers(executed):
     bound = 8 / (found["small"] ** 2 * (found["t"] + 1))
     away = found["away"](found["equilibrium"](*found["hard"]), found["iterates"]["Nash-MD"][1:])
     assert (np.array(away) < bound).all()
+    _, losses = found["run"].curve("online", "train", "loss")
+    assert losses[0] == pytest.approx(1 / (2 * 0.1) ** 2, rel=1e-4)  # every margin is 0
     exact, opens, learned = found["answer"]["π*_β"], found["opens"], found["learned"]
     assert apart(exact, learned) < apart(exact, opens) / 2
