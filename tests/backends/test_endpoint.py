@@ -164,7 +164,7 @@ def test_rules_of_the_draw_are_sent_and_never_left_out_in_silence(unwilling, ref
     backend.generate(["q"], Decoding(temperature=1.0, min_p=0.1, repetition_penalty=1.2))
     assert (asked[0]["min_p"], asked[0]["repetition_penalty"]) == (0.1, 1.2)
     assert "top_k" not in asked[0]
-    with pytest.raises(UserError, match="knows no top_k"):
+    with pytest.raises(UserError, match="does not support top_k"):
         backend.generate(["q"], Decoding(temperature=1.0, top_k=5))
 
 

@@ -177,7 +177,7 @@ def test_what_does_not_go_with_a_loss_is_switched_off_unless_it_was_typed(capsys
 def test_a_warm_up_is_no_longer_than_the_steps_that_were_typed(capsys):
     config = parse([QUICKSTART, "--preference.steps", "3"])
     assert config.preference.optimizer.warmup_steps == 3
-    assert "preference.optimizer.warmup_steps: 3, as" in capsys.readouterr().err
+    assert "preference.optimizer.warmup_steps: 3, the number of steps" in capsys.readouterr().err
     flags = ("--preference.steps", "3", "--preference.optimizer.warmup-steps", "4")
     line = error_of(capsys, "train", QUICKSTART, *flags)
     assert "preference.optimizer.warmup_steps: 4 is more than preference.steps: 3" in line

@@ -16,7 +16,8 @@ def draw(rng, *shape):
 def test_dense_multiplies_adds_and_adapts(rng):
     x, kernel, bias = draw(rng, 2, 3, 4), draw(rng, 4, 5), draw(rng, 5)
     a, b = draw(rng, 4, 2), draw(rng, 2, 5)
-    out = dense(x, {"kernel": kernel, "bias": bias}, {"a": a, "b": b}, 0.5)
+    adapter = {"a": a, "b": b, "scale": 0.5}
+    out = dense(x, {"kernel": kernel, "bias": bias, "adapter": adapter})
     x_, kernel_, bias_, a_, b_ = (np.asarray(y, np.float64) for y in (x, kernel, bias, a, b))
     np.testing.assert_allclose(out, x_ @ kernel_ + bias_ + 0.5 * (x_ @ a_ @ b_), atol=1e-5)
     assert dense(x.astype(jnp.bfloat16), {"kernel": kernel}).dtype == jnp.bfloat16

@@ -131,7 +131,7 @@ def test_commands_that_need_log_probs_refuse_a_reward_model(runs, capsys):
     folder, _ = runs
     export = str(folder / "bradley_terry" / "export")
     line = complaint(capsys, "entangle", "--model", export, "--data", "embedded")
-    assert line.endswith("has a scalar head and gives no log-probs")
+    assert line.endswith("has a scalar head and no log-probs")
 
 
 @pytest.mark.slow
