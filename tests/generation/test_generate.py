@@ -173,7 +173,7 @@ def test_positions_that_were_learned_end_where_they_end():
     prompts, sampling = jnp.full((2, 4), 5), Sampling(max_tokens=most - 2)
     arguments = [model.params], model.config, prompts
     with pytest.raises(
-        UserError, match=f"prompts of 4 tokens.*{most} positions; ask for {most - 4}"
+        UserError, match=f"prompts of 4 tokens.*{most} positions; set {most - 4}"
     ):
         generate(*arguments, jnp.array([4, 1]), jax.random.key(0), sampling=sampling)
     run = compile_generate(
