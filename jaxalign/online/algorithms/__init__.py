@@ -1,4 +1,4 @@
-"""The table of online algorithms: a function from hyperparameters to an `Algorithm` each."""
+"""The table of online algorithms: functions from hyperparameters to an `Algorithm`."""
 
 from collections.abc import Callable
 
@@ -26,6 +26,6 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
     "sppo": sppo,
     "spin": spin,
 }
-"""The online algorithms, by name: a function from hyperparameters to an `Algorithm` each."""
+"""Name -> function from hyperparameters to an `Algorithm`."""
 
 __all__ = ["ALGORITHMS"]

@@ -1,7 +1,7 @@
-"""Online IPO, IPO-MD, online DPO and online SLiC: a preference loss on one's own samples.
+"""Online IPO, IPO-MD, online DPO and online SLiC: a preference loss on the policy's samples.
 
-Samples carry no gradient, and neither do the preferences; the loss reads policy and reference
-alone, never the mixture that sampled.
+Samples and preferences carry no gradient; the loss reads policy and reference, never the mixture
+that sampled.
 
 Calandriello et al., 2024, arXiv:2403.08635, sections 4 and 5.
 """
@@ -29,8 +29,8 @@ def contrastive(
 
     Args:
       loss: of the table of preference losses.
-      draw: where all responses come from.
-      samples: responses to each prompt, K >= 2.
+      draw: source of all responses.
+      samples: number of responses to each prompt, K >= 2.
       **options: of the loss.
     """
     if samples < 2:
@@ -53,8 +53,9 @@ def online_ipo(*, tau: float = 1.0, samples: int = 2) -> Algorithm:
     """IPO on the policy's own samples: its fixed point is the regularised Nash equilibrium.
 
     Args:
-      tau: strength of the pull to the reference. Default 1.0: the paper's choice (appendix B.3).
-      samples: responses to each prompt; the paper's 2.
+      tau: strength of the regularisation to the reference. Default 1.0: the paper's choice
+        (appendix B.3).
+      samples: number of responses to each prompt; the paper's 2.
     """
     return contrastive(ipo, Draw(), samples, tau=tau)
 
@@ -63,20 +64,20 @@ def ipo_md(*, tau: float = 1.0, beta: float = 0.125, samples: int = 2) -> Algori
     """IPO on samples of the geometric mixture: the mixture, not the policy, is the equilibrium.
 
     Args:
-      tau: strength of the pull to the reference; the mixture is the Nash equilibrium at
+      tau: strength of the regularisation to the reference; the mixture is the Nash equilibrium at
         tau / (1 - beta). Default 1.0: the paper's choice.
       beta: weight of the reference in the mixture. Default 0.125: the paper's choice.
-      samples: responses to each prompt; the paper's 2.
+      samples: number of responses to each prompt; the paper's 2.
     """
     return contrastive(ipo, mixture_with_reference(beta), samples, tau=tau)
 
 
 def online_dpo(*, beta: float = 5.0, samples: int = 2) -> Algorithm:
-    """DPO on the policy's own samples, labels soft.
+    """DPO on the policy's own samples, with soft labels.
 
     Args:
       beta: inverse temperature. Default 5.0: the IPO-MD paper's choice for its baseline.
-      samples: responses to each prompt.
+      samples: number of responses to each prompt.
     """
     return contrastive(dpo, Draw(), samples, beta=beta)
 
@@ -86,6 +87,6 @@ def online_slic(*, beta: float = 10.0, samples: int = 2) -> Algorithm:
 
     Args:
       beta: scale of the margin. Default 10.0: the IPO-MD paper's choice for its baseline.
-      samples: responses to each prompt.
+      samples: number of responses to each prompt.
     """
     return contrastive(slic_norm, Draw(), samples, beta=beta)

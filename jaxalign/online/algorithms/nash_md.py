@@ -14,8 +14,8 @@ def against(opponent: Draw, tau: float, average_decay: float | None = None) -> A
     """A policy gradient on the probability of beating an opponent.
 
     Args:
-      opponent: where the responses that the policy's are compared with come from.
-      tau: strength of the pull to the reference.
+      opponent: source of the responses to compare with.
+      tau: strength of the regularisation to the reference.
       average_decay: as in `Algorithm`.
     """
 
@@ -35,7 +35,7 @@ def nash_md_pg(*, tau: float = 0.008, beta: float = 0.125) -> Algorithm:
     """Nash-MD-PG: the opponent is the geometric mixture of policy and reference.
 
     Args:
-      tau: strength of the pull to the reference. Default 0.008: the paper's.
+      tau: strength of the regularisation to the reference. Default 0.008: the paper's.
       beta: weight of the reference in the opponent. Default 0.125: the paper's best; 0 is
         self-play, 1 a best response to the reference.
     """
@@ -46,7 +46,7 @@ def self_play_pg(*, tau: float = 0.008) -> Algorithm:
     """Self-play: the opponent is the policy itself; in expectation online IPO's gradient.
 
     Args:
-      tau: strength of the pull to the reference. Default 0.008: Nash-MD-PG's.
+      tau: strength of the regularisation to the reference. Default 0.008: Nash-MD-PG's.
     """
     return against(Draw(), tau)
 
@@ -55,7 +55,7 @@ def nash_ema_pg(*, tau: float = 0.008, decay: float = 0.999) -> Algorithm:
     """Nash-EMA-PG: the opponent has the running average of the policy's parameters.
 
     Args:
-      tau: strength of the pull to the reference. Default 0.008: Nash-MD-PG's.
+      tau: strength of the regularisation to the reference. Default 0.008: Nash-MD-PG's.
       decay: of the average. Default 0.999: one of the paper's.
     """
     return against(Draw(policy=0.0, average=1.0), tau, average_decay=decay)

@@ -10,14 +10,14 @@ from jaxalign.online.rollouts import Rollout
 
 
 def regularised_policy_gradient(*, tau: float = 0.05, samples: int = 1) -> Algorithm:
-    """The reward-model baseline of the IPO-MD paper: a policy gradient, no critic.
+    """The reward-model baseline of the IPO-MD paper: a policy gradient without critic.
 
     The baseline of a reward is the mean over the batch's other responses; with two or more
-    responses to a prompt over the other ones of its own prompt.
+    responses to a prompt, over the other responses to the same prompt.
 
     Args:
-      tau: strength of the pull to the reference. Default 0.05: the paper's choice.
-      samples: responses to each prompt. Default 1.
+      tau: strength of the regularisation to the reference. Default 0.05: the paper's choice.
+      samples: number of responses to each prompt. Default 1.
     """
 
     def of_rollout(rollout: Rollout) -> Float[Array, " prompts"]:
@@ -37,8 +37,8 @@ def rloo(*, tau: float = 0.05, samples: int = 2) -> Algorithm:
     """REINFORCE with a leave-one-out baseline (Ahmadian et al., 2024, arXiv:2402.14740).
 
     Args:
-      tau: strength of the pull to the reference. Default 0.05: TRL's.
-      samples: responses to each prompt, at least 2. Default 2: TRL's.
+      tau: strength of the regularisation to the reference. Default 0.05: TRL's.
+      samples: number of responses to each prompt, at least 2. Default 2: TRL's.
     """
     if samples < 2:
         raise UserError(f"samples: {samples} response to a prompt leaves no others; use 2 or more")

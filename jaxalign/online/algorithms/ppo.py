@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a critic, (Schulman et al., 2017, arXiv:1707.06347)."""
+"""Proximal policy optimisation with a critic (Schulman et al., 2017, arXiv:1707.06347)."""
 
 from jaxtyping import Array, Float
 
@@ -30,7 +30,7 @@ def ppo(
 
     The penalty on the divergence is in the rewards of tokens, whose advantages are computed once
     for all updates of a rollout and whitened over its tokens. Defaults are Huang et al.'s on TL;DR
-    (arXiv:2403.17031) where nothing else is said.
+    (arXiv:2403.17031) unless stated otherwise.
 
     Args:
       kl_penalty: weight of the divergence from the reference in the rewards. Default 0.05.
@@ -38,8 +38,8 @@ def ppo(
       value_weight: weight c_V of the critic's loss. Default 0.1.
       gamma: discount of later rewards. Default 1.
       lam: decay of the advantage estimates. Default 0.95.
-      updates: passes over each rollout. Default 4.
-      minibatches: parts of a rollout that make an update each. Default 1.
+      updates: number of passes over each rollout. Default 4.
+      minibatches: number of parts of a rollout, with one update each. Default 1.
     """
 
     def advantages(

@@ -14,11 +14,11 @@ def spin(*, beta: float = 0.1, iteration: int = 1563) -> Algorithm:
               - \beta \log\frac{\pi(y')}{\pi_t(y')}\Bigr), \quad
               y \sim \text{data}, \quad y' \sim \pi_t
 
-    Nobody annotates; where the policy is the data's, it stays.
+    There is no annotation. A policy with the distribution of the data is a fixed point.
 
     Args:
       beta: inverse temperature. Default 0.1: the paper's.
-      iteration: rollouts after which the policy of now takes the place of pi_t. Default 1563: the
+      iteration: rollouts after which pi_t is set to the current policy. Default 1563: the
         paper's two epochs of 50,000 prompts in batches of 64.
     """
 

@@ -17,12 +17,12 @@ def sppo(*, beta: float = 1e-3, samples: int = 5, iteration: int = 313) -> Algor
               P_i = \frac{1}{K - 1} \sum_{j \ne i} P(y_i \succ y_j), \quad y_i \sim \pi_t
 
     An iteration is a step of multiplicative weights, pi_{t+1} ~ pi_t exp(P / beta). All samples
-    learn; the authors' code takes the best and the worst of five.
+    are trained on; the authors' code takes the best and the worst of five.
 
     Args:
       beta: the step size is 1 / beta. Default 0.001: the paper's.
-      samples: responses to each prompt, K >= 2. Default 5: the paper's.
-      iteration: rollouts after which the policy of now takes the place of pi_t. Default 313: the
+      samples: number of responses to each prompt, K >= 2. Default 5: the paper's.
+      iteration: rollouts after which pi_t is set to the current policy. Default 313: the
         paper's third of 60,000 prompts in batches of 64.
     """
     if samples < 2:
