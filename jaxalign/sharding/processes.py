@@ -188,7 +188,7 @@ def ending_together(command: str) -> Iterator[None]:
             text, status = str(error), 1
         elif any(word in str(error) for word in BROKEN):
             reason = str(error).splitlines()[0]
-            text = f"this process ends because another has ended ({reason}); {RESUME}"
+            text = f"another process has ended, so this one ends too ({reason}); {RESUME}"
             status = 1
         else:
             text, status = f"{traceback.format_exc()}{RESUME}", 1
