@@ -172,9 +172,7 @@ def test_positions_that_were_learned_end_where_they_end():
     most = model.config.context_length
     prompts, sampling = jnp.full((2, 4), 5), Sampling(max_tokens=most - 2)
     arguments = [model.params], model.config, prompts
-    with pytest.raises(
-        UserError, match=f"prompts of 4 tokens.*{most} positions; set {most - 4}"
-    ):
+    with pytest.raises(UserError, match=f"prompts of 4 tokens.*{most} positions; set {most - 4}"):
         generate(*arguments, jnp.array([4, 1]), jax.random.key(0), sampling=sampling)
     run = compile_generate(
         model.config, make_mesh(devices=jax.devices()[:1]), sampling=Sampling(max_tokens=most)
