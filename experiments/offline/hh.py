@@ -18,20 +18,21 @@ from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfi
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data" / "preferences"
 TINY, PAPER = "runs/base_lm/export", "EleutherAI/pythia-2.8b"
+PAPER_STAGE = StageConfig(
+    steps=2_500,
+    batch_size=64,
+    micro_batches=2,
+    optimizer=OptimizerConfig(name="rmsprop", learning_rate=5e-7, warmup_steps=150),
+    eval_every=250,
+    save_every=250,
+)
+"""The settings of the DPO paper's repository, for SFT and for preferences."""
 
 
 def sft(scale: str) -> TrainConfig:
     """SFT on the chosen responses: the model that the other runs start from."""
     if scale == "paper":
-        stage = StageConfig(
-            steps=2_500,
-            batch_size=64,
-            micro_batches=2,
-            optimizer=OptimizerConfig(name="rmsprop", learning_rate=5e-7, warmup_steps=150),
-            eval_every=250,
-            save_every=250,
-        )
-        return _paper(name="hh_sft_paper", model=PAPER, sft=stage)
+        return _paper(name="hh_sft_paper", model=PAPER, sft=PAPER_STAGE)
     stage = StageConfig(
         steps=120,
         batch_size=16,
@@ -48,16 +49,11 @@ def preference(
     """A preference loss from the SFT model, one epoch; the learning rate is that of `tiny`."""
     common: dict[str, Any] = {"loss": loss, "loss_options": options, "reference": "precomputed"}
     if scale == "paper":
-        stage = StageConfig(
-            steps=2_500,
-            batch_size=64,
-            micro_batches=2,
-            optimizer=OptimizerConfig(name="rmsprop", learning_rate=5e-7, warmup_steps=150),
-            eval_every=250,
-            save_every=250,
-        )
         return _paper(
-            name=f"hh_{loss}_paper", model="runs/hh_sft_paper/export", preference=stage, **common
+            name=f"hh_{loss}_paper",
+            model="runs/hh_sft_paper/export",
+            preference=PAPER_STAGE,
+            **common,
         )
     stage = StageConfig(
         steps=120,

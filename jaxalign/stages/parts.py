@@ -71,9 +71,36 @@ def make_update_rule(
 
 
 def cadence(stage: StageConfig) -> dict[str, Any]:
-    """The fields that a `Stage` and its config have in common."""
+    """The fields of a `Stage` that its config has under the same names."""
     names = ("steps", "batch_size", "micro_batches", "eval_every", "save_every")
     return {name: getattr(stage, name) for name in names}
+
+
+def plain_stage(
+    settings: StageConfig,
+    objective: Any,
+    *,
+    with_rules: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
+        lambda optimizer: optimizer
+    ),
+) -> dict[str, Any]:
+    """The fields of a `Stage` whose step is `train_step` on an objective.
+
+    Args:
+      settings: steps, batch size and optimiser.
+      objective: with its policy.
+      with_rules: adds rules for single parameters to the optimiser.
+    """
+    optimizer, schedule = make_update_rule(settings)
+    optimizer = with_rules(optimizer)
+    return cadence(settings) | {
+        "parts": settings.micro_batches,
+        "objective": objective,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "step": plain_step(settings, objective, optimizer),
+        "adapter_scale": objective.policy.adapter_scale,
+    }
 
 
 def plain_step(

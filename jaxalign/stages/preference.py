@@ -44,10 +44,11 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     """The stage that trains a policy with a preference loss."""
     settings, adapters = config.preference, parts.run_adapters(config)
     objective = make_objective(config, parts.make_policy(config, model_config, adapters))
-    optimizer, schedule = parts.make_update_rule(settings)
-    has_mask = learns_mask(config)
+    has_mask, with_rules = learns_mask(config), {}
     if has_mask:
-        optimizer = with_rule(HEAD, config.entanglement.mask_learning_rate, optimizer)
+        rate = config.entanglement.mask_learning_rate
+        with_rules = {"with_rules": functools.partial(with_rule, HEAD, rate)}
+    fields = parts.plain_stage(settings, objective, **with_rules)
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
 
     def with_mask(params: Params) -> Params:
@@ -57,22 +58,16 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     probe = make_probe(config, objective)
     probed = None
     if probe is not None:
-        probed = parts.plain_step(settings, objective, optimizer, backward=probe)
+        probed = parts.plain_step(settings, objective, fields["optimizer"], backward=probe)
     referenced = has_reference(objective)
     return Stage(
         name=NAME,
         method=config.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
-        **parts.cadence(settings),
-        parts=settings.micro_batches,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        step=parts.plain_step(settings, objective, optimizer),
+        **fields,
         probed_step=probed,
         probe_every=config.entanglement.every,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
-        adapter_scale=adapters and adapters.scale,
         trained=with_mask if has_mask else trained,
         frozen=(parts.with_reference if referenced else parts.no_reference)(adapters),
         kept=parts.without([HEAD] if has_mask else []),

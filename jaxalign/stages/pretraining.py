@@ -22,20 +22,13 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     settings = config.pretrain
     policy = parts.make_policy(config, model_config, None)
     objective = SupervisedObjective(policy=policy)
-    optimizer, schedule = parts.make_update_rule(settings)
     rows, length = settings.batch_size, config.max_length
     passes = [Rows(rows=rows, length=length, scored=length, forward=1, backward=1)]
     return Stage(
         name=NAME,
         method="next tokens of text",
         rows=f"rows of {length:,} tokens",
-        **parts.cadence(settings),
-        parts=settings.micro_batches,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        step=parts.plain_step(settings, objective, optimizer),
-        adapter_scale=None,
+        **parts.plain_stage(settings, objective),
         trained=parts.trained_parameters(None, parts.key_of(config, NUMBER)),
         frozen=parts.no_reference(None),
         largest_batch=lambda platform, response: (text_batch(rows, length), passes),

@@ -81,7 +81,6 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     objective = RepresentationObjective(
         policy=policy, reader=reader, alpha=alignment.alpha, loss=loss
     )
-    optimizer, schedule = parts.make_update_rule(settings)
     base = parts.with_reference(alignment.lora)
 
     def frozen(params: Params, copy: Any, load: Callable[[str, str], Params]) -> dict[str, Any]:
@@ -91,13 +90,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
         name=NAME,
         method=alignment.method,
         rows=f"responses of {config.max_length:,} tokens with their stimuli",
-        **parts.cadence(settings),
-        parts=settings.micro_batches,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        step=parts.plain_step(settings, objective, optimizer),
-        adapter_scale=alignment.lora.scale,
+        **parts.plain_stage(settings, objective),
         trained=parts.trained_parameters(alignment.lora, parts.key_of(config, NUMBER)),
         frozen=frozen,
         largest_batch=lambda platform, response: largest_stimuli(config, objective),

@@ -31,7 +31,6 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     policy = parts.make_policy(config, model_config, adapters)
     options = dict(config.loss_options)
     objective = ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
-    optimizer, schedule = parts.make_update_rule(settings)
     below = parts.trained_parameters(adapters, parts.key_of(config, preference.NUMBER))
 
     def begin(params: Params, place: Callable[[Params], Params]) -> Params:
@@ -51,13 +50,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
         name=preference.NAME,
         method=config.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
-        **parts.cadence(settings),
-        parts=settings.micro_batches,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        step=parts.plain_step(settings, objective, optimizer),
-        adapter_scale=policy.adapter_scale,
+        **parts.plain_stage(settings, objective),
         begin=begin,
         trained=trained,
         frozen=parts.no_reference(adapters),

@@ -20,7 +20,6 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     settings, adapters = config.sft, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
     objective = SupervisedObjective(policy=policy)
-    optimizer, schedule = parts.make_update_rule(settings)
     rows, length = settings.batch_size, config.max_length
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
@@ -36,13 +35,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
         name=NAME,
         method="next tokens of responses",
         rows=f"rows of {length:,} tokens",
-        **parts.cadence(settings),
-        parts=settings.micro_batches,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        step=parts.plain_step(settings, objective, optimizer),
-        adapter_scale=policy.adapter_scale,
+        **parts.plain_stage(settings, objective),
         trained=parts.trained_parameters(adapters, parts.key_of(config, NUMBER)),
         frozen=parts.no_reference(adapters),
         largest_batch=largest_batch,
