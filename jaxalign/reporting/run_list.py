@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jaxalign.errors import UserError
 from jaxalign.files import is_locked, read_json
-from jaxalign.reporting.runs import STAGES
+from jaxalign.reporting.runs import STAGES, STEPS
 from jaxalign.training.metrics import parse_metrics
 
 DEPTH = 4
@@ -105,8 +105,7 @@ def _summary(folder: Path, name: str) -> RunSummary:
         written = (metrics if metrics.exists() else folder / "config.json").stat().st_mtime
         config = read_json(folder / "config.json", "config of a run")
         lines, faults = parse_metrics(metrics) if metrics.exists() else ([], [])
-        counts = folder / "data.json"
-        data = read_json(counts, "counts of a run's data") if counts.exists() else {}
+        counted = read_json(folder / STEPS, "steps of a run") if (folder / STEPS).exists() else {}
     except UserError as error:
         return RunSummary(name=name, state="broken", fault=str(error))
     except OSError as error:
@@ -118,7 +117,7 @@ def _summary(folder: Path, name: str) -> RunSummary:
     stage = lines[-1]["stage"] if lines else planned[0]
     of_stage = [line for line in lines if line["stage"] == stage]
     step = max((line["step"] for line in of_stage), default=0)
-    steps = _steps(config.get(stage), stage, data)
+    steps = _steps(config.get(stage), counted.get(stage))
     return RunSummary(
         name=name,
         state=_state(
@@ -159,17 +158,12 @@ def _planned(stage: Any) -> bool:
     )
 
 
-def _steps(stage: Any, name: str, data: Mapping[str, Any]) -> int | None:
-    """The steps of a stage; those of epochs are known for pairs, which are not packed."""
+def _steps(stage: Any, counted: Any) -> int | None:
+    """The steps of a stage; None: it has none, or its epochs are not counted in steps yet."""
     if not _planned(stage):
         return None
-    if stage.get("steps"):
-        return int(stage["steps"])
-    pairs, size = data.get("train_pairs"), stage.get("batch_size")
-    records = pairs.get("records") if isinstance(pairs, Mapping) else None
-    if name == "preference" and isinstance(records, int) and isinstance(size, int) and size > 0:
-        return math.ceil(records * stage["epochs"] / size)
-    return None
+    steps = stage.get("steps") or counted
+    return int(steps) if isinstance(steps, int | float) else None
 
 
 def _last(lines: Sequence[Mapping[str, Any]], split: str, metric: str) -> float | None:

@@ -13,6 +13,8 @@ from jaxalign.training.metrics import parse_metrics
 
 STAGES = ("pretrain", "sft", "preference", "online", "representation")
 """In the order of a run."""
+STEPS = "steps.json"
+"""In a run folder: the steps of each stage, those of epochs too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,25 @@ class Run:
         pairs = self.data.get("held_out_pairs", {}).get("records")
         texts = [form.format(value) for value in values]
         if pairs and metric.endswith("accuracies"):
-            errors = [1.96 * math.sqrt(value * (1 - value) / pairs) for value in values]
+            errors = [half_width(value, pairs) for value in values]
             texts = [f"{text} ± {error:.3f}" for text, error in zip(texts, errors, strict=True)]
         return texts[0], texts[1]
+
+
+def half_width(fraction: float, number: int) -> float:
+    r"""Half of the 95 % interval of a fraction of independent cases.
+
+    .. math:: z \sqrt{p (1 - p) / n}, \quad z = 1.96
+
+    At 0 and 1 this is 0; there it is Wilson's bound, :math:`z^2 / (n + z^2)`.
+
+    Args:
+      fraction: p.
+      number: n.
+    """
+    if 0 < fraction < 1:
+        return 1.96 * math.sqrt(fraction * (1 - fraction) / number)
+    return 1.96**2 / (number + 1.96**2)
 
 
 def read_run(folder: Path | str) -> Run:

@@ -14,6 +14,7 @@ import jax
 from jaxalign.config import TrainConfig, read_config, to_json
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, locked, remove, write_json, write_text
+from jaxalign.reporting.runs import STEPS
 from jaxalign.runs.inputs import check_inputs, input_digests, keep_inputs
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages.inputs import INPUTS
@@ -41,6 +42,7 @@ MADE = (
     "data.json",
     "model.json",
     "remat.json",
+    STEPS,
     "generation_config.json",
     "metrics.jsonl",
     "rollouts.jsonl",

@@ -23,6 +23,7 @@ from jaxalign.models.lora import merge, stack
 from jaxalign.models.peft import save_adapters
 from jaxalign.models.score import SCORE
 from jaxalign.reporting import read_run, write_report
+from jaxalign.reporting.runs import STEPS
 from jaxalign.runs.exports import export_model, keep_generation_config
 from jaxalign.runs.folder import run_folder
 from jaxalign.runs.inputs import check_examples
@@ -77,6 +78,8 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
     check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
     config = with_steps(config, data)
     if is_main:
+        steps = {kind.name: kind.settings(config).steps for kind in kinds}
+        write_json(folder / STEPS, steps)
         check_examples(folder, data)
         rewind(folder / "metrics.jsonl", resumed)
     context = RunContext(
@@ -133,8 +136,9 @@ def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
         fixed = dataclasses.replace(stage, steps=steps, epochs=0.0)
         config = dataclasses.replace(config, **{kind.name: fixed})
         if jax.process_index() == 0:
+            epochs = "epoch" if stage.epochs == 1 else "epochs"
             print(
-                f"{kind.name}: {steps:,} steps, {stage.epochs:g} epochs of {rows:,} rows in "
+                f"{kind.name}: {steps:,} steps, {stage.epochs:g} {epochs} of {rows:,} rows in "
                 f"batches of {stage.batch_size}"
             )
     return config

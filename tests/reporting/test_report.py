@@ -4,10 +4,12 @@ import json
 
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
 from jaxalign.errors import UserError
 from jaxalign.reporting import comparison, read_run, write_report
 from jaxalign.reporting.report import _margin
+from jaxalign.reporting.runs import half_width
 
 
 def line(step, split="eval", stage="preference", **metrics):
@@ -98,6 +100,14 @@ def test_shares_have_the_interval_of_their_number_of_pairs(make_run):
     run = read_run(make_run("a", *preference_lines(0.8), data={"held_out_pairs": {"records": 100}}))
     # 1.96 sqrt(0.5 * 0.5 / 100) and 1.96 sqrt(0.8 * 0.2 / 100)
     assert comparison([run])[1][0] == ["accuracy", "0.500 ± 0.098", "0.800 ± 0.078"]
+
+
+def test_an_interval_at_zero_or_one_is_not_empty():
+    """Wilson's bounds, from scipy: 0 of 8 says no more than that the fraction is below 0.324."""
+    for wins in (0, 8):
+        bounds = binomtest(wins, 8).proportion_ci(method="wilson")
+        assert half_width(wins / 8, 8) == pytest.approx(bounds.high - bounds.low, rel=1e-4)
+    assert half_width(0.5, 64) == pytest.approx(0.1225)
 
 
 def test_the_report_has_tables_and_plots(make_run, tmp_path):

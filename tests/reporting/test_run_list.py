@@ -53,13 +53,12 @@ def test_states_steps_and_the_newest_first(tmp_path):
     assert one.state == "finished"
 
 
-def test_epochs_of_pairs_are_steps(tmp_path):
-    """33 pairs twice in batches of 8 are 66 / 8 steps, rounded up; packed rows are not known."""
+def test_epochs_are_counted_in_steps_by_the_run(tmp_path):
     epochs = STAGE | {"steps": 0, "epochs": 2.0}
     write_run(tmp_path / "a", 1, preference=epochs)
-    assert list_runs(tmp_path)[0].steps == 9
-    (tmp_path / "a" / "data.json").unlink()
     assert list_runs(tmp_path)[0].steps is None
+    (tmp_path / "a" / "steps.json").write_text('{"preference": 9}')
+    assert list_runs(tmp_path)[0].steps == 9
 
 
 def test_a_lock_is_left_as_it_is(tmp_path):
@@ -83,7 +82,7 @@ def test_broken_and_foreign_folders_are_a_line_each(tmp_path, capsys):
         ("model", "config.json", '{"model_type": "llama"}'),
         ("stages", "config.json", '{"name": 3, "preference": {"steps": "many"}}'),
         ("metrics", "metrics.jsonl", '{"stage": "preference"}\n'),
-        ("counts", "data.json", '{"train_pairs": 3}'),
+        ("counts", "steps.json", '{"preference": "many"}'),
         ("folder", "metrics.jsonl", None),
         ("empty", "notes.txt", ""),
     ):
