@@ -62,18 +62,19 @@ def evaluate(
     policy = Policy(config=loaded.model.config, dtype=jax.numpy.dtype(dtype))
     options = dict(loss_options or {})
     checked = find_loss(loss, options)
-    objective: Any
-    if other is None:
-        objective = PreferenceObjective(
-            policy=policy, loss=_no_loss, options={}, has_reference=False
-        )
-    elif checked.reads == "tokens":
-        objective = TokenPreferenceObjective(policy=policy, loss=checked.function, options=options)
-    elif checked.reads == "scores":
+    if checked.reads == "scores":
         raise UserError(f"loss: {loss} is for reward models, and {model} is a language model")
+    unknown = other is None and checked.needs_reference
+    objective: Any
+    if checked.reads == "tokens" and not unknown:
+        objective = TokenPreferenceObjective(policy=policy, loss=checked.function, options=options)
     else:
         objective = PreferenceObjective(
-            policy=policy, loss=checked.function, options=options, coupled=checked.coupled
+            policy=policy,
+            loss=_no_loss if unknown else checked.function,
+            options={} if unknown else options,
+            coupled=checked.coupled and not unknown,
+            has_reference=other is not None,
         )
     run = evaluate_preferences(objective, loaded.batches(), make_mesh(devices=jax.devices()[:1]))
     statistics = getattr(objective, "statistics", None)
@@ -88,7 +89,7 @@ def evaluate(
     )
     frozen = {"policy": None, "reference": None if other is None else other.params}
     metrics = run(state, frozen)
-    if other is None:
+    if unknown:
         del metrics["loss"]
     return {"pairs": float(len(loaded.pairs)), **metrics}
 

@@ -52,6 +52,10 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(folder, capsys):
     alone = evaluate(str(run.folder / "export"), pairs, max_length=60)
     assert not {"loss", "kl", "rewards/chosen"} & set(alone)
     assert alone["logps/chosen"] == pytest.approx(line["logps/chosen"], rel=1e-4)
+    simpo = evaluate(str(run.folder / "export"), pairs, max_length=60, loss="simpo")
+    assert simpo["loss"] == pytest.approx(
+        evaluate(str(run.folder), pairs, max_length=60, loss="simpo")["loss"], rel=1e-5
+    )
     ipo = evaluate(str(run.folder), pairs, max_length=60, loss="ipo", loss_options={"tau": 0.5})
     assert ipo["loss"] != pytest.approx(metrics["loss"], rel=1e-2)
     command = ["evaluate", "--model", str(run.folder), "--data", pairs, "--max-length", "60"]
