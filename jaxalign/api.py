@@ -256,7 +256,7 @@ def preference_step(
     """The step of `jaxalign train` without its loop, for all parameters of a model.
 
     Args:
-      model: where to start; it is also the reference, and stays as it is.
+      model: where to start; it is also the reference of a loss that reads one, and stays as it is.
       loss: pure function from `PairLogProbs` and hyperparameters to one value per pair.
       optimizer: of optax.
       mesh: devices that share the work; None: all, as copies.
@@ -285,11 +285,13 @@ def preference_step(
         loss=checked.function,
         options=dict(options),
         coupled=checked.coupled,
+        has_reference=checked.needs_reference,
     )
     params = jax.tree.map(lambda x: x.astype(jnp.float32), model.model.params)
     running = objective.statistics.start
     state = place(initial_state(params, optimizer, seed=seed, running=running), mesh)
-    frozen = {"policy": None, "reference": place(params, mesh)}
+    reference = place(params, mesh) if checked.needs_reference else None
+    frozen = {"policy": None, "reference": reference}
     probe = PairProbe(objective=objective, reweighting=reweighting)
     step = compile_step(
         functools.partial(

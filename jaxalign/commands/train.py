@@ -38,4 +38,5 @@ def main(arguments: Sequence[str]) -> int:
             for line in skipped_updates(finished):
                 print(line)
             print(f"report: {folder / 'report' / 'report.md'}")
+            print(f"page: {folder / 'report' / 'index.html'}")
     return 0

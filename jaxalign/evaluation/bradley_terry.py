@@ -17,7 +17,7 @@ SCALE = 400 / math.log(10)
 """Elo points in a nat: 400 points are odds of ten to one."""
 CENTRE = 1000.0
 PRIOR = 1 / 9
-"""Ridge where no finite strengths are the likeliest: a prior of three nats, 521 points."""
+"""Ridge where the maximum-likelihood strengths are infinite: a prior of three nats, 521 points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Ratings:
     low: Float64[np.ndarray, " players"]
     high: Float64[np.ndarray, " players"]
     finite: bool
-    """Whether the likeliest strengths are finite; if not, they are shrunk by a weak prior."""
+    """Whether the maximum-likelihood strengths are finite; if not, a weak prior shrinks them."""
 
 
 def ratings(
