@@ -4,6 +4,7 @@ Programs are compiled with few optimisations, which is what a suite of small pro
 time on; the fixture `optimised` gives a test what users run.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def _forget_programs():
     """Compiled programs are not kept from one file to the next: they take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def progress_by_the_clock(monkeypatch):
+    """A slow machine writes no line more than a fast one; test_progress.py overrides this."""
+    monkeypatch.setattr("jaxalign.progress.SLOW", math.inf)
+    monkeypatch.setattr("jaxalign.progress.EVERY", math.inf)
 
 
 @pytest.fixture

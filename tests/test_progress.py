@@ -19,6 +19,11 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def progress_by_the_clock():
+    """Here the clock writes."""
+
+
 @pytest.fixture
 def said(monkeypatch):
     monkeypatch.setattr(Progress, "_watch", lambda self: None)  # the test calls `tick` itself
