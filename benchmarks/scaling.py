@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxalign.config import MeshConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, PreferenceConfig, TrainConfig
 from jaxalign.planning.plans import Plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +78,7 @@ def compiled(model: str, chips: int, length: int) -> Plan:
     config = TrainConfig(
         model=str(ROOT / "tpu" / "shapes" / model),
         max_length=length,
-        preference=StageConfig(steps=1, batch_size=chips),
+        preference=PreferenceConfig(steps=1, batch_size=chips),
         mesh=MeshConfig(data=chips // fsdp, fsdp=fsdp),
         dtype="bfloat16",
         remat="full",

@@ -23,12 +23,14 @@ times as much), batches of 32, three epochs.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from jaxalign.config import (
     ArchitectureConfig,
     MeshConfig,
     OptimizerConfig,
-    StageConfig,
+    PreferenceConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -46,7 +48,7 @@ def config(scale: str, adapters: bool = False) -> TrainConfig:
             data="HuggingFaceH4/ultrafeedback_binarized#train_prefs",
             eval_data="HuggingFaceH4/ultrafeedback_binarized#test_prefs",
             max_length=1024,
-            preference=StageConfig(epochs=3.0, batch_size=32, optimizer=rule, save_every=500),
+            preference=PreferenceConfig(epochs=3.0, batch_size=32, optimizer=rule, save_every=500),
             dtype="bfloat16",
             remat="full",
             mesh=MeshConfig(fsdp=8),
@@ -59,13 +61,14 @@ def config(scale: str, adapters: bool = False) -> TrainConfig:
         architecture=ArchitectureConfig(context=512),
         max_length=512,
         max_eval_records=128,
-        sft=_stage(2e-4 if adapters else 2e-5, epochs=0.0),
-        preference=_stage(5e-5 if adapters else 1e-6, epochs=1.0),
-        loss_options={"beta": 0.1},
+        sft=SupervisedConfig(**_stage(2e-4 if adapters else 2e-5)),
+        preference=PreferenceConfig(
+            epochs=1.0, loss_options={"beta": 0.1}, **_stage(5e-5 if adapters else 1e-6)
+        ),
     )
 
 
-def _stage(learning_rate: float, epochs: float) -> StageConfig:
+def _stage(learning_rate: float) -> dict[str, Any]:
     """A linear warm-up over a tenth of the steps, then linear to 0."""
     rule = OptimizerConfig(learning_rate=learning_rate, warmup_fraction=0.1)
-    return StageConfig(epochs=epochs, batch_size=8, optimizer=rule, eval_every=100, save_every=100)
+    return {"batch_size": 8, "optimizer": rule, "eval_every": 100, "save_every": 100}

@@ -10,7 +10,8 @@ from jaxalign.config import (
     ArchitectureConfig,
     EntanglementConfig,
     OptimizerConfig,
-    StageConfig,
+    PreferenceConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -24,19 +25,19 @@ def config() -> TrainConfig:
         ),
         max_length=128,
         max_eval_records=256,
-        sft=StageConfig(
+        sft=SupervisedConfig(
             steps=120,
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=10),
         ),
-        preference=StageConfig(
+        preference=PreferenceConfig(
             steps=80,
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=8),
             eval_every=20,
             save_every=40,
+            loss="dpo",
+            loss_options={"beta": 0.1},
+            entanglement=EntanglementConfig(every=1),
         ),
-        loss="dpo",
-        loss_options={"beta": 0.1},
-        entanglement=EntanglementConfig(every=1),
     )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxalign
-from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.entanglement.measurements import measure
 from jaxalign.entanglement.reweighting import normalised
 from jaxalign.errors import UserError
@@ -87,10 +87,15 @@ def test_the_step_alone_is_the_step_of_a_run(model, folder, monkeypatch, parts):
         model="model",
         data="pairs.jsonl",
         holdout=0.0,
-        preference=StageConfig(steps=2, batch_size=8, micro_batches=parts, optimizer=rule),
+        preference=PreferenceConfig(
+            steps=2,
+            batch_size=8,
+            micro_batches=parts,
+            optimizer=rule,
+            reference="live",
+            share_prompts="never",
+        ),
         max_length=60,
-        reference="live",
-        share_prompts="never",
         mesh=MeshConfig(data=4 if parts == 2 else 8, fsdp=1, tensor=2 if parts == 2 else 1),
         export=False,
         seed=3,

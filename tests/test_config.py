@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -11,15 +12,20 @@ import pytest
 from jaxalign.config import (
     AlignmentConfig,
     ArchitectureConfig,
+    EntanglementConfig,
     LoraConfig,
     MeshConfig,
+    OnlineConfig,
     OptimizerConfig,
+    PreferenceConfig,
     Range,
     RolloutConfig,
-    StageConfig,
+    SupervisedConfig,
     TrainConfig,
+    fields_of,
     from_json,
     to_json,
+    with_fields,
 )
 from jaxalign.errors import UserError
 
@@ -51,6 +57,8 @@ def with_field(path, value):
 
 
 NUMBERS = list(fields_with((int, float)))
+NAMES = {field.path: field.name for field in fields_of(TrainConfig)}
+PATHS = {name: path for path, name in NAMES.items()}
 
 
 def test_there_are_as_many_numbers_as_the_configs_have():
@@ -60,7 +68,7 @@ def test_there_are_as_many_numbers_as_the_configs_have():
 
 @pytest.mark.parametrize(("path", "kind"), NUMBERS, ids=[".".join(path) for path, _ in NUMBERS])
 def test_every_number_refuses_what_is_none_and_what_is_out_of_range(path, kind):
-    name = ".".join(path)
+    name = NAMES[path]
     anything = name in ("alignment.alpha", "rollout.unfinished_penalty")
     below = [] if anything else [-2 if kind is int else -1e-9]
     for value in (math.nan, math.inf, -math.inf, *below, True, "3", []):
@@ -100,25 +108,25 @@ def test_every_number_refuses_what_is_none_and_what_is_out_of_range(path, kind):
         ("text", (3,), ()),
         ("name", None, "x"),
         ("export", 1, False),
-        ("sft", 3, StageConfig()),
+        ("sft", 3, SupervisedConfig()),
         ("rollout.stop", "x", ("x",)),
     ],
 )
 def test_ends_of_ranges_and_types(path, bad, good):
     with pytest.raises(UserError, match=rf"^{path}(\[0\])?: "):
-        with_field(path.split("."), bad)
-    with_field(path.split("."), good)
+        with_field(PATHS[path], bad)
+    with_field(PATHS[path], good)
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         (
-            {"sft": StageConfig(steps=10, optimizer=OptimizerConfig(warmup_steps=11))},
+            {"sft": SupervisedConfig(steps=10, optimizer=OptimizerConfig(warmup_steps=11))},
             "sft.optimizer.warmup_steps: 11 is more than sft.steps: 10",
         ),
         (
-            {"online": StageConfig(batch_size=7, micro_batches=2)},
+            {"online": OnlineConfig(batch_size=7, micro_batches=2)},
             "online.batch_size: 7 is not a multiple of online.micro_batches: 2",
         ),
         (
@@ -140,7 +148,7 @@ def test_ends_of_ranges_and_types(path, bad, good):
 )
 def test_numbers_that_bound_each_other(fields, said):
     with pytest.raises(UserError) as error:
-        TrainConfig(**fields)
+        with_fields(TrainConfig(), **fields)
     assert str(error.value).startswith(said)
 
 
@@ -156,6 +164,52 @@ def test_a_range_is_read_as_mathematicians_write_it():
     assert -1 in Range("[1, inf)", also=-1)
     assert 0 not in Range("[1, inf)", also=-1)
     assert str(Range("[1, inf)", also=-1)) == "[1, inf) or -1"
+
+
+def test_fields_have_the_names_of_the_command_line():
+    names = {field.name: field.path for field in fields_of(TrainConfig)}
+    assert names["loss"] == ("preference", "loss")
+    assert names["entanglement.every"] == ("preference", "entanglement", "every")
+    assert names["sft_data"] == ("sft", "data")
+    assert names["rollout.judge.timeout"] == ("online", "rollout", "judge", "timeout")
+    assert names["preference.optimizer.b1"] == ("preference", "optimizer", "b1")
+    assert len(names) == len(fields_of(TrainConfig))
+
+
+def test_fields_are_replaced_by_their_names():
+    start = TrainConfig(preference=PreferenceConfig(steps=3, loss="ipo"))
+    config = with_fields(start, loss="kto", seed=1, **{"entanglement.every": 2})
+    assert config.preference.loss == "kto"
+    assert (config.seed, config.preference.entanglement.every, config.preference.steps) == (1, 2, 3)
+    assert start == TrainConfig(preference=PreferenceConfig(steps=3, loss="ipo"))
+    both = with_fields(start, loss="kto", preference=PreferenceConfig(batch_size=4))
+    assert both.preference == PreferenceConfig(batch_size=4, loss="kto")
+    with pytest.raises(UserError, match="lose: no field of TrainConfig"):
+        with_fields(start, lose="kto")
+    with pytest.raises(UserError, match="loss_options: ipo has no beta"):
+        with_fields(start, loss_options={"beta": 1.0})
+    with pytest.raises(UserError, match="sft: is of type PreferenceConfig, not SupervisedConfig"):
+        with_field(("sft",), PreferenceConfig())
+
+
+def test_a_config_of_an_earlier_version_is_read():
+    now = TrainConfig(
+        preference=PreferenceConfig(
+            steps=3, loss="ipo", entanglement=EntanglementConfig(every=1, reweighting="centred")
+        ),
+        sft=SupervisedConfig(data="a.jsonl"),
+        online=OnlineConfig(batch_size=4, rollout=RolloutConfig(max_tokens=7)),
+        chat="always",
+    )
+    before = json.loads(to_json(now))
+    moved = {field.name: field.path for field in fields_of(TrainConfig) if len(field.path) == 2}
+    for name in ("loss", "loss_options", "reference", "share_prompts", "entanglement", "rollout",
+                 "alignment", "sft_data", "sft_responses", "text", "eval_text"):  # fmt: skip
+        stage, field = moved[name]
+        before[name] = before[stage].pop(field)
+    before["entanglement"]["cure"] = before["entanglement"].pop("reweighting")
+    before["strings_as_chat"] = bool(before.pop("chat"))
+    assert from_json(json.dumps(before)) == now
 
 
 def test_a_stored_config_is_checked_when_it_is_read():

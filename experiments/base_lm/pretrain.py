@@ -8,7 +8,7 @@ Expect:   runs/base_lm/export, a Hugging Face folder
 
 from pathlib import Path
 
-from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import ArchitectureConfig, OptimizerConfig, PretrainingConfig, TrainConfig
 
 TEXT = Path("runs/base_lm_text")
 
@@ -34,13 +34,9 @@ def config(scale: str) -> TrainConfig:
     return TrainConfig(
         name="base_lm" if tiny else "base_lm_paper",
         architecture=architecture,
-        text=(str(TEXT / "train.jsonl"),),
-        eval_text=tuple(
-            str(TEXT / f"held_out_{name}.jsonl") for name in ("books", "reviews", "stories")
-        ),
         max_length=256 if tiny else 1024,
         dtype="float32" if tiny else "bfloat16",
-        pretrain=StageConfig(
+        pretrain=PretrainingConfig(
             steps=steps,
             batch_size=16 if tiny else 128,
             optimizer=OptimizerConfig(
@@ -53,5 +49,9 @@ def config(scale: str) -> TrainConfig:
             ),
             eval_every=250,
             save_every=100,
+            text=(str(TEXT / "train.jsonl"),),
+            eval_text=tuple(
+                str(TEXT / f"held_out_{name}.jsonl") for name in ("books", "reviews", "stories")
+            ),
         ),
     )

@@ -23,7 +23,7 @@ from experiments.page import put, table
 from jaxalign.backends import Decoding
 from jaxalign.backends.local import LocalModel
 from jaxalign.collection import BestOfN
-from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.config import PreferenceConfig, SupervisedConfig, TrainConfig
 from jaxalign.evaluation import make_annotator, win_rate
 from jaxalign.models.devices import enable_compilation_cache
 
@@ -47,10 +47,12 @@ def training(task: Task, name: str, data: Path, seed: int, folder: Path) -> Trai
         prompt_format=task.prompt_format,
     )
     if "response" in rows_of(data)[0]:
-        nothing = StageConfig(steps=0)
-        return dataclasses.replace(
-            made, sft=made.preference, preference=nothing, sft_data=str(data), data="embedded"
-        )
+        length = {
+            key: getattr(made.preference, key)
+            for key in ("steps", "batch_size", "optimizer", "eval_every")
+        }
+        sft = SupervisedConfig(data=str(data), **length)
+        return dataclasses.replace(made, sft=sft, preference=PreferenceConfig(), data="embedded")
     return made
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 
@@ -17,7 +17,9 @@ def config(scale: str = "tiny") -> TrainConfig:
             model="mistralai/Mistral-7B-Instruct-v0.2",
             data="runs/collected/pairs.jsonl",
             max_length=1024,
-            preference=StageConfig(steps=1_000, batch_size=64, micro_batches=2, optimizer=rule),
+            preference=PreferenceConfig(
+                steps=1_000, batch_size=64, micro_batches=2, optimizer=rule
+            ),
             dtype="bfloat16",
             remat="full",
             mesh=MeshConfig(fsdp=8),
@@ -30,7 +32,7 @@ def config(scale: str = "tiny") -> TrainConfig:
         holdout=0.1,
         max_length=96,
         end_token=False,  # responses are cut at 40 tokens, and do not end there
-        preference=StageConfig(
+        preference=PreferenceConfig(
             steps=60, batch_size=16, optimizer=rule, eval_every=30, save_every=60
         ),
     )

@@ -19,7 +19,7 @@ from jaxalign.collection import (
     SimulatedSociety,
     collect,
 )
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.files import write_json_lines
 
 FOLDER = Path(__file__).parent
@@ -183,10 +183,11 @@ def _reward(model: str, name: str, data: Path) -> TrainConfig:
         model=model,
         data=str(data),
         holdout=0.1,
-        loss="bradley_terry",
         prompt_format="Human: {prompt}\n\nAssistant: ",
         max_length=160,
-        preference=StageConfig(steps=60, batch_size=16, optimizer=rule, eval_every=60),
+        preference=PreferenceConfig(
+            steps=60, batch_size=16, optimizer=rule, eval_every=60, loss="bradley_terry"
+        ),
     )
 
 

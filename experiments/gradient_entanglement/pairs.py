@@ -14,7 +14,8 @@ from jaxalign.config import (
     EntanglementConfig,
     MeshConfig,
     OptimizerConfig,
-    StageConfig,
+    PreferenceConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -45,7 +46,7 @@ def settings(
         holdout=0.2,
         max_eval_records=256 if paper else 96,
         max_length=512 if paper else 96,
-        preference=StageConfig(
+        preference=PreferenceConfig(
             steps=2_500 if paper else 40,
             batch_size=64 if paper else 8,
             optimizer=OptimizerConfig(
@@ -54,10 +55,10 @@ def settings(
                 warmup_steps=150 if paper else 5,
             ),
             eval_every=250 if paper else 10,
+            loss=loss,
+            loss_options=dict(options),
+            entanglement=entanglement,
         ),
-        loss=loss,
-        loss_options=dict(options),
-        entanglement=entanglement,
         dtype="bfloat16" if paper else "float32",
         remat="full" if paper else "none",
         mesh=MeshConfig(fsdp=8) if paper else MeshConfig(),
@@ -68,12 +69,12 @@ def settings(
 def sft_settings(model: str, scale: str) -> TrainConfig:
     """SFT on the chosen responses, from which all runs start."""
     start = settings("sft", model, scale, "dpo", {}, entanglement=EntanglementConfig())
-    stage = StageConfig(
+    stage = SupervisedConfig(
         steps=2_500 if scale == "paper" else 60,
         batch_size=64 if scale == "paper" else 16,
         optimizer=OptimizerConfig(learning_rate=5e-7 if scale == "paper" else 3e-4),
     )
-    return replace(start, sft=stage, preference=StageConfig(), export=True)
+    return replace(start, sft=stage, preference=PreferenceConfig(), export=True)
 
 
 def supervised(model: str, scale: str) -> str:

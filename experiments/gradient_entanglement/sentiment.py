@@ -33,7 +33,13 @@ from experiments.gradient_entanglement.runs import (
     spread,
 )
 from experiments.page import put, table
-from jaxalign.config import EntanglementConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    EntanglementConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
 from jaxalign.entanglement.tokens import token_geometry
 from jaxalign.models import load_pretrained
@@ -81,11 +87,11 @@ def sft_settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
     optimizer = OptimizerConfig(
         learning_rate=1.41e-5 if paper else 5e-4, warmup_steps=6, schedule="linear"
     )
-    stage = StageConfig(
+    stage = SupervisedConfig(
         steps=64 if paper else 200, batch_size=16 if paper else 32, optimizer=optimizer
     )
     return replace(
-        start, name=f"{start.name}_sft", sft=stage, preference=StageConfig(), export=True
+        start, name=f"{start.name}_sft", sft=stage, preference=PreferenceConfig(), export=True
     )
 
 
@@ -110,18 +116,18 @@ def settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         max_eval_records=128,
         bad_records="skip",
         end_token=False,
-        preference=StageConfig(
+        preference=PreferenceConfig(
             steps=260 if paper else 40,
             batch_size=32 if paper else 16,
             optimizer=OptimizerConfig(
                 learning_rate=5e-6 if paper else 3e-5, warmup_steps=6, schedule="linear"
             ),
             eval_every=10,
+            loss="dpo",
+            loss_options={"beta": 0.1},
+            reference="precomputed" if paper else "live",
+            entanglement=EntanglementConfig(every=1, realised=True),
         ),
-        loss="dpo",
-        loss_options={"beta": 0.1},
-        reference="precomputed" if paper else "live",
-        entanglement=EntanglementConfig(every=1, realised=True),
     )
 
 

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.gradient_entanglement.runs import DATA
-from jaxalign.config import (
-    MeshConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    StageConfig,
-    TrainConfig,
-)
+from jaxalign.config import MeshConfig, OnlineConfig, OptimizerConfig, RolloutConfig, TrainConfig
 
 FOLDER = Path("runs/ipo_md")
 """Where everything of this study lies."""
@@ -65,22 +59,22 @@ def _tiny(algorithm: str, options: dict[str, float]) -> TrainConfig:
         name=algorithm,
         model=str(STORIES),
         holdout=0.1,
-        online=StageConfig(
+        online=OnlineConfig(
             steps=100,
             batch_size=16,
             # no first moment: it orbits on cycles of preferences
             optimizer=OptimizerConfig(learning_rate=rate, b1=0.0, schedule="linear"),
             eval_every=50,
-        ),
-        rollout=RolloutConfig(
-            algorithm=algorithm,
-            options=options,
-            prompts=str(PROMPTS),
-            annotator=annotator(algorithm),
-            max_prompt_length=48,
-            max_tokens=32,
-            max_eval_prompts=128,
-            record=2,
+            rollout=RolloutConfig(
+                algorithm=algorithm,
+                options=options,
+                prompts=str(PROMPTS),
+                annotator=annotator(algorithm),
+                max_prompt_length=48,
+                max_tokens=32,
+                max_eval_prompts=128,
+                record=2,
+            ),
         ),
     )
 
@@ -91,7 +85,7 @@ def _paper(algorithm: str, options: dict[str, float]) -> TrainConfig:
         name=f"xsum_{algorithm}",
         model=str(FOLDER / "tldr_sft" / "export"),
         prompt_format="summarize: {prompt}",
-        online=StageConfig(
+        online=OnlineConfig(
             steps=20_000,
             batch_size=32,
             optimizer=OptimizerConfig(
@@ -103,16 +97,16 @@ def _paper(algorithm: str, options: dict[str, float]) -> TrainConfig:
             ),
             eval_every=2_000,
             save_every=2_000,
-        ),
-        rollout=RolloutConfig(
-            algorithm=algorithm,
-            options=options,
-            prompts=str(FOLDER / "xsum_train.jsonl"),
-            eval_prompts=str(FOLDER / "xsum_validation.jsonl"),
-            annotator=annotator(algorithm, "_xl"),
-            max_prompt_length=512,
-            max_tokens=64,
-            max_eval_prompts=2_000,
+            rollout=RolloutConfig(
+                algorithm=algorithm,
+                options=options,
+                prompts=str(FOLDER / "xsum_train.jsonl"),
+                eval_prompts=str(FOLDER / "xsum_validation.jsonl"),
+                annotator=annotator(algorithm, "_xl"),
+                max_prompt_length=512,
+                max_tokens=64,
+                max_eval_prompts=2_000,
+            ),
         ),
         dtype="bfloat16",
         remat="full",

@@ -30,7 +30,7 @@ from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.ipo_md.online import FOLDER, PROMPTS, STORIES, TEST_PROMPTS, online
 from experiments.ipo_md.sentiment import Classifier, two_classifiers
 from experiments.page import put, table
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.data import load_tokenizer, prompt_records, tokenize_prompts
 from jaxalign.evaluation.bradley_terry import over_seeds, ratings
 from jaxalign.evaluation.win_rates import win_rate
@@ -165,16 +165,16 @@ def annotator_config(kind: str, loss: str, data: Path) -> TrainConfig:
         output=str(FOLDER),
         model=str(STORIES),
         data=str(data),
-        loss=loss,
         max_length=176 if kind == "preference" else 96,
         comparison_format=" A: {first} B: {second} Better:",
         end_token=False,
         holdout=0.1,
-        preference=StageConfig(
+        preference=PreferenceConfig(
             steps=200,
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20),
             eval_every=100,
+            loss=loss,
         ),
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.gradient_entanglement.runs import DATA, TINY
-from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.files import write_json_lines
 
 PAIRS = Path("runs/judging/pairs.jsonl")
@@ -52,13 +52,17 @@ def config(scale: str = "tiny", model: str = TINY) -> TrainConfig:
         model="mistralai/Mistral-7B-v0.1" if paper else model,
         data=str(PAIRS),
         holdout=0.05,
-        loss="bradley_terry",
         prompt_format="Human: {prompt}\n\nAssistant: ",
         max_length=1024 if paper else 320,
         mesh=MeshConfig(fsdp=8) if paper else MeshConfig(),
         dtype="bfloat16" if paper else "float32",
         remat="full" if paper else "none",
-        preference=StageConfig(
-            steps=124, batch_size=16, optimizer=rule, eval_every=62, save_every=62
+        preference=PreferenceConfig(
+            steps=124,
+            batch_size=16,
+            optimizer=rule,
+            eval_every=62,
+            save_every=62,
+            loss="bradley_terry",
         ),
     )

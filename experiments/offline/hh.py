@@ -14,26 +14,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    MeshConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data" / "preferences"
 TINY, PAPER = "runs/base_lm/export", "EleutherAI/pythia-2.8b"
-PAPER_STAGE = StageConfig(
-    steps=2_500,
-    batch_size=64,
-    micro_batches=2,
-    optimizer=OptimizerConfig(name="rmsprop", learning_rate=5e-7, warmup_steps=150),
-    eval_every=250,
-    save_every=250,
-)
+PAPER_STAGE: dict[str, Any] = {
+    "steps": 2_500,
+    "batch_size": 64,
+    "micro_batches": 2,
+    "optimizer": OptimizerConfig(name="rmsprop", learning_rate=5e-7, warmup_steps=150),
+    "eval_every": 250,
+    "save_every": 250,
+}
 """The settings of the DPO paper's repository, for SFT and for preferences."""
 
 
 def sft(scale: str) -> TrainConfig:
     """SFT on the chosen responses: the model that the other runs start from."""
     if scale == "paper":
-        return _paper(name="hh_sft_paper", model=PAPER, sft=PAPER_STAGE)
-    stage = StageConfig(
+        return _paper(name="hh_sft_paper", model=PAPER, sft=SupervisedConfig(**PAPER_STAGE))
+    stage = SupervisedConfig(
         steps=120,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10),
@@ -52,17 +58,17 @@ def preference(
         return _paper(
             name=f"hh_{loss}_paper",
             model="runs/hh_sft_paper/export",
-            preference=PAPER_STAGE,
-            **common,
+            preference=PreferenceConfig(**PAPER_STAGE, **common),
         )
-    stage = StageConfig(
+    stage = PreferenceConfig(
         steps=120,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=20),
         eval_every=20,
         save_every=40,
+        **common,
     )
-    return _tiny(name=f"hh_{loss}", model="runs/hh_sft/export", preference=stage, **common)
+    return _tiny(name=f"hh_{loss}", model="runs/hh_sft/export", preference=stage)
 
 
 def dpo(scale: str) -> TrainConfig:

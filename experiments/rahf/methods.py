@@ -19,9 +19,12 @@ from jaxalign.config import (
     AlignmentConfig,
     LoraConfig,
     MeshConfig,
+    OnlineConfig,
     OptimizerConfig,
+    PreferenceConfig,
+    RepresentationConfig,
     RolloutConfig,
-    StageConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -59,24 +62,24 @@ def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
         prompt_format=FORMAT,
         max_length=320,
         max_eval_records=None,
-        alignment=AlignmentConfig(instructions="short"),
+        representation=RepresentationConfig(alignment=AlignmentConfig(instructions="short")),
     )
 
 
-def stage(scale: str, rate: float, *, steps: int = 1_000, batch: int = 64) -> StageConfig:
-    """One stage: AdamW after a warm-up of a tenth, linear to 0 (`paper`: cosine)."""
+def stage(scale: str, rate: float, *, steps: int = 1_000, batch: int = 64) -> dict[str, Any]:
+    """Fields of one stage: AdamW after a warm-up of a tenth, linear to 0 (`paper`: cosine)."""
     if scale == "paper":
         rule = OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_steps=steps // 10)
-        return StageConfig(steps=steps, batch_size=batch, optimizer=rule, save_every=400)
+        return {"steps": steps, "batch_size": batch, "optimizer": rule, "save_every": 400}
     rule = OptimizerConfig(learning_rate=rate, warmup_steps=STEPS // 10)
-    return StageConfig(steps=STEPS, batch_size=16, optimizer=rule)
+    return {"steps": STEPS, "batch_size": 16, "optimizer": rule}
 
 
-def fit(scale: str, rate: float, **paper: Any) -> StageConfig:
-    """The fit of adapters: a constant learning rate."""
+def fit(scale: str, rate: float, **paper: Any) -> dict[str, Any]:
+    """Fields of the fit of adapters: a constant learning rate."""
     found = stage(scale, rate, **paper)
-    rule = dataclasses.replace(found.optimizer, schedule="constant", warmup_steps=0)
-    return dataclasses.replace(found, optimizer=rule)
+    rule = dataclasses.replace(found["optimizer"], schedule="constant", warmup_steps=0)
+    return {**found, "optimizer": rule}
 
 
 def instruction_sft(scale: str, **how: Any) -> TrainConfig:
@@ -86,15 +89,15 @@ def instruction_sft(scale: str, **how: Any) -> TrainConfig:
         model, data, rule = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf", 2e-5
     else:
         model, data, rule = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl", 3e-4
-    return dataclasses.replace(
-        config, model=model, sft_data=data, sft=stage(scale, rule, steps=4_700)
-    )
+    sft = SupervisedConfig(data=data, **stage(scale, rule, steps=4_700))
+    return dataclasses.replace(config, model=model, sft=sft)
 
 
 def supervised(scale: str, responses: Any, name: str, **how: Any) -> TrainConfig:
     """SFT on chosen or rejected responses, or on both with hindsight."""
     rate = stage(scale, 2e-5 if scale == "paper" else 3e-4)
-    return dataclasses.replace(common(scale, name, **how), sft=rate, sft_responses=responses)
+    sft = SupervisedConfig(responses=responses, **rate)
+    return dataclasses.replace(common(scale, name, **how), sft=sft)
 
 
 def preferred_sft(scale: str, **how: Any) -> TrainConfig:
@@ -115,7 +118,7 @@ def hir(scale: str, **how: Any) -> TrainConfig:
 def dpo(scale: str, **how: Any) -> TrainConfig:
     """DPO, beta 0.1; the paper does not give its settings: those of the DPO repository."""
     rate = stage(scale, 5e-7 if scale == "paper" else 1e-4)
-    return dataclasses.replace(common(scale, "dpo", **how), preference=rate)
+    return dataclasses.replace(common(scale, "dpo", **how), preference=PreferenceConfig(**rate))
 
 
 def reward(scale: str, **how: Any) -> TrainConfig:
@@ -133,7 +136,8 @@ def reward_model(scale: str, which: str, **how: Any) -> TrainConfig:
     config = common(scale, which, **how)
     data = {"paper": PAPER, "tiny": (TRAIN, JUDGED)}[scale][which == "judge"]
     rate = stage(scale, 1e-5 if scale == "paper" else 3e-4)
-    return dataclasses.replace(config, data=data, loss="bradley_terry", preference=rate)
+    preference = PreferenceConfig(loss="bradley_terry", **rate)
+    return dataclasses.replace(config, data=data, preference=preference)
 
 
 def policy_gradient(scale: str, **how: Any) -> TrainConfig:
@@ -149,7 +153,7 @@ def policy_gradient(scale: str, **how: Any) -> TrainConfig:
         max_tokens=512 if scale == "paper" else 32,
     )
     rate = stage(scale, 1e-6 if scale == "paper" else 1e-4)
-    return dataclasses.replace(config, online=rate, rollout=rollout)
+    return dataclasses.replace(config, online=OnlineConfig(rollout=rollout, **rate))
 
 
 def scit(scale: str, **how: Any) -> TrainConfig:
@@ -157,9 +161,11 @@ def scit(scale: str, **how: Any) -> TrainConfig:
     config = common(scale, "scit", **how)
     tuned = stage(scale, 2e-5 if scale == "paper" else 3e-4, steps=930)
     fitted = fit(scale, 3e-4 if scale == "paper" else 3e-3, steps=450)
-    told = dataclasses.replace(config.alignment, method="scit")
+    method = dataclasses.replace(config.representation.alignment, method="scit")
     return dataclasses.replace(
-        config, loss="scit_mean", preference=tuned, representation=fitted, alignment=told
+        config,
+        preference=PreferenceConfig(loss="scit_mean", **tuned),
+        representation=RepresentationConfig(alignment=method, **fitted),
     )
 
 
@@ -167,15 +173,15 @@ def dual(scale: str, **how: Any) -> TrainConfig:
     """RAHF-Dual from the models of `supervised`: as released, the preferred one is the base."""
     config = common(scale, "dual", **how)
     suffix = "_paper" if scale == "paper" else ""
-    told = dataclasses.replace(
-        config.alignment,
+    method = dataclasses.replace(
+        config.representation.alignment,
         method="dual",
         negative_model=f"{config.output}/rahf_rejected_sft{suffix}/export",
         lora=LoraConfig(rank=8, dropout=0.05, targets=("q", "v")),
     )
+    rate = fit(scale, 9e-6 if scale == "paper" else 3e-3, steps=2_500, batch=64)
     return dataclasses.replace(
         config,
         model=f"{config.output}/rahf_preferred_sft{suffix}/export",
-        representation=fit(scale, 9e-6 if scale == "paper" else 3e-3, steps=2_500, batch=64),
-        alignment=told,
+        representation=RepresentationConfig(alignment=method, **rate),
     )

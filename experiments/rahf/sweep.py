@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.page import put, table
 from experiments.rahf.compare import FOLDER, shortened
 from experiments.rahf.looking import tuned_model
-from jaxalign.config import StageConfig
+from jaxalign.config import PreferenceConfig, with_fields
 from jaxalign.reporting import read_run
 from jaxalign.runs.train import train
 from jaxalign.stages.models import read_run_config
@@ -38,16 +38,18 @@ def main() -> None:
     given = flags.parse_args()
     depth = tuned_model(given.run).config.layers
     config = shortened(read_run_config(given.run), given.steps, 0)
-    config = dataclasses.replace(config, model=str(given.run / "tuned"), preference=StageConfig())
+    config = dataclasses.replace(
+        config, model=str(given.run / "tuned"), preference=PreferenceConfig()
+    )
     middle = make_reader(config, tuned_model(given.run).config).layers
     bands = {middle: ALPHAS, (middle[0] - 1 or 1,): (5.0,), (depth - 1, depth): (5.0,)}
     rows = []
     for layers, alphas in bands.items():
         for alpha in alphas:
-            told = dataclasses.replace(config.alignment, layers=layers, alpha=alpha)
             names = "_".join(map(str, layers))
             name = f"{config.name}_layers_{names}_alpha_{alpha:g}"
-            folder = train(dataclasses.replace(config, alignment=told, name=name, export=False))
+            point = {"alignment.layers": layers, "alignment.alpha": alpha}
+            folder = train(with_fields(config, name=name, export=False, **point))
             last = read_run(folder)
             values = [last.first_and_last("representation", key) for key in SHOWN]
             cells = [

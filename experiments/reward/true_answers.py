@@ -14,7 +14,7 @@ and batch are those of the reward model of arXiv:2403.17031 (the papers have non
 import os
 from pathlib import Path
 
-from jaxalign.config import MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 
@@ -38,29 +38,29 @@ def scores(scale: str, loss: str) -> TrainConfig:
             model="google/t5-v1_1-xl",
             data="tfds:tldr_comparisons",
             eval_data="tfds:tldr_comparisons#valid",
-            loss=loss,
             max_length=640 if loss == "bradley_terry" else 768,
-            preference=StageConfig(
+            preference=PreferenceConfig(
                 steps=1_450,
                 batch_size=64,
                 micro_batches=2,
                 optimizer=rule,
                 eval_every=145,
                 save_every=145,
+                loss=loss,
             ),
             dtype="bfloat16",
             remat="full",
             mesh=MeshConfig(fsdp=8),
         )
     rule = OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20)
-    stage = StageConfig(steps=134, batch_size=32, optimizer=rule, eval_every=67, save_every=67)
     return TrainConfig(
         name=f"truthfulqa_{loss}",
         model=str(DATA / "models" / "stories260K"),
         data=str(DATA / "preferences" / "truthfulqa_pairs.jsonl"),
-        loss=loss,
         holdout=0.15,
         max_eval_records=None,
         max_length=192 if loss == "bradley_terry" else 320,
-        preference=stage,
+        preference=PreferenceConfig(
+            steps=134, batch_size=32, optimizer=rule, eval_every=67, save_every=67, loss=loss
+        ),
     )

@@ -1,15 +1,13 @@
 """From an experiment's name and flags to its config."""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import sys
-import typing
 from collections.abc import Sequence
 
 from jaxalign.commands.arguments import check_names, joined_lines, renamed
-from jaxalign.config import TrainConfig
+from jaxalign.config import TrainConfig, fields_of, with_fields
 from jaxalign.errors import UserError
 from jaxalign.runs.experiment import fitted, load_config
 from jaxalign.runs.rates import high_rates, is_large
@@ -30,7 +28,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         for text in arguments
         for part in (text.split("=", 1) if text.startswith("--scale=") else [text])
     ]
-    rest = renamed(rest, _names(TrainConfig))
+    rest = renamed(rest, _names())
     typed: dict[str, str] = {}
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] not in ("-h", "--help"):
@@ -47,7 +45,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         typed = _typed(rest)
         adapters = typed.get("lora.rank", "0").lstrip("0") != ""
         config = load_config(experiment, scale, adapters=adapters)
-        check_names(rest, _names(TrainConfig), "jaxalign train --help")
+        check_names(rest, _names(), "jaxalign train --help")
         config, notes = fitted(config, typed)
         for note in notes:
             print(f"{experiment}: {note}", file=sys.stderr)
@@ -56,7 +54,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         with contextlib.redirect_stderr(complaint), joined_lines():
             given = tyro.cli(
                 TrainConfig,
-                default=_with_options(config, {}, {}),
+                default=with_fields(config, loss_options={}, **{"rollout.options": {}}),
                 args=rest,
                 prog="jaxalign train EXPERIMENT [--scale tiny|paper]",
                 description="Run an experiment; every field of its config can be set here.",
@@ -75,10 +73,13 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
                     f"or set --{name}.optimizer.learning-rate"
                 )
     # the experiment's options belong to its own loss or algorithm, and to no other one
-    own = not given.loss_options and given.loss == config.loss
-    loss = config.loss_options if own else given.loss_options
-    own = not given.rollout.options and given.rollout.algorithm == config.rollout.algorithm
-    return _with_options(given, loss, config.rollout.options if own else given.rollout.options)
+    loss, own = given.preference, config.preference
+    if not loss.loss_options and loss.loss == own.loss:
+        given = with_fields(given, loss_options=own.loss_options)
+    rollout, own = given.online.rollout, config.online.rollout
+    if not rollout.options and rollout.algorithm == own.algorithm:
+        given = with_fields(given, **{"rollout.options": own.options})
+    return given
 
 
 def _typed(arguments: Sequence[str]) -> dict[str, str]:
@@ -91,21 +92,15 @@ def _typed(arguments: Sequence[str]) -> dict[str, str]:
     return typed
 
 
-def _names(cls: type, prefix: str = "") -> list[str]:
-    """The flags of a config's fields."""
-    names = ["--help"] if not prefix else []
-    for name, hint in typing.get_type_hints(cls).items():
-        flag = name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            names += _names(typing.cast(type, hint), f"{prefix}{flag}.")
-        else:
-            names += [f"--{prefix}{flag}", *([f"--{prefix}no-{flag}"] if hint is bool else [])]
+def _names() -> list[str]:
+    """The flags of a run's fields."""
+    names = ["--help"]
+    for field in fields_of(TrainConfig):
+        outer, dot, name = field.name.replace("_", "-").rpartition(".")
+        if not field.is_config:
+            names += [f"--{outer}{dot}{name}"]
+            names += [f"--{outer}{dot}no-{name}"] if field.hint is bool else []
     return names
-
-
-def _with_options(config: TrainConfig, loss: dict, algorithm: dict) -> TrainConfig:
-    rollout = dataclasses.replace(config.rollout, options=algorithm)
-    return dataclasses.replace(config, loss_options=loss, rollout=rollout)
 
 
 def _in_one_line(left: SystemExit, text: str) -> str:

@@ -123,7 +123,8 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
 
 def _facts(run: Run) -> str:
     """One line on a run."""
-    config = run.config
+    stage = run.config.get("preference")
+    config = {**run.config, **(stage if isinstance(stage, Mapping) else {})}
     options = config.get("loss_options")
     options = options if isinstance(options, Mapping) else {}
     texts = [f"{name} {config[name]}" for name in ("loss", "model", "data") if config.get(name)]
@@ -242,8 +243,7 @@ def _without_reference(run: Run) -> str:
 
 def _calibration(run: Run) -> Table | None:
     """How often the predicted winners of about the same confidence were the right ones."""
-    last = [line for line in run.lines if (line["stage"], line["split"]) == ("preference", "eval")]
-    values = last[-1] if last else {}
+    values = run.last("preference", "eval")
     rows = [
         [
             f"{name.split('/')[1]} and above",

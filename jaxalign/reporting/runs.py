@@ -39,6 +39,11 @@ class Run:
         ]
         return [step for step, _ in points], [value for _, value in points]
 
+    def last(self, stage: str, split: str) -> Mapping[str, Any]:
+        """The last line of a stage; empty where there is none."""
+        lines = [x for x in self.lines if x["stage"] == stage and x["split"] == split]
+        return lines[-1] if lines else {}
+
     def first_and_last(self, stage: str, metric: str) -> tuple[float, float] | None:
         """The held-out value before the stage's first step and after its last."""
         _, values = self.curve(stage, "eval", metric)

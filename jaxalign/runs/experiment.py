@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 
-from jaxalign.config import EntanglementConfig, StageConfig, TrainConfig
+from jaxalign.config import EntanglementConfig, TrainConfig, with_fields
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES, TOKEN_LOSSES
 from jaxalign.modules import find_module, users_code
@@ -59,42 +59,38 @@ def fitted(config: TrainConfig, typed: Mapping[str, str]) -> tuple[TrainConfig, 
       The config, and a line for each change.
     """
     config, notes = _with_own_data(_with_own_length(config, typed), typed)
-    loss = typed.get("loss", config.loss)
-    has_statistics = config.entanglement != EntanglementConfig()
+    loss = typed.get("loss", config.preference.loss)
+    settings = config.preference.entanglement
     is_typed = any(name.startswith("entanglement.") for name in typed)
+    has_statistics = settings != EntanglementConfig()
     if has_statistics and not is_typed and loss in TOKEN_LOSSES | REWARD_LOSSES:
-        config = dataclasses.replace(config, entanglement=EntanglementConfig())
+        config = with_fields(config, entanglement=EntanglementConfig())
         notes.append(f"entanglement: switched off; {loss} has no log-probs of pairs")
     rule = typed.get("preference.optimizer.name", config.preference.optimizer.name)
-    if config.entanglement.preconditioned and not is_typed and rule != "adamw":
-        settings = dataclasses.replace(config.entanglement, preconditioned=False)
-        config = dataclasses.replace(config, entanglement=settings)
+    if settings.preconditioned and not is_typed and rule != "adamw":
+        config = with_fields(config, **{"entanglement.preconditioned": False})
         notes.append(
             f"entanglement.preconditioned: switched off; it needs the optimiser adamw, not {rule}"
         )
     for name in ("online", "representation"):
-        stage: StageConfig = getattr(config, name)
-        if stage.runs and f"{name}.steps" not in typed and loss in REWARD_LOSSES:
-            config = dataclasses.replace(config, **{name: StageConfig()})
+        runs = getattr(config, name).runs
+        if runs and f"{name}.steps" not in typed and loss in REWARD_LOSSES:
+            config = with_fields(config, **{f"{name}.steps": 0, f"{name}.epochs": 0.0})
             notes.append(f"{name}: skipped; {loss} trains no policy")
-    for name, stage in vars(config).items():
+    for name, stage in config.stages().items():
         steps = typed.get(f"{name}.steps", "")
-        if not isinstance(stage, StageConfig) or not steps.isdecimal() or not int(steps):
+        if not steps.isdecimal() or not int(steps):
             continue
         warmup = f"{name}.optimizer.warmup_steps"
         if stage.optimizer.warmup_steps > int(steps) and warmup not in typed:
-            rule = dataclasses.replace(stage.optimizer, warmup_steps=int(steps))
-            shorter = dataclasses.replace(stage, optimizer=rule, steps=int(steps))
-            config = dataclasses.replace(config, **{name: shorter})
+            config = with_fields(config, **{f"{name}.steps": int(steps), warmup: int(steps)})
             notes.append(f"{warmup}: {steps}, the number of steps of the stage")
     return config, notes
 
 
 def _with_own_length(config: TrainConfig, typed: Mapping[str, str]) -> TrainConfig:
     """Of steps and epochs, and of the two warm-up fields, keep the one set on the command line."""
-    for name, stage in vars(config).items():
-        if not isinstance(stage, StageConfig):
-            continue
+    for name, stage in config.stages().items():
         rule, changes = stage.optimizer, {}
         if f"{name}.epochs" in typed and stage.steps:
             # the same warm-up as a fraction, since the number of steps is not known yet
@@ -116,16 +112,17 @@ def _with_own_data(config: TrainConfig, typed: Mapping[str, str]) -> tuple[Train
     """Drop the experiment's files that belong to data replaced on the command line."""
     notes: list[str] = []
     held_out = f"{config.holdout:.0%} of --{{}} is held out; set --{{}} for another set"
-    rollout = config.rollout
+    own = {"eval_data": config.eval_data, "sft_data": config.sft.data}
+    rollout = config.online.rollout
     prompts = "rollout.prompts" in typed
     if "data" in typed:
         for field, instead in (
             ("eval_data", held_out.format("data", "eval-data")),
             ("sft_data", "SFT trains on the responses in --data; set --sft-data for others"),
         ):
-            if getattr(config, field) is not None and field not in typed:
-                notes.append(f"{field}: {getattr(config, field)} is dropped; {instead}")
-                config = dataclasses.replace(config, **{field: None})
+            if own[field] is not None and field not in typed:
+                notes.append(f"{field}: {own[field]} is dropped; {instead}")
+                config = with_fields(config, **{field: None})
         if config.online.runs and not prompts and rollout.prompts != "embedded":
             notes.append(f"rollout.prompts: those of --data instead of {rollout.prompts}")
             rollout, prompts = dataclasses.replace(rollout, prompts=typed["data"]), True
@@ -133,7 +130,7 @@ def _with_own_data(config: TrainConfig, typed: Mapping[str, str]) -> tuple[Train
         instead = held_out.format("rollout.prompts", "rollout.eval-prompts")
         notes.append(f"rollout.eval_prompts: {rollout.eval_prompts} is dropped; {instead}")
         rollout = dataclasses.replace(rollout, eval_prompts=None)
-    if "text" in typed and config.eval_text and "eval_text" not in typed:
+    if "text" in typed and config.pretrain.eval_text and "eval_text" not in typed:
         notes.append("eval_text: the experiment's is dropped; set --eval-text for held-out text")
-        config = dataclasses.replace(config, eval_text=())
-    return dataclasses.replace(config, rollout=rollout), notes
+        config = with_fields(config, eval_text=())
+    return with_fields(config, rollout=rollout), notes

@@ -40,18 +40,18 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
         yield "data", _data(config.data)
         yield "eval_data", _data(config.eval_data)
     if config.sft.runs:
-        yield "sft_data", _data(config.sft_data)
+        yield "sft_data", _data(config.sft.data)
     if config.pretrain.runs:
-        yield "text", [path for source in config.text for path in _data(source)]
-        yield "eval_text", [path for source in config.eval_text for path in _data(source)]
+        yield "text", [path for source in config.pretrain.text for path in _data(source)]
+        yield "eval_text", [path for source in config.pretrain.eval_text for path in _data(source)]
     if config.model != "embedded":
         yield "model", [find_model(config.model)]
     yield "tokenizer", _named(config.tokenizer)
     yield "adapter", _named(config.adapter)
     if config.preference.runs:
-        yield "loss", _code(config.loss)
+        yield "loss", _code(config.preference.loss)
     if config.online.runs:
-        rollout = config.rollout
+        rollout = config.online.rollout
         yield "rollout.prompts", _data(rollout.prompts)
         yield "rollout.eval_prompts", _data(rollout.eval_prompts)
         yield "rollout.algorithm", _code(rollout.algorithm)
@@ -60,8 +60,8 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
         yield "rollout.judge.template", _named(rollout.judge.template)
         yield "rollout.judge.tokenizer", _named(rollout.judge.tokenizer)
     if config.representation.runs:
-        yield "alignment.positive_model", _named(config.alignment.positive_model)
-        yield "alignment.negative_model", _named(config.alignment.negative_model)
+        yield "alignment.positive_model", _named(config.representation.alignment.positive_model)
+        yield "alignment.negative_model", _named(config.representation.alignment.negative_model)
 
 
 def _named(name: str | None) -> list[Path]:

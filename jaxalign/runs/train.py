@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Path:
       Stopped: SIGTERM was received; everything is saved.
     """
     enable_compilation_cache()
-    find_loss(config.loss, config.loss_options)  # raises before any training
+    find_loss(config.preference.loss, config.preference.loss_options)  # raises before any training
     kinds = kinds_of(config)
     for kind in kinds:
         kind.check(config)

@@ -20,7 +20,7 @@ def kind_of(config: TrainConfig, name: str) -> Kind:
     Raises:
       UserError: there is no such stage.
     """
-    if name == preference.KIND.name and config.loss in REWARD_LOSSES:
+    if name == preference.KIND.name and config.preference.loss in REWARD_LOSSES:
         return scores.KIND
     for kind in KINDS:
         if kind.name == name:

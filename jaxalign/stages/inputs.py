@@ -65,12 +65,12 @@ def _tokenizer(config: TrainConfig, stored: Path) -> Any:
         tokenizer = load_tokenizer(config.tokenizer)
     elif config.model != "embedded":
         tokenizer = load_tokenizer(config.model)
-    elif config.text:
+    elif config.pretrain.text:
         from jaxalign.data.bpe import train_bpe
 
         texts = (
             record.text
-            for source in config.text
+            for source in config.pretrain.text
             for record in text_records(source, bad_records=config.bad_records)
         )
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
@@ -263,7 +263,7 @@ def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
 
 def instructions_of(config: TrainConfig) -> Instructions:
     """The two instructions of a config."""
-    alignment = config.alignment
+    alignment = config.representation.alignment
     return make_instructions(alignment.instructions, alignment.positive, alignment.negative)
 
 
@@ -328,18 +328,18 @@ class PreferenceData:
     def responses(self) -> TokenizedData:
         """Prompts and responses for SFT: from `sft_data`, or responses of the pairs."""
         config = self._config
-        if config.sft_responses == "hindsight":
+        if config.sft.responses == "hindsight":
             train, held_out = self.train, self.held_out
-        elif config.sft_data is None:
-            sides = ((one, config.sft_responses) for one in (self.train, self.held_out))
+        elif config.sft.data is None:
+            sides = ((one, config.sft.responses) for one in (self.train, self.held_out))
             train, held_out = itertools.starmap(responses_of, sides)
         else:
-            records = read(response_records, config.sft_data, config, self._report, "sft_data")
+            records = read(response_records, config.sft.data, config, self._report, "sft_data")
             train, held_out = split_holdout(records, config.holdout, seed=config.seed)
             train, held_out = train[: config.max_records], held_out[: config.max_eval_records]
 
         def rows(records: list[Any], name: str) -> Any:
-            if config.sft_responses == "hindsight":
+            if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
             tokens = self.tokenized(tokenize_responses, records, name)
             return tokens.as_pairs() if self.options["encoder_decoder"] else tokens

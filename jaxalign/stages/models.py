@@ -118,7 +118,7 @@ def vocabulary_of(config: TrainConfig) -> int:
     """
     if config.tokenizer is not None:
         return len(load_tokenizer(config.tokenizer))
-    return config.architecture.vocabulary if config.text else len(embedded_tokenizer())
+    return config.architecture.vocabulary if config.pretrain.text else len(embedded_tokenizer())
 
 
 def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:

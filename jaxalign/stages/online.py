@@ -85,7 +85,7 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     Raises:
       UserError: a prompt cannot be used, there is none, or the context is too short.
     """
-    settings, tokenizer, report = config.rollout, inputs.tokenizer, inputs.report
+    settings, tokenizer, report = config.online.rollout, inputs.tokenizer, inputs.report
     context = getattr(inputs.model_config, "context_length", None)
     longest = settings.max_prompt_length + settings.max_tokens
     if context is not None and longest > context:
@@ -159,7 +159,7 @@ def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
 def build(config: TrainConfig, model_config: Any) -> Stage:
     """The stage that trains a policy on its own responses."""
     settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
-    sampled = tempered(model_config, config.rollout.temperature)
+    sampled = tempered(model_config, config.online.rollout.temperature)
     policy = parts.make_policy(config, sampled, adapters)
     objective = OnlineObjective(policy=policy, algorithm=algorithm)
     updates = algorithm.updates * algorithm.minibatches
@@ -172,7 +172,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
         head = init_head(model_config.width, parts.key_of(config, NUMBER))
         return {**trained(params), SCORE: head}
 
-    rollout = config.rollout
+    rollout = config.online.rollout
     return Stage(
         name=NAME,
         method=rollout.algorithm,
@@ -200,12 +200,12 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
 def algorithm_of(config: TrainConfig) -> Algorithm:
     """The online algorithm of a config."""
-    return find_algorithm(config.rollout.algorithm, config.rollout.options)
+    return find_algorithm(config.online.rollout.algorithm, config.online.rollout.options)
 
 
 def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[Any, list[Rows]]:
     """Shapes of the largest rollout, and the passes of a step on it."""
-    settings, algorithm = config.rollout, objective.algorithm
+    settings, algorithm = config.online.rollout, objective.algorithm
     prompts, response = config.online.batch_size, settings.max_tokens
     length, samples = settings.max_prompt_length + response, len(algorithm.draws)
     of_policy = all("policy" in draw.weights for draw in algorithm.draws)
@@ -228,7 +228,7 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
 
 def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
     """Sampling settings of a rollout; `ends` are the end-of-response tokens."""
-    settings = config.rollout
+    settings = config.online.rollout
     return Sampling(
         max_tokens=settings.max_tokens,
         top_k=settings.top_k,
@@ -240,7 +240,7 @@ def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
     """Prompts, with sampling and annotation around the compiled update."""
-    config, mesh, settings = context.config, context.mesh, context.config.rollout
+    config, mesh, settings = context.config, context.mesh, context.config.online.rollout
     policy, algorithm = stage.objective.policy, stage.objective.algorithm
     data: PromptData = context.data[NAME]
     number, count = data_shard(mesh)
@@ -339,7 +339,7 @@ def check(config: TrainConfig) -> None:
     Raises:
       UserError: a field is missing or does not fit.
     """
-    settings, size = config.rollout, config.online.batch_size
+    settings, size = config.online.rollout, config.online.batch_size
     algorithm = algorithm_of(config)
     if settings.annotator is None and algorithm.annotation != "none":
         raise UserError(
@@ -379,7 +379,7 @@ class RolloutSampling:
     @property
     def resharded(self) -> bool:
         """Whether sampling has its own mesh, and so its own copies of the policies."""
-        return bool(self.config.rollout.mesh)
+        return bool(self.config.online.rollout.mesh)
 
     def policies(
         self, state: TrainState, frozen: Mapping[str, Structs], mesh: Mesh
@@ -394,14 +394,14 @@ class RolloutSampling:
         policies = policies_of(self.policy, state, frozen)
         if not self.resharded:
             return policies, mesh
-        own = make_mesh(**self.config.rollout.mesh, devices=mesh.devices.flatten())
+        own = make_mesh(**self.config.online.rollout.mesh, devices=mesh.devices.flatten())
         return {name: placed_parameters(one, own) for name, one in policies.items()}, own
 
     def programs(
         self, policies: dict[str, Any], mesh: Mesh
     ) -> Iterator[tuple[jax.stages.Wrapped, tuple[Any, ...]]]:
         """Each program with the shapes of its arguments."""
-        settings, algorithm = self.config.rollout, algorithm_of(self.config)
+        settings, algorithm = self.config.online.rollout, algorithm_of(self.config)
         prompts, length = self.config.online.batch_size, settings.max_prompt_length
         batch = placed_batch((struct(prompts, length), struct(prompts)), mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -46,7 +46,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     objective = make_objective(config, parts.make_policy(config, model_config, adapters))
     has_mask, with_rules = learns_mask(config), {}
     if has_mask:
-        rate = config.entanglement.mask_learning_rate
+        rate = settings.entanglement.mask_learning_rate
         with_rules = {"with_rules": functools.partial(with_rule, HEAD, rate)}
     fields = parts.plain_stage(settings, objective, **with_rules)
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
@@ -62,11 +62,11 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     referenced = has_reference(objective)
     return Stage(
         name=NAME,
-        method=config.loss,
+        method=settings.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
         **fields,
         probed_step=probed,
-        probe_every=config.entanglement.every,
+        probe_every=settings.entanglement.every,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
         frozen=(parts.with_reference if referenced else parts.no_reference)(adapters),
@@ -81,46 +81,47 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
     Raises:
       UserError: the loss needs a reference that the config switches off.
     """
-    options = dict(config.loss_options)
-    loss = find_loss(config.loss, config.loss_options)
+    settings = config.preference
+    options = dict(settings.loss_options)
+    loss = find_loss(settings.loss, settings.loss_options)
     if loss.reads == "tokens":
-        if config.reference in ("precomputed", "none"):
+        if settings.reference in ("precomputed", "none"):
             raise UserError(
-                f"reference: {config.loss} reads the reference's whole distribution at every "
+                f"reference: {settings.loss} reads the reference's whole distribution at every "
                 "token; set --reference live"
             )
         return TokenPreferenceObjective(policy=policy, loss=loss.function, options=options)
-    mask = config.entanglement.mask
+    mask = settings.entanglement.mask
     if mask == "none":
         needed = loss.needs_reference
-        if needed and config.reference == "none":
+        if needed and settings.reference == "none":
             raise UserError(
-                f"reference: {config.loss} reads the reference's log-probs; set --reference auto"
+                f"reference: {settings.loss} reads the reference's log-probs; set --reference auto"
             )
         return PreferenceObjective(
             policy=policy,
             loss=loss.function,
             options=options,
             coupled=loss.coupled,
-            has_reference=needed or config.reference in ("live", "precomputed"),
+            has_reference=needed or settings.reference in ("live", "precomputed"),
         )
     return MaskedPreferenceObjective(
         policy=policy,
         loss=loss.function,
         options=options,
         coupled=loss.coupled,
-        penalty=config.entanglement.mask_penalty if mask == "learned" else 0.0,
+        penalty=settings.entanglement.mask_penalty if mask == "learned" else 0.0,
     )
 
 
 def learns_mask(config: TrainConfig) -> bool:
     """Whether a token mask is trained with the policy."""
-    return config.entanglement.mask == "learned"
+    return config.preference.entanglement.mask == "learned"
 
 
 def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
     """The probe of per-pair gradient statistics; None: they are off."""
-    settings, rule = config.entanglement, config.preference.optimizer
+    settings, rule = config.preference.entanglement, config.preference.optimizer
     if not settings.every:
         return None
     of_state = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
@@ -146,11 +147,12 @@ def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) 
       objective: of the stage; one that reads more than log-probs needs a live reference.
       pairs: number of training pairs; precomputing is less work if each is used more than once.
     """
-    if config.reference != "auto":
-        return config.reference == "live"
+    settings = config.preference
+    if settings.reference != "auto":
+        return settings.reference == "live"
     masked = isinstance(objective, MaskedPreferenceObjective)
     reads_more = masked or not isinstance(objective, PreferenceObjective)
-    return reads_more or config.preference.steps * config.preference.batch_size <= pairs
+    return reads_more or settings.steps * settings.batch_size <= pairs
 
 
 def largest_batch(
@@ -162,9 +164,9 @@ def largest_batch(
         config, objective.policy.config, platform, response, scored=response
     )
     # auto counts as live: the number of pairs is not known yet
-    live = has_reference(objective) and config.reference != "precomputed"
+    live = has_reference(objective) and settings.reference != "precomputed"
     twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
-    realised = config.entanglement.every > 0 and config.entanglement.realised
+    realised = settings.entanglement.every > 0 and settings.entanglement.realised
     stored = has_reference(objective) and not live
     known = struct(settings.batch_size, 2, dtype=jnp.float32) if stored else None
     batch = record_of(ReferencedBatch, pairs=pairs, reference=known)
@@ -183,12 +185,13 @@ def largest_pairs(
       response: tokens of the longest response.
       scored: positions of a row at which the next token is scored.
     """
-    pairs, length = config.preference.batch_size, config.max_length
-    fraction = joint_share(config.share_prompts, model_config, platform)
+    settings, length = config.preference, config.max_length
+    pairs = settings.batch_size
+    fraction = joint_share(settings.share_prompts, model_config, platform)
     joint = length + response  # both responses and the rest of the prompt once
     joint = joint if joint <= fraction * 2 * length else None
     batch = pair_batch(pairs, 2, length, response, joint=joint)
-    if joint is None or config.entanglement.every:  # a probed step does not share prefixes
+    if joint is None or settings.entanglement.every:  # a probed step does not share prefixes
         return batch, {"rows": 2 * pairs, "length": length, "scored": scored}
     return batch, {"rows": pairs, "length": joint, "scored": 2 * scored}
 
@@ -196,7 +199,7 @@ def largest_pairs(
 def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     """Pairs of a prompt and two responses."""
     tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
-    if config.loss in CONTRASTIVE_LOSSES:
+    if config.preference.loss in CONTRASTIVE_LOSSES:
         tokenize = functools.partial(inputs.pairs.instructed, contrastive_pairs)
     return load_pairs(inputs, tokenize)
 
@@ -206,10 +209,10 @@ def load_pairs(
 ) -> TokenizedData:
     """The pairs of a run, with shared prefixes where that saves work."""
     inputs.check_length()
-    platform = jax.default_backend()
+    platform, share = jax.default_backend(), inputs.config.preference.share_prompts
     return dataclasses.replace(
         inputs.pairs.preferences(tokenize),
-        joint_share=joint_share(inputs.config.share_prompts, inputs.model_config, platform),
+        joint_share=joint_share(share, inputs.model_config, platform),
         shard=inputs.shard,
     )
 

@@ -47,7 +47,7 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
             f"pretrain.steps: packed text is for decoders, and {config.model} is an "
             "encoder-decoder; set --pretrain.steps 0"
         )
-    if not config.text:
+    if not config.pretrain.text:
         raise UserError("text: the pretraining stage needs text files; set --text FILE [FILE ...]")
 
     def texts(sources: Sequence[str], name: str) -> list[str]:
@@ -57,12 +57,12 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
             for record in read(text_records, source, config, inputs.report, f"{name} {source}")
         ]
 
-    documents = texts(config.text, "text")
+    documents = texts(config.pretrain.text, "text")
     with in_turn("tokens"):
         train = tokenize_texts(documents, inputs.tokenizer, cache=inputs.folder / "tokens")
     held_out = None
-    if config.eval_text:
-        held_out = tokenize_texts(texts(config.eval_text, "eval_text"), inputs.tokenizer)
+    if config.pretrain.eval_text:
+        held_out = tokenize_texts(texts(config.pretrain.eval_text, "eval_text"), inputs.tokenizer)
     inputs.report[NAME] = {"tokens": len(train.flat), "characters": train.characters}
     return TokenizedData(
         train=train,

@@ -74,7 +74,7 @@ class StimulusData:
 
 def build(config: TrainConfig, model_config: Any) -> Stage:
     """The stage that fits adapters to the hidden states under the better stimulus."""
-    settings, alignment = config.representation, config.alignment
+    settings, alignment = config.representation, config.representation.alignment
     policy = parts.make_policy(config, model_config, alignment.lora)
     reader = make_reader(config, model_config, remat=policy.remat, dtype=policy.dtype)
     loss: Any = DISTANCES[alignment.distance]
@@ -103,8 +103,8 @@ def make_reader(config: TrainConfig, model_config: Any, **options: Any) -> Reade
     Raises:
       UserError: the model has no such layer.
     """
-    depth = getattr(model_config, "layers", 0)
-    layers = config.alignment.layers or default_layers(depth, config.alignment.method)
+    depth, settings = getattr(model_config, "layers", 0), config.representation.alignment
+    layers = settings.layers or default_layers(depth, settings.method)
     layers = tuple(sorted(set(layers)))
     reader = Reader(config=model_config, layers=layers, **options)
     if not 1 <= layers[0] <= layers[-1] <= depth:
@@ -116,7 +116,8 @@ def largest_stimuli(
     config: TrainConfig, objective: RepresentationObjective
 ) -> tuple[Any, list[Rows]]:
     """Shapes of the largest batch of plain rows and stimuli, and the passes of a step on it."""
-    settings, rows, length = config.alignment, config.representation.batch_size, config.max_length
+    settings, rows = config.representation.alignment, config.representation.batch_size
+    length = config.max_length
     positions = min(settings.positions or POSITIONS[settings.method], length)
     instructed = settings.method == "scit"
     batch = record_of(
@@ -146,7 +147,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
     """
     make_reader(config, inputs.model_config)
     report, pairs = inputs.report, inputs.pairs
-    instructions, settings = instructions_of(config), config.alignment
+    instructions, settings = instructions_of(config), config.representation.alignment
     streams: tuple[str | None, ...] = (None,)
     if settings.method == "scit":
         streams = (None, instructions.positive, instructions.negative)
@@ -177,7 +178,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
     del frozen
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     assert isinstance(data, StimulusData)
-    settings = config.alignment
+    settings = config.representation.alignment
     number, count = data_shard(mesh)
     mine = {"process_index": number, "process_count": count}
 
@@ -212,7 +213,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
 def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
     """The parameters with the adapters merged in; the adapters are also saved in the run folder."""
-    config, lora = context.config, context.config.alignment.lora
+    config, lora = context.config, context.config.representation.alignment.lora
     before = (config.pretrain, config.sft, config.preference, config.online)
     changed = config.model == "embedded" or config.adapter is not None
     changed |= any(stage.runs for stage in before)
@@ -259,7 +260,7 @@ def count_plain(batch: StimulusBatch) -> jax.Array:
 
 KIND = Kind(
     name=NAME,
-    adapters=lambda config: config.alignment.lora,
+    adapters=lambda config: config.representation.alignment.lora,
     build=build,
     load=load,
     feed=feed,

@@ -29,8 +29,8 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     """The stage that trains a scalar head, with parameters or adapters, to score responses."""
     settings, adapters = config.preference, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
-    options = dict(config.loss_options)
-    objective = ScoreObjective(policy=policy, values=VALUES[config.loss], options=options)
+    values, options = VALUES[config.preference.loss], dict(config.preference.loss_options)
+    objective = ScoreObjective(policy=policy, values=values, options=options)
     below = parts.trained_parameters(adapters, parts.key_of(config, preference.NUMBER))
 
     def begin(params: Params, place: Callable[[Params], Params]) -> Params:
@@ -48,7 +48,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
 
     return Stage(
         name=preference.NAME,
-        method=config.loss,
+        method=config.preference.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
         **parts.plain_stage(settings, objective),
         begin=begin,
@@ -100,7 +100,7 @@ def check_start(config: TrainConfig, params: Params) -> None:
     """
     if SCORE not in params:
         return
-    if config.pretrain.runs or config.sft.runs or config.loss not in REWARD_LOSSES:
+    if config.pretrain.runs or config.sft.runs or config.preference.loss not in REWARD_LOSSES:
         raise UserError(
             f"model: {config.model} has a scalar head and no log-probs; "
             f"set --loss {' or '.join(REWARD_LOSSES)} and no other stage"
@@ -109,7 +109,7 @@ def check_start(config: TrainConfig, params: Params) -> None:
 
 def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.0) -> ScoreFormat:
     """The format of the rows that the model scores."""
-    kind: Any = MODELS[config.loss]
+    kind: Any = MODELS[config.preference.loss]
     return ScoreFormat(
         kind=kind,
         max_length=config.max_length,
@@ -131,7 +131,7 @@ def exported_fields(
     pads with the end-of-sequence token, no padding token is named, so that this token is read.
     """
     bias = 0.0
-    if config.loss == "bradley_terry":
+    if config.preference.loss == "bradley_terry":
         for line in read_metrics(folder / "metrics.jsonl"):
             if (line["stage"], line["split"], line["step"]) == (preference.NAME, "eval", step):
                 bias = float(line["rewards/chosen"])

@@ -164,7 +164,7 @@ def test_what_does_not_go_with_a_loss_is_switched_off_unless_it_was_typed(capsys
     assert load_config(QUICKSTART, "tiny").entanglement.every == 1
     for loss in ("bradley_terry", "tdpo1"):
         config = parse([QUICKSTART, "--loss", loss])
-        assert config.entanglement == EntanglementConfig()
+        assert config.preference.entanglement == EntanglementConfig()
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"{QUICKSTART}: entanglement: switched off; {loss} ")
     assert parse([QUICKSTART, "--loss=ipo"]).entanglement.every == 1

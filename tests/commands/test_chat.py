@@ -15,18 +15,19 @@ from tests.tiny_model import save_tiny_model
 
 PROMPT, CHOSEN, REJECTED = "What is red?", "A ball.", "The sea."
 EXPERIMENT = """
-from jaxalign.config import AlignmentConfig, RolloutConfig, StageConfig, TrainConfig
+from jaxalign.config import *
 
 def config():
     return TrainConfig(
         name="run", model="{model}", data="pairs.jsonl", output="runs", holdout=0.0,
         max_length=300,
-        preference=StageConfig(batch_size=8), sft=StageConfig(batch_size=8),
-        online=StageConfig(batch_size=8), representation=StageConfig(batch_size=8),
-        rollout=RolloutConfig(
+        preference=PreferenceConfig(batch_size=8), sft=SupervisedConfig(batch_size=8),
+        online=OnlineConfig(batch_size=8, rollout=RolloutConfig(
             prompts="pairs.jsonl", annotator="rule:rules.py:short", max_eval_prompts=0
+        )),
+        representation=RepresentationConfig(
+            batch_size=8, alignment=AlignmentConfig(instructions="short", layers=(1,))
         ),
-        alignment=AlignmentConfig(instructions="short", layers=(1,)),
     )
 """
 MODEL, DATA = ["--model", "model"], ["--data", "pairs.jsonl", "--max-length", "100"]

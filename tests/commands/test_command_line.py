@@ -39,7 +39,9 @@ EXPERIMENTS = (
     ),
 )
 SMALL = """
-from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    ArchitectureConfig, OptimizerConfig, PreferenceConfig, SupervisedConfig, TrainConfig,
+)
 
 def config():
     rate = OptimizerConfig(learning_rate=1e-3)
@@ -47,8 +49,8 @@ def config():
         name="small",
         architecture=ArchitectureConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
         max_length=64, max_records=64, max_eval_records=16,
-        sft=StageConfig(steps=2, batch_size=8, optimizer=rate),
-        preference=StageConfig(steps=3, batch_size=8, optimizer=rate),
+        sft=SupervisedConfig(steps=2, batch_size=8, optimizer=rate),
+        preference=PreferenceConfig(steps=3, batch_size=8, optimizer=rate),
     )
 """
 
@@ -89,7 +91,11 @@ def test_fields_are_set_on_the_command_line(folder):
     config = parse(
         ["small.py", "--loss", "ipo", "--loss-options", "tau", "0.2", "--lora.rank", "4"]
     )
-    assert (config.loss, config.loss_options, config.lora.rank) == ("ipo", {"tau": 0.2}, 4)
+    assert (config.preference.loss, config.preference.loss_options, config.lora.rank) == (
+        "ipo",
+        {"tau": 0.2},
+        4,
+    )
     assert parse(["small.py", "--preference.optimizer.name", "lion"]).preference.steps == 3
 
 

@@ -11,13 +11,13 @@ from jaxalign.cli import main
 from tests.tiny_model import save_tiny_model
 
 EXPERIMENT = """
-from jaxalign.config import ArchitectureConfig, StageConfig, TrainConfig
+from jaxalign.config import ArchitectureConfig, PreferenceConfig, TrainConfig
 
 def config():
     return TrainConfig(
         architecture=ArchitectureConfig(width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
         max_length=96, max_records=40, max_eval_records=8, export=False,
-        preference=StageConfig(steps=4, batch_size=8, save_every=2),
+        preference=PreferenceConfig(steps=4, batch_size=8, save_every=2),
     )
 """
 

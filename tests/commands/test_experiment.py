@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.cli import main
 from jaxalign.commands.experiment import parse
-from jaxalign.config import LoraConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import LoraConfig, OptimizerConfig, StageConfig, SupervisedConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.modules import find_module
 from jaxalign.runs.experiment import load_config
@@ -50,7 +50,7 @@ class Rows:
     ("rows", "epochs", "batch", "steps"), [(100, 2.0, 8, 25), (101, 2.0, 8, 26), (3, 0.5, 8, 1)]
 )
 def test_epochs_become_steps_when_the_data_is_known(rows, epochs, batch, steps):
-    stage = StageConfig(epochs=epochs, batch_size=batch)
+    stage = SupervisedConfig(epochs=epochs, batch_size=batch)
     config = with_steps(TrainConfig(sft=stage), {"sft": Rows(rows)})
     assert (config.sft.steps, config.sft.epochs, config.preference.runs) == (steps, 0, False)
 
@@ -72,7 +72,9 @@ def test_steps_and_epochs_replace_each_other_and_both_are_refused(capsys):
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "preference.epochs: 2, and preference.steps is 3; set one of them" in line
     with pytest.raises(UserError, match=r"sft\.optimizer\.warmup_fraction: 0\.5, and sft\.opt"):
-        TrainConfig(sft=StageConfig(optimizer=OptimizerConfig(warmup_steps=1, warmup_fraction=0.5)))
+        TrainConfig(
+            sft=SupervisedConfig(optimizer=OptimizerConfig(warmup_steps=1, warmup_fraction=0.5))
+        )
 
 
 @pytest.mark.parametrize(("steps", "fraction", "warmup"), [(30, 0.1, 3), (31, 0.1, 4), (4, 0.0, 0)])
@@ -114,18 +116,18 @@ def test_two_epochs_of_a_file_and_a_failure_before_the_first_step(tmp_path, monk
 def test_no_file_of_an_experiment_stands_in_the_way_of_typed_data(name, scale, capsys):
     own = load_config(name, scale)
     config = parse([name, "--scale", scale, "--data", "mine.jsonl"])
-    assert (config.data, config.eval_data, config.sft_data) == ("mine.jsonl", None, None)
+    assert (config.data, config.eval_data, config.sft.data) == ("mine.jsonl", None, None)
     assert config.holdout > 0
     notes = capsys.readouterr().err
     for field in ("eval_data", "sft_data"):
         assert (f"{field}: " in notes) == (getattr(own, field) is not None)
     if own.online.runs:
-        assert config.rollout.prompts == "mine.jsonl"
-        assert config.rollout.eval_prompts is None
+        assert config.online.rollout.prompts == "mine.jsonl"
+        assert config.online.rollout.eval_prompts is None
     typed = ["--eval-data", "a.jsonl", "--sft-data", "b.jsonl"]
     if own.sft_responses == "chosen":
         config = parse([name, "--scale", scale, "--data", "mine.jsonl", *typed])
-        assert (config.eval_data, config.sft_data) == ("a.jsonl", "b.jsonl")
+        assert (config.eval_data, config.sft.data) == ("a.jsonl", "b.jsonl")
     assert parse([name, "--scale", scale]).eval_data == own.eval_data
 
 
@@ -138,8 +140,8 @@ def test_no_file_of_an_experiment_stands_in_the_way_of_typed_data(name, scale, c
 )
 def test_held_out_prompts_and_text_go_with_their_own(name, flags, kept, capsys):
     config = parse([name, "--scale", "paper", *flags])
-    assert config.rollout.eval_prompts is None
-    assert config.eval_text == ()
+    assert config.online.rollout.eval_prompts is None
+    assert config.pretrain.eval_text == ()
     assert f"{kept}: " in capsys.readouterr().err
 
 
@@ -190,13 +192,15 @@ def test_rates_for_random_weights_are_refused_for_a_large_model_that_was_typed(
     ],
 )
 def test_high_rates(rule, rank, high):
-    stage = StageConfig(steps=1, optimizer=OptimizerConfig(**rule))
+    stage = SupervisedConfig(steps=1, optimizer=OptimizerConfig(**rule))
     config = TrainConfig(sft=stage, lora=LoraConfig(rank=rank), model="folder")
     assert list(high_rates(config)) == (["sft"] if high else [])
 
 
 def test_high_rates_are_told_once_large_weights_are_loaded(capsys, monkeypatch):
-    config = TrainConfig(sft=StageConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1e-3)))
+    config = TrainConfig(
+        sft=SupervisedConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1e-3))
+    )
     loaded = TrainConfig(sft=config.sft, model="folder")
     weights = {"kernel": np.zeros(10)}
     warn_of_rates(loaded, weights)  # a toy bears it

@@ -19,13 +19,13 @@ from tests.gguf_files import write_gguf
 from tests.tiny_model import save_tiny_model
 
 EXPERIMENT = """
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 
 def config():
     rate = OptimizerConfig(learning_rate=1e-3)
     return TrainConfig(
         name="small", max_length=64,
-        preference=StageConfig(steps=1, batch_size=8, optimizer=rate),
+        preference=PreferenceConfig(steps=1, batch_size=8, optimizer=rate),
     )
 """
 ROWS = [

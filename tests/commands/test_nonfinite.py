@@ -8,7 +8,7 @@ from jaxalign.cli import main
 
 EXPERIMENT = """
 from jaxalign.config import (
-    ArchitectureConfig, OptimizerConfig, RolloutConfig, StageConfig, TrainConfig,
+    ArchitectureConfig, OnlineConfig, OptimizerConfig, PreferenceConfig, RolloutConfig, TrainConfig,
 )
 
 def config():
@@ -19,10 +19,10 @@ def config():
             width=16, layers=1, heads=2, kv_heads=1, mlp_width=32, context=64
         ),
         max_length=64,
-        preference=StageConfig(steps=2, batch_size=8, optimizer=rate),
-        rollout=RolloutConfig(
+        preference=PreferenceConfig(steps=2, batch_size=8, optimizer=rate),
+        online=OnlineConfig(rollout=RolloutConfig(
             prompts="prompts.jsonl", max_prompt_length=16, max_tokens=4, max_eval_prompts=0
-        ),
+        )),
     )
 """
 CODE = """

@@ -17,7 +17,7 @@ from jaxalign.online.sampler import Sampler
 
 EXPERIMENT = """
 from jaxalign.config import (
-    ArchitectureConfig, OptimizerConfig, RolloutConfig, StageConfig, TrainConfig,
+    ArchitectureConfig, OnlineConfig, OptimizerConfig, RolloutConfig, TrainConfig,
 )
 
 def config():
@@ -25,13 +25,13 @@ def config():
         architecture=ArchitectureConfig(
             width=32, layers=1, heads=2, kv_heads=2, mlp_width=64, context=64
         ),
-        online=StageConfig(
+        online=OnlineConfig(
             steps=6, batch_size=8, eval_every=3, save_every=2,
             optimizer=OptimizerConfig(learning_rate=1e-3, b1=0.0),
-        ),
-        rollout=RolloutConfig(
-            options={"tau": 0.1}, prompts="prompts.jsonl", annotator="rule:rules.py:short",
-            max_prompt_length=40, max_tokens=12, max_eval_prompts=8,
+            rollout=RolloutConfig(
+                options={"tau": 0.1}, prompts="prompts.jsonl", annotator="rule:rules.py:short",
+                max_prompt_length=40, max_tokens=12, max_eval_prompts=8,
+            ),
         ),
     )
 """
@@ -237,8 +237,8 @@ def test_a_config_with_rollouts_round_trips(here):
     )
     text = (here / "runs" / "run" / "config.json").read_text()
     config = from_json(text)
-    assert config.rollout.stop == ("x", "y")
-    assert config.rollout.options == {"tau": 0.1}
+    assert config.online.rollout.stop == ("x", "y")
+    assert config.online.rollout.options == {"tau": 0.1}
     assert json.loads(to_json(config)) == json.loads(text)
 
 

@@ -10,7 +10,7 @@ from jaxalign.planning import topologies
 from jaxalign.planning.topologies import Chip
 
 EXPERIMENT = """
-from jaxalign.config import ArchitectureConfig, StageConfig, TrainConfig
+from jaxalign.config import ArchitectureConfig, PreferenceConfig, TrainConfig
 
 def config(scale):
     return TrainConfig(
@@ -19,7 +19,7 @@ def config(scale):
             width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, context=64
         ),
         max_length=16,
-        preference=StageConfig(steps=1, batch_size=4 if scale == "tiny" else 8),
+        preference=PreferenceConfig(steps=1, batch_size=4 if scale == "tiny" else 8),
     )
 """
 

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 EXPERIMENT = """
-from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import ArchitectureConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 
 def config():
     rate = OptimizerConfig(learning_rate=1e-3)
     return TrainConfig(
         architecture=ArchitectureConfig(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64),
-        max_length=96, max_records=32, max_eval_records=7, loss="bco",  # a running statistic
-        preference=StageConfig(
-            steps=4, batch_size=8, micro_batches=2, optimizer=rate, eval_every=2, save_every=2
+        max_length=96, max_records=32, max_eval_records=7,
+        preference=PreferenceConfig(
+            steps=4, batch_size=8, micro_batches=2, optimizer=rate, eval_every=2, save_every=2,
+            loss="bco",  # a running statistic
         ),
     )
 """

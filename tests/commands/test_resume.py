@@ -10,19 +10,21 @@ import time
 import pytest
 
 EXPERIMENT = """
-from jaxalign.config import ArchitectureConfig, OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    ArchitectureConfig, OptimizerConfig, PreferenceConfig, SupervisedConfig, TrainConfig,
+)
 
 def config():
     rate = OptimizerConfig(learning_rate=1e-3)
     return TrainConfig(
         architecture=ArchitectureConfig(width=32, layers=2, heads=2, kv_heads=1, mlp_width=64),
         max_length=96, max_records=200, max_eval_records=32,
-        sft=StageConfig(steps=40, batch_size=8, optimizer=rate, save_every=8),
-        preference=StageConfig(
-            steps=40, batch_size=8, micro_batches=2, optimizer=rate, eval_every=16, save_every=8
+        sft=SupervisedConfig(steps=40, batch_size=8, optimizer=rate, save_every=8),
+        preference=PreferenceConfig(
+            steps=40, batch_size=8, micro_batches=2, optimizer=rate, eval_every=16, save_every=8,
+            reference="precomputed",
+            loss="beta_dpo",  # remembers past batches
         ),
-        reference="precomputed",
-        loss="beta_dpo",  # remembers past batches
     )
 """
 TIMES = ("tokens_per_second", "mfu")

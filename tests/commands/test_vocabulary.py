@@ -14,13 +14,12 @@ CHAT = (
     "{% if add_generation_prompt %}<|header|>assistant\n{% endif %}"
 )
 EXPERIMENT = """
-from jaxalign.config import StageConfig, TrainConfig
+from jaxalign.config import PreferenceConfig, TrainConfig
 
 def config():
-    off = StageConfig(steps=0)
     return TrainConfig(
         name="run", model="{model}", data="{data}", output="{output}", max_length=32, holdout=0.0,
-        sft=off, preference=StageConfig(steps=1, batch_size=8), loss="dpo",
+        preference=PreferenceConfig(steps=1, batch_size=8, loss="dpo"),
     )
 """
 

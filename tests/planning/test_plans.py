@@ -13,9 +13,10 @@ from jaxalign.config import (
     EntanglementConfig,
     LoraConfig,
     MeshConfig,
+    PreferenceConfig,
     RolloutConfig,
-    StageConfig,
     TrainConfig,
+    with_fields,
 )
 from jaxalign.data.embedded import embedded_tokenizer
 from jaxalign.errors import UserError
@@ -28,7 +29,8 @@ from jaxalign.stages import NAMES, run
 from jaxalign.stages.models import embedded_config
 
 RULES = "def short(prompt, response):\n    return -len(response)\n"
-STAGE = StageConfig(steps=1, batch_size=16, micro_batches=2)
+STAGE = {"steps": 1, "batch_size": 16, "micro_batches": 2}
+PREFERENCE = PreferenceConfig(**STAGE)
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
@@ -50,7 +52,12 @@ def config(**fields):
         ),
         "alignment": AlignmentConfig(positive="Be kind.", negative="Be rude.", positions=8),
     }
-    return TrainConfig(**wanted | fields)
+    return with_fields(TrainConfig(), **wanted | fields)
+
+
+def with_stage(name):
+    """The field of a stage, with its length."""
+    return {f"{name}.{field}": value for field, value in STAGE.items()}
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def check(config, monkeypatch):
 
 
 def test_a_plan_is_of_the_program_that_runs(here, monkeypatch):
-    check(config(preference=STAGE), monkeypatch)
+    check(config(preference=PREFERENCE), monkeypatch)
 
 
 @pytest.mark.slow
@@ -124,39 +131,39 @@ def test_every_stage_is_planned_as_it_runs(here, monkeypatch):
     embedded_tokenizer().save_pretrained("tokenizer")
     text = [{"text": "The sky is blue. " * 20}] * 40
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
-    stages = dict.fromkeys(NAMES, STAGE)
+    stages = {name: value for stage in NAMES for name, value in with_stage(stage).items()}
     check(config(tokenizer="tokenizer", text=("text.jsonl",), **stages), monkeypatch)
 
 
 VARIANTS = {
     "adapters, reference known, a batch statistic": {
-        "preference": STAGE,
+        **with_stage("preference"),
         "lora": LoraConfig(rank=2, dropout=0.1),
         "reference": "precomputed",
         "loss": "kto",
     },
     "learned mask, every pair watched": {
-        "preference": STAGE,
+        **with_stage("preference"),
         "entanglement": EntanglementConfig(
             every=1, realised=True, reweighting="normalised", mask="learned"
         ),
     },
     "reward model with adapters": {
-        "preference": STAGE,
+        **with_stage("preference"),
         "loss": "bradley_terry",
         "lora": LoraConfig(rank=2),
     },
     "two models read": {
         "model": "base",
-        "representation": STAGE,
+        **with_stage("representation"),
         "alignment": AlignmentConfig(method="dual", negative_model="other"),
     },
     "critic, sampling on another mesh": {
-        "online": STAGE,
+        **with_stage("online"),
         "rollout": {"algorithm": "ppo", "mesh": {"data": 8}},
     },
     "running average, adapters, sampling on another mesh": {
-        "online": STAGE,
+        **with_stage("online"),
         "lora": LoraConfig(rank=2),
         "rollout": {"algorithm": "nash_ema_pg", "mesh": {"data": 8}},
     },
@@ -170,13 +177,13 @@ def test_every_kind_of_step_is_planned_as_it_runs(here, monkeypatch, fields):
     for seed, folder in enumerate(("base", "other")):
         save_pretrained(init_model(shape, jax.random.key(seed)), Path(folder), tokenizer=tokenizer)
     given = dict(fields)
-    rollout = dataclasses.replace(config().rollout, **given.pop("rollout", {}))
+    rollout = dataclasses.replace(config().online.rollout, **given.pop("rollout", {}))
     check(config(rollout=rollout, **given), monkeypatch)
 
 
 def test_planned_bytes_are_those_of_the_parameters():
     shape = ArchitectureConfig(width=64, layers=2, heads=4, kv_heads=4, mlp_width=128)
-    start = config(preference=STAGE, architecture=shape, mesh=MeshConfig(fsdp=8))
+    start = config(preference=PREFERENCE, architecture=shape, mesh=MeshConfig(fsdp=8))
     lasting = draft(start, "cpu:8", "preference").lasting
     matrices = 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128)  # the embedding is tied
     vectors = 64 * (2 * 2 + 1)  # norms are whole everywhere
@@ -192,9 +199,9 @@ def test_planned_bytes_are_those_of_the_parameters():
 @pytest.mark.parametrize("name", ["sft", "preference", "online"])
 def test_an_encoder_decoder_is_planned(name):
     shape = Path(__file__).resolve().parents[2] / "tpu" / "shapes" / "t5-v1_1-large"
-    large = config(model=str(shape), mesh=MeshConfig(fsdp=8), **{name: STAGE})
+    large = config(model=str(shape), mesh=MeshConfig(fsdp=8), **with_stage(name))
     lasting = draft(large, "cpu:8", name, response=32).lasting
     assert lasting["parameters"] == pytest.approx(4 * 783_150_080 / 8, rel=2e-3)
-    many = dataclasses.replace(large, **{name: dataclasses.replace(STAGE, micro_batches=4)})
+    many = with_fields(large, **{f"{name}.micro_batches": 4})
     with pytest.raises(UserError, match="in 4 micro-batches is not a multiple"):
         draft(many, "cpu:8", name)

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from jaxalign.config import ArchitectureConfig, LoraConfig, MeshConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    ArchitectureConfig,
+    LoraConfig,
+    MeshConfig,
+    PreferenceConfig,
+    TrainConfig,
+)
 from jaxalign.errors import UserError
 from jaxalign.planning import topologies
 from jaxalign.planning.plans import draft, shapes_of_run
@@ -14,7 +20,7 @@ from jaxalign.planning.topologies import Chip
 CONFIG = TrainConfig(
     architecture=ArchitectureConfig(width=64, layers=2, heads=4, kv_heads=4, mlp_width=128),
     max_length=64,
-    preference=StageConfig(steps=1, batch_size=8),
+    preference=PreferenceConfig(steps=1, batch_size=8),
 )
 STEP = {"none": 40_000, "dots": 20_000, "full": 10_000}
 """Bytes that the compiler of these tests reserves for a pair on each chip."""
@@ -70,7 +76,7 @@ def test_candidates_divide_everything():
         part = one.preference.batch_size // one.preference.micro_batches
         assert part % (one.mesh.data * one.mesh.fsdp) == 0
     one_head = dataclasses.replace(CONFIG.architecture, heads=1, kv_heads=1)
-    stage = StageConfig(steps=1, batch_size=1)
+    stage = PreferenceConfig(steps=1, batch_size=1)
     alone = dataclasses.replace(CONFIG, architecture=one_head, preference=stage)
     with pytest.raises(UserError, match="no mesh of cpu:8 divides 1, half"):
         list(sweep(alone, "cpu:8", "preference"))
@@ -86,7 +92,7 @@ def flags(**changes):
 
 
 def test_remedies_come_one_after_the_other():
-    many = StageConfig(steps=1, batch_size=16)
+    many = PreferenceConfig(steps=1, batch_size=16)
     found = flags(preference=many, remat="none", mesh=MeshConfig(data=2, fsdp=2), memory=10**9)
     assert found == [
         "--remat full",
@@ -99,14 +105,14 @@ def test_remedies_come_one_after_the_other():
     ]
     heavy = flags(preference=many, remat="full", mesh=MeshConfig(data=2, fsdp=2), memory=10)
     assert heavy[0] == "--mesh.data 1 --mesh.fsdp 4"  # parameters that fill a chip come first
-    adapted, few = LoraConfig(rank=2), StageConfig(steps=1, batch_size=4)
+    adapted, few = LoraConfig(rank=2), PreferenceConfig(steps=1, batch_size=4)
     left = flags(preference=few, remat="full", mesh=MeshConfig(fsdp=4), lora=adapted, memory=10**9)
     assert left == ["--mesh.data 1 --mesh.fsdp 2 --mesh.sequence 2 --preference.micro-batches 2"]
 
 
 def test_every_remedy_makes_a_plan_and_takes_no_more(monkeypatch):
     monkeypatch.setattr("jaxalign.planning.search.RANK", 1)  # the model is small
-    many = StageConfig(steps=1, batch_size=16)
+    many = PreferenceConfig(steps=1, batch_size=16)
     start = dataclasses.replace(CONFIG, preference=many, mesh=MeshConfig(data=2, fsdp=2))
     planned = draft(start, "cpu:4", "preference")
 

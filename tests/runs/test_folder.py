@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.config import RolloutConfig, StageConfig, TrainConfig
+from jaxalign.config import (
+    OnlineConfig,
+    PreferenceConfig,
+    PretrainingConfig,
+    RolloutConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 from jaxalign.errors import OutputError, UserError
 from jaxalign.reporting import read_run
 from jaxalign.runs import train
@@ -24,14 +31,16 @@ from jaxalign.runs.inputs import check_examples, example_digests, input_digests
 from tests.tiny_model import save_tiny_model
 
 EXPERIMENT = """
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 
 def config():
     rate = OptimizerConfig(learning_rate=1e-3)
-    stage = StageConfig(steps=3, batch_size=8, optimizer=rate, save_every=1)
+    stage = PreferenceConfig(
+        steps=3, batch_size=8, optimizer=rate, save_every=1, reference="precomputed"
+    )
     return TrainConfig(
         name="small", model="./model", data="pairs.jsonl", max_length=64, holdout=0.2,
-        preference=stage, reference="precomputed",
+        preference=stage,
     )
 """
 TOKENS = {"eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 5, "temperature": 0.25}
@@ -181,21 +190,18 @@ def test_every_file_that_a_run_reads_is_among_its_inputs(folder):
         (folder / name).write_text(name)
     (folder / "parts").mkdir()
     (folder / "parts" / "train.jsonl").write_text("{}")
-    steps = StageConfig(steps=1)
     config = TrainConfig(
         model="./model",
         data="parts#train[:5]",
         eval_data="e.jsonl",
-        sft_data="s.jsonl",
-        text=("t.txt",),
-        eval_text=("u.txt",),
-        loss="loss.py:own",
-        pretrain=steps,
-        sft=steps,
-        preference=steps,
-        online=steps,
-        rollout=RolloutConfig(
-            prompts="p.jsonl", eval_prompts="q.jsonl#[:9]", annotator="rule:ask.py:better"
+        pretrain=PretrainingConfig(steps=1, text=("t.txt",), eval_text=("u.txt",)),
+        sft=SupervisedConfig(steps=1, data="s.jsonl"),
+        preference=PreferenceConfig(steps=1, loss="loss.py:own"),
+        online=OnlineConfig(
+            steps=1,
+            rollout=RolloutConfig(
+                prompts="p.jsonl", eval_prompts="q.jsonl#[:9]", annotator="rule:ask.py:better"
+            ),
         ),
     )
     found = {field: {Path(f).name for f in files} for field, files in input_digests(config).items()}
@@ -214,8 +220,7 @@ def test_every_file_that_a_run_reads_is_among_its_inputs(folder):
     }
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= model
     judged = RolloutConfig(annotator="reward:./model", algorithm="jaxalign.modules:find_module")
-    idle = StageConfig(steps=0)
-    found = input_digests(TrainConfig(online=steps, preference=idle, rollout=judged))
+    found = input_digests(TrainConfig(online=OnlineConfig(steps=1, rollout=judged)))
     assert found.keys() == {"rollout.annotator", "rollout.algorithm"}
     assert len(found["rollout.annotator"]) == len(model)
 

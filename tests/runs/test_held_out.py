@@ -6,7 +6,7 @@ import pytest
 
 import jaxalign
 from jaxalign.cli import main
-from jaxalign.config import OptimizerConfig, StageConfig, TrainConfig
+from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig, with_fields
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.runs.held_out import evaluate
 from tests.tiny_model import save_tiny_model
@@ -15,7 +15,7 @@ RECORDS = [
     {"prompt": f"Say {n}", "chosen": f"{n} it is", "rejected": "no " * (n % 3 + 1)}
     for n in range(12)
 ]
-STAGE = StageConfig(steps=3, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2))
+STAGE = PreferenceConfig(steps=3, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,8 @@ def trained(folder, **fields):
         eval_data=pairs,
         preference=STAGE,
         max_length=60,
-        **fields,
     )
-    run = jaxalign.train(config)
+    run = jaxalign.train(with_fields(config, **fields))
     return run, pairs, [line for line in run.lines if line["split"] == "eval"][-1]
 
 

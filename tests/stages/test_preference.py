@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxalign.config import EntanglementConfig, StageConfig, TrainConfig
+from jaxalign.config import EntanglementConfig, PreferenceConfig, TrainConfig, with_fields
 from jaxalign.models import DecoderConfig
 from jaxalign.stages.preference import KIND, keeps_reference_live
 
@@ -24,6 +24,8 @@ SHAPE = DecoderConfig(
     ],
 )
 def test_the_reference_is_precomputed_where_pairs_come_again(pairs, changes, live):
-    config = TrainConfig(preference=StageConfig(steps=10, batch_size=8), **changes)
+    config = with_fields(
+        TrainConfig(preference=PreferenceConfig(steps=10, batch_size=8)), **changes
+    )
     objective = KIND.build(config, SHAPE).objective
     assert keeps_reference_live(config, objective, pairs) is live

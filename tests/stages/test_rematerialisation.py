@@ -9,25 +9,29 @@ from jaxalign.config import (
     AlignmentConfig,
     ArchitectureConfig,
     LoraConfig,
+    OnlineConfig,
+    PreferenceConfig,
+    PretrainingConfig,
+    RepresentationConfig,
     RolloutConfig,
-    StageConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 from jaxalign.sharding import make_mesh
 from jaxalign.stages import RunContext, kind_of, rematerialisation
 from jaxalign.stages.models import embedded_config
 
-STAGE = StageConfig(steps=1, batch_size=8)
+STAGE = {"steps": 1, "batch_size": 8}
 CONFIG = TrainConfig(
     architecture=ArchitectureConfig(width=32, layers=4, heads=2, kv_heads=2, mlp_width=96),
     max_length=128,
-    pretrain=STAGE,
-    sft=STAGE,
-    preference=STAGE,
-    online=STAGE,
-    representation=STAGE,
-    rollout=RolloutConfig(annotator="rule:nowhere.py:rule"),
-    alignment=AlignmentConfig(layers=(2,), lora=LoraConfig(rank=2)),
+    pretrain=PretrainingConfig(**STAGE),
+    sft=SupervisedConfig(**STAGE),
+    preference=PreferenceConfig(**STAGE),
+    online=OnlineConfig(rollout=RolloutConfig(annotator="rule:nowhere.py:rule"), **STAGE),
+    representation=RepresentationConfig(
+        alignment=AlignmentConfig(layers=(2,), lora=LoraConfig(rank=2)), **STAGE
+    ),
 )
 
 

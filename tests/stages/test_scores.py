@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.config import TrainConfig
+from jaxalign.config import PreferenceConfig, TrainConfig
 from jaxalign.data.embedded import embedded_preferences, embedded_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import make_annotator
@@ -170,13 +170,22 @@ def test_what_makes_no_sense_is_refused():
         for field, value in (("every", 1), ("mask", "differing")):
             entanglement = type(TrainConfig().entanglement)(**{field: value})
             with pytest.raises(UserError, match=rf"entanglement\.{field}: {loss} trains scores"):
-                TrainConfig(loss=loss, entanglement=entanglement)
+                TrainConfig(
+                    preference=PreferenceConfig(loss=loss, entanglement=entanglement),
+                )
     with pytest.raises(UserError, match=r"loss_options: preference_model has no beta; it has none"):
-        TrainConfig(loss="preference_model", loss_options={"beta": 0.1})
+        TrainConfig(
+            preference=PreferenceConfig(loss="preference_model", loss_options={"beta": 0.1}),
+        )
     with pytest.raises(UserError, match="it has margin, centering"):
-        TrainConfig(loss="bradley_terry", loss_options={"beta": 0.1})
+        TrainConfig(
+            preference=PreferenceConfig(loss="bradley_terry", loss_options={"beta": 0.1}),
+        )
     with pytest.raises(UserError, match=r"comparison_format: .* must contain \{first\} once"):
-        TrainConfig(loss="preference_model", comparison_format="{first} or {first}?")
+        TrainConfig(
+            preference=PreferenceConfig(loss="preference_model"),
+            comparison_format="{first} or {first}?",
+        )
 
 
 def test_a_step_is_planned_without_a_reference(tmp_path, monkeypatch):

@@ -1,0 +1,137 @@
+"""The config of a run."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from jaxalign.config.fields import AtLeastOne, BelowOne, Count, Range, Seed, check
+from jaxalign.config.model import (
+    ArchitectureConfig,
+    LoraConfig,
+    MeshConfig,
+    check_architecture,
+    check_mesh,
+)
+from jaxalign.config.online import OnlineConfig
+from jaxalign.config.preference import PreferenceConfig, check_preference
+from jaxalign.config.representation import RepresentationConfig, check_representation
+from jaxalign.config.stage import StageConfig, check_stage
+from jaxalign.config.text import PretrainingConfig, SupervisedConfig, check_supervised
+from jaxalign.errors import UserError
+from jaxalign.losses import REWARD_LOSSES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: optional pretraining, optional SFT, then a preference loss."""
+
+    name: str = "run"
+    """Name of the run; its folder is output/name."""
+    output: str = "runs"
+    """Folder in which run folders are made."""
+    model: str = "embedded"
+    """Model to start from: Hugging Face folder, Hub name, GGUF file, or "embedded" for random
+    weights of `architecture`."""
+    adapter: str | None = None
+    """PEFT folder or Hub name of adapters that are merged into the model before the first stage."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the tokenizer; by default the model's own."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    """Architecture of the model that is initialised where `model` is "embedded"."""
+    data: str = "embedded"
+    """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a Hub name, or
+    "embedded"."""
+    eval_data: str | None = None
+    """Held-out pairs; by default those of a fraction `holdout` of the prompts."""
+    holdout: BelowOne = 0.1
+    """Fraction of the prompts held out for evaluation where `eval_data` is not given."""
+    bad_records: Literal["error", "skip"] = "error"
+    """Response to a record that cannot be used: stop and name its line, or skip and count it."""
+    max_length: Annotated[int, Range("[2, inf)")] = 256
+    """Largest number of tokens in prompt and response together; longer prompts lose their
+    beginning."""
+    prompt_format: str = "{prompt}"
+    """Text around a plain prompt, e.g. "Question: {prompt}\\nAnswer: "."""
+    comparison_format: str = "\n\nResponse A: {first}\n\nResponse B: {second}\n\nBetter response:"
+    """Text after the prompt with which a preference model reads two responses."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether plain prompts go through the tokenizer's chat template: the prompt as a user's turn,
+    the response as the assistant's. auto: if the model is loaded (not "embedded"), its
+    tokenizer has a template and `prompt_format` is the default; a model trained by jaxalign keeps
+    the choice of its training. The choice is printed in one line. never: plain prompts stay plain,
+    as in TRL. Conversations always go through the template."""
+    end_token: bool = True
+    """Whether the end-of-sequence token follows a response."""
+    max_records: AtLeastOne | None = None
+    """Largest number of training records; None: all."""
+    max_eval_records: Count | None = 512
+    """Largest number of held-out records; None: all."""
+    pretrain: PretrainingConfig = PretrainingConfig()
+    """Next-token prediction on packed text."""
+    sft: SupervisedConfig = SupervisedConfig()
+    """Next-token prediction on responses."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """The preference loss."""
+    online: OnlineConfig = OnlineConfig()
+    """Online preference optimisation: prompts per update are its batch size."""
+    representation: RepresentationConfig = RepresentationConfig()
+    """Representation alignment: responses per update are its batch size."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters in the SFT and preference stages, merged at the end of each stage."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the computation; parameters and optimiser state are float32."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """What the backward pass recomputes to save memory: nothing (none), whole layers (full), or all
+    but matrix products (dots); auto: the fastest whose estimated activations fit the device's free
+    memory, kept in the run folder for resuming."""
+    mesh: MeshConfig = MeshConfig()
+    """Mesh of the devices."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """Response to a loss or gradient that is not finite: stop and name the records, or skip and
+    count the update."""
+    profile: Count = 0
+    """Number of steps of each stage to profile, after the first two; the trace is written to the
+    run folder's `profile`, for Perfetto and xprof."""
+    damaged_checkpoints: Literal["fall_back", "stop"] = "fall_back"
+    """Response to a damaged newest checkpoint: resume from the newest intact one, or stop."""
+    export: bool = True
+    """Whether to write a Hugging Face folder `export` at the end."""
+    wandb_project: str | None = None
+    """Weights & Biases project to which metrics are also logged (extra `wandb`); None: no
+    project."""
+    seed: Seed = 0
+    """Seed of initial weights, data order and dropout."""
+
+    def __post_init__(self):
+        check(self)
+        for name, stage in self.stages().items():
+            check_stage(name, stage)
+        check_supervised(self.sft)
+        check_preference(self.preference)
+        check_representation(self.representation)
+        check_architecture(self.architecture)
+        check_mesh("mesh", vars(self.mesh))
+        check_mesh("rollout.mesh", self.online.rollout.mesh)
+        self._check_together()
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages by their names, in the order in which they run."""
+        return {name: one for name, one in vars(self).items() if isinstance(one, StageConfig)}
+
+    def _check_together(self) -> None:
+        """Check what several stages constrain."""
+        loss = self.preference.loss
+        if self.preference.runs and loss in REWARD_LOSSES:
+            if self.online.runs:
+                raise UserError(
+                    f"online.steps: {loss} trains an annotator, not a policy; run the online "
+                    "stage in a run of its own, with --rollout.annotator"
+                )
+            if self.representation.runs:
+                raise UserError(f"representation.steps: {loss} trains no policy to align; set 0")
+        if "{prompt}" not in self.prompt_format:
+            raise UserError(f"prompt_format: {self.prompt_format!r} must contain {{prompt}}")
+        for name in ("{first}", "{second}"):
+            if loss == "preference_model" and self.comparison_format.count(name) != 1:
+                raise UserError(
+                    f"comparison_format: {self.comparison_format!r} must contain {name} once"
+                )

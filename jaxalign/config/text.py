@@ -1,0 +1,44 @@
+"""The stages that predict the next token: pretraining and supervised fine-tuning."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from jaxalign.config.fields import short
+from jaxalign.config.stage import StageConfig
+from jaxalign.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainingConfig(StageConfig):
+    """The pretraining stage: next-token prediction on packed text."""
+
+    text: Annotated[tuple[str, ...], short()] = ()
+    """Text files for the pretraining stage."""
+    eval_text: Annotated[tuple[str, ...], short()] = ()
+    """Held-out text files for the pretraining stage."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(StageConfig):
+    """Supervised fine-tuning: next-token prediction on responses."""
+
+    data: Annotated[str | None, short("sft-data")] = None
+    """Prompt and response records for the SFT stage; by default the chosen responses."""
+    responses: Annotated[Literal["chosen", "rejected", "hindsight"], short("sft-responses")] = (
+        "chosen"
+    )
+    """Which responses of the pairs SFT imitates; hindsight: both, each under the instruction that
+    it follows (HIR, arXiv:2302.05206)."""
+
+
+def check_supervised(stage: SupervisedConfig) -> None:
+    """Check the fields that constrain each other.
+
+    Args:
+      stage: every field has its type and range.
+
+    Raises:
+      UserError: names the field.
+    """
+    if stage.data is not None and stage.responses != "chosen":
+        raise UserError(f"sft_responses: {stage.responses} reads pairs; leave out sft_data")
