@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign import collection
-from jaxalign.commands.arguments import BadRecords, parse
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Share
 from jaxalign.files import check_output, locked
+from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 from tyro.conf import Positional, arg
 
-from jaxalign.commands.arguments import parse
 from jaxalign.config import Count
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, replacing
+from jaxalign.flags import parse
 from jaxalign.gguf import is_gguf
 from jaxalign.models import save_pretrained
 from jaxalign.runs.conversion import gguf_to_hugging_face, hugging_face_to_orbax, orbax_model

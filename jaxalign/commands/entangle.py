@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxalign.commands.arguments import parse
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Count
 from jaxalign.entanglement import CASES
@@ -22,6 +21,7 @@ from jaxalign.entanglement.pairs import load_pairs, load_reference
 from jaxalign.entanglement.similarity import similarities
 from jaxalign.errors import UserError
 from jaxalign.files import check_output
+from jaxalign.flags import parse
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.losses.lookup import find_loss
 from jaxalign.models.devices import enable_compilation_cache

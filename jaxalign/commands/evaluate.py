@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jaxalign.commands.arguments import parse
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Finite
 from jaxalign.files import check_output, json_value, write_json
+from jaxalign.flags import parse
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.reporting import print_table
 from jaxalign.runs.held_out import evaluate

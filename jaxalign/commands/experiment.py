@@ -6,9 +6,9 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from jaxalign.commands.arguments import check_names, joined_lines, renamed
 from jaxalign.config import TrainConfig, fields_of, with_fields
 from jaxalign.errors import UserError
+from jaxalign.flags import check_names, joined_lines, renamed
 from jaxalign.runs.experiment import fitted, load_config
 from jaxalign.runs.rates import high_rates, is_large
 

@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from jaxalign.commands.arguments import parse
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import Fraction
 from jaxalign.entanglement.pairs import load_pairs
 from jaxalign.entanglement.similarity import least_similar, similarities, write_scored_pairs
 from jaxalign.files import check_output
+from jaxalign.flags import parse
 from jaxalign.models.devices import enable_compilation_cache
 
 

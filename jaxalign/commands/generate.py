@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from jaxalign.backends import Decoding
-from jaxalign.commands.arguments import BadRecords, parse
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Count, Positive, Share
 from jaxalign.data import prompt_records
 from jaxalign.errors import UserError
 from jaxalign.evaluation.responses import make_responder, respond
 from jaxalign.files import check_output, locked
+from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import read_artefact
 from jaxalign.prompting.composing import compose, without_marks

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
-from jaxalign.commands.arguments import BadRecords, parse
 from jaxalign.config import AtLeastOne
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
@@ -25,6 +24,7 @@ from jaxalign.evaluation.outputs import match, policy_files, read_labelled
 from jaxalign.evaluation.side_by_side import facts_of, side_by_side
 from jaxalign.evaluation.verdicts import JudgeOptions
 from jaxalign.files import check_output, locked
+from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.progress import track
 from jaxalign.reporting import print_table

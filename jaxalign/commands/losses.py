@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxalign.commands.arguments import parse
 from jaxalign.errors import UserError
+from jaxalign.flags import parse
 from jaxalign.losses import LOSSES
 from jaxalign.losses.table import defaults_of, losses_markdown, losses_table, typed
 from jaxalign.online.algorithms import ALGORITHMS

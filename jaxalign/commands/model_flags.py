@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxalign.backends import BackendOptions, Decoding
-from jaxalign.commands.arguments import Chat
 from jaxalign.config import AtLeastOne, Fraction, NonNegative, Positive, Seed
+from jaxalign.flags import Chat
 
 
 @dataclass(frozen=True, kw_only=True)

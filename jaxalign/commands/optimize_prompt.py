@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxalign.commands.arguments import BadRecords, parse
 from jaxalign.commands.model_flags import ModelFlags
 from jaxalign.commands.report import print_table
 from jaxalign.config import NonNegative
@@ -14,6 +13,7 @@ from jaxalign.data.records import transcript
 from jaxalign.errors import UserError
 from jaxalign.evaluation.outputs import read_outputs
 from jaxalign.files import check_output, locked
+from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import Example, OptimizedPrompt, PromptSearch, optimize_prompt
 from jaxalign.prompting.cost import estimate

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from jaxalign.commands.arguments import BadRecords, Chat
 from jaxalign.config import AtLeastOne, Range
+from jaxalign.flags import BadRecords, Chat
 
 
 @dataclass(frozen=True, kw_only=True)

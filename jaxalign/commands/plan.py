@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from jaxalign.commands.arguments import parse_known
 from jaxalign.commands.experiment import parse as parse_config
 from jaxalign.config import AtLeastOne, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, write_text
+from jaxalign.flags import parse_known
 from jaxalign.planning.pages import line, page, smaller
 from jaxalign.planning.plans import Plan, draft
 from jaxalign.planning.search import sweep

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from jaxalign.commands.arguments import parse
 from jaxalign.errors import UserError, notice
 from jaxalign.files import check_output
+from jaxalign.flags import parse
 from jaxalign.reporting import comparison, print_table, read_run, write_report
 from jaxalign.reporting.runs import faults
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from jaxalign.commands.arguments import parse
+from jaxalign.flags import parse
 from jaxalign.reporting import print_table, run_list
 
 

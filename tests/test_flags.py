@@ -13,8 +13,8 @@ from types import UnionType
 import pytest
 import tyro
 
+from jaxalign import flags
 from jaxalign.cli import COMMANDS, main
-from jaxalign.commands import arguments
 from jaxalign.commands.experiment import parse
 from jaxalign.config import EntanglementConfig, Range
 from jaxalign.errors import UserError
@@ -139,7 +139,7 @@ def test_every_numeric_flag_refuses_what_is_none_and_what_is_out_of_range(comman
         for text in wrong:
             two = [f"--{number}", "1", text] if typing.get_origin(hint) is tuple else None
             with pytest.raises(UserError, match=f"^--{number}: .* is not"):
-                arguments.parse(alone, command, two or [f"--{number}={text}"])
+                flags.parse(alone, command, two or [f"--{number}={text}"])
 
 
 @pytest.mark.parametrize(
