@@ -161,13 +161,13 @@ def test_wrong_flags_take_one_line(capsys, arguments, said):
 
 
 def test_what_does_not_go_with_a_loss_is_switched_off_unless_it_was_typed(capsys):
-    assert load_config(QUICKSTART, "tiny").entanglement.every == 1
+    assert load_config(QUICKSTART, "tiny").preference.entanglement.every == 1
     for loss in ("bradley_terry", "tdpo1"):
         config = parse([QUICKSTART, "--loss", loss])
         assert config.preference.entanglement == EntanglementConfig()
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"{QUICKSTART}: entanglement: switched off; {loss} ")
-    assert parse([QUICKSTART, "--loss=ipo"]).entanglement.every == 1
+    assert parse([QUICKSTART, "--loss=ipo"]).preference.entanglement.every == 1
     line = error_of(
         capsys, "train", QUICKSTART, "--loss", "bradley_terry", "--entanglement.every", "1"
     )

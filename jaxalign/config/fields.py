@@ -37,15 +37,25 @@ class Range:
 
 
 Finite = Annotated[float, Range("(-inf, inf)")]
+"""A finite number."""
 Positive = Annotated[float, Range("(0, inf)")]
+"""A number above 0."""
 NonNegative = Annotated[float, Range("[0, inf)")]
+"""A number of at least 0."""
 Fraction = Annotated[float, Range("(0, 1]")]
+"""A number above 0, at most 1."""
 Share = Annotated[float, Range("[0, 1]")]
+"""A number from 0 to 1."""
 BelowOne = Annotated[float, Range("[0, 1)")]
+"""A number from 0 to below 1."""
 Count = Annotated[int, Range("[0, inf)")]
+"""A whole number of at least 0."""
 AtLeastOne = Annotated[int, Range("[1, inf)")]
+"""A whole number of at least 1."""
 Parts = Annotated[int, Range("[1, inf)", also=-1)]
+"""A whole number of at least 1, or -1."""
 Seed = Annotated[int, Range("[0, 4294967296)")]
+"""A whole number from 0 to below 2^32."""
 
 
 def check(config: Any) -> None:

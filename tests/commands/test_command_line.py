@@ -101,10 +101,10 @@ def test_fields_are_set_on_the_command_line(folder):
 
 def test_an_experiments_loss_options_belong_to_its_loss(folder):
     (folder / "beta.py").write_text(SMALL.replace("name=", 'loss_options={"beta": 0.3}, name='))
-    assert parse(["beta.py", "--seed", "1"]).loss_options == {"beta": 0.3}
-    assert parse(["beta.py", "--loss", "ipo"]).loss_options == {}
+    assert parse(["beta.py", "--seed", "1"]).preference.loss_options == {"beta": 0.3}
+    assert parse(["beta.py", "--loss", "ipo"]).preference.loss_options == {}
     flags = ["beta.py", "--loss-options", "label_smoothing", "0.1"]
-    assert parse(flags).loss_options == {"label_smoothing": 0.1}
+    assert parse(flags).preference.loss_options == {"label_smoothing": 0.1}
 
 
 def test_help_shows_each_field_with_its_documentation(capsys):

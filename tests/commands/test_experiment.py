@@ -119,13 +119,13 @@ def test_no_file_of_an_experiment_stands_in_the_way_of_typed_data(name, scale, c
     assert (config.data, config.eval_data, config.sft.data) == ("mine.jsonl", None, None)
     assert config.holdout > 0
     notes = capsys.readouterr().err
-    for field in ("eval_data", "sft_data"):
-        assert (f"{field}: " in notes) == (getattr(own, field) is not None)
+    for field, value in (("eval_data", own.eval_data), ("sft_data", own.sft.data)):
+        assert (f"{field}: " in notes) == (value is not None)
     if own.online.runs:
         assert config.online.rollout.prompts == "mine.jsonl"
         assert config.online.rollout.eval_prompts is None
     typed = ["--eval-data", "a.jsonl", "--sft-data", "b.jsonl"]
-    if own.sft_responses == "chosen":
+    if own.sft.responses == "chosen":
         config = parse([name, "--scale", scale, "--data", "mine.jsonl", *typed])
         assert (config.eval_data, config.sft.data) == ("a.jsonl", "b.jsonl")
     assert parse([name, "--scale", scale]).eval_data == own.eval_data

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.cli import main
-from jaxalign.config import PreferenceConfig, TrainConfig
+from jaxalign.config import EntanglementConfig, PreferenceConfig, TrainConfig
 from jaxalign.data.embedded import embedded_preferences, embedded_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation import make_annotator
@@ -168,19 +168,16 @@ def test_a_t5_is_trained_the_same_way(runs, loss, tmp_path):
 def test_what_makes_no_sense_is_refused():
     for loss in KINDS:
         for field, value in (("every", 1), ("mask", "differing")):
-            entanglement = type(TrainConfig().entanglement)(**{field: value})
+            entanglement = EntanglementConfig(**{field: value})
+            stage = PreferenceConfig(loss=loss, entanglement=entanglement)
             with pytest.raises(UserError, match=rf"entanglement\.{field}: {loss} trains scores"):
-                TrainConfig(
-                    preference=PreferenceConfig(loss=loss, entanglement=entanglement),
-                )
-    with pytest.raises(UserError, match=r"loss_options: preference_model has no beta; it has none"):
-        TrainConfig(
-            preference=PreferenceConfig(loss="preference_model", loss_options={"beta": 0.1}),
-        )
-    with pytest.raises(UserError, match="it has margin, centering"):
-        TrainConfig(
-            preference=PreferenceConfig(loss="bradley_terry", loss_options={"beta": 0.1}),
-        )
+                TrainConfig(preference=stage)
+    for loss, said in (
+        ("preference_model", "loss_options: preference_model has no beta; it has none"),
+        ("bradley_terry", "it has margin, centering"),
+    ):
+        with pytest.raises(UserError, match=said):
+            TrainConfig(preference=PreferenceConfig(loss=loss, loss_options={"beta": 0.1}))
     with pytest.raises(UserError, match=r"comparison_format: .* must contain \{first\} once"):
         TrainConfig(
             preference=PreferenceConfig(loss="preference_model"),
