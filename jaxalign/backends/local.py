@@ -25,7 +25,7 @@ from jaxalign.backends.interface import (
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
-from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
+from jaxalign.data.tokenizers import Encoder, Tokenizer, check_ids, check_vocabulary, load_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.generation import (
     ResponseText,
@@ -70,7 +70,7 @@ class LocalModel:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         identity: str,
         batch_size: int = 8,

@@ -24,6 +24,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 
 STEPS = 1_000_000
@@ -53,7 +54,7 @@ class ChatTemplate:
 
 
 def find_template(
-    tokenizer: Any, chosen: str | None = None, *, tools: bool = False
+    tokenizer: Tokenizer, chosen: str | None = None, *, tools: bool = False
 ) -> ChatTemplate | None:
     """The template that applies: the chosen one, else the tokenizer's.
 
@@ -88,7 +89,7 @@ def find_template(
     return None if text is None else ChatTemplate(text, "the chat template")
 
 
-def unset_variables(template: ChatTemplate, tokenizer: Any) -> list[str]:
+def unset_variables(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     """Variables that a template reads without a check that they are defined, and nothing sets."""
     with contextlib.suppress(Exception):  # rendering reports its errors
         with _within_limits(0):
@@ -109,7 +110,7 @@ def reads(template: ChatTemplate, name: str) -> bool:
 
 def render(
     template: ChatTemplate,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     place: str,
     *,

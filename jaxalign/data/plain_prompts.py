@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxalign.data.bpe import CHAT_TEMPLATE
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 
 Chat = Literal["auto", "always", "never"]
@@ -27,7 +28,7 @@ class PlainPrompts:
 
 
 def plain_prompts(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     chat: Chat = "auto",
     *,
     prompt_format: str = "{prompt}",
@@ -79,7 +80,7 @@ def plain_prompts(
     return PlainPrompts(as_turns=True, line=f"{prefix}{TURN}; --chat never keeps them plain text")
 
 
-def reads_template(tokenizer: Any, chat: Chat) -> bool:
+def reads_template(tokenizer: Tokenizer, chat: Chat) -> bool:
     """Whether a judge or a reward model uses its chat template; "auto": if it has one.
 
     Raises:
@@ -89,7 +90,7 @@ def reads_template(tokenizer: Any, chat: Chat) -> bool:
     return found if chat == "auto" else plain_prompts(tokenizer, chat).as_turns
 
 
-def with_choice(tokenizer: Any, *, as_turns: bool) -> Any:
+def with_choice(tokenizer: Tokenizer, *, as_turns: bool) -> Any:
     """A tokenizer whose folder records how plain prompts were rendered in training."""
     if not tokenizer.chat_template:
         return tokenizer

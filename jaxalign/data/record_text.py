@@ -16,6 +16,7 @@ from jaxalign.data.records import (
     shared_length,
     tools_of,
 )
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError, notice_once
 
 PROBES = "Yes", "No"
@@ -39,7 +40,7 @@ class RecordText:
 class TextOf:
     """How records become text: templates for conversations, a format for plain prompts."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     prompt_format: str
     chat_template: str | None
     plain: PlainPrompts
@@ -213,7 +214,9 @@ def _turns(text: Text, role: str) -> list[Message]:
     return [Message(role=role, content=text)] if isinstance(text, str) else list(text)
 
 
-def text_of(tokenizer: Any, prompt_format: str, chat_template: str | None, chat: Chat) -> TextOf:
+def text_of(
+    tokenizer: Tokenizer, prompt_format: str, chat_template: str | None, chat: Chat
+) -> TextOf:
     """How records become text with a tokenizer and these options; see `plain_prompts`."""
     if "{prompt}" not in prompt_format:
         raise UserError(f"prompt_format: {prompt_format!r} must contain {{prompt}}")

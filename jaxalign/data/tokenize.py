@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from jaxalign.data.records import (
     PromptResponseRecord,
     TextRecord,
 )
-from jaxalign.data.tokenizers import Encoder
+from jaxalign.data.tokenizers import Encoder, Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import read_arrays, write_arrays
 
@@ -174,7 +174,7 @@ class TokenizeReport:
 
 def tokenize_pairs(
     records: Iterable[PreferenceRecord],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     min_prompt_length: int | None = None,
@@ -244,7 +244,7 @@ def tokenize_pairs(
 
 def tokenize_responses(
     records: Iterable[PromptResponseRecord],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     min_prompt_length: int | None = None,
@@ -293,7 +293,7 @@ def tokenize_responses(
 
 def tokenize_prompts(
     records: Iterable[PromptRecord],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     prompt_format: str = "{prompt}",
@@ -340,7 +340,7 @@ def tokenize_prompts(
 
 
 def tokenize_conversations(
-    records: Iterable[PromptResponseRecord], tokenizer: Any, *, max_length: int
+    records: Iterable[PromptResponseRecord], tokenizer: Tokenizer, *, max_length: int
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of conversations exactly as their chat template renders them.
 
@@ -378,7 +378,7 @@ def tokenize_conversations(
 
 
 def tokenize_texts(
-    texts: Iterable[str | TextRecord], tokenizer: Any, *, cache: Path | None = None
+    texts: Iterable[str | TextRecord], tokenizer: Tokenizer, *, cache: Path | None = None
 ) -> TokenizedTexts:
     """Documents as tokens, each with the tokenizer's beginning and end tokens.
 

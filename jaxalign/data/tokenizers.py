@@ -5,18 +5,25 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    Tokenizer: TypeAlias = PreTrainedTokenizerFast
+else:
+    Tokenizer = Any  # transformers is loaded with the first tokenizer
+
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "<|end_of_text|>")
 SENTINELS = ("\n", ".", "a", "0", "\u00e9")  # texts put before a response that is tokenised alone
 
 
-def load_tokenizer(path_or_hub_name: str | Path) -> Any:
+def load_tokenizer(path_or_hub_name: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, hub name or GGUF file; its code is never run.
 
     A missing end-of-sequence token is looked up in the vocabulary (GPT-2's
@@ -64,7 +71,13 @@ def load_tokenizer(path_or_hub_name: str | Path) -> Any:
     return with_end_token(tokenizer)
 
 
-def with_end_token(tokenizer: Any) -> Any:
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the end-of-sequence token, which `load_tokenizer` sees to."""
+    number: Any = tokenizer.eos_token_id
+    return int(number)
+
+
+def with_end_token(tokenizer: Tokenizer) -> Any:
     """The tokenizer, with a missing end-of-sequence token set to a usual one of its vocabulary."""
     if tokenizer.eos_token_id is None:
         vocabulary = tokenizer.get_vocab()
@@ -77,7 +90,7 @@ def with_end_token(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocabulary: int) -> None:
     """Check that the ids of a tokenizer are rows of the embedding of a model.
 
     Checked are the vocabulary, the tokens that begin and end texts, and added tokens in the chat
@@ -90,7 +103,8 @@ def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
     """
     ids = {*tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()}
     ids.update(tokenizer("a").input_ids)
-    ids.update((tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id))
+    special: Any = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    ids.update(special)
     template = tokenizer.chat_template or ""
     texts = list(template.values()) if isinstance(template, dict) else [template]
     for token, number in tokenizer.get_added_vocab().items():
@@ -104,7 +118,7 @@ def check_vocabulary(tokenizer: Any, vocabulary: int) -> None:
         )
 
 
-def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: int) -> None:
+def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Check that the tokens of texts are rows of the embedding of a model.
 
     Raises:
@@ -141,7 +155,7 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
 class Encoder:
     """A tokenizer backend with exact offsets, and the special tokens around a text."""
 
-    def __init__(self, tokenizer: Any, *, end_token: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, end_token: bool = True):
         from tokenizers import Tokenizer
 
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -157,7 +171,7 @@ class Encoder:
                 "the tokenizer has no end-of-sequence token; name eos_token in its "
                 "tokenizer_config.json"
             )
-        self.eos = int(tokenizer.eos_token_id)
+        self.eos = end_id(tokenizer)
         self.end_token = end_token
         probe = backend.encode("a", add_special_tokens=True)
         special = list(probe.special_tokens_mask)
@@ -165,7 +179,7 @@ class Encoder:
         end = special[::-1].index(0) if 0 in special else 0
         self.prefix: list[int] = list(probe.ids[:begin])
         self.suffix: list[int] = list(probe.ids[len(special) - end :])
-        start = tokenizer.bos_token_id
+        start: Any = tokenizer.bos_token_id
         self.start = self.prefix or [self.eos if start is None else int(start)]
         """Tokens that begin a document, even if the tokenizer adds none."""
 

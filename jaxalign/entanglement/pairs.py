@@ -22,6 +22,7 @@ from jaxalign.data import (
 )
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.reading import BadRecords
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig, load_pretrained
 from jaxalign.models.folders import exported
@@ -33,7 +34,7 @@ class ModelAndPairs:
     """A model and tokenised preference pairs."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     records: Sequence[Any]
     pairs: TokenizedPairs
     batch_size: int
@@ -114,7 +115,7 @@ def load_pairs(
 
 def with_pairs(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     records: Sequence[PreferenceRecord],
     *,
     max_length: int,

@@ -16,7 +16,7 @@ from jaxalign.backends.local import weights_identity
 from jaxalign.data.batches import bucket_edges
 from jaxalign.data.plain_prompts import Chat, reads_template
 from jaxalign.data.record_text import text_of
-from jaxalign.data.tokenizers import Encoder, check_ids, check_vocabulary, load_tokenizer
+from jaxalign.data.tokenizers import Encoder, Tokenizer, check_ids, check_vocabulary, load_tokenizer
 from jaxalign.errors import UserError, notice_once
 from jaxalign.evaluation.templates import CHAT, COMPLETION, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
@@ -51,7 +51,7 @@ class LanguageModelJudge:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     template: Template
     labels: tuple[str, str]
     label_tokens: tuple[int, int]
@@ -147,7 +147,7 @@ def _label_log_probs(
 
 
 def question_tokens(
-    tokenizer: Any, questions: Sequence[str], label: str, *, encoder_decoder: bool, chat: bool
+    tokenizer: Tokenizer, questions: Sequence[str], label: str, *, encoder_decoder: bool, chat: bool
 ) -> list[tuple[list[int] | None, int]]:
     """Tokens of each question and the one token that its answer would be.
 
@@ -247,7 +247,7 @@ def language_model(
 
 
 def _label_tokens(
-    words: Template, tokenizer: Any, turns: bool, apart: bool
+    words: Template, tokenizer: Tokenizer, turns: bool, apart: bool
 ) -> tuple[Template, tuple[str, str], tuple[int, int]] | None:
     """Template, labels and their tokens; None where the labels are not single tokens.
 

@@ -24,6 +24,7 @@ from jaxalign.data import (
 )
 from jaxalign.data.plain_prompts import Chat, reads_template
 from jaxalign.data.records import Text
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evaluation.verdicts import Verdicts
 from jaxalign.models import DecoderConfig, load_pretrained
@@ -57,7 +58,7 @@ class Scorer:
     def __init__(
         self,
         model: ScoreModel,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         form: ScoreFormat,
         *,
         mesh: Mesh | None = None,

@@ -4,11 +4,11 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 
 StopTable = Int[np.ndarray, "strings states vocabulary"]
@@ -68,7 +68,7 @@ def _automaton(stop: bytes) -> np.ndarray:
     return step
 
 
-def token_bytes(tokenizer: Any, vocabulary: int) -> list[bytes]:
+def token_bytes(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
     """UTF-8 bytes of each token within a text.
 
     The bytes of a token that is part of a character are read from its name: "<0x9F>"
@@ -107,7 +107,7 @@ def _byte_characters() -> dict[str, int]:
     }
 
 
-def _anchor(tokenizer: Any) -> tuple[list[int], str]:
+def _anchor(tokenizer: Tokenizer) -> tuple[list[int], str]:
     """Tokens to put before a response in decoding, and their text."""
     for text in ANCHORS:
         tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -115,7 +115,7 @@ def _anchor(tokenizer: Any) -> tuple[list[int], str]:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         if decoded == text:
-            return tokens, decoded
+            return tokens, text
     return [], ""
 
 
@@ -126,7 +126,7 @@ class ResponseText:
     End tokens and everything from a stop string on are removed.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     ends: frozenset[int]
     """End tokens."""
     continues: bool = True
@@ -147,8 +147,10 @@ class ResponseText:
         while own and own[-1] in self.ends:
             own.pop()
         anchor, begin = self._anchor
-        text = self.tokenizer.decode(
-            [*anchor, *own], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = str(
+            self.tokenizer.decode(
+                [*anchor, *own], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         )[len(begin) :]
         cuts = [at for at in map(text.find, stops) if at >= 0]
         return text[: min(cuts)] if cuts else text

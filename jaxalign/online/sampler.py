@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError
 from jaxalign.generation import (
     ResponseText,
@@ -56,7 +57,7 @@ class Sampler:
     """
 
     config: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     sampling: Sampling
     mesh: Mesh
     stop: Sequence[str] = ()
@@ -73,7 +74,7 @@ class Sampler:
     @functools.cached_property
     def _decode(self) -> ResponseText:
         continues = isinstance(self.config, DecoderConfig)
-        ends = frozenset((*self.sampling.end_tokens, int(self.tokenizer.eos_token_id)))
+        ends = frozenset((*self.sampling.end_tokens, end_id(self.tokenizer)))
         return ResponseText(self.tokenizer, ends, continues=continues)
 
     def _program(self, samples: int) -> Callable:

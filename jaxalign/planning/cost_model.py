@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxalign.models import DecoderConfig
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.score import SCORE
 from jaxalign.training.stage import Rows
 from jaxalign.training.throughput import matrix_parameters
@@ -43,7 +44,7 @@ class Work:
 
 
 def work(
-    model_config: Any,
+    model_config: ModelConfig,
     params: Params,
     trained: Params,
     passes: Sequence[Rows],
@@ -121,7 +122,7 @@ def _products(params: Params, each: Rows) -> float:
     return total
 
 
-def _attention_products(model_config: Any, each: Rows) -> float:
+def _attention_products(model_config: ModelConfig, each: Rows) -> float:
     """Products of queries with keys and of weights with values of a row, for one pass."""
     pairs = each.length**2 * model_config.layers
     if isinstance(model_config, DecoderConfig):
@@ -156,7 +157,7 @@ def _reduced(moved: int, mesh: Mesh, size: int, *, adapters: bool) -> dict[str, 
 
 
 def _states(
-    model_config: Any, passes: Sequence[Rows], mesh: Mesh, size: int, *, again: bool
+    model_config: ModelConfig, passes: Sequence[Rows], mesh: Mesh, size: int, *, again: bool
 ) -> dict[str, float]:
     """Hidden states summed over tensor; keys and values gathered over sequence."""
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jaxalign.data import (
 )
 from jaxalign.data.plain_prompts import Chat, plain_prompts
 from jaxalign.data.records import Conversation, Message, Text, plain_text, tools_of, transcript
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError, notice_once
 from jaxalign.representation.instructions import Instructions
 
@@ -51,7 +52,7 @@ class StimulusReport:
 class Tokenization:
     """Options of `tokenize_responses`."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_length: int
     """Largest number of tokens of a stimulus; longer ones are skipped, not truncated."""
     prompt_format: str = "{prompt}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxalign.config import TrainConfig
 from jaxalign.data import load_tokenizer
 from jaxalign.data.plain_prompts import with_choice
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.files import replacing, write_json, write_text
 from jaxalign.gguf import is_gguf
 from jaxalign.models import save_pretrained
@@ -43,7 +44,7 @@ def export_model(
     model: Any,
     target: Path,
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     step: int | None,
     dtype: Any = None,
 ) -> None:

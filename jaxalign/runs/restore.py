@@ -8,6 +8,7 @@ import jax
 
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import merge
 from jaxalign.runs.inputs import check_inputs, input_digests
@@ -68,7 +69,7 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
     return as_model(model_config, merge(base, adapters, lora.scale)), at
 
 
-def run_base(folder: Path, model_config: Any) -> Any:
+def run_base(folder: Path, model_config: ModelConfig) -> Any:
     """The parameters under a run's adapters: the initial model, or the result of pretraining."""
     config = read_run_config(folder)
     if config.pretrain.runs:
@@ -77,4 +78,5 @@ def run_base(folder: Path, model_config: Any) -> Any:
         if faults := check_inputs(folder, input_digests(config), ("model", "adapter")):
             raise UserError(f"{faults[0]}; restore it: the run's adapters fit no other model")
         return with_adapter(config, model_config, load_pretrained(config.model).params)
+    assert isinstance(model_config, DecoderConfig)  # of `embedded_config`
     return init_params(model_config, jax.random.key(config.seed))

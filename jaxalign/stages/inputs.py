@@ -34,9 +34,11 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.batches import WINDOW
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import replacing
 from jaxalign.models import DecoderConfig
+from jaxalign.models.config import ModelConfig
 from jaxalign.representation import (
     Instructions,
     Tokenization,
@@ -136,7 +138,7 @@ class TokenizedData:
         return [self.sources[int(number)] for number in numbers]
 
 
-def joint_share(share_prompts: str, model_config: Any, platform: str) -> float:
+def joint_share(share_prompts: str, model_config: ModelConfig, platform: str) -> float:
     """Largest size of a row with a shared prefix, as a fraction of two rows; 0: never share."""
     if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
         return 0.0
@@ -178,9 +180,9 @@ class Inputs:
     def __init__(
         self,
         config: TrainConfig,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         folder: Path,
-        model_config: Any,
+        model_config: ModelConfig,
         shard: tuple[int, int],
     ):
         self.config, self.tokenizer, self.folder = config, tokenizer, folder
@@ -219,7 +221,7 @@ class Inputs:
             )
 
 
-def check_tokens(data: Any, tokenizer: Any, vocabulary: int) -> None:
+def check_tokens(data: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Check that all tokens of a stage's data are rows of the model's embedding.
 
     Raises:
@@ -250,7 +252,7 @@ def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], na
     return records
 
 
-def tokenization(config: TrainConfig, tokenizer: Any) -> Tokenization:
+def tokenization(config: TrainConfig, tokenizer: Tokenizer) -> Tokenization:
     """Tokenization of stimuli: the same as of all other rows."""
     return Tokenization(
         tokenizer=tokenizer,
@@ -270,7 +272,7 @@ def instructions_of(config: TrainConfig) -> Instructions:
 class PreferenceData:
     """The pairs of a run, read once for all stages that train on pairs."""
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, options: dict, report: dict):
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, options: dict, report: dict):
         self._config, self._tokenizer, self.options = config, tokenizer, options
         self._report = report
         records = read(preference_records, config.data, config, report, "data")

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from jaxalign.config import LoraConfig, StageConfig, TrainConfig
+from jaxalign.data.tokenizers import Tokenizer
+from jaxalign.models.config import ModelConfig
 from jaxalign.stages.inputs import Inputs
 from jaxalign.training.metrics import Writer
 from jaxalign.training.stage import Feed, Params, Stage
@@ -29,8 +31,8 @@ class RunContext:
     config: TrainConfig
     folder: Path
     mesh: Mesh
-    model_config: Any
-    tokenizer: Any
+    model_config: ModelConfig
+    tokenizer: Tokenizer
     data: Mapping[str, Any]
     """Data of each stage, by its name."""
     writers: Sequence[Writer]

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxalign import config as configs
 from jaxalign.config import ArchitectureConfig, TrainConfig
 from jaxalign.data import embedded_tokenizer, load_tokenizer
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import write_json
 from jaxalign.models import (
@@ -20,6 +21,7 @@ from jaxalign.models import (
     encoder_decoder,
     load_pretrained,
 )
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.folders import CONFIG_FILES, find_model, read_config
 from jaxalign.models.lora import merge
@@ -37,7 +39,7 @@ def stage_folder(folder: Path, name: str) -> Path:
     return folder / "checkpoints" / name
 
 
-def write_model_config(folder: Path, model_config: Any) -> None:
+def write_model_config(folder: Path, model_config: ModelConfig) -> None:
     """Write the architecture to the run folder, in the form of Hugging Face's config.json."""
     if jax.process_index() == 0:
         write_json(folder / "model.json", hf_config(model_config, dtype=jnp.dtype("float32")))
@@ -80,13 +82,13 @@ def embedded_config(shape: ArchitectureConfig, vocabulary: int) -> DecoderConfig
     )
 
 
-def as_model(model_config: Any, params: Any) -> Any:
+def as_model(model_config: ModelConfig, params: Any) -> Any:
     """The nnx module of an architecture with the given parameters."""
     kind: Any = Decoder if isinstance(model_config, DecoderConfig) else EncoderDecoder
     return (ScoreModel if SCORE in params else kind)(model_config, params)
 
 
-def with_adapter(config: TrainConfig, model_config: Any, params: Any) -> Any:
+def with_adapter(config: TrainConfig, model_config: ModelConfig, params: Any) -> Any:
     """The model's parameters, with the config's adapters merged in if there are any."""
     if config.adapter is None:
         return params
@@ -121,7 +123,7 @@ def vocabulary_of(config: TrainConfig) -> int:
     return config.architecture.vocabulary if config.pretrain.text else len(embedded_tokenizer())
 
 
-def initial_model(config: TrainConfig, tokenizer: Any, mesh: Mesh) -> tuple[Any, Any]:
+def initial_model(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Any, Any]:
     """The architecture and the initial float32 parameters on the mesh.
 
     Raises:
@@ -157,7 +159,7 @@ def load_like(context: "RunContext", field: str, folder: str) -> Any:
     return place(loaded.params, context.mesh)
 
 
-def parameter_structs(model_config: Any) -> Any:
+def parameter_structs(model_config: ModelConfig) -> Any:
     """Shapes and types of the parameters; nothing is computed."""
     module: Any = decoder if isinstance(model_config, DecoderConfig) else encoder_decoder
     return jax.eval_shape(lambda: module.init_params(model_config, jax.random.key(0)))

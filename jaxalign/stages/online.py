@@ -26,10 +26,12 @@ from jaxalign.data import (
 )
 from jaxalign.data.batches import WINDOW
 from jaxalign.data.record_text import text_of
+from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.generation import Sampling, compile_generate
 from jaxalign.models import tempered
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.score import SCORE, init_head
 from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
@@ -150,13 +152,13 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     )
 
 
-def _plain_texts(records: Sequence[Any], tokenizer: Any) -> list[str]:
+def _plain_texts(records: Sequence[Any], tokenizer: Tokenizer) -> list[str]:
     """Prompts as texts for annotators: conversations go through the chat template."""
     in_text = text_of(tokenizer, "{prompt}", None, "never")
     return [in_text.prompt(record.prompt, source_of(record)) for record in records]
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains a policy on its own responses."""
     settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
     sampled = tempered(model_config, config.online.rollout.temperature)
@@ -249,7 +251,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
     if (identity := getattr(annotator, "identity", None)) is not None and number == 0:
         print(f"online: annotator {settings.annotator} ({identity})")
     sampling_mesh = make_mesh(**settings.mesh) if settings.mesh else mesh
-    ends = [int(context.tokenizer.eos_token_id)]
+    ends = [end_id(context.tokenizer)]
     if config.model != "embedded":
         ends += end_tokens(config.model, context.model_config.vocab_size)
     sampler = Sampler(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.config import LoraConfig, StageConfig, TrainConfig
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import shard_batch
 from jaxalign.stages.inputs import TokenizedData, count_computed, count_tokens
@@ -27,7 +28,9 @@ def run_adapters(config: TrainConfig) -> LoraConfig | None:
     return config.lora if config.lora.rank else None
 
 
-def make_policy(config: TrainConfig, model_config: Any, adapters: LoraConfig | None) -> Policy:
+def make_policy(
+    config: TrainConfig, model_config: ModelConfig, adapters: LoraConfig | None
+) -> Policy:
     """The policy of a stage."""
     return Policy(
         config=model_config,

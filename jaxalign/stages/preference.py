@@ -16,6 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.losses.lookup import find_loss
+from jaxalign.models.config import ModelConfig
 from jaxalign.representation import contrastive_pairs
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
@@ -40,7 +41,7 @@ NAME, NUMBER = "preference", 3
 Objective = PreferenceObjective | TokenPreferenceObjective
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains a policy with a preference loss."""
     settings, adapters = config.preference, parts.run_adapters(config)
     objective = make_objective(config, parts.make_policy(config, model_config, adapters))
@@ -174,7 +175,7 @@ def largest_batch(
 
 
 def largest_pairs(
-    config: TrainConfig, model_config: Any, platform: str, response: int, *, scored: int
+    config: TrainConfig, model_config: ModelConfig, platform: str, response: int, *, scored: int
 ) -> tuple[PairBatch, dict[str, int]]:
     """Shapes of the largest batch of pairs, and the fields of `Rows` of a pass on it.
 

@@ -1,11 +1,11 @@
 """Pretraining: next-token prediction on packed text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import text_records, tokenize_texts
 from jaxalign.errors import UserError
+from jaxalign.models.config import ModelConfig
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, TokenizedData, read
@@ -17,7 +17,7 @@ from jaxalign.training.stage import Feed, Params, Rows, Stage
 NAME, NUMBER = "pretrain", 1
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains all parameters on text."""
     settings = config.pretrain
     policy = parts.make_policy(config, model_config, None)

@@ -1,9 +1,8 @@
 """Whether the plain prompts of a run go through its tokenizer's chat template."""
 
-from typing import Any
-
 from jaxalign.config import TrainConfig
 from jaxalign.data.plain_prompts import Chat, plain_prompts
+from jaxalign.data.tokenizers import Tokenizer
 
 
 def chat_of(config: TrainConfig) -> Chat:
@@ -11,7 +10,7 @@ def chat_of(config: TrainConfig) -> Chat:
     return "never" if config.chat == "auto" and config.model == "embedded" else config.chat
 
 
-def reads_turns(config: TrainConfig, tokenizer: Any) -> bool:
+def reads_turns(config: TrainConfig, tokenizer: Tokenizer) -> bool:
     """Whether the plain prompts of a run go through its tokenizer's chat template."""
     layout = config.prompt_format
     return plain_prompts(tokenizer, chat_of(config), prompt_format=layout).as_turns

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxalign.config import TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows
 from jaxalign.files import read_json, write_json
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.sharding.structs import bytes_on_device, placed_parameters
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.shapes import Shapes, shapes_of
@@ -68,7 +69,7 @@ def at_real_lengths(config: TrainConfig, data: Any) -> TrainConfig:
 def choose_remat(
     kind: Kind,
     config: TrainConfig,
-    model_config: Any,
+    model_config: ModelConfig,
     shapes: Shapes,
     mesh: Mesh,
     *,
@@ -97,11 +98,18 @@ def choose_remat(
         """Bytes on a device of what a step keeps and of the backward pass of one layer."""
         kept: float = saved(remat)
         if remat != "none":  # one layer at a time is recomputed
-            layers = getattr(model_config, "layers", None) or model_config.decoder_layers
+            layers = layers_of(model_config)
             kept += max(saved("none") - kept, 0) / layers
         return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
 
     return choose(activations, _other_bytes(shapes, mesh), free, platform=platform)
+
+
+def layers_of(model_config: ModelConfig) -> int:
+    """The number of layers that the training step runs through, one after the other."""
+    if isinstance(model_config, DecoderConfig):
+        return model_config.layers
+    return model_config.decoder_layers
 
 
 def _other_bytes(shapes: Shapes, mesh: Mesh) -> int:

@@ -15,6 +15,7 @@ from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_
 from jaxalign.data.batches import WINDOW
 from jaxalign.errors import UserError
 from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import save_adapters
 from jaxalign.representation import (
@@ -72,7 +73,7 @@ class StimulusData:
         return [self.sources[int(number)] for number in numbers]
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that fits adapters to the hidden states under the better stimulus."""
     settings, alignment = config.representation, config.representation.alignment
     policy = parts.make_policy(config, model_config, alignment.lora)
@@ -97,7 +98,7 @@ def build(config: TrainConfig, model_config: Any) -> Stage:
     )
 
 
-def make_reader(config: TrainConfig, model_config: Any, **options: Any) -> Reader:
+def make_reader(config: TrainConfig, model_config: ModelConfig, **options: Any) -> Reader:
     """Reader of the hidden states that a config selects.
 
     Raises:

@@ -9,8 +9,10 @@ import jax
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import ScoreFormat, TokenizedPairs, compared, tokenize_pairs
+from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.score import SCORE, init_head, with_head
 from jaxalign.stages import parts, preference
 from jaxalign.stages.inputs import Inputs, TokenizedData
@@ -25,7 +27,7 @@ MODELS = {"bradley_terry": "reward", "preference_model": "preference"}
 """Loss -> kind of the model that it trains."""
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains a scalar head, with parameters or adapters, to score responses."""
     settings, adapters = config.preference, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
@@ -107,7 +109,9 @@ def check_start(config: TrainConfig, params: Params) -> None:
         )
 
 
-def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.0) -> ScoreFormat:
+def score_format(
+    config: TrainConfig, tokenizer: Tokenizer, *, reward_bias: float = 0.0
+) -> ScoreFormat:
     """The format of the rows that the model scores."""
     kind: Any = MODELS[config.preference.loss]
     return ScoreFormat(
@@ -122,7 +126,7 @@ def score_format(config: TrainConfig, tokenizer: Any, *, reward_bias: float = 0.
 
 
 def exported_fields(
-    config: TrainConfig, tokenizer: Any, folder: Path, step: int | None
+    config: TrainConfig, tokenizer: Tokenizer, folder: Path, step: int | None
 ) -> dict[str, Any]:
     """Fields of a scored model's config.json besides its architecture.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxalign.models.config import ModelConfig
 from jaxalign.sharding.structs import Structs
 from jaxalign.stages.models import parameter_structs
 from jaxalign.training.stage import Stage
@@ -21,7 +22,7 @@ class Shapes:
     frozen: dict[str, Structs]
 
 
-def shapes_of(stage: Stage, model_config: Any) -> Shapes:
+def shapes_of(stage: Stage, model_config: ModelConfig) -> Shapes:
     """Shapes of a stage.
 
     Args:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxalign.config import TrainConfig
 from jaxalign.models import DecoderConfig
+from jaxalign.models.config import ModelConfig
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, TokenizedData
 from jaxalign.stages.kind import Kind, RunContext
@@ -15,7 +16,7 @@ from jaxalign.training.stage import Feed, Params, Rows, Stage
 NAME, NUMBER = "sft", 2
 
 
-def build(config: TrainConfig, model_config: Any) -> Stage:
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains parameters or adapters on responses."""
     settings, adapters = config.sft, parts.run_adapters(config)
     policy = parts.make_policy(config, model_config, adapters)
