@@ -30,7 +30,9 @@ class Options:
     """Model to convert: run folder, Orbax folder, GGUF file, Hugging Face folder or Hub name."""
     target: Positional[Annotated[Path, arg(metavar="TARGET")]]
     """Folder to create; it must not exist."""
-    stage: Literal["pretrain", "sft", "preference", "online", "representation"] | None = None
+    stage: (
+        Literal["pretrain", "sft", "preference", "feedback", "online", "representation"] | None
+    ) = None
     """Stage of a run folder; None: its last."""
     step: Count | None = None
     """Step of a run folder; None: its newest checkpoint."""

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.markdown:
         print(losses_markdown(), end="")
     else:
-        rows = losses_table("pairs", "policy_pairs", "tokens", "scores")
+        rows = losses_table("pairs", "policy_pairs", "tokens", "scores", "labelled")
         print_table(
             ("loss", "formula", "hyperparameters", "source"),
             [(row.name, row.formula, row.hyperparameters, row.source) for row in rows],

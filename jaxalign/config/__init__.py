@@ -3,6 +3,7 @@
 `TrainConfig` is a run; each kind of stage has a config with its own fields.
 """
 
+from jaxalign.config.feedback import FeedbackConfig
 from jaxalign.config.fields import (
     AtLeastOne,
     BelowOne,
@@ -36,6 +37,7 @@ __all__ = [
     "BelowOne",
     "Count",
     "EntanglementConfig",
+    "FeedbackConfig",
     "Field",
     "Finite",
     "Fraction",

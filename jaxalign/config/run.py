@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from jaxalign.config.feedback import FeedbackConfig, check_feedback
 from jaxalign.config.fields import AtLeastOne, BelowOne, Count, Range, Seed, check
 from jaxalign.config.model import (
     ArchitectureConfig,
@@ -71,6 +72,8 @@ class TrainConfig:
     """Next-token prediction on responses."""
     preference: PreferenceConfig = PreferenceConfig()
     """The preference loss."""
+    feedback: FeedbackConfig = FeedbackConfig()
+    """A loss of single responses that are labelled desirable or not."""
     online: OnlineConfig = OnlineConfig()
     """Online preference optimisation: prompts per update are its batch size."""
     representation: RepresentationConfig = RepresentationConfig()
@@ -107,6 +110,7 @@ class TrainConfig:
             check_stage(name, stage)
         check_supervised(self.sft)
         check_preference(self.preference)
+        check_feedback(self.feedback)
         check_representation(self.representation)
         check_architecture(self.architecture)
         check_mesh("mesh", vars(self.mesh))
@@ -121,6 +125,8 @@ class TrainConfig:
         """Check what several stages constrain."""
         loss = self.preference.loss
         if self.preference.runs and loss in REWARD_LOSSES:
+            if self.feedback.runs:
+                raise UserError(f"feedback.steps: {loss} trains no policy to tune; set 0")
             if self.online.runs:
                 raise UserError(
                     f"online.steps: {loss} trains an annotator, not a policy; run the online "

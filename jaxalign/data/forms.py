@@ -1,6 +1,7 @@
 """From a row to a record: every supported form of pairs, responses, prompts, labels and texts."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -356,14 +357,25 @@ def as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:
             )
 
 
-def unpaired_of_row(row: Row) -> list[UnpairedRecord]:
-    """A labelled completion, or the two of a pair."""
+def unpaired_of_row(row: Row, *, threshold: float | None = None) -> list[UnpairedRecord]:
+    """A labelled completion, or the two of a pair.
+
+    Args:
+      row: with the fields prompt, completion or response, and label or score.
+      threshold: smallest number that is desirable; None: labels are true or false, 1 or 0.
+    """
     fields = fields_of(row)
     if _is_pair(fields):
         return list(as_unpaired([preference_of_row(row)]))
-    label = _required(fields, "label")
-    if label not in (True, False):
-        raise BadRecordError("wrong type", f"label is {label!r}, not true or false")
+    label = _required(fields, "label", "score")
+    if not isinstance(label, bool) and threshold is not None:
+        if not isinstance(label, int | float) or not math.isfinite(label):
+            raise BadRecordError("wrong type", f"label is {label!r}, not a number")
+        label = label >= threshold
+    elif label not in (True, False):
+        raise BadRecordError(
+            "wrong type", f"label is {label!r}, not true or false; numbers need a threshold"
+        )
     completion = text_or_turns(_required(fields, "completion", "response"), "completion")
     prompt, completion = _alone(_prompt_text(_required(fields, "prompt")), completion)
     return [

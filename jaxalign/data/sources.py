@@ -1,5 +1,6 @@
 """Sources of records: a file, a folder, `tfds:NAME`, a Hugging Face hub name or `embedded`."""
 
+import functools
 import hashlib
 import json
 import re
@@ -102,18 +103,24 @@ def prompt_records(
 
 
 def unpaired_records(
-    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+    source: str,
+    *,
+    threshold: float | None = None,
+    bad_records: BadRecords = "error",
+    report: ReadReport | None = None,
 ) -> Iterator[UnpairedRecord]:
-    """Labelled completions: {prompt, completion, label} with a label true or false.
+    """Labelled responses: {prompt, completion or response, label or score}.
 
     Args:
       source: as for `preference_records`; pairs give one desirable and one undesirable record each.
+      threshold: smallest number that is a desirable label; None: labels are true or false, 1 or 0.
       bad_records: "error" or "skip".
       report: filled while reading.
     """
     if source == "embedded":
         return as_unpaired(embedded_preferences())
-    return read_records(source, unpaired_of_row, bad_records, report)
+    of_row = functools.partial(unpaired_of_row, threshold=threshold)
+    return read_records(source, of_row, bad_records, report)
 
 
 def text_records(

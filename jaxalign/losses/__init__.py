@@ -9,6 +9,7 @@ from jaxalign.losses.asymmetric_dpo import dpo_shift as dpo_shift
 from jaxalign.losses.asymmetric_dpo import mappo as mappo
 from jaxalign.losses.asymmetric_dpo import minor_dpo as minor_dpo
 from jaxalign.losses.bco import bco as bco
+from jaxalign.losses.bco import bco_unpaired as bco_unpaired
 from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
 from jaxalign.losses.cal_dpo import cal_dpo as cal_dpo
 from jaxalign.losses.cpo import cpo as cpo
@@ -25,6 +26,8 @@ from jaxalign.losses.ipo import ipo_mean as ipo_mean
 from jaxalign.losses.kto import kto as kto
 from jaxalign.losses.kto import kto_kl as kto_kl
 from jaxalign.losses.kto import kto_unpaired as kto_unpaired
+from jaxalign.losses.kto import kto_weights as kto_weights
+from jaxalign.losses.labelled import LabelledLogProbs as LabelledLogProbs
 from jaxalign.losses.loss import Loss as Loss
 from jaxalign.losses.loss import PreferenceLoss as PreferenceLoss
 from jaxalign.losses.loss import Reads as Reads
@@ -115,7 +118,8 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(ppo_value, "samples"),
     Loss(hidden_state_matching, "states"),
     Loss(hidden_state_distance, "states"),
-    Loss(kto_unpaired, "responses"),
+    Loss(kto_unpaired, "labelled"),
+    Loss(bco_unpaired, "labelled"),
     Loss(stable_alignment_rated, "responses"),
     Loss(bradley_terry, "scores"),
     Loss(preference_model, "scores"),
@@ -136,7 +140,11 @@ TOKEN_LOSSES = losses_that_read("tokens")
 """The losses on `TokenLogProbs`, by name."""
 REWARD_LOSSES = losses_that_read("scores")
 """The losses on the scores of a scalar head, by name."""
+LABELLED_LOSSES = losses_that_read("labelled")
+"""The losses on `LabelledLogProbs`, by name."""
 CONTRASTIVE_LOSSES = frozenset(loss.name for loss in LOSSES if loss.contrastive)
 """Losses whose pairs are one response under two opposite instructions."""
-BATCH_COUPLED = frozenset(loss.name for loss in LOSSES if loss.coupled)
-"""Losses that take statistics from their whole batch (`Statistics`)."""
+BATCH_COUPLED = frozenset(
+    loss.name for loss in LOSSES if loss.coupled and loss.name in PREFERENCE_LOSSES
+)
+"""Losses on `PairLogProbs` that take statistics from their whole batch (`Statistics`)."""

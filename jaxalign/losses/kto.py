@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxalign.losses.checks import non_negative, positive
+from jaxalign.losses.labelled import LabelledLogProbs
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
 from jaxalign.losses.weighted import weighted_mean
@@ -84,15 +85,21 @@ def kto_kl(
     return jax.lax.stop_gradient(jnp.maximum(weighted_mean(log_ratios, weight), 0.0))
 
 
+def mismatched_kl(
+    responses: LabelledLogProbs, weight: Float[Array, " responses"] | None = None
+) -> dict[str, Array]:
+    """Zero point of `kto_unpaired`: `kto_kl` over prompts with responses of other rows."""
+    return {"kl": kto_kl(responses.mismatched_log_ratio, weight)}
+
+
+@with_statistics(Statistics(batch=mismatched_kl, mismatched=True))
 def kto_unpaired(
-    log_probs: Float[Array, " responses"],
-    reference_log_probs: Float[Array, " responses"],
-    desirable: Bool[Array, " responses"],
+    responses: LabelledLogProbs,
     *,
-    kl: Float[Array, ""],
     beta: float = 0.1,
     lambda_desirable: float = 1.0,
     lambda_undesirable: float = 1.0,
+    kl: Float[Array, ""] | None = None,
 ) -> Float[Array, " responses"]:
     r"""KTO on single responses, each labelled desirable or not.
 
@@ -101,14 +108,14 @@ def kto_unpaired(
               r = \log\pi - \log\pi^{ref}
 
     Args:
-      log_probs: log-probabilities under the policy, summed over tokens, in nats, [responses].
-      reference_log_probs: the same under the reference, [responses].
-      desirable: whether the response is a desirable one, [responses].
-      kl: zero point z_0 in nats, a scalar: `kto_kl` of mismatched responses' log-ratios.
+      responses: log-probabilities summed over response tokens, in nats; every field is [responses].
       beta: inverse temperature of the implicit reward, > 0. Default 0.1: the paper's.
-      lambda_desirable: weight lambda_D, >= 0. Default 1; the paper asks for
-        lambda_D n_D / (lambda_U n_U) in [1, 4/3] where the counts n are unequal.
+      lambda_desirable: weight lambda_D, >= 0. Default 1. With n_D desirable and n_U undesirable
+        responses, the paper asks for lambda_D n_D / (lambda_U n_U) in [1, 4/3]; the feedback stage
+        sees to it where neither weight is set (`kto_weights`).
       lambda_undesirable: weight lambda_U, >= 0. Default 1.
+      kl: zero point z_0 in nats, >= 0, a scalar without gradient: a batch statistic. Default None:
+        `kto_kl` of the mismatched log-ratios of the responses given.
 
     Returns:
       One loss per response, [responses], not reduced. At policy = reference it is 1/2.
@@ -118,9 +125,32 @@ def kto_unpaired(
     """
     positive(beta=beta)
     non_negative(lambda_desirable=lambda_desirable, lambda_undesirable=lambda_undesirable)
-    above = log_probs - reference_log_probs - jax.lax.stop_gradient(kl)
+    if kl is None:
+        kl = mismatched_kl(responses)["kl"]
+    above = responses.log_ratio - jax.lax.stop_gradient(kl)
     return jnp.where(
-        desirable,
+        responses.desirable,
         lambda_desirable * jax.nn.sigmoid(-beta * above),
         lambda_undesirable * jax.nn.sigmoid(beta * above),
     )
+
+
+def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    r"""KTO's weights for unequal numbers of labels: the smallest from 1 that satisfy the rule.
+
+    .. math:: 1 \le \frac{\lambda_D n_D}{\lambda_U n_U} \le \tfrac43
+
+    Args:
+      desirable: n_D, number of desirable responses.
+      undesirable: n_U, number of undesirable ones.
+
+    Returns:
+      lambda_D and lambda_U; one of them is 1. Both are 1 if a label is missing.
+
+    References:
+      Ethayarajh et al., 2024, arXiv:2402.01306, equation 9.
+    """
+    if not desirable or not undesirable:
+        return 1.0, 1.0
+    ratio = desirable / undesirable
+    return max(1.0, 1 / ratio), max(1.0, ratio * 3 / 4)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxalign.errors import UserError, notice_once
 from jaxalign.losses import (
     LOSSES,
+    LabelledLogProbs,
     Loss,
     PairLogProbs,
     PreferenceLoss,
@@ -62,6 +63,43 @@ def find_loss(name: str, options: Mapping[str, Any]) -> Loss:
             raise UserError(f"loss_options: {name}: {str(error).splitlines()[0]}") from error
         return loss
     return own_loss(find_function(name, "loss"), options, name=name)
+
+
+def find_labelled_loss(name: str, options: Mapping[str, Any]) -> Loss:
+    """The loss of single responses of that name, checked before any training.
+
+    Args:
+      name: an entry of the table, or a function of `LabelledLogProbs` as "FILE.py:FUNCTION".
+      options: its hyperparameters.
+
+    Returns:
+      The loss; one of a user's own is taken to couple its batch if it declares statistics.
+
+    Raises:
+      UserError: there is no such loss, it does not take the options, or it does not return a
+        finite, differentiable number for each of two ordinary responses.
+    """
+    known = {loss.name: loss for loss in LOSSES if loss.reads == "labelled"}
+    if name in known:
+        try:  # the loss itself says which hyperparameter is out of range
+            jax.eval_shape(
+                functools.partial(known[name].function, **options), _ordinary("labelled", 0.0)
+            )
+        except ValueError as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"feedback.loss_options: {name}: {said}") from error
+        return known[name]
+    function = find_function(name, "feedback.loss")
+    first, *rest = parameters_of(function, f"feedback.loss: {name}") or (None,)
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        raise UserError(
+            f"feedback.loss: {name} takes no responses; let its first argument be a "
+            "LabelledLogProbs"
+        )
+    check_options(rest, options, f"feedback.loss_options: {name}", "--feedback.loss-options")
+    with users_code(f"feedback.loss: {name} fails on two responses"):
+        _check_values(function, name, options, "labelled")
+    return Loss(errors_in_one_line(function, f"feedback.loss: {name}"), "labelled")
 
 
 def own_loss(function: PreferenceLoss, options: Mapping[str, Any], *, name: str = "") -> Loss:
@@ -137,13 +175,21 @@ def _takes_tokens(loss: Callable[..., Any], name: str, options: Mapping[str, Any
     return first.annotation is TokenLogProbs
 
 
-def _ordinary(reads: Reads, apart: float) -> PairLogProbs | TokenLogProbs:
-    """Two pairs of four tokens each as they occur in training.
+def _ordinary(reads: Reads, apart: float) -> PairLogProbs | TokenLogProbs | LabelledLogProbs:
+    """Two pairs, or labelled responses, of four tokens each as they occur in training.
 
     Args:
-      reads: `tokens`, or else log-probs summed over them.
+      reads: `tokens`, `labelled`, or else log-probs of pairs summed over tokens.
       apart: distance of the policy from its reference, in nats.
     """
+    if reads == "labelled":
+        return LabelledLogProbs(
+            log_prob=jnp.array([-12.0 + apart, -15.0 - apart]),
+            reference=jnp.array([-12.0, -15.0]),
+            desirable=jnp.array([True, False]),
+            length=jnp.full(2, 4, jnp.int32),
+            mismatched_log_ratio=jnp.array([apart, -apart]),
+        )
     pairs = PairLogProbs(
         chosen=jnp.array([-12.0 + apart, -15.0 - apart]),
         rejected=jnp.array([-13.0 - apart, -14.0 + apart]),
@@ -175,6 +221,7 @@ def _check_values(
 ) -> None:
     """A loss returns a finite float per pair, compiled and differentiated as in training."""
     sides = ("chosen", "rejected", "chosen_kl", "rejected_kl")[: 4 if reads == "tokens" else 2]
+    sides = ("log_prob",) if reads == "labelled" else sides
 
     def mean(learned: dict[str, Array], pairs: Any) -> tuple[Array, Array]:
         fields = {one: getattr(pairs, one) for one in pairs.__dataclass_fields__} | learned

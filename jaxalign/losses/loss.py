@@ -11,12 +11,15 @@ from jaxalign.losses.statistics import Statistics, statistics_of
 PreferenceLoss = Callable[..., Float[Array, " pairs"]]
 """A loss: pairs and hyperparameters to one value per pair."""
 
-Reads = Literal["pairs", "policy_pairs", "tokens", "scores", "samples", "states", "responses"]
+Reads = Literal[
+    "pairs", "policy_pairs", "tokens", "scores", "samples", "states", "labelled", "responses"
+]
 """What a loss reads.
 
 `pairs`: `PairLogProbs` of policy and reference. `policy_pairs`: `PairLogProbs` of the policy alone.
 `tokens`: `TokenLogProbs`. `scores`: scores of a scalar head. `samples`: annotated responses of an
-online stage. `states`: hidden states. `responses`: single or rated responses.
+online stage. `states`: hidden states. `labelled`: `LabelledLogProbs` of single responses.
+`responses`: rated responses, or responses to imitate.
 """
 
 
@@ -52,4 +55,4 @@ class Loss:
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probs of the reference."""
-        return self.reads in ("pairs", "tokens")
+        return self.reads in ("pairs", "tokens", "labelled")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from jaxtyping import Array, Float
 
+from jaxalign.losses.labelled import LabelledLogProbs
 from jaxalign.losses.pairs import PairLogProbs
 
 Weight = Float[Array, " pairs"] | None
@@ -13,7 +14,7 @@ Arguments = dict[str, Array]
 Loss = TypeVar("Loss", bound=Callable)
 
 
-def no_arguments(pairs: PairLogProbs, weight: Weight = None) -> Arguments:
+def no_arguments(pairs: PairLogProbs | LabelledLogProbs, weight: Weight = None) -> Arguments:
     """No arguments: nothing is computed from the batch."""
     return {}
 
@@ -35,14 +36,19 @@ class Statistics:
       update: `(running, pairs, weight)` -> the running statistics with this batch; called before
         the loss of a training batch, never on held-out pairs.
       arguments: names of the running statistics that are arguments of the loss.
+      mismatched: whether `batch` reads log-ratios of prompts with the responses of other rows, for
+        losses of `LabelledLogProbs`; they cost a pass of the policy and one of the reference.
     """
 
     batch: Callable[..., Arguments] = no_arguments
     start: Mapping[str, float] = field(default_factory=dict)
     update: Callable[..., Arguments] | None = None
     arguments: tuple[str, ...] = ()
+    mismatched: bool = False
 
-    def of(self, pairs: PairLogProbs, weight: Weight, running: Mapping[str, Array]) -> Arguments:
+    def of(
+        self, pairs: PairLogProbs | LabelledLogProbs, weight: Weight, running: Mapping[str, Array]
+    ) -> Arguments:
         """The keyword arguments of the loss for these pairs.
 
         Without running statistics the loss uses its own defaults.

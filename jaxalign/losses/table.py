@@ -40,7 +40,12 @@ SECTIONS: tuple[tuple[str, str, tuple[Reads, ...]], ...] = (
         ("states",),
     ),
     (
-        "Single and rated responses, reward models and supervised fine-tuning",
+        "Feedback on single responses",
+        "On `LabelledLogProbs`: each response is labelled desirable or not.",
+        ("labelled",),
+    ),
+    (
+        "Rated responses, reward models and supervised fine-tuning",
         "",
         ("responses", "scores"),
     ),

@@ -11,7 +11,7 @@ from jaxalign.files import read_json
 from jaxalign.training.checkpoints import DIGESTS, damage
 from jaxalign.training.metrics import parse_metrics
 
-STAGES = ("pretrain", "sft", "preference", "online", "representation")
+STAGES = ("pretrain", "sft", "preference", "feedback", "online", "representation")
 """In the order of a run."""
 STEPS = "steps.json"
 """In a run folder: the steps of each stage, those of epochs too."""

@@ -72,7 +72,7 @@ def fitted(config: TrainConfig, typed: Mapping[str, str]) -> tuple[TrainConfig, 
         notes.append(
             f"entanglement.preconditioned: switched off; it needs the optimiser adamw, not {rule}"
         )
-    for name in ("online", "representation"):
+    for name in ("feedback", "online", "representation"):
         runs = getattr(config, name).runs
         if runs and f"{name}.steps" not in typed and loss in REWARD_LOSSES:
             config = with_fields(config, **{f"{name}.steps": 0, f"{name}.epochs": 0.0})

@@ -50,6 +50,10 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
     yield "adapter", _named(config.adapter)
     if config.preference.runs:
         yield "loss", _code(config.preference.loss)
+    if config.feedback.runs:
+        yield "feedback.data", _data(config.feedback.data or config.data)
+        yield "feedback.eval_data", _data(config.feedback.eval_data)
+        yield "feedback.loss", _code(config.feedback.loss)
     if config.online.runs:
         rollout = config.online.rollout
         yield "rollout.prompts", _data(rollout.prompts)

@@ -77,6 +77,8 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
         write_json(folder / "data.json", inputs.report)
     check_tokens(tuple(data.values()), tokenizer, model_config.vocab_size)
     config = with_steps(config, data)
+    for kind in kinds:
+        config = kind.settle(config, data[kind.name])
     if is_main:
         steps = {kind.name: kind.settings(config).steps for kind in kinds}
         write_json(folder / STEPS, steps)

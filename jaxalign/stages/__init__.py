@@ -3,12 +3,27 @@
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES
-from jaxalign.stages import online, preference, pretraining, representation, scores, supervised
+from jaxalign.stages import (
+    feedback,
+    online,
+    preference,
+    pretraining,
+    representation,
+    scores,
+    supervised,
+)
 from jaxalign.stages.kind import Kind, RunContext
 
 __all__ = ["KINDS", "NAMES", "Kind", "RunContext", "kind_of", "kinds_of"]
 
-KINDS = (pretraining.KIND, supervised.KIND, preference.KIND, online.KIND, representation.KIND)
+KINDS = (
+    pretraining.KIND,
+    supervised.KIND,
+    preference.KIND,
+    feedback.KIND,
+    online.KIND,
+    representation.KIND,
+)
 """All kinds, in the order of a run."""
 NAMES = tuple(kind.name for kind in KINDS)
 """Names of the kinds, which are fields of the config."""

@@ -202,14 +202,27 @@ class Inputs:
         Raises:
           UserError: a record cannot be used, or there is none to train on.
         """
-        options = {
+        return PreferenceData(self)
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """Options of the tokenisation of prompts and responses."""
+        return {
             "max_length": self.config.max_length,
             "prompt_format": self.config.prompt_format,
             "chat": chat_of(self.config),
             "end_token": self.config.end_token,
             "encoder_decoder": self.is_encoder_decoder,
         }
-        return PreferenceData(self.config, self.tokenizer, options, self.report)
+
+    def tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
+        """Rows of records, counted in the report under a name; `more` overrides options."""
+        tokens, report = tokenize(records, self.tokenizer, **self.options | more)
+        self.report[name] = dataclasses.asdict(report)
+        if jax.process_index() == 0:
+            for note in report.notes:
+                print(f"{name.replace('_', ' ')}: {note}")
+        return tokens
 
     def check_length(self) -> None:
         """Raise `UserError` if rows may be longer than the model's context."""
@@ -272,9 +285,10 @@ def instructions_of(config: TrainConfig) -> Instructions:
 class PreferenceData:
     """The pairs of a run, read once for all stages that train on pairs."""
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, options: dict, report: dict):
-        self._config, self._tokenizer, self.options = config, tokenizer, options
-        self._report = report
+    def __init__(self, inputs: Inputs):
+        self._config, self._tokenizer = inputs.config, inputs.tokenizer
+        self._report, self._is_encoder_decoder = inputs.report, inputs.is_encoder_decoder
+        self.tokenized, config, report = inputs.tokenized, inputs.config, inputs.report
         records = read(preference_records, config.data, config, report, "data")
         if config.eval_data is None:
             train, held_out = split_holdout(records, config.holdout, seed=config.seed)
@@ -286,18 +300,9 @@ class PreferenceData:
         if not self.train:
             raise UserError(f"data: {config.data}: no records left to train on; lower --holdout")
 
-    def tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
-        """Rows of records, counted in the report under a name; `more` overrides options."""
-        tokens, report = tokenize(records, self._tokenizer, **self.options | more)
-        self._report[name] = dataclasses.asdict(report)
-        if jax.process_index() == 0:
-            for note in report.notes:
-                print(f"{name.replace('_', ' ')}: {note}")
-        return tokens
-
     def instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
         """Responses under the two instructions; those that are too long are skipped and counted."""
-        if self.options["encoder_decoder"]:
+        if self._is_encoder_decoder:
             raise UserError(
                 f"model: {self._config.model} is an encoder-decoder; responses under instructions "
                 "need a decoder"
@@ -344,7 +349,7 @@ class PreferenceData:
             if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
             tokens = self.tokenized(tokenize_responses, records, name)
-            return tokens.as_pairs() if self.options["encoder_decoder"] else tokens
+            return tokens.as_pairs() if self._is_encoder_decoder else tokens
 
         return TokenizedData(
             train=rows(train, "train_responses"),

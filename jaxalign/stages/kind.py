@@ -58,6 +58,8 @@ class Kind:
     """(run, stage, initial parameters, frozen parameters by role) -> feed."""
     finish: Callable[[RunContext, Params, Params], Outcome]
     """(run, initial parameters, trained parameters to keep) -> outcome."""
+    settle: Callable[[TrainConfig, Any], TrainConfig] = lambda config, data: config
+    """(config, the stage's data) -> the config with what the data decide."""
     check: Callable[[TrainConfig], None] = lambda config: None
     """Raises `UserError` if the config lacks what the stage needs, before anything is loaded."""
 

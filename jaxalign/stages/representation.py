@@ -163,7 +163,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
     held_out, plain = (), None
     if pairs.held_out:
         held_out = stimuli(responses_of(pairs.held_out, "both"), "held_out_stimuli")
-        options: dict[str, Any] = pairs.options | {"encoder_decoder": False}
+        options: dict[str, Any] = inputs.options | {"encoder_decoder": False}
         plain, counted = tokenize_pairs(pairs.held_out, inputs.tokenizer, **options)
         report["held_out_plain_pairs"] = dataclasses.asdict(counted)
     return StimulusData(

@@ -67,7 +67,7 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
 
     def tokenize(records: list[Any], name: str) -> TokenizedPairs:
         rows = compared(records, scored.comparison_format) if pairwise else records
-        options = scored.tokenize_options | {"chat": inputs.pairs.options["chat"]}
+        options = scored.tokenize_options | {"chat": inputs.options["chat"]}
         return inputs.pairs.tokenized(tokenize_pairs, rows, name, **options)
 
     return preference.load_pairs(inputs, tokenize)

@@ -329,9 +329,14 @@ def test_aot_matches_at_the_least_cost(pairs):
 def test_kto_of_pairs_is_kto_of_their_responses(pairs):
     kl = jnp.asarray(1.3)
     options = {"beta": 0.3, "lambda_desirable": 1.4, "lambda_undesirable": 0.6, "kl": kl}
-    responses = jnp.concatenate([pairs.chosen, pairs.rejected])
-    reference = jnp.concatenate([pairs.reference_chosen, pairs.reference_rejected])
-    single = losses.kto_unpaired(responses, reference, jnp.arange(12) < 6, **options)
+    responses = losses.LabelledLogProbs(
+        log_prob=jnp.concatenate([pairs.chosen, pairs.rejected]),
+        reference=jnp.concatenate([pairs.reference_chosen, pairs.reference_rejected]),
+        desirable=jnp.arange(12) < 6,
+        length=jnp.full(12, 4),
+        mismatched_log_ratio=jnp.full(12, jnp.nan),
+    )
+    single = losses.kto_unpaired(responses, **options)
     np.testing.assert_allclose(single[:6] + single[6:], losses.kto(pairs, **options), rtol=1e-6)
 
 

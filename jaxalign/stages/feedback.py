@@ -1,0 +1,204 @@
+"""Feedback on single responses: a loss of responses that are labelled desirable or not (KTO)."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.config import TrainConfig
+from jaxalign.data import split_holdout, tokenize_responses, unpaired_records
+from jaxalign.data.batches import WINDOW, Iterations
+from jaxalign.data.labelled import LabelledBatch, LabelledRows, Mismatched, labelled_batches
+from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
+from jaxalign.errors import UserError
+from jaxalign.losses import kto_weights
+from jaxalign.losses.lookup import find_labelled_loss
+from jaxalign.models.config import ModelConfig
+from jaxalign.sharding import shard_batch
+from jaxalign.stages import parts
+from jaxalign.stages.inputs import Inputs, read, source_of
+from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.structs import pair_batch, record_of, struct
+from jaxalign.training.labelled import LabelledObjective, count_tokens, evaluate_labelled
+from jaxalign.training.stage import Feed, Params, Rows, Stage
+
+NAME, NUMBER = "feedback", 6
+
+
+def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
+    """The stage that trains a policy with a loss of labelled responses."""
+    settings, adapters = config.feedback, parts.run_adapters(config)
+    loss = find_labelled_loss(settings.loss, settings.loss_options)
+    objective = LabelledObjective(
+        policy=parts.make_policy(config, model_config, adapters),
+        loss=loss.function,
+        options=dict(settings.loss_options),
+        coupled=loss.coupled,
+    )
+    rows, length = settings.batch_size, config.max_length
+    has_mismatched = objective.statistics.mismatched
+
+    def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
+        del platform
+        scored = response or length
+        batch = record_of(
+            LabelledBatch,
+            responses=pair_batch(rows, 1, length, scored),
+            mismatched=pair_batch(rows, 1, length, scored) if has_mismatched else None,
+            desirable=struct(rows, dtype=jnp.bool_),
+        )
+        twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
+        one = {"rows": rows, "length": length, "scored": scored}
+        passes = [Rows(**one, forward=2 + twice, backward=1)]
+        return batch, [*passes, Rows(**one, forward=2)] if has_mismatched else passes
+
+    return Stage(
+        name=NAME,
+        method=settings.loss,
+        rows=f"labelled responses of {length:,} tokens",
+        **parts.plain_stage(settings, objective),
+        running=objective.statistics.start,
+        trained=parts.trained_parameters(adapters, parts.key_of(config, NUMBER)),
+        frozen=parts.with_reference(adapters),
+        largest_batch=largest_batch,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """Training and held-out responses with their labels."""
+
+    train: LabelledRows
+    held_out: LabelledRows | None
+    sources: list[str]
+    """File and line of each training record, by its number."""
+    max_length: int
+    shard: tuple[int, int]
+
+    def examples(self, seed: int) -> int:
+        """Number of labelled responses in an epoch."""
+        del seed
+        return len(self.train)
+
+    def batches(
+        self, rows: LabelledRows, batch_size: int, mismatched: Mismatched, **order: Any
+    ) -> Iterations:
+        """Batches of this process."""
+        index, count = self.shard
+        return labelled_batches(
+            rows,
+            max_length=self.max_length,
+            mismatched=mismatched,
+            batch_size=batch_size,
+            process_index=index,
+            process_count=count,
+            **order,
+        )
+
+    def describe(self, batch: LabelledBatch) -> list[str]:
+        """File and line of a batch's records."""
+        numbers = np.asarray(batch.record_index)[np.asarray(batch.responses.weight) > 0]
+        return [self.sources[int(number)] for number in numbers]
+
+
+def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
+    """Labelled responses, or both responses of the run's pairs."""
+    inputs.check_length()
+    settings = config.feedback
+    kind = functools.partial(unpaired_records, threshold=settings.threshold)
+
+    def records(source: str, name: str) -> list[UnpairedRecord]:
+        return read(kind, source, config, inputs.report, name)
+
+    train = records(settings.data or config.data, "feedback_data")
+    held_out_source = settings.eval_data or (None if settings.data else config.eval_data)
+    if held_out_source is None:
+        train, held_out = split_holdout(train, config.holdout, seed=config.seed)
+    else:
+        held_out = records(held_out_source, "feedback_eval_data")
+    train, held_out = train[: config.max_records], held_out[: config.max_eval_records]
+    if not train:
+        raise UserError(
+            f"feedback.data: {settings.data}: no records left to train on; lower --holdout"
+        )
+
+    def rows(records: list[UnpairedRecord], name: str) -> LabelledRows:
+        responses = [
+            PromptResponseRecord(
+                prompt=one.prompt, response=one.completion, source=one.source, line=one.line
+            )
+            for one in records
+        ]
+        tokens = inputs.tokenized(tokenize_responses, responses, name)
+        return LabelledRows(rows=tokens, desirable=np.array([one.label for one in records]))
+
+    return LabelledData(
+        train=rows(train, "train_labelled"),
+        held_out=rows(held_out, "held_out_labelled") if held_out else None,
+        sources=[source_of(record) for record in train],
+        max_length=config.max_length,
+        shard=inputs.shard,
+    )
+
+
+def settle(config: TrainConfig, data: LabelledData) -> TrainConfig:
+    """The config with KTO's weights for unequal numbers of labels, unless weights are set."""
+    settings = config.feedback
+    names = ("lambda_desirable", "lambda_undesirable")
+    desirable = int(data.train.desirable.sum())
+    undesirable = len(data.train) - desirable
+    line = f"{NAME}: {desirable:,} desirable and {undesirable:,} undesirable responses"
+    weights: dict[str, float] = {}
+    is_set = settings.balance == "none" or any(name in settings.loss_options for name in names)
+    if settings.loss == "kto_unpaired" and not is_set:
+        weights = dict(zip(names, kto_weights(desirable, undesirable), strict=True))
+    said = ", ".join(f"{name} {value:.3g}" for name, value in weights.items() if value != 1)
+    if jax.process_index() == 0:
+        print(line + (f": {said} (--feedback.balance none: 1)" if said else ""))
+    options = {**settings.loss_options, **weights}
+    return dataclasses.replace(config, feedback=dataclasses.replace(settings, loss_options=options))
+
+
+def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
+    """Labelled responses on the mesh."""
+    del frozen
+    data, mesh, objective = context.data[NAME], context.mesh, stage.objective
+    assert isinstance(data, LabelledData)
+    evaluation, reads = None, objective.statistics.mismatched
+    if data.held_out is not None:
+        once = {"epochs": 1, "shuffle": False, "window": WINDOW}
+        whose: Mismatched = "all" if reads else "none"
+        held_out = list(data.batches(data.held_out, stage.batch_size, whose, **once))
+        evaluation = evaluate_labelled(objective, held_out, mesh)
+    return Feed(
+        batches=data.batches(
+            data.train,
+            stage.batch_size,
+            "batch" if reads else "none",
+            seed=context.config.seed,
+        ),
+        place=functools.partial(shard_batch, mesh=mesh),
+        describe=data.describe,
+        evaluation=evaluation,
+        throughput=parts.throughput(
+            params,
+            live_reference=True,
+            adapters=stage.adapter_scale is not None,
+            tokens=jax.jit(count_tokens),
+        ),
+    )
+
+
+KIND = Kind(
+    name=NAME,
+    adapters=parts.run_adapters,
+    build=build,
+    load=load,
+    feed=feed,
+    finish=parts.finish,
+    settle=settle,
+)
