@@ -7,7 +7,7 @@ import jax
 
 from jaxalign.commands.experiment import parse
 from jaxalign.commands.report import print_table
-from jaxalign.reporting import comparison, online, read_run, representation
+from jaxalign.reporting import comparison, feedback, online, read_run, representation
 from jaxalign.reporting.report import skipped_updates
 from jaxalign.runs.train import train
 from jaxalign.sharding.processes import ending_together, start
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str]) -> int:
         if jax.process_index() == 0:
             finished = read_run(folder)
             tables = [comparison([finished])]
-            tables += [
-                x.table([finished]) for x in (online, representation) if x.has_stage(finished)
-            ]
+            stages = feedback, online, representation
+            tables += [x.table([finished]) for x in stages if x.has_stage(finished)]
             for header, rows in tables:
                 if rows:
                     print_table(header, rows)

@@ -24,7 +24,7 @@ SHARES = ("time/sampling", "time/annotation", "time/update")
 
 def has_stage(run: Run) -> bool:
     """Whether a run has reached its online stage."""
-    return any(line["stage"] == STAGE for line in run.lines)
+    return run.has_stage(STAGE)
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
-from jaxalign.reporting import entanglement, online, representation
+from jaxalign.reporting import entanglement, feedback, online, representation
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
 from jaxalign.reporting.runs import STAGES, Run
@@ -80,6 +80,12 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
         parts.append(
             Figure(charts=_preference_charts(runs), image="preference.png", alt="held-out curves")
         )
+    if labelled := [run for run in runs if feedback.has_stage(run)]:
+        header, rows = feedback.table(labelled)
+        parts += [
+            Table(title="Labelled responses", header=header, rows=rows),
+            Figure(charts=feedback.charts(labelled), image="feedback.png", alt="rewards"),
+        ]
     if sampled := [run for run in runs if online.has_stage(run)]:
         header, rows = online.table(sampled)
         parts += [

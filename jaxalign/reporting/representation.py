@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxalign.reporting.charts import Chart, Series, colour
-from jaxalign.reporting.runs import Run
+from jaxalign.reporting.runs import Run, before_and_after
 
 STAGE = "representation"
 ROWS = (
@@ -24,19 +24,12 @@ ROWS = (
 
 def has_stage(run: Run) -> bool:
     """Whether a run has reached this stage."""
-    return any(line["stage"] == STAGE for line in run.lines)
+    return run.has_stage(STAGE)
 
 
 def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a line per metric; before and after, or both in a column per run."""
-    rows = []
-    for metric, label, form in ROWS:
-        ends = [run.first_and_last(STAGE, metric) for run in runs]
-        if any(ends):
-            cells = [[form.format(x) for x in both] if both else ["", ""] for both in ends]
-            rows.append([label, *(cells[0] if len(runs) == 1 else map(" → ".join, cells))])
-    names = ["before", "after"] if len(runs) == 1 else [run.name for run in runs]
-    return ["held-out responses and pairs", *names], rows
+    return before_and_after(runs, STAGE, ROWS, "held-out responses and pairs")
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:

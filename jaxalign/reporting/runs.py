@@ -39,6 +39,10 @@ class Run:
         ]
         return [step for step, _ in points], [value for _, value in points]
 
+    def has_stage(self, stage: str) -> bool:
+        """Whether the run has reached a stage."""
+        return any(line["stage"] == stage for line in self.lines)
+
     def last(self, stage: str, split: str) -> Mapping[str, Any]:
         """The last line of a stage; empty where there is none."""
         lines = [x for x in self.lines if x["stage"] == stage and x["split"] == split]
@@ -60,6 +64,27 @@ class Run:
             errors = [half_width(value, pairs) for value in values]
             texts = [f"{text} ± {error:.3f}" for text, error in zip(texts, errors, strict=True)]
         return texts[0], texts[1]
+
+
+def before_and_after(
+    runs: Sequence[Run], stage: str, metrics: Sequence[tuple[str, str, str]], heading: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table: a line per metric; before and after, or both in a column per run.
+
+    Args:
+      runs: to show.
+      stage: whose held-out metrics these are.
+      metrics: name, label and format of each.
+      heading: of the labels.
+    """
+    rows = []
+    for metric, label, form in metrics:
+        ends = [run.first_and_last(stage, metric) for run in runs]
+        if any(ends):
+            cells = [[form.format(x) for x in both] if both else ["", ""] for both in ends]
+            rows.append([label, *(cells[0] if len(runs) == 1 else map(" → ".join, cells))])
+    names = ["before", "after"] if len(runs) == 1 else [run.name for run in runs]
+    return [heading, *names], rows
 
 
 def half_width(fraction: float, number: int) -> float:

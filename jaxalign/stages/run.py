@@ -107,7 +107,7 @@ def in_shapes(what: str) -> Callable[[Any, Any, Any], str]:
         rows = getattr(batch, "pairs", getattr(batch, "responses", batch))
         count, *sides, length = rows.tokens.shape
         each = f"pairs of 2 x {length}" if sides == [2] else f"rows of {length}"
-        each = f"prompts of {sides[0]} x {length}" if sides and sides != [2] else each
+        each = f"prompts of {sides[0]} x {length}" if sides and sides[0] > 2 else each
         text = f"{what} for {count} {each} tokens"
         if (response := getattr(rows, "response_tokens", None)) is not None:
             text += f", responses of {response.shape[-1]}"
