@@ -25,6 +25,7 @@ from jaxalign.data import (
     load_tokenizer,
     pair_batches,
     preference_records,
+    prompt_records,
     tokenize_pairs,
     tokenize_prompts,
 )
@@ -154,6 +155,7 @@ def measure(
     """Train what is not there; every method's measures, and all against all before the judge."""
     runs = {name: (finished(one), one) for name, one in configs(seed, steps, output).items()}
     records = list(preference_records(methods.TEST))[:most]
+    questions = list(prompt_records(methods.TEST))[:most]
     judge = RewardModel.load(runs["judge"][0] / "export")
     tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
     asked = [str(record.prompt) for record in records]
@@ -167,7 +169,7 @@ def measure(
         if name == "hir":  # it was taught to be told
             layout = f"{instructions_of(config).positive}\n\n{layout}"
         options = {"prompt_format": layout, "max_length": config.max_length}
-        prompts, _ = tokenize_prompts(records, tokenizer, **options)
+        prompts, _ = tokenize_prompts(questions, tokenizer, **options)
         pairs, _ = tokenize_pairs(records, tokenizer, **options)
         model = load_pretrained(folder / "export")
         said = answers(model.params, base.params, prompts, base.config,

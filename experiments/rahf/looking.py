@@ -15,7 +15,12 @@ from experiments.page import put, table
 from experiments.rahf import methods
 from experiments.rahf.compare import answers
 from jaxalign.config import TrainConfig
-from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
+from jaxalign.data import (
+    load_tokenizer,
+    preference_records,
+    prompt_records,
+    tokenize_prompts,
+)
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import with_steering
@@ -109,7 +114,8 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
     tokenizer = load_tokenizer(run / "tokenizer")
     records = list(preference_records(methods.TEST))[:prompts]
     layout = {"prompt_format": config.prompt_format, "max_length": config.max_length}
-    asked, _ = tokenize_prompts(records, tokenizer, **layout)
+    questions = list(prompt_records(methods.TEST))[:prompts]
+    asked, _ = tokenize_prompts(questions, tokenizer, **layout)
     depth = tuned.config.layers
     middle = make_reader(config, tuned.config).layers
     bands = {
