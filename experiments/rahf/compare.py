@@ -159,7 +159,8 @@ def measure(
     judge = RewardModel.load(runs["judge"][0] / "export")
     tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
     asked = [str(record.prompt) for record in records]
-    base = load_pretrained(runs["base"][0] / "export")
+    mesh = make_mesh()
+    base = load_pretrained(runs["base"][0] / "export", mesh=mesh)
     found: dict[str, dict[str, float]] = {}
     kept: dict[str, tuple[Any, Any]] = {}
     rewards: dict[str, np.ndarray] = {}
@@ -171,7 +172,7 @@ def measure(
         options = {"prompt_format": layout, "max_length": config.max_length}
         prompts, _ = tokenize_prompts(questions, tokenizer, **options)
         pairs, _ = tokenize_pairs(records, tokenizer, **options)
-        model = load_pretrained(folder / "export")
+        model = load_pretrained(folder / "export", mesh=mesh)
         said = answers(model.params, base.params, prompts, base.config,
                        tokenizer)  # fmt: skip
         log_probs = pair_log_probs(model.params, pairs, base.config)

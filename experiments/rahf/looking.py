@@ -38,6 +38,7 @@ from jaxalign.representation import (
     tokenize_stimuli,
 )
 from jaxalign.runs.exports import export_run
+from jaxalign.sharding import make_mesh
 from jaxalign.stages.inputs import instructions_of, tokenization
 from jaxalign.stages.models import read_run_config
 from jaxalign.stages.representation import make_reader
@@ -62,7 +63,7 @@ def tuned_model(run: Path) -> Any:
     folder = run / "tuned"
     if not folder.is_dir():
         export_run(run, folder, stage="preference")
-    return load_pretrained(folder)
+    return load_pretrained(folder, mesh=make_mesh())
 
 
 def look(run: Path) -> tuple[Any, str]:

@@ -198,7 +198,7 @@ def run_in_shell(text: str) -> None:
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     for target in re.findall(r"(?:>|--json|--plot) (\S+)", text):
         assert Path(target).stat().st_size, f"{text}: {target} is empty"
-    assert ">" in text or "|---|" in done.stdout, f"{text}: prints no table\n{done.stdout}"
+    assert ">" in text or "|---" in done.stdout, f"{text}: prints no table\n{done.stdout}"
 
 
 def test_the_entry_point_runs_from_a_folder_of_the_users(room):
