@@ -1,6 +1,6 @@
 """Each cure against plain DPO on the same pairs, compared at the same margin.
 
-Command:  python -m experiments.gradient_entanglement.reweighting [--model FOLDER] [--scale paper]
+Command:  python -m experiments.gradient_entanglement.cures [--model FOLDER] [--scale paper]
 Time:     a quarter of an hour on two CPU cores
 Expect:   the section "Cures" of this folder's README, and cures.png
 

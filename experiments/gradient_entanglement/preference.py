@@ -87,8 +87,8 @@ def one_by_one(folder: str) -> dict[str, tuple[dict[str, float], float]]:
         pair = jax.tree.map(lambda x, row=row: jnp.asarray(x[row : row + 1]), batch).rows()
         reference = log_probs(model.params, pair)
         values, chosen, rejected, numbers = gradients(params, pair)
-        geometry = PairGeometry(**dict(zip(("chosen", "rejected", "inner"), numbers, strict=True)))
-        geometry = jax.tree.map(lambda x: x[None], geometry)
+        of_pair = (number[None] for number in numbers)
+        geometry = PairGeometry(**dict(zip(("chosen", "rejected", "inner"), of_pair, strict=True)))
         lengths = pair.response_length
         of_loss = PairLogProbs(
             chosen=values[:1],
@@ -196,7 +196,12 @@ def plot(runs: dict[str, dict[str, Path]]) -> None:
     width = -(-len(LOSSES) // 2)
     rows = 2 * len(runs)
     figure, axes = plt.subplots(
-        rows, width, figsize=(2.3 * width, 2 * rows), layout="constrained", sharex=True
+        rows,
+        width,
+        figsize=(2.3 * width, 2 * rows),
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
     )
     for block, (rule, folders) in enumerate(runs.items()):
         for number, (loss, folder) in enumerate(folders.items()):

@@ -60,9 +60,9 @@ def simulated(
     loss: PreferenceLoss,
     data: Sequence[str],
     *,
-    seeds: int = SEEDS,
-    steps: int = STEPS,
-    every: int = EVERY,
+    seeds: int,
+    steps: int,
+    every: int,
     **options: float,
 ) -> np.ndarray:
     """Action probabilities on the way, [seeds, 1 + steps / every, actions]."""
@@ -92,8 +92,12 @@ def interval(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Simulate, print, write the section and the figure."""
+    sizes = {"seeds": SEEDS, "steps": STEPS, "every": EVERY}
     curves = {
-        (name, tau): (simulated(ipo, data, tau=tau), simulated(dpo, data, beta=tau))
+        (name, tau): (
+            simulated(ipo, data, **sizes, tau=tau),
+            simulated(dpo, data, **sizes, beta=tau),
+        )
         for name, data in DATA.items()
         for tau in TAUS
     }

@@ -148,14 +148,14 @@ METHODS: dict[str, Method] = {
 
 
 def run(
-    method: Method, world: World, *, steps: int = STEPS, every: int | None = None
+    method: Method, world: World, *, steps: int | None = None, every: int | None = None
 ) -> np.ndarray:
-    """Policies on the way with exact expectations and plain gradient descent."""
+    """Policies on the way with exact expectations and plain gradient descent (`STEPS` of it)."""
     policies = learn(
         method.algorithm(world),
         game(world.preferences, world.reference, lengths=LENGTHS),
         optax.sgd(method.rate(world.tau)),
-        steps=steps,
+        steps=STEPS if steps is None else steps,
         every=every,
         through_sampling=method.through_sampling,
     )

@@ -108,13 +108,14 @@ def write_prompts() -> None:
 
 def continuations(folder: Path | str, prompts: Path, *, samples: int, seed: int) -> list[list[str]]:
     """What a model says after each prompt of a file, at temperature 1."""
-    model, tokenizer = load_pretrained(folder, dtype=jnp.float32), load_tokenizer(folder)
+    mesh = make_mesh()
+    model, tokenizer = load_pretrained(folder, mesh=mesh, dtype=jnp.float32), load_tokenizer(folder)
     rows, _ = tokenize_prompts(prompt_records(str(prompts)), tokenizer, max_length=48)
     sampler = Sampler(
         config=model.config,
         tokenizer=tokenizer,
         sampling=Sampling(max_tokens=32, end_tokens=(int(tokenizer.eos_token_id),)),
-        mesh=make_mesh(),
+        mesh=mesh,
     )
     texts: list[list[str]] = [[] for _ in range(len(rows))]
     batches = prompt_batches(rows, batch_size=64, epochs=1, shuffle=False)

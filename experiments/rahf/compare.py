@@ -25,6 +25,7 @@ from jaxalign.data import (
     load_tokenizer,
     pair_batches,
     preference_records,
+    prompt_records,
     tokenize_pairs,
     tokenize_prompts,
 )
@@ -154,10 +155,12 @@ def measure(
     """Train what is not there; every method's measures, and all against all before the judge."""
     runs = {name: (finished(one), one) for name, one in configs(seed, steps, output).items()}
     records = list(preference_records(methods.TEST))[:most]
+    questions = list(prompt_records(methods.TEST))[:most]
     judge = RewardModel.load(runs["judge"][0] / "export")
     tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
     asked = [str(record.prompt) for record in records]
-    base = load_pretrained(runs["base"][0] / "export")
+    mesh = make_mesh()
+    base = load_pretrained(runs["base"][0] / "export", mesh=mesh)
     found: dict[str, dict[str, float]] = {}
     kept: dict[str, tuple[Any, Any]] = {}
     rewards: dict[str, np.ndarray] = {}
@@ -167,9 +170,9 @@ def measure(
         if name == "hir":  # it was taught to be told
             layout = f"{instructions_of(config).positive}\n\n{layout}"
         options = {"prompt_format": layout, "max_length": config.max_length}
-        prompts, _ = tokenize_prompts(records, tokenizer, **options)
+        prompts, _ = tokenize_prompts(questions, tokenizer, **options)
         pairs, _ = tokenize_pairs(records, tokenizer, **options)
-        model = load_pretrained(folder / "export")
+        model = load_pretrained(folder / "export", mesh=mesh)
         said = answers(model.params, base.params, prompts, base.config,
                        tokenizer)  # fmt: skip
         log_probs = pair_log_probs(model.params, pairs, base.config)

@@ -15,7 +15,12 @@ from experiments.page import put, table
 from experiments.rahf import methods
 from experiments.rahf.compare import answers
 from jaxalign.config import TrainConfig
-from jaxalign.data import load_tokenizer, preference_records, tokenize_prompts
+from jaxalign.data import (
+    load_tokenizer,
+    preference_records,
+    prompt_records,
+    tokenize_prompts,
+)
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.models import load_pretrained
 from jaxalign.models.decoder import with_steering
@@ -33,6 +38,7 @@ from jaxalign.representation import (
     tokenize_stimuli,
 )
 from jaxalign.runs.exports import export_run
+from jaxalign.sharding import make_mesh
 from jaxalign.stages.inputs import instructions_of, tokenization
 from jaxalign.stages.models import read_run_config
 from jaxalign.stages.representation import make_reader
@@ -57,7 +63,7 @@ def tuned_model(run: Path) -> Any:
     folder = run / "tuned"
     if not folder.is_dir():
         export_run(run, folder, stage="preference")
-    return load_pretrained(folder)
+    return load_pretrained(folder, mesh=make_mesh())
 
 
 def look(run: Path) -> tuple[Any, str]:
@@ -109,7 +115,8 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
     tokenizer = load_tokenizer(run / "tokenizer")
     records = list(preference_records(methods.TEST))[:prompts]
     layout = {"prompt_format": config.prompt_format, "max_length": config.max_length}
-    asked, _ = tokenize_prompts(records, tokenizer, **layout)
+    questions = list(prompt_records(methods.TEST))[:prompts]
+    asked, _ = tokenize_prompts(questions, tokenizer, **layout)
     depth = tuned.config.layers
     middle = make_reader(config, tuned.config).layers
     bands = {

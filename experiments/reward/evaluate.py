@@ -13,7 +13,7 @@ from jaxalign.data import preference_records, split_holdout
 from jaxalign.evaluation import make_annotator
 from jaxalign.evaluation.sampled_cycles import sampled_cycles
 from jaxalign.stages.models import read_run_config
-from jaxalign.stages.scores import score_format
+from jaxalign.stages.scores import MODELS
 from jaxalign.training.calibration import reliability
 
 HEADER = ("run", "pairs", "accuracy", "ECE", "orders agree", "P(shown first)", "circles of triples")
@@ -24,7 +24,7 @@ def row(run: Path, triples: int = 1000) -> list[str]:
     config = read_run_config(run)
     records = list(preference_records(config.data, bad_records="skip"))
     held_out = split_holdout(records, config.holdout, seed=config.seed)[1]
-    annotator = make_annotator(f"{score_format(config).kind}:{run}")
+    annotator = make_annotator(f"{MODELS[config.loss]}:{run}")
     texts = [[str(record.prompt), str(record.chosen), str(record.rejected)] for record in held_out]
     verdicts = annotator.preferences(*map(list, zip(*texts, strict=True)))
     answers: dict[str, list[str]] = {}

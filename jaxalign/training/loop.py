@@ -93,7 +93,7 @@ class _Terminated:
         while True:
             idle = self.done == self.saved and jax.process_count() == 1
             left = received + (IDLE_GRACE if idle else GRACE) - time.monotonic()
-            number = self._next_signal(max(min(left, 0.1), 0))
+            number = self._next_signal(max(min(left, 0.1), 0.0))
             if number == 0:
                 return
             if self._committed() < self.saved:  # wait for what is being written
