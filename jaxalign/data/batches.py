@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxalign.data.balancing import TOLERANCE, balanced_groups
 from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
@@ -148,6 +149,10 @@ def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int
 
 WINDOW = 16
 """Batches of an epoch that are sorted by length together, for less padding."""
+DRAWS = 512
+"""Largest number of random draws for a batch that lies in two epochs."""
+SMALLER = 0.03
+"""Fraction by which such a batch may be smaller than others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,16 +164,18 @@ class BatchOrder:
     epoch adds to it are others than those already there, so no batch holds an example twice unless
     there are fewer examples than a batch. The batches that lie within one epoch hold examples of
     like length: windows of them are sorted by length, cut into batches, and all batches of the
-    epoch shuffled.
+    epoch shuffled. With `sizes`, all batches have nearly the same size instead.
     """
 
     lengths: np.ndarray
     """Int [examples]: what to sort by."""
+    sizes: np.ndarray | None = None
+    """Int [examples, measures]: batches have nearly equal sums of each; None: sort by length."""
     batch_size: int
     seed: int
     shuffle: bool
     window: int
-    """Batches of an epoch that are sorted together; 1 does not sort."""
+    """Batches of an epoch that are sorted together; 1 does not sort, nor make sizes equal."""
     epochs: int | None
     drop_remainder: bool
 
@@ -222,8 +229,32 @@ class BatchOrder:
         if not self.shuffle:
             return np.arange(head), np.arange(examples - tail, examples)
         rng = np.random.default_rng([self.seed, 2, epoch])
-        first = _draw_others(rng, examples, before, head)
-        return first, _draw_others(rng, examples, first, tail)
+        nothing = np.empty(0, np.int64)
+        first = self._draw(rng, examples, before, head, beside=before)
+        return first, self._draw(rng, examples, first, tail, beside=nothing)
+
+    def _draw(
+        self, rng: np.random.Generator, examples: int, taken: np.ndarray, number: int, *, beside: Any
+    ) -> np.ndarray:
+        """Int [number]: random examples, none of which is taken.
+
+        With `sizes`: the first draw whose sum, with the examples beside it, is about the mean of as
+        many; else, of many draws, the one that exceeds the mean least.
+        """
+        if self.sizes is None or self.window == 1 or not number:
+            return _draw_others(rng, examples, taken, number)
+        target = self.sizes.mean(0) * (number + len(beside))
+        given = self.sizes[beside].sum(0)
+        best, least = None, np.inf
+        for _ in range(DRAWS):
+            drawn = _draw_others(rng, examples, taken, number)
+            excess = (given + self.sizes[drawn].sum(0)) / np.maximum(target, 1) - 1
+            if excess.max() < least:
+                best, least = drawn, excess.max()
+            if excess.max() <= TOLERANCE and excess.min() >= -SMALLER:
+                return drawn
+        assert best is not None
+        return best
 
     @functools.cached_property
     def _inner_batches(self) -> Callable[[int], np.ndarray]:
@@ -234,7 +265,10 @@ class BatchOrder:
         members = self._permutation(epoch)
         members = members[~np.isin(members, np.concatenate(self._ends(epoch)))]
         batches = members.reshape(-1, self.batch_size)
-        if self.window > 1:
+        if self.window > 1 and self.sizes is not None and len(batches):
+            rng = np.random.default_rng([self.seed, 3, epoch])
+            batches = members[balanced_groups(self.sizes[members], len(batches), rng)]
+        elif self.window > 1:
             windows = np.array_split(batches, max(1, -(-len(batches) // self.window)))
             batches = np.concatenate([self._by_length(window) for window in windows])
         if self.shuffle:
@@ -257,18 +291,17 @@ def _draw_others(
     return drawn
 
 
-def _share(
-    order: BatchOrder, number: int, process_index: int, process_count: int
-) -> tuple[Any, Any, Any]:
-    """All examples of a batch, this process's part padded with copies, and its weights."""
-    members = order.batch(number)
-    filled = np.concatenate(
-        [members, np.full(order.batch_size - len(members), members[0], members.dtype)]
-    )
-    weight = (np.arange(order.batch_size) < len(members)).astype(np.float32)
-    local = order.batch_size // process_count
-    share = slice(process_index * local, (process_index + 1) * local)
-    return members, filled[share], weight[share]
+def filled_batch(members: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of a batch, filled with copies of the first one, and weights: 0 for copies."""
+    copies = np.full(size - len(members), members[0], members.dtype)
+    weight = (np.arange(size) < len(members)).astype(np.float32)
+    return np.concatenate([members, copies]), weight
+
+
+def share_of(values: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+    """A process's part of values, one for each row of a batch."""
+    local = len(values) // process_count
+    return values[process_index * local : (process_index + 1) * local]
 
 
 def ordered_batches(
@@ -309,11 +342,41 @@ def ordered_batches(
       An iterator with `get_state` and `set_state`; its state is the number of the next batch, as
       plain JSON values, for any number of processes.
     """
-    import grain
+    order = batch_order(
+        lengths,
+        batch_size=batch_size,
+        seed=seed,
+        epochs=epochs,
+        shuffle=shuffle,
+        window=window,
+        drop_remainder=drop_remainder,
+    )
+    check_share(order, process_index, process_count)
 
+    def share(members: np.ndarray) -> Any:
+        filled, weight = filled_batch(members, batch_size)
+        shares = (share_of(x, process_index, process_count) for x in (filled, weight))
+        return make(members, *shares)
+
+    return iterate(order, share, prefetch=prefetch)
+
+
+def batch_order(
+    lengths: np.ndarray,
+    *,
+    sizes: np.ndarray | None = None,
+    batch_size: int,
+    seed: int = 0,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int | None = None,
+    drop_remainder: bool = False,
+) -> BatchOrder:
+    """A `BatchOrder`, its numbers checked; the arguments are those of `ordered_batches`."""
     window = (WINDOW if shuffle else 1) if window is None else window
     order = BatchOrder(
         lengths=lengths,
+        sizes=sizes,
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
@@ -325,25 +388,46 @@ def ordered_batches(
         raise UserError(f"window: {window} is not a number of batches; use 1 or more")
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs: {epochs} passes over the data; use 1 or more")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size: {batch_size} is not a multiple of the {process_count} processes"
-        )
-    number = FOREVER if order.num_batches is None else order.num_batches
-    if number == 0:
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not a number of examples; use 1 or more")
+    if order.num_batches == 0:
         raise UserError(
             f"batch_size: {batch_size} is more than the {len(lengths)} "
             "examples, and partial batches are dropped"
         )
+    return order
+
+
+def check_share(order: BatchOrder, process_index: int, process_count: int) -> None:
+    """Raise `UserError` if the processes cannot share each batch."""
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
+    if order.batch_size % process_count:
+        raise UserError(
+            f"batch_size: {order.batch_size} is not a multiple of the {process_count} processes"
+        )
+
+
+def iterate(
+    order: BatchOrder, make: Callable[[np.ndarray], Any], *, prefetch: int = 8
+) -> Iterations:
+    """The batches of an order.
+
+    Args:
+      order: of the examples.
+      make: examples of a batch -> the batch.
+      prefetch: batches prepared ahead, by threads.
+    """
+    import grain
+
     lock = threading.Lock()
 
     def locked(at: Any) -> Any:
-        with lock:  # one window is planned once, not by every thread
-            order.batch(int(at))
-        return make(*_share(order, int(at), process_index, process_count))
+        with lock:  # an epoch is planned once, not by every thread
+            members = order.batch(int(at))
+        return make(members)
 
+    number = FOREVER if order.num_batches is None else order.num_batches
     options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(number).map(locked).to_iter_dataset(options))
 
