@@ -14,7 +14,7 @@ from jaxalign.data.balancing import TOLERANCE, balanced_groups
 from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
-from jaxalign.rows import ResponseRows, SharedPrefixRows
+from jaxalign.rows import PackedPairs, ResponseRows, SharedPrefixRows
 
 Iterations = Any
 """A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
@@ -41,12 +41,14 @@ class PairBatch:
     """The chosen row, then the rejected one from where they differ, then zeros; None: not made."""
     common_length: Int[AnyArray, " pairs"] | None = None
     """Tokens that both rows begin with; None where there are no joint rows."""
+    packed: PackedPairs | None = None
+    """The same pairs packed; None: not made."""
 
     def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
         """A row per side, chosen first.
 
         Args:
-          shared_prefix: whether the rows carry the batch's joint rows, where it has them.
+          shared_prefix: whether the rows carry the batch's packed or joint rows, where it has them.
         """
         joint = None
         if shared_prefix and self.joint_tokens is not None and self.common_length is not None:
@@ -61,7 +63,12 @@ class PairBatch:
             response_tokens=self.response_tokens.reshape(-1, self.response_tokens.shape[-1]),
             response_length=self.response_length.reshape(-1),
             shared_prefix=joint,
+            packed=self.packed if shared_prefix else None,
         )
+
+    def apart(self) -> "PairBatch":
+        """The same batch with each row by itself: neither joint nor packed."""
+        return dataclasses.replace(self, joint_tokens=None, common_length=None, packed=None)
 
 
 @record
@@ -455,28 +462,56 @@ def pair_batches(
     Returns:
       An iterator of `PairBatch` with `get_state` and `set_state`.
     """
+    length, shape_of = pairs.length.max(1), _pair_shapes(pairs, buckets, joint_share)
+
+    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> PairBatch:
+        padded, response, joint = shape_of(members)
+        batch = padded_pairs(pairs, mine, weight, padded, response)
+        if not joint:
+            return batch
+        return _with_joint_rows(batch, pairs, mine, common_lengths(pairs, mine), joint)
+
+    return ordered_batches(length, make, **order)
+
+
+def padded_positions(
+    pairs: TokenizedPairs, *, buckets: int | Sequence[int] = 4, joint_share: float = 0.0, **order: Any
+) -> float:
+    """Mean number of positions that the network computes for a batch of an epoch.
+
+    Args:
+      pairs: as in `pair_batches`.
+      buckets: as in `pair_batches`.
+      joint_share: as in `pair_batches`.
+      **order: of `batch_order`.
+    """
+    shape_of = _pair_shapes(pairs, buckets, joint_share)
+    batches = batch_order(pairs.length.max(1), **order | {"epochs": 1})
+    shapes = [shape_of(batches.batch(at)) for at in range(batches.num_batches or 0)]
+    each = [joint or 2 * length for length, _, joint in shapes]
+    return float(batches.batch_size * np.mean(each))
+
+
+def _pair_shapes(
+    pairs: TokenizedPairs, buckets: int | Sequence[int], joint_share: float
+) -> Callable[[np.ndarray], tuple[int, int, int]]:
+    """Function from a batch's pairs to the tokens of a row, a response and a joint row; 0: none."""
     length, response = pairs.length.max(1), pairs.response_length.max(1)
     edges = bucket_edges(length, buckets)
     response_of = _sizes_within(response, length, edges)
-    common, joint_of = None, [0] * len(edges)
+    joint_of = [0] * len(edges)
     if joint_share > 0:
-        common = _common_lengths(pairs)
-        joint_of = _sizes_within(pairs.length.sum(1) - common, length, edges)
+        joint_of = _sizes_within(pairs.length.sum(1) - common_lengths(pairs), length, edges)
         joint_of = [
             size if size <= joint_share * 2 * edge else 0
             for size, edge in zip(joint_of, edges, strict=True)
         ]
 
-    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> PairBatch:
+    def shape_of(members: np.ndarray) -> tuple[int, int, int]:
         bucket = int(np.searchsorted(edges, length[members].max()))
-        batch = _pair_batch(
-            pairs, mine, weight, edges[bucket], min(response_of[bucket], edges[bucket])
-        )
-        if common is None or not joint_of[bucket]:
-            return batch
-        return _with_joint_rows(batch, pairs, mine, common[mine], joint_of[bucket])
+        return edges[bucket], min(response_of[bucket], edges[bucket]), joint_of[bucket]
 
-    return ordered_batches(length, make, **order)
+    return shape_of
 
 
 def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) -> list[int]:
@@ -485,12 +520,14 @@ def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) 
     return [-(-size // ROUNDING) * ROUNDING for size in longest]
 
 
-def _common_lengths(pairs: TokenizedPairs) -> np.ndarray:
-    """Int64 [pairs]: how many tokens both rows of each pair begin with."""
-    common = np.zeros(len(pairs), np.int64)
-    for pair, most in enumerate(pairs.length.min(1)):
-        differs = pairs.rows[2 * pair][:most] != pairs.rows[2 * pair + 1][:most]
-        common[pair] = differs.argmax() if differs.any() else most
+def common_lengths(pairs: TokenizedPairs, members: np.ndarray | None = None) -> np.ndarray:
+    """Int64 [pairs]: number of tokens that both rows of each of these pairs begin with; None: all."""
+    numbers = np.arange(len(pairs)) if members is None else members
+    common = np.zeros(len(numbers), np.int64)
+    for at, most in enumerate(pairs.length.min(1)[numbers]):
+        chosen, rejected = (pairs.rows[2 * int(numbers[at]) + side][:most] for side in (0, 1))
+        differs = chosen != rejected
+        common[at] = differs.argmax() if differs.any() else most
     return common
 
 
@@ -506,10 +543,16 @@ def _with_joint_rows(
     return dataclasses.replace(batch, joint_tokens=tokens, common_length=common.astype(np.int32))
 
 
-def _pair_batch(
-    pairs: TokenizedPairs, members: np.ndarray, weight: np.ndarray, length: int, response: int
+def padded_pairs(
+    pairs: TokenizedPairs,
+    members: np.ndarray,
+    weight: np.ndarray,
+    length: int,
+    response: int,
+    *,
+    packed: PackedPairs | None = None,
 ) -> PairBatch:
-    """The named pairs, padded."""
+    """The named pairs, padded to a length, beside the same pairs packed."""
     size = len(members)
     tokens = np.zeros((size, 2, length), np.int32)
     responses = np.zeros((size, 2, response), np.int32)
@@ -527,6 +570,7 @@ def _pair_batch(
         response_length=pairs.response_length[members].astype(np.int32),
         record_index=pairs.record_index[members].astype(np.int32),
         weight=weight,
+        packed=packed,
     )
 
 
