@@ -39,11 +39,11 @@ def balanced_groups(
 
 def _improve(members: np.ndarray, totals: np.ndarray, shares: np.ndarray, worst: int) -> bool:
     """Swap a member of the worst group in place; whether that made it smaller."""
-    groups, count = members.shape
+    count = members.shape[1]
     others = np.argsort(totals[:, totals[worst].argmax()], kind="stable")
     others = others[others != worst]
-    for partners in (others[:LOWEST], others[LOWEST:]):
-        partners = partners[: max(1, CANDIDATES // count**2)]
+    most = max(1, CANDIDATES // count**2)
+    for partners in (others[:LOWEST][:most], others[LOWEST:][:most]):
         if not len(partners):
             continue
         given = shares[members[worst]][:, None, None]  # [own, partners, theirs, measures]

@@ -237,11 +237,16 @@ class BatchOrder:
             return np.arange(head), np.arange(examples - tail, examples)
         rng = np.random.default_rng([self.seed, 2, epoch])
         nothing = np.empty(0, np.int64)
-        first = self._draw(rng, examples, before, head, beside=before)
-        return first, self._draw(rng, examples, first, tail, beside=nothing)
+        first = self._draw(rng, examples, before, head, before)
+        return first, self._draw(rng, examples, first, tail, nothing)
 
     def _draw(
-        self, rng: np.random.Generator, examples: int, taken: np.ndarray, number: int, *, beside: Any
+        self,
+        rng: np.random.Generator,
+        examples: int,
+        taken: np.ndarray,
+        number: int,
+        beside: np.ndarray,
     ) -> np.ndarray:
         """Int [number]: random examples, none of which is taken.
 
@@ -475,7 +480,11 @@ def pair_batches(
 
 
 def padded_positions(
-    pairs: TokenizedPairs, *, buckets: int | Sequence[int] = 4, joint_share: float = 0.0, **order: Any
+    pairs: TokenizedPairs,
+    *,
+    buckets: int | Sequence[int] = 4,
+    joint_share: float = 0.0,
+    **order: Any,
 ) -> float:
     """Mean number of positions that the network computes for a batch of an epoch.
 
@@ -521,7 +530,7 @@ def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) 
 
 
 def common_lengths(pairs: TokenizedPairs, members: np.ndarray | None = None) -> np.ndarray:
-    """Int64 [pairs]: number of tokens that both rows of each of these pairs begin with; None: all."""
+    """Int64 [pairs]: number of tokens that both rows of these pairs, or of all, begin with."""
     numbers = np.arange(len(pairs)) if members is None else members
     common = np.zeros(len(numbers), np.int64)
     for at, most in enumerate(pairs.length.min(1)[numbers]):

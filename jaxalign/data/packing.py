@@ -22,7 +22,7 @@ from jaxalign.data.tokenize import TokenizedPairs
 from jaxalign.rows import PackedPairs
 
 SLACK = 1.25 * TOLERANCE
-"""Fraction by which rows are longer than the longest of the first batches: later ones may be longer."""
+"""Fraction by which rows are longer than those of the first batches: later ones may need it."""
 FIRST = 64
 """Least number of batches from which the length of the rows is chosen."""
 STEP = 1 / 128

@@ -78,8 +78,8 @@ def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "bat
 
 
 def _by_response(
-    x: Float[Array, "tokens *width"], rows: ResponseRows
-) -> Float[Array, "batch response *width"]:
+    x: Float[Array, "tokens ..."], rows: ResponseRows
+) -> Float[Array, "batch response ..."]:
     """Values of the scored tokens, where each response has its own; anything at padding.
 
     NaN for a pair whose packed row is not there.

@@ -1,4 +1,4 @@
-"""`--packing auto`: chosen once per run by the positions that it saves, and stored in its folder."""
+"""`--packing auto`: chosen once per run by the positions it saves, and stored in its folder."""
 
 import dataclasses
 

@@ -101,7 +101,7 @@ def packed_pairs(rng, length, number, longest):
     """Segments, prefixes and positions of pairs one after the other, then padding; the reach."""
     segments, prefixes, positions, reach = [], [], [], 0
     for pair in range(number):
-        common, first, second = rng.integers([0, 0, 0], [longest, longest, longest]) + [1, 0, 1]
+        common, first, second = rng.integers([1, 0, 1], longest + 1)
         parts = [1] * common + [2] * first + [3] * second
         segments += [3 * pair + part for part in parts]
         prefixes += [3 * pair + 1] * len(parts)
@@ -122,7 +122,9 @@ def test_packed_rows_read_no_more_keys_than_they_reach(options, one_cpu, rng, mo
     rows = [packed_pairs(rng, 67, 4, 6), packed_pairs(rng, 67, 6, 4)]
     names = "segment_ids", "prefix_ids", "positions"
     layout = dict(zip(names, jnp.asarray(np.stack([x for x, _ in rows], 1)), strict=True))
-    weights = jnp.asarray(rng.normal(size=arrays[0].shape)) * (layout["segment_ids"] > 0)[..., None, None]
+    weights = (
+        jnp.asarray(rng.normal(size=arrays[0].shape)) * (layout["segment_ids"] > 0)[..., None, None]
+    )
 
     def run(arrays, reach):
         out = attention(*arrays, scale=0.4, query_block=8, reach=reach, **layout, **options)
