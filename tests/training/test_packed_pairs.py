@@ -99,17 +99,16 @@ def test_every_token_has_its_log_prob_entropy_and_gradient(config, one_cpu, rng)
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slopes)) > 0.1
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_pairs_in_batches_of_any_size(seed, one_cpu):
     """Down to one pair of one-token responses, up to rows of the largest length."""
     rng = np.random.default_rng(seed)
     params, _ = world()
-    pairs = make_alike(int(rng.integers(1, 12)), seed=seed, longest=[2, 6, 12, 31][seed])
-    for size in (1, 2, 3, 12):
+    pairs = make_alike(int(rng.integers(1, 12)), seed=seed, longest=[2, 12, 31][seed])
+    run = jax.jit(lambda rows: response_log_probs(params, CONFIG, rows))
+    for size in (1, 3, 12):
         batch = on_device(packed_batches(size, pairs, seed=seed)[0])
-        rows = batch.rows(), batch.rows(shared_prefix=True)
-        plain, packed = (response_log_probs(params, CONFIG, x) for x in rows)
-        close(packed, plain)
+        close(run(batch.rows(shared_prefix=True)), run(batch.rows()))
 
 
 def test_the_states_and_the_divergence_of_every_token(one_cpu):
@@ -117,11 +116,12 @@ def test_the_states_and_the_divergence_of_every_token(one_cpu):
     batch = on_device(packed_batches()[0])
     rows = batch.rows(), batch.rows(shared_prefix=True)
     real = np.arange(batch.response_tokens.shape[-1]) < batch.response_length.reshape(-1)[:, None]
-    plain, packed = (response_states(params, CONFIG, x)[real] for x in rows)
+    states = jax.jit(lambda rows: response_states(params, CONFIG, rows))
+    plain, packed = (states(x)[real] for x in rows)
     close(packed, plain)
-    plain, packed = (
-        compare_responses(params, frozen["reference"], CONFIG, x, reverse=True) for x in rows
-    )
+    reference = frozen["reference"]
+    both = jax.jit(lambda rows: compare_responses(params, reference, CONFIG, rows, reverse=True))
+    plain, packed = map(both, rows)
     assert float(plain.kl.max()) > 1e-3
     close(packed, plain)
 
