@@ -495,7 +495,8 @@ def padded_positions(
       **order: of `batch_order`.
     """
     shape_of = _pair_shapes(pairs, buckets, joint_share)
-    batches = batch_order(pairs.length.max(1), **order | {"epochs": 1})
+    order["epochs"] = 1
+    batches = batch_order(pairs.length.max(1), **order)
     shapes = [shape_of(batches.batch(at)) for at in range(batches.num_batches or 0)]
     each = [joint or 2 * length for length, _, joint in shapes]
     return float(batches.batch_size * np.mean(each))

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,8 +185,9 @@ class _Form(NamedTuple):
 
     def mix(self, q: Array, k: Array, v: Array, queries: _Row, keys: _Row) -> Array:
         """Attention of one block of queries to the keys that it reads."""
-        one = jax.tree.map(lambda x: x[None], (queries, keys))
-        return _mix(q, k, v, _sees(*one, self.window)[0], scale=self.scale, cap=self.cap)
+        queries, keys = (row.map(lambda x: x[None]) for row in (queries, keys))
+        seen = _sees(queries, keys, self.window)[0]
+        return _mix(q, k, v, seen, scale=self.scale, cap=self.cap)
 
 
 def _whole(row: _Row, q: Array) -> _Row:
@@ -228,8 +229,7 @@ def _blocks(q: Array, k: Array, v: Array, row: _Row) -> _Blocks:
     return _Blocks(split(q), row.map(split), k, v, row, start, needed)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_row(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> Array:
+def _packed_row_primal(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> Array:
     """Attention of one packed row: each block of queries reads the keys of its own pairs.
 
     Their number is rounded up to one of a few spans.
@@ -241,8 +241,8 @@ def _packed_row(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> Array:
         q, queries, start, needed = inputs
 
         def reading(span: int) -> Array:
-            keys = jax.tree.map(_reader(blocks, start, span), (blocks.k, blocks.v, blocks.keys))
-            return form.mix(q, *keys[:2], queries, keys[2])
+            read = _reader(blocks, start, span)
+            return form.mix(q, read(blocks.k), read(blocks.v), queries, blocks.keys.map(read))
 
         branches = [functools.partial(reading, span) for span in spans]
         return jax.lax.switch(_branch(spans, needed), branches)
@@ -267,7 +267,7 @@ def _branch(spans: Sequence[int], needed: Array) -> Array:
 
 
 def _packed_row_fwd(form, q, k, v, row):
-    return _packed_row(form, q, k, v, row), (q, k, v, row)
+    return _packed_row_primal(form, q, k, v, row), (q, k, v, row)
 
 
 def _packed_row_bwd(form, saved, d_out):
@@ -282,7 +282,7 @@ def _packed_row_bwd(form, saved, d_out):
 
         def reading(span, sums):
             read = _reader(blocks, start, span)
-            keys = jax.tree.map(read, blocks.keys)
+            keys = blocks.keys.map(read)
             _, pull = jax.vjp(
                 lambda q, k, v: form.mix(q, k, v, queries, keys), q, read(blocks.k), read(blocks.v)
             )
@@ -306,6 +306,7 @@ def _add_at(whole: Array, part: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
 
 
+_packed_row: Any = jax.custom_vjp(_packed_row_primal, nondiff_argnums=(0,))
 _packed_row.defvjp(_packed_row_fwd, _packed_row_bwd)
 
 

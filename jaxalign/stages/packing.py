@@ -1,11 +1,13 @@
 """`--packing auto`: chosen once per run by the positions it saves, and stored in its folder."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxalign.data import TokenizedPairs
 from jaxalign.data.batches import padded_positions
 from jaxalign.data.packing import Packing, pair_packer
 from jaxalign.errors import UserError
@@ -72,7 +74,8 @@ def _chosen(context: RunContext, stage: Stage, data: TokenizedData, packing: Pac
     watched = 0 < config.entanglement.every < 4
     if settings == "auto" and (watched or jax.default_backend() == "gpu"):
         return False
-    how = {"batch_size": stage.batch_size, "seed": config.seed}
+    assert isinstance(data.train, TokenizedPairs)
+    how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": config.seed}
     shape = pair_packer(data.train, packing, **how).shape
     assert shape is not None  # the rows share a batch equally
     saved = 1 - packing.rows * shape.length / padded_positions(

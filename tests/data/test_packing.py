@@ -159,6 +159,7 @@ def test_little_is_padding_in_many_epochs_of_real_looking_lengths(batch_size, ro
     packer = pair_packer(pairs, packing, batch_size=batch_size, seed=3)
     sizes = pair_sizes(pairs)
     totals = [sizes[packer.order.batch(at)].sum(0) for at in range(4 * 1003 // batch_size)]
+    assert packer.shape is not None
     computed = np.array([packer.shape.length, packer.shape.scored]) * rows
     assert (np.mean(totals, axis=0) / computed > [0.95, 0.95]).all()
     longest = np.array([packer._rows(packer.order.batch(at))[2] for at in range(len(totals))])
