@@ -115,7 +115,8 @@ def test_the_states_and_the_divergence_of_every_token(one_cpu):
     params, frozen = world()
     batch = on_device(packed_batches()[0])
     rows = batch.rows(), batch.rows(shared_prefix=True)
-    real = np.arange(batch.response_tokens.shape[-1]) < batch.response_length.reshape(-1)[:, None]
+    lengths = np.asarray(batch.response_length).reshape(-1, 1)
+    real = np.arange(batch.response_tokens.shape[-1])[None] < lengths
     states = jax.jit(lambda rows: response_states(params, CONFIG, rows))
     plain, packed = (states(x)[real] for x in rows)
     close(packed, plain)
@@ -128,7 +129,7 @@ def test_the_states_and_the_divergence_of_every_token(one_cpu):
 
 def objectives():
     policy = Policy(config=CONFIG)
-    for name in ("dpo", "simpo", "kto", "orpo"):
+    for name in ("dpo", "kto"):  # each pair by itself, and with statistics of the batch
         loss, coupled = PREFERENCE_LOSSES[name], name == "kto"
         yield name, PreferenceObjective(policy=policy, loss=loss, options={}, coupled=coupled)
     dpo = {"loss": PREFERENCE_LOSSES["dpo"], "options": {}}
@@ -137,12 +138,13 @@ def objectives():
     yield "tdpo2", TokenPreferenceObjective(policy=policy, loss=loss, options={})
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "objective"), objectives(), ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "micro_batches"),
+    [("dpo", 1), ("dpo", 2), ("kto", 2), ("masked", 1), ("tdpo2", 1)],
 )
-def test_losses_gradients_and_metrics(name, objective, micro_batches, rng):
+def test_losses_gradients_and_metrics(name, micro_batches):
     params, frozen = world()
+    objective = dict(objectives())[name]
     if name == "masked":
         params |= {HEAD: jax.tree.map(lambda x: x + 0.1, initial_head(CONFIG.width, WORDS))}
     run = jax.jit(partial(gradients, objective, micro_batches=micro_batches))
@@ -155,9 +157,9 @@ def test_losses_gradients_and_metrics(name, objective, micro_batches, rng):
         close(*values, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_of_packed_pairs(one_cpu):
+def test_adapters_of_packed_pairs():
     params, _ = world()
-    adapters = init_adapters(params, jax.random.key(2), rank=2, targets=["*"])
+    adapters = init_adapters(params, jax.random.key(2), rank=2, targets=["q", "down"])
     adapters = jax.tree.map(lambda x: x + 0.2, adapters)
     policy = Policy(config=CONFIG, adapter_scale=0.5)
     objective = PreferenceObjective(policy=policy, loss=PREFERENCE_LOSSES["dpo"], options={})
@@ -173,7 +175,7 @@ def dpo():
     return PreferenceObjective(policy=policy, loss=PREFERENCE_LOSSES["dpo"], options={})
 
 
-@pytest.mark.parametrize(("shards", "micro_batches"), [(8, 1), (4, 2), (2, 1)])
+@pytest.mark.parametrize(("shards", "micro_batches"), [(8, 1), (2, 2)])
 def test_devices_share_packed_rows(shards, micro_batches):
     """The update of one device with padded rows."""
     params, frozen = world()
