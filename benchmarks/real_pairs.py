@@ -1,7 +1,8 @@
 """DPO of a real model on real pairs of unlike lengths: `jaxalign train` beside TRL's DPOTrainer.
 
 Command:  python -m benchmarks.real_pairs --model FOLDER --data pairs.jsonl [--dtypes float32]
-          [--batch-size 8] [--steps 14] [--rounds 1] [--remat auto none full] [--json FILE]
+          [--orders packed padded] [--batch-size 8] [--steps 14] [--rounds 1]
+          [--remat auto none full] [--json FILE]
 Time:     for a model of 135 million parameters about two minutes a contestant and round on two
           CPU cores with nothing else to do; before the first, some minutes in which pip fetches TRL
 Expect:   one table, and the largest difference of the two loss curves
@@ -13,11 +14,15 @@ that runs in each step. TRL does not checkpoint gradients, which is faster; its 
 always since 1.16. Plain prompts are plain in both (`--chat never`).
 
 Both see the same pairs in the same batches: jaxalign's order of data is a pure function of its
-seed, and TRL reads a file that is written in that order, without shuffling. Tokens are those of
-prompts and responses, without padding. Seconds and CPU-seconds: the median over a run's steps
-without the first `--skip`, which compile. Whole: from the start of the process to its end. Memory:
-the largest resident set until the last step. "jaxalign, again" is the same command a second time,
-with the programs of the first in JAX's cache on disk: what every later run of a researcher is.
+seed, and TRL reads a file that is written in that order, without shuffling. There are two orders:
+jaxalign packs batches of equal size (packed), or pads batches of pairs of like length (padded);
+TRL pads both. Tokens are those of prompts and responses, without padding.
+
+Seconds and CPU-seconds: the median over a run's steps without the first `--skip`, which compile.
+Rates: of all these steps together, with shapes that are compiled later. Whole: from the start of
+the process to its end. Memory: the largest resident set until the last step. "jaxalign, again" is
+the same command a second time, with the programs of the first in JAX's cache on disk: what every
+later run of a researcher is.
 """
 
 import json
@@ -34,6 +39,7 @@ import tyro
 from benchmarks import environments
 from benchmarks.machine import describe, figure, machine, median, run, table, write_json
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
+from jaxalign.data.packing import Packing, packed_pair_batches
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -54,6 +60,8 @@ class Options:
     """Largest number of tokens in a row."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Data types of the computation."""
+    orders: tuple[Literal["packed", "padded"], ...] = ("packed", "padded")
+    """Batches: packed pairs of equal size, or padded pairs of like length."""
     remat: tuple[Literal["auto", "none", "dots", "full"], ...] = ("auto",)
     """What jaxalign's backward pass recomputes, one contestant each."""
     steps: int = 14
@@ -73,12 +81,13 @@ def main(options: Options) -> None:
     if not 0 <= options.skip < options.steps:
         sys.exit(f"--skip {options.skip}: leaves none of {options.steps} steps to count")
     torch = environments.python_of("torch", options.environments)
-    contestants: list[tuple[str, list[str]]] = []
-    for remat in options.remat:
-        name = "jaxalign" if remat == "auto" else f"jaxalign {remat}"
-        flags = ["--remat", remat]
-        contestants += [(name, flags), (f"{name} again", flags)]
-    contestants += [("trl", [])]
+    contestants: list[tuple[str, str, list[str]]] = []
+    for order in options.orders:
+        for remat in options.remat:
+            name = f"jaxalign {order}" if remat == "auto" else f"jaxalign {order} {remat}"
+            flags = ["--remat", remat, "--packing", "always" if order == "packed" else "never"]
+            contestants += [(name, order, flags), (f"{name} again", order, flags)]
+        contestants += [(f"trl {order}", order, [])]
     facts = machine()
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="real_pairs_") as scratch:
@@ -87,18 +96,18 @@ def main(options: Options) -> None:
         print(f"{options.records} pairs of {options.data}, {describe(facts)}")
         for number in range(options.rounds):
             for dtype in options.dtypes:
-                for name, flags in contestants:
+                for name, order, flags in contestants:
                     cache = folder / f"cache_{name.removesuffix(' again')}_{dtype}_{number}"
                     done = run(
                         [
-                            torch if name == "trl" else sys.executable,
-                            *command(options, name, flags, dtype, folder, number),
+                            sys.executable if flags else torch,
+                            *command(options, name, order, flags, dtype, folder, number),
                         ],
                         {"HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)},
                     )
                     if done.recorded is None or done.error:
                         sys.exit(f"{name}, {dtype}: {done.error}")
-                    recorded = done.recorded | {"process_seconds": done.seconds}
+                    recorded = done.recorded | {"process_seconds": done.seconds, "order": order}
                     runs.setdefault(f"{name}, {dtype}", []).append(recorded)
                     seconds = median(recorded["seconds"][options.skip :])
                     print(f"{name}, {dtype}: {seconds:.2f} seconds a step", file=sys.stderr)
@@ -114,11 +123,11 @@ def main(options: Options) -> None:
     show(options, runs, tokens)
 
 
-def write_pairs(options: Options, folder: Path) -> list[int]:
-    """Write `pairs.jsonl`, and `ordered.jsonl` as jaxalign's batches have them.
+def write_pairs(options: Options, folder: Path) -> dict[str, list[int]]:
+    """Write `pairs.jsonl`, and the pairs of each order as jaxalign's batches have them.
 
     Returns:
-      The tokens of each step's batch, without padding.
+      The tokens of each step's batch, without padding, by order.
     """
     records = list(islice(preference_records(options.data), options.records))
     pairs, report = tokenize_pairs(
@@ -126,12 +135,17 @@ def write_pairs(options: Options, folder: Path) -> list[int]:
     )
     if report.identical or report.truncated_responses or report.truncated_prompts:
         sys.exit(f"{options.data}: {report.summary()}; name pairs that fit whole")
-    batches = islice(pair_batches(pairs, batch_size=options.batch_size), options.steps)
-    order, tokens = [], []
-    for batch in batches:
-        order += batch.record_index.tolist()
-        tokens.append(int(np.sum(batch.prompt_length + batch.response_length)))
-    for name, numbers in (("pairs", range(len(records))), ("ordered", order)):
+    made = {
+        "packed": packed_pair_batches(pairs, Packing(), batch_size=options.batch_size),
+        "padded": pair_batches(pairs, batch_size=options.batch_size),
+    }
+    files = {"pairs": list(range(len(records)))}
+    tokens: dict[str, list[int]] = {}
+    for name in options.orders:
+        batches = list(islice(made[name], options.steps))
+        files[name] = [number for batch in batches for number in batch.record_index.tolist()]
+        tokens[name] = [int(np.sum(x.prompt_length + x.response_length)) for x in batches]
+    for name, numbers in files.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number in numbers:
                 record = records[number]
@@ -141,7 +155,13 @@ def write_pairs(options: Options, folder: Path) -> list[int]:
 
 
 def command(
-    options: Options, name: str, flags: list[str], dtype: str, folder: Path, number: int
+    options: Options,
+    name: str,
+    order: str,
+    flags: list[str],
+    dtype: str,
+    folder: Path,
+    number: int,
 ) -> list[str]:
     """Script and job of a contestant."""
     output = folder / f"{name.replace(' ', '_')}_{dtype}_{number}"
@@ -156,32 +176,38 @@ def command(
         "learning_rate": 1e-6,
         "beta": 0.1,
     }
-    if name != "trl":
+    if flags:
         job |= {"pairs_file": str(folder / "pairs.jsonl")}
         job |= {"flags": ["--chat", "never", "--reference", "live", *flags]}
         return [str(PEERS / "jaxalign_trainer.py"), json.dumps(job)]
-    job |= {"pairs_file": str(folder / "ordered.jsonl"), "shuffle": False}
+    job |= {"pairs_file": str(folder / f"{order}.jsonl"), "shuffle": False}
     job |= {"checkpointing": False, "precomputed": False, "save": True}
     return [str(PEERS / "trl_trainer.py"), json.dumps(job)]
 
 
-def show(options: Options, runs: dict[str, list[dict[str, Any]]], tokens: list[int]) -> None:
+def show(
+    options: Options, runs: dict[str, list[dict[str, Any]]], tokens: dict[str, list[int]]
+) -> None:
     """The table, and how far the loss curves are apart."""
     counted = slice(options.skip, None)
     rows = []
     for name, results in runs.items():
-        base = runs[f"trl, {name.split(', ')[1]}"]
+        order, dtype = results[0]["order"], name.split(", ")[1]
+        base = runs[f"trl {order}, {dtype}"]
+        ratios = [sum(x["seconds"][counted]) for x in base]
+        ratios = [b / sum(x["seconds"][counted]) for b, x in zip(ratios, results, strict=True)]
         seconds = [median(x["seconds"][counted]) for x in results]
-        theirs = [median(x["seconds"][counted]) for x in base]
         whole = [x["process_seconds"] for x in results]
-        rate = [sum(tokens[counted]) / sum(x["seconds"][counted]) for x in results]
+        rate = [sum(tokens[order][counted]) / sum(x["seconds"][counted]) for x in results]
+        per_cpu = [sum(tokens[order][counted]) / sum(x["cpu_seconds"][counted]) for x in results]
         rows.append(
             [
                 name,
                 figure(median(seconds)),
                 figure(median([median(x["cpu_seconds"][counted]) for x in results])),
                 figure(median(rate), 0),
-                figure(median([b / a for a, b in zip(seconds, theirs, strict=True)])),
+                figure(median(per_cpu), 0),
+                figure(median(ratios)),
                 figure(median([x["first_step"] for x in results]), 1),
                 figure(median(whole), 1),
                 figure(
@@ -190,17 +216,19 @@ def show(options: Options, runs: dict[str, list[dict[str, Any]]], tokens: list[i
                 figure(max(max(x["peak_bytes"]) for x in results) / 1e9),
             ]
         )
-    header = ["", "seconds", "CPU-seconds", "tokens/s", "TRL's seconds / own"]
+    header = ["", "seconds", "CPU-seconds", "tokens/s", "tokens/CPU-s", "TRL's seconds / own"]
     header += ["first step at", "whole", "TRL's whole / own", "peak GB"]
     print(table(header, rows))
     for dtype in options.dtypes:
-        first = next(iter(runs))
-        ours = np.array(runs[f"{first.split(', ')[0]}, {dtype}"][0]["losses"])
-        trl = np.array(runs[f"trl, {dtype}"][0]["losses"])
-        print(
-            f"{dtype}: losses differ by at most {np.abs(ours - trl).max():.1e} "
-            f"while they fall by {ours[0] - ours[-1]:.1e}"
-        )
+        for order in options.orders:
+            mine = [x for x in runs if x.startswith("jaxalign") and x.endswith(f", {dtype}")]
+            first = next(x for x in mine if runs[x][0]["order"] == order)
+            ours = np.array(runs[first][0]["losses"])
+            trl = np.array(runs[f"trl {order}, {dtype}"][0]["losses"])
+            print(
+                f"{order}, {dtype}: losses differ by at most {np.abs(ours - trl).max():.1e} "
+                f"while they fall by {ours[0] - ours[-1]:.1e}"
+            )
 
 
 if __name__ == "__main__":

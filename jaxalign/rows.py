@@ -2,7 +2,7 @@
 
 from jaxtyping import Int
 
-from jaxalign.records import AnyArray, record
+from jaxalign.records import AnyArray, record, static
 
 
 @record
@@ -21,6 +21,36 @@ class SharedPrefixRows:
 
 
 @record
+class PackedPairs:
+    """Pairs one after the other in long rows, with little padding at the rows' ends.
+
+    A pair is its common prefix, the rest of the chosen row, then the rest of the rejected row. The
+    tokens that are scored, of all responses of a row, are in a list.
+
+    Attributes:
+      tokens: of the pairs, then zeros.
+      positions: from 0 in either row of a pair.
+      segment_ids: 3 i + 1, 3 i + 2 and 3 i + 3 for the parts of a row's pair i; 0 is padding.
+      scored_positions: where in its row each scored token is predicted; 0 at padding.
+      scored_tokens: the scored tokens; 0 at padding.
+      row_number: of each row, in the whole batch.
+      row: number of the row that holds a pair.
+      scored_start: where in its row's list the responses of a pair begin.
+      reach: no token sees one as many or more places before it; None: unknown.
+    """
+
+    tokens: Int[AnyArray, "packed length"]
+    positions: Int[AnyArray, "packed length"]
+    segment_ids: Int[AnyArray, "packed length"]
+    scored_positions: Int[AnyArray, "packed scored"]
+    scored_tokens: Int[AnyArray, "packed scored"]
+    row_number: Int[AnyArray, " packed"]
+    row: Int[AnyArray, " pairs"]
+    scored_start: Int[AnyArray, "pairs 2"]
+    reach: int | None = static(None)
+
+
+@record
 class ResponseRows:
     """Prompts and their responses.
 
@@ -30,6 +60,8 @@ class ResponseRows:
       response_tokens: the response with its end-of-sequence token, padded on the right.
       response_length: tokens of the response.
       shared_prefix: rows 2 i and 2 i + 1 merged, for a decoder: the same numbers with less work.
+      packed: rows 2 i and 2 i + 1 as pair i, packed, for a decoder: the same numbers with the least
+        work.
     """
 
     tokens: Int[AnyArray, "rows length"]
@@ -37,3 +69,4 @@ class ResponseRows:
     response_tokens: Int[AnyArray, "rows response"]
     response_length: Int[AnyArray, " rows"]
     shared_prefix: SharedPrefixRows | None = None
+    packed: PackedPairs | None = None

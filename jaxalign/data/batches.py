@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxalign.data.balancing import TOLERANCE, balanced_groups
 from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
-from jaxalign.rows import ResponseRows, SharedPrefixRows
+from jaxalign.rows import PackedPairs, ResponseRows, SharedPrefixRows
 
 Iterations = Any
 """A Grain iterator: `next`, `get_state` (plain JSON values) and `set_state`."""
@@ -40,12 +41,14 @@ class PairBatch:
     """The chosen row, then the rejected one from where they differ, then zeros; None: not made."""
     common_length: Int[AnyArray, " pairs"] | None = None
     """Tokens that both rows begin with; None where there are no joint rows."""
+    packed: PackedPairs | None = None
+    """The same pairs packed; None: not made."""
 
     def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
         """A row per side, chosen first.
 
         Args:
-          shared_prefix: whether the rows carry the batch's joint rows, where it has them.
+          shared_prefix: whether the rows carry the batch's packed or joint rows, where it has them.
         """
         joint = None
         if shared_prefix and self.joint_tokens is not None and self.common_length is not None:
@@ -60,7 +63,12 @@ class PairBatch:
             response_tokens=self.response_tokens.reshape(-1, self.response_tokens.shape[-1]),
             response_length=self.response_length.reshape(-1),
             shared_prefix=joint,
+            packed=self.packed if shared_prefix else None,
         )
+
+    def apart(self) -> "PairBatch":
+        """The same batch with each row by itself: neither joint nor packed."""
+        return dataclasses.replace(self, joint_tokens=None, common_length=None, packed=None)
 
 
 @record
@@ -148,6 +156,10 @@ def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int
 
 WINDOW = 16
 """Batches of an epoch that are sorted by length together, for less padding."""
+DRAWS = 512
+"""Largest number of random draws for a batch that lies in two epochs."""
+SMALLER = 0.03
+"""Fraction by which such a batch may be smaller than others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,16 +171,18 @@ class BatchOrder:
     epoch adds to it are others than those already there, so no batch holds an example twice unless
     there are fewer examples than a batch. The batches that lie within one epoch hold examples of
     like length: windows of them are sorted by length, cut into batches, and all batches of the
-    epoch shuffled.
+    epoch shuffled. With `sizes`, all batches have nearly the same size instead.
     """
 
     lengths: np.ndarray
     """Int [examples]: what to sort by."""
+    sizes: np.ndarray | None = None
+    """Int [examples, measures]: batches have nearly equal sums of each; None: sort by length."""
     batch_size: int
     seed: int
     shuffle: bool
     window: int
-    """Batches of an epoch that are sorted together; 1 does not sort."""
+    """Batches of an epoch that are sorted together; 1 does not sort, nor make sizes equal."""
     epochs: int | None
     drop_remainder: bool
 
@@ -222,8 +236,37 @@ class BatchOrder:
         if not self.shuffle:
             return np.arange(head), np.arange(examples - tail, examples)
         rng = np.random.default_rng([self.seed, 2, epoch])
-        first = _draw_others(rng, examples, before, head)
-        return first, _draw_others(rng, examples, first, tail)
+        nothing = np.empty(0, np.int64)
+        first = self._draw(rng, examples, before, head, before)
+        return first, self._draw(rng, examples, first, tail, nothing)
+
+    def _draw(
+        self,
+        rng: np.random.Generator,
+        examples: int,
+        taken: np.ndarray,
+        number: int,
+        beside: np.ndarray,
+    ) -> np.ndarray:
+        """Int [number]: random examples, none of which is taken.
+
+        With `sizes`: the first draw whose sum, with the examples beside it, is about the mean of as
+        many; else, of many draws, the one that exceeds the mean least.
+        """
+        if self.sizes is None or self.window == 1 or not number:
+            return _draw_others(rng, examples, taken, number)
+        target = self.sizes.mean(0) * (number + len(beside))
+        given = self.sizes[beside].sum(0)
+        best, least = None, np.inf
+        for _ in range(DRAWS):
+            drawn = _draw_others(rng, examples, taken, number)
+            excess = (given + self.sizes[drawn].sum(0)) / np.maximum(target, 1) - 1
+            if excess.max() < least:
+                best, least = drawn, excess.max()
+            if excess.max() <= TOLERANCE and excess.min() >= -SMALLER:
+                return drawn
+        assert best is not None
+        return best
 
     @functools.cached_property
     def _inner_batches(self) -> Callable[[int], np.ndarray]:
@@ -234,7 +277,10 @@ class BatchOrder:
         members = self._permutation(epoch)
         members = members[~np.isin(members, np.concatenate(self._ends(epoch)))]
         batches = members.reshape(-1, self.batch_size)
-        if self.window > 1:
+        if self.window > 1 and self.sizes is not None and len(batches):
+            rng = np.random.default_rng([self.seed, 3, epoch])
+            batches = members[balanced_groups(self.sizes[members], len(batches), rng)]
+        elif self.window > 1:
             windows = np.array_split(batches, max(1, -(-len(batches) // self.window)))
             batches = np.concatenate([self._by_length(window) for window in windows])
         if self.shuffle:
@@ -257,18 +303,17 @@ def _draw_others(
     return drawn
 
 
-def _share(
-    order: BatchOrder, number: int, process_index: int, process_count: int
-) -> tuple[Any, Any, Any]:
-    """All examples of a batch, this process's part padded with copies, and its weights."""
-    members = order.batch(number)
-    filled = np.concatenate(
-        [members, np.full(order.batch_size - len(members), members[0], members.dtype)]
-    )
-    weight = (np.arange(order.batch_size) < len(members)).astype(np.float32)
-    local = order.batch_size // process_count
-    share = slice(process_index * local, (process_index + 1) * local)
-    return members, filled[share], weight[share]
+def filled_batch(members: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of a batch, filled with copies of the first one, and weights: 0 for copies."""
+    copies = np.full(size - len(members), members[0], members.dtype)
+    weight = (np.arange(size) < len(members)).astype(np.float32)
+    return np.concatenate([members, copies]), weight
+
+
+def share_of(values: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+    """A process's part of values, one for each row of a batch."""
+    local = len(values) // process_count
+    return values[process_index * local : (process_index + 1) * local]
 
 
 def ordered_batches(
@@ -309,11 +354,41 @@ def ordered_batches(
       An iterator with `get_state` and `set_state`; its state is the number of the next batch, as
       plain JSON values, for any number of processes.
     """
-    import grain
+    order = batch_order(
+        lengths,
+        batch_size=batch_size,
+        seed=seed,
+        epochs=epochs,
+        shuffle=shuffle,
+        window=window,
+        drop_remainder=drop_remainder,
+    )
+    check_share(order, process_index, process_count)
 
+    def share(members: np.ndarray) -> Any:
+        filled, weight = filled_batch(members, batch_size)
+        shares = (share_of(x, process_index, process_count) for x in (filled, weight))
+        return make(members, *shares)
+
+    return iterate(order, share, prefetch=prefetch)
+
+
+def batch_order(
+    lengths: np.ndarray,
+    *,
+    sizes: np.ndarray | None = None,
+    batch_size: int,
+    seed: int = 0,
+    epochs: int | None = None,
+    shuffle: bool = True,
+    window: int | None = None,
+    drop_remainder: bool = False,
+) -> BatchOrder:
+    """A `BatchOrder`, its numbers checked; the arguments are those of `ordered_batches`."""
     window = (WINDOW if shuffle else 1) if window is None else window
     order = BatchOrder(
         lengths=lengths,
+        sizes=sizes,
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
@@ -325,25 +400,46 @@ def ordered_batches(
         raise UserError(f"window: {window} is not a number of batches; use 1 or more")
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs: {epochs} passes over the data; use 1 or more")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size: {batch_size} is not a multiple of the {process_count} processes"
-        )
-    number = FOREVER if order.num_batches is None else order.num_batches
-    if number == 0:
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not a number of examples; use 1 or more")
+    if order.num_batches == 0:
         raise UserError(
             f"batch_size: {batch_size} is more than the {len(lengths)} "
             "examples, and partial batches are dropped"
         )
+    return order
+
+
+def check_share(order: BatchOrder, process_index: int, process_count: int) -> None:
+    """Raise `UserError` if the processes cannot share each batch."""
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index: {process_index} is not one of {process_count} processes")
+    if order.batch_size % process_count:
+        raise UserError(
+            f"batch_size: {order.batch_size} is not a multiple of the {process_count} processes"
+        )
+
+
+def iterate(
+    order: BatchOrder, make: Callable[[np.ndarray], Any], *, prefetch: int = 8
+) -> Iterations:
+    """The batches of an order.
+
+    Args:
+      order: of the examples.
+      make: examples of a batch -> the batch.
+      prefetch: batches prepared ahead, by threads.
+    """
+    import grain
+
     lock = threading.Lock()
 
     def locked(at: Any) -> Any:
-        with lock:  # one window is planned once, not by every thread
-            order.batch(int(at))
-        return make(*_share(order, int(at), process_index, process_count))
+        with lock:  # an epoch is planned once, not by every thread
+            members = order.batch(int(at))
+        return make(members)
 
+    number = FOREVER if order.num_batches is None else order.num_batches
     options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(number).map(locked).to_iter_dataset(options))
 
@@ -371,28 +467,61 @@ def pair_batches(
     Returns:
       An iterator of `PairBatch` with `get_state` and `set_state`.
     """
+    length, shape_of = pairs.length.max(1), _pair_shapes(pairs, buckets, joint_share)
+
+    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> PairBatch:
+        padded, response, joint = shape_of(members)
+        batch = padded_pairs(pairs, mine, weight, padded, response)
+        if not joint:
+            return batch
+        return _with_joint_rows(batch, pairs, mine, common_lengths(pairs, mine), joint)
+
+    return ordered_batches(length, make, **order)
+
+
+def padded_positions(
+    pairs: TokenizedPairs,
+    *,
+    buckets: int | Sequence[int] = 4,
+    joint_share: float = 0.0,
+    **order: Any,
+) -> float:
+    """Mean number of positions that the network computes for a batch of an epoch.
+
+    Args:
+      pairs: as in `pair_batches`.
+      buckets: as in `pair_batches`.
+      joint_share: as in `pair_batches`.
+      **order: of `batch_order`.
+    """
+    shape_of = _pair_shapes(pairs, buckets, joint_share)
+    order["epochs"] = 1
+    batches = batch_order(pairs.length.max(1), **order)
+    shapes = [shape_of(batches.batch(at)) for at in range(batches.num_batches or 0)]
+    each = [joint or 2 * length for length, _, joint in shapes]
+    return float(batches.batch_size * np.mean(each))
+
+
+def _pair_shapes(
+    pairs: TokenizedPairs, buckets: int | Sequence[int], joint_share: float
+) -> Callable[[np.ndarray], tuple[int, int, int]]:
+    """Function from a batch's pairs to the tokens of a row, a response and a joint row; 0: none."""
     length, response = pairs.length.max(1), pairs.response_length.max(1)
     edges = bucket_edges(length, buckets)
     response_of = _sizes_within(response, length, edges)
-    common, joint_of = None, [0] * len(edges)
+    joint_of = [0] * len(edges)
     if joint_share > 0:
-        common = _common_lengths(pairs)
-        joint_of = _sizes_within(pairs.length.sum(1) - common, length, edges)
+        joint_of = _sizes_within(pairs.length.sum(1) - common_lengths(pairs), length, edges)
         joint_of = [
             size if size <= joint_share * 2 * edge else 0
             for size, edge in zip(joint_of, edges, strict=True)
         ]
 
-    def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> PairBatch:
+    def shape_of(members: np.ndarray) -> tuple[int, int, int]:
         bucket = int(np.searchsorted(edges, length[members].max()))
-        batch = _pair_batch(
-            pairs, mine, weight, edges[bucket], min(response_of[bucket], edges[bucket])
-        )
-        if common is None or not joint_of[bucket]:
-            return batch
-        return _with_joint_rows(batch, pairs, mine, common[mine], joint_of[bucket])
+        return edges[bucket], min(response_of[bucket], edges[bucket]), joint_of[bucket]
 
-    return ordered_batches(length, make, **order)
+    return shape_of
 
 
 def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) -> list[int]:
@@ -401,12 +530,14 @@ def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) 
     return [-(-size // ROUNDING) * ROUNDING for size in longest]
 
 
-def _common_lengths(pairs: TokenizedPairs) -> np.ndarray:
-    """Int64 [pairs]: how many tokens both rows of each pair begin with."""
-    common = np.zeros(len(pairs), np.int64)
-    for pair, most in enumerate(pairs.length.min(1)):
-        differs = pairs.rows[2 * pair][:most] != pairs.rows[2 * pair + 1][:most]
-        common[pair] = differs.argmax() if differs.any() else most
+def common_lengths(pairs: TokenizedPairs, members: np.ndarray | None = None) -> np.ndarray:
+    """Int64 [pairs]: number of tokens that both rows of these pairs, or of all, begin with."""
+    numbers = np.arange(len(pairs)) if members is None else members
+    common = np.zeros(len(numbers), np.int64)
+    for at, most in enumerate(pairs.length.min(1)[numbers]):
+        chosen, rejected = (pairs.rows[2 * int(numbers[at]) + side][:most] for side in (0, 1))
+        differs = chosen != rejected
+        common[at] = differs.argmax() if differs.any() else most
     return common
 
 
@@ -422,10 +553,16 @@ def _with_joint_rows(
     return dataclasses.replace(batch, joint_tokens=tokens, common_length=common.astype(np.int32))
 
 
-def _pair_batch(
-    pairs: TokenizedPairs, members: np.ndarray, weight: np.ndarray, length: int, response: int
+def padded_pairs(
+    pairs: TokenizedPairs,
+    members: np.ndarray,
+    weight: np.ndarray,
+    length: int,
+    response: int,
+    *,
+    packed: PackedPairs | None = None,
 ) -> PairBatch:
-    """The named pairs, padded."""
+    """The named pairs, padded to a length, beside the same pairs packed."""
     size = len(members)
     tokens = np.zeros((size, 2, length), np.int32)
     responses = np.zeros((size, 2, response), np.int32)
@@ -443,6 +580,7 @@ def _pair_batch(
         response_length=pairs.response_length[members].astype(np.int32),
         record_index=pairs.record_index[members].astype(np.int32),
         weight=weight,
+        packed=packed,
     )
 
 

@@ -1,8 +1,9 @@
 """Causal attention: fused on GPUs, in blocks elsewhere, row by row on a single CPU."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ def attention(
     segment_ids: Int[Array, "batch length"] | None = None,
     prefix_ids: Int[Array, "batch length"] | None = None,
     positions: Int[Array, "batch length"] | None = None,
+    reach: int | None = None,
     window: int | None = None,
     cap: float | None = None,
     implementation: str = "auto",
@@ -38,6 +40,8 @@ def attention(
         means one segment; rows padded on the right need none, since causality hides padding.
       prefix_ids: the segment that a position's own segment continues, and that it sees, too.
       positions: used for the window; by default the index in the row.
+      reach: no position sees one as many or more places before it, as segments and prefixes are
+        (which are together, prefix first); needs `prefix_ids`. None: unknown.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
       implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
@@ -70,7 +74,9 @@ def attention(
         prefix=prefix_ids,
         position=place if prefix_ids is None or positions is None else positions,
     )
-    return _blocked_attention(q, k, v, row, scale, window, cap, query_block)
+    if prefix_ids is None or (reach is not None and reach >= q.shape[1]):
+        reach = None
+    return _blocked_attention(q, k, v, row, scale, window, cap, reach, query_block)
 
 
 class _Row(NamedTuple):
@@ -85,9 +91,12 @@ class _Row(NamedTuple):
         return jax.tree.map(change, self)
 
 
-def _blocked_attention(q, k, v, row, scale, window, cap, block):
+def _blocked_attention(q, k, v, row, scale, window, cap, reach, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
+    if devices.is_single_cpu() and reach is not None:
+        form = _Form(scale=scale, cap=cap, window=window, reach=reach)
+        return jax.lax.map(lambda inputs: _packed_row(form, *inputs), (q, k, v, _whole(row, q)))
     if devices.is_single_cpu():
         return _row_by_row(mix, q, k, v, row, window, block)
     batch, length, heads, width = q.shape
@@ -109,8 +118,10 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
         return jnp.moveaxis(x.reshape(x.shape[0], *sizes, *x.shape[2:]), 2 if strided else 1, 0)
 
     # A windowed block reads its own positions and the window - 1 positions before them.
-    narrow = window is not None and row.prefix is None and not strided
-    span = min(length, block + window - 1) if narrow else length
+    if row.prefix is None:
+        reach = window
+    narrow = reach is not None and not strided
+    span = min(length, block + reach - 1) if narrow else length
 
     @jax.checkpoint
     def one_block(start, q_block, q_row):
@@ -152,6 +163,151 @@ def _row_by_row(mix, q, k, v, row, window, block):
     if seen.shape[0] == 1:
         return jax.lax.map(lambda inputs: one_row((*inputs, seen[0])), (q, k, v))
     return jax.lax.map(one_row, (q, k, v, seen))
+
+
+PACKED_BLOCK = 128
+"""Number of queries in a block of a packed row on one CPU."""
+
+
+class _Form(NamedTuple):
+    """The constants of attention over a packed row."""
+
+    scale: float
+    cap: float | None
+    window: int | None
+    reach: int
+
+    def spans(self, length: int) -> list[int]:
+        """The numbers of keys that a block may read, ascending; the last is enough for all."""
+        largest = min(PACKED_BLOCK + self.reach - 1, length)
+        sizes = (PACKED_BLOCK + (PACKED_BLOCK // 2 << n) for n in range(32))
+        return [*itertools.takewhile(lambda size: size < largest, sizes), largest]
+
+    def mix(self, q: Array, k: Array, v: Array, queries: _Row, keys: _Row) -> Array:
+        """Attention of one block of queries to the keys that it reads."""
+        queries, keys = (row.map(lambda x: x[None]) for row in (queries, keys))
+        seen = _sees(queries, keys, self.window)[0]
+        return _mix(q, k, v, seen, scale=self.scale, cap=self.cap)
+
+
+def _whole(row: _Row, q: Array) -> _Row:
+    """The places and segments of every row of a batch."""
+    return row.map(lambda x: jnp.broadcast_to(x, q.shape[:2]))
+
+
+class _Blocks(NamedTuple):
+    """A packed row in blocks of queries, padded to whole ones, and its keys."""
+
+    q: Array
+    queries: _Row
+    k: Array
+    v: Array
+    keys: _Row
+    start: Array
+    """First query of each block."""
+    needed: Array
+    """Number of keys that each block reads: from the first pair's first token to its own last."""
+
+
+def _blocks(q: Array, k: Array, v: Array, row: _Row) -> _Blocks:
+    length = q.shape[0]
+    padding = -length % PACKED_BLOCK
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+
+    def split(x: Array) -> Array:
+        return x.reshape(-1, PACKED_BLOCK, *x.shape[1:])
+
+    q, k, v = padded(q), padded(k), padded(v)
+    row = row.map(padded)._replace(place=jnp.arange(length + padding))
+    assert row.prefix is not None
+    before = jnp.pad(row.prefix, (1, 0), constant_values=-1)[:-1]
+    first = jax.lax.cummax(jnp.where(row.prefix != before, row.place, 0))
+    start = jnp.arange(0, length + padding, PACKED_BLOCK)
+    needed = start + PACKED_BLOCK - first[start]
+    return _Blocks(split(q), row.map(split), k, v, row, start, needed)
+
+
+def _packed_row_primal(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> Array:
+    """Attention of one packed row: each block of queries reads the keys of its own pairs.
+
+    Their number is rounded up to one of a few spans.
+    """
+    blocks = _blocks(q, k, v, row)
+    spans = form.spans(blocks.k.shape[0])
+
+    def of_block(inputs: tuple[Array, _Row, Array, Array]) -> Array:
+        q, queries, start, needed = inputs
+
+        def reading(span: int) -> Array:
+            read = _reader(blocks, start, span)
+            return form.mix(q, read(blocks.k), read(blocks.v), queries, blocks.keys.map(read))
+
+        branches = [functools.partial(reading, span) for span in spans]
+        return jax.lax.switch(_branch(spans, needed), branches)
+
+    out = jax.lax.map(of_block, (blocks.q, blocks.queries, blocks.start, blocks.needed))
+    return out.reshape(-1, *out.shape[2:])[: q.shape[0]]
+
+
+def _reader(blocks: _Blocks, start: Array, span: int) -> Callable[[Array], Array]:
+    """Function that slices the keys of a block that begins at a place."""
+    first = _first(blocks, start, span)
+    return lambda x: jax.lax.dynamic_slice_in_dim(x, first, span)
+
+
+def _first(blocks: _Blocks, start: Array, span: int) -> Array:
+    return jnp.clip(start + PACKED_BLOCK - span, 0, blocks.k.shape[0] - span)
+
+
+def _branch(spans: Sequence[int], needed: Array) -> Array:
+    """The smallest span that holds the keys needed."""
+    return jnp.sum(jnp.asarray(spans[:-1], jnp.int32) < needed, dtype=jnp.int32)
+
+
+def _packed_row_fwd(form, q, k, v, row):
+    return _packed_row_primal(form, q, k, v, row), (q, k, v, row)
+
+
+def _packed_row_bwd(form, saved, d_out):
+    q, k, v, row = saved
+    blocks = _blocks(q, k, v, row)
+    spans = form.spans(blocks.k.shape[0])
+    padding = -q.shape[0] % PACKED_BLOCK
+    d_out = jnp.pad(d_out, ((0, padding), (0, 0), (0, 0))).reshape(blocks.q.shape)
+
+    def of_block(sums, inputs):
+        q, queries, start, needed, d_out = inputs
+
+        def reading(span, sums):
+            read = _reader(blocks, start, span)
+            keys = blocks.keys.map(read)
+            _, pull = jax.vjp(
+                lambda q, k, v: form.mix(q, k, v, queries, keys), q, read(blocks.k), read(blocks.v)
+            )
+            d_q, *added = pull(d_out)
+            first = _first(blocks, start, span)
+            return [_add_at(x, y, first) for x, y in zip(sums, added, strict=True)], d_q
+
+        branches = [functools.partial(reading, span) for span in spans]
+        return jax.lax.switch(_branch(spans, needed), branches, sums)
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (blocks.k, blocks.v)]
+    inputs = blocks.q, blocks.queries, blocks.start, blocks.needed, d_out
+    (d_k, d_v), d_q = jax.lax.scan(of_block, zeros, inputs)
+    length = q.shape[0]
+    d_q = d_q.reshape(-1, *d_q.shape[2:])[:length]
+    return d_q, d_k[:length].astype(k.dtype), d_v[:length].astype(v.dtype), None
+
+
+def _add_at(whole: Array, part: Array, start: Array) -> Array:
+    old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
+
+
+_packed_row: Any = jax.custom_vjp(_packed_row_primal, nondiff_argnums=(0,))
+_packed_row.defvjp(_packed_row_fwd, _packed_row_bwd)
 
 
 def _mix(q, k, v, seen, *, scale, cap):

@@ -17,7 +17,7 @@ from jaxalign.models.decoder_layer import attention_branch, norm, one_layer, rot
 from jaxalign.models.layers import look_up, mlp_branch, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import precision
-from jaxalign.records import AnyArray, record
+from jaxalign.records import AnyArray, record, static
 
 
 @record
@@ -34,12 +34,15 @@ class Layout:
         needs `positions`.
       positions: by default counted from each row's first real token, or from the first token of
         each segment.
+      reach: no token sees one as many or more places before it in the row; None: unknown. Needs
+        `prefix_ids`.
     """
 
     attention_mask: AnyArray | None = None
     segment_ids: Int[AnyArray, "rows length"] | None = None
     prefix_ids: Int[AnyArray, "rows length"] | None = None
     positions: Int[AnyArray, "rows length"] | None = None
+    reach: int | None = static(None)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
@@ -194,6 +197,7 @@ def begin_layers(
     visible: dict[str, Any] = {"segment_ids": segments}
     if layout.prefix_ids is not None:
         visible |= {"prefix_ids": layout.prefix_ids, "positions": positions}
+        visible |= {"reach": layout.reach}
     angles = rotations(config, positions)
 
     def layer(x: Array, inputs: tuple[Mapping[str, Any], Array]) -> tuple[Array, Any]:

@@ -53,13 +53,13 @@ def response_log_probs_and_states(
     compute: Compute = Compute(),
 ) -> tuple[ResponseLogProbs, Float[Array, "batch response width"]]:
     """`response_log_probs`, and the hidden states that predict each token: what a critic reads."""
-    hidden = response_states(params, config, rows, compute=compute)
+    hidden, targets = _scored_states(params, config, rows, compute=compute)
     kernel, bias = unembedding(params, config)
     with jax.named_scope("unembedding"):
         out = token_log_probs(
-            hidden.reshape(-1, hidden.shape[-1]),
+            hidden,
             kernel,
-            rows.response_tokens.reshape(-1),
+            targets,
             bias=bias,
             softcap=config.logit_softcap,
             scale=config.logit_scale,
@@ -68,14 +68,55 @@ def response_log_probs_and_states(
             probe=_unembedding_probe(params, config, rows),
         )
     log_prob, entropy = (_masked(x, rows) for x in (out.log_prob, out.entropy))
-    return ResponseLogProbs(log_prob=log_prob, entropy=entropy), hidden
+    return ResponseLogProbs(log_prob=log_prob, entropy=entropy), _by_response(hidden, rows)
 
 
 def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "batch response"]:
     """A number per response token, 0 at padding."""
-    shape = rows.response_tokens.shape
-    real = jnp.arange(shape[1])[None] < rows.response_length[:, None]
-    return jnp.where(real, x.reshape(shape), 0.0)
+    real = jnp.arange(rows.response_tokens.shape[1])[None] < rows.response_length[:, None]
+    return jnp.where(real, _by_response(x, rows), 0.0)
+
+
+def _by_response(
+    x: Float[Array, "tokens ..."], rows: ResponseRows
+) -> Float[Array, "batch response ..."]:
+    """Values of the scored tokens, where each response has its own; anything at padding.
+
+    NaN for a pair whose packed row is not there.
+    """
+    shape, packed = rows.response_tokens.shape, rows.packed
+    if packed is None:
+        return x.reshape(*shape, *x.shape[1:])
+    scored = packed.scored_tokens.shape[1]
+    is_row = packed.row_number[None] == packed.row[:, None]
+    start = jnp.argmax(is_row, axis=1)[:, None] * scored + packed.scored_start
+    at = start.reshape(-1, 1) + jnp.arange(shape[1])[None]
+    values = x[jnp.minimum(at, x.shape[0] - 1)]
+    found = jnp.repeat(is_row.any(1), 2).reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.where(found, values, jnp.nan)
+
+
+def _scored_states(
+    params: Mapping[str, Any], config: ModelConfig, rows: ResponseRows, *, compute: Compute
+) -> tuple[Float[Array, "tokens width"], Int[Array, " tokens"]]:
+    """The hidden states that predict the scored tokens, and these tokens."""
+    packed = rows.packed
+    if packed is None:
+        hidden = response_states(params, config, rows, compute=compute)
+        return hidden.reshape(-1, hidden.shape[-1]), rows.response_tokens.reshape(-1)
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"config: {config.family} is no decoder; its pairs cannot be packed")
+    segment = packed.segment_ids
+    layout = Layout(
+        positions=packed.positions,
+        segment_ids=segment,
+        prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
+        reach=packed.reach,
+    )
+    hidden = decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
+    states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
+    states = devices.by_rows(states)
+    return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
 
 
 @record
@@ -112,7 +153,6 @@ def compare_responses(
     Returns:
       Float32, [batch, response], 0 at padding.
     """
-    targets = rows.response_tokens.reshape(-1)
     form = {
         "softcap": config.logit_softcap,
         "scale": config.logit_scale,
@@ -120,12 +160,10 @@ def compare_responses(
         "vocab_block": compute.vocab_block,
     }
 
-    def states_and_unembedding(params: Mapping[str, Any]) -> tuple[Array, Array, Array | None]:
-        hidden = response_states(params, config, rows, compute=compute)
-        return hidden.reshape(-1, hidden.shape[-1]), *unembedding(params, config)
-
-    hidden, kernel, bias = states_and_unembedding(params)
-    of_reference = jax.lax.stop_gradient(states_and_unembedding(reference_params))
+    hidden, targets = _scored_states(params, config, rows, compute=compute)
+    kernel, bias = unembedding(params, config)
+    states, _ = _scored_states(reference_params, config, rows, compute=compute)
+    of_reference = jax.lax.stop_gradient((states, *unembedding(reference_params, config)))
     policy = token_log_probs(hidden, kernel, targets, bias=bias, **form)
     reference = token_log_probs(*of_reference[:2], targets, bias=of_reference[2], **form)
     kl = token_kl(
@@ -184,6 +222,8 @@ def response_states(
       rows: as in `response_log_probs`.
       compute: as in `response_log_probs`.
     """
+    if rows.packed is not None:
+        return _by_response(_scored_states(params, config, rows, compute=compute)[0], rows)
     tokens, prompt_length, responses = rows.tokens, rows.prompt_length, rows.response_tokens
     if not isinstance(config, DecoderConfig):
         return encoder_decoder.response_states(

@@ -42,6 +42,7 @@ MADE = (
     "data.json",
     "model.json",
     "remat.json",
+    "packing.json",
     STEPS,
     "generation_config.json",
     "metrics.jsonl",

@@ -131,7 +131,7 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield repr(value).encode()
 
 
-UNREAD = ("sources", "shard", "joint_share")
+UNREAD = ("sources", "shard", "joint_share", "packing")
 """Fields of a stage's data that are not hashed: its sources, and how processes share it."""
 
 

@@ -34,6 +34,7 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.batches import WINDOW
+from jaxalign.data.packing import Packing, packed_pair_batches
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import replacing
@@ -95,6 +96,8 @@ class TokenizedData:
     """Tokens of a row of packed text."""
     joint_share: float = 0.0
     """As in `pair_batches`."""
+    packing: Packing | None = None
+    """Rows of a packed training batch of pairs; None: pairs are padded."""
     shard: tuple[int, int] = (0, 1)
     """Shard of each batch that this process feeds: its index and the number of shards."""
 
@@ -112,6 +115,9 @@ class TokenizedData:
         """The endless, checkpointable iterator of this process's training batches."""
         options = self._shard_options
         if isinstance(self.train, TokenizedPairs):
+            if self.packing is not None:
+                options |= {"batch_size": batch_size, "seed": seed}
+                return packed_pair_batches(self.train, self.packing, **options)
             options["joint_share"] = self.joint_share
             return pair_batches(self.train, batch_size=batch_size, seed=seed, **options)
         return text_batches(
@@ -119,9 +125,12 @@ class TokenizedData:
         )
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
-        """Every example once, sorted by length within windows; weight 0 fills the last batch."""
+        """Every example once, in the training batches' form; weight 0 fills the last batch."""
         fixed = self._shard_options | {"epochs": 1, "shuffle": False, "window": WINDOW}
         if isinstance(data, TokenizedPairs):
+            if self.packing is not None:
+                whole = dataclasses.replace(self.packing, micro_batches=1)
+                return list(packed_pair_batches(data, whole, batch_size=batch_size, **fixed))
             fixed["joint_share"] = self.joint_share
             return list(pair_batches(data, batch_size=batch_size, **fixed))
         return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
@@ -151,6 +160,8 @@ def joint_share(share_prompts: str, model_config: ModelConfig, platform: str) ->
 def count_computed(batch: PairBatch | TextBatch | ReferencedBatch) -> jax.Array:
     """Tokens that the network computes, without padding and with shared prefixes counted once."""
     tokens, pairs = count_tokens(batch), getattr(batch, "pairs", batch)
+    if isinstance(pairs, PairBatch) and pairs.packed is not None:
+        return jnp.sum(pairs.packed.segment_ids > 0)
     if isinstance(pairs, PairBatch) and pairs.common_length is not None:
         return tokens - jnp.sum(pairs.common_length)
     return tokens

@@ -22,6 +22,7 @@ from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
 from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.evaluation import evaluate_preferences
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
@@ -219,7 +220,8 @@ def load_pairs(
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Pairs on the mesh, with the reference's log-probs if they are precomputed."""
+    """Pairs on the mesh, packed or not, with the reference's log-probs if they are precomputed."""
+    context = with_packing(context, stage)
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     objective, table = stage.objective, None
     put = functools.partial(shard_batch, mesh=mesh)

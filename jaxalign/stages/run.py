@@ -111,7 +111,9 @@ def in_shapes(what: str) -> Callable[[Any, Any, Any], str]:
         text = f"{what} for {count} {each} tokens"
         if (response := getattr(rows, "response_tokens", None)) is not None:
             text += f", responses of {response.shape[-1]}"
-        if (joint := getattr(rows, "joint_tokens", None)) is not None:
+        if (packed := getattr(rows, "packed", None)) is not None:
+            text += ", packed in {} x {}".format(*packed.tokens.shape)
+        elif (joint := getattr(rows, "joint_tokens", None)) is not None:
             text += f", sharing prompts in {joint.shape[-1]}"
         return text
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError, notice
@@ -25,8 +26,9 @@ class Mean:
         return Mean(total=self.total + other.total, count=self.count + other.count)
 
     def value(self) -> Any:
-        """The mean; NaN if the weight is 0."""
-        return self.total / self.count
+        """The mean; NaN if the weight is 0, as of a label that a batch lacks."""
+        with np.errstate(invalid="ignore"):
+            return self.total / self.count
 
 
 def mean_of(values: Float[Array, " n"], weights: Float[Array, " n"]) -> Mean:

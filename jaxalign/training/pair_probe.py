@@ -114,8 +114,7 @@ class PairProbe:
         key: PRNGKeyArray,
     ) -> PairOutputs:
         """The objective's forward pass with probes in place, each row by itself."""
-        pairs = dataclasses.replace(batch.pairs, joint_tokens=None, common_length=None)
-        batch = dataclasses.replace(batch, pairs=pairs)
+        batch = dataclasses.replace(batch, pairs=batch.pairs.apart())
         return self.objective.forward(with_probes(trained, probes), frozen, batch, key)
 
     def read(
@@ -188,7 +187,8 @@ class PairProbe:
             chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
             return gram(chosen, rejected, diagonal)
 
-        chosen, rejected, inner = jax.lax.map(of_pair, batch)
+        alone = dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, packed=None))
+        chosen, rejected, inner = jax.lax.map(of_pair, alone)
         return PairGeometry(chosen=chosen, rejected=rejected, inner=inner)
 
     def outputs_after(

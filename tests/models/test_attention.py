@@ -95,3 +95,43 @@ def test_positions_split_over_devices_change_nothing(options, rng):
     split = jax.jit(on_mesh(run, mesh))(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split, alone)
     assert split[0].sharding.is_equivalent_to(state_sharding(mesh), 4)
+
+
+def packed_pairs(rng, length, number, longest):
+    """Segments, prefixes and positions of pairs one after the other, then padding; the reach."""
+    segments, prefixes, positions, reach = [], [], [], 0
+    for pair in range(number):
+        common, first, second = rng.integers([1, 0, 1], longest + 1)
+        parts = [1] * common + [2] * first + [3] * second
+        segments += [3 * pair + part for part in parts]
+        prefixes += [3 * pair + 1] * len(parts)
+        positions += [*range(common + first), *range(common, common + second)]
+        reach = max(reach, len(parts))
+    assert len(segments) < length
+    rows = np.zeros((3, length), np.int32)
+    rows[:, : len(segments)] = segments, prefixes, positions
+    return rows, reach
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
+def test_packed_rows_read_no_more_keys_than_they_reach(options, one_cpu, rng, monkeypatch):
+    """Against the same attention with all keys, in numbers and gradients."""
+    monkeypatch.setattr("jaxalign.models.attention.PACKED_BLOCK", 4)
+    arrays = draw(rng, 2, 67, 4, 8), draw(rng, 2, 67, 2, 8), draw(rng, 2, 67, 2, 8)
+    rows = [packed_pairs(rng, 67, 4, 6), packed_pairs(rng, 67, 6, 4)]
+    names = "segment_ids", "prefix_ids", "positions"
+    layout = dict(zip(names, jnp.asarray(np.stack([x for x, _ in rows], 1)), strict=True))
+    weights = (
+        jnp.asarray(rng.normal(size=arrays[0].shape)) * (layout["segment_ids"] > 0)[..., None, None]
+    )
+
+    def run(arrays, reach):
+        out = attention(*arrays, scale=0.4, query_block=8, reach=reach, **layout, **options)
+        return jnp.sum(out * weights), jnp.where(weights != 0, out, 0)
+
+    expected = jax.grad(run, has_aux=True)(arrays, None)
+    monkeypatch.setattr(devices, "is_single_cpu", lambda: one_cpu)
+    reach = max(reach for _, reach in rows)
+    banded = jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(arrays, reach)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), banded, expected)
