@@ -42,7 +42,14 @@ NAMES = {
     **{
         name: f"MINE/{name}"
         for name in (
-            *("pairs.jsonl", "test.jsonl", "labelled.jsonl", "prompts.jsonl", "new.jsonl"),
+            *(
+                "pairs.jsonl",
+                "test.jsonl",
+                "labelled.jsonl",
+                "feedback.jsonl",
+                "prompts.jsonl",
+                "new.jsonl",
+            ),
             *("queries.jsonl", "examples.jsonl", "principles.json", "my_rules.py", "my_losses.py"),
             *("dpo.jsonl", "sft.jsonl", "dpo_0.jsonl", "dpo_1.jsonl", "ipo_0.jsonl"),
         )
@@ -99,7 +106,7 @@ NEEDS = {
     "experiments/rahf/README.md": ("runs/base_lm/export",),
 }
 """Page -> what it takes for granted: runs, and models that another page made."""
-STAGES = "pretrain", "sft", "preference", "online", "representation"
+STAGES = "pretrain", "sft", "preference", "feedback", "online", "representation"
 NOT_RUN = {
     r"pip (install|download) .*": "needs the network",
     r"make (test|test-slow|lint|docs)": "makes an environment; .ci/run runs it",

@@ -88,6 +88,11 @@ def write_files(mine: Path) -> None:
         "pairs.jsonl": rows,
         "test.jsonl": pairs(8),
         "labelled.jsonl": [row | {"source": row["prompt"].split()[2]} for row in rows[:6]],
+        "feedback.jsonl": [
+            one | {"label": label}
+            for side, label in (("chosen", True), ("rejected", False))
+            for one in responses(rows, side)
+        ],
         "dpo.jsonl": responses(rows[:6]),
         "sft.jsonl": responses(rows[:6], "rejected"),
         "dpo_0.jsonl": responses(rows[:6]),
