@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from jaxalign.config import EntanglementConfig, StageConfig, TrainConfig
+from jaxalign.config import EntanglementConfig, PreferenceConfig, TrainConfig
 from jaxalign.data import TokenizedPairs
 from jaxalign.errors import UserError
 from jaxalign.models.config import EncoderDecoderConfig
@@ -27,7 +27,7 @@ EQUAL = TokenizedPairs(rows=make_rows([16] * 400, [8] * 400))
 
 def run_context(folder, *, pairs=VARIED, shape=SHAPE, devices=1, micro_batches=1, **changes):
     config = TrainConfig(
-        preference=StageConfig(steps=10, batch_size=8, micro_batches=micro_batches), **changes
+        preference=PreferenceConfig(steps=10, batch_size=8, micro_batches=micro_batches, **changes)
     )
     data = TokenizedData(train=pairs, held_out=None, sources=[], length=80, joint_share=0.75)
     return RunContext(
