@@ -59,7 +59,7 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Generate what is missing, a batch at a time, each on disk before the next."""
+    """Generate what is missing; responses are on disk as they end, in the order of the prompts."""
     options = parse(Options, "generate", arguments)
     sampled = {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
     decoding = options.sampling.decoding(**sampled)

@@ -1,5 +1,6 @@
 """Rows that are being sampled: their first token, one more token each, until they have ended."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -237,8 +238,8 @@ def _with_token(
     present = rows.present
     if present is not None:
         present = present.at[jnp.arange(len(token)), token].set(True)
-    return Rows(
-        number=rows.number,
+    return dataclasses.replace(
+        rows,
         samples=Samples(
             tokens=jnp.where(here, token[:, None], before.tokens),
             length=before.length + ~done,
@@ -287,8 +288,7 @@ def _choose(
 
 
 def _with_caches(rows: Rows, caches: Any) -> Rows:
-    fields = {name: getattr(rows, name) for name in ("number", "samples", "token", "matched")}
-    return Rows(**fields, present=rows.present, caches=list(caches))
+    return dataclasses.replace(rows, caches=list(caches))
 
 
 def _present(config: Any, prompts: Array, prompt_length: Array) -> Bool[Array, "prompts tokens"]:
