@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from jaxalign.backends.interface import (
     Decoding,
+    Draft,
     Generation,
     Keep,
     Prompt,
@@ -49,6 +50,8 @@ from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
 """Length of the shortest compiled rows; the others are this times powers of two."""
+DRAFT = 4
+"""Number of tokens in a draft."""
 
 
 class LocalModel:
@@ -68,6 +71,8 @@ class LocalModel:
       chat: whether plain prompts go through the chat template; see `plain_prompts`.
       dtype: of the computation.
       end_tokens: tokens that end a response, in addition to the tokenizer's.
+      draft: where drafts of the next tokens come from if one row is decoded at a time, as with
+        one prompt or a batch size of 1; see `generation.prompt_lookup`.
     """
 
     def __init__(
@@ -82,12 +87,14 @@ class LocalModel:
         chat: Chat = "auto",
         dtype: str = "float32",
         end_tokens: Sequence[int] = (),
+        draft: Draft = "none",
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not positive")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self.dtype = jnp.dtype(dtype)
+        self._draft = 0 if draft == "none" else DRAFT
         check_vocabulary(tokenizer, model.config.vocab_size)
         self._encoder = Encoder(tokenizer, end_token=False)
         self._in_text = text_of(tokenizer, prompt_format, None, chat)
@@ -218,7 +225,7 @@ class LocalModel:
         )
         program_key = replace(decoding, seed=0)  # the seed is an argument of the program
         if program_key not in self._programs:
-            self._programs[program_key] = _reporting(compile_programs(method))
+            self._programs[program_key] = _reporting(compile_programs(method, draft=self._draft))
         counts = self._row_counts.setdefault(program_key, set())
         count = _row_count(len(rows) * samples, self.batch_size * samples, counts)
         counts.add(count)
@@ -453,11 +460,16 @@ def _reporting(programs: Programs) -> Programs:
     def reading(source: Any, prompt: Any, length: Any, *, slots: int) -> str:
         return f"reading a prompt of {prompt.shape[1]} tokens into {slots} slots"
 
-    def running(source: Any, rows: Any, ended: Any) -> str:
+    def running(source: Any, rows: Any, *_: Any) -> str:
         tokens, slots = rows.samples.tokens, rows.caches[0].keys[0].shape[2]
         return f"sampling of {tokens.shape[0]} rows of {slots} slots"
 
-    return replace(programs, read=saying(programs.read, reading), run=saying(programs.run, running))
+    return replace(
+        programs,
+        read=saying(programs.read, reading),
+        run=saying(programs.run, running),
+        run_drafted=saying(programs.run_drafted, running),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")

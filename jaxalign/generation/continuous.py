@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxalign.generation import prompt_lookup
 from jaxalign.generation.rows import Method, Prefilled, Rows, Source, begin, prefill, run
 from jaxalign.models import cached_decoder
 
@@ -38,10 +39,19 @@ class Programs:
     """(source, rows or None, prefilled, number, row, size=) -> rows with a new one among them."""
     run: Callable[..., Rows]
     """(source, rows, ended) -> rows, of which so many have ended."""
+    run_drafted: Callable[..., Rows]
+    """(source, row, prompt, length) -> the row when it has ended, as in `prompt_lookup`."""
+    draft: int
+    """Number of tokens in a draft for a single row; 0: there are no drafts."""
 
 
-def compile_programs(method: Method) -> Programs:
-    """The programs of one method, for decoders on one device."""
+def compile_programs(method: Method, *, draft: int = 0) -> Programs:
+    """The programs of one method, for decoders on one device.
+
+    Args:
+      method: settings.
+      draft: number of tokens in a draft where one row is decoded at a time; 0: no drafts.
+    """
 
     def put(
         source: Source,
@@ -57,10 +67,15 @@ def compile_programs(method: Method) -> Programs:
             return one
         return _with_row(_ended_rows(one, size) if rows is None else rows, one, row)
 
+    def drafted(source: Source, rows: Rows, prompt: Array, length: Array) -> Rows:
+        return prompt_lookup.run(source, method, rows, prompt, length, tokens=draft)
+
     return Programs(
         read=jax.jit(functools.partial(_read, method=method), static_argnames="slots"),
         put=jax.jit(put, static_argnames="size", donate_argnums=1),
         run=jax.jit(lambda source, rows, ended: run(source, method, rows, ended), donate_argnums=1),
+        run_drafted=jax.jit(drafted, donate_argnums=1),
+        draft=draft,
     )
 
 
@@ -89,20 +104,26 @@ def sample_continuously(
       padded: length of a prompt -> length to which it is padded, one of a few.
     """
     slots = max(padded(len(prompt)) for prompt in prompts) + method.sampling.max_tokens
+    drafted = rows == 1 and programs.draft > 0
+    slots += programs.draft if drafted else 0
     waiting = [(at, one) for at, own in enumerate(numbers) for one in range(len(own))][::-1]
     owners: dict[int, tuple[int, int]] = {}
-    read_prompt, read, state = -1, None, None
+    read_prompt, given, read, state = -1, None, None, None
     while waiting or owners:
         for row in range(rows):
             if row in owners or not waiting:
                 continue
             at, one = owners[row] = waiting.pop()
             if at != read_prompt:  # samples of one prompt follow each other
-                read_prompt, read = at, _padded(programs, source, prompts[at], padded, slots)
+                read_prompt, given = at, _padded(prompts[at], padded(len(prompts[at])))
+                read = programs.read(source, *given, slots=slots)
             number = np.int32(numbers[at][one])
             state = programs.put(source, state, read, number, np.int32(row), size=rows)
-        ended = rows - len(owners) + 1 if waiting else rows
-        state = programs.run(source, state, np.int32(ended))
+        if drafted and given is not None:
+            state = programs.run_drafted(source, state, *given)
+        else:
+            ended = rows - len(owners) + 1 if waiting else rows
+            state = programs.run(source, state, np.int32(ended))
         out = jax.device_get(state.samples)
         whole = out.finished | (out.length >= method.sampling.max_tokens)
         for row in [row for row in sorted(owners) if whole[row]]:
@@ -111,17 +132,11 @@ def sample_continuously(
             yield Response(prompt=at, sample=one, tokens=tokens, finished=finished)
 
 
-def _padded(
-    programs: Programs,
-    source: Source,
-    prompt: Sequence[int],
-    padded: Callable[[int], int],
-    slots: int,
-) -> Prefilled:
-    """What the policies keep of a prompt."""
-    tokens = np.zeros((1, padded(len(prompt))), np.int32)
-    tokens[0, tokens.shape[1] - len(prompt) :] = prompt
-    return programs.read(source, tokens, np.array([len(prompt)], np.int32), slots=slots)
+def _padded(prompt: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt as a row padded on the left, and its length."""
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, size - len(prompt) :] = prompt
+    return tokens, np.array([len(prompt)], np.int32)
 
 
 def _read(source: Source, prompt: Any, length: Any, *, method: Method, slots: int) -> Prefilled:

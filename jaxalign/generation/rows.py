@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,15 @@ class Rows:
     matched: Int[AnyArray, "rows strings"]
     present: Bool[AnyArray, "rows vocabulary"] | None
     caches: list[Any]
+
+
+@record
+class Chosen:
+    """Next tokens: their log-probs in the sampled distribution, and under each policy."""
+
+    token: Int[AnyArray, " tokens"]
+    log_prob: Float[AnyArray, " tokens"]
+    policy_log_probs: Float[AnyArray, "tokens policies"]
 
 
 @record
@@ -207,14 +216,17 @@ def run(source: Source, method: Method, rows: Rows, ended: int | Int[Array, ""])
       rows: with their first token.
       ended: number of rows that are not active at which the loop stops.
     """
+    return loop(method, functools.partial(step, source, method), rows, ended)
+
+
+def loop(
+    method: Method, step: Callable[[Rows], Rows], rows: Rows, ended: int | Int[Array, ""]
+) -> Rows:
+    """`run` with any step."""
     single = rows.number.shape[0] == 1 and isinstance(method.config, DecoderConfig)
     if single:
         rows = _with_caches(rows, map(cached_decoder.without_row_axis, rows.caches))
-    rows = jax.lax.while_loop(
-        lambda rows: jnp.sum(~active(rows, method)) < ended,
-        lambda rows: step(source, method, rows),
-        rows,
-    )
+    rows = jax.lax.while_loop(lambda x: jnp.sum(~active(x, method)) < ended, step, rows)
     return _with_caches(rows, map(cached_decoder.with_row_axis, rows.caches)) if single else rows
 
 
@@ -222,9 +234,29 @@ def _with_token(
     source: Source, method: Method, rows: Rows, hidden: Sequence[Array], caches: list[Any]
 ) -> Rows:
     """The rows with a token chosen from the hidden states in every active row."""
-    done, before = ~active(rows, method), rows.samples
-    token, log_prob, of_policies = _choose(source, method, rows, hidden)
-    token = jnp.where(done, 0, token)
+    index = rows.samples.length
+    chosen = choose(source, method, hidden, number=rows.number, index=index, present=rows.present)
+    return append(source, method, dataclasses.replace(rows, caches=caches), chosen)
+
+
+def append(
+    source: Source,
+    method: Method,
+    rows: Rows,
+    chosen: Chosen,
+    wanted: bool | Bool[Array, ""] = True,
+) -> Rows:
+    """The rows with the chosen tokens in every active row.
+
+    Args:
+      source: arrays.
+      method: settings.
+      rows: with the caches of the tokens before the chosen ones.
+      chosen: from `choose`.
+      wanted: if not, no row gets its token.
+    """
+    done, before = ~(active(rows, method) & wanted), rows.samples
+    token = jnp.where(done, 0, chosen.token)
     limit = method.sampling.max_tokens
     here = (jnp.arange(limit)[None] == before.length[:, None]) & ~done[:, None]
     ends = jnp.asarray(method.sampling.end_tokens, jnp.int32)
@@ -232,42 +264,58 @@ def _with_token(
     matched = rows.matched
     if source.stops is not None:
         strings = jnp.arange(source.stops.shape[0])[None]
-        matched = source.stops[strings, matched, token[:, None]].astype(jnp.int32)
+        after = source.stops[strings, matched, token[:, None]].astype(jnp.int32)
+        matched = jnp.where(done[:, None], matched, after)
         whole = jnp.any(matched == source.stops.shape[1] - 1, axis=1)
-        finished = finished | (~done & whole)
+        finished = finished | whole
     present = rows.present
     if present is not None:
-        present = present.at[jnp.arange(len(token)), token].set(True)
+        present = present.at[jnp.arange(len(token)), token].max(~done)
+    policy_log_probs = jnp.where(
+        here[:, None], chosen.policy_log_probs[:, :, None], before.policy_log_probs
+    )
     return dataclasses.replace(
         rows,
         samples=Samples(
             tokens=jnp.where(here, token[:, None], before.tokens),
             length=before.length + ~done,
             finished=finished,
-            log_prob=jnp.where(here, log_prob[:, None], before.log_prob),
-            policy_log_probs=jnp.where(
-                here[:, None], of_policies[:, :, None], before.policy_log_probs
-            ),
+            log_prob=jnp.where(here, chosen.log_prob[:, None], before.log_prob),
+            policy_log_probs=policy_log_probs,
         ),
-        token=token,
+        token=jnp.where(wanted, token, rows.token),
         matched=matched,
         present=present,
-        caches=caches,
     )
 
 
-def _choose(
-    source: Source, method: Method, rows: Rows, hidden: Sequence[Array]
-) -> tuple[Int[Array, " rows"], Float[Array, " rows"], Float[Array, "rows policies"]]:
-    """A token for each row, its log-prob in the sampled distribution, and under each policy."""
+def choose(
+    source: Source,
+    method: Method,
+    hidden: Sequence[Float[Array, "tokens width"]],
+    *,
+    number: Int[Array, " tokens"],
+    index: Int[Array, " tokens"],
+    present: Bool[Array, "tokens vocabulary"] | None,
+) -> Chosen:
+    """The next tokens after hidden states.
+
+    Args:
+      source: arrays.
+      method: settings.
+      hidden: states, by policy.
+      number: of the row of each, as in `Rows`.
+      index: of the chosen token in its response.
+      present: as in `Rows`.
+    """
     sampling = method.sampling
     logits = [
         decoder.unembed(state, method.config, policy.kernel, policy.bias)
         for state, policy in zip(hidden, source.policies, strict=True)
     ]
     drawn_from = mixture(logits, source.mixture)
-    if rows.present is not None:
-        drawn_from = penalised(drawn_from, rows.present, sampling.repetition_penalty)
+    if present is not None:
+        drawn_from = penalised(drawn_from, present, sampling.repetition_penalty)
     if sampling.temperature == 0:
         token = most_likely(drawn_from)
         log_prob = jnp.zeros(token.shape)
@@ -277,14 +325,15 @@ def _choose(
             key = jax.random.fold_in(jax.random.fold_in(source.key, number), index)
             return jax.random.uniform(key, (2,))
 
-        uniforms = jax.vmap(uniform)(rows.number, rows.samples.length)
+        uniforms = jax.vmap(uniform)(number, index)
         token, log_prob = draw(distribution(drawn_from, sampling), uniforms)
 
     def of_token(x: Array) -> Array:
         own = jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
         return own - jax.nn.logsumexp(x, axis=-1)
 
-    return token, log_prob, jnp.stack([of_token(x) for x in logits], axis=1)
+    of_policies = jnp.stack([of_token(x) for x in logits], axis=1)
+    return Chosen(token=token, log_prob=log_prob, policy_log_probs=of_policies)
 
 
 def _with_caches(rows: Rows, caches: Any) -> Rows:

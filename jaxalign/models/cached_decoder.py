@@ -142,12 +142,29 @@ def advance(
       layers: from `layers_of`, where a loop should not slice the layers again for each token.
       dtype: as in `prefill`.
     """
+    hidden, after = advance_several(
+        params, config, cache, tokens[:, None], layers=layers, dtype=dtype
+    )
+    return hidden[:, 0], after
+
+
+def advance_several(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    cache: Cache,
+    tokens: Int[Array, "rows new"],
+    *,
+    layers: Sequence[Any] | None = None,
+    dtype: Any = None,
+) -> tuple[Float[Array, "rows new width"], Cache]:
+    """`advance` by several tokens at once; those from `next_slot` to the last slot must suffice."""
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
-    positions = cache.length[:, None]
+    new, slots = tokens.shape[1], cache.keys[0].shape[-2]
+    positions = cache.length[:, None] + jnp.arange(new)[None]
     angles = rotations(config, positions)
-    slots = cache.keys[0].shape[-2]
-    distance = jnp.mod(cache.next_slot - jnp.arange(slots), slots)[None]
-    seen = distance <= positions
+    here = cache.next_slot + jnp.arange(new)
+    distance = jnp.mod(here[:, None] - jnp.arange(slots)[None], slots)[None]
+    seen = distance <= positions[:, :, None]
     near = seen if config.window is None else seen & (distance < config.window)
 
     def through(x: Array, number: int, layer: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -158,8 +175,9 @@ def advance(
             q, k, v = queries_keys_values(y, layer, config, is_windowed=windowed, angles=angles)
             keys = write(cache.keys[number], k, cache.next_slot)
             values = write(cache.values[number], v, cache.next_slot)
-            own = q[:, 0].astype(keys.dtype)
-            mixed = attend_slots(own, keys, values, near if windowed else seen, config)
+            mixed = attend_slots(
+                q.astype(keys.dtype), keys, values, near if windowed else seen, config
+            )
             return dense(mixed.astype(y.dtype), layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
@@ -167,7 +185,7 @@ def advance(
 
         return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
 
-    x = embed(params, config, tokens[:, None], positions, dtype)
+    x = embed(params, config, tokens, positions, dtype)
     kept = []
     for number, layer in enumerate(layers or layers_of(params["layers"], config.layers)):
         x, both = through(x, number, layer)
@@ -176,38 +194,43 @@ def advance(
     after = Cache(
         keys=keys,
         values=values,
-        length=cache.length + 1,
-        next_slot=jnp.mod(cache.next_slot + 1, slots),
+        length=cache.length + new,
+        next_slot=jnp.mod(cache.next_slot + new, slots),
     )
-    return norm(x, params["final_norm"], config)[:, 0], after
+    return norm(x, params["final_norm"], config), after
 
 
 def write(
     slots: Float[Array, "*rows heads slots head_width"],
-    new: Float[Array, "rows one heads head_width"],
+    new: Float[Array, "rows new heads head_width"],
     slot: Int[Array, ""],
 ) -> Float[Array, "*rows heads slots head_width"]:
-    """The slots with one token's keys or values in one of them."""
-    new = new.astype(slots.dtype).reshape(*slots.shape[:-2], 1, slots.shape[-1])
+    """The slots with the keys or values of new tokens from one of them on."""
+    new = jnp.moveaxis(new, 1, 2).astype(slots.dtype)
+    new = new.reshape(*slots.shape[:-2], new.shape[2], slots.shape[-1])
     return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=slots.ndim - 2)
 
 
 def attend_slots(
-    q: Float[Array, "rows heads head_width"],
+    q: Float[Array, "rows new heads head_width"],
     k: Float[Array, "*rows kv_heads slots head_width"],
     v: Float[Array, "*rows kv_heads slots head_width"],
-    seen: Bool[Array, "rows slots"],
+    seen: Bool[Array, "rows new slots"],
     config: DecoderConfig,
-) -> Float[Array, "rows one width"]:
-    """One query of every row over the slots that it sees; softmax in float32."""
-    rows, heads, width = q.shape
-    groups, at = heads // k.shape[-3], precision(q.dtype)
-    q = q.reshape(*k.shape[:-2], groups, width)
-    seen = jnp.expand_dims(seen, tuple(range(1, k.ndim - 1)))
+) -> Float[Array, "rows new width"]:
+    """New queries of every row over the slots that each sees; softmax in float32."""
+    rows, new, heads, width = q.shape
+    kv_heads, at = k.shape[-3], precision(q.dtype)
+    groups = heads // kv_heads
+    q = jnp.moveaxis(q.reshape(rows, new, kv_heads, groups, width), 1, 2)
+    q = q.reshape(*k.shape[:-2], new * groups, width)
+    seen = seen if new == 1 else jnp.repeat(seen, groups, axis=1)
+    seen = seen[:, None] if k.ndim == 4 else seen
     scores = jnp.einsum(
-        "...kgd,...ksd->...kgs", q, k, precision=at, preferred_element_type=jnp.float32
+        "...kqd,...ksd->...kqs", q, k, precision=at, preferred_element_type=jnp.float32
     )
     scores = softcap(scores * config.scale, config.attention_softcap)
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    mixed = jnp.einsum("...kgs,...ksd->...kgd", weights.astype(q.dtype), v, precision=at)
-    return mixed.reshape(rows, 1, heads * width)
+    mixed = jnp.einsum("...kqs,...ksd->...kqd", weights.astype(q.dtype), v, precision=at)
+    mixed = jnp.moveaxis(mixed.reshape(rows, kv_heads, new, groups, width), 2, 1)
+    return mixed.reshape(rows, new, heads * width)

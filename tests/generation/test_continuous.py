@@ -68,7 +68,7 @@ def case(request):
     return policies, sampling, weights, stops, expected
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_responses_are_those_of_generate_for_any_number_of_rows(case, rows):
     policies, sampling, weights, stops, expected = case
     method = Method(config=CONFIG, sampling=sampling)
