@@ -173,7 +173,7 @@ def measure(
     slots = options.prompt + options.new
     cached = batch, config.kv_heads, slots, config.head_width
     caches = [jnp.asarray(rng.normal(size=cached), jnp.float32) for _ in range(2 * config.layers)]
-    seen = jnp.ones((batch, slots), bool)
+    seen = jnp.ones((batch, 1, slots), bool)
 
     def attention(q: jax.Array, caches: list[jax.Array]) -> jax.Array:
         for keys, values in zip(caches[::2], caches[1::2], strict=True):
@@ -195,7 +195,7 @@ def measure(
     inner = shape.matrix_parameters - head
     entries = sum(cache.size for cache in caches)
     queries = x[:, 0, : config.heads * config.head_width]
-    queries = queries.reshape(batch, config.heads, config.head_width)
+    queries = queries.reshape(batch, 1, config.heads, config.head_width)
     of_logits = repeated(logits, x, model.params, **how)
     groups = config.heads // config.kv_heads
     return whole, [

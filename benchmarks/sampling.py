@@ -1,16 +1,23 @@
 """Tokens a second of greedy generation, beside `generate` of transformers.
 
 Command:  python -m benchmarks.sampling [--size 15M] [--batches 1 32] [--rounds 3] [--json FILE]
+          python -m benchmarks.sampling --model FOLDER --batches 1 16 32 --lengths equal unlike
 Time:     about five minutes on two CPU cores; before the first, some minutes in which pip fetches
           torch and transformers (nothing else uses the network)
 Expect:   one table, and the same tokens from both; on a CPU one row at a time is bound by reading
           the weights once per token
 
-Each way is a process of its own, in turn, round by round: the same folder of random weights, the
-same prompts, the same number of new tokens, each with its cache. A first call, which compiles, is
-not counted. CPU-seconds are those of all threads.
+Each way is a process of its own, in turn, round by round: the same folder of weights, random or
+real, the same prompts, each with its cache. A first call, which compiles, is not counted.
+CPU-seconds are those of all threads.
+
+With equal lengths, prompts are random tokens and every response has the same number of tokens. With
+unlike lengths, which need a chat model, prompts are questions, three for each row, and a response
+ends at the model's end token: transformers takes them in batches, in the same order, and a batch
+runs until its last row has ended.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -32,7 +39,21 @@ from benchmarks.machine import (
     table,
     write_json,
 )
+from jaxalign.backends.local import end_tokens
 
+REQUESTS = (
+    "What is {}? Answer in one word.",
+    "Explain {} in one sentence.",
+    "Write three sentences about {}.",
+    "List five facts about {}.",
+    "Write a short story about {}.",
+)
+TOPICS = ("rain", "a lighthouse", "bread", "the moon", "chess", "a lost dog", "iron", "Paris")
+NOTES = (
+    "I am preparing a lesson for ten-year-old children who have never heard of this.",
+    "Please use plain words and short sentences, and give an example where you can.",
+    "Last week we talked about how things are made, and everybody liked the pictures.",
+)
 SCRIPT = str(Path(__file__).parent / "peers" / "generate.py")
 
 
@@ -48,6 +69,12 @@ class Options:
     """Tokens of a prompt."""
     new: int = 128
     """Tokens that are generated for each."""
+    model: Path | None = None
+    """Hugging Face folder of a chat model; None: random weights of --size."""
+    lengths: tuple[Literal["equal", "unlike"], ...] = ("equal",)
+    """Kinds of prompts and responses; unlike needs --model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and computation."""
     rounds: int = 3
     """How often each way runs."""
     repeats: int = 3
@@ -65,31 +92,64 @@ def main(options: Options) -> None:
     facts, rows = machine(), []
     content: dict[str, Any] = {
         "machine": facts,
-        "options": asdict(options) | {"environments": None, "json": None},
+        "options": asdict(options) | {"environments": None, "json": None, "model": None},
     }
-    print(f"{options.size}, prompts of {options.prompt}, {options.new} new; {describe(facts)}")
+    name = options.size if options.model is None else options.model.resolve().name
+    print(f"{name}, {options.dtype}, up to {options.new} new tokens; {describe(facts)}")
+    if options.model is None and "unlike" in options.lengths:
+        sys.exit("--lengths unlike: set --model to the folder of a chat model")
     with tempfile.TemporaryDirectory(prefix="sampling_") as scratch:
-        model, _ = inputs.make(Path(scratch), size=options.size, length=8, pairs=1, prompt=0.5)
-        for batch in options.batches:
-            results = measure(options, pythons, str(model), batch)
-            content[f"batch {batch}"] = {
+        model = options.model
+        if model is None:
+            folder = Path(scratch)
+            model, _ = inputs.make(folder, size=options.size, length=8, pairs=1, prompt=0.5)
+        for lengths, batch in itertools.product(options.lengths, options.batches):
+            results = measure(options, pythons, model, batch, lengths)
+            content[f"{lengths} batch {batch}"] = {
                 way: [{k: v for k, v in x.items() if k != "tokens"} for x in runs]
                 for way, runs in results.items()
             }
-            rows += [line(options, batch, way, results) for way in pythons]
+            rows += [line(lengths, batch, way, results) for way in pythons]
             write_json(options.json, content)
-    header = ["way", "batch", "tokens/s", "tokens/CPU-s", "to transformers", "peak MB", "same"]
+    header = ["way", "lengths", "batch", "tokens/s", "tokens/CPU-s"]
+    header += ["to transformers", "per CPU-s", "peak MB", "same"]
     print(table(header, rows))
 
 
+def questions(model: Path, number: int) -> list[list[int]]:
+    """Tokens of chat prompts of unlike lengths, whose answers have unlike lengths."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    drawn, prompts = random.Random(0), []
+    for _ in range(number):
+        request = drawn.choice(REQUESTS).format(drawn.choice(TOPICS))
+        context = " ".join(drawn.choices(NOTES, k=drawn.choice([0, 0, 1, 3, 8])))
+        turns = [{"role": "user", "content": f"{context} {request}".strip()}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer.encode(text, add_special_tokens=False))
+    return prompts
+
+
 def measure(
-    options: Options, pythons: dict[str, str], model: str, batch: int
+    options: Options, pythons: dict[str, str], model: Path, batch: int, lengths: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Each way's runs, round by round."""
     drawn = random.Random(0)
-    ids = range(len(inputs.SPECIAL), inputs.VOCABULARY)
+    ids, ends = range(len(inputs.SPECIAL), inputs.VOCABULARY), []
     prompts = [drawn.choices(ids, k=options.prompt) for _ in range(batch)]
-    job = {"model": model, "prompts": prompts, "new": options.new, "repeats": options.repeats}
+    if lengths == "unlike":
+        prompts = questions(model, 3 * batch)
+        ends = end_tokens(model, max(map(max, prompts)) + 1)
+    job = {
+        "model": str(model),
+        "prompts": prompts,
+        "rows": batch,
+        "new": options.new,
+        "repeats": options.repeats,
+        "ends": ends,
+        "dtype": options.dtype,
+    }
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in pythons}
     for _ in range(options.rounds):
         for way, python in pythons.items():
@@ -100,25 +160,26 @@ def measure(
     return runs
 
 
-def line(options: Options, batch: int, way: str, runs: dict[str, list[dict[str, Any]]]) -> list:
+def line(lengths: str, batch: int, way: str, runs: dict[str, list[dict[str, Any]]]) -> list:
     """A row of the table."""
-    tokens = batch * options.new
 
     def rates(name: str, of: str) -> list[float | None]:
-        return [tokens / median(x[name]) for x in runs[of]]
+        return [sum(map(len, x["tokens"])) / median(x[name]) for x in runs[of]]
 
     own = [x for x in rates("cpu_seconds", way) if x is not None]
     wall = [x for x in rates("seconds", way) if x is not None]
-    ratio = round_ratio(rates("cpu_seconds", way), rates("cpu_seconds", "transformers"))
-    same = runs[way][0]["tokens"] == runs["transformers"][0]["tokens"]
+    both = zip(runs[way][0]["tokens"], runs["transformers"][0]["tokens"], strict=True)
+    same = [mine == theirs for mine, theirs in both]
     return [
         way,
+        lengths,
         batch,
         figure(median(wall), 0),
         figure(median(own), 0),
-        figure(ratio),
+        figure(round_ratio(rates("seconds", way), rates("seconds", "transformers"))),
+        figure(round_ratio(rates("cpu_seconds", way), rates("cpu_seconds", "transformers"))),
         figure(max(x["peak_bytes"] for x in runs[way]) / 1e6, 0),
-        "same" if same else "NO",
+        "same" if all(same) else f"{sum(same)} of {len(same)}",
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxalign.backends.interface import Decoding, Prompt
+from jaxalign.backends.interface import Decoding, Draft, Prompt
 from jaxalign.backends.local import LocalModel
 from jaxalign.config import TrainConfig
 from jaxalign.data import PairBatch, PreferenceRecord, pair_batches, preference_records
@@ -57,7 +57,12 @@ def train(config: TrainConfig) -> Run:
 
 
 def load(
-    name: str | Path, *, tokenizer: str | None = None, chat: Chat = "auto", batch_size: int = 8
+    name: str | Path,
+    *,
+    tokenizer: str | None = None,
+    chat: Chat = "auto",
+    batch_size: int = 8,
+    draft: Draft = "none",
 ) -> "LanguageModel":
     """A language model and its tokenizer.
 
@@ -66,11 +71,14 @@ def load(
       tokenizer: folder or Hub name; None: the model's own.
       chat: whether plain prompts go through the chat template; auto: where there is one.
       batch_size: number of prompts or pairs in a batch.
+      draft: source of drafts if one response is generated at a time; prompt_lookup: what followed
+        the same words before. The responses stay the same.
 
     Raises:
       UserError: there is no such model.
     """
-    backend = LocalModel.load(name, tokenizer=tokenizer, chat=chat, batch_size=batch_size)
+    options = {"tokenizer": tokenizer, "chat": chat, "batch_size": batch_size, "draft": draft}
+    backend = LocalModel.load(name, **options)
     return LanguageModel(backend=backend, chat=chat)
 
 

@@ -193,12 +193,12 @@ def saying(function: Callable[..., Result], describe: Callable[..., str]) -> Cal
     known: set[str] = set()
 
     @functools.wraps(function)
-    def called(*arguments: Any) -> Result:
-        what = describe(*arguments)
+    def called(*arguments: Any, **options: Any) -> Result:
+        what = describe(*arguments, **options)
         if what in known:
-            return function(*arguments)
+            return function(*arguments, **options)
         with busy(f"compiling {what}"):
-            result = function(*arguments)
+            result = function(*arguments, **options)
         known.add(what)
         return result
 

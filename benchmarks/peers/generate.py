@@ -4,48 +4,73 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from recorder import MARK, peak_memory
 
-Generate = Callable[[], Any]
-"""Runs to the end; the new tokens, [rows, new]."""
+Generate = Callable[[], list[list[int]]]
+"""Runs to the end; the new tokens of each prompt, with the end token."""
 
 
-def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generate:
-    """`jaxalign.generation`, prompts of a batch as they are, nothing ends a row early."""
+def jaxalign(job: Mapping[str, Any]) -> Generate:
+    """What `jaxalign generate` runs: rows that have ended make room for the next prompts."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from jaxalign.generation import Sampling, compile_generate
+    from jaxalign.generation import Sampling
+    from jaxalign.generation.continuous import compile_programs, sample_continuously
+    from jaxalign.generation.rows import Method, Source
+    from jaxalign.generation.weights import prepare
     from jaxalign.models import load_pretrained
-    from jaxalign.sharding import make_mesh
 
-    model, mesh = load_pretrained(folder), make_mesh()
-    run = compile_generate(
-        model.config, mesh, sampling=Sampling(max_tokens=new, temperature=0.0), samples=1
-    )
-    tokens = jnp.asarray(prompts, jnp.int32)
-    lengths = jnp.full(len(prompts), tokens.shape[1], jnp.int32)
-    inputs = [model.params], tokens, lengths, jax.random.key(0), jnp.ones(1), 0
-    return lambda: np.asarray(run(*inputs).tokens)
+    model = load_pretrained(job["model"])
+    rules = Sampling(max_tokens=job["new"], temperature=0.0, end_tokens=tuple(job["ends"]))
+    dtype = jnp.dtype(job["dtype"])
+    method = Method(config=model.config, sampling=rules, dtype=dtype)
+    prepared = jax.jit(prepare, static_argnames=("config", "dtype"))
+    weights = prepared(model.params, config=model.config, dtype=dtype)
+    key, one = jax.random.key(0), jnp.ones(1)
+    source = Source(policies=[weights], mixture=one, key=key, stops=None)
+    programs, prompts = compile_programs(method), job["prompts"]
+    numbers = [[at] for at in range(len(prompts))]
+
+    def padded(length: int) -> int:
+        return next(size for size in (2**n for n in range(5, 30)) if size >= length)
+
+    def run() -> list[list[int]]:
+        out: dict[int, list[int]] = {}
+        given = programs, source, method, prompts, numbers
+        for response in sample_continuously(*given, rows=job["rows"], padded=padded):
+            out[response.prompt] = response.tokens.tolist()
+        return [out[at] for at in range(len(prompts))]
+
+    return run
 
 
-def transformers(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generate:
-    """`generate` of the model class, with its cache."""
+def transformers(job: Mapping[str, Any]) -> Generate:
+    """`generate` of the model class, with its cache; the prompts in batches, in order."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.tensor(prompts)
-    exact = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    dtype = getattr(torch, job["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
+    ends, rows, prompts = job["ends"], job["rows"], job["prompts"]
+    rules: dict[str, Any] = {"do_sample": False, "max_new_tokens": job["new"], "pad_token_id": 0}
+    rules |= {"eos_token_id": ends} if ends else {"min_new_tokens": job["new"]}
 
-    def run() -> Any:
+    def batch(mine: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, mine))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in mine])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in mine])
         with torch.inference_mode():
-            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **exact)
-        return out[:, tokens.shape[1] :].numpy()
+            out = model.generate(tokens, attention_mask=mask, **rules)[:, width:].tolist()
+        at_end = [next((n + 1 for n, x in enumerate(row) if x in ends), len(row)) for row in out]
+        return [row[:end] for row, end in zip(out, at_end, strict=True)]
+
+    def run() -> list[list[int]]:
+        batches = [batch(prompts[at : at + rows]) for at in range(0, len(prompts), rows)]
+        return [row for rows_of in batches for row in rows_of]
 
     return run
 
@@ -53,8 +78,7 @@ def transformers(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Gen
 def main(way: str, job: str) -> None:
     """Warm up, measure, print."""
     given = json.loads(job)
-    make = {"jaxalign": jaxalign, "transformers": transformers}[way]
-    run = make(given["model"], given["prompts"], given["new"])
+    run = {"jaxalign": jaxalign, "transformers": transformers}[way](given)
     out = run()
     seconds, cpu_seconds = [], []
     for _ in range(given["repeats"]):
@@ -67,7 +91,7 @@ def main(way: str, job: str) -> None:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak_memory(),
-        "tokens": out.tolist(),
+        "tokens": out,
     }
     print(MARK + json.dumps(line))
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -66,6 +66,9 @@ class Generation:
     failure: str = ""
     """Why there is no response; empty: there is one."""
 
+
+Draft = Literal["none", "prompt_lookup"]
+"""Where drafts of the next tokens come from; they change no response."""
 
 Keep = Callable[[int, list[Generation]], None]
 """Called with the index of a prompt and its responses, as soon as they are complete."""

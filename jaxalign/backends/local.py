@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from jaxalign.backends.interface import (
     Decoding,
+    Draft,
     Generation,
     Keep,
     Prompt,
@@ -34,6 +35,9 @@ from jaxalign.generation import (
     stop_table,
     token_bytes,
 )
+from jaxalign.generation.continuous import Programs, compile_programs, sample_continuously
+from jaxalign.generation.rows import Method, Source
+from jaxalign.generation.weights import DecodingWeights, prepare
 from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
 from jaxalign.models.folders import exported, find_folder
@@ -46,6 +50,8 @@ from jaxalign.sharding import make_mesh
 
 SHORTEST = 32
 """Length of the shortest compiled rows; the others are this times powers of two."""
+DRAFT = 4
+"""Number of tokens in a draft."""
 
 
 class LocalModel:
@@ -65,6 +71,8 @@ class LocalModel:
       chat: whether plain prompts go through the chat template; see `plain_prompts`.
       dtype: of the computation.
       end_tokens: tokens that end a response, in addition to the tokenizer's.
+      draft: where drafts of the next tokens come from if one row is decoded at a time, as with
+        one prompt or a batch size of 1; see `generation.prompt_lookup`.
     """
 
     def __init__(
@@ -79,12 +87,14 @@ class LocalModel:
         chat: Chat = "auto",
         dtype: str = "float32",
         end_tokens: Sequence[int] = (),
+        draft: Draft = "none",
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not positive")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         self.dtype = jnp.dtype(dtype)
+        self._draft = 0 if draft == "none" else DRAFT
         check_vocabulary(tokenizer, model.config.vocab_size)
         self._encoder = Encoder(tokenizer, end_token=False)
         self._in_text = text_of(tokenizer, prompt_format, None, chat)
@@ -92,7 +102,9 @@ class LocalModel:
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
         self._decode = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
-        self._programs: dict[tuple[Decoding, int], Callable] = {}
+        self._programs: dict[Any, Any] = {}
+        self._row_counts: dict[Decoding, set[int]] = {}
+        self._weights: tuple[Any, DecodingWeights] | None = None
 
     @classmethod
     def load(cls, folder: str | Path, *, tokenizer: str | None = None, **options: Any):
@@ -186,46 +198,119 @@ class LocalModel:
           UserError: a prompt is empty, or it and the response may be longer than the context.
         """
         rows = self.encode(prompts, decoding.max_tokens)
-        policies = [self.model.params]
+        numbers = [
+            [draw_number(decoding, prompt, sample) for sample in range(samples)]
+            for prompt in prompts
+        ]
+        if not rows:
+            return []
+        way = self._in_batches if self._apart or self.mesh.size > 1 else self._continuously
+        results: list[list[Any]] = [[None] * samples for _ in prompts]
+        for at, sample, generation in way(rows, numbers, decoding, samples):
+            results[at][sample] = generation
+            if keep is not None and None not in results[at]:
+                keep(at, results[at])
+        return results
+
+    def _continuously(
+        self,
+        rows: Sequence[Sequence[int]],
+        numbers: Sequence[Sequence[int]],
+        decoding: Decoding,
+        samples: int,
+    ) -> Iterator[tuple[int, int, Generation]]:
+        """Responses as they end; each makes room for the next prompt."""
+        method = Method(
+            config=self.model.config, sampling=self._sampling(decoding), dtype=self.dtype
+        )
+        program_key = replace(decoding, seed=0)  # the seed is an argument of the program
+        if program_key not in self._programs:
+            self._programs[program_key] = _reporting(compile_programs(method, draft=self._draft))
+        counts = self._row_counts.setdefault(program_key, set())
+        count = _row_count(len(rows) * samples, self.batch_size * samples, counts)
+        counts.add(count)
+        source = Source(
+            policies=[self._decoding_weights()],
+            mixture=jnp.ones(1),
+            key=jax.random.key(decoding.seed),
+            stops=self._stops(decoding),
+        )
+        limit = None if self.context is None else self.context - decoding.max_tokens
+        responses = sample_continuously(
+            self._programs[program_key],
+            source,
+            method,
+            rows,
+            numbers,
+            rows=count,
+            padded=functools.partial(_row_length, limit=limit),
+        )
+        for one in responses:
+            text = self._decode(one.tokens.tolist(), decoding.stop)
+            length = len(one.tokens)
+            yield (
+                one.prompt,
+                one.sample,
+                Generation(text=text, finished=one.finished, tokens=length),
+            )
+
+    def _in_batches(
+        self,
+        rows: Sequence[Sequence[int]],
+        numbers: Sequence[Sequence[int]],
+        decoding: Decoding,
+        samples: int,
+    ) -> Iterator[tuple[int, int, Generation]]:
+        """Responses to one batch of prompts after the other."""
         key, one = jax.random.key(decoding.seed), jnp.ones(1)
-        run, results = self._program(decoding, samples), []
+        program = self._program(decoding, samples)
         limit = None if self.context is None else self.context - decoding.max_tokens
         for begin in range(0, len(rows), self.batch_size):
-            mine = prompts[begin : begin + self.batch_size]
-            tokens, length = self._padded(rows[begin : begin + len(mine)], left=True, limit=limit)
+            mine = rows[begin : begin + self.batch_size]
+            tokens, length = self._padded(mine, left=True, limit=limit)
             draws = np.zeros((self.batch_size, samples), np.int32)
-            for at, prompt in enumerate(mine):
-                draws[at] = [draw_number(decoding, prompt, sample) for sample in range(samples)]
-            numbers = jnp.asarray(draws.reshape(-1) - np.arange(draws.size, dtype=np.int32))
-            out = jax.device_get(run(policies, tokens, length, key, one, numbers))
+            draws[: len(mine)] = numbers[begin : begin + len(mine)]
+            first = jnp.asarray(draws.reshape(-1) - np.arange(draws.size, dtype=np.int32))
+            arguments = [self.model.params], tokens, length, key, one, first
+            out = jax.device_get(program(*arguments))
             for at in range(len(mine)):
-                group = range(at * samples, (at + 1) * samples)
-                results.append([self._generation(out, row, decoding) for row in group])
-                if keep is not None:
-                    keep(begin + at, results[-1])
-        return results
+                for sample in range(samples):
+                    generation = self._generation(out, at * samples + sample, decoding)
+                    yield begin + at, sample, generation
+
+    def _decoding_weights(self) -> DecodingWeights:
+        """The model's weights as the decoding loop reads them, kept between calls."""
+        params = self.model.params
+        if self._weights is None or self._weights[0] is not params:
+            self._weights = params, _prepared(params, self.model.config, self.dtype)
+        return self._weights[1]
+
+    def _sampling(self, decoding: Decoding) -> Sampling:
+        return Sampling(
+            max_tokens=decoding.max_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            min_p=decoding.min_p,
+            repetition_penalty=decoding.repetition_penalty,
+            end_tokens=self._ends,
+        )
+
+    def _stops(self, decoding: Decoding) -> jax.Array | None:
+        if not decoding.stop:
+            return None
+        return jnp.asarray(stop_table(decoding.stop, self._token_bytes))
 
     def _program(self, decoding: Decoding, samples: int) -> Callable:
         # the seed is an argument of the program
         program_key = replace(decoding, seed=0), samples
         if program_key not in self._programs:
-            stops = None
-            if decoding.stop:
-                stops = jnp.asarray(stop_table(decoding.stop, self._token_bytes))
             program = compile_generate(
                 self.model.config,
                 self.mesh,
                 samples=samples,
-                sampling=Sampling(
-                    max_tokens=decoding.max_tokens,
-                    temperature=decoding.temperature,
-                    top_p=decoding.top_p,
-                    top_k=decoding.top_k,
-                    min_p=decoding.min_p,
-                    repetition_penalty=decoding.repetition_penalty,
-                    end_tokens=self._ends,
-                ),
-                stops=stops,
+                sampling=self._sampling(decoding),
+                stops=self._stops(decoding),
                 dtype=self.dtype,
             )
 
@@ -255,10 +340,7 @@ class LocalModel:
         filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
         for row in rows:
             check_ids(row, self.tokenizer, self.model.config.vocab_size)
-        size = SHORTEST
-        while size < max(map(len, filled)):
-            size *= 2
-        size = size if limit is None else min(size, limit)
+        size = _row_length(max(map(len, filled)), limit)
         tokens = np.zeros((len(filled), size), np.int32)
         for at, row in enumerate(filled):
             tokens[at, size - len(row) :] = row if left else 0
@@ -349,6 +431,45 @@ class LocalModel:
             pooled = _pooled(self.model.params, self.model.config, tokens, length)
             vectors[indices] = np.asarray(pooled)[: len(mine)]
         return vectors
+
+
+_prepared = jax.jit(prepare, static_argnames=("config", "dtype"))
+
+
+def _row_length(tokens: int, limit: int | None) -> int:
+    """Length of the compiled rows for so many tokens."""
+    size = SHORTEST
+    while size < tokens:
+        size *= 2
+    return size if limit is None else min(size, limit)
+
+
+def _row_count(needed: int, most: int, compiled: set[int]) -> int:
+    """Number of rows to decode together: a compiled one if it suffices, else a power of two."""
+    if known := [count for count in compiled if count >= min(needed, most)]:
+        return min(known)
+    count = 1
+    while count < needed:
+        count *= 2
+    return min(count, most)
+
+
+def _reporting(programs: Programs) -> Programs:
+    """The programs with a line on each compilation."""
+
+    def reading(source: Any, prompt: Any, length: Any, *, slots: int) -> str:
+        return f"reading a prompt of {prompt.shape[1]} tokens into {slots} slots"
+
+    def running(source: Any, rows: Any, *_: Any) -> str:
+        tokens, slots = rows.samples.tokens, rows.caches[0].keys[0].shape[2]
+        return f"sampling of {tokens.shape[0]} rows of {slots} slots"
+
+    return replace(
+        programs,
+        read=saying(programs.read, reading),
+        run=saying(programs.run, running),
+        run_drafted=saying(programs.run_drafted, running),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jaxalign.backends.interface import Backend
+from jaxalign.backends.interface import Backend, Draft
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 
@@ -22,6 +22,8 @@ class BackendOptions:
     """Local: text around a plain prompt."""
     chat: Chat = "auto"
     """Local: whether plain prompts go through the chat template; see `plain_prompts`."""
+    draft: Draft = "none"
+    """Local: where drafts of the next tokens come from if one row is decoded at a time."""
     workers: int = 8
     """Endpoint: number of simultaneous requests."""
     timeout: float = 120.0
@@ -58,7 +60,7 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat")
+    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft")
     return LocalModel.load(name, **chosen(*names))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxalign.backends import Decoding
+from jaxalign.backends.interface import Draft
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Count, Positive, Share
 from jaxalign.data import prompt_records
@@ -55,11 +56,14 @@ class Options:
     """Tokenizer: folder or Hub name; None: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
+    draft: Draft = "none"
+    """Source of drafts with --batch-size 1: prompt_lookup verifies what followed the same words
+    before; the responses stay the same."""
     running: ModelFlags
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Generate what is missing, a batch at a time, each on disk before the next."""
+    """Generate what is missing; responses are on disk as they end, in the order of the prompts."""
     options = parse(Options, "generate", arguments)
     sampled = {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
     decoding = options.sampling.decoding(**sampled)
@@ -75,7 +79,9 @@ def main(arguments: Sequence[str]) -> int:
 def _generate(options: Options, decoding: Decoding) -> None:
     usable = prompt_records(options.prompts, bad_records=options.bad_records)
     records = list(itertools.islice(usable, options.limit))
-    loading = {name: getattr(options, name) for name in ("tokenizer", "prompt_format", "dtype")}
+    loading = {
+        name: getattr(options, name) for name in ("tokenizer", "prompt_format", "dtype", "draft")
+    }
     running = options.running.backend_options(**loading)
     model = make_responder(options.model, running, options.output)
     prompts, artefact = None, None

@@ -1,4 +1,4 @@
-"""A file of a model's responses to prompts: written a batch at a time, resumed where it ends."""
+"""A file of a model's responses to prompts: written as they end, resumed where it ends."""
 
 import itertools
 import json
@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxalign.backends import Backend, BackendOptions, Decoding, Prompt, make_backend
+from jaxalign.backends import (
+    Backend,
+    BackendOptions,
+    Decoding,
+    Generation,
+    Prompt,
+    make_backend,
+)
 from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.data import PromptRecord
 from jaxalign.errors import UserError
@@ -51,7 +58,7 @@ def respond(
       decoding: how responses are sampled.
       prompts: the prompts as the model reads them; None: as they are.
       samples: number of responses to each prompt.
-      batch_size: number of prompts in a batch; each is on disk before the next.
+      batch_size: number of prompts in a batch; whole batches of an earlier call are kept.
       settings: what the responses depend on besides model, samples and decoding.
       text_of: the response that is written, from what the model wrote.
       say: is given a line on what is there, and on what was written.
@@ -72,15 +79,20 @@ def respond(
         say(f"{path}: {done:,} of {len(records):,} prompts have their responses")
     written = cut = 0
     missing: list[str] = []
+    ready: dict[int, list[Generation]] = {}
     with (
         open_text(path, "a") as file,
         Progress("prompts", len(records), done=done) as progress,
     ):
-        for begin in range(done, len(records), batch_size):
-            batch = slice(begin, begin + batch_size)
-            generated = model.generate(prompts[batch], decoding, samples=samples)
-            for record, generations in zip(records[batch], generated, strict=True):
-                for sample, one in enumerate(generations):
+        following = done
+
+        def keep(at: int, generations: list[Generation]) -> None:
+            """Write what is complete, in the order of the prompts."""
+            nonlocal written, cut, following
+            ready[done + at] = generations
+            while following in ready:
+                record = records[following]
+                for sample, one in enumerate(ready.pop(following)):
                     if one.failure:
                         missing.append(f"{record.source}:{record.line}: {one.failure}")
                         continue
@@ -88,8 +100,12 @@ def respond(
                     row = {"id": _id(record, sample, samples), "prompt": record.prompt}
                     row["response"] = text_of(one.text)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                following += 1
             file.flush()
-            progress(begin + len(records[batch]))
+            progress(following)
+
+        if done < len(records):
+            model.generate(prompts[done:], decoding, samples=samples, keep=keep)
     say(f"{path}: {written:,} responses written, {cut:,} cut at {decoding.max_tokens} tokens")
     if missing:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""

@@ -1,5 +1,6 @@
 """A decoder one token at a time, with a cache of keys and values."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -20,19 +21,56 @@ from jaxalign.records import AnyArray, record
 
 @record
 class Cache:
-    """Keys and values of every layer; all rows write into the same slot at a time.
+    """Keys and values of every layer, in a ring of slots.
+
+    All rows write into the same slot at a time, so that a write is one slice, whatever the rows'
+    lengths. The tokens of a row are in the slots before it, in order; slot 0 follows the last one.
 
     Attributes:
       keys: one array per layer.
       values: one array per layer.
-      first: the slot of each row's first token; those before it are padding.
-      used: how many slots hold a token.
+      length: number of tokens of each row; what is in the slots before them is not read.
+      next_slot: the slot of the next token of every row.
     """
 
-    keys: tuple[Float[AnyArray, "rows kv_heads slots head_width"], ...]
-    values: tuple[Float[AnyArray, "rows kv_heads slots head_width"], ...]
-    first: Int[AnyArray, " rows"]
-    used: Int[AnyArray, ""]
+    keys: tuple[Float[AnyArray, "*rows kv_heads slots head_width"], ...]
+    values: tuple[Float[AnyArray, "*rows kv_heads slots head_width"], ...]
+    length: Int[AnyArray, " rows"]
+    next_slot: Int[AnyArray, ""]
+
+
+def without_row_axis(cache: Cache) -> Cache:
+    """The cache of one row without its axis of rows; `advance` takes both forms.
+
+    With the axis, XLA's CPU compiler writes each array twice, into two copies of it.
+    """
+    keys, values = ([x[0] for x in all_layers] for all_layers in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def with_row_axis(cache: Cache) -> Cache:
+    """The reverse of `without_row_axis`."""
+    keys, values = ([x[None] for x in all_layers] for all_layers in (cache.keys, cache.values))
+    return dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
+
+
+def put_row(cache: Cache, one: Cache, row: Int[Array, ""]) -> Cache:
+    """The cache with another one's only row in place of one of its rows.
+
+    Args:
+      cache: of several rows.
+      one: of one row, with as many slots; its tokens are moved to the slots before `next_slot`.
+      row: which row.
+    """
+    turn = cache.next_slot - one.next_slot
+
+    def put(x: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.roll(new, turn, axis=2), row, axis=0)
+
+    keys = tuple(put(x, new) for x, new in zip(cache.keys, one.keys, strict=True))
+    values = tuple(put(x, new) for x, new in zip(cache.values, one.values, strict=True))
+    length = cache.length.at[row].set(one.length[0])
+    return Cache(keys=keys, values=values, length=length, next_slot=cache.next_slot)
 
 
 def layers_of(tree: Mapping[str, Any], number: int) -> list[Any]:
@@ -56,21 +94,33 @@ def prefill(
       config: the decoder.
       tokens: prompts, padded on the left: the last token of each ends its row.
       prompt_length: how many of a row's tokens are real.
-      slots: size of the cache: the prompts' length and the number of tokens to generate.
+      slots: size of the cache: at least the prompts' length, and the largest number of tokens of a
+        row.
       dtype: of the computation and the cache; None is the parameters' own.
     """
     length = tokens.shape[1]
-    first = length - prompt_length
-    real = (jnp.arange(length)[None] >= first[:, None]).astype(jnp.int32)
+    real = (jnp.arange(length)[None] >= (length - prompt_length)[:, None]).astype(jnp.int32)
     layout, compute = Layout(attention_mask=real), Compute(dtype=dtype)
     hidden, kept = states_keys_values(params, config, tokens, layout, compute=compute)
 
     def in_slots(x: Array) -> tuple[Array, ...]:
         x = jnp.pad(jnp.moveaxis(x, 2, 3), ((0, 0),) * 3 + ((0, slots - length), (0, 0)))
+        x = x.astype(kept_in(x.dtype))
         return tuple(devices.by_rows(x[number]) for number in range(config.layers))
 
     keys, values = map(in_slots, kept)
-    return hidden[:, -1], Cache(keys=keys, values=values, first=first, used=jnp.int32(length))
+    return hidden[:, -1], Cache(
+        keys=keys, values=values, length=prompt_length, next_slot=jnp.int32(length % slots)
+    )
+
+
+def kept_in(dtype: Any) -> Any:
+    """The dtype of a cache for a computation in this dtype.
+
+    It is float32 on a CPU, where XLA would convert a whole bfloat16 cache to float32 and back at
+    every token.
+    """
+    return jnp.float32 if devices.platform() == "cpu" and dtype == jnp.bfloat16 else dtype
 
 
 def advance(
@@ -87,17 +137,35 @@ def advance(
     Args:
       params: nested dict of arrays.
       config: the decoder.
-      cache: of the tokens before; it has a free slot.
+      cache: of the tokens before. A row that already fills it loses its first token.
       tokens: one for each row.
       layers: from `layers_of`, where a loop should not slice the layers again for each token.
       dtype: as in `prefill`.
     """
+    hidden, after = advance_several(
+        params, config, cache, tokens[:, None], layers=layers, dtype=dtype
+    )
+    return hidden[:, 0], after
+
+
+def advance_several(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    cache: Cache,
+    tokens: Int[Array, "rows new"],
+    *,
+    layers: Sequence[Any] | None = None,
+    dtype: Any = None,
+) -> tuple[Float[Array, "rows new width"], Cache]:
+    """`advance` by several tokens at once; those from `next_slot` to the last slot must suffice."""
     dtype = params["embed"]["embedding"].dtype if dtype is None else dtype
-    positions = (cache.used - cache.first)[:, None]
+    new, slots = tokens.shape[1], cache.keys[0].shape[-2]
+    positions = cache.length[:, None] + jnp.arange(new)[None]
     angles = rotations(config, positions)
-    place = jnp.arange(cache.keys[0].shape[2])[None]
-    seen = (place >= cache.first[:, None]) & (place <= cache.used)
-    near = seen if config.window is None else seen & (cache.used - place < config.window)
+    here = cache.next_slot + jnp.arange(new)
+    distance = jnp.mod(here[:, None] - jnp.arange(slots)[None], slots)[None]
+    seen = distance <= positions[:, :, None]
+    near = seen if config.window is None else seen & (distance < config.window)
 
     def through(x: Array, number: int, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """One layer, with its keys and values after it."""
@@ -105,49 +173,64 @@ def advance(
 
         def attend(y: Array) -> tuple[Array, tuple[Array, Array]]:
             q, k, v = queries_keys_values(y, layer, config, is_windowed=windowed, angles=angles)
-            keys = write(cache.keys[number], k, cache.used)
-            values = write(cache.values[number], v, cache.used)
-            mixed = attend_slots(q[:, 0], keys, values, near if windowed else seen, config)
-            return dense(mixed, layer["o"]), (keys, values)
+            keys = write(cache.keys[number], k, cache.next_slot)
+            values = write(cache.values[number], v, cache.next_slot)
+            mixed = attend_slots(
+                q.astype(keys.dtype), keys, values, near if windowed else seen, config
+            )
+            return dense(mixed.astype(y.dtype), layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
             return mlp_branch(y, layer, config)
 
         return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
 
-    x = embed(params, config, tokens[:, None], positions, dtype)
+    x = embed(params, config, tokens, positions, dtype)
     kept = []
     for number, layer in enumerate(layers or layers_of(params["layers"], config.layers)):
         x, both = through(x, number, layer)
         kept.append(both)
     keys, values = zip(*kept, strict=True)
-    after = Cache(keys=keys, values=values, first=cache.first, used=cache.used + 1)
-    return norm(x, params["final_norm"], config)[:, 0], after
+    after = Cache(
+        keys=keys,
+        values=values,
+        length=cache.length + new,
+        next_slot=jnp.mod(cache.next_slot + new, slots),
+    )
+    return norm(x, params["final_norm"], config), after
 
 
 def write(
-    slots: Float[Array, "rows heads slots head_width"],
-    new: Float[Array, "rows one heads head_width"],
+    slots: Float[Array, "*rows heads slots head_width"],
+    new: Float[Array, "rows new heads head_width"],
     slot: Int[Array, ""],
-) -> Float[Array, "rows heads slots head_width"]:
-    """The slots with one token's keys or values in one of them."""
+) -> Float[Array, "*rows heads slots head_width"]:
+    """The slots with the keys or values of new tokens from one of them on."""
     new = jnp.moveaxis(new, 1, 2).astype(slots.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=2)
+    new = new.reshape(*slots.shape[:-2], new.shape[2], slots.shape[-1])
+    return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=slots.ndim - 2)
 
 
 def attend_slots(
-    q: Float[Array, "rows heads head_width"],
-    k: Float[Array, "rows kv_heads slots head_width"],
-    v: Float[Array, "rows kv_heads slots head_width"],
-    seen: Bool[Array, "rows slots"],
+    q: Float[Array, "rows new heads head_width"],
+    k: Float[Array, "*rows kv_heads slots head_width"],
+    v: Float[Array, "*rows kv_heads slots head_width"],
+    seen: Bool[Array, "rows new slots"],
     config: DecoderConfig,
-) -> Float[Array, "rows one width"]:
-    """One query of every row over the slots that it sees; softmax in float32."""
-    rows, heads, width = q.shape
-    groups, at = heads // k.shape[1], precision(q.dtype)
-    q = q.reshape(rows, k.shape[1], groups, width)
-    scores = jnp.einsum("rkgd,rksd->rkgs", q, k, precision=at, preferred_element_type=jnp.float32)
+) -> Float[Array, "rows new width"]:
+    """New queries of every row over the slots that each sees; softmax in float32."""
+    rows, new, heads, width = q.shape
+    kv_heads, at = k.shape[-3], precision(q.dtype)
+    groups = heads // kv_heads
+    q = jnp.moveaxis(q.reshape(rows, new, kv_heads, groups, width), 1, 2)
+    q = q.reshape(*k.shape[:-2], new * groups, width)
+    seen = seen if new == 1 else jnp.repeat(seen, groups, axis=1)
+    seen = seen[:, None] if k.ndim == 4 else seen
+    scores = jnp.einsum(
+        "...kqd,...ksd->...kqs", q, k, precision=at, preferred_element_type=jnp.float32
+    )
     scores = softcap(scores * config.scale, config.attention_softcap)
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
-    mixed = jnp.einsum("rkgs,rksd->rkgd", weights.astype(q.dtype), v, precision=at)
-    return mixed.reshape(rows, 1, heads * width)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    mixed = jnp.einsum("...kqs,...ksd->...kqd", weights.astype(q.dtype), v, precision=at)
+    mixed = jnp.moveaxis(mixed.reshape(rows, kv_heads, new, groups, width), 2, 1)
+    return mixed.reshape(rows, new, heads * width)

@@ -16,7 +16,7 @@ from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder_layer import attention_branch, norm, one_layer, rotations
 from jaxalign.models.layers import look_up, mlp_branch, softcap
 from jaxalign.models.module import Model
-from jaxalign.models.precision import precision
+from jaxalign.models.precision import multiply
 from jaxalign.records import AnyArray, record, static
 
 
@@ -375,12 +375,7 @@ def unembed(
       kernel: from `unembedding`.
       bias: from `unembedding`.
     """
-    out = jnp.matmul(
-        hidden,
-        kernel.astype(hidden.dtype),
-        precision=precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    out = multiply(hidden, kernel.astype(hidden.dtype), jnp.float32)
     if bias is not None:
         out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
     if config.logit_scale is not None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.models import devices
-from jaxalign.models.precision import precision
+from jaxalign.models.precision import multiply, precision
 
 # Operations that cost as much as one access to an element in memory.
 CPU_BALANCE, ACCELERATOR_BALANCE = 16, 256
@@ -41,7 +41,7 @@ def _product(x: Array, kernel: Array) -> Array:
     # One row per token: the kernel's gradient is then a plain product, too, which is faster on a
     # CPU than a contraction over two axes.
     flat = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(flat, kernel.astype(x.dtype), precision=precision(x.dtype))
+    y = multiply(flat, kernel.astype(x.dtype))
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -117,3 +117,21 @@ def test_what_does_not_fit_is_named(model):
     assert np.isfinite(short.log_prob)
     with pytest.raises(UserError, match=r"prompt 1: 4 tokens.*600.*context of 512"):
         model.generate(["a cat"], Decoding(max_tokens=600))
+
+
+def test_a_draft_changes_no_text(model):
+    drafted = LocalModel(
+        model.model, model.tokenizer, identity="drafted", batch_size=1, draft="prompt_lookup"
+    )
+    for rules in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
+        decoding = Decoding(max_tokens=24, **rules)
+        plain = [model.generate([prompt], decoding)[0] for prompt in PROMPTS]
+        assert drafted.generate(PROMPTS, decoding) == plain
+
+
+def test_prompts_of_unlike_lengths_have_the_texts_that_they_have_alone(model):
+    prompts = [*PROMPTS, PROMPTS[0] * 6, "a", PROMPTS[1] * 3]
+    decoding = Decoding(max_tokens=12, temperature=0.9, stop=("the",))
+    alone = [model.generate([prompt], decoding)[0] for prompt in prompts]
+    assert model.generate(prompts, decoding) == alone
+    assert len({one.tokens for [one] in alone}) > 1

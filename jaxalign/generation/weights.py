@@ -1,0 +1,59 @@
+"""Weights in the form in which a decoding loop reads them, made once before the loop."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxalign.models import cached_decoder, decoder, devices
+from jaxalign.models.config import DecoderConfig, ModelConfig
+from jaxalign.records import record
+
+
+@record
+class DecodingWeights:
+    """A policy's weights; a decoding loop reads each of them once per token and copies none.
+
+    Attributes:
+      params: the parameters' tree.
+      layers: one tree for each layer of the decoder on a CPU, where a slice of stacked layers is a
+        copy; None: the loop reads the stacked ones, of which an accelerator keeps no second copy.
+      kernel: from hidden states to logits.
+      bias: of the logits; None: there is none.
+    """
+
+    params: Mapping[str, Any]
+    layers: list[Any] | None
+    kernel: Float[Array, "width vocabulary"]
+    bias: Float[Array, " vocabulary"] | None
+
+
+def prepare(params: Mapping[str, Any], config: ModelConfig, dtype: Any = None) -> DecodingWeights:
+    """The weights of a policy for decoding; a pure function, compiled or not.
+
+    Args:
+      params: parameters, with adapters or steering where wanted.
+      config: the architecture.
+      dtype: of the computation, to which the matrices are cast; None: that of the parameters.
+    """
+    cast = params if dtype is None else _with_kernels_in(params, dtype)
+    kernel, bias = decoder.unembedding(cast, config)
+    kernel = kernel if dtype is None else kernel.astype(dtype)
+    if devices.platform() != "cpu":
+        return DecodingWeights(params=cast, layers=None, kernel=kernel, bias=bias)
+    if isinstance(config, DecoderConfig):
+        layers = cached_decoder.layers_of(cast["layers"], config.layers)
+    else:
+        layers = cached_decoder.layers_of(cast["decoder"]["layers"], config.decoder_layers)
+    # the prompts' pass casts one layer at a time: a second cast stack would take memory
+    return DecodingWeights(params=params, layers=layers, kernel=kernel, bias=bias)
+
+
+def _with_kernels_in(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The tree with its matrices in another dtype; norms and biases stay as they are."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)

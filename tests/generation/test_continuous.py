@@ -1,0 +1,132 @@
+"""Continuous batching gives the responses that `generate` gives, whatever the schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.generation import Sampling, generate, stop_table
+from jaxalign.generation.continuous import compile_programs, sample_continuously
+from jaxalign.generation.rows import Method, Source
+from jaxalign.generation.weights import prepare
+from jaxalign.models import DecoderConfig, cached_decoder, decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=19,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=4,
+    mlp_width=24,
+    context_length=64,
+    initializer_range=0.4,
+    windowed=(True, False),
+    window=6,
+)
+PROMPTS = [[3, 4, 5, 6, 7], [9], [2, 8, 2], [11, 12, 13, 14, 15, 16, 17], [5, 5], [18, 3, 9, 9]]
+NUMBERS = [[70 + 2 * at, 7 + at] for at in range(len(PROMPTS))]
+KEY = jax.random.key(3)
+TEXTS = [text.encode() for text in [*"abcdefgh", "xa", "bx", "ab", "cd", "bcd", "", *"zyxwv"]]
+CASES = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"end_tokens": (1, 2, 3)},
+    "penalised": {"repetition_penalty": 1.5, "top_k": 6, "end_tokens": (4,)},
+    "stopped": {"stops": stop_table(["ab", "c"], TEXTS)},
+    "mixture": {"end_tokens": (1, 2, 3), "weights": (0.75, 0.25)},
+}
+
+
+def padded(length):
+    return 4 if length <= 4 else 8
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """Policies, sampling, mixture and stops; and each prompt's responses from `generate` alone."""
+    options = dict(CASES[request.param])
+    weights, stops = options.pop("weights", (1.0,)), options.pop("stops", None)
+    stops = None if stops is None else jnp.asarray(stops)
+    sampling = Sampling(**{"max_tokens": 9} | options)
+    policies = [decoder.init_params(CONFIG, jax.random.key(at)) for at in range(len(weights))]
+    expected = {}
+    for at, prompt in enumerate(PROMPTS):
+        for one, number in enumerate(NUMBERS[at]):
+            rows = generate(
+                policies,
+                CONFIG,
+                jnp.asarray([[0] * (7 - len(prompt)) + prompt]),
+                jnp.array([len(prompt)]),
+                KEY,
+                sampling=sampling,
+                weights=weights,
+                first_row=jnp.int32(number),
+                stops=stops,
+            )
+            tokens = np.asarray(rows.tokens[0, : int(rows.length[0])]).tolist()
+            expected[at, one] = tokens, bool(rows.finished[0])
+    return policies, sampling, weights, stops, expected
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_responses_are_those_of_generate_for_any_number_of_rows(case, rows):
+    policies, sampling, weights, stops, expected = case
+    method = Method(config=CONFIG, sampling=sampling)
+    source = Source(
+        policies=[prepare(policy, CONFIG) for policy in policies],
+        mixture=jnp.asarray(weights),
+        key=KEY,
+        stops=stops,
+    )
+    responses = list(
+        sample_continuously(
+            compile_programs(method), source, method, PROMPTS, NUMBERS, rows=rows, padded=padded
+        )
+    )
+    found = {(one.prompt, one.sample): (one.tokens.tolist(), one.finished) for one in responses}
+    assert len(responses) == len(expected)
+    assert found == expected
+    if sampling.end_tokens or stops is not None:
+        assert len({len(tokens) for tokens, _ in expected.values()}) > 2  # rows were replaced
+
+
+def test_few_programs_are_traced_whatever_the_lengths(monkeypatch):
+    traced = {"prefill": 0, "advance": 0}
+
+    def counting(name):
+        original = getattr(cached_decoder, name)
+
+        def counted(*given, **options):
+            traced[name] += 1
+            return original(*given, **options)
+
+        return counted
+
+    for name in traced:
+        monkeypatch.setattr(cached_decoder, name, counting(name))
+    method = Method(config=CONFIG, sampling=Sampling(max_tokens=9, end_tokens=(1, 2, 3)))
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+    weights = [prepare(params, CONFIG)]
+    source = Source(policies=weights, mixture=jnp.ones(1), key=KEY, stops=None)
+    programs = compile_programs(method)
+    for prompts in (PROMPTS, PROMPTS[::-1], [*PROMPTS, *PROMPTS]):
+        numbers = [[at] for at in range(len(prompts))]
+        given = programs, source, method, prompts, numbers
+        assert len(list(sample_continuously(*given, rows=2, padded=padded))) == len(prompts)
+    assert traced == {"prefill": 2, "advance": 1}  # two lengths of prompts
+
+
+def test_a_row_starts_anew_where_another_one_was():
+    """Many more tokens than slots pass through one row: nothing of an earlier prompt is seen."""
+    method = Method(config=CONFIG, sampling=Sampling(max_tokens=9, temperature=0.0))
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+    weights = [prepare(params, CONFIG)]
+    source = Source(policies=weights, mixture=jnp.ones(1), key=KEY, stops=None)
+    prompts = [PROMPTS[at % 3] for at in range(12)]
+    numbers = [[at] for at in range(12)]
+    given = compile_programs(method), source, method, prompts, numbers
+    found = list(sample_continuously(*given, rows=2, padded=padded))
+    for kind in range(3):
+        same = [one.tokens.tolist() for one in found if one.prompt % 3 == kind]
+        assert len(same) == 4
+        assert all(tokens == same[0] for tokens in same)
