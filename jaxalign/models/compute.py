@@ -7,10 +7,14 @@ from typing import Any
 import jax
 
 from jaxalign.errors import UserError
+from jaxalign.models.products import SAVED
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
 }
 
