@@ -89,7 +89,9 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
     if devices.is_single_cpu():
-        return _row_by_row(mix, q, k, v, row, window, block)
+        # In bfloat16 every operand of these small products would be converted at each use.
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return _row_by_row(mix, *wide, row, window, block).astype(q.dtype)
     batch, length, heads, width = q.shape
     k, v = devices.whole_length(k), devices.whole_length(v)
 
@@ -133,8 +135,7 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
 def _row_by_row(mix, q, k, v, row, window, block):
     """Attention on one CPU: row by row, a quarter of a row's queries at a time.
 
-    The arrays then stay in the cache, and a quarter reads no later key. All is computed in float32:
-    in bfloat16 a CPU converts every operand of these small products, which takes longer.
+    The arrays then stay in the cache, and a quarter reads no later key.
     """
     length = q.shape[1]
     size = min(block, -(-length // 4))
@@ -143,12 +144,12 @@ def _row_by_row(mix, q, k, v, row, window, block):
 
     @jax.checkpoint
     def one_row(inputs):
-        q, k, v = (x.astype(jnp.float32) for x in inputs[:3])
-        seen, parts = inputs[3], []
+        q, k, v, seen = inputs
+        parts = []
         for first in range(0, length, size):
             own, keys = slice(first, first + size), slice(max(0, first - reach + 1), first + size)
             parts.append(mix(q[own], k[keys], v[keys], seen[own, keys]))
-        return jnp.concatenate(parts).astype(inputs[0].dtype)
+        return jnp.concatenate(parts)
 
     if seen.shape[0] == 1:
         return jax.lax.map(lambda inputs: one_row((*inputs, seen[0])), (q, k, v))

@@ -13,6 +13,7 @@ benchmarks.step_parts` measures these forms; `tests/models/test_products.py` fin
 compiled program.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,28 @@ SAVED = "product"
 """Name of the results that rematerialisation saves where it saves matrix products."""
 
 
+def named(x: Array, name: str) -> Array:
+    """The array, under a name that policies of rematerialisation refer to.
+
+    bfloat16 on a CPU is kept as integers: XLA converts a whole stack of bfloat16 layers to float32
+    and back when it writes one of them.
+    """
+    return _as_integers(name, x) if _on_cpu(x.dtype) else checkpoint_name(x, name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _as_integers(name: str, x: Array) -> Array:
+    return x
+
+
+def _keep(name: str, x: Array) -> tuple[Array, None]:
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, x.dtype), None
+
+
+_as_integers.defvjp(_keep, lambda name, _, dx: (dx,))
+
+
 def product(
     x: Float[Array, "tokens inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "tokens outputs"]:
@@ -38,7 +61,7 @@ def product(
       kernel: in any float dtype.
     """
     if _on_cpu(x.dtype):
-        return checkpoint_name(_bfloat16_product(x, kernel), SAVED)
+        return named(_bfloat16_product(x, kernel), SAVED)
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
 
 
@@ -87,16 +110,22 @@ def kernel_gradient(
 
 def _contract(x: Array, y: Array, axis: int) -> Array:
     """Float32 products of the rows of `x` with `y`, which is contracted over `axis`."""
-    if _on_cpu(x.dtype) and not devices.has_bfloat16_units():
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    single = False
+    if _on_cpu(x.dtype):
+        if devices.has_bfloat16_units():
+            single = len(x) == 1  # which jaxlib would compute as a vector, in float32
+            x = jnp.pad(x, ((0, 1), (0, 0))) if single else x
+        else:
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     # One operation: where y is transposed first, jaxlib converts both operands to float32.
-    return jax.lax.dot_general(
+    result = jax.lax.dot_general(
         x,
         y,
         (((1,), (axis,)), ((), ())),
         precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
+    return result[:1] if single else result
 
 
 def _by_rows(x: Array) -> Array:
@@ -113,11 +142,12 @@ def _bfloat16_product(x: Array, kernel: Array) -> Array:
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _bfloat16_product(x, kernel), (x, kernel)
+    return _bfloat16_product(x, kernel), (jax.lax.bitcast_convert_type(x, jnp.uint16), kernel)
 
 
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+    bits, kernel = saved
+    x = jax.lax.bitcast_convert_type(bits, dy.dtype)
     return transposed_product(dy, kernel), kernel_gradient(x, dy).astype(kernel.dtype)
 
 

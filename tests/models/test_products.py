@@ -51,16 +51,16 @@ def rounded(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
 
-def dots(function, *arguments):
+def dots(function, *arguments) -> tuple[list[tuple], str]:
     """(dtypes of both operands and the result, contracted axes) of products of two matrices."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
+    text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     found = []
     for line in text.splitlines():
         dot = DOT.search(line)
         if dot is None or "batch_dims" in dot[4]:
             continue
-        names = (re.escape(name) for name in (dot[2], dot[3]))
-        dtypes = [re.search(rf"%{name} = (\w+)\[", text)[1] for name in names]
+        operands = (re.escape(name) for name in (dot[2], dot[3]))
+        dtypes = [re.findall(rf"%{name} = (\w+)\[", text)[0] for name in operands]
         axes = re.findall(r"contracting_dims=\{(\d)\}", dot[4])
         found.append((*dtypes, dot[1], *map(int, axes)))
     return found, text
@@ -112,6 +112,16 @@ def test_compiled_products_reach_the_units():
     assert text.count('"kind":"__ynn_fusion"') >= len(found)
 
 
+def test_a_single_row_reaches_the_units(rng):
+    x, kernel = rounded(rng, 1, 24), rounded(rng, 24, 16)
+    with cpu(True):
+        found, _ = dots(products.product, x, kernel)
+        y = products.product(x, kernel)
+    assert [dot[:4] for dot in found] == [("bf16", "bf16", "f32", 1)]
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0.01, atol=0.01)
+
+
 def test_without_units_all_products_are_float32s():
     params = init_params(CONFIG, jax.random.key(0))
     with cpu(False):
@@ -151,6 +161,16 @@ def test_dots_keeps_products_and_recomputes_none(units):
     )
     saved = kept(jnp.float32, "dots") - kept(jnp.bfloat16, "dots")
     assert saved >= 2 * TOKENS.size * outputs
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+def test_no_stack_of_layers_is_converted(units, remat):
+    """XLA would convert all layers of a stack of bfloat16 arrays whenever it writes one of them."""
+    params = init_params(CONFIG, jax.random.key(0))
+    text = jax.jit(jax.grad(lambda p: loss(p, jnp.bfloat16, remat))).lower(params).as_text()
+    shapes = re.findall(r"dynamic_update_slice.* -> tensor<(\S+)>", text)
+    assert any(shape.endswith("xui16") for shape in shapes)
+    assert not any(shape.endswith("xbf16") for shape in shapes)
 
 
 def test_flags_of_a_processor(tmp_path):
