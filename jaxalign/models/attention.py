@@ -90,8 +90,9 @@ def _blocked_attention(q, k, v, row, scale, window, cap, block):
     mix = functools.partial(_mix, scale=scale, cap=cap)
     if devices.is_single_cpu():
         # In bfloat16 every operand of these small products would be converted at each use.
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return _row_by_row(mix, *wide, row, window, block).astype(q.dtype)
+        dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+        q, k, v = (x.astype(wide) for x in (q, k, v))
+        return _row_by_row(mix, q, k, v, row, window, block).astype(dtype)
     batch, length, heads, width = q.shape
     k, v = devices.whole_length(k), devices.whole_length(v)
 
