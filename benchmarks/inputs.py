@@ -39,6 +39,7 @@ SHAPES = {
     "1M": Shape(width=32, layers=2, heads=2, kv_heads=2, mlp_width=88),
     "15M": Shape(width=288, layers=6, heads=6, kv_heads=6, mlp_width=768),
     "110M": Shape(width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048),
+    "135M": Shape(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536),  # SmolLM2's
     "1B": Shape(width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
 }
 

@@ -1,10 +1,13 @@
 """Where the time of a DPO step goes, and what the machine would allow.
 
 Command:  python -m benchmarks.step_parts [--size 15M] [--pairs 8] [--prompt 128]
-Time:     two minutes on two CPU cores at 15M; the first time pip fetches torch, too
+          [--dtypes float32 bfloat16]
+Time:     two minutes and data type on two CPU cores at 15M; the first time pip fetches torch, too
 Expect:   a table of the parts of one step of the trainer: CPU-seconds, FLOPs by formula and the
           rate of both; the rates at which JAX and PyTorch multiply the same shapes with nothing
-          around them; and the least that a step can cost at the best of these rates
+          around them, forward (x W) and backward (dy W', x' dy): as plain products of the data
+          type and in the form that `jaxalign.models.products` chooses; and the least that a step
+          can cost at the best of these rates
 
 Each part is compiled by itself with the shapes of the step (a pair's prompt computed once, layers
 rematerialised, a live reference) and run in turn with the others, round by round; the median of the
@@ -12,11 +15,13 @@ CPU-seconds counts, as far as a busy machine takes longer but not more of them. 
 add up to the step, which has more between them.
 """
 
+import dataclasses
+import functools
 import json
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,12 +30,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from jaxtyping import Array
 
 from benchmarks import environments, inputs
 from benchmarks.machine import describe, figure, machine, run, table, write_json
 from benchmarks.shared_prompts import random_pairs
 from jaxalign.losses import dpo
-from jaxalign.models import DecoderConfig
+from jaxalign.models import DecoderConfig, products
 from jaxalign.models.attention import attention
 from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import Layout, hidden_states, init_params, unembedding
@@ -38,13 +44,18 @@ from jaxalign.models.logprobs import token_log_probs
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.step import initial_state, train_step
 
+Sizes = tuple[int, int, int]
+"""Rows, inner size and columns of a product."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What is measured."""
 
-    size: Literal["1M", "15M", "110M"] = "15M"
+    size: Literal["1M", "15M", "110M", "135M"] = "15M"
     """Parameters of the model, with its 32,000 tokens tied."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """Data types of the computation; parameters are float32."""
     pairs: int = 8
     """Pairs in a batch."""
     prompt: int = 128
@@ -72,48 +83,69 @@ class Part:
 def main(options: Options) -> None:
     """Measure and print."""
     shape = inputs.SHAPES[options.size]
-    parts, products = step_parts(options, shape)
-    measured = in_turn([*parts, *products.values()], options.rounds)
+    parts: dict[str, list[Part]] = {}
+    forms: dict[tuple[str, Sizes, str], tuple[Part, Part]] = {}
+    for dtype in options.dtypes:
+        parts[dtype], shapes = step_parts(options, shape, dtype)
+        for sizes in shapes:
+            for form, plain, chosen in products_of(sizes, dtype):
+                forms[dtype, sizes, form] = plain, chosen
+    every = [part for own in parts.values() for part in own]
+    every += [part for both in forms.values() for part in both]
+    measured = in_turn(every, options.rounds)
     python = environments.python_of("torch", options.environments)
     script = str(Path(__file__).parent / "peers" / "torch_products.py")
-    job = {"shapes": list(products), "rounds": options.rounds}
+    job = {"products": list(forms), "rounds": options.rounds}
     recorded = run([python, script, json.dumps(job)]).recorded
     if recorded is None:
         sys.exit("the products in PyTorch failed")
-    rates = [
-        [
-            " × ".join(f"{size:,}" for size in sizes),
-            figure(part.flops / measured[part.name] / 1e9, 0),
-            figure(part.flops / seconds / 1e9, 0),
-        ]
-        for (sizes, part), seconds in zip(products.items(), recorded["cpu_seconds"], strict=True)
-    ]
-    rows = [
-        [
-            part.name,
-            figure(measured[part.name], 3),
-            figure(part.flops / 1e9, 0) if part.flops else None,
-            figure(part.flops / measured[part.name] / 1e9, 0) if part.flops else None,
-        ]
-        for part in parts
-    ]
     facts = machine()
     print(
         f"{options.size}, {options.pairs} pairs, prompt {options.prompt}, responses "
-        f"{options.response}, float32; {describe(facts)}, jax {jax.__version__}"
+        f"{options.response}; {describe(facts)}, jax {jax.__version__}"
     )
-    print(table(["part", "CPU-seconds", "GFLOP", "GFLOP a CPU-second"], rows))
+
+    def rate(part: Part, seconds: float | None = None) -> float:
+        return part.flops / (seconds or measured[part.name]) / 1e9
+
+    rows: list[list[Any]] = []
+    for number, part in enumerate(parts[options.dtypes[0]]):
+        row: list[Any] = [part.name.partition(": ")[2]]
+        row.append(figure(part.flops / 1e9, 0) if part.flops else None)
+        for dtype in options.dtypes:
+            own = parts[dtype][number]
+            row += [figure(measured[own.name], 3), figure(rate(own), 0) if own.flops else None]
+        rows.append(row)
+    header = ["part", "GFLOP"]
+    for dtype in options.dtypes:
+        header += [f"CPU-seconds, {dtype}", "GFLOP a CPU-second"]
+    print(table(header, rows))
     print()
-    print(table(["product", "JAX", "PyTorch"], rates))
-    best = max(part.flops / measured[part.name] for part in products.values())
-    own = {part.name: part for part in parts}["whole step"]
-    print(
-        f"at the best rate of JAX's products, {best / 1e9:.0f} GFLOP a CPU-second, the step's own "
-        f"products take {own.flops / best:.2f} CPU-seconds of {measured['whole step']:.2f}"
-    )
+    rates = [
+        [
+            f"{dtype}, {' × '.join(f'{size:,}' for size in sizes)}, {form}",
+            figure(rate(plain), 0),
+            figure(rate(chosen), 0),
+            figure(rate(plain, seconds), 0),
+        ]
+        for ((dtype, sizes, form), (plain, chosen)), seconds in zip(
+            forms.items(), recorded["cpu_seconds"], strict=True
+        )
+    ]
+    print(table(["GFLOP a CPU-second", "JAX, plain", "jaxalign", "PyTorch"], rates))
+    for dtype in options.dtypes:
+        best = max(rate(chosen) for (kind, *_), (_, chosen) in forms.items() if kind == dtype)
+        own = parts[dtype][-1]
+        print(
+            f"{dtype}: at the best rate of jaxalign's products, {best:.0f} GFLOP a CPU-second, the "
+            f"step's own products take {own.flops / best / 1e9:.2f} CPU-seconds of "
+            f"{measured[own.name]:.2f}"
+        )
     content = {"machine": facts, "options": {"size": options.size}, "cpu_seconds": measured}
-    content["torch_cpu_seconds"] = recorded["cpu_seconds"]
-    content["flops"] = {part.name: part.flops for part in (*parts, *products.values())}
+    content["torch_cpu_seconds"] = dict(
+        zip((", ".join(map(str, key)) for key in forms), recorded["cpu_seconds"], strict=True)
+    )
+    content["flops"] = {part.name: part.flops for part in every}
     write_json(options.json, content)
 
 
@@ -134,10 +166,8 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def step_parts(
-    options: Options, shape: inputs.Shape
-) -> tuple[list[Part], dict[tuple[int, int, int], Part]]:
-    """The parts of a step, and products of its shapes by themselves."""
+def step_parts(options: Options, shape: inputs.Shape, dtype: str) -> tuple[list[Part], list[Sizes]]:
+    """The parts of a step, the whole step last, and the sizes of its products."""
     head = shape.width // shape.heads
     config = DecoderConfig(
         vocab_size=inputs.VOCABULARY,
@@ -166,20 +196,27 @@ def step_parts(
     }
     layout = Layout(**seen)
     keys = jax.random.split(jax.random.key(1), 3)
-    q, k, v = (jax.random.normal(key, (*rows, shape.heads, head)) for key in keys)
-    states = jax.random.normal(keys[0], (responses, shape.width))
+    heads = shape.heads, shape.kv_heads, shape.kv_heads
+    q, k, v = (
+        jax.random.normal(key, (*rows, number, head), dtype)
+        for key, number in zip(keys, heads, strict=True)
+    )
+    states = jax.random.normal(keys[0], (responses, shape.width), dtype)
     targets = jnp.asarray(pairs.response_tokens).reshape(-1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
     objective = PreferenceObjective(
-        policy=Policy(config=config, remat="full"), loss=dpo, options={"beta": 0.1}
+        policy=Policy(config=config, remat="full", dtype=jnp.dtype(dtype)),
+        loss=dpo,
+        options={"beta": 0.1},
     )
     state = initial_state(params, optimizer, seed=0)
 
     def layers(params: Any, remat: str) -> jax.Array:
-        return hidden_states(params, config, joint, layout, compute=Compute(remat=remat)).sum()
+        compute = Compute(remat=remat, dtype=jnp.dtype(dtype))
+        return hidden_states(params, config, joint, layout, compute=compute).sum(dtype=jnp.float32)
 
     def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, scale=config.scale, **seen).sum()
+        return attention(q, k, v, scale=config.scale, **seen).sum(dtype=jnp.float32)
 
     def logits(states: jax.Array, params: Any) -> jax.Array:
         kernel, _ = unembedding(params, config)
@@ -241,6 +278,7 @@ def step_parts(
             5 * each_layer + 5 * each_logits,
         ),
     ]
+    parts = [dataclasses.replace(part, name=f"{dtype}: {part.name}") for part in parts]
     shapes = (
         (tokens, shape.width, shape.mlp_width),
         (tokens, shape.mlp_width, shape.width),
@@ -248,14 +286,28 @@ def step_parts(
         (responses, shape.width, inputs.VOCABULARY),
         (2048, 2048, 2048),
     )
-    product = jax.jit(jnp.matmul)
+    return parts, list(dict.fromkeys(shapes))
 
-    def by_itself(sizes: tuple[int, int, int]) -> Part:
-        m, inner, n = sizes
-        a, b = jax.random.normal(keys[0], (m, inner)), jax.random.normal(keys[1], (inner, n))
-        return Part(f"product {sizes}", lambda: product(a, b), 2.0 * m * inner * n)
 
-    return parts, {sizes: by_itself(sizes) for sizes in dict.fromkeys(shapes)}
+def products_of(sizes: Sizes, dtype: str) -> Iterator[tuple[str, Part, Part]]:
+    """Each product of a layer: its name, as a plain product, and as `products` has it."""
+    m, inner, n = sizes
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (m, inner), dtype)
+    kernel = jax.random.normal(keys[1], (inner, n), dtype)
+    dy = jax.random.normal(keys[2], (m, n), dtype)
+    forms: list[tuple[str, Callable, Callable, tuple[Array, Array]]] = [
+        ("x W", jnp.matmul, products.product, (x, kernel)),
+        ("dy W'", lambda dy, w: jnp.matmul(dy, w.T), products.transposed_product, (dy, kernel)),
+        ("x' dy", lambda x, dy: jnp.matmul(x.T, dy), products.kernel_gradient, (x, dy)),
+    ]
+    for name, plain, chosen, arguments in forms:
+
+        def part(kind: str, function: Callable, name=name, arguments=arguments) -> Part:
+            run = functools.partial(jax.jit(function), *arguments)
+            return Part(f"{dtype} {sizes} {name}, {kind}", run, 2.0 * m * inner * n)
+
+        yield name, part("plain", plain), part("jaxalign", chosen)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ CHUNK_NUMBERS = 2**26
 """Default size of the gradients of a chunk, in numbers: 256 MiB."""
 
 
-BLOCKED = Compute(attention="blocked")
-"""The attention that can be differentiated in forward mode."""
+BLOCKED = Compute(attention="blocked", dtype=jnp.float32)
+"""The attention and the products that can be differentiated in forward mode."""
 
 
 @record

@@ -94,11 +94,15 @@ class _Row(NamedTuple):
 def _blocked_attention(q, k, v, row, scale, window, cap, reach, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
-    if devices.is_single_cpu() and reach is not None:
-        form = _Form(scale=scale, cap=cap, window=window, reach=reach)
-        return jax.lax.map(lambda inputs: _packed_row(form, *inputs), (q, k, v, _whole(row, q)))
     if devices.is_single_cpu():
-        return _row_by_row(mix, q, k, v, row, window, block)
+        # In bfloat16 every operand of these small products would be converted at each use.
+        dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+        q, k, v = (x.astype(wide) for x in (q, k, v))
+        if reach is None:
+            return _row_by_row(mix, q, k, v, row, window, block).astype(dtype)
+        form = _Form(scale=scale, cap=cap, window=window, reach=reach)
+        packed = functools.partial(_packed_row, form)
+        return jax.lax.map(lambda inputs: packed(*inputs), (q, k, v, _whole(row, q))).astype(dtype)
     batch, length, heads, width = q.shape
     k, v = devices.whole_length(k), devices.whole_length(v)
 

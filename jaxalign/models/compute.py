@@ -7,11 +7,22 @@ from typing import Any
 import jax
 
 from jaxalign.errors import UserError
+from jaxalign.models.products import SAVED, named
+
+INPUT = "layer_input"
+"""Name of what a layer reads, which every policy keeps."""
+
+
+def _names(*names: str) -> Callable[..., bool]:
+    return jax.checkpoint_policies.save_only_these_names(INPUT, *names)
+
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "full": _names(),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _names(SAVED)
+    ),
+    "attention": _names("attention_output"),
 }
 
 
@@ -39,7 +50,7 @@ class Compute:
         return params["embed"]["embedding"].dtype if self.dtype is None else self.dtype
 
     def checkpoint(self, block: Callable) -> Callable:
-        """The function, of which the backward pass recomputes what `remat` says.
+        """The function of x and more, of which the backward pass recomputes what `remat` says.
 
         Raises:
           UserError: if `remat` is unknown.
@@ -49,4 +60,8 @@ class Compute:
         if self.remat not in REMAT_POLICIES:
             choices = ", ".join(REMAT_POLICIES)
             raise UserError(f"remat: {self.remat!r} is not one of none, {choices}")
-        return jax.checkpoint(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def layer(x: jax.Array, *inputs: Any) -> Any:
+            return block(named(x, INPUT), *inputs)
+
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

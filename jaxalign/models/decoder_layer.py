@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.layers import dense, layer_norm, rms_norm
+from jaxalign.models.products import named
 from jaxalign.models.rope import rope_angles, rotate
 
 Rotations = list[tuple[Array, Array]]
@@ -101,7 +101,7 @@ def attention_branch(
         mixed = jax.lax.cond(is_windowed, narrow, attend, q, k, v)
     else:
         mixed = attend(q, k, v)
-    mixed = checkpoint_name(mixed, "attention_output")
+    mixed = named(mixed, "attention_output")
     mixed = mixed.reshape(*x.shape[:2], -1)
     return dense(mixed, layer["o"]), (k, v)
 

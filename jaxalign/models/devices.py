@@ -5,6 +5,7 @@ Both are set by the caller while a program is traced.
 
 import contextlib
 import contextvars
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -14,8 +15,17 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+CPU_FLAGS = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""How Linux names the instructions that multiply bfloat16 numbers."""
+
 _TARGET: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar(
     "target", default=None
+)
+
+
+_BFLOAT16_UNITS: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
+    "bfloat16_units", default=None
 )
 
 
@@ -53,6 +63,30 @@ def device_count() -> int:
 def is_single_cpu() -> bool:
     """Whether rows are processed one by one, for the cache, rather than all at once."""
     return platform() == "cpu" and device_count() == 1
+
+
+def has_bfloat16_units() -> bool:
+    """Whether the device is a single CPU with units for bfloat16 products: AVX-512 BF16 or AMX."""
+    forced = _BFLOAT16_UNITS.get()
+    return is_single_cpu() and (_bfloat16_in(CPU_FLAGS) if forced is None else forced)
+
+
+@functools.cache
+def _bfloat16_in(flags: Path) -> bool:
+    """Whether a file like Linux's /proc/cpuinfo names bfloat16 units; False without the file."""
+    if not flags.exists():
+        return False
+    return not BFLOAT16_FLAGS.isdisjoint(flags.read_text().split())
+
+
+@contextlib.contextmanager
+def bfloat16_units(present: bool) -> Iterator[None]:
+    """Programs traced inside are written for a CPU with or without bfloat16 units."""
+    token = _BFLOAT16_UNITS.set(present)
+    try:
+        yield
+    finally:
+        _BFLOAT16_UNITS.reset(token)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from jaxalign.models.probes import (
     row_gradients,
     token_products,
 )
+from jaxalign.models.products import in_float32, input_gradient, kernel_gradient
 from jaxalign.records import AnyArray, record
 
 # Tokens and logits of a block. On a CPU: about the size of a core's cache. On accelerators, per
@@ -151,9 +152,7 @@ def _logits(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None, first
 
 def _products(plan: _Plan, hidden: Array, kernel: Array, bias: Array | None) -> Array:
     """Float32 logits of some tokens and some columns."""
-    z = jnp.matmul(
-        hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    z = in_float32(hidden, kernel)
     if bias is not None:
         z = z + bias[None]
     if plan.scale is not None:
@@ -183,7 +182,6 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
       rows: pytree of [tokens, ...] arrays that the slope reads.
     """
     hiddens, rows = plan.split(hidden), jax.tree.map(plan.split, rows)
-    at = precision(hidden.dtype)
 
     def vocabulary_step(carry, first):
         d_hiddens, d_kernel, d_bias = carry
@@ -195,8 +193,8 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
             z = _logits(plan, x, block, bias_block, first)
             d_z = _through_form(plan, z, slope(z, row))
             d_z, d_bias_block = d_z.astype(x.dtype), jnp.sum(d_z, axis=0)
-            d_x = d_x + jnp.matmul(d_z, block.T, precision=at, preferred_element_type=jnp.float32)
-            d_block = jnp.matmul(x.T, d_z, precision=at, preferred_element_type=jnp.float32)
+            d_x = d_x + input_gradient(d_z, block)
+            d_block = kernel_gradient(x, d_z)
             return (sums[0] + d_block, sums[1] + d_bias_block), d_x
 
         zeros = jnp.zeros(block.shape, jnp.float32), jnp.zeros(block.shape[1], jnp.float32)
@@ -244,13 +242,14 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             z = _logits(plan, x.reshape(-1, width), block, bias_block, first)
             d_z = _through_form(plan, z, slope(z, row)).reshape(2, response, -1)
             d_bias_rows, d_z = d_z.sum(1), d_z.astype(x.dtype)
-            d_x = product("rv,iv->ri", d_z.reshape(-1, d_z.shape[-1]), block)
+            flat = d_z.reshape(-1, d_z.shape[-1])
+            d_x = input_gradient(flat, block)
             new = dict(sums, d_x=sums["d_x"] + d_x.reshape(x.shape))
             own = row_gradients(d_z, x) if forms else None
             if own is None:
                 products = token_products(d_z)
                 new["products"] = jax.tree.map(jnp.add, sums["products"], products)
-                d_block = product("rv,ri->vi", d_z.reshape(-1, d_z.shape[-1]), x.reshape(-1, width))
+                d_block = kernel_gradient(flat, x.reshape(-1, width))
             else:
                 new["gram"] = sums["gram"] + gram(*own)
                 d_block = own[0] + own[1]

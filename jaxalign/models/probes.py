@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.models import devices
-from jaxalign.models.precision import multiply, precision
+from jaxalign.models import devices, products
+from jaxalign.models.precision import precision
 
 # Operations that cost as much as one access to an element in memory.
 CPU_BALANCE, ACCELERATOR_BALANCE = 16, 256
@@ -40,8 +40,7 @@ def matmul(
 def _product(x: Array, kernel: Array) -> Array:
     # One row per token: the kernel's gradient is then a plain product, too, which is faster on a
     # CPU than a contraction over two axes.
-    flat = x.reshape(-1, x.shape[-1])
-    y = multiply(flat, kernel.astype(x.dtype))
+    y = products.product(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -111,9 +110,8 @@ def by_pairs(x: Array, pairs: int) -> Float[Array, "pairs 2 tokens width"]:
 
 def row_gradients(inputs: Array, cotangents: Array) -> tuple[Array, Array]:
     """The gradients of a matrix from the chosen and from the rejected row of a pair, in float32."""
-    at = precision(inputs.dtype)
-    product = functools.partial(jnp.matmul, precision=at, preferred_element_type=jnp.float32)
-    return product(inputs[0].T, cotangents[0]), product(inputs[1].T, cotangents[1])
+    chosen, rejected = (products.kernel_gradient(inputs[n], cotangents[n]) for n in (0, 1))
+    return chosen, rejected
 
 
 @jax.custom_vjp
@@ -128,13 +126,14 @@ def _matmul_fwd(x, kernel, probe):
 def _matmul_bwd(saved, dy):
     x, kernel, probe = saved
     at, pairs = precision(x.dtype), probe.shape[0]
-    dx = _product(dy, kernel.T)
+    flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = products.transposed_product(flat_dy, kernel).reshape(x.shape)
     xs, dys = by_pairs(x, pairs), by_pairs(dy, pairs)
     product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
 
     if not forms_gradients(xs.shape[2], *kernel.shape):
         geometry = factored_gram(token_products(xs), token_products(dys))
-        total = product("pnti,pnto->io", xs, dys)
+        total = products.kernel_gradient(flat_x, flat_dy)
     elif devices.is_single_cpu():
 
         def of_pair(total, inputs):
