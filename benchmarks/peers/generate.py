@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from recorder import MARK, peak_memory
@@ -13,7 +14,7 @@ Generate = Callable[[], Any]
 """Runs to the end; the new tokens, [rows, new]."""
 
 
-def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generate:
+def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int, dtype: str) -> Generate:
     """`jaxalign.generation`, prompts of a batch as they are, nothing ends a row early."""
     import jax
     import jax.numpy as jnp
@@ -25,7 +26,11 @@ def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generat
 
     model, mesh = load_pretrained(folder), make_mesh()
     run = compile_generate(
-        model.config, mesh, sampling=Sampling(max_tokens=new, temperature=0.0), samples=1
+        model.config,
+        mesh,
+        sampling=Sampling(max_tokens=new, temperature=0.0),
+        samples=1,
+        dtype=jnp.dtype(dtype),
     )
     tokens = jnp.asarray(prompts, jnp.int32)
     lengths = jnp.full(len(prompts), tokens.shape[1], jnp.int32)
@@ -33,28 +38,37 @@ def jaxalign(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generat
     return lambda: np.asarray(run(*inputs).tokens)
 
 
-def transformers(folder: str, prompts: Sequence[Sequence[int]], new: int) -> Generate:
+def transformers(folder: str, prompts: Sequence[Sequence[int]], new: int, dtype: str) -> Generate:
     """`generate` of the model class, with its cache."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.tensor(prompts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    tokens = torch.tensor(prompts, device=device)
+    model.to(device)
     exact = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
 
     def run() -> Any:
         with torch.inference_mode():
             out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **exact)
-        return out[:, tokens.shape[1] :].numpy()
+        return out[:, tokens.shape[1] :].cpu().numpy()
 
     return run
 
 
+def device_peak() -> int:
+    """Bytes of PyTorch's largest use of a GPU; 0 where there is none."""
+    torch = sys.modules.get("torch")
+    return 0 if torch is None else torch.cuda.max_memory_allocated()
+
+
 def main(way: str, job: str) -> None:
-    """Warm up, measure, print."""
-    given = json.loads(job)
+    """Warm up, measure, print; a job of "@FILE" is read from the file."""
+    text = Path(job[1:]).read_text() if job.startswith("@") else job
+    given = json.loads(text)
     make = {"jaxalign": jaxalign, "transformers": transformers}[way]
-    run = make(given["model"], given["prompts"], given["new"])
+    run = make(given["model"], given["prompts"], given["new"], given.get("dtype", "float32"))
     out = run()
     seconds, cpu_seconds = [], []
     for _ in range(given["repeats"]):
@@ -67,6 +81,7 @@ def main(way: str, job: str) -> None:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak_memory(),
+        "device_peak_bytes": device_peak(),
         "tokens": out.tolist(),
     }
     print(MARK + json.dumps(line))
