@@ -11,9 +11,9 @@ trainers with their fused heads, PyTorch loops with `torch.compile`, and `genera
 What they lack is said in the table.
 
 The checks compare a tiny model's log-probs, losses, gradients, per-pair Gram matrices and tokens
-with float32 values of a CPU (`reference.json`): float32 to 1e-4, bfloat16 to 0.02 (0.1 for
-single tokens). If one fails,
-the results are marked as not valid and the exit status is 1.
+with float32 values of a CPU (`reference.json`): float32 to 1e-4, bfloat16 to 0.02, or 0.1 for
+single tokens and directions of gradients. If one fails, the results are marked as not valid and
+the exit status is 1.
 
 Each part is a process of its own and starts only if its estimated cost fits the remaining minutes;
 one that takes a minute longer than these is stopped. Results are written as they come
@@ -29,6 +29,7 @@ half. Nothing that is recomputed counts. Memory is the allocator's peak until th
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ CHECK_SECONDS = 240
 """Longest time of the checks, which run whatever the minutes."""
 
 Measure = Callable[[str, str, Path, float], parts.Outcome]
-"""(part, size, output folder, longest seconds) -> what became of a part of jaxalign."""
+"""(part, size, scratch folder, longest seconds) -> what became of a part of jaxalign."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,10 @@ class Options:
     minutes: float = 8.0
     """Time in which parts are started."""
     output: Path = Path("gpu_results")
-    """Folder of the results; one with results of an earlier call is completed."""
+    """Folder of `results.jsonl`; one with results of an earlier call is completed."""
+    scratch: Path | None = None
+    """Folder of the peers' weights (5 GB) and of compiled programs, for later calls on the same
+    machine; None: a temporary one."""
     peer_python: str | None = None
     """Python interpreter with torch, transformers and trl; None: no peers."""
     size: Literal["1B", "tiny"] = "1B"
@@ -92,7 +96,13 @@ def main(options: Options, measure: Measure = parts.measured_in_process) -> int:
         print(MARK + json.dumps(parts.measured_here(options.part, SIZES[options.size])))
         return 0
     try:
-        lines = read(options.output) if options.table else measured(options, measure)
+        if options.table:
+            lines = read(options.output)
+        elif options.scratch is not None:
+            lines = measured(options, options.scratch, measure)
+        else:
+            with tempfile.TemporaryDirectory(prefix="benchmarks_gpu_") as scratch:
+                lines = measured(options, Path(scratch), measure)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -102,8 +112,13 @@ def main(options: Options, measure: Measure = parts.measured_in_process) -> int:
     return int(validity(by_name.get(parts.CHECKS))[0].startswith("NOT VALID"))
 
 
-def measured(options: Options, measure: Measure) -> list[dict[str, Any]]:
+def measured(options: Options, scratch: Path, measure: Measure) -> list[dict[str, Any]]:
     """The lines of the results, after whatever fits the minutes.
+
+    Args:
+      options: of the command.
+      scratch: folder of weights and compiled programs.
+      measure: runs a part of jaxalign.
 
     Raises:
       UserError: the output folder has results of another size or card.
@@ -111,7 +126,8 @@ def measured(options: Options, measure: Measure) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 60 * options.minutes
     facts = machine() | {"driver": gpu("driver_version"), "size": options.size}
     results = Results(options.output, facts)
-    check(options, results, measure)
+    scratch.mkdir(parents=True, exist_ok=True)
+    check(options.size, results, scratch, measure)
     for part in sorted(parts.PARTS, key=lambda part: results.failed(part.name)):
         base = (results.result(part.base) or {}) if part.base else {}
         if results.result(part.name) is not None:
@@ -120,19 +136,19 @@ def measured(options: Options, measure: Measure) -> list[dict[str, Any]]:
             say(f"{part.name}: left out: no --peer-python")
             continue
         remaining = deadline - time.monotonic()
-        needed = parts.estimate(part, options.size, options.output)
+        needed = parts.estimate(part, options.size, scratch)
         if needed > remaining:
             say(f"{part.name}: left out: needs about {needed:.0f} s of {max(remaining, 0):.0f} s")
             continue
         start = time.monotonic()
         if part.peer is None:
-            outcome = measure(part.name, options.size, options.output, remaining + GRACE)
+            outcome = measure(part.name, options.size, scratch, remaining + GRACE)
         else:
             outcome = parts.measured_by_peer(
                 part,
                 str(options.peer_python),
                 SIZES[options.size],
-                options.output,
+                scratch,
                 remaining + GRACE,
                 next(iter(base.values()), {}),
             )
@@ -140,12 +156,12 @@ def measured(options: Options, measure: Measure) -> list[dict[str, Any]]:
     return results.lines
 
 
-def check(options: Options, results: Results, measure: Measure) -> None:
+def check(size: str, results: Results, scratch: Path, measure: Measure) -> None:
     """Check the device, unless an earlier call has found it correct; say what came out."""
     line = next((x for x in results.lines if x["part"] == parts.CHECKS), None)
     if line is None or validity(line)[0].startswith("NOT VALID"):
         start = time.monotonic()
-        outcome = measure(parts.CHECKS, options.size, options.output, CHECK_SECONDS)
+        outcome = measure(parts.CHECKS, size, scratch, CHECK_SECONDS)
         record(results, parts.CHECKS, time.monotonic() - start, outcome)
         line = results.lines[-1]
     say("\n".join(validity(line)))

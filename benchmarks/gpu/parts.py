@@ -34,7 +34,7 @@ class Part:
     seconds: float
     """About how long it takes at 1B, from the start of its process to the end."""
     peer: Callable[[Size, Path], list[str]] | None = None
-    """(size, output folder) -> script and arguments of a peer; None: `measured_here` runs it."""
+    """(size, scratch folder) -> script and arguments of a peer; None: `measured_here` runs it."""
     base: str | None = None
     """Of a peer: the part with which it is compared."""
 
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def trainer(script: str, **job: Any) -> Callable[[Size, Path], list[str]]:
-    """Command of a peer that trains on the pairs of the output folder."""
+    """Command of a peer that trains on the pairs of the scratch folder."""
 
     def command(size: Size, folder: Path) -> list[str]:
         output = folder / "peer"
@@ -141,7 +141,7 @@ def measured_here(name: str, size: Size) -> dict[str, Any]:
 def measured_in_process(name: str, size: str, folder: Path, timeout: float) -> Outcome:
     """Run a part of jaxalign, or the checks, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--size", size]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").resolve())}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "compiled")}
     done = run(command, ENVIRONMENT | cache, timeout=timeout)
     if done.error or done.recorded is None:
         return Outcome(error=done.error or "printed no result")
@@ -164,7 +164,7 @@ def measured_by_peer(
       part: with a `peer`.
       python: interpreter that has its packages.
       size: of model and batch.
-      folder: of the output; weights and pairs are written there once.
+      folder: where weights and pairs are written once.
       timeout: seconds after which it is stopped.
       base: row of jaxalign's part; empty: it was not measured.
     """

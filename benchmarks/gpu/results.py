@@ -102,7 +102,7 @@ def report(lines: Sequence[Mapping[str, Any]], names: Sequence[str], without: st
 
 def validity(line: Mapping[str, Any] | None) -> list[str]:
     """What the checks say of the results; the failed ones by name."""
-    if line is None:
+    if line is None or not line.get("result", {"checks": True})["checks"]:
         return ["NOT VALID: nothing has been checked on this device."]
     if "error" in line:
         return [f"NOT VALID: the checks could not run: {line['error']}"]

@@ -390,7 +390,10 @@ def sampling(size: Size) -> dict[str, Row]:
     device = jax.devices()[0]
     mesh, result = make_mesh(devices=[device]), {}
     init = jax.jit(functools.partial(init_params, dtype=jnp.bfloat16), static_argnums=0)
-    params, settings = init(model, jax.random.key(0)), Sampling(max_tokens=size.new, temperature=0)
+    params, settings = (
+        init(model, jax.random.key(0)),
+        Sampling(max_tokens=size.new, temperature=0.0),
+    )
     for count in size.sampled_rows:
         run = compile_generate(model, mesh, sampling=settings, samples=1, dtype=jnp.bfloat16)
         prompts = sampling_prompts(size, count)

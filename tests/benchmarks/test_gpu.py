@@ -42,8 +42,10 @@ class Fake:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compute_once():
+def _computed_once():
+    """In float32 alone: the programs of a second dtype take another quarter of a minute."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checks, "TOLERANCE", {"float32": checks.TOLERANCE["float32"]})
         patched.setattr(checks, "compute", functools.cache(checks.compute))
         yield
 
@@ -109,7 +111,7 @@ def test_a_wrong_reference_value_is_a_failure(tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "out", measure, minutes=0) == 1
     assert measure.names == [parts.CHECKS]
     printed = capsys.readouterr().out
-    assert "NOT VALID: 1 of" in printed or "NOT VALID: 2 of" in printed  # bfloat16 may see it, too
+    assert "NOT VALID: 1 of" in printed
     assert "- float32 log-probs: differs by" in printed
 
 
