@@ -28,6 +28,7 @@ half. Nothing that is recomputed counts. Memory is the allocator's peak until th
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -121,8 +122,11 @@ def measured(options: Options, scratch: Path, measure: Measure) -> list[dict[str
       measure: runs a part of jaxalign.
 
     Raises:
-      UserError: the output folder has results of another size or card.
+      UserError: the output folder has results of another size or card, or there is no such
+        interpreter.
     """
+    if options.peer_python is not None and shutil.which(options.peer_python) is None:
+        raise UserError(f"--peer-python: {options.peer_python} is not a program; name a python")
     deadline = time.monotonic() + 60 * options.minutes
     facts = machine() | {"driver": gpu("driver_version"), "size": options.size}
     results = Results(options.output, facts)

@@ -5,6 +5,7 @@ The first is the device's check. A part in JAX is a function of `workloads`, a p
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -169,7 +170,10 @@ def measured_by_peer(
       base: row of jaxalign's part; empty: it was not measured.
     """
     assert part.peer is not None
-    write_peer_inputs(size, folder)
+    try:
+        write_peer_inputs(size, folder)
+    except subprocess.CalledProcessError as error:
+        return Outcome(error=f"its weights could not be written: exit {error.returncode}")
     done = run([python, *part.peer(size, folder)], ENVIRONMENT, timeout=timeout)
     if done.error or done.recorded is None:
         return Outcome(error=done.error or "printed no result")

@@ -71,7 +71,7 @@ def shared_prompts(size: Size) -> dict[str, Row]:
 
 
 def sft(size: Size) -> dict[str, Row]:
-    """The step of SFT on as many tokens, every one of them a target."""
+    """The step of SFT on as many tokens, each but a row's first a target."""
     return steps(size, supervised.KIND, {"jaxalign": {}})
 
 
@@ -283,11 +283,13 @@ def random_batch(size: Size, structs: Any) -> Any:
     rows = inputs.random_rows(vocabulary, size.length, size.pairs, prompt)
     if isinstance(structs, TextBatch):
         tokens = rows.reshape(-1, size.length)
+        scored = np.ones_like(tokens)
+        scored[:, 0] = 0  # nothing is before it
         return TextBatch(
             tokens=tokens,
             segment_ids=np.ones_like(tokens),
             positions=np.broadcast_to(np.arange(size.length, dtype=np.int32), tokens.shape),
-            target_mask=np.ones_like(tokens),
+            target_mask=scored,
             record_index=np.arange(len(tokens), dtype=np.int32),
             weight=np.ones(len(tokens), np.float32),
         )

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import checks, parts, results
 from benchmarks.gpu.sizes import SIZES
 
+ROOT = Path(__file__).parents[2]
 OWN = [part.name for part in parts.PARTS if part.peer is None]
 SMALL = [part.name for part in parts.PARTS if part.peer is None and part.seconds <= 54]
 PASSED = {"name": "loss", "dtype": "float32", "error": 1e-6, "tolerance": 1e-4}
@@ -156,6 +159,20 @@ def test_results_of_another_size_are_refused(tmp_path, capsys):
     run(tmp_path, Fake(), minutes=0)
     assert run(tmp_path, Fake(), minutes=0, size="1B") == 2
     assert "set another --output" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_is_not_there_is_refused(tmp_path, capsys):
+    assert run(tmp_path, Fake(), peer_python=str(tmp_path / "python")) == 2
+    assert "is not a program" in capsys.readouterr().err
+
+
+def test_the_command_itself_leaves_the_card_alone():
+    code = (
+        "import benchmarks.gpu.__main__, benchmarks.gpu.workloads\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_peer_without_its_packages_is_said_in_words(tmp_path, monkeypatch):
