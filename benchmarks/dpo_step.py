@@ -181,7 +181,7 @@ def main(options: Options) -> None:
     result = {
         "machine": facts,
         "options": asdict(options) | {"environments": None, "json": None},
-        "shape": asdict(shape) | {"vocabulary": inputs.VOCABULARY, "tied": True},
+        "shape": asdict(shape),
         "runs": runs,
     }
     with tempfile.TemporaryDirectory(prefix="dpo_step_") as scratch:

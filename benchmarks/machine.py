@@ -39,11 +39,11 @@ def memory(kind: str) -> int:
     return int(_line("/proc/meminfo", kind).split()[0]) * 1024
 
 
-def gpu() -> str | None:
-    """Name of the first NVIDIA GPU."""
+def gpu(what: str = "name") -> str | None:
+    """Name of the first NVIDIA GPU, or what else nvidia-smi knows of it: "driver_version"."""
     if shutil.which("nvidia-smi") is None:
         return None
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     names = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return names.strip().splitlines()[0] if names.strip() else None
 
@@ -67,17 +67,27 @@ class Finished:
     """Its last words, if it failed."""
 
 
-def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Finished:
-    """Run a process to its end."""
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    timeout: float | None = None,
+) -> Finished:
+    """Run a process to its end, or stop it after so many seconds."""
     start, before = time.time(), os.times()
     own = {"BENCHMARK_START": repr(start), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        list(command),
-        env=os.environ | own | (environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            list(command),
+            env=os.environ | own | (environment or {}),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        words = f"stopped after {timeout:.0f} seconds"
+        return Finished(seconds=time.time() - start, cpu_seconds=0.0, recorded=None, error=words)
     seconds, after = time.time() - start, os.times()
     lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
     return Finished(

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from recorder import MARK, peak_memory
@@ -53,16 +54,18 @@ def transformers(job: Mapping[str, Any]) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, job["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval().to(device)
     ends, rows, prompts = job["ends"], job["rows"], job["prompts"]
     rules: dict[str, Any] = {"do_sample": False, "max_new_tokens": job["new"], "pad_token_id": 0}
     rules |= {"eos_token_id": ends} if ends else {"min_new_tokens": job["new"]}
 
     def batch(mine: list[list[int]]) -> list[list[int]]:
         width = max(map(len, mine))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in mine])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in mine])
+        filled = [[0] * (width - len(row)) + row for row in mine]
+        real = [[0] * (width - len(row)) + [1] * len(row) for row in mine]
+        tokens, mask = (torch.tensor(rows, device=device) for rows in (filled, real))
         with torch.inference_mode():
             out = model.generate(tokens, attention_mask=mask, **rules)[:, width:].tolist()
         at_end = [next((n + 1 for n, x in enumerate(row) if x in ends), len(row)) for row in out]
@@ -75,9 +78,23 @@ def transformers(job: Mapping[str, Any]) -> Generate:
     return run
 
 
+def device_peak() -> int:
+    """Bytes of PyTorch's largest use of a GPU; 0 where there is none."""
+    torch = sys.modules.get("torch")
+    return 0 if torch is None else torch.cuda.max_memory_allocated()
+
+
 def main(way: str, job: str) -> None:
-    """Warm up, measure, print."""
-    given = json.loads(job)
+    """Warm up, measure, print.
+
+    Args:
+      way: name of the library.
+      job: JSON, or "@FILE" with it: model, prompts, new (tokens), repeats; and, where they differ
+        from these, dtype (float32), ends (none) and rows (all prompts).
+    """
+    text = Path(job[1:]).read_text() if job.startswith("@") else job
+    given = {"dtype": "float32", "ends": []} | json.loads(text)
+    given.setdefault("rows", len(given["prompts"]))
     run = {"jaxalign": jaxalign, "transformers": transformers}[way](given)
     out = run()
     seconds, cpu_seconds = [], []
@@ -91,6 +108,7 @@ def main(way: str, job: str) -> None:
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak_memory(),
+        "device_peak_bytes": device_peak(),
         "tokens": out,
     }
     print(MARK + json.dumps(line))

@@ -3,7 +3,8 @@
 Both are one forward pass over chosen and rejected together, a reference without gradients, AdamW
 (fused), clipping. "full" takes logits at every position and a log-softmax over them, as loops are
 usually written; "response" applies the unembedding to the positions before response tokens alone
-and lets cross-entropy do the softmax.
+and lets cross-entropy do the softmax. "text" is no DPO but SFT: cross-entropy of all tokens of all
+rows. A job with `compile` has both decoders compiled by `torch.compile`.
 """
 
 import json
@@ -19,12 +20,17 @@ def main(job: dict) -> None:
     """Train for the job's steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recorder = Recorder(torch.cuda.max_memory_allocated if device == "cuda" else None)
-    log_probs = {"full": full, "response": response}[job["way"]]
+    log_probs = {"full": full, "response": response, "text": None}[job["way"]]
     tokens, prompt = read(job)
     tokens = tokens.to(device)
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device)
-    reference = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device)
-    reference.requires_grad_(requires_grad=False)
+    reference = None
+    if log_probs is not None:
+        reference = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        reference.to(device).requires_grad_(requires_grad=False)
+    if job.get("compile"):
+        for model in filter(None, (policy, reference)):
+            model.model.compile()
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=job["learning_rate"], weight_decay=0.0, fused=True
     )
@@ -32,16 +38,20 @@ def main(job: dict) -> None:
     first = None
     for _ in range(job["steps"]):
         with mixed:
-            with torch.no_grad():
-                before_chosen, before_rejected = log_probs(reference, tokens, prompt).chunk(2)
-            chosen, rejected = log_probs(policy, tokens, prompt).chunk(2)
-        margin = (chosen - before_chosen) - (rejected - before_rejected)
-        loss = -torch.nn.functional.logsigmoid(job["beta"] * margin).mean()
+            if log_probs is None:
+                loss, logged = -response(policy, tokens, 1).mean() / (tokens.shape[1] - 1), []
+            else:
+                with torch.no_grad():
+                    before_chosen, before_rejected = log_probs(reference, tokens, prompt).chunk(2)
+                chosen, rejected = log_probs(policy, tokens, prompt).chunk(2)
+                margin = (chosen - before_chosen) - (rejected - before_rejected)
+                loss = -torch.nn.functional.logsigmoid(job["beta"] * margin).mean()
+                logged = [chosen, rejected]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        first = first or [chosen.mean().item(), rejected.mean().item()]
+        first = first or [x.mean().item() for x in logged]
         recorder.step(loss.item())
     recorder.finish(log_probs=first, tokens=fingerprint(tokens.tolist()))
 
