@@ -184,7 +184,8 @@ class _Form(NamedTuple):
     def spans(self, length: int) -> list[int]:
         """The numbers of keys that a block may read, ascending; the last is enough for all."""
         largest = min(PACKED_BLOCK + self.reach - 1, length)
-        sizes = (PACKED_BLOCK + (PACKED_BLOCK // 2 << n) for n in range(32))
+        half = PACKED_BLOCK // 2
+        sizes = (half * (2 + n % 2) << n // 2 for n in range(1, 64))  # 3, 4, 6, 8, 12, ... halves
         return [*itertools.takewhile(lambda size: size < largest, sizes), largest]
 
     def mix(self, q: Array, k: Array, v: Array, queries: _Row, keys: _Row) -> Array:

@@ -160,7 +160,10 @@ def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) 
 def largest_batch(
     config: TrainConfig, objective: Objective, platform: str, response: int | None
 ) -> tuple[Any, list[Rows]]:
-    """Shapes of the largest batch of pairs, and the passes of a step on it."""
+    """Shapes of the largest batch of pairs, and the passes of a step on it.
+
+    Its rows are padded. The lengths of packed rows depend on the data; they take less.
+    """
     settings, response = config.preference, response or config.max_length
     pairs, rows = largest_pairs(
         config, objective.policy.config, platform, response, scored=response

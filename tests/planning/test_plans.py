@@ -42,6 +42,7 @@ def config(**fields):
         "max_length": 96,
         "max_eval_records": 16,
         "mesh": MESH,
+        "packing": "never",  # a plan is of padded rows: packed ones depend on the data's lengths
         "export": False,
         "rollout": RolloutConfig(
             prompts="prompts.jsonl",
