@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import inputs
 from benchmarks.gpu import __main__ as command
@@ -53,6 +55,20 @@ def _computed_once():
         yield
 
 
+@pytest.fixture
+def compiled_once(tmp_path):
+    """Programs on disk, as the command keeps them: several parts begin with the same step."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (str(tmp_path / "compiled"), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def run(folder, measure, **options):
     """The exit status of the command."""
     options = {"size": "tiny", "output": folder, **options}
@@ -60,6 +76,7 @@ def run(folder, measure, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_once")
 def test_all_parts_are_measured_once_and_a_second_call_runs_nothing(tmp_path, capsys):
     first = Here()
     assert run(tmp_path, first, minutes=60) == 0
