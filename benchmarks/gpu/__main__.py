@@ -107,8 +107,8 @@ def main(options: Options, measure: Measure = parts.measured_in_process) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    without = "not measured yet"
-    print(report(lines, [part.name for part in parts.PARTS], without))
+    needs = {True: "not measured: needs --peer-python", False: "not measured yet"}
+    print(report(lines, {part.name: needs[part.peer is not None] for part in parts.PARTS}))
     by_name = {line["part"]: line for line in lines}
     return int(validity(by_name.get(parts.CHECKS))[0].startswith("NOT VALID"))
 

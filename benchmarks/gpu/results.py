@@ -76,13 +76,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def report(lines: Sequence[Mapping[str, Any]], names: Sequence[str], without: str) -> str:
+def report(lines: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> str:
     """The results as Markdown: the machine, failed checks, the table, the aims.
 
     Args:
       lines: of the results.
-      names: of all parts, in order.
-      without: what to say of a part that has no line.
+      notes: name of each part, in order -> what to say if it has no line.
     """
     by_name = {line["part"]: line for line in lines}
     facts = by_name[FIRST]["result"]
@@ -93,7 +92,7 @@ def report(lines: Sequence[Mapping[str, Any]], names: Sequence[str], without: st
         f"jax {device.get('jax', 'unknown')} on {device.get('platform', 'unknown')}, "
         f"size {facts['size']}, {facts['time']}"
     )
-    rows = [row for name in names for row in _rows(name, by_name.get(name), without)]
+    rows = [row for name in notes for row in _rows(name, by_name.get(name), notes[name])]
     header = ["part", "way", "ms a step", "tokens/s", "MFU", "peak GB", "to the first", "note"]
     return "\n".join(
         [text, "", *validity(by_name.get(CHECKS)), "", table(header, rows), "", *aims(by_name)]

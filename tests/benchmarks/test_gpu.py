@@ -87,7 +87,7 @@ def test_all_parts_are_measured_once_and_a_second_call_runs_nothing(tmp_path, ca
     printed = capsys.readouterr().out
     assert f"{len(lines[parts.CHECKS]['result']['checks'])} checks of this device" in printed
     assert "there is no cuDNN on a cpu" in printed
-    assert printed.count("not measured yet") == len(parts.PARTS) - len(OWN)
+    assert printed.count("not measured: needs --peer-python") == len(parts.PARTS) - len(OWN)
     for name in ("dpo", "watched", "sft", "shared prompts", "8B by LoRA", "sampling"):
         for row in lines[name]["result"].values():
             assert row["tokens_per_second"] > 0
