@@ -117,6 +117,8 @@ NOT_RUN = {
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
     r"|python -m benchmarks\.(step_parts)": "fetches PyTorch and TRL to compare with",
+    r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/test_gpu.py rehearses it",
+    r"python -m venv .*": "needs the network",
     r"python -m benchmarks\.scaling .*": "needs the TPU's compiler; `plan` is run for CPUs instead",
 }
 """Commands that cannot run here, as patterns of the whole command -> why."""
