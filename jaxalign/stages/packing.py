@@ -72,7 +72,7 @@ def _chosen(context: RunContext, stage: Stage, data: TokenizedData, packing: Pac
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
     watched = 0 < config.preference.entanglement.every < 4
-    if settings == "auto" and (watched or jax.default_backend() == "gpu"):
+    if settings == "auto" and (watched or jax.default_backend() != "cpu"):
         return False
     assert isinstance(data.train, TokenizedPairs)
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": config.seed}
