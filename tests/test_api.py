@@ -94,6 +94,7 @@ def test_the_step_alone_is_the_step_of_a_run(model, folder, monkeypatch, parts):
             optimizer=rule,
             reference="live",
             share_prompts="never",
+            packing="never",
         ),
         max_length=60,
         mesh=MeshConfig(data=4 if parts == 2 else 8, fsdp=1, tensor=2 if parts == 2 else 1),

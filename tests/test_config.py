@@ -69,7 +69,7 @@ def test_there_are_as_many_numbers_as_the_configs_have():
 @pytest.mark.parametrize(("path", "kind"), NUMBERS, ids=[".".join(path) for path, _ in NUMBERS])
 def test_every_number_refuses_what_is_none_and_what_is_out_of_range(path, kind):
     name = NAMES[path]
-    anything = name in ("alignment.alpha", "rollout.unfinished_penalty")
+    anything = name in ("alignment.alpha", "feedback.threshold", "rollout.unfinished_penalty")
     below = [] if anything else [-2 if kind is int else -1e-9]
     for value in (math.nan, math.inf, -math.inf, *below, True, "3", []):
         with pytest.raises(UserError) as error:
