@@ -18,7 +18,7 @@ from jaxalign.records import record
 from jaxalign.sharding import replicated, shard_batch
 from jaxalign.training.calibration import reliability
 from jaxalign.training.metrics import Mean, mean_of, to_floats
-from jaxalign.training.objectives import Params, Policy, reward_scale
+from jaxalign.training.objectives import ROUNDING, Params, Policy, reward_scale
 from jaxalign.training.step import TrainState, on_mesh
 
 
@@ -141,7 +141,7 @@ def evaluate_labelled(
     `rewards/auc` is the probability that a desirable response has a larger reward than an
     undesirable one. `calibration/error` is the expected calibration error of the probability
     sigma(beta (r - shift)) that a response is desirable, where the shift is the loss's zero point,
-    0 if it has none. Batches do not change the numbers.
+    0 if it has none. Rewards within rounding error are 0. Batches do not change the numbers.
     """
 
     def forward(params: Params, frozen: Any, batch: LabelledBatch) -> LabelledOutputs:
@@ -167,8 +167,10 @@ def evaluate_labelled(
         known = [f"statistics/{name}" for name in SHIFTS if f"statistics/{name}" in metrics]
         shift = metrics[known[0]] if known else 0.0
         scale = reward_scale(objective.loss, objective.options)
-        rewards = scale * (outputs.log_prob - outputs.reference - shift)
-        return metrics | separation(np.asarray(rewards, np.float64), np.asarray(rows.desirable))
+        above = np.asarray(outputs.log_prob - outputs.reference - shift, np.float64)
+        noise = ROUNDING * (np.abs(outputs.log_prob) + np.abs(outputs.reference))
+        rewards = scale * np.where(np.abs(above) <= noise, 0.0, above)
+        return metrics | separation(rewards, np.asarray(rows.desirable))
 
     return run
 

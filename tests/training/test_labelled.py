@@ -155,6 +155,17 @@ def test_held_out_numbers_do_not_depend_on_the_batches(rng, weights):
             assert value == pytest.approx(found[0][name], rel=1e-4, abs=1e-5), name
 
 
+def test_a_policy_that_is_its_reference_separates_nothing(rng, weights):
+    policy, frozen = weights[0], {"policy": None, "reference": weights[0]}
+    once = {"epochs": 1, "shuffle": False, "window": 16, "batch_size": 8}
+    batches = labelled_batches(data_of(rng, 16), max_length=LENGTH, mismatched="all", **once)
+    mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer("adamw", 1e-3)
+    state = initial_state(policy, optimizer, seed=0)
+    found = evaluate_labelled(objective_of(kto_unpaired), list(batches), mesh)(state, frozen)
+    assert found["rewards/auc"] == found["rewards/accuracies"] == 0.5
+    assert found["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_separation_counts_pairs_of_labels(rng):
     rewards = np.round(rng.normal(size=40), 1)  # with ties
     desirable = rng.random(40) < 0.4
