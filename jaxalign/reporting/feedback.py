@@ -54,5 +54,6 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
             title="AUC of the rewards",
             series=[curve(at, "rewards/auc", "") for at in range(len(runs))],
             y_label="desirable above undesirable",
+            rule=0.5,
         ),
     ]
