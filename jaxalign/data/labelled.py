@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxalign.data.batches import ROUNDING, Iterations, PairBatch, bucket_edges, ordered_batches
+from jaxalign.data.batches import ROUNDING, PairBatch, bucket_edges
+from jaxalign.data.order import Iterations, ordered_batches
 from jaxalign.data.tokenize import TokenizedRows
 from jaxalign.records import AnyArray, record
 

@@ -6,16 +6,14 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.balancing import TOLERANCE, balanced_groups
-from jaxalign.data.batches import (
+from jaxalign.data.batches import PairBatch, common_lengths, padded_pairs
+from jaxalign.data.order import (
     BatchOrder,
     Iterations,
-    PairBatch,
     batch_order,
     check_share,
-    common_lengths,
     filled_batch,
     iterate,
-    padded_pairs,
     share_of,
 )
 from jaxalign.data.tokenize import TokenizedPairs

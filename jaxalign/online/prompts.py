@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.batches import Iterations, bucket_edges, ordered_batches
+from jaxalign.data.batches import bucket_edges
+from jaxalign.data.order import Iterations, ordered_batches
 from jaxalign.data.tokenize import TokenizedRows
 from jaxalign.online.rollouts import PromptBatch
 

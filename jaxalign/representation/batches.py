@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxalign.data import TokenizedRows
-from jaxalign.data.batches import ROUNDING, Iterations, bucket_edges, ordered_batches
+from jaxalign.data.batches import ROUNDING, bucket_edges
+from jaxalign.data.order import Iterations, ordered_batches
 from jaxalign.records import AnyArray, record
 
 

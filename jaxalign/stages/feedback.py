@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import split_holdout, tokenize_responses, unpaired_records
-from jaxalign.data.batches import WINDOW, Iterations
 from jaxalign.data.labelled import LabelledBatch, LabelledRows, Mismatched, labelled_batches
+from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
 from jaxalign.errors import UserError
 from jaxalign.losses import kto_weights

@@ -33,7 +33,7 @@ from jaxalign.data import (
     tokenize_pairs,
     tokenize_responses,
 )
-from jaxalign.data.batches import WINDOW
+from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing, packed_pair_batches
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError

@@ -24,7 +24,7 @@ from jaxalign.data import (
     tokenize_prompts,
     tokenize_responses,
 )
-from jaxalign.data.batches import WINDOW
+from jaxalign.data.order import WINDOW
 from jaxalign.data.record_text import text_of
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
-from jaxalign.data.batches import WINDOW
+from jaxalign.data.order import WINDOW
 from jaxalign.errors import UserError
 from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
 from jaxalign.models.config import ModelConfig

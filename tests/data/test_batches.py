@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data import TokenizedPairs, TokenizedRows, TokenizedTexts, pair_batches, text_batches
-from jaxalign.data.batches import BatchOrder, choose_buckets, pack
+from jaxalign.data.batches import choose_buckets, pack
+from jaxalign.data.order import BatchOrder
 from jaxalign.errors import UserError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data import TokenizedPairs
-from jaxalign.data.batches import batch_order
+from jaxalign.data.order import batch_order
 from jaxalign.data.packing import Packing, packed_pair_batches, pair_packer, pair_sizes
 from jaxalign.errors import UserError
 from tests.data.test_batches import kept, make_pairs, make_rows, take
