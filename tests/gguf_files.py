@@ -187,3 +187,23 @@ def pairs_together(heads, rows):
         for i in range(size // 2)
         for half in range(2)
     ]
+
+
+def bpe_metadata(tokenizer) -> dict[str, object]:
+    """The metadata of a byte-level BPE tokenizer."""
+    numbers = tokenizer.get_vocab()
+    tokens = sorted(numbers, key=numbers.get)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    special = set(tokenizer.all_special_tokens)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }

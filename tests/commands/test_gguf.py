@@ -15,7 +15,7 @@ from jaxalign.config import TrainConfig
 from jaxalign.evaluation.language_models import language_model
 from jaxalign.models import load_pretrained
 from jaxalign.stages.models import model_of
-from tests.gguf_files import write_gguf
+from tests.gguf_files import bpe_metadata, write_gguf
 from tests.tiny_model import save_tiny_model
 
 EXPERIMENT = """
@@ -39,23 +39,7 @@ def models(tmp_path, monkeypatch):
     """A tiny model's folder and its GGUF file, in the working folder."""
     monkeypatch.chdir(tmp_path)
     tokenizer, _ = save_tiny_model(tmp_path / "folder", context_length=400)
-    numbers = tokenizer.get_vocab()
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    special = set(tokenizer.all_special_tokens)
-    tokens = sorted(numbers, key=numbers.get)
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.chat_template": tokenizer.chat_template,
-    }
-    write_gguf(tmp_path / "folder", tmp_path / "model.gguf", metadata=metadata)
+    write_gguf(tmp_path / "folder", tmp_path / "model.gguf", metadata=bpe_metadata(tokenizer))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "small.py").write_text(EXPERIMENT)
     return "folder", "model.gguf"

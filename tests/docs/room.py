@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from tests.docs.commands import PAGES, ROOT
-from tests.gguf_files import write_gguf
+from tests.gguf_files import bpe_metadata, write_gguf
 from tests.tiny_model import save_tiny_model
 
 WORDS = ["sun", "moon", "star", "lake", "tree", "fish", "sand", "wind"]
@@ -75,7 +75,7 @@ def make_room(folder: Path) -> Path:
 def make_mine(mine: Path) -> None:
     """The user's models: with a chat template, without one (and deeper), and a GGUF file."""
     tokenizer, _ = save_tiny_model(mine / "model", context_length=4096)
-    write_gguf(mine / "model", mine / "model.gguf", metadata=gguf_tokenizer(tokenizer))
+    write_gguf(mine / "model", mine / "model.gguf", metadata=bpe_metadata(tokenizer))
     save_tiny_model(mine / "plain", layers=6, context_length=4096)
     (mine / "plain" / "chat_template.jinja").unlink()
     shutil.copytree(ROOT / "tests" / "fixtures" / "encoder_decoders" / "t5_v1_1", mine / "t5")
@@ -109,26 +109,6 @@ def write_files(mine: Path) -> None:
     files |= dict.fromkeys(("prompts.jsonl", "new.jsonl", "queries.jsonl"), prompts)
     for name, content in files.items():
         write(mine / name, content)
-
-
-def gguf_tokenizer(tokenizer) -> dict[str, object]:
-    """The metadata of a byte-level BPE tokenizer."""
-    numbers = tokenizer.get_vocab()
-    tokens = sorted(numbers, key=numbers.get)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    special = set(tokenizer.all_special_tokens)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.chat_template": tokenizer.chat_template,
-    }
 
 
 def make_data(data: Path, model: Path) -> None:

@@ -1,5 +1,7 @@
 """Continuous batching gives the responses that `generate` gives, whatever the schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +11,10 @@ from jaxalign.generation import Sampling, generate, stop_table
 from jaxalign.generation.continuous import compile_programs, sample_continuously
 from jaxalign.generation.rows import Method, Source
 from jaxalign.generation.weights import prepare
-from jaxalign.models import DecoderConfig, cached_decoder, decoder
+from jaxalign.models import cached_decoder, decoder
+from tests.generation.test_generate import CONFIG as PLAIN
 
-CONFIG = DecoderConfig(
-    vocab_size=19,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_width=4,
-    mlp_width=24,
-    context_length=64,
-    initializer_range=0.4,
-    windowed=(True, False),
-    window=6,
-)
+CONFIG = dataclasses.replace(PLAIN, windowed=(True, False), window=6)
 PROMPTS = [[3, 4, 5, 6, 7], [9], [2, 8, 2], [11, 12, 13, 14, 15, 16, 17], [5, 5], [18, 3, 9, 9]]
 NUMBERS = [[70 + 2 * at, 7 + at] for at in range(len(PROMPTS))]
 KEY = jax.random.key(3)

@@ -1,5 +1,7 @@
 """Drafts from the prompt change no response, and their acceptance follows the distribution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +11,10 @@ from jaxalign.generation import Sampling, prompt_lookup
 from jaxalign.generation.continuous import compile_programs, sample_continuously
 from jaxalign.generation.rows import Method, Source
 from jaxalign.generation.weights import prepare
-from jaxalign.models import DecoderConfig, cached_decoder, decoder
+from jaxalign.models import cached_decoder, decoder
+from tests.generation.test_generate import CONFIG as PLAIN
 
-CONFIG = DecoderConfig(
-    vocab_size=7,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_width=4,
-    mlp_width=24,
-    context_length=64,
-    initializer_range=0.4,
-    windowed=(True, False),
-    window=6,
-)
+CONFIG = dataclasses.replace(PLAIN, vocab_size=7, windowed=(True, False), window=6)
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [2], [2, 5, 2], [1, 2, 1, 2, 1, 2]]
 CASES = {
     "greedy": {"temperature": 0.0, "end_tokens": (0,)},
