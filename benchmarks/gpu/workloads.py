@@ -141,6 +141,7 @@ class Setting:
         shardings = parameter_shardings(jax.eval_shape(start, self.params), self.mesh)
         self.state = jax.jit(start, out_shardings=shardings)(self.params)
         self.frozen = stage.frozen(self.params, lambda params: params, lambda *_: None)
+        self.params = jax.eval_shape(lambda params: params, self.params)
 
     def _remat(self, config: TrainConfig) -> str:
         """What `jaxalign train` would choose."""

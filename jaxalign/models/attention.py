@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign.models import devices
 from jaxalign.models.layers import softcap
 from jaxalign.models.precision import precision
+from jaxalign.models.sequences import Sequences, attend_apart
 
 
 def attention(
@@ -24,6 +25,7 @@ def attention(
     prefix_ids: Int[Array, "batch length"] | None = None,
     positions: Int[Array, "batch length"] | None = None,
     reach: int | None = None,
+    sequences: Sequences | None = None,
     window: int | None = None,
     cap: float | None = None,
     implementation: str = "auto",
@@ -42,31 +44,15 @@ def attention(
       positions: used for the window; by default the index in the row.
       reach: no position sees one as many or more places before it, as segments and prefixes are
         (which are together, prefix first); needs `prefix_ids`. None: unknown.
+      sequences: the same as segments and prefixes say, for a fused kernel; None: unknown.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
-      implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
-        cap).
+      implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no cap).
       query_block: number of queries in a block of "blocked".
 
     Returns:
       [batch, length, heads, head_width] in the dtype of `q`.
     """
-    if implementation == "auto":
-        plain = segment_ids is None and cap is None
-        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-        on_gpu = devices.platform() == "gpu"
-        small = q.shape[-1] <= 128
-        implementation = "cudnn" if on_gpu and plain and fits and small else "blocked"
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
-        )
     place = jnp.arange(q.shape[1])[None]
     row = _Row(
         place=place,
@@ -74,9 +60,58 @@ def attention(
         prefix=prefix_ids,
         position=place if prefix_ids is None or positions is None else positions,
     )
+    if implementation == "auto":
+        fused = _fits_cudnn(q, cap) and (
+            segment_ids is None or sequences is not None or q.shape[1] <= LONGEST_MASK
+        )
+        implementation = "cudnn" if fused else "blocked"
+    if implementation == "cudnn":
+        attend = functools.partial(_cudnn, scale=scale, window=window)
+        if segment_ids is None:
+            return attend(q, k, v)
+        if sequences is not None:
+            return attend_apart(attend, q, k, v, sequences)
+        seen, odd = _sees(row, row, window)[:, None], q.shape[1] % 2
+        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, odd)), constant_values=True)
+        out = _cudnn(q, k, v, scale=scale, window=None, seen=seen)
+        return out[:, : out.shape[1] - odd]
     if prefix_ids is None or (reach is not None and reach >= q.shape[1]):
         reach = None
     return _blocked_attention(q, k, v, row, scale, window, cap, reach, query_block)
+
+
+LONGEST_MASK = 4096
+"""Length of rows for which a GPU's kernel reads an array of what each position sees."""
+
+
+def _fits_cudnn(q: Array, cap: float | None) -> bool:
+    """Whether cuDNN's kernel computes attention of these queries on the device."""
+    width = q.shape[-1]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    return devices.platform() == "gpu" and fits and cap is None
+
+
+def _cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    window: int | None,
+    seen: Array | None = None,
+) -> Array:
+    """cuDNN's fused attention, causal, or as `seen` [rows or 1, 1, queries, keys] says."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=seen,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
 
 
 class _Row(NamedTuple):

@@ -12,6 +12,7 @@ from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder import Layout, unembedding
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
+from jaxalign.models.sequences import Sequences, sequences_of
 from jaxalign.records import AnyArray, record
 from jaxalign.rows import ResponseRows, SharedPrefixRows
 
@@ -112,6 +113,7 @@ def _scored_states(
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
+        sequences=_sequences(segment, len(rows.response_tokens) // 2, rows.tokens.shape[1]),
     )
     hidden = decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
     states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
@@ -252,7 +254,20 @@ def _layout(merged: SharedPrefixRows, length: int) -> Layout:
         positions=jnp.minimum(position, length - 1),
         segment_ids=segment,
         prefix_ids=jnp.ones_like(segment),
+        sequences=_sequences(segment, len(segment), length),
     )
+
+
+def _sequences(
+    segment: Int[Array, "rows length"], pairs: int, longest: int
+) -> Sequences | None:
+    """The sequences of all pairs, which a GPU's fused attention takes apart; None elsewhere.
+
+    Each row has as many pairs, or fewer.
+    """
+    if devices.platform() != "gpu":
+        return None
+    return sequences_of(segment, pairs // len(segment), longest)
 
 
 def _merged_positions(

@@ -16,7 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.losses.lookup import find_loss
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.representation import contrastive_pairs
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
@@ -61,7 +61,10 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     probed = None
     if probe is not None:
         probed = parts.plain_step(settings, objective, fields["optimizer"], backward=probe)
-    referenced = has_reference(objective)
+    frozen = parts.no_reference(adapters)
+    if has_reference(objective):
+        narrow = config.dtype == "bfloat16" and isinstance(model_config, DecoderConfig)
+        frozen = parts.with_reference(adapters, config.dtype if narrow else None)
     return Stage(
         name=NAME,
         method=settings.loss,
@@ -71,7 +74,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         probe_every=settings.entanglement.every,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
-        frozen=(parts.with_reference if referenced else parts.no_reference)(adapters),
+        frozen=frozen,
         kept=parts.without([HEAD] if has_mask else []),
         largest_batch=functools.partial(largest_batch, config, objective),
     )
