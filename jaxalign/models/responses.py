@@ -258,9 +258,7 @@ def _layout(merged: SharedPrefixRows, length: int) -> Layout:
     )
 
 
-def _sequences(
-    segment: Int[Array, "rows length"], pairs: int, longest: int
-) -> Sequences | None:
+def _sequences(segment: Int[Array, "rows length"], pairs: int, longest: int) -> Sequences | None:
     """The sequences of all pairs, which a GPU's fused attention takes apart; None elsewhere.
 
     Each row has as many pairs, or fewer.

@@ -32,9 +32,7 @@ class Sequences:
     slots: Int[AnyArray, "rows length 2"]
 
 
-def sequences_of(
-    segment_ids: Int[Array, "rows length"], pairs: int, longest: int
-) -> Sequences:
+def sequences_of(segment_ids: Int[Array, "rows length"], pairs: int, longest: int) -> Sequences:
     """The sequences of packed rows.
 
     Args:
