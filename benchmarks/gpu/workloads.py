@@ -326,7 +326,7 @@ def packed_pairs(size: Size) -> dict[str, Row]:
     pairs = pairs_of_unlike_lengths(size)
     batches = {
         "padded": next(iter(pair_batches(pairs, buckets=1, **options))),
-        "packed": next(iter(packing.packed_pair_batches(pairs, packing.Packing(), **options))),
+        "packed": next(iter(packing.packed_batches(pairs, packing.Packing(), **options))),
     }
     setting = Setting(size, preference.KIND, {})
     total = int(np.sum(pairs.length))
