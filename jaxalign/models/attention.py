@@ -101,7 +101,7 @@ def _cudnn(
     window: int | None,
     seen: Array | None = None,
 ) -> Array:
-    """cuDNN's fused attention, causal, or as `seen` [rows or 1, 1, queries, keys] says."""
+    """Fused attention of cuDNN, causal, or as `seen` [rows or 1, 1, queries, keys] says."""
     return jax.nn.dot_product_attention(
         q,
         k,

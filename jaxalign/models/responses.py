@@ -110,16 +110,21 @@ def _scored_states(
     if packed is None:
         hidden = response_states(params, config, rows, compute=compute)
         return hidden.reshape(-1, hidden.shape[-1]), rows.response_tokens.reshape(-1)
-    hidden = _packed_states(params, config, packed, compute=compute)
+    hidden = _packed_states(params, config, packed, rows.tokens.shape[1], compute=compute)
     states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
     states = devices.by_rows(states)
     return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
 
 
 def _packed_states(
-    params: Mapping[str, Any], config: ModelConfig, packed: PackedRows, *, compute: Compute
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    packed: PackedRows,
+    longest: int,
+    *,
+    compute: Compute,
 ) -> Float[Array, "packed length width"]:
-    """The hidden states of packed rows."""
+    """The hidden states of packed rows, of prompts with responses of at most `longest` tokens."""
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"config: {config.family} is no decoder; its rows cannot be packed")
     segment = packed.segment_ids
@@ -128,7 +133,7 @@ def _packed_states(
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
-        sequences=_sequences(segment, len(rows.response_tokens) // 2, rows.tokens.shape[1]),
+        sequences=_sequences(segment, *packed.last.shape, longest),
     )
     return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
 
@@ -159,7 +164,7 @@ def last_states(
             shared_prefix=rows.shared_prefix,
         )
         return response_states(params, config, ended, compute=compute)[:, 0]
-    hidden = _packed_states(params, config, packed, compute=compute)
+    hidden = _packed_states(params, config, packed, rows.tokens.shape[1], compute=compute)
     row, found = _row_of(packed)
     return jnp.where(found[:, None], hidden[row, packed.last.reshape(-1)], jnp.nan)
 
@@ -297,18 +302,20 @@ def _layout(merged: SharedPrefixRows, length: int) -> Layout:
         positions=jnp.minimum(position, length - 1),
         segment_ids=segment,
         prefix_ids=jnp.ones_like(segment),
-        sequences=_sequences(segment, len(segment), length),
+        sequences=_sequences(segment, len(segment), 2, length),
     )
 
 
-def _sequences(segment: Int[Array, "rows length"], pairs: int, longest: int) -> Sequences | None:
-    """The sequences of all pairs, which a GPU's fused attention takes apart; None elsewhere.
+def _sequences(
+    segment: Int[Array, "rows length"], examples: int, sides: int, longest: int
+) -> Sequences | None:
+    """The sequences of all examples, which a GPU's fused attention takes apart; None elsewhere.
 
-    Each row has as many pairs, or fewer.
+    Each row has an equal part of the examples, or fewer.
     """
     if devices.platform() != "gpu":
         return None
-    return sequences_of(segment, pairs // len(segment), longest)
+    return sequences_of(segment, examples // len(segment), sides, longest)
 
 
 def _merged_positions(

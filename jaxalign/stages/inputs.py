@@ -167,13 +167,11 @@ def as_examples(data: TokenizedPairs | TokenizedRows) -> TokenizedExamples:
     return TokenizedResponses(rows=data) if isinstance(data, TokenizedRows) else data
 
 
-def joint_share(share_prompts: str, model_config: ModelConfig, platform: str) -> float:
+def joint_share(share_prompts: str, model_config: ModelConfig) -> float:
     """Largest size of a row with a shared prefix, as a fraction of two rows; 0: never share."""
     if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
         return 0.0
-    if share_prompts == "always":
-        return 1.0
-    return 0.0 if platform == "gpu" else 0.75
+    return 1.0 if share_prompts == "always" else 0.75
 
 
 @jax.jit

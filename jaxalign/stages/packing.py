@@ -83,6 +83,12 @@ def check_batches_known(context: RunContext, stage: Stage) -> None:
         )
 
 
+def _is_measured() -> bool:
+    """Whether packing is known to be faster on these devices: CPUs, one GPU."""
+    platform = jax.default_backend()
+    return platform == "cpu" or (platform == "gpu" and jax.device_count() == 1)
+
+
 def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Packing) -> bool:
     """Choose and print the choice."""
     settings = getattr(context.config, stage.name).packing
@@ -96,7 +102,7 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
     watched = 0 < stage.probe_every < 4
-    if settings == "auto" and (watched or jax.default_backend() != "cpu"):
+    if settings == "auto" and (watched or not _is_measured()):
         return False
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}
     packed = data.positions(packing, **how)

@@ -45,8 +45,9 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         return {**below(params), SCORE: params[SCORE]}
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
+        del platform
         response = response or config.max_length
-        pairs, rows = preference.largest_pairs(config, model_config, platform, response, scored=1)
+        pairs, rows = preference.largest_pairs(config, model_config, response, scored=1)
         return pairs, [Rows(**rows, forward=1, backward=1)]
 
     return Stage(
