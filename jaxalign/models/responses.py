@@ -81,16 +81,28 @@ def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "bat
 def _by_response(
     x: Float[Array, "tokens ..."], rows: ResponseRows
 ) -> Float[Array, "batch response ..."]:
-    """Values of the scored tokens, where each response has its own; anything at padding.
+    """Values of the scored tokens, where each response has its own; anything at padding."""
+    shape = rows.response_tokens.shape
+    if rows.packed is None:
+        return x.reshape(*shape, *x.shape[1:])
+    return from_packed(x, rows.packed, shape[1])
+
+
+def from_packed(
+    x: Float[Array, "tokens ..."], packed: PackedRows, size: int
+) -> Float[Array, "batch response ..."]:
+    """Values of the scored tokens of packed rows, response by response; anything at padding.
 
     NaN for an example whose packed row is not there.
+
+    Args:
+      x: a value for each scored token of all packed rows.
+      packed: the rows.
+      size: tokens of a response.
     """
-    shape, packed = rows.response_tokens.shape, rows.packed
-    if packed is None:
-        return x.reshape(*shape, *x.shape[1:])
     row, found = _row_of(packed)
     start = row * packed.scored_tokens.shape[1] + packed.scored_start.reshape(-1)
-    at = start[:, None] + jnp.arange(shape[1])[None]
+    at = start[:, None] + jnp.arange(size)[None]
     values = x[jnp.minimum(at, x.shape[0] - 1)]
     return jnp.where(found.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.nan)
 
@@ -127,15 +139,20 @@ def _packed_states(
     """The hidden states of packed rows, of prompts with responses of at most `longest` tokens."""
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"config: {config.family} is no decoder; its rows cannot be packed")
+    layout = packed_layout(packed)
+    return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
+
+
+def packed_layout(packed: PackedRows) -> Layout:
+    """Which tokens of packed rows see each other."""
     segment = packed.segment_ids
-    layout = Layout(
+    return Layout(
         positions=packed.positions,
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
         sequences=_sequences(segment, *packed.last.shape, longest),
     )
-    return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
 
 
 def last_states(
