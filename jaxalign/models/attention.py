@@ -1,4 +1,4 @@
-"""Causal attention: fused on GPUs, in blocks elsewhere, row by row on a single CPU."""
+"""Causal attention: kernels on TPUs and GPUs, in blocks elsewhere, row by row on a single CPU."""
 
 import functools
 import itertools
@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.errors import UserError
 from jaxalign.models import devices
+from jaxalign.models.flash import LANES, OUTPUT, flash_attention, whole_rows
 from jaxalign.models.layers import softcap
 from jaxalign.models.precision import precision
+from jaxalign.models.products import named
+
+IMPLEMENTATIONS = ("auto", "blocked", "flash", "cudnn")
 
 
 def attention(
@@ -44,21 +49,43 @@ def attention(
         (which are together, prefix first); needs `prefix_ids`. None: unknown.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
-      implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no segments, no
-        cap).
-      query_block: number of queries in a block of "blocked".
+      implementation: one of `IMPLEMENTATIONS`: "auto", "blocked" (any device), "flash" (TPU; whole
+        rows on each device) or "cudnn" (GPU, 16 bit, no segments, no cap).
+      query_block: number of queries in a block of "blocked" and "flash".
 
     Returns:
       [batch, length, heads, head_width] in the dtype of `q`.
+
+    Raises:
+      UserError: there is no such implementation, or the arrays are not sharded as "flash" needs.
     """
     if implementation == "auto":
         plain = segment_ids is None and cap is None
-        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-        on_gpu = devices.platform() == "gpu"
-        small = q.shape[-1] <= 128
-        implementation = "cudnn" if on_gpu and plain and fits and small else "blocked"
+        implementation = _fastest(q, k, plain)
+    if implementation not in IMPLEMENTATIONS:
+        choices = ", ".join(IMPLEMENTATIONS)
+        raise UserError(f"attention: {implementation!r} is not one of {choices}")
+    if implementation == "flash":
+        if not whole_rows(q, k):
+            raise UserError(
+                "attention: flash needs whole rows and groups of heads on each device; set "
+                "blocked, mesh.sequence 1, and mesh.tensor to a divisor of the number of key heads"
+            )
+        return flash_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            segments=segment_ids,
+            prefixes=prefix_ids,
+            positions=positions,
+            reach=reach,
+            window=window,
+            cap=cap,
+            block=query_block,
+        )
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
+        mixed = jax.nn.dot_product_attention(
             q,
             k,
             v,
@@ -67,6 +94,7 @@ def attention(
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
+        return named(mixed, OUTPUT)
     place = jnp.arange(q.shape[1])[None]
     row = _Row(
         place=place,
@@ -76,7 +104,18 @@ def attention(
     )
     if prefix_ids is None or (reach is not None and reach >= q.shape[1]):
         reach = None
-    return _blocked_attention(q, k, v, row, scale, window, cap, reach, query_block)
+    return named(_blocked_attention(q, k, v, row, scale, window, cap, reach, query_block), OUTPUT)
+
+
+def _fastest(q: Array, k: Array, plain: bool) -> str:
+    """The implementation for these arrays; `plain`: one segment and no cap."""
+    if devices.platform() == "tpu":
+        # A kernel is never split by the compiler: the sharding must be known.
+        known = devices.device_count() == 1 or devices.head_sharding() is not None
+        return "flash" if known and whole_rows(q, k) and q.shape[1] >= LANES else "blocked"
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return "cudnn" if devices.platform() == "gpu" and plain and fits else "blocked"
 
 
 class _Row(NamedTuple):
