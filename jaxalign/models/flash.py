@@ -341,9 +341,13 @@ class _Call(NamedTuple):
             several=marks.shape[0] > 1,
         )
 
-    def place(self, ids: tuple[Any, ...], order: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """Row, row of marks, head, own block and the block that it sees in this step."""
-        row, head, block, *inner = ids
+    def place(self, *ids: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """Row, row of marks, head, own block and the block that it sees in this step.
+
+        Args:
+          ids: of the program, then what `_listed` returned.
+        """
+        row, head, block, *inner, order, _ = ids
         if len(inner) == 2:
             head = head * self.groups + inner[0]
         marked = row if self.several else 0
@@ -354,8 +358,7 @@ class _Call(NamedTuple):
         """Vectors of the own block or of the one seen; `grouped`: of keys and values."""
 
         def index(*ids: Any) -> tuple[Any, ...]:
-            *ids, order, _ = ids
-            row, _, head, block, other = self.place(tuple(ids), order)
+            row, _, head, block, other = self.place(*ids)
             head = jax.lax.div(head, jnp.int32(self.groups)) if grouped else head
             return row, head, block if own else other, 0
 
@@ -365,8 +368,7 @@ class _Call(NamedTuple):
         """A number for each query of the own block or of the one seen."""
 
         def index(*ids: Any) -> tuple[Any, ...]:
-            *ids, order, _ = ids
-            row, _, head, block, other = self.place(tuple(ids), order)
+            row, _, head, block, other = self.place(*ids)
             return row, head, 0, block if own else other
 
         return pl.BlockSpec((None, None, 1, self.form.size), index)
@@ -375,8 +377,7 @@ class _Call(NamedTuple):
         """Marks of the own block or of the one seen."""
 
         def index(*ids: Any) -> tuple[Any, ...]:
-            *ids, order, _ = ids
-            _, marked, _, block, other = self.place(tuple(ids), order)
+            _, marked, _, block, other = self.place(*ids)
             return marked, 0, block if own else other
 
         return pl.BlockSpec((None, SUBLANES, self.form.size), index)
@@ -386,8 +387,7 @@ class _Call(NamedTuple):
         kernel: Any,
         products: int,
         listed: tuple[Array, Array],
-        arrays: tuple[Array, ...],
-        in_specs: list[pl.BlockSpec],
+        reads: list[tuple[Array, pl.BlockSpec, bool]],
         out: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
         scratch: list[int],
     ) -> tuple[Array, ...]:
@@ -397,27 +397,26 @@ class _Call(NamedTuple):
           kernel: its body.
           products: number of matrix products per block.
           listed: from `_listed`.
-          arrays: what it reads.
-          in_specs: blocks of these.
+          reads: arrays, their blocks, and whether each step reads another one.
           out: shape, dtype and block of each result.
           scratch: widths of arrays [size, width] that are kept between steps.
         """
         form = self.form
         groups = (self.groups,) if kernel is _key_kernel else ()
         heads = self.heads // math.prod(groups)
-        pairs = self.rows * self.heads * min(
-            self.blocks * self.width, self.blocks * (self.blocks + 1) // 2
-        )  # fmt: skip
+        pairs = min(self.blocks * self.width, self.blocks * (self.blocks + 1) // 2)
+        pairs *= self.rows * self.heads
         results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in out]
-        moved = sum(x.size * x.dtype.itemsize for x in arrays)
-        moved += sum(math.prod(x.shape) * x.dtype.itemsize for x in results)
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in results)
+        for x, _, each_step in reads:
+            moved += pairs * form.size * x.shape[-1] * x.dtype.itemsize if each_step else x.nbytes
         name = kernel.__name__.strip("_")
         run = pl.pallas_call(
             functools.partial(kernel, form, self.width, self.several),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
                 grid=(self.rows, heads, self.blocks, *groups, self.width),
-                in_specs=in_specs,
+                in_specs=[spec for _, spec, _ in reads],
                 out_specs=[spec for *_, spec in out],
                 scratch_shapes=[pltpu.VMEM((form.size, width), jnp.float32) for width in scratch],
             ),
@@ -433,7 +432,7 @@ class _Call(NamedTuple):
             interpret=form.interpret,
             name=f"flash_attention_{name}",
         )
-        return tuple(run(*listed, *arrays))
+        return tuple(run(*listed, *(x for x, *_ in reads)))
 
 
 def _forward(form: Form, q: Array, k: Array, v: Array, marks: Array) -> tuple[Array, Array]:
@@ -445,8 +444,13 @@ def _forward(form: Form, q: Array, k: Array, v: Array, marks: Array) -> tuple[Ar
         _forward_kernel,
         2,
         _listed(form, _visible(form, marks)),
-        (q, k, v, marks, marks),
-        [own, other, other, call.marks(True), call.marks(False)],
+        [
+            (q, own, False),
+            (k, other, True),
+            (v, other, True),
+            (marks, call.marks(True), False),
+            (marks, call.marks(False), False),
+        ],
         [
             (q.shape, q.dtype, own),
             ((rows, heads, 1, length), jnp.float32, call.numbers(True)),
@@ -474,25 +478,40 @@ def _attention_bwd(
     q, k, v, marks, out, log_sum = saved
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None]
     call, seen = _Call.of(form, q, k, marks), _visible(form, marks)
-    arrays = q, k, v, marks, marks, d_out, log_sum, inner
+    marked = [(marks, call.marks(True), False), (marks, call.marks(False), False)]
     own, other = call.vectors(True), call.vectors(False, grouped=True)
-    near, far = call.marks(True), call.marks(False)
+    numbers = call.numbers(True)
     (d_q,) = call.run(
         _query_kernel,
         3,
         _listed(form, seen),
-        arrays,
-        [own, other, other, near, far, own, call.numbers(True), call.numbers(True)],
+        [
+            (q, own, False),
+            (k, other, True),
+            (v, other, True),
+            *marked,
+            (d_out, own, False),
+            (log_sum, numbers, False),
+            (inner, numbers, False),
+        ],
         [(q.shape, q.dtype, own)],
         [call.head_width],
     )
     own, other = call.vectors(True, grouped=True), call.vectors(False)
+    numbers = call.numbers(False)
     d_k, d_v = call.run(
         _key_kernel,
         4,
         _listed(form, jnp.swapaxes(seen, 1, 2)),
-        arrays,
-        [other, own, own, near, far, other, call.numbers(False), call.numbers(False)],
+        [
+            (q, other, True),
+            (k, own, False),
+            (v, own, False),
+            *marked,
+            (d_out, other, True),
+            (log_sum, numbers, False),
+            (inner, numbers, False),
+        ],
         [(k.shape, k.dtype, own), (v.shape, v.dtype, own)],
         [call.head_width, call.head_width],
     )
