@@ -460,8 +460,7 @@ def _forward(form: Form, q: Array, k: Array, v: Array, marks: Array) -> tuple[Ar
     return out, log_sum
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(form: Form, q: Array, k: Array, v: Array, marks: Array) -> Array:
+def _attention_primal(form: Form, q: Array, k: Array, v: Array, marks: Array) -> Array:
     return _forward(form, q, k, v, marks)[0]
 
 
@@ -518,4 +517,5 @@ def _attention_bwd(
     return d_q, d_k, d_v, None
 
 
+_attention: Any = jax.custom_vjp(_attention_primal, nondiff_argnums=(0,))
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
@@ -108,6 +109,31 @@ def test_numbers_and_gradients_are_those_of_jaxs_own_kernel(rng):
     expected = gradients(theirs)(*arrays)
     for mine, other in zip(ours(*arrays), expected, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-4)
+
+
+def test_kernels_read_no_memory_that_is_not_written(rng, monkeypatch):
+    """By JAX's simulation of a TPU's memories and copies, where unwritten numbers are NaN."""
+    arrays = arrays_of(rng, rows=1, length=24, heads=2, kv_heads=1)
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], 8, axis=1))
+    layout = {"segment_ids": segments, "prefix_ids": jnp.ones_like(segments)}
+    layout |= {"positions": jnp.arange(24)[None], "reach": 24}
+
+    def gradients(run):
+        weighed = lambda *arrays: jnp.sin(run(*arrays, scale=0.4, **layout)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*arrays)
+
+    expected = gradients(functools.partial(attention, implementation="blocked"))
+    simulated = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    interpreted = flash.pl.pallas_call
+    monkeypatch.setattr(
+        flash.pl,
+        "pallas_call",
+        lambda *body, **options: interpreted(*body, **options | {"interpret": simulated}),
+    )
+    ours = gradients(functools.partial(attention, implementation="flash", query_block=8))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, expected
+    )
 
 
 def test_rows_and_heads_are_split_over_devices(rng):
