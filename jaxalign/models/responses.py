@@ -122,29 +122,26 @@ def _scored_states(
     if packed is None:
         hidden = response_states(params, config, rows, compute=compute)
         return hidden.reshape(-1, hidden.shape[-1]), rows.response_tokens.reshape(-1)
-    hidden = _packed_states(params, config, packed, rows.tokens.shape[1], compute=compute)
+    hidden = _packed_states(params, config, rows, compute=compute)
     states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
     states = devices.by_rows(states)
     return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
 
 
 def _packed_states(
-    params: Mapping[str, Any],
-    config: ModelConfig,
-    packed: PackedRows,
-    longest: int,
-    *,
-    compute: Compute,
+    params: Mapping[str, Any], config: ModelConfig, rows: ResponseRows, *, compute: Compute
 ) -> Float[Array, "packed length width"]:
-    """The hidden states of packed rows, of prompts with responses of at most `longest` tokens."""
+    """The hidden states of packed rows."""
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"config: {config.family} is no decoder; its rows cannot be packed")
-    layout = packed_layout(packed)
+    packed = rows.packed
+    assert packed is not None
+    layout = packed_layout(packed, rows.tokens.shape[1])
     return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
 
 
-def packed_layout(packed: PackedRows) -> Layout:
-    """Which tokens of packed rows see each other."""
+def packed_layout(packed: PackedRows, longest: int) -> Layout:
+    """Which tokens of packed rows see each other; no prompt with a response is longer."""
     segment = packed.segment_ids
     return Layout(
         positions=packed.positions,
@@ -181,7 +178,7 @@ def last_states(
             shared_prefix=rows.shared_prefix,
         )
         return response_states(params, config, ended, compute=compute)[:, 0]
-    hidden = _packed_states(params, config, packed, rows.tokens.shape[1], compute=compute)
+    hidden = _packed_states(params, config, rows, compute=compute)
     row, found = _row_of(packed)
     return jnp.where(found[:, None], hidden[row, packed.last.reshape(-1)], jnp.nan)
 

@@ -59,7 +59,8 @@ class Reader:
         layout, read = None, prompt_length[:, None] + jnp.arange(positions)[None]
         read = jnp.minimum(read, tokens.shape[1] - 1)
         if packed is not None:  # each scored token is the one after that which predicts it
-            tokens, layout, read = packed.tokens, packed_layout(packed), packed.scored_positions + 1
+            layout, read = packed_layout(packed, tokens.shape[1]), packed.scored_positions + 1
+            tokens = packed.tokens
         states = states_at_layers(
             params,
             self.config,

@@ -38,6 +38,7 @@ def make_policy(
         adapter_dropout=0.0 if adapters is None else adapters.dropout,
         remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
+        attention=config.attention,
     )
 
 

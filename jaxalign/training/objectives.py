@@ -46,11 +46,13 @@ class Policy:
     remat: str = "none"
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
+    attention: str = "auto"
+    """Implementation of a decoder's attention."""
 
     @property
     def compute(self) -> Compute:
         """How forward passes are computed."""
-        return Compute(remat=self.remat, dtype=self.dtype)
+        return Compute(remat=self.remat, dtype=self.dtype, attention=self.attention)
 
     def policy_params(
         self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
