@@ -2,12 +2,23 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from jaxalign.config.fields import Count, Finite, NonNegative, short
+from jaxalign.config.fields import Count, Finite, NonNegative, Words, short
 from jaxalign.config.stage import StageConfig
 from jaxalign.errors import UserError
-from jaxalign.losses import PREFERENCE_LOSSES, REWARD_LOSSES, TOKEN_LOSSES
+from jaxalign.losses import (
+    PREFERENCE_LOSSES,
+    REWARD_LOSSES,
+    TOKEN_LOSSES,
+    function_name,
+    members_in,
+    options_by_member,
+)
+
+LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
+"""The losses of the table that the stage takes, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +64,14 @@ class EntanglementConfig:
 class PreferenceConfig(StageConfig):
     """The preference stage: a loss of chosen and rejected responses."""
 
-    loss: Annotated[str, short()] = "dpo"
-    """Name of a loss (`jaxalign losses` lists them), or your own: "FILE.py:FUNCTION".
+    loss: Annotated[Words, short()] = "dpo"
+    """Name of a loss (`jaxalign losses` lists them), or your own: "FILE.py:FUNCTION". Several with
+    weights are summed: dpo:1.0 sft:0.2; the reported rewards have the scale of the first with one.
     bradley_terry trains a reward model instead of a policy, preference_model one that reads two
     responses; both have a scalar head and no reference."""
     loss_options: Annotated[dict[str, Finite], short()] = dataclasses.field(default_factory=dict)
-    """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
+    """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3; in a sum, with the
+    loss's name: dpo.beta 0.3."""
     reference: Annotated[Literal["auto", "live", "precomputed", "none"], short()] = "auto"
     """Computation of the reference's log-probs: in each step (live), once before the first step and
     stored (precomputed), or not at all (none). auto: none where the loss reads none (the metrics
@@ -78,6 +91,22 @@ class PreferenceConfig(StageConfig):
     """Statistics of the gradients of chosen and rejected during the preference stage."""
 
 
+def _check_options(loss: str, options: Mapping[str, float]) -> None:
+    """Check a loss's name, and the names of its options if it is one of the table."""
+    if loss in LOSSES:
+        parameters = inspect.signature(LOSSES[loss]).parameters.values()
+        known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(
+                f"loss_options: {loss} has no {', '.join(unknown)}; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+    elif ":" not in loss:
+        raise UserError(
+            f"loss: {loss!r} is neither FILE.py:FUNCTION nor one of {', '.join(sorted(LOSSES))}"
+        )
+
+
 def check_preference(stage: PreferenceConfig) -> None:
     """Check the fields that constrain each other.
 
@@ -88,19 +117,17 @@ def check_preference(stage: PreferenceConfig) -> None:
       UserError: names the field.
     """
     loss, settings = stage.loss, stage.entanglement
-    losses = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
-    if loss in losses:
-        parameters = inspect.signature(losses[loss]).parameters.values()
-        known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
-        if unknown := sorted(set(stage.loss_options) - set(known)):
-            raise UserError(
-                f"loss_options: {loss} has no {', '.join(unknown)}; "
-                f"it has {', '.join(known) or 'none'}"
-            )
-    elif ":" not in loss:
-        raise UserError(
-            f"loss: {loss!r} is neither FILE.py:FUNCTION nor one of {', '.join(sorted(losses))}"
-        )
+    if members := members_in(loss, LOSSES):
+        own = options_by_member(stage.loss_options, [function_name(name) for name, _ in members])
+        for name, _ in members:
+            if name not in PREFERENCE_LOSSES and ":" not in name:
+                raise UserError(
+                    f"loss: {name!r} cannot be in a weighted sum; it takes FILE.py:FUNCTION and "
+                    f"{', '.join(sorted(PREFERENCE_LOSSES))}"
+                )
+            _check_options(name, own[function_name(name)])
+    else:
+        _check_options(loss, stage.loss_options)
     if loss in TOKEN_LOSSES and settings.every:
         raise UserError(
             f"entanglement.every: {loss} reads whole distributions; its gradient is not a "

@@ -31,6 +31,11 @@ from jaxalign.losses.labelled import LabelledLogProbs as LabelledLogProbs
 from jaxalign.losses.loss import Loss as Loss
 from jaxalign.losses.loss import PreferenceLoss as PreferenceLoss
 from jaxalign.losses.loss import Reads as Reads
+from jaxalign.losses.mixture import function_name as function_name
+from jaxalign.losses.mixture import members_in as members_in
+from jaxalign.losses.mixture import members_of as members_of
+from jaxalign.losses.mixture import options_by_member as options_by_member
+from jaxalign.losses.mixture import weighted as weighted
 from jaxalign.losses.nca import nca as nca
 from jaxalign.losses.orpo import orpo as orpo
 from jaxalign.losses.pairs import PairLogProbs as PairLogProbs
@@ -65,6 +70,7 @@ from jaxalign.losses.stable_alignment import stable_alignment_rated as stable_al
 from jaxalign.losses.statistics import Statistics as Statistics
 from jaxalign.losses.statistics import statistics_of as statistics_of
 from jaxalign.losses.statistics import with_statistics as with_statistics
+from jaxalign.losses.supervised import sft as sft
 from jaxalign.losses.supervised import sft_sequence_sum as sft_sequence_sum
 from jaxalign.losses.supervised import sft_token_mean as sft_token_mean
 from jaxalign.losses.tdpo import tdpo1 as tdpo1
@@ -107,6 +113,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(scit, "policy_pairs", contrastive=True),
     Loss(scit_mean, "policy_pairs", contrastive=True),
     Loss(stable_alignment, "policy_pairs"),
+    Loss(sft, "policy_pairs"),
     Loss(tdpo1, "tokens"),
     Loss(tdpo2, "tokens"),
     Loss(soft_label, "samples"),

@@ -14,7 +14,6 @@ from jaxalign.entanglement.masks import initial_head
 from jaxalign.entanglement.reweighting import REWEIGHTINGS
 from jaxalign.errors import UserError
 from jaxalign.files import digest
-from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.losses.lookup import find_loss
 from jaxalign.models.config import ModelConfig
 from jaxalign.representation import contrastive_pairs
@@ -204,7 +203,8 @@ def largest_pairs(
 def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     """Pairs of a prompt and two responses."""
     tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
-    if config.preference.loss in CONTRASTIVE_LOSSES:
+    settings = config.preference
+    if find_loss(settings.loss, settings.loss_options).contrastive:
         tokenize = functools.partial(inputs.pairs.instructed, contrastive_pairs)
     return load_pairs(inputs, tokenize)
 

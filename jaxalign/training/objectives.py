@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
-from jaxalign.losses import PairLogProbs, Statistics, TokenLogProbs, statistics_of
+from jaxalign.losses import (
+    PairLogProbs,
+    Statistics,
+    TokenLogProbs,
+    members_of,
+    options_by_member,
+    statistics_of,
+)
 from jaxalign.models.compute import Compute
 from jaxalign.models.lora import with_adapters, with_dropout
 from jaxalign.models.responses import (
@@ -92,12 +99,23 @@ class Policy:
 
 
 def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
-    """The factor on the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
+    """The factor on the log-ratio in the implicit reward: the loss's beta or tau, else 1.
+
+    Of a mixture, that of its first member with one.
+    """
+    if members := members_of(loss):
+        own = options_by_member(options, members)
+        names = [name for name, one in members.items() if _has_scale(one)]
+        return reward_scale(members[names[0]], own[names[0]]) if names else 1.0
     parameters = inspect.signature(loss).parameters
     for name in ("beta", "tau"):
         if name in parameters:
             return float(options.get(name, parameters[name].default))
     return 1.0
+
+
+def _has_scale(loss: PreferenceLoss) -> bool:
+    return not {"beta", "tau"}.isdisjoint(inspect.signature(loss).parameters)
 
 
 # A log-prob is a sum over tokens, layers and widths. Programs that add in different orders have
