@@ -5,13 +5,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from jaxalign.config.fields import Count, Finite, NonNegative, Words, short
+from jaxalign.config.fields import Count, Finite, Fraction, NonNegative, Share, Words, short
 from jaxalign.config.stage import StageConfig
 from jaxalign.errors import UserError
 from jaxalign.losses import (
     PREFERENCE_LOSSES,
     REWARD_LOSSES,
     TOKEN_LOSSES,
+    DivergenceName,
     function_name,
     members_in,
     options_by_member,
@@ -19,6 +20,13 @@ from jaxalign.losses import (
 
 LOSSES = PREFERENCE_LOSSES | TOKEN_LOSSES | REWARD_LOSSES
 """The losses of the table that the stage takes, by name."""
+SWITCHES = {
+    "divergence": "reverse_kl",
+    "log_probs": "sum",
+    "tail_weight": 1.0,
+    "pair_weights": "none",
+}
+"""Fields that act on the log-probs of pairs before any loss, and what does nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,26 @@ class PreferenceConfig(StageConfig):
     stored (precomputed), or not at all (none). auto: none where the loss reads none (the metrics
     then have no rewards and no KL), precomputed where each pair is used more than once and the loss
     reads nothing but log-probs, else live."""
+    reference_every: Annotated[Count, short()] = 0
+    """Interval in steps at which the reference moves towards the policy (TR-DPO, arXiv:2404.09656);
+    0: it is fixed."""
+    reference_rate: Annotated[Fraction, short()] = 1.0
+    """Weight of the policy when the reference moves: 1 copies the policy; a small one at an
+    interval of 1 is an exponential average. Adapters (LoRA) need 1."""
+    divergence: Annotated[DivergenceName, short()] = "reverse_kl"
+    """Divergence that ties the policy to the reference: losses read its score of the log-ratio in
+    place of the log-ratio (f-DPO, arXiv:2309.16240)."""
+    divergence_alpha: Annotated[Finite, short()] = 0.5
+    """Alpha of the divergence alpha; 0 is forward_kl, 1 is reverse_kl."""
+    log_probs: Annotated[Literal["sum", "mean"], short()] = "sum"
+    """Log-prob of a response that losses read: the sum over its tokens, or the mean; lengths are
+    then 1."""
+    tail_weight: Annotated[Share, short()] = 1.0
+    """Weight of the tokens after the length of the pair's shorter response (alpha of LD-DPO,
+    arXiv:2409.06411)."""
+    pair_weights: Annotated[Literal["none", "wpo"], short()] = "none"
+    """Factor on the loss of each pair: none, or how likely the policy itself is to write the two
+    responses (wpo, arXiv:2406.11827)."""
     share_prompts: Annotated[Literal["auto", "always", "never"], short()] = "auto"
     """Whether to compute the common beginning of both rows of a pair only once (decoders; the
     numbers are the same); auto: where it saves a quarter of the tokens, but not on a GPU, whose
@@ -135,6 +163,20 @@ def check_preference(stage: PreferenceConfig) -> None:
         )
     if loss in TOKEN_LOSSES and settings.mask != "none":
         raise UserError(f"entanglement.mask: {loss} weighs tokens itself; set none")
+    for field, idle in SWITCHES.items():
+        if loss in TOKEN_LOSSES | REWARD_LOSSES and getattr(stage, field) != idle:
+            raise UserError(f"{field}: {loss} reads no log-probs of whole responses; set {idle}")
+    if stage.divergence_alpha != 0.5 and stage.divergence != "alpha":
+        raise UserError(f"divergence_alpha: {stage.divergence} has none; set --divergence alpha")
+    if stage.reference_every and (loss in REWARD_LOSSES or stage.reference == "none"):
+        raise UserError("reference_every: there is no reference to move; set 0")
+    if stage.reference_every and stage.reference == "precomputed":
+        raise UserError(
+            "reference_every: stored log-probs cannot follow a reference that moves; set "
+            "--reference live"
+        )
+    if stage.reference_rate != 1.0 and not stage.reference_every:
+        raise UserError("reference_rate: the reference does not move; set --reference-every")
     for field, idle in (("every", 0), ("mask", "none")):
         if loss in REWARD_LOSSES and getattr(settings, field) != idle:
             raise UserError(

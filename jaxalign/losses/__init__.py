@@ -14,6 +14,8 @@ from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
 from jaxalign.losses.cal_dpo import cal_dpo as cal_dpo
 from jaxalign.losses.cpo import cpo as cpo
 from jaxalign.losses.discopop import discopop as discopop
+from jaxalign.losses.divergence import Divergence as Divergence
+from jaxalign.losses.divergence import DivergenceName as DivergenceName
 from jaxalign.losses.dpo import dpo as dpo
 from jaxalign.losses.dpo import robust_dpo as robust_dpo
 from jaxalign.losses.dpop import dpop as dpop
@@ -73,6 +75,9 @@ from jaxalign.losses.statistics import with_statistics as with_statistics
 from jaxalign.losses.supervised import sft as sft
 from jaxalign.losses.supervised import sft_sequence_sum as sft_sequence_sum
 from jaxalign.losses.supervised import sft_token_mean as sft_token_mean
+from jaxalign.losses.switches import NO_SWITCHES as NO_SWITCHES
+from jaxalign.losses.switches import Switches as Switches
+from jaxalign.losses.switches import importance_weights as importance_weights
 from jaxalign.losses.tdpo import tdpo1 as tdpo1
 from jaxalign.losses.tdpo import tdpo2 as tdpo2
 from jaxalign.losses.tokens import TokenLogProbs as TokenLogProbs

@@ -18,6 +18,7 @@ from jaxalign.losses import (
     PreferenceLoss,
     Reads,
     Statistics,
+    Switches,
     TokenLogProbs,
     function_name,
     members_in,
@@ -180,6 +181,35 @@ def couples_pairs(loss: PreferenceLoss, options: Mapping[str, Any]) -> bool:
             raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
         firsts.add(float(values[0]))
     return len(firsts) > 1 or statistics_of(loss) is not None
+
+
+def check_switches(loss: Loss, options: Mapping[str, Any], switches: Switches) -> None:
+    """Check that a loss of pairs reads what the switches act on.
+
+    Args:
+      loss: of `PairLogProbs`.
+      options: its hyperparameters.
+      switches: of the step.
+
+    Raises:
+      UserError: a switch leaves the loss as it is.
+    """
+    statistics = loss.statistics or Statistics()
+
+    def values(switches: Switches) -> np.ndarray:
+        pairs = switches.seen(_two_pairs(chosen=jnp.array([0.0, 3.0])))
+        taken = statistics.of(pairs, None, {})
+        return np.asarray(loss.function(pairs, **{**taken, **options}))
+
+    plain = values(Switches())
+    scored, mean = Switches(divergence=switches.divergence), Switches(log_probs=switches.log_probs)
+    if scored != Switches() and np.array_equal(values(scored), plain):
+        raise UserError(
+            f"divergence: {loss.name} does not read the log-ratio of policy and reference "
+            "(`pairs.margin`, `pairs.chosen_log_ratio`); set reverse_kl"
+        )
+    if mean != Switches() and np.array_equal(values(mean), plain):
+        raise UserError(f"log_probs: {loss.name} reads means over tokens itself; set sum")
 
 
 def _two_pairs(**added: Array) -> PairLogProbs:

@@ -53,7 +53,9 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
     if step is not None and (fault := damage(saved / str(step))) is not None:
         raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")
     built = kind.build(config, model_config)
-    fresh = functools.partial(initial_state, optimizer=built.optimizer, seed=config.seed)
+    fresh = functools.partial(
+        initial_state, optimizer=built.optimizer, seed=config.seed, moving=built.moving
+    )
     like = jax.eval_shape(fresh, shapes_of(built, model_config).state.params)
     with Checkpoints(saved, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(at, like, mesh)

@@ -114,8 +114,9 @@ def layers_of(model_config: ModelConfig) -> int:
 
 def _other_bytes(shapes: Shapes, mesh: Mesh) -> int:
     """Bytes on a device of gradients, updates, optimiser state and reference."""
-    trained, moments, reference = (
+    state, fixed = shapes.state, shapes.frozen["reference"]
+    trained, moments, moving, reference = (
         bytes_on_device(placed_parameters(tree, mesh))
-        for tree in (shapes.state.params, shapes.state.opt_state, shapes.frozen["reference"])
+        for tree in (state.params, state.opt_state, state.reference, fixed)
     )
-    return 2 * trained + moments + reference
+    return 2 * trained + moments + moving + reference

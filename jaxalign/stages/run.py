@@ -65,7 +65,9 @@ def begin_or_resume(
     stage: Stage, trained: Params, feed: Feed, checkpoints: Checkpoints, mesh: Mesh, *, seed: int
 ) -> TrainState:
     """The state at the stage's start or newest checkpoint; sets the feed to the same position."""
-    fresh = functools.partial(initial_state, optimizer=stage.optimizer, seed=seed)
+    fresh = functools.partial(
+        initial_state, optimizer=stage.optimizer, seed=seed, moving=stage.moving
+    )
     latest = checkpoints.latest()
     if latest is None:
         return place(fresh(trained, running=stage.running), mesh)
