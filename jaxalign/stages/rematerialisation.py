@@ -92,6 +92,8 @@ def choose_remat(
         stage = kind.build(dataclasses.replace(config, remat=remat), model_config)
         batch, _ = stage.largest_batch(platform, None)
         trained, frozen = shapes.state.params, shapes.frozen
+        if stage.moving is not None:
+            frozen = stage.moving.frozen(shapes.state.reference, frozen)
         return saved_bytes(stage.objective, trained, frozen, batch, micro_batches=stage.parts)
 
     def activations(remat: str) -> float:
