@@ -44,6 +44,18 @@ class TrainState:
     """Parameters of a reference that moves; None: the reference is fixed."""
 
 
+def saved_fields(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by field.
+
+    Running statistics are saved apart from the arrays. A reference is only there if it moves, so
+    that checkpoints of earlier versions have the same fields.
+    """
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if state.reference is None:
+        del fields["reference"]
+    return fields | {"running": {}}
+
+
 def initial_state(
     params: Params,
     optimizer: optax.GradientTransformation,

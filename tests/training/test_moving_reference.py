@@ -11,12 +11,14 @@ import pytest
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, merge
+from jaxalign.records import record
 from jaxalign.sharding import make_mesh, place
+from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.masking import HEAD
 from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import compile_step, initial_state, train_step
+from jaxalign.training.step import TrainState, compile_step, initial_state, saved_fields, train_step
 from tests.training.test_step import CONFIG, PREFERENCE_LOSSES, assert_trees_close, make_batch
 
 POLICY = Policy(config=CONFIG)
@@ -106,4 +108,33 @@ def test_a_mask_is_no_part_of_the_reference():
 
 def test_a_fixed_reference_is_no_part_of_the_state():
     params = init_params(CONFIG, jax.random.key(1))
-    assert initial_state(params, optax.sgd(0.1), seed=0).reference is None
+    state = initial_state(params, optax.sgd(0.1), seed=0)
+    assert state.reference is None
+    assert set(saved_fields(state)) == {
+        *("step", "params", "opt_state", "key", "skipped", "running"),  # as before it could move
+    }
+    moving = MovingReference(policy=POLICY, every=1)
+    assert "reference" in saved_fields(initial_state(params, optax.sgd(0.1), seed=0, moving=moving))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored(tmp_path):
+    """It is of a record with these fields and no reference."""
+
+    @record
+    class Earlier:
+        step: object
+        params: object
+        opt_state: object
+        key: object
+        skipped: object
+        running: object
+
+    mesh, params = make_mesh(), {"a": {"kernel": jnp.arange(64.0).reshape(8, 8)}}
+    state = place(initial_state(params, optax.adam(0.1), seed=0), mesh)
+    with Checkpoints(tmp_path / "preference") as checkpoints:
+        checkpoints.save(3, Earlier(**saved_fields(state)), {"step": 3})
+        checkpoints.wait()
+        fields, _ = checkpoints.restore(3, saved_fields(state), mesh)
+    restored = TrainState(**fields)
+    assert_trees_close(restored.params, params, rtol=0, atol=0)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
