@@ -109,6 +109,7 @@ class World:
 
     policy: Policy
     params: Any
+    optimizer: optax.GradientTransformation
     batches: Sequence[ReferencedBatch]
     held_out: Sequence[ReferencedBatch]
 
@@ -128,6 +129,16 @@ class World:
             return jax.vjp(outputs, params)[1](slopes)[0]
 
         return jax.jit(pulled, static_argnums=3)
+
+    @functools.cached_property
+    def update(self) -> Any:
+        """(params, state of the optimiser, gradient) -> both after the update."""
+
+        def updated(params: Any, state: Any, gradient: Any) -> Any:
+            changes, state = self.optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, changes), state
+
+        return jax.jit(updated)
 
     def _forward(
         self, params: Any, reference: Any, batch: ReferencedBatch, switches: Switches
@@ -164,6 +175,7 @@ def load(options: Options) -> World:
         for batch in loaded.batches()
     ]
     return World(
+        optimizer=optax.adamw(options.learning_rate),
         policy=Policy(config=loaded.model.config),
         params=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loaded.model.params),
         batches=batches[: options.steps],
@@ -194,8 +206,7 @@ def cell(
         each = jnp.abs(gradient.policy_log_probs * count).mean(0)
         return value, gradient, each, running
 
-    optimizer = optax.adamw(rate)
-    update, apply = jax.jit(optimizer.update), jax.jit(optax.apply_updates)
+    optimizer = world.optimizer
     params, reference, state = world.params, world.params, optimizer.init(world.params)
     running = {name: jnp.float32(x) for name, x in objective.statistics.start.items()}
     value, each = jnp.nan, (jnp.nan, jnp.nan)
@@ -203,8 +214,7 @@ def cell(
         outputs = world.forward(params, reference, batch, of_network)
         value, gradient, each, running = slopes(outputs, batch, running)
         gradient = world.backward(params, reference, batch, of_network, gradient)
-        changes, state = update(gradient, state, params)
-        params = apply(params, changes)
+        params, state = world.update(params, state, gradient)
         if moving is not None:
             reference = moving.moved(reference, params, jnp.int32(step))
     return Cell(
@@ -233,7 +243,7 @@ def main(options: Options) -> None:
     for switch in options.switches:
         rows = []
         for name in names:
-            found = cell(world, name, SWITCHES[switch], options.learning_rate, before)
+            found = cell(world, name, SWITCHES[switch], before)
             rows.append([f"`{name}`", *(found.numbers() if found else ["–"] * 4)])
             after[name].append(f"{found.after:.2f}" if found else "–")
             print(switch, *rows[-1], flush=True)

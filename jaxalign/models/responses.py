@@ -77,11 +77,12 @@ def response_log_probs_and_states(
             collision=collision,
             probe=_unembedding_probe(params, config, rows),
         )
-    fields = {"log_prob": out.log_prob, "entropy": out.entropy, "collision": out.collision}
-    log_probs = {
-        name: None if value is None else _masked(value, rows) for name, value in fields.items()
-    }
-    return ResponseLogProbs(**log_probs), _by_response(hidden, rows)
+    log_probs = ResponseLogProbs(
+        log_prob=_masked(out.log_prob, rows),
+        entropy=_masked(out.entropy, rows),
+        collision=None if out.collision is None else _masked(out.collision, rows),
+    )
+    return log_probs, _by_response(hidden, rows)
 
 
 def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "batch response"]:
