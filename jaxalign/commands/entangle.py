@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxalign.commands.pairs import PairOptions
-from jaxalign.config import AtLeastOne, Count
+from jaxalign.config import AtLeastOne, Count, Words
 from jaxalign.entanglement import CASES
 from jaxalign.entanglement.measurements import (
     HeatMapParameters,
@@ -40,7 +40,7 @@ class Options:
     source: PairOptions
     reference: str | None = None
     """Reference model: Hugging Face folder; None: the model itself."""
-    loss: str = "dpo"
+    loss: Words = "dpo"
     """Name of a loss in `jaxalign losses`, or FILE.py:FUNCTION."""
     pairs: AtLeastOne = 64
     """Number of pairs to measure, counted from the first."""

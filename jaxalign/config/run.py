@@ -138,6 +138,11 @@ class TrainConfig:
                 )
             if self.representation.runs:
                 raise UserError(f"representation.steps: {loss} trains no policy to align; set 0")
+        if self.lora.rank and self.preference.reference_rate != 1.0:
+            raise UserError(
+                "reference_rate: a mean of two sets of adapters has another rank; set 1, or "
+                "--lora.rank 0"
+            )
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} must contain {{prompt}}")
         for name in ("{first}", "{second}"):

@@ -19,10 +19,14 @@ from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
 
 @record
 class ResponseLogProbs:
-    """Log-probs of the response tokens and the policy's entropy there, 0 at padding, in nats."""
+    """Log-probs of the response tokens and the policy's entropy there, 0 at padding, in nats.
+
+    `collision` is the log-probability that two draws of the next token agree; None: not computed.
+    """
 
     log_prob: Float[Array, "batch response"]
     entropy: Float[Array, "batch response"]
+    collision: Float[Array, "batch response"] | None = None
 
 
 def response_log_probs(
@@ -30,6 +34,7 @@ def response_log_probs(
     config: ModelConfig,
     rows: ResponseRows,
     *,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> ResponseLogProbs:
     """Log-probs of the response tokens; the unembedding is applied at response positions alone.
@@ -38,12 +43,15 @@ def response_log_probs(
       params: nested dict of arrays; with adapters if wanted (`lora.with_adapters`).
       config: the architecture.
       rows: prompts and responses, as `PairBatch.rows` returns them.
+      collision: whether to compute the log-probability that two draws of the next token agree.
       compute: precision and memory.
 
     Returns:
       Float32 log-probs and entropies, [batch, response], 0 at padding.
     """
-    return response_log_probs_and_states(params, config, rows, compute=compute)[0]
+    return response_log_probs_and_states(
+        params, config, rows, collision=collision, compute=compute
+    )[0]
 
 
 def response_log_probs_and_states(
@@ -51,6 +59,7 @@ def response_log_probs_and_states(
     config: ModelConfig,
     rows: ResponseRows,
     *,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> tuple[ResponseLogProbs, Float[Array, "batch response width"]]:
     """`response_log_probs`, and the hidden states that predict each token: what a critic reads."""
@@ -66,10 +75,15 @@ def response_log_probs_and_states(
             scale=config.logit_scale,
             token_block=compute.token_block,
             vocab_block=compute.vocab_block,
+            collision=collision,
             probe=_unembedding_probe(params, config, rows),
         )
-    log_prob, entropy = (_masked(x, rows) for x in (out.log_prob, out.entropy))
-    return ResponseLogProbs(log_prob=log_prob, entropy=entropy), _by_response(hidden, rows)
+    log_probs = ResponseLogProbs(
+        log_prob=_masked(out.log_prob, rows),
+        entropy=_masked(out.entropy, rows),
+        collision=None if out.collision is None else _masked(out.collision, rows),
+    )
+    return log_probs, _by_response(hidden, rows)
 
 
 def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "batch response"]:
@@ -193,6 +207,8 @@ class ResponseComparison:
     """Of the policy's next-token distribution, in nats; no gradient flows through it."""
     kl: Float[Array, "batch response"]
     """Divergence of the two next-token distributions, in nats."""
+    collision: Float[Array, "batch response"] | None = None
+    """Log-probability that two draws of the policy's next token agree; None: not computed."""
 
 
 def compare_responses(
@@ -202,6 +218,7 @@ def compare_responses(
     rows: ResponseRows,
     *,
     reverse: bool = False,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> ResponseComparison:
     """Log-probs under policy and reference and their exact divergence, from one pass of each.
@@ -212,6 +229,7 @@ def compare_responses(
       config: the architecture of both.
       rows: as in `response_log_probs`.
       reverse: KL(reference || policy) instead of KL(policy || reference).
+      collision: as in `response_log_probs`, of the policy.
       compute: as in `response_log_probs`.
 
     Returns:
@@ -228,7 +246,7 @@ def compare_responses(
     kernel, bias = unembedding(params, config)
     states, _ = _scored_states(reference_params, config, rows, compute=compute)
     of_reference = jax.lax.stop_gradient((states, *unembedding(reference_params, config)))
-    policy = token_log_probs(hidden, kernel, targets, bias=bias, **form)
+    policy = token_log_probs(hidden, kernel, targets, bias=bias, collision=collision, **form)
     reference = token_log_probs(*of_reference[:2], targets, bias=of_reference[2], **form)
     kl = token_kl(
         hidden,
@@ -244,6 +262,7 @@ def compare_responses(
         reference_log_prob=_masked(reference.log_prob, rows),
         entropy=_masked(jax.lax.stop_gradient(policy.entropy), rows),
         kl=_masked(kl, rows),
+        collision=None if policy.collision is None else _masked(policy.collision, rows),
     )
 
 

@@ -29,9 +29,11 @@ def lasting_memory(state: TrainState, frozen: Structs, batch: Structs) -> dict[s
       frozen: placed shapes of what the step reads and never changes.
       batch: placed shapes.
     """
+    moving = {} if state.reference is None else {"reference": bytes_on_device(state.reference)}
     return {
         "parameters": bytes_on_device(state.params),
         "optimizer": bytes_on_device(state.opt_state),
+        **moving,
         "frozen": bytes_on_device(frozen),
         "batch": bytes_on_device(batch),
     }

@@ -103,6 +103,7 @@ def _batch(planned: UncompiledPlan) -> str:
 NAMES = {
     "parameters": "parameters trained",
     "optimizer": "optimiser",
+    "reference": "reference, which moves",
     "frozen": "parameters frozen",
     "temporaries": "temporaries (gradients, activations)",
 }

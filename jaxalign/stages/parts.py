@@ -87,6 +87,7 @@ def plain_stage(
     with_rules: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
         lambda optimizer: optimizer
     ),
+    **options: Any,
 ) -> dict[str, Any]:
     """The fields of a `Stage` whose step is `train_step` on an objective.
 
@@ -94,6 +95,7 @@ def plain_stage(
       settings: steps, batch size and optimiser.
       objective: with its policy.
       with_rules: adds rules for single parameters to the optimiser.
+      **options: of `train_step`.
     """
     optimizer, schedule = make_update_rule(settings)
     optimizer = with_rules(optimizer)
@@ -102,7 +104,7 @@ def plain_stage(
         "objective": objective,
         "optimizer": optimizer,
         "schedule": schedule,
-        "step": plain_step(settings, objective, optimizer),
+        "step": plain_step(settings, objective, optimizer, **options),
         "adapter_scale": objective.policy.adapter_scale,
     }
 

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxalign.config import TrainConfig
+from jaxalign.config import PreferenceConfig, TrainConfig
 from jaxalign.data import PairBatch, TokenizedPairs
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.entanglement.reweighting import REWEIGHTINGS
 from jaxalign.errors import UserError
 from jaxalign.files import digest
-from jaxalign.losses import CONTRASTIVE_LOSSES
-from jaxalign.losses.lookup import find_loss
+from jaxalign.losses import Divergence, Switches
+from jaxalign.losses.lookup import check_switches, find_loss
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.representation import contrastive_pairs
 from jaxalign.sharding import shard_batch
@@ -23,8 +24,9 @@ from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
-from jaxalign.training.evaluation import evaluate_preferences
+from jaxalign.training.evaluation import Evaluation, evaluate_preferences
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective, whole_responses
+from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.objectives import (
     Policy,
     PreferenceObjective,
@@ -49,7 +51,8 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     if has_mask:
         rate = settings.entanglement.mask_learning_rate
         with_rules = {"with_rules": functools.partial(with_rule, HEAD, rate)}
-    fields = parts.plain_stage(settings, objective, **with_rules)
+    moving = moving_reference(settings, objective)
+    fields = parts.plain_stage(settings, objective, moving=moving, **with_rules)
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
 
     def with_mask(params: Params) -> Params:
@@ -59,9 +62,11 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     probe = make_probe(config, objective)
     probed = None
     if probe is not None:
-        probed = parts.plain_step(settings, objective, fields["optimizer"], backward=probe)
+        probed = parts.plain_step(
+            settings, objective, fields["optimizer"], backward=probe, moving=moving
+        )
     frozen = parts.no_reference(adapters)
-    if has_reference(objective):
+    if has_reference(objective) and moving is None:
         narrow = config.dtype == "bfloat16" and isinstance(model_config, DecoderConfig)
         frozen = parts.with_reference(adapters, config.dtype if narrow else None)
     return Stage(
@@ -73,6 +78,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         probe_every=settings.entanglement.every,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
+        moving=moving,
         frozen=frozen,
         kept=parts.without([HEAD] if has_mask else []),
         largest_batch=functools.partial(largest_batch, config, objective),
@@ -95,6 +101,8 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
                 "token; set --reference live"
             )
         return TokenPreferenceObjective(policy=policy, loss=loss.function, options=options)
+    switches = switches_of(settings)
+    check_switches(loss, options, switches)
     mask = settings.entanglement.mask
     if mask == "none":
         needed = loss.needs_reference
@@ -108,6 +116,7 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
             options=options,
             coupled=loss.coupled,
             has_reference=needed or settings.reference in ("live", "precomputed"),
+            switches=switches,
         )
     return MaskedPreferenceObjective(
         policy=policy,
@@ -115,6 +124,35 @@ def make_objective(config: TrainConfig, policy: Policy) -> Objective:
         options=options,
         coupled=loss.coupled,
         penalty=settings.entanglement.mask_penalty if mask == "learned" else 0.0,
+        switches=switches,
+    )
+
+
+def switches_of(settings: PreferenceConfig) -> Switches:
+    """What the stage does to log-probs before the loss."""
+    return Switches(
+        divergence=Divergence(settings.divergence, settings.divergence_alpha),
+        log_probs=settings.log_probs,
+        tail_weight=settings.tail_weight,
+        importance=settings.pair_weights == "wpo",
+    )
+
+
+def moving_reference(settings: PreferenceConfig, objective: Objective) -> MovingReference | None:
+    """The reference that follows the policy; None: it is fixed.
+
+    Raises:
+      UserError: the loss reads no reference.
+    """
+    if not settings.reference_every:
+        return None
+    if not has_reference(objective):
+        raise UserError(
+            f"reference_every: {settings.loss} reads no reference; set 0, or --reference live for "
+            "the metrics"
+        )
+    return MovingReference(
+        policy=objective.policy, every=settings.reference_every, rate=settings.reference_rate
     )
 
 
@@ -152,6 +190,8 @@ def keeps_reference_live(config: TrainConfig, objective: Objective, pairs: int) 
       pairs: number of training pairs; precomputing is less work if each is used more than once.
     """
     settings = config.preference
+    if settings.reference_every:
+        return True
     if settings.reference != "auto":
         return settings.reference == "live"
     masked = isinstance(objective, MaskedPreferenceObjective)
@@ -204,7 +244,8 @@ def largest_pairs(
 def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     """Pairs of a prompt and two responses."""
     tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
-    if config.preference.loss in CONTRASTIVE_LOSSES:
+    settings = config.preference
+    if find_loss(settings.loss, settings.loss_options).contrastive:
         tokenize = functools.partial(inputs.pairs.instructed, contrastive_pairs)
     return load_pairs(inputs, tokenize)
 
@@ -237,22 +278,34 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             put,
             context.folder / "reference_log_probs.npz",
             mesh,
-            digest(context.folder / INPUTS),
+            fingerprint(config.preference, context.folder / INPUTS),
         )
 
     def place(batch: PairBatch) -> ReferencedBatch:
         reference = None if table is None else table[batch.record_index]
         return put(ReferencedBatch(pairs=batch, reference=reference))
 
+    def evaluate(*arguments: Any) -> Evaluation:
+        run, moving = evaluate_preferences(*arguments), stage.moving
+        if moving is None:
+            return run
+        return lambda state, frozen: run(state, moving.frozen(state.reference, frozen))
+
     return parts.feed(
         context,
         stage,
         params,
-        evaluate=evaluate_preferences,
+        evaluate=evaluate,
         objective=whole_responses(objective),
         place=place,
         live_reference=referenced and table is None,
     )
+
+
+def fingerprint(settings: PreferenceConfig, inputs: Path) -> str:
+    """What the stored log-probs of the reference depend on: data, weights and token weights."""
+    weight = settings.tail_weight
+    return digest(inputs) + ("" if weight == 1.0 else f", tail weight {weight}")
 
 
 KIND = Kind(

@@ -1,6 +1,5 @@
 """The one loop: steps, evaluations, checkpoints and metrics of one stage of a run."""
 
-import dataclasses
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
 from jaxalign.training.stage import Feed, Stage, Step
-from jaxalign.training.step import TrainState
+from jaxalign.training.step import TrainState, saved_fields
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
@@ -196,7 +195,7 @@ def run_stage(
         terminated.saved = at
         running = {name: float(value) for name, value in jax.device_get(state.running).items()}
         meta = {"iterator": position, "step": at, "stage": name, "running": running}
-        checkpoints.save(at, dataclasses.replace(state, running={}), meta)
+        checkpoints.save(at, saved_fields(state), meta)
 
     def save(at: int) -> None:
         save_state(at, batches.get_state())

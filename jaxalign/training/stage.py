@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.sharding.structs import Structs
+from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.step import TrainState
 
 Params = Any
@@ -99,6 +100,8 @@ class Stage:
     """Interval of probed steps."""
     running: Mapping[str, float] = field(default_factory=dict)
     """The loss's running statistics at the start."""
+    moving: MovingReference | None = None
+    """Reference that follows the policy; None: it is fixed, or there is none."""
     adapter_scale: float | None
     """Factor on the output of the trained adapters; None: all parameters are trained."""
     begin: Callable[[Params, Callable[[Params], Params]], Params] = lambda params, place: params

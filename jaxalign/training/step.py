@@ -23,6 +23,7 @@ from jaxalign.sharding import (
 )
 from jaxalign.training.metrics import Mean, add_means
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
+from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.objectives import Objective, PreferenceObjective
 
 Params = Any
@@ -40,6 +41,20 @@ class TrainState:
     skipped: Int[Array, ""]
     running: Any = dataclasses.field(default_factory=dict)
     """The loss's running statistics, by name; most losses have none."""
+    reference: Any = None
+    """Parameters of a reference that moves; None: the reference is fixed."""
+
+
+def saved_fields(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by field.
+
+    Running statistics are saved apart from the arrays. A reference is only there if it moves, so
+    that checkpoints of earlier versions have the same fields.
+    """
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if state.reference is None:
+        del fields["reference"]
+    return fields | {"running": {}}
 
 
 def initial_state(
@@ -48,6 +63,7 @@ def initial_state(
     *,
     seed: int,
     running: Mapping[str, float] | None = None,
+    moving: MovingReference | None = None,
 ) -> TrainState:
     """The state before the first update.
 
@@ -56,8 +72,11 @@ def initial_state(
       optimizer: the update rule.
       seed: of dropout and all other random draws of a step.
       running: the loss's running statistics at the start (`Statistics.start`).
+      moving: a reference that follows the policy. It shares the buffers of `params`; copy the state
+        (`sharding.place`) before it is donated. None: the reference is fixed.
     """
     return TrainState(
+        reference=None if moving is None else moving.start(params),
         running={name: jnp.float32(value) for name, value in (running or {}).items()},
         step=jnp.int32(0),
         params=params,
@@ -222,8 +241,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
     backward: Backward = PLAIN,
+    moving: MovingReference | None = None,
 ) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
-    """One update on one batch; an update that is not finite is skipped."""
+    """One update on one batch; an update that is not finite is skipped.
+
+    A reference that moves is read from the state, and moves after the update.
+    """
+    if moving is not None:
+        frozen = moving.frozen(state.reference, frozen)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     grads, metrics, statistics = gradients(
         objective,
@@ -248,13 +273,18 @@ def train_step(
     metrics |= backward.after_update(
         statistics, state, params, opt_state, frozen, batch, micro_batches
     )
+    params = keep(params, state.params)
+    reference = state.reference
+    if moving is not None:
+        reference = moving.moved(reference, params, state.step + 1)
     after = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=params,
         opt_state=keep(opt_state, state.opt_state),
         key=state.key,
         skipped=state.skipped + jnp.where(finite, 0, 1),
         running=keep(running, state.running),
+        reference=reference,
     )
     return after, {**metrics, "grad_norm": grad_norm, "skipped": after.skipped, "finite": finite}
 

@@ -94,6 +94,10 @@ def test_fields_are_set_on_the_command_line(folder):
     assert (config.preference.loss, config.lora.rank) == ("ipo", 4)
     assert config.preference.loss_options == {"tau": 0.2}
     assert parse(["small.py", "--preference.optimizer.name", "lion"]).preference.steps == 3
+    mixed = ["small.py", "--loss", "dpo:1.0", "sft:0.2", "--loss-options", "dpo.beta", "0.3"]
+    config = parse([*mixed, "--seed", "3"])
+    assert (config.preference.loss, config.seed) == ("dpo:1.0 sft:0.2", 3)
+    assert config.preference.loss_options == {"dpo.beta": 0.3}
 
 
 def test_an_experiments_loss_options_belong_to_its_loss(folder):
@@ -127,6 +131,15 @@ def test_wrong_commands_are_named(capsys, folder):
     )
     assert "dpo has no tau; it has beta" in complaint(
         capsys, "train", "small.py", "--loss-options", "tau", "1"
+    )
+    assert "'dqo' cannot be in a weighted sum" in complaint(
+        capsys, "train", "small.py", "--loss", "dqo:1", "sft:1"
+    )
+    assert "beta: in a mixture, name the loss" in complaint(
+        capsys, "train", "small.py", "--loss", "dpo:1", "sft:1", "--loss-options", "beta", "1"
+    )
+    assert "sft has no beta; it has none" in complaint(
+        capsys, "train", "small.py", "--loss", "dpo:1", "sft:1", "--loss-options", "sft.beta", "1"
     )
     assert "sft.batch_size: 7 is not a multiple of sft.micro_batches: 2" in complaint(
         capsys, "train", "small.py", "--sft.batch-size", "7", "--sft.micro-batches", "2"
@@ -379,6 +392,10 @@ def test_losses_are_listed_with_formula_and_source(capsys):
     assert main(["losses", "dpo"]) == 0
     assert "arXiv:2305.18290" in capsys.readouterr().out
     assert "dqo" in complaint(capsys, "losses", "dqo")
+    assert main(["losses", "dpo:1", "sft:0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "dpo.beta=0.1" in shown
+    assert "arXiv:2404.19733" in shown
 
 
 def test_page_of_losses_is_fresh(request):
