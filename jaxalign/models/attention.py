@@ -3,13 +3,14 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import devices
+from jaxalign.models.differentiation import in_forward_mode, with_reverse_rule
 from jaxalign.models.layers import softcap
 from jaxalign.models.precision import precision
 
@@ -52,7 +53,7 @@ def attention(
       [batch, length, heads, head_width] in the dtype of `q`.
     """
     if implementation == "auto":
-        plain = segment_ids is None and cap is None
+        plain = segment_ids is None and cap is None and not in_forward_mode()
         fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
         on_gpu = devices.platform() == "gpu"
         small = q.shape[-1] <= 128
@@ -311,8 +312,7 @@ def _add_at(whole: Array, part: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
 
 
-_packed_row: Any = jax.custom_vjp(_packed_row_primal, nondiff_argnums=(0,))
-_packed_row.defvjp(_packed_row_fwd, _packed_row_bwd)
+_packed_row = with_reverse_rule(_packed_row_primal, _packed_row_fwd, _packed_row_bwd, (0,))
 
 
 def _mix(q, k, v, seen, *, scale, cap):

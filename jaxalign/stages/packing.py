@@ -71,7 +71,8 @@ def _chosen(context: RunContext, stage: Stage, data: TokenizedData, packing: Pac
         return False
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
-    watched = 0 < config.preference.entanglement.every < 4
+    statistics = config.preference.entanglement
+    watched = 0 < statistics.every < 4 or 0 < statistics.ledger < 4
     if settings == "auto" and (watched or jax.default_backend() != "cpu"):
         return False
     assert isinstance(data.train, TokenizedPairs)
