@@ -32,7 +32,8 @@ def with_ledger(
 ) -> Feed:
     """The feed with held-out pairs for the ledger, and its file.
 
-    The held-out pairs are the first held-out batch; without any, only the batches are watched.
+    The held-out pairs are the first, as many as a batch has; without any, only the batches are
+    watched.
 
     Args:
       context: of the run.
@@ -42,7 +43,7 @@ def with_ledger(
     """
     data = context.data[stage.name]
     assert isinstance(data, TokenizedData)
-    first = data.evaluation(stage.batch_size)[:1]
+    first = data.first_held_out(stage.batch_size)
     path = context.folder / LEDGER
     alone = jax.process_count() == 1
     if alone:
@@ -51,10 +52,10 @@ def with_ledger(
         notice(f"{path}: not written by several processes; metrics.jsonl has the means")
 
     def record(step: int, entries: Mapping[str, Entries], batch: PairBatch) -> None:
-        pairs = {HELD_OUT: first[0]} if first else {}
+        pairs = {} if first is None else {HELD_OUT: first}
         write(path, step, entries, {BATCH: batch, **pairs}, context.tokenizer)
 
-    placed = put(first[0]) if first else None
+    placed = None if first is None else put(first)
 
     def around(step: Step) -> Step:
         if placed is None:

@@ -77,17 +77,19 @@ def ledger_entries(
 
         return token_changes(log_probs, update.before, update.after, update.gradient, rate)
 
-    if micro_batches == 1:
-        tokens = of_part(pairs, update.key)
-    else:
-        parts = split_micro_batches(pairs, micro_batches)
-        keys = jax.random.split(update.key, micro_batches)
-        tokens = join_micro_batches(jax.lax.map(lambda part: of_part(*part), (parts, keys)))
+    def of_pairs(pairs: PairBatch, key: PRNGKeyArray | None) -> TokenChanges:
+        if micro_batches == 1:
+            return of_part(pairs, key)
+        keys = None if key is None else jax.random.split(key, micro_batches)
+        parts = split_micro_batches(pairs, micro_batches), keys
+        return join_micro_batches(jax.lax.map(lambda part: of_part(*part), parts))
+
+    tokens = of_pairs(pairs, update.key)
     fraction = pairs.weight / objective.count(batch)
     own = own_changes(observation.geometry, observation.weights, fraction, rate, smallest=SMALLEST)
     entries = {BATCH: Entries(changes=changes(tokens, own), tokens=tokens, weight=pairs.weight)}
     if (held_out := frozen.get(HELD_OUT)) is not None:
-        tokens = of_part(held_out, None)
+        tokens = of_pairs(held_out, None)
         entries[HELD_OUT] = Entries(changes=changes(tokens), tokens=tokens, weight=held_out.weight)
     return entries
 

@@ -73,9 +73,7 @@ def measured(world, update, gradient, observed=None):
     states, targets, params, _ = world
     after = jax.tree.map(jnp.add, params, update)
     rate = rate_along(update, gradient)
-    tokens = token_changes(
-        lambda p: log_probs(p, states, targets), params, after, gradient, rate
-    )
+    tokens = token_changes(lambda p: log_probs(p, states, targets), params, after, gradient, rate)
     return changes(tokens, own_changes(**observed, rate=rate) if observed else None), tokens
 
 
