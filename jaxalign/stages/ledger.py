@@ -84,14 +84,15 @@ def write(
     with open_text(path, "a") as file:
         for name, one in entries.items():
             batch = pairs[name]
-            line = {"step": step, "pairs_of": name, "pairs": _pairs(one, batch)}
+            line = {"step": step, "pairs_of": name, "pairs": pair_entries(one, batch)}
             line["tokens"] = {
                 side: moved_most(one, batch, at, tokenizer) for at, side in enumerate(SIDES)
             }
             file.write(json.dumps(json_value(line), ensure_ascii=False) + "\n")
 
 
-def _pairs(entries: Entries, batch: PairBatch) -> list[dict[str, Any]]:
+def pair_entries(entries: Entries, batch: PairBatch) -> list[dict[str, Any]]:
+    """`record` (its number), and the parts of the changes of `chosen` and `rejected`, per pair."""
     rows = []
     for at in np.flatnonzero(np.asarray(entries.weight) > 0):
         row: dict[str, Any] = {"record": int(batch.record_index[at])}
