@@ -46,8 +46,9 @@ def step_parts(ledger: StepLedger) -> list[Part]:
     columns = [label for _, label in PARTS.values()]
     means, single = [], []
     for name, rows in ledger.pairs.items():
-        for at, side in enumerate(SIDES):
-            changes = [_parts_of(row[1 + at]) for row in rows]
+        _, *both = zip(*rows, strict=True)
+        for side, of_side in zip(SIDES, both, strict=True):
+            changes = list(map(_parts_of, of_side))
             average = [sum(column) / len(rows) for column in zip(*changes, strict=True)]
             means.append([f"{side}, {names[name]}", *map("{:+z.4f}".format, average)])
         single += [

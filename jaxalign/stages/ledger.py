@@ -130,7 +130,7 @@ def moved_most(
     }
     count = np.bincount(index, minlength=len(kinds))
     order = np.argsort(-np.abs(sum(sums.values())), kind="stable")[:MOST_TOKENS]
-    texts = tokenizer.convert_ids_to_tokens(kinds[order])
+    texts = tokenizer.convert_ids_to_tokens(kinds[order].tolist())
     return [
         {"token": text, "count": int(count[at])} | {x: _short(y[at]) for x, y in sums.items()}
         for text, at in zip(texts, order, strict=True)

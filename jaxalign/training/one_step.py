@@ -38,7 +38,7 @@ def ledger_of_step(
       The ledger of the batch and of the other pairs, on the host; and these pairs.
     """
     model = loaded.model
-    objective = PreferenceObjective(
+    objective: Any = PreferenceObjective(
         policy=Policy(config=model.config),
         loss=loss.function,
         options={},
