@@ -145,8 +145,8 @@ def _ledger(run: Run) -> list[Part]:
             title=f"Where the change came from: {run.name}",
             note="Changes of log-probs in nats, means over the pairs: to first order from the "
             "pair's own two gradients, from the other pairs of the batch, and from the optimiser "
-            "(momentum, preconditioning, decay); and the rest, curvature. Tokens count in the steps "
-            "in which they are among the 32 that moved most.",
+            "(momentum, preconditioning, decay); and the rest, curvature. Tokens count in those "
+            "steps in which they are among the 32 that moved most.",
             header=header,
             rows=rows,
         ),

@@ -96,8 +96,7 @@ def assert_parts(changes, expected, *, rows=REAL, rtol=1e-3, atol=1e-4):
         np.testing.assert_allclose(found, values[rows], rtol=rtol, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("name", ["simpo", "kto"])
+@pytest.mark.parametrize(("name", "parts"), [("simpo", 1), ("kto", 4)])
 def test_the_parts_are_those_of_explicit_gradients(world, name, parts):
     """Of AdamW with momentum, decay and clipping, in its second step."""
     params, frozen, batch = world
