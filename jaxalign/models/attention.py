@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models import devices
+from jaxalign.models.differentiation import in_forward_mode, with_reverse_rule
 from jaxalign.models.flash import LANES, OUTPUT, flash_attention, whole_rows
 from jaxalign.models.layers import softcap
 from jaxalign.models.precision import precision
@@ -113,6 +114,8 @@ LONGEST_MASK = 4096
 
 def _fastest(q: Array, k: Array, *, plain: bool, cap: float | None) -> str:
     """The implementation for these arrays; `plain`: rows that causality alone describes."""
+    if in_forward_mode():
+        return "blocked"
     if devices.platform() == "tpu":
         # A kernel is never split by the compiler: the sharding must be known.
         known = devices.device_count() == 1 or devices.head_sharding() is not None
@@ -386,8 +389,7 @@ def _add_at(whole: Array, part: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
 
 
-_packed_row: Any = jax.custom_vjp(_packed_row_primal, nondiff_argnums=(0,))
-_packed_row.defvjp(_packed_row_fwd, _packed_row_bwd)
+_packed_row = with_reverse_rule(_packed_row_primal, _packed_row_fwd, _packed_row_bwd, (0,))
 
 
 def _mix(q, k, v, seen, *, scale, cap):

@@ -97,8 +97,8 @@ class UncompiledPlan:
 
     @property
     def step(self) -> Step:
-        """The step to compile: the probed step if there is one, since it is larger."""
-        return self.stage.probed_step or self.stage.step
+        """The step to compile: the largest, with a ledger or with probes if there is one."""
+        return self.stage.ledger_step or self.stage.probed_step or self.stage.step
 
     @property
     def seconds(self) -> dict[str, float]:

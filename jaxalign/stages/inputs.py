@@ -154,6 +154,17 @@ class TokenizedData:
         """The held-out batches; empty if nothing is held out."""
         return [] if self.held_out is None else self.once(self.held_out, batch_size)
 
+    def first_held_out(self, batch_size: int) -> PairBatch | None:
+        """The first held-out pairs, padded; None if nothing is held out.
+
+        Held-out batches are of pairs of similar lengths; these pairs are not chosen by length.
+        """
+        if self.held_out is None:
+            return None
+        assert isinstance(self.held_out, TokenizedPairs)
+        order = self._shard_options | {"epochs": 1, "shuffle": False, "batch_size": batch_size}
+        return next(pair_batches(self.held_out, joint_share=self.joint_share, **order))
+
     def describe(self, batch: PairBatch | TextBatch) -> list[str]:
         """File and line of a batch's records; of text, each row's first document."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]

@@ -101,7 +101,7 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
         return False
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
-    watched = 0 < stage.probe_every < 4
+    watched = 0 < stage.probe_every < 4 or 0 < stage.ledger_every < 4
     if settings == "auto" and (watched or not _is_measured()):
         return False
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}

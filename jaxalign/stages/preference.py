@@ -22,6 +22,7 @@ from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
 from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.ledger import with_ledger
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.evaluation import Evaluation, evaluate_preferences
@@ -36,9 +37,11 @@ from jaxalign.training.objectives import (
 from jaxalign.training.optimizers import preconditioner, with_rule
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.reference import precompute_reference
-from jaxalign.training.stage import Feed, Params, Rows, Stage
+from jaxalign.training.stage import Feed, Params, Rows, Stage, Step
 
 NAME, NUMBER = "preference", 3
+LEDGER_PASSES = 6
+"""Forward passes that a ledger costs: products in two directions, 5, and one after the update."""
 
 Objective = PreferenceObjective | TokenPreferenceObjective
 
@@ -59,12 +62,13 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         head = initial_head(model_config.width, model_config.vocab_size)
         return {**trained(params), HEAD: head}
 
-    probe = make_probe(config, objective)
-    probed = None
-    if probe is not None:
-        probed = parts.plain_step(
+    def probed(ledger: bool) -> Step:
+        probe = make_probe(config, objective, ledger=ledger)
+        return parts.plain_step(
             settings, objective, fields["optimizer"], backward=probe, moving=moving
         )
+
+    statistics = settings.entanglement
     frozen = parts.no_reference(adapters)
     if has_reference(objective) and moving is None:
         narrow = config.dtype == "bfloat16" and isinstance(model_config, DecoderConfig)
@@ -74,8 +78,10 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         method=settings.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
         **fields,
-        probed_step=probed,
-        probe_every=settings.entanglement.every,
+        probed_step=probed(False) if statistics.every else None,
+        probe_every=statistics.every,
+        ledger_step=probed(True) if statistics.ledger else None,
+        ledger_every=statistics.ledger,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
         moving=moving,
@@ -161,11 +167,9 @@ def learns_mask(config: TrainConfig) -> bool:
     return config.preference.entanglement.mask == "learned"
 
 
-def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
-    """The probe of per-pair gradient statistics; None: they are off."""
+def make_probe(config: TrainConfig, objective: Any, *, ledger: bool) -> PairProbe:
+    """The probe of per-pair gradient statistics, with or without a ledger."""
     settings, rule = config.preference.entanglement, config.preference.optimizer
-    if not settings.every:
-        return None
     of_state = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
     return PairProbe(
         objective=objective,
@@ -173,6 +177,7 @@ def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
         reweighting=REWEIGHTINGS.get(settings.reweighting),
         realised=settings.realised,
         preconditioner=of_state if settings.preconditioned else None,
+        ledger=ledger,
     )
 
 
@@ -212,11 +217,15 @@ def largest_batch(
     # auto counts as live: the number of pairs is not known yet
     live = has_reference(objective) and settings.reference != "precomputed"
     twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
-    realised = settings.entanglement.every > 0 and settings.entanglement.realised
+    statistics = settings.entanglement
+    realised = (statistics.every > 0 or statistics.ledger > 0) and statistics.realised
     stored = has_reference(objective) and not live
     known = struct(settings.batch_size, 2, dtype=jnp.float32) if stored else None
     batch = record_of(ReferencedBatch, pairs=pairs, reference=known)
-    return batch, [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+    passes = [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+    if statistics.ledger:  # of the batch and of held-out pairs
+        passes += 2 * [Rows(**rows, forward=LEDGER_PASSES)]
+    return batch, passes
 
 
 def largest_pairs(
@@ -236,7 +245,8 @@ def largest_pairs(
     joint = length + response  # both responses and the rest of the prompt once
     joint = joint if joint <= fraction * 2 * length else None
     batch = pair_batch(pairs, 2, length, response, joint=joint)
-    if joint is None or settings.entanglement.every:  # a probed step does not share prefixes
+    statistics = settings.entanglement
+    if joint is None or statistics.every or statistics.ledger:  # probed steps share no prefixes
         return batch, {"rows": 2 * pairs, "length": length, "scored": scored}
     return batch, {"rows": pairs, "length": joint, "scored": 2 * scored}
 
@@ -291,7 +301,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             return run
         return lambda state, frozen: run(state, moving.frozen(state.reference, frozen))
 
-    return parts.feed(
+    plain = parts.feed(
         context,
         stage,
         params,
@@ -300,6 +310,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         place=place,
         live_reference=referenced and table is None,
     )
+    return with_ledger(context, stage, plain, put) if stage.ledger_every else plain
 
 
 def fingerprint(settings: PreferenceConfig, inputs: Path) -> str:
