@@ -156,13 +156,13 @@ def _packed_states(
 
 def packed_layout(packed: PackedRows, longest: int) -> Layout:
     """Which tokens of packed rows see each other; no prompt with a response is longer."""
-    segment = packed.segment_ids
+    segment, (examples, sides) = packed.segment_ids, packed.last.shape
     return Layout(
         positions=packed.positions,
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
-        sequences=_sequences(segment, *packed.last.shape, longest),
+        sequences=_sequences(segment, examples, sides, longest),
     )
 
 

@@ -116,8 +116,8 @@ def _apart_fwd(x, sequences):
 
 
 def _apart_bwd(sequences, dy):
-    both = [_take(dy, sequences.slots[..., n]).astype(jnp.float32) for n in (0, 1)]
-    return sum(both).astype(dy.dtype), None
+    first, second = (_take(dy, sequences.slots[..., n]).astype(jnp.float32) for n in (0, 1))
+    return (first + second).astype(dy.dtype), None
 
 
 _apart.defvjp(_apart_fwd, _apart_bwd)
