@@ -95,8 +95,11 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
         return False
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
-    watched = 0 < stage.probe_every < 4
-    if settings == "auto" and (watched or jax.default_backend() != "cpu"):
+    if settings == "auto" and jax.default_backend() != "cpu":
+        return False
+    if settings == "auto" and 0 < stage.probe_every < 4:
+        often = "every step" if stage.probe_every == 1 else f"every {stage.probe_every} steps"
+        print(f"{stage.name}: padded rows: the per-pair statistics of {often} read them")
         return False
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}
     packed = data.positions(packing, **how)
