@@ -101,8 +101,12 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
         return False
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
-    watched = 0 < stage.probe_every < 4 or 0 < stage.ledger_every < 4
-    if settings == "auto" and (watched or not _is_measured()):
+    if settings == "auto" and not _is_measured():
+        return False
+    every = min((n for n in (stage.probe_every, stage.ledger_every) if n), default=0)
+    if settings == "auto" and 0 < every < 4:
+        often = "every step" if every == 1 else f"every {every} steps"
+        print(f"{stage.name}: padded rows: the per-pair statistics of {often} read them")
         return False
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}
     packed = data.positions(packing, **how)

@@ -107,6 +107,11 @@ def test_rows_that_cannot_be_packed_are_padded_and_a_line_says_why(tmp_path, cap
     context = run_context(tmp_path, devices=8, micro_batches=2)
     assert packing_of(context) is None
     assert "preference: padded rows: a batch of 8 cannot be shared" in capsys.readouterr().out
+    (tmp_path / PACKING).unlink()
+    context = run_context(tmp_path, entanglement=EntanglementConfig(every=2))
+    assert packing_of(context) is None
+    line = "preference: padded rows: the per-pair statistics of every 2 steps read them\n"
+    assert capsys.readouterr().out == line
 
 
 def supervised(folder, rows=VARIED.rows, **changes):
