@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxalign.config import TrainConfig
@@ -16,7 +15,7 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import CONTRASTIVE_LOSSES
 from jaxalign.losses.lookup import find_loss
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.representation import contrastive_pairs
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
@@ -65,7 +64,10 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         return parts.plain_step(settings, objective, fields["optimizer"], backward=probe)
 
     statistics = settings.entanglement
-    referenced = has_reference(objective)
+    frozen = parts.no_reference(adapters)
+    if has_reference(objective):
+        narrow = config.dtype == "bfloat16" and isinstance(model_config, DecoderConfig)
+        frozen = parts.with_reference(adapters, config.dtype if narrow else None)
     return Stage(
         name=NAME,
         method=settings.loss,
@@ -77,7 +79,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         ledger_every=statistics.ledger,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
-        frozen=(parts.with_reference if referenced else parts.no_reference)(adapters),
+        frozen=frozen,
         kept=parts.without([HEAD] if has_mask else []),
         largest_batch=functools.partial(largest_batch, config, objective),
     )
@@ -169,10 +171,9 @@ def largest_batch(
 
     Its rows are padded. The lengths of packed rows depend on the data; they take less.
     """
+    del platform
     settings, response = config.preference, response or config.max_length
-    pairs, rows = largest_pairs(
-        config, objective.policy.config, platform, response, scored=response
-    )
+    pairs, rows = largest_pairs(config, objective.policy.config, response, scored=response)
     # auto counts as live: the number of pairs is not known yet
     live = has_reference(objective) and settings.reference != "precomputed"
     twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
@@ -188,20 +189,19 @@ def largest_batch(
 
 
 def largest_pairs(
-    config: TrainConfig, model_config: ModelConfig, platform: str, response: int, *, scored: int
+    config: TrainConfig, model_config: ModelConfig, response: int, *, scored: int
 ) -> tuple[PairBatch, dict[str, int]]:
     """Shapes of the largest batch of pairs, and the fields of `Rows` of a pass on it.
 
     Args:
       config: of the run.
       model_config: the architecture.
-      platform: of the devices.
       response: tokens of the longest response.
       scored: positions of a row at which the next token is scored.
     """
     settings, length = config.preference, config.max_length
     pairs = settings.batch_size
-    fraction = joint_share(settings.share_prompts, model_config, platform)
+    fraction = joint_share(settings.share_prompts, model_config)
     joint = length + response  # both responses and the rest of the prompt once
     joint = joint if joint <= fraction * 2 * length else None
     batch = pair_batch(pairs, 2, length, response, joint=joint)
@@ -224,10 +224,10 @@ def load_pairs(
 ) -> TokenizedData:
     """The pairs of a run, with shared prefixes where that saves work."""
     inputs.check_length()
-    platform, share = jax.default_backend(), inputs.config.preference.share_prompts
+    share = inputs.config.preference.share_prompts
     return dataclasses.replace(
         inputs.pairs.preferences(tokenize),
-        joint_share=joint_share(share, inputs.model_config, platform),
+        joint_share=joint_share(share, inputs.model_config),
         shard=inputs.shard,
     )
 

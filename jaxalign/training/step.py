@@ -15,6 +15,7 @@ from jaxalign.models.devices import splitting_states
 from jaxalign.records import record
 from jaxalign.sharding import (
     batch_sharding,
+    head_sharding,
     parameter_shardings,
     replicated,
     state_sharding,
@@ -281,7 +282,7 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
     @functools.wraps(function)
     def placed(*arguments: Any) -> Any:
-        with splitting_states(state_sharding(mesh), table_sharding(mesh)):
+        with splitting_states(state_sharding(mesh), table_sharding(mesh), head_sharding(mesh)):
             return function(*arguments)
 
     return placed
