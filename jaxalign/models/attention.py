@@ -68,6 +68,8 @@ def attention(
     if implementation not in IMPLEMENTATIONS:
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"attention: {implementation!r} is not one of {choices}")
+    if in_forward_mode():
+        implementation = "blocked"
     if implementation == "flash":
         if not whole_rows(q, k):
             raise UserError(

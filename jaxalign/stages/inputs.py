@@ -159,7 +159,7 @@ class TokenizedData:
 
         Held-out batches are of pairs of similar lengths; these pairs are not chosen by length.
         """
-        if self.held_out is None:
+        if self.held_out is None or not len(self.held_out):
             return None
         assert isinstance(self.held_out, TokenizedPairs)
         order = self._shard_options | {"epochs": 1, "shuffle": False, "batch_size": batch_size}
