@@ -89,20 +89,21 @@ def transformers_sampling(size: Size, folder: Path) -> list[str]:
 CHECKS = "checks"
 TRL = {"checkpointing": False, "precomputed": False}
 PARTS = (
-    Part(name="dpo", seconds=50),
-    Part(name="watched", seconds=65),
+    Part(name="dpo", seconds=30),
+    Part(name="watched", seconds=45),
+    Part(name="sft", seconds=30),
+    Part(name="packing", seconds=40),
+    Part(name="shared prompts", seconds=40),
     Part(name="dpo, TRL", seconds=80, peer=trainer("trl_trainer.py", **TRL), base="dpo"),
+    Part(name="sft, TRL", seconds=70, peer=trainer("trl_sft_trainer.py"), base="sft"),
     Part(
         name="dpo, PyTorch compiled",
         seconds=100,
         peer=trainer("torch_loop.py", way="response", compile=True),
         base="dpo",
     ),
-    Part(name="attention", seconds=25),
-    Part(name="sft", seconds=45),
-    Part(name="sampling", seconds=50),
-    Part(name="shared prompts", seconds=65),
-    Part(name="sft, TRL", seconds=70, peer=trainer("trl_sft_trainer.py"), base="sft"),
+    Part(name="attention", seconds=20),
+    Part(name="sampling", seconds=40),
     Part(
         name="sft, PyTorch compiled",
         seconds=80,
@@ -110,9 +111,8 @@ PARTS = (
         base="sft",
     ),
     Part(name="sampling, transformers", seconds=60, peer=transformers_sampling, base="sampling"),
-    Part(name="packing", seconds=65),
-    Part(name="dpo, remat full", seconds=45),
-    Part(name="dpo, remat dots", seconds=45),
+    Part(name="dpo, remat none", seconds=30),
+    Part(name="dpo, remat full", seconds=20),
     Part(name="8B by LoRA", seconds=110),
 )
 
@@ -132,8 +132,8 @@ def measured_here(name: str, size: Size) -> dict[str, Any]:
         "sampling": workloads.sampling,
         "shared prompts": workloads.shared_prompts,
         "packing": workloads.packed_pairs,
+        "dpo, remat none": lambda size: workloads.dpo_with_remat("none", size),
         "dpo, remat full": lambda size: workloads.dpo_with_remat("full", size),
-        "dpo, remat dots": lambda size: workloads.dpo_with_remat("dots", size),
         "8B by LoRA": workloads.large_lora,
     }
     return functions[name](size)

@@ -48,6 +48,11 @@ class EntanglementConfig:
     preconditioned: bool = False
     """Whether to also log the geometry in AdamW's own inner product; costs two backward passes per
     pair."""
+    ledger: Count = 0
+    """Interval in steps at which the realised changes of the log-probs are split by where they came
+    from: the pair's own gradients, the other pairs, the optimiser, curvature; 0: never. Costs a
+    forward-mode pass in two directions and a forward pass, of the batch and of held-out pairs, in
+    these steps; they log the statistics of `every` too."""
     mask: Literal["none", "differing", "learned"] = "none"
     """Tokens that the loss counts: all (none), those in which the two responses differ (differing),
     or all with learned weights and a penalty on the weights (learned)."""
@@ -61,6 +66,11 @@ class EntanglementConfig:
             raise UserError(
                 f"entanglement.reweighting: {self.reweighting} acts in every step; "
                 "set --entanglement.every 1"
+            )
+        if self.ledger and self.mask != "none":
+            raise UserError(
+                f"entanglement.ledger: splits the log-probs of whole responses, not those of mask "
+                f"{self.mask}; set one of them"
             )
         if self.preconditioned and self.mask == "learned":
             raise UserError(
@@ -107,14 +117,13 @@ class PreferenceConfig(StageConfig):
     responses (wpo, arXiv:2406.11827)."""
     share_prompts: Annotated[Literal["auto", "always", "never"], short()] = "auto"
     """Whether to compute the common beginning of both rows of a pair only once (decoders; the
-    numbers are the same); auto: where it saves a quarter of the tokens, but not on a GPU, whose
-    fused attention needs whole rows."""
+    numbers are the same); auto: where it saves a quarter of the tokens."""
     packing: Annotated[Literal["auto", "always", "never"], short()] = "auto"
     """Whether to pack pairs one after the other in long rows, instead of padding each to the
     longest of its batch (decoders; the numbers are the same, the pairs of a batch are others);
-    auto: on CPUs, where it was measured, if it saves a tenth of the computed positions; not with
-    per-pair statistics in more than a quarter of the steps, which need padded rows. The choice is
-    kept in the run folder for resuming."""
+    auto: on CPUs and one GPU, where it was measured, if it saves a tenth of the computed positions;
+    not with per-pair statistics or a ledger in more than a quarter of the steps, which need padded
+    rows. The choice is kept in the run folder for resuming."""
     entanglement: Annotated[EntanglementConfig, short()] = EntanglementConfig()
     """Statistics of the gradients of chosen and rejected during the preference stage."""
 
@@ -156,11 +165,12 @@ def check_preference(stage: PreferenceConfig) -> None:
             _check_options(name, own[function_name(name)])
     else:
         _check_options(loss, stage.loss_options)
-    if loss in TOKEN_LOSSES and settings.every:
-        raise UserError(
-            f"entanglement.every: {loss} reads whole distributions; its gradient is not a "
-            "sum of two log-probs' gradients; set 0"
-        )
+    for field in ("every", "ledger"):
+        if loss in TOKEN_LOSSES and getattr(settings, field):
+            raise UserError(
+                f"entanglement.{field}: {loss} reads whole distributions; its gradient is not a "
+                "sum of two log-probs' gradients; set 0"
+            )
     if loss in TOKEN_LOSSES and settings.mask != "none":
         raise UserError(f"entanglement.mask: {loss} weighs tokens itself; set none")
     for field, idle in SWITCHES.items():
@@ -177,7 +187,7 @@ def check_preference(stage: PreferenceConfig) -> None:
         )
     if stage.reference_rate != 1.0 and not stage.reference_every:
         raise UserError("reference_rate: the reference does not move; set --reference-every")
-    for field, idle in (("every", 0), ("mask", "none")):
+    for field, idle in (("every", 0), ("ledger", 0), ("mask", "none")):
         if loss in REWARD_LOSSES and getattr(settings, field) != idle:
             raise UserError(
                 f"entanglement.{field}: {loss} trains scores, not log-probs of responses; "

@@ -86,6 +86,10 @@ class TrainConfig:
     """What the backward pass recomputes to save memory: nothing (none), whole layers (full), or all
     but matrix products (dots); auto: the fastest whose estimated activations fit the device's free
     memory, kept in the run folder for resuming."""
+    attention: Literal["auto", "blocked", "flash", "cudnn"] = "auto"
+    """Implementation of a decoder's attention in training: auto takes the kernels of the device
+    where they fit (flash on TPUs, cudnn on GPUs) and otherwise computes scores in blocks (blocked,
+    any device)."""
     mesh: MeshConfig = MeshConfig()
     """Mesh of the devices."""
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -17,6 +17,7 @@ from jaxalign.models.decoder_layer import attention_branch, norm, one_layer, rot
 from jaxalign.models.layers import look_up, mlp_branch, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import multiply
+from jaxalign.models.sequences import Sequences
 from jaxalign.records import AnyArray, record, static
 
 
@@ -36,12 +37,14 @@ class Layout:
         each segment.
       reach: no token sees one as many or more places before it in the row; None: unknown. Needs
         `prefix_ids`.
+      sequences: the same as segments and prefixes say, for a GPU's fused kernel; None: unknown.
     """
 
     attention_mask: AnyArray | None = None
     segment_ids: Int[AnyArray, "rows length"] | None = None
     prefix_ids: Int[AnyArray, "rows length"] | None = None
     positions: Int[AnyArray, "rows length"] | None = None
+    sequences: Sequences | None = None
     reach: int | None = static(None)
 
 
@@ -197,7 +200,7 @@ def begin_layers(
     visible: dict[str, Any] = {"segment_ids": segments}
     if layout.prefix_ids is not None:
         visible |= {"prefix_ids": layout.prefix_ids, "positions": positions}
-        visible |= {"reach": layout.reach}
+        visible |= {"reach": layout.reach, "sequences": layout.sequences}
     angles = rotations(config, positions)
 
     def layer(x: Array, inputs: tuple[Mapping[str, Any], Array]) -> tuple[Array, Any]:

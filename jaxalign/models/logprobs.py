@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.models import devices
+from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
     by_pairs,
@@ -331,7 +332,8 @@ def _accumulate(state, z: Array, value: Array | None = None):
     Without a value it is z - maximum.
     """
     top, total, weighted = state
-    new = jnp.maximum(top, jnp.max(z, axis=1))
+    # The maximum only scales; the sums do not depend on it, so it counts as a constant.
+    new = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(z, axis=1)))
     shrink, weights = jnp.exp(top - new), jnp.exp(z - new[:, None])
     if value is None:
         value, weighted = z - new[:, None], weighted + (top - new) * total
@@ -411,8 +413,7 @@ def _statistics_primal(plan, entropy_gradient, collision, hidden, kernel, bias, 
     return _statistics_forward(plan, collision, hidden, kernel, bias, targets)[0]
 
 
-_statistics: Any = jax.custom_vjp(_statistics_primal, nondiff_argnums=(0, 1, 2))
-_statistics.defvjp(_statistics_fwd, _statistics_bwd)
+_statistics = with_reverse_rule(_statistics_primal, _statistics_fwd, _statistics_bwd, (0, 1, 2))
 
 
 def token_log_probs(

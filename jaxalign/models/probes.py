@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.models import devices, products
+from jaxalign.models import devices, gram_kernel, products
 from jaxalign.models.precision import precision
 
 # Operations that cost as much as one access to an element in memory.
@@ -131,7 +131,9 @@ def _matmul_bwd(saved, dy):
     xs, dys = by_pairs(x, pairs), by_pairs(dy, pairs)
     product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
 
-    if not forms_gradients(xs.shape[2], *kernel.shape):
+    if gram_kernel.fits(x.dtype, *kernel.shape):
+        total, geometry = gram_kernel.gradient_and_gram(xs, dys)
+    elif not forms_gradients(xs.shape[2], *kernel.shape):
         geometry = factored_gram(token_products(xs), token_products(dys))
         total = products.kernel_gradient(flat_x, flat_dy)
     elif devices.is_single_cpu():

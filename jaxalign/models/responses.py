@@ -5,15 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import decoder, devices, encoder_decoder
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder import Layout, unembedding
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
+from jaxalign.models.sequences import Sequences, sequences_of
 from jaxalign.records import AnyArray, record
-from jaxalign.rows import ResponseRows, SharedPrefixRows
+from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
 
 
 @record
@@ -94,20 +95,37 @@ def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "bat
 def _by_response(
     x: Float[Array, "tokens ..."], rows: ResponseRows
 ) -> Float[Array, "batch response ..."]:
-    """Values of the scored tokens, where each response has its own; anything at padding.
-
-    NaN for a pair whose packed row is not there.
-    """
-    shape, packed = rows.response_tokens.shape, rows.packed
-    if packed is None:
+    """Values of the scored tokens, where each response has its own; anything at padding."""
+    shape = rows.response_tokens.shape
+    if rows.packed is None:
         return x.reshape(*shape, *x.shape[1:])
-    scored = packed.scored_tokens.shape[1]
-    is_row = packed.row_number[None] == packed.row[:, None]
-    start = jnp.argmax(is_row, axis=1)[:, None] * scored + packed.scored_start
-    at = start.reshape(-1, 1) + jnp.arange(shape[1])[None]
+    return from_packed(x, rows.packed, shape[1])
+
+
+def from_packed(
+    x: Float[Array, "tokens ..."], packed: PackedRows, size: int
+) -> Float[Array, "batch response ..."]:
+    """Values of the scored tokens of packed rows, response by response; anything at padding.
+
+    NaN for an example whose packed row is not there.
+
+    Args:
+      x: a value for each scored token of all packed rows.
+      packed: the rows.
+      size: tokens of a response.
+    """
+    row, found = _row_of(packed)
+    start = row * packed.scored_tokens.shape[1] + packed.scored_start.reshape(-1)
+    at = start[:, None] + jnp.arange(size)[None]
     values = x[jnp.minimum(at, x.shape[0] - 1)]
-    found = jnp.repeat(is_row.any(1), 2).reshape(-1, *[1] * (values.ndim - 1))
-    return jnp.where(found, values, jnp.nan)
+    return jnp.where(found.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.nan)
+
+
+def _row_of(packed: PackedRows) -> tuple[Int[Array, " responses"], Bool[Array, " responses"]]:
+    """Which of the packed rows holds each response, and whether one does."""
+    is_row = packed.row_number[None] == packed.row[:, None]
+    sides = packed.scored_start.shape[1]
+    return jnp.repeat(jnp.argmax(is_row, axis=1), sides), jnp.repeat(is_row.any(1), sides)
 
 
 def _scored_states(
@@ -118,19 +136,65 @@ def _scored_states(
     if packed is None:
         hidden = response_states(params, config, rows, compute=compute)
         return hidden.reshape(-1, hidden.shape[-1]), rows.response_tokens.reshape(-1)
+    hidden = _packed_states(params, config, rows, compute=compute)
+    states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
+    states = devices.by_rows(states)
+    return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
+
+
+def _packed_states(
+    params: Mapping[str, Any], config: ModelConfig, rows: ResponseRows, *, compute: Compute
+) -> Float[Array, "packed length width"]:
+    """The hidden states of packed rows."""
     if not isinstance(config, DecoderConfig):
-        raise ValueError(f"config: {config.family} is no decoder; its pairs cannot be packed")
-    segment = packed.segment_ids
-    layout = Layout(
+        raise ValueError(f"config: {config.family} is no decoder; its rows cannot be packed")
+    packed = rows.packed
+    assert packed is not None
+    layout = packed_layout(packed, rows.tokens.shape[1])
+    return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
+
+
+def packed_layout(packed: PackedRows, longest: int) -> Layout:
+    """Which tokens of packed rows see each other; no prompt with a response is longer."""
+    segment, (examples, sides) = packed.segment_ids, packed.last.shape
+    return Layout(
         positions=packed.positions,
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
+        sequences=_sequences(segment, examples, sides, longest),
     )
-    hidden = decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
-    states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
-    states = devices.by_rows(states)
-    return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
+
+
+def last_states(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    rows: ResponseRows,
+    *,
+    compute: Compute = Compute(),
+) -> Float[Array, "batch width"]:
+    """The last hidden state of each row, at its last real token.
+
+    Args:
+      params: as in `response_log_probs`.
+      config: as in `response_log_probs`.
+      rows: as in `response_log_probs`.
+      compute: as in `response_log_probs`.
+    """
+    packed = rows.packed
+    if packed is None:
+        lengths = rows.prompt_length + rows.response_length
+        ended = ResponseRows(
+            tokens=rows.tokens,
+            prompt_length=lengths,
+            response_tokens=jnp.zeros_like(rows.tokens[:, :1]),  # one state a row, after it
+            response_length=jnp.ones_like(lengths),
+            shared_prefix=rows.shared_prefix,
+        )
+        return response_states(params, config, ended, compute=compute)[:, 0]
+    hidden = _packed_states(params, config, rows, compute=compute)
+    row, found = _row_of(packed)
+    return jnp.where(found[:, None], hidden[row, packed.last.reshape(-1)], jnp.nan)
 
 
 @record
@@ -271,7 +335,20 @@ def _layout(merged: SharedPrefixRows, length: int) -> Layout:
         positions=jnp.minimum(position, length - 1),
         segment_ids=segment,
         prefix_ids=jnp.ones_like(segment),
+        sequences=_sequences(segment, len(segment), 2, length),
     )
+
+
+def _sequences(
+    segment: Int[Array, "rows length"], examples: int, sides: int, longest: int
+) -> Sequences | None:
+    """The sequences of all examples, which a GPU's fused attention takes apart; None elsewhere.
+
+    Each row has an equal part of the examples, or fewer.
+    """
+    if devices.platform() != "gpu":
+        return None
+    return sequences_of(segment, examples // len(segment), sides, longest)
 
 
 def _merged_positions(

@@ -63,15 +63,23 @@ def step_memory(
 
 def program_memory(program: jax.stages.Wrapped, mesh: Mesh, *arguments: Any) -> dict[str, int]:
     """The same as `step_memory` for any program."""
-    try:
-        with compiling_for(mesh.devices.flat[0].platform, mesh.size):
-            compiled = program.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TooLargeError(str(error).splitlines()[0]) from None
-    used: Any = compiled.memory_analysis()
+    with compiling_for(mesh.devices.flat[0].platform, mesh.size):
+        used: Any = compiled_for(program, *arguments).memory_analysis()
     return {
         "temporaries": used.temp_size_in_bytes,
         "program": used.generated_code_size_in_bytes,
     }
+
+
+def compiled_for(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    """A program compiled for the devices of its arguments.
+
+    Raises:
+      TooLargeError: it does not fit.
+    """
+    try:
+        return program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLargeError(str(error).splitlines()[0]) from None

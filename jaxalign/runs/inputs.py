@@ -135,8 +135,8 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield repr(value).encode()
 
 
-UNREAD = ("sources", "shard", "joint_share", "packing")
-"""Fields of a stage's data that are not hashed: its sources, and how processes share it."""
+UNREAD = ("sources", "shard", "joint_share", "packing", "mismatched")
+"""Fields of a stage's data that are not hashed: its sources, and how batches are made of it."""
 
 
 def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None) -> list[str]:

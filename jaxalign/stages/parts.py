@@ -38,6 +38,7 @@ def make_policy(
         adapter_dropout=0.0 if adapters is None else adapters.dropout,
         remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
+        attention=config.attention,
     )
 
 
@@ -152,13 +153,27 @@ def no_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]
     return frozen
 
 
-def with_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]]:
-    """Frozen parameters with a reference: the weights under the adapters, else a copy."""
+def with_reference(
+    adapters: LoraConfig | None, dtype: str | None = None
+) -> Callable[..., dict[str, Params]]:
+    """Frozen parameters with a reference: the weights under the adapters, else a copy.
+
+    Args:
+      adapters: of the run.
+      dtype: of a copy's matrices: that of the computation, to which a decoder converts them at
+        every use, so that the copy gives the same numbers from fewer bytes. None: the weights' own.
+    """
+
+    def converted(path: Any, x: Any) -> Any:
+        if dtype is None or path[-1].key not in ("kernel", "embedding"):
+            return x
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
     def frozen(params: Params, copy: Callable[[Params], Params], load: Any) -> dict[str, Params]:
         del load
         if adapters is None:
-            return {"policy": None, "reference": copy(params)}
+            reference = jax.tree_util.tree_map_with_path(converted, copy(params))
+            return {"policy": None, "reference": reference}
         return {"policy": params, "reference": params}
 
     return frozen

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxalign.config import PreferenceConfig, TrainConfig
@@ -17,12 +16,13 @@ from jaxalign.errors import UserError
 from jaxalign.files import digest
 from jaxalign.losses import Divergence, Switches
 from jaxalign.losses.lookup import check_switches, find_loss
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.representation import contrastive_pairs
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import INPUTS, Inputs, TokenizedData, joint_share
 from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.ledger import with_ledger
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.evaluation import Evaluation, evaluate_preferences
@@ -37,9 +37,11 @@ from jaxalign.training.objectives import (
 from jaxalign.training.optimizers import preconditioner, with_rule
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.reference import precompute_reference
-from jaxalign.training.stage import Feed, Params, Rows, Stage
+from jaxalign.training.stage import Feed, Params, Rows, Stage, Step
 
 NAME, NUMBER = "preference", 3
+LEDGER_PASSES = 6
+"""Forward passes that a ledger costs: products in two directions, 5, and one after the update."""
 
 Objective = PreferenceObjective | TokenPreferenceObjective
 
@@ -60,24 +62,30 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         head = initial_head(model_config.width, model_config.vocab_size)
         return {**trained(params), HEAD: head}
 
-    probe = make_probe(config, objective)
-    probed = None
-    if probe is not None:
-        probed = parts.plain_step(
+    def probed(ledger: bool) -> Step:
+        probe = make_probe(config, objective, ledger=ledger)
+        return parts.plain_step(
             settings, objective, fields["optimizer"], backward=probe, moving=moving
         )
-    fixed = has_reference(objective) and moving is None
+
+    statistics = settings.entanglement
+    frozen = parts.no_reference(adapters)
+    if has_reference(objective) and moving is None:
+        narrow = config.dtype == "bfloat16" and isinstance(model_config, DecoderConfig)
+        frozen = parts.with_reference(adapters, config.dtype if narrow else None)
     return Stage(
         name=NAME,
         method=settings.loss,
         rows=f"pairs of 2 x {config.max_length:,} tokens",
         **fields,
-        probed_step=probed,
-        probe_every=settings.entanglement.every,
+        probed_step=probed(False) if statistics.every else None,
+        probe_every=statistics.every,
+        ledger_step=probed(True) if statistics.ledger else None,
+        ledger_every=statistics.ledger,
         running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
         moving=moving,
-        frozen=(parts.with_reference if fixed else parts.no_reference)(adapters),
+        frozen=frozen,
         kept=parts.without([HEAD] if has_mask else []),
         largest_batch=functools.partial(largest_batch, config, objective),
     )
@@ -159,11 +167,9 @@ def learns_mask(config: TrainConfig) -> bool:
     return config.preference.entanglement.mask == "learned"
 
 
-def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
-    """The probe of per-pair gradient statistics; None: they are off."""
+def make_probe(config: TrainConfig, objective: Any, *, ledger: bool) -> PairProbe:
+    """The probe of per-pair gradient statistics, with or without a ledger."""
     settings, rule = config.preference.entanglement, config.preference.optimizer
-    if not settings.every:
-        return None
     of_state = functools.partial(preconditioner, b2=rule.b2, eps=rule.eps)
     return PairProbe(
         objective=objective,
@@ -171,6 +177,7 @@ def make_probe(config: TrainConfig, objective: Any) -> PairProbe | None:
         reweighting=REWEIGHTINGS.get(settings.reweighting),
         realised=settings.realised,
         preconditioner=of_state if settings.preconditioned else None,
+        ledger=ledger,
     )
 
 
@@ -204,39 +211,42 @@ def largest_batch(
 
     Its rows are padded. The lengths of packed rows depend on the data; they take less.
     """
+    del platform
     settings, response = config.preference, response or config.max_length
-    pairs, rows = largest_pairs(
-        config, objective.policy.config, platform, response, scored=response
-    )
+    pairs, rows = largest_pairs(config, objective.policy.config, response, scored=response)
     # auto counts as live: the number of pairs is not known yet
     live = has_reference(objective) and settings.reference != "precomputed"
     twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
-    realised = settings.entanglement.every > 0 and settings.entanglement.realised
+    statistics = settings.entanglement
+    realised = (statistics.every > 0 or statistics.ledger > 0) and statistics.realised
     stored = has_reference(objective) and not live
     known = struct(settings.batch_size, 2, dtype=jnp.float32) if stored else None
     batch = record_of(ReferencedBatch, pairs=pairs, reference=known)
-    return batch, [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+    passes = [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+    if statistics.ledger:  # of the batch and of held-out pairs
+        passes += 2 * [Rows(**rows, forward=LEDGER_PASSES)]
+    return batch, passes
 
 
 def largest_pairs(
-    config: TrainConfig, model_config: ModelConfig, platform: str, response: int, *, scored: int
+    config: TrainConfig, model_config: ModelConfig, response: int, *, scored: int
 ) -> tuple[PairBatch, dict[str, int]]:
     """Shapes of the largest batch of pairs, and the fields of `Rows` of a pass on it.
 
     Args:
       config: of the run.
       model_config: the architecture.
-      platform: of the devices.
       response: tokens of the longest response.
       scored: positions of a row at which the next token is scored.
     """
     settings, length = config.preference, config.max_length
     pairs = settings.batch_size
-    fraction = joint_share(settings.share_prompts, model_config, platform)
+    fraction = joint_share(settings.share_prompts, model_config)
     joint = length + response  # both responses and the rest of the prompt once
     joint = joint if joint <= fraction * 2 * length else None
     batch = pair_batch(pairs, 2, length, response, joint=joint)
-    if joint is None or settings.entanglement.every:  # a probed step does not share prefixes
+    statistics = settings.entanglement
+    if joint is None or statistics.every or statistics.ledger:  # probed steps share no prefixes
         return batch, {"rows": 2 * pairs, "length": length, "scored": scored}
     return batch, {"rows": pairs, "length": joint, "scored": 2 * scored}
 
@@ -255,10 +265,10 @@ def load_pairs(
 ) -> TokenizedData:
     """The pairs of a run, with shared prefixes where that saves work."""
     inputs.check_length()
-    platform, share = jax.default_backend(), inputs.config.preference.share_prompts
+    share = inputs.config.preference.share_prompts
     return dataclasses.replace(
         inputs.pairs.preferences(tokenize),
-        joint_share=joint_share(share, inputs.model_config, platform),
+        joint_share=joint_share(share, inputs.model_config),
         shard=inputs.shard,
     )
 
@@ -291,7 +301,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             return run
         return lambda state, frozen: run(state, moving.frozen(state.reference, frozen))
 
-    return parts.feed(
+    plain = parts.feed(
         context,
         stage,
         params,
@@ -300,6 +310,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         place=place,
         live_reference=referenced and table is None,
     )
+    return with_ledger(context, stage, plain, put) if stage.ledger_every else plain
 
 
 def fingerprint(settings: PreferenceConfig, inputs: Path) -> str:

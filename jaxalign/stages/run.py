@@ -86,10 +86,19 @@ def compiled_steps(
         return feed.around(saying(compile_step(step, state, mesh), in_shapes(what)))
 
     plain = compiled(stage.step, "the step")
-    if stage.probed_step is None:
-        return lambda done: plain
-    probed = compiled(stage.probed_step, "the step with per-pair statistics")
-    return lambda done: plain if done % stage.probe_every else probed
+    others = [
+        (compiled(other, what), every)
+        for other, what, every in (
+            (stage.ledger_step, "the step with a ledger", stage.ledger_every),
+            (stage.probed_step, "the step with per-pair statistics", stage.probe_every),
+        )
+        if other is not None and every
+    ]
+
+    def step(done: int) -> Step:
+        return next((other for other, every in others if done % every == 0), plain)
+
+    return step
 
 
 def in_words(values: Mapping[str, float]) -> str:

@@ -56,11 +56,13 @@ class Policy:
     remat: str = "none"
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
+    attention: str = "auto"
+    """Implementation of a decoder's attention."""
 
     @property
     def compute(self) -> Compute:
         """How forward passes are computed."""
-        return Compute(remat=self.remat, dtype=self.dtype)
+        return Compute(remat=self.remat, dtype=self.dtype, attention=self.attention)
 
     def policy_params(
         self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
@@ -82,7 +84,7 @@ class Policy:
     def log_probs(
         self, batch: PairBatch, params: Params, *, collision: bool = False
     ) -> ResponseLogProbs:
-        """Token log-probs [pairs, 2, response] of chosen and rejected, 0 at padding."""
+        """Token log-probs [pairs, sides, response] of the responses, 0 at padding."""
         rows = batch.rows(shared_prefix=True)
         out = response_log_probs(
             params, self.config, rows, collision=collision, compute=self.compute
@@ -98,7 +100,7 @@ class Policy:
         reverse: bool = False,
         collision: bool = False,
     ) -> ResponseComparison:
-        """Policy and reference at every response token, [pairs, 2, response], 0 at padding."""
+        """Policy and reference at every response token, [pairs, sides, response], 0 at padding."""
         options = {"reverse": reverse, "collision": collision, "compute": self.compute}
         rows = batch.rows(shared_prefix=True)
         out = compare_responses(params, reference, self.config, rows, **options)
@@ -416,17 +418,17 @@ class TokenPreferenceObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedObjective:
-    """Mean negative log-prob per token, of the chosen responses or of packed text."""
+    """Mean negative log-prob per token, of responses or of packed text."""
 
     policy: Policy
     coupled: bool = False
 
-    def _mask(self, batch: PairBatch | TextBatch) -> Float[Array, "rows length"]:
+    def _mask(self, batch: PairBatch | TextBatch) -> Float[Array, "rows *sides length"]:
         if isinstance(batch, TextBatch):
             return batch.target_mask * batch.weight[:, None]
         position = jnp.arange(batch.response_tokens.shape[-1])
-        scored = position[None] < batch.response_length[:, :1]
-        return scored * batch.weight[:, None]
+        scored = position[None, None] < batch.response_length[..., None]
+        return scored * batch.weight[:, None, None]
 
     def count(self, batch: PairBatch | TextBatch) -> Float[Array, ""]:
         return jnp.sum(self._mask(batch)).astype(jnp.float32)
@@ -437,23 +439,15 @@ class SupervisedObjective:
         frozen: Any,
         batch: PairBatch | TextBatch,
         key: PRNGKeyArray | None,
-    ) -> Float[Array, "rows length"]:
+    ) -> Float[Array, "rows *sides length"]:
         params = self.policy.policy_params(trained, frozen["policy"], key)
         if isinstance(batch, TextBatch):
             return self.policy.text_log_probs(batch, params)
-        chosen = PairBatch(
-            tokens=batch.tokens[:, :1],
-            prompt_length=batch.prompt_length[:, :1],
-            response_tokens=batch.response_tokens[:, :1],
-            response_length=batch.response_length[:, :1],
-            record_index=batch.record_index,
-            weight=batch.weight,
-        )
-        return self.policy.log_probs(chosen, params).log_prob[:, 0]
+        return self.policy.log_probs(batch, params).log_prob
 
     def reduce(
         self,
-        outputs: Float[Array, "rows length"],
+        outputs: Float[Array, "rows *sides length"],
         batch: PairBatch | TextBatch,
         count: Float[Array, ""],
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:

@@ -15,6 +15,7 @@ from jaxalign.models.devices import splitting_states
 from jaxalign.records import record
 from jaxalign.sharding import (
     batch_sharding,
+    head_sharding,
     parameter_shardings,
     replicated,
     state_sharding,
@@ -85,6 +86,29 @@ def initial_state(
     )
 
 
+RECORDS = "records"
+"""Key of a step's numbers of single pairs among its metrics; a `Feed` says what becomes of them."""
+
+
+@record
+class Update:
+    """What a step did to the trained parameters.
+
+    Attributes:
+      before: the parameters of the forward and backward pass.
+      gradient: of the loss, as the optimiser got it.
+      after: the updated parameters.
+      opt_state: the optimiser's state after the update.
+      key: of the step's dropout.
+    """
+
+    before: Any
+    gradient: Any
+    after: Any
+    opt_state: Any
+    key: Any
+
+
 @runtime_checkable
 class Backward(Protocol):
     """The backward pass of a part of a batch; `train_step` takes it as an argument."""
@@ -119,14 +143,12 @@ class Backward(Protocol):
     def after_update(
         self,
         statistics: Any,
-        before: "TrainState",
-        after: Params,
-        opt_state: Any,
+        update: "Update",
         frozen: Any,
         batch: Any,
         micro_batches: int,
-    ) -> dict[str, Mean]:
-        """Metrics of the statistics, given the update."""
+    ) -> dict[str, Any]:
+        """Metrics of the statistics, given the update; under `RECORDS`, what is kept by pair."""
         ...
 
 
@@ -144,11 +166,9 @@ class PlainBackward:
             output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
         return backward(output_gradients)[0], metrics, None
 
-    def after_update(
-        self, statistics, before, after, opt_state, frozen, batch, micro_batches
-    ) -> dict[str, Mean]:
+    def after_update(self, statistics, update, frozen, batch, micro_batches) -> dict[str, Any]:
         """No metrics: there are no statistics."""
-        del statistics, before, after, opt_state, frozen, batch, micro_batches
+        del statistics, update, frozen, batch, micro_batches
         return {}
 
 
@@ -241,7 +261,7 @@ def train_step(
     micro_batches: int = 1,
     backward: Backward = PLAIN,
     moving: MovingReference | None = None,
-) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """One update on one batch; an update that is not finite is skipped.
 
     A reference that moves is read from the state, and moves after the update.
@@ -269,9 +289,8 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    metrics |= backward.after_update(
-        statistics, state, params, opt_state, frozen, batch, micro_batches
-    )
+    update = Update(before=state.params, gradient=grads, after=params, opt_state=opt_state, key=key)
+    metrics |= backward.after_update(statistics, update, frozen, batch, micro_batches)
     params = keep(params, state.params)
     reference = state.reference
     if moving is not None:
@@ -293,7 +312,7 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
     @functools.wraps(function)
     def placed(*arguments: Any) -> Any:
-        with splitting_states(state_sharding(mesh), table_sharding(mesh)):
+        with splitting_states(state_sharding(mesh), table_sharding(mesh), head_sharding(mesh)):
             return function(*arguments)
 
     return placed

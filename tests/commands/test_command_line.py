@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,33 @@ def test_every_other_step_is_watched_and_the_update_is_the_same(folder, capsys):
     assert "entanglement" not in (folder / "plain" / "small" / "report" / "report.md").read_text()
 
 
+def test_a_ledger_is_kept_and_resumed(folder):
+    flags = ["train", "small.py", "--no-export", "--preference.save-every", "2"]
+    flags += ["--entanglement.ledger", "2"]
+    assert main(flags) == 0
+    run = read_run(folder / "runs" / "small")
+    file = run.folder / "ledger.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["step"], line["pairs_of"]) for line in lines] == [
+        (step, name) for step in (1, 3) for name in ("batch", "held_out")
+    ]
+    at = "entanglement/ledger/"
+    for line, before in zip(lines[:2], ("", "held_out/"), strict=True):
+        changes = [sum(pair["chosen"].values()) for pair in line["pairs"]]
+        steps, realised = run.curve("preference", "train", f"{at}{before}realised_chosen")
+        assert steps == [1, 3]
+        assert np.mean(changes) == pytest.approx(realised[0], rel=1e-4, abs=1e-6)
+        assert line["tokens"]["rejected"]
+    report = (run.folder / "report" / "report.md").read_text()
+    assert "Where the change came from" in report
+
+    whole = file.read_text()
+    shutil.rmtree(run.folder / "checkpoints" / "preference" / "3")
+    assert main(flags) == 0
+    resumed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert resumed == [json.loads(line) for line in whole.splitlines()]
+
+
 @pytest.mark.parametrize("cure", ["normalised", "centred"])
 def test_a_cured_run_is_ideal_throughout(folder, cure):
     flags = ["--entanglement.every", "1", "--entanglement.cure", cure, "--no-export"]
@@ -235,6 +263,9 @@ def test_what_cannot_be_watched_is_named(capsys, folder):
     assert "needs the optimiser adamw" in complaint(
         capsys, *other, "--preference.optimizer.name", "sgd"
     )
+    for field, value in (("loss", "tdpo1"), ("entanglement.mask", "differing")):
+        kept = ["train", "small.py", "--entanglement.ledger", "1", f"--{field}", value]
+        assert "entanglement.ledger: " in complaint(capsys, *kept)
     half = ["train", "small.py", "--entanglement.reweighting", "centred"]
     assert "set --entanglement.every 1" in complaint(capsys, *half)
 

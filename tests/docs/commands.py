@@ -82,6 +82,7 @@ ADDED = {
     r"benchmarks\.entanglement": "--size 1M --length 16 --pairs 2 --rounds 1 --vocabulary 500",
     r"experiments\.switches\.crossed": "--losses dpo simpo --switches none WPO --steps 1",
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
+    r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "
     "--architecture.kv-heads 1 --architecture.mlp-width 48 --architecture.vocabulary 512 "
     "--architecture.context 4096 --max-length 64",
@@ -297,6 +298,12 @@ STUDIES = {
                 "gradient_entanglement.preference:PAIRS": 2,
             },
             products=("experiments/gradient_entanglement/losses.png",),
+        ),
+        "gradient_entanglement.ledger": Study(
+            products=(
+                "experiments/gradient_entanglement/ledger_batch.png",
+                "experiments/gradient_entanglement/ledger_held_out.png",
+            ),
         ),
         "gradient_entanglement.cures": Study(
             constants={"gradient_entanglement.cures:CURES": 2},
