@@ -176,6 +176,11 @@ def check_preference(stage: PreferenceConfig) -> None:
     for field, idle in SWITCHES.items():
         if loss in TOKEN_LOSSES | REWARD_LOSSES and getattr(stage, field) != idle:
             raise UserError(f"{field}: {loss} reads no log-probs of whole responses; set {idle}")
+    if settings.ledger and stage.tail_weight != 1.0:
+        raise UserError(
+            "entanglement.ledger: splits the log-probs of whole responses, not those of weighted "
+            "tokens; set --tail-weight 1"
+        )
     if stage.divergence_alpha != 0.5 and stage.divergence != "alpha":
         raise UserError(f"divergence_alpha: {stage.divergence} has none; set --divergence alpha")
     if stage.reference_every and (loss in REWARD_LOSSES or stage.reference == "none"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 DivergenceName = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]
+"""The divergences of `Divergence`."""
 LARGEST = 80.0
 """Largest exponent: exp of it is finite in float32, as in TRL."""
 

@@ -80,7 +80,6 @@ ADDED = {
     r"benchmarks\.decode_step": "--size 1M --batches 2 --prompt 8 --new 8 --repeats 1",
     r"benchmarks\.shared_prompts": "--size 1M --prompt 16 --response 8 --rounds 1",
     r"benchmarks\.entanglement": "--size 1M --length 16 --pairs 2 --rounds 1 --vocabulary 500",
-    r"experiments\.switches\.crossed": "--losses dpo simpo --switches none WPO --steps 1",
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
     r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "
@@ -309,6 +308,9 @@ STUDIES = {
         "gradient_entanglement.cures": Study(
             constants={"gradient_entanglement.cures:CURES": 2},
             products=("experiments/gradient_entanglement/cures.png",),
+        ),
+        "switches.crossed": Study(
+            flags="--losses dpo simpo --switches none WPO --steps 1", prints="### WPO"
         ),
         "ipo_md.tabular": Study(
             constants={

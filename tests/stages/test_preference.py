@@ -105,6 +105,7 @@ def test_what_does_not_go_together_is_refused(folder, capsys):
         ("--reference-rate", "0.5"): "the reference does not move",
         ("--reference-every", "1", "--reference-rate", "0.5", "--lora.rank", "2"): "another rank",
         ("--divergence", "alpha", "--loss", "simpo"): "simpo does not read the log-ratio",
+        ("--entanglement.ledger", "1", "--tail-weight", "0.5"): "not those of weighted tokens",
         ("--divergence-alpha", "2"): "set --divergence alpha",
         ("--tail-weight", "0.5", "--loss", "tdpo1"): "tdpo1 reads no log-probs of whole responses",
         ("--pair-weights", "wpo", "--loss", "bradley_terry"): "reads no log-probs of whole",
