@@ -17,6 +17,7 @@ from jaxalign.losses.discopop import discopop as discopop
 from jaxalign.losses.dpo import dpo as dpo
 from jaxalign.losses.dpo import robust_dpo as robust_dpo
 from jaxalign.losses.dpop import dpop as dpop
+from jaxalign.losses.egpo import egpo as egpo
 from jaxalign.losses.exo import exo as exo
 from jaxalign.losses.grpo import cispo as cispo
 from jaxalign.losses.grpo import dapo as dapo
@@ -120,6 +121,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(soft_label, "samples"),
     Loss(xpo, "samples"),
     Loss(sppo_soft, "samples"),
+    Loss(egpo, "samples"),
     Loss(nash_md_pg, "samples"),
     Loss(regularised_policy_gradient, "samples"),
     Loss(grpo, "samples"),

@@ -45,6 +45,8 @@ class Algorithm:
       average_decay: decay of the running average of parameters; None: no average.
       iteration: number of rollouts in an iteration. The loss's reference is then the policy at the
         start of the iteration, which may also sample; None: the frozen reference.
+      anchor: weight of the frozen reference's log-probs in the loss's reference; the policy at the
+        start of the iteration has the rest. Only with iterations.
       updates: number of passes over each rollout.
       minibatches: number of random parts of a rollout in each pass, with one update each.
       per_token: whether the loss is a sum over tokens, which the step divides by their number,
@@ -69,6 +71,7 @@ class Algorithm:
     trained: int
     average_decay: float | None = None
     iteration: int | None = None
+    anchor: float = 0.0
     updates: int = 1
     minibatches: int = 1
     per_token: bool = False
@@ -85,6 +88,8 @@ class Algorithm:
         for name in ("updates", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if not 0 <= self.anchor <= 1 or (self.anchor and self.iteration is None):
+            raise UserError(f"anchor: {self.anchor} is not in [0, 1], or there are no iterations")
         if self.resamples < 0:
             raise UserError(f"resamples: {self.resamples} is negative")
         if not 0 <= self.overlong <= 1:

@@ -54,10 +54,14 @@ class OnlineObjective:
             of_reference = frozen["reference"]
             if "previous" in frozen:
                 of_reference = self.policy.policy_params(frozen["previous"], frozen["policy"])
-            reference, _ = self.log_probs_and_values(None, responses, of_reference)
+            scored, _ = self.log_probs_and_values(None, responses, of_reference)
+            reference = scored.log_prob
+            if (anchor := self.algorithm.anchor) > 0:
+                scored, _ = self.log_probs_and_values(None, responses, frozen["reference"])
+                reference = (1 - anchor) * reference + anchor * scored.log_prob
         return RolloutOutputs(
             log_prob=out.log_prob,
-            reference=jax.lax.stop_gradient(reference.log_prob),
+            reference=jax.lax.stop_gradient(reference),
             entropy=jax.lax.stop_gradient(out.entropy),
             values=values,
         )

@@ -235,7 +235,8 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
         sampled_log_prob=of_tokens if of_policy else None,
         importance=of_tokens if of_policy and _is_corrected(config, algorithm) else None,
     )
-    forward = 2 * (algorithm.updates + algorithm.scores_first)  # policy and reference
+    networks = 2 + (algorithm.anchor > 0)  # policy and reference, or both references
+    forward = networks * (algorithm.updates + algorithm.scores_first)
     rows = prompts * algorithm.trained
     shape = {"rows": rows, "length": length, "scored": response}
     return batch, [Rows(**shape, forward=forward, backward=algorithm.updates)]
