@@ -65,6 +65,10 @@ class RolloutConfig:
     annotator: str | None = None
     """Annotator that compares responses: rule:FILE.py:FUNCTION, reward:FOLDER, preference:FOLDER,
     lm:FOLDER or openai:URL#MODEL; None for algorithms without one (spin)."""
+    reward: tuple[str, ...] = ()
+    """Reward functions of yours in place of an annotator, FILE.py:FUNCTION or
+    FILE.py:FUNCTION:WEIGHT: (prompts, responses, fields of the records that they name) -> a list of
+    rewards. They are logged one by one and added with their weights."""
     judge: JudgeConfig = JudgeConfig()
     """Settings of an annotator that is a model."""
     max_prompt_length: AtLeastOne = 128

@@ -324,9 +324,15 @@ def response_of_row(row: Row) -> PromptResponseRecord:
     )
 
 
-def prompt_of_row(row: Row) -> PromptRecord:
-    """A prompt that is not empty."""
+def prompt_of_row(row: Row, *, keep_fields: bool = False) -> PromptRecord:
+    """A prompt that is not empty.
+
+    Args:
+      row: a text, or fields.
+      keep_fields: whether the record keeps all fields of the row.
+    """
     fields: Mapping[str, Any] = {} if isinstance(row.value, str) else fields_of(row)
+    kept = dict(fields) if keep_fields else {}
     if isinstance(row.value, str):
         prompt: Text = check_text(row.value, "the prompt")
     elif _is_pair(fields):
@@ -341,7 +347,9 @@ def prompt_of_row(row: Row) -> PromptRecord:
     said = prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
     if not said.strip():
         raise BadRecordError("empty prompt", "the prompt is empty")
-    return PromptRecord(prompt=_with_columns(prompt, fields), source=row.source, line=row.line)
+    return PromptRecord(
+        prompt=_with_columns(prompt, fields), source=row.source, line=row.line, fields=kept
+    )
 
 
 def as_unpaired(pairs: Iterable[PreferenceRecord]) -> Iterator[UnpairedRecord]:

@@ -1,7 +1,7 @@
 """Records: text with the source and line that it came from."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 ASKING = frozenset({"user", "human", "system", "developer"})
@@ -85,6 +85,8 @@ class PromptRecord:
     prompt: Text
     source: str
     line: int
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """All fields of the record, if they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

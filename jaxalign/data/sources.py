@@ -84,7 +84,11 @@ def response_records(
 
 
 def prompt_records(
-    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+    source: str,
+    *,
+    bad_records: BadRecords = "error",
+    report: ReadReport | None = None,
+    keep_fields: bool = False,
 ) -> Iterator[PromptRecord]:
     """Prompts to respond to: {prompt}, {messages} up to the last turn that is not a response, JSON
     strings, or the prompts of any other records.
@@ -93,13 +97,15 @@ def prompt_records(
       source: as for `preference_records`.
       bad_records: "error" or "skip".
       report: filled while reading.
+      keep_fields: whether records keep all fields of their rows.
     """  # noqa: D205
     if source == "embedded":
         return (
             PromptRecord(prompt=record.prompt, source=record.source, line=record.line)
             for record in embedded_responses()
         )
-    return read_records(source, lambda row: [prompt_of_row(row)], bad_records, report)
+    of_row = functools.partial(prompt_of_row, keep_fields=keep_fields)
+    return read_records(source, lambda row: [of_row(row)], bad_records, report)
 
 
 def unpaired_records(

@@ -20,6 +20,7 @@ from jaxalign.games.tabular import (
 )
 from jaxalign.losses import (
     PreferenceLoss,
+    egpo,
     nash_md_pg,
     regularised_policy_gradient,
     soft_label,
@@ -205,3 +206,52 @@ def learn(
     carry = (logits, optimizer.init(logits))
     _, policies = jax.lax.scan(until_record, carry, keys, length=steps // every)
     return jnp.concatenate([jax.nn.softmax(logits)[None], policies])
+
+
+def extragradient(
+    game: Game, *, tau: float, rate: float, steps: int, every: int | None = None
+) -> Float[Array, "records actions"]:
+    r"""Policies of extragradient preference optimisation, by gradients of the loss `egpo`.
+
+    .. math:: \theta_{t + 1/2} = \theta_t - r \nabla\ell(\theta_t; \pi_t), \quad
+              \theta_{t + 1} = \theta_t - r \nabla\ell(\theta_t; \pi_{t + 1/2})
+
+    Pairs of actions are uniform and exact. With n actions this is `mirror_descent` against
+    "half_step" with the step size 4 r / (n tau).
+
+    Args:
+      game: preferences and reference.
+      tau: weight of the divergence from the reference, > 0.
+      rate: r, of both steps.
+      steps: number of pairs of steps.
+      every: steps between two records, a divisor of `steps`. Default: only first and last.
+
+    Returns:
+      Probabilities, [1 + steps / every, actions], from the reference on.
+
+    Raises:
+      UserError: `every` does not divide `steps`.
+
+    References:
+      Zhou et al., 2025, arXiv:2503.08942.
+    """
+    every = steps if every is None else every
+    if steps % every:
+        raise UserError(f"every = {every}: must divide steps = {steps}")
+    first, second = (x.ravel() for x in jnp.indices(game.preferences.shape))
+
+    def loss(logits: Logits, opponent: Logits) -> Float[Array, ""]:
+        wins = game.preferences @ jax.nn.softmax(opponent)
+        pairs = pair_log_probs(logits, game, first, second)
+        return jnp.mean(egpo(pairs, wins[first], wins[second], tau=tau))
+
+    def step(logits: Logits, _: None) -> tuple[Logits, None]:
+        half = logits - rate * jax.grad(loss)(logits, logits)
+        return logits - rate * jax.grad(loss)(logits, half), None
+
+    def until_record(logits: Logits, _: None) -> tuple[Logits, Float[Array, " actions"]]:
+        logits, _ = jax.lax.scan(step, logits, length=every)
+        return logits, jax.nn.softmax(logits)
+
+    _, policies = jax.lax.scan(until_record, game.reference, length=steps // every)
+    return jnp.concatenate([jax.nn.softmax(game.reference)[None], policies])

@@ -32,6 +32,11 @@ class Sampling:
     end_tokens: tuple[int, ...] = ()
     """Tokens that end a response; they are part of it."""
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens of the tempered distribution are never sampled."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def __post_init__(self):
         if self.max_tokens < 1:
             raise UserError(f"max_tokens: {self.max_tokens} is not positive")

@@ -19,7 +19,16 @@ from jaxalign.losses.divergence import DivergenceName as DivergenceName
 from jaxalign.losses.dpo import dpo as dpo
 from jaxalign.losses.dpo import robust_dpo as robust_dpo
 from jaxalign.losses.dpop import dpop as dpop
+from jaxalign.losses.egpo import egpo as egpo
 from jaxalign.losses.exo import exo as exo
+from jaxalign.losses.grpo import cispo as cispo
+from jaxalign.losses.grpo import dapo as dapo
+from jaxalign.losses.grpo import dr_grpo as dr_grpo
+from jaxalign.losses.grpo import group_advantages as group_advantages
+from jaxalign.losses.grpo import grpo as grpo
+from jaxalign.losses.grpo import gspo as gspo
+from jaxalign.losses.grpo import k3_divergence as k3_divergence
+from jaxalign.losses.grpo import reinforce_pp_advantages as reinforce_pp_advantages
 from jaxalign.losses.hidden_states import hidden_state_distance as hidden_state_distance
 from jaxalign.losses.hidden_states import hidden_state_matching as hidden_state_matching
 from jaxalign.losses.hidden_states import shifted_states as shifted_states
@@ -124,8 +133,14 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(soft_label, "samples"),
     Loss(xpo, "samples"),
     Loss(sppo_soft, "samples"),
+    Loss(egpo, "samples"),
     Loss(nash_md_pg, "samples"),
     Loss(regularised_policy_gradient, "samples"),
+    Loss(grpo, "samples"),
+    Loss(dr_grpo, "samples"),
+    Loss(dapo, "samples"),
+    Loss(gspo, "samples"),
+    Loss(cispo, "samples"),
     Loss(ppo_policy, "samples"),
     Loss(ppo_value, "samples"),
     Loss(hidden_state_matching, "states"),

@@ -31,7 +31,8 @@ SECTIONS: tuple[tuple[str, str, tuple[Reads, ...]], ...] = (
     ),
     (
         "On sampled responses",
-        "Labels are probabilities; policy gradients read `SampleLogProbs`, PPO reads tokens.",
+        "Labels are probabilities; policy gradients read `SampleLogProbs`. The losses of PPO, DAPO "
+        "and CISPO have one value per token.",
         ("samples",),
     ),
     (

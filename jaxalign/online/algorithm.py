@@ -45,12 +45,24 @@ class Algorithm:
       average_decay: decay of the running average of parameters; None: no average.
       iteration: number of rollouts in an iteration. The loss's reference is then the policy at the
         start of the iteration, which may also sample; None: the frozen reference.
+      anchor: weight of the frozen reference's log-probs in the loss's reference; the policy at the
+        start of the iteration has the rest. Only with iterations.
       updates: number of passes over each rollout.
       minibatches: number of random parts of a rollout in each pass, with one update each.
       per_token: whether the loss is a sum over tokens, which the step divides by their number,
         instead of a value per prompt.
       advantages: (samples scored by the sampling policy, rewards, values) -> advantages and returns
-        per token; a value head is then trained with the policy. None: no critic.
+        per token, computed over the whole rollout before its updates. None: the loss reads rewards.
+      critic: whether `advantages` read values; a value head is then trained with the policy. If
+        not, values are 0 and returns are ignored.
+      rescored: whether log-probs of the sampled tokens are computed again before the updates, at
+        the precision of the updates; with `advantages` they always are.
+      importance: whether the loss weighs tokens by `RolloutBatch.importance`, which corrects for
+        top-k, top-p and min-p.
+      resamples: number of further draws for prompts whose responses all have the same reward; those
+        that remain have no weight.
+      overlong: fraction of the longest length, at its end, within which a penalty on the reward
+        grows linearly to 1.
     """
 
     draws: tuple[Draw, ...]
@@ -59,10 +71,16 @@ class Algorithm:
     trained: int
     average_decay: float | None = None
     iteration: int | None = None
+    anchor: float = 0.0
     updates: int = 1
     minibatches: int = 1
     per_token: bool = False
     advantages: Callable[[SampleLogProbs, Array, Array], tuple[Array, Array]] | None = None
+    critic: bool = True
+    rescored: bool = False
+    importance: bool = False
+    resamples: int = 0
+    overlong: float = 0.0
 
     def __post_init__(self):
         if not 1 <= self.trained <= len(self.draws):
@@ -70,8 +88,24 @@ class Algorithm:
         for name in ("updates", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if not 0 <= self.anchor <= 1 or (self.anchor and self.iteration is None):
+            raise UserError(f"anchor: {self.anchor} is not in [0, 1], or there are no iterations")
+        if self.resamples < 0:
+            raise UserError(f"resamples: {self.resamples} is negative")
+        if not 0 <= self.overlong <= 1:
+            raise UserError(f"overlong: {self.overlong} is not in [0, 1]")
         if self.iteration is not None and self.average_decay is not None:
             raise UserError("iteration: an algorithm has either an average or iterations")
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether a rollout is scored once before its updates."""
+        return self.rescored or self.advantages is not None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value head is trained with the policy."""
+        return self.critic and self.advantages is not None
 
     @property
     def reads_data(self) -> bool:

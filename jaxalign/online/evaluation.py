@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxalign.online.rewards import RewardFunctions, preference_of
 from jaxalign.online.rollouts import PromptBatch
 from jaxalign.online.sampler import Sampled, Sampler
 from jaxalign.training.step import TrainState
@@ -27,9 +28,10 @@ class HeldOut:
         batches: Sequence[PromptBatch],
         prompt_texts: Sequence[str],
         key: jax.Array,
+        prompt_fields: Sequence[Mapping[str, Any]] = (),
     ):
         self._sampler, self._annotator, self._batches = sampler, annotator, batches
-        self._texts, self._key = prompt_texts, key
+        self._texts, self._key, self._fields = prompt_texts, key, prompt_fields
         self._of_reference: list[Sampled] = []
 
     def __call__(self, policies: Mapping[str, Any]) -> dict[str, float]:
@@ -53,8 +55,8 @@ class HeldOut:
         def numbers(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return np.concatenate([x[:, 0] for x in arrays])[real]
 
-        prompts = [self._texts[int(at)] for batch in self._batches for at in batch.record_index]
-        prompts = [text for text, counts in zip(prompts, real, strict=True) if counts]
+        rows = np.concatenate([batch.record_index for batch in self._batches])[real].tolist()
+        prompts = [self._texts[at] for at in rows]
         ours, theirs = texts_of(of_policy), texts_of(self._of_reference)
         ratios = [
             (part.log_prob["policy"] - part.log_prob["reference"]).sum(-1) for part in of_policy
@@ -66,6 +68,14 @@ class HeldOut:
         }
         if self._annotator is None:
             return metrics
+        if isinstance(self._annotator, RewardFunctions):
+            fields = [self._fields[at] for at in rows]
+            rewards = self._annotator(prompts, ours, fields)
+            reward = self._annotator.total(rewards)
+            of_theirs = self._annotator.total(self._annotator(prompts, theirs, fields))
+            metrics["win_rate"] = _mean(preference_of(reward, of_theirs))
+            metrics["reward"] = _mean(reward)
+            return metrics | {f"reward/{name}": _mean(x) for name, x in rewards.items()}
         preference = np.asarray(self._annotator.preferences(prompts, ours, theirs).preference)
         metrics["win_rate"] = _mean(preference)
         metrics["annotation/failed"] = float(np.isnan(preference).mean())

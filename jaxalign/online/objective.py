@@ -33,6 +33,7 @@ class OnlineObjective:
 
     policy: Policy
     algorithm: Algorithm
+    max_tokens: int = 0
     coupled: bool = False
 
     def count(self, batch: RolloutBatch) -> Float[Array, ""]:
@@ -40,7 +41,7 @@ class OnlineObjective:
         if not self.algorithm.per_token:
             return jnp.sum(weight)
         tokens = batch.responses.response_length[:, : self.algorithm.trained].sum(-1)
-        return jnp.sum(tokens * weight)
+        return jnp.maximum(jnp.sum(tokens * weight), 1)  # 0 if no group has a spread of rewards
 
     def forward(
         self, trained: Params, frozen: Any, batch: RolloutBatch, key: PRNGKeyArray | None
@@ -53,10 +54,14 @@ class OnlineObjective:
             of_reference = frozen["reference"]
             if "previous" in frozen:
                 of_reference = self.policy.policy_params(frozen["previous"], frozen["policy"])
-            reference, _ = self.log_probs_and_values(None, responses, of_reference)
+            scored, _ = self.log_probs_and_values(None, responses, of_reference)
+            reference = scored.log_prob
+            if (anchor := self.algorithm.anchor) > 0:
+                scored, _ = self.log_probs_and_values(None, responses, frozen["reference"])
+                reference = (1 - anchor) * reference + anchor * scored.log_prob
         return RolloutOutputs(
             log_prob=out.log_prob,
-            reference=jax.lax.stop_gradient(reference.log_prob),
+            reference=jax.lax.stop_gradient(reference),
             entropy=jax.lax.stop_gradient(out.entropy),
             values=values,
         )
@@ -88,7 +93,7 @@ class OnlineObjective:
         )
         shape = responses.response_tokens.shape
         values = None
-        if self.algorithm.advantages is not None and trained is not None:
+        if self.algorithm.has_critic and trained is not None:
             kernel = trained[SCORE]["kernel"].astype(jnp.float32)
             values = (hidden.astype(jnp.float32) @ kernel).reshape(shape)
         return jax.tree.map(lambda x: x.reshape(shape), out), values
@@ -104,6 +109,7 @@ class OnlineObjective:
             mask=positions[None, None] < lengths[..., None],
             values=outputs.values,
             batch=batch,
+            max_tokens=self.max_tokens,
         )
         weight, losses = batch.responses.weight, self.algorithm.loss(rollout)
         total = jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.losses import PairLogProbs, SampleLogProbs
-from jaxalign.records import AnyArray, record
+from jaxalign.records import AnyArray, record, static
 
 
 @record
@@ -32,7 +32,10 @@ class RolloutBatch:
       baseline: of each reward; it does not depend on the response itself.
       sampled_log_prob: log-probs of the tokens under the policy that sampled; None: some were not
         sampled by the policy.
-      advantage: of every token; None: there is no critic.
+      importance: of each token, its probability under the policy over that under the distribution
+        sampled from, which top-k, top-p and min-p truncate; None: they are equal, or no loss reads
+        it.
+      advantage: of every token; None: the loss computes its own.
       value: of every token when it was sampled; None: there is no critic.
       returns: targets of the critic; None: there is no critic.
     """
@@ -42,6 +45,7 @@ class RolloutBatch:
     reward: Float[AnyArray, "prompts samples"]
     baseline: Float[AnyArray, "prompts samples"]
     sampled_log_prob: Float[AnyArray, "prompts samples response"] | None
+    importance: Float[AnyArray, "prompts samples response"] | None = None
     advantage: Float[AnyArray, "prompts samples response"] | None = None
     value: Float[AnyArray, "prompts samples response"] | None = None
     returns: Float[AnyArray, "prompts samples response"] | None = None
@@ -57,6 +61,7 @@ class Rollout:
       mask: true at response tokens.
       values: the critic's value of each token, with gradients; None: there is no critic.
       batch: the samples and their annotations.
+      max_tokens: longest response that the sampler allows; 0: the width of the arrays.
     """
 
     log_prob: Float[Array, "prompts samples response"]
@@ -64,6 +69,12 @@ class Rollout:
     mask: Bool[Array, "prompts samples response"]
     values: Float[Array, "prompts samples response"] | None
     batch: RolloutBatch
+    max_tokens: int = static(0)
+
+    @property
+    def longest(self) -> int:
+        """The longest response that the sampler allows."""
+        return self.max_tokens or self.log_prob.shape[-1]
 
     def pair(self, first: int, second: int) -> PairLogProbs:
         """Two responses to each prompt as a preference loss reads them: [prompts]."""
@@ -85,3 +96,16 @@ class Rollout:
             reference=self.reference[:, number],
             mask=self.mask[:, number],
         )
+
+    def samples(self) -> SampleLogProbs:
+        """All responses, prompt by prompt: [prompts * samples, response]."""
+        return SampleLogProbs(
+            log_prob=by_row(self.log_prob),
+            reference=by_row(self.reference),
+            mask=by_row(self.mask),
+        )
+
+
+def by_row(x: Array) -> Array:
+    """[prompts, samples, ...] -> [prompts * samples, ...]."""
+    return x.reshape(-1, *x.shape[2:])

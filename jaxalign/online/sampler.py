@@ -24,6 +24,7 @@ from jaxalign.generation import (
 )
 from jaxalign.models import DecoderConfig
 from jaxalign.online.algorithm import Algorithm, Draw
+from jaxalign.online.rewards import RewardFunctions, preference_of
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
 from jaxalign.sharding import shard_batch
 
@@ -41,6 +42,8 @@ class Sampled:
     log_prob: Mapping[str, np.ndarray]
     """Log-probs of the tokens under each policy of the mixture, by name."""
     texts: list[list[str]]
+    drawn: np.ndarray | None = None
+    """Log-probs of the tokens in the distribution sampled from; None: they are from the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ class Sampler:
                 [self.text(row[:number]) for row, number in zip(rows_of, numbers, strict=True)]
                 for rows_of, numbers in zip(tokens, length, strict=True)
             ],
+            drawn=rows.log_prob.reshape(tokens.shape),
         )
 
     def text(self, tokens: np.ndarray) -> str:
@@ -198,6 +202,7 @@ def joined(parts: Sequence[Sampled]) -> Sampled:
             list(itertools.chain(*rows))
             for rows in zip(*(part.texts for part in parts), strict=True)
         ],
+        drawn=None if any(part.drawn is None for part in parts) else along("drawn"),
     )
 
 
@@ -211,19 +216,26 @@ class Annotated:
     """[prompts, samples]; None: not requested."""
     reasons: Sequence[str] = ()
     """For each prompt, why there is no verdict, or ""."""
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[prompts, samples]: the rewards of each reward function by name, without weights."""
 
 
 def annotate(
-    annotator: Any, algorithm: Algorithm, prompts: Sequence[str], texts: Sequence[Sequence[str]]
+    annotator: Any,
+    algorithm: Algorithm,
+    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    records: Sequence[Mapping[str, Any]] = (),
 ) -> Annotated:
     """Request what an algorithm reads: preferences between all pairs, rewards, or nothing.
 
     Args:
       annotator: `preferences(prompts, first, second)` for preferences; for rewards also
-        `rewards(prompts, responses)`.
+        `rewards(prompts, responses)`. Reward functions give both.
       algorithm: with the kind of annotation.
       prompts: as texts.
       texts: the responses to each.
+      records: the fields of each prompt's record, for reward functions.
 
     Raises:
       UserError: the annotator gives no rewards, and the algorithm needs them.
@@ -231,11 +243,21 @@ def annotate(
     number, samples = len(texts), len(texts[0])
     if algorithm.annotation == "none":
         return Annotated()
+    if isinstance(annotator, RewardFunctions):
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        fields = [record for record in records for _ in range(samples)]
+        scores = annotator(repeated, [text for row in texts for text in row], fields)
+        reward = annotator.total(scores).reshape(number, samples)
+        by_name = {name: x.reshape(number, samples) for name, x in scores.items()}
+        if algorithm.annotation == "rewards":
+            return Annotated(reward=reward, reasons=[""] * number, parts=by_name)
+        preference = preference_of(reward[:, :, None], reward[:, None, :])
+        return Annotated(preference=preference, reasons=[""] * number, parts=by_name)
     if algorithm.annotation == "rewards":
         if not hasattr(annotator, "rewards"):
             raise UserError(
                 "rollout.annotator: compares responses and gives no rewards; set a reward model "
-                "(reward:FOLDER) or a rule of (prompt, response)"
+                "(reward:FOLDER), a rule of (prompt, response), or --rollout.reward"
             )
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         rewards = annotator.rewards(repeated, [text for row in texts for text in row])
@@ -262,6 +284,8 @@ def rollout_batch(
     annotated: Annotated,
     *,
     unfinished_penalty: float = 0.0,
+    overlong: float = 0.0,
+    importance: bool = False,
 ) -> RolloutBatch:
     """Samples and annotations as input of the step; prompts without a verdict have weight 0.
 
@@ -270,6 +294,8 @@ def rollout_batch(
       sampled: the responses.
       annotated: their annotations.
       unfinished_penalty: subtracted from the reward of each truncated response.
+      overlong: as in `Algorithm`; see `overlong_penalty`.
+      importance: whether the loss reads the tokens' importance weights.
     """
     number, samples, _ = sampled.tokens.shape
     size = -(-int(sampled.length.max()) // ROUND) * ROUND
@@ -287,6 +313,11 @@ def rollout_batch(
     if reward is None:
         reward = np.zeros((number, samples))
     reward = reward - unfinished_penalty * ~sampled.finished
+    reward = reward - overlong_penalty(sampled.length, sampled.tokens.shape[-1], overlong)
+    of_policy = sampled.log_prob.get("policy")
+    weights = None
+    if importance and of_policy is not None and sampled.drawn is not None:
+        weights = np.exp(of_policy - sampled.drawn)[:, :, :size].astype(np.float32)
     has_verdict = np.asarray(np.isfinite(preference).all((1, 2)) & np.isfinite(reward).all(1))
     reward = np.where(has_verdict[:, None], reward, 0.0)
     return RolloutBatch(
@@ -301,10 +332,28 @@ def rollout_batch(
         preference=np.where(has_verdict[:, None, None], preference, 0.5).astype(np.float32),
         reward=reward.astype(np.float32),
         baseline=baselines(reward, prompts.weight * has_verdict).astype(np.float32),
-        sampled_log_prob=(
-            sampled.log_prob["policy"][:, :, :size] if "policy" in sampled.log_prob else None
-        ),
+        sampled_log_prob=None if of_policy is None else of_policy[:, :, :size],
+        importance=weights,
     )
+
+
+def overlong_penalty(length: np.ndarray, max_tokens: int, fraction: float) -> np.ndarray:
+    r"""DAPO's soft penalty: from 0 to 1 over the last fraction of the longest length.
+
+    .. math:: p = \mathrm{clip}\Bigl(\frac{L - (1 - f) M}{f M}, 0, 1\Bigr)
+
+    Args:
+      length: L, of responses in tokens.
+      max_tokens: M, the longest.
+      fraction: f, in [0, 1]; 0: no penalty.
+
+    References:
+      Yu et al., 2025, arXiv:2503.14476, eq. 13.
+    """
+    if fraction == 0:
+        return np.zeros(length.shape)
+    buffer = fraction * max_tokens
+    return np.clip((length - (max_tokens - buffer)) / buffer, 0, 1)
 
 
 def baselines(reward: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ from jaxalign.errors import UserError, notice
 from jaxalign.files import json_value, open_text, write_text
 from jaxalign.losses import SampleLogProbs
 from jaxalign.online.algorithm import Algorithm
-from jaxalign.online.objective import OnlineObjective
+from jaxalign.online.objective import OnlineObjective, RolloutOutputs
+from jaxalign.online.resampling import choose, is_flat, replaced
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
 from jaxalign.online.sampler import (
     Annotated,
@@ -33,8 +34,10 @@ from jaxalign.online.sampler import (
     rollout_batch,
 )
 from jaxalign.sharding import shard_batch
+from jaxalign.sharding.processes import any_process
 from jaxalign.training.loop import stop_if_asked
 from jaxalign.training.metrics import Mean
+from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import (
     AverageState,
@@ -81,13 +84,13 @@ def update_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """All updates on one rollout, which count as one step.
 
-    With a critic, values and advantages are computed once, with the parameters before the updates.
+    Old log-probs, values and advantages are computed once, with the parameters before the updates.
     """
     algorithm = objective.algorithm
     if isinstance(state.opt_state, IterationState):
         frozen = {**frozen, "previous": state.opt_state.previous}
-    if algorithm.advantages is not None:
-        batch = _with_advantages(objective, state, frozen, batch)
+    if algorithm.scores_first:
+        batch = _scored(objective, state, frozen, batch, micro_batches * algorithm.minibatches)
     one: Callable[..., Any] = functools.partial(
         train_step, objective=cast(Any, objective), optimizer=optimizer, micro_batches=micro_batches
     )
@@ -118,12 +121,22 @@ def update_step(
     return dataclasses.replace(after, step=state.step + 1), metrics
 
 
-def _with_advantages(
-    objective: OnlineObjective, state: TrainState, frozen: Any, batch: RolloutBatch
+def _scored(
+    objective: OnlineObjective, state: TrainState, frozen: Any, batch: RolloutBatch, parts: int
 ) -> RolloutBatch:
-    assert objective.algorithm.advantages is not None
-    outputs = jax.lax.stop_gradient(objective.forward(state.params, frozen, batch, None))
-    assert outputs.values is not None
+    """The batch with the policy's log-probs before the updates, and advantages, part by part."""
+
+    def forward(part: RolloutBatch) -> RolloutOutputs:
+        return jax.lax.stop_gradient(objective.forward(state.params, frozen, part, None))
+
+    if parts == 1:
+        outputs = forward(batch)
+    else:
+        outputs = join_micro_batches(jax.lax.map(forward, split_micro_batches(batch, parts)))
+    batch = dataclasses.replace(batch, sampled_log_prob=outputs.log_prob)
+    if objective.algorithm.advantages is None:
+        return batch
+    values = jnp.zeros_like(outputs.log_prob) if outputs.values is None else outputs.values
     responses = batch.responses
     positions = jnp.arange(outputs.log_prob.shape[-1])[None, None]
     lengths = responses.response_length[:, : objective.algorithm.trained]
@@ -136,14 +149,13 @@ def _with_advantages(
         log_prob=flat(outputs.log_prob), reference=flat(outputs.reference), mask=flat(mask)
     )
     reward = batch.reward[:, : objective.algorithm.trained].reshape(-1)
-    result = objective.algorithm.advantages(samples, reward, flat(outputs.values))
+    result = objective.algorithm.advantages(samples, reward, flat(values))
     advantage, returns = (x.reshape(mask.shape) for x in result)
     return dataclasses.replace(
         batch,
-        sampled_log_prob=outputs.log_prob,
         advantage=advantage,
         value=outputs.values,
-        returns=returns,
+        returns=None if outputs.values is None else returns,
     )
 
 
@@ -155,7 +167,7 @@ class OnlineStep:
       algorithm: sampling policies and loss.
       policy: the policies, given parameters.
       sampler: of responses.
-      annotator: `preferences` or `rewards` of texts.
+      annotator: `preferences` or `rewards` of texts, or reward functions.
       update: the compiled `update_step`.
       reshard: policies -> policies on the sampler's mesh.
       prompt_texts: text of every prompt for annotators, by its number.
@@ -165,6 +177,7 @@ class OnlineStep:
       responses: tokens of the responses in the prompt data, by number, if the algorithm reads
         them.
       unfinished_penalty: subtracted from the reward of each truncated response.
+      prompt_fields: fields of every prompt's record, by its number, for reward functions.
     """
 
     algorithm: Algorithm
@@ -179,13 +192,85 @@ class OnlineStep:
     record: Callable[[int, Sequence[str], Sampled, Annotated], None]
     responses: Sequence[np.ndarray] = ()
     unfinished_penalty: float = 0.0
+    prompt_fields: Sequence[Mapping[str, Any]] = ()
 
     def __call__(
         self, state: TrainState, frozen: Any, prompts: PromptBatch
     ) -> tuple[TrainState, dict[str, Any]]:
-        started, number = time.perf_counter(), int(state.step)
+        number, seconds = int(state.step), {"sampling": 0.0, "annotation": 0.0}
         key = jax.random.fold_in(self.key, number)
         policies = self.reshard(policies_of(self.policy, state, frozen))
+        sampled, annotated = self.draw(policies, prompts, key, number, seconds)
+        spread = {}
+        if annotated.reward is not None and annotated.reward.shape[1] > 1:
+            spread["rollout/spread"] = 1 - float(is_flat(annotated.reward).mean())
+        for attempt in range(self.algorithm.resamples):
+            assert annotated.reward is not None
+            flat = is_flat(annotated.reward) & (prompts.weight > 0)
+            if not any_process(bool(flat.any())):
+                break
+            rows = choose(flat)
+            again = jax.tree.map(lambda x, rows=rows: x[rows], prompts)
+            other = jax.random.fold_in(key, 0xDA90 + attempt)
+            fresh = self.draw(policies, again, other, number, seconds)
+            sampled, annotated = replaced((sampled, annotated), fresh, flat, rows)
+        texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
+        self.record(number, texts, sampled, annotated)
+        started = time.perf_counter()
+        batch = rollout_batch(
+            prompts,
+            sampled,
+            annotated,
+            unfinished_penalty=self.unfinished_penalty,
+            overlong=self.algorithm.overlong,
+            importance=self.algorithm.importance and self.sampler.sampling.truncates,
+        )
+        if not batch.responses.weight.any():
+            [(reason, often), *_] = Counter(annotated.reasons).most_common()
+            raise UserError(
+                f"rollout.annotator: no verdict on any of the {len(texts)} prompts of step "
+                f"{number + 1} ({often}: {reason}); their responses are kept in the run folder's "
+                "rollouts.jsonl"
+            )
+        trained_on = batch
+        if self.algorithm.resamples and annotated.reward is not None:
+            responses = batch.responses
+            weight = responses.weight * ~is_flat(annotated.reward)
+            responses = dataclasses.replace(responses, weight=weight.astype(np.float32))
+            trained_on = dataclasses.replace(batch, responses=responses)
+        placed = shard_batch(trained_on, self.mesh)
+        seconds["annotation"] += time.perf_counter() - started
+        started = time.perf_counter()
+        with jax.profiler.TraceAnnotation("update"):
+            state, metrics = self.update(state, frozen, placed)
+            jax.block_until_ready(state.step)
+        seconds["update"] = time.perf_counter() - started
+        metrics["seconds"] = total = sum(seconds.values())
+        metrics |= {f"time/{part}": value / total for part, value in seconds.items()}
+        has_verdict = batch.responses.weight > 0
+        spread |= {
+            f"reward/{name}": float(x[has_verdict].mean()) for name, x in annotated.parts.items()
+        }
+        return state, metrics | spread | self.counts(prompts, sampled, batch, seconds["sampling"])
+
+    def draw(
+        self,
+        policies: Mapping[str, Any],
+        prompts: PromptBatch,
+        key: jax.Array,
+        number: int,
+        seconds: dict[str, float],
+    ) -> tuple[Sampled, Annotated]:
+        """Responses to prompts and their annotations.
+
+        Args:
+          policies: parameters by name.
+          prompts: on the host.
+          key: random key.
+          number: of the step, for the record of responses whose annotation fails.
+          seconds: to which the time is added.
+        """
+        started = time.perf_counter()
         with jax.profiler.TraceAnnotation("sample"):
             parts = [
                 self.sampler(
@@ -197,36 +282,18 @@ class OnlineStep:
             ]
             stop_if_asked()
         sampled = joined(parts)
-        sampling_end = time.perf_counter()
-        texts = [self.prompt_texts[int(at)] for at in prompts.record_index]
+        sampling_end, rows = time.perf_counter(), prompts.record_index
+        texts = [self.prompt_texts[int(at)] for at in rows]
         try:
             with jax.profiler.TraceAnnotation("annotate"):
-                annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts)
+                fields = [self.prompt_fields[int(at)] for at in rows] if self.prompt_fields else []
+                annotated = annotate(self.annotator, self.algorithm, texts, sampled.texts, fields)
         except UserError as error:
             self.record(number, texts, sampled, _no_verdict(sampled, str(error)))
             raise
-        self.record(number, texts, sampled, annotated)
-        penalty = self.unfinished_penalty
-        batch = rollout_batch(prompts, sampled, annotated, unfinished_penalty=penalty)
-        if not batch.responses.weight.any():
-            [(reason, often), *_] = Counter(annotated.reasons).most_common()
-            raise UserError(
-                f"rollout.annotator: no verdict on any of the {len(texts)} prompts of step "
-                f"{number + 1} ({often}: {reason}); their responses are kept in the run folder's "
-                "rollouts.jsonl"
-            )
-        placed = shard_batch(batch, self.mesh)
-        annotation_end = time.perf_counter()
-        with jax.profiler.TraceAnnotation("update"):
-            state, metrics = self.update(state, frozen, placed)
-            jax.block_until_ready(state.step)
-        seconds = np.diff([started, sampling_end, annotation_end, time.perf_counter()])
-        fractions = seconds / seconds.sum()
-        metrics |= dict(
-            zip(("time/sampling", "time/annotation", "time/update"), fractions, strict=True)
-        )
-        metrics["seconds"] = float(seconds.sum())
-        return state, metrics | self.counts(prompts, sampled, batch, float(seconds[0]))
+        seconds["sampling"] += sampling_end - started
+        seconds["annotation"] += time.perf_counter() - sampling_end
+        return sampled, annotated
 
     def counts(
         self, prompts: PromptBatch, sampled: Sampled, batch: RolloutBatch, seconds: float
@@ -279,6 +346,9 @@ class TextRecorder:
             for at in range(len(texts) if nothing else min(self._prompts, len(texts))):
                 line = {"step": step + 1, "prompt": texts[at], "responses": sampled.texts[at]}
                 line |= {x: json_value(np.round(y[at], 6).tolist()) for x, y in verdicts.items()}
+                if annotated.parts:
+                    parts = annotated.parts.items()
+                    line["rewards"] = {x: np.round(y[at], 6).tolist() for x, y in parts}
                 if annotated.reasons and annotated.reasons[at]:
                     line["reason"] = annotated.reasons[at]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -16,6 +16,7 @@ from jaxalign.errors import UserError, notice
 from jaxalign.files import digest, digests, read_json, write_json
 from jaxalign.losses import members_in
 from jaxalign.models.folders import find_model
+from jaxalign.online.rewards import split_weight
 from jaxalign.stages.inputs import INPUTS
 
 MODEL_FILES = (".safetensors", ".gguf", ".json", ".model", ".txt", ".jinja")
@@ -65,6 +66,8 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
         yield "rollout.algorithm", _code(rollout.algorithm)
         kind, _, rest = (rollout.annotator or "").partition(":")
         yield "rollout.annotator", _code(rest) if kind == "rule" else _named(rest or None)
+        files = [file for name in rollout.reward for file in _code(split_weight(name)[0])]
+        yield "rollout.reward", files
         yield "rollout.judge.template", _named(rollout.judge.template)
         yield "rollout.judge.tokenizer", _named(rollout.judge.tokenizer)
     if config.representation.runs:

@@ -37,6 +37,7 @@ from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatc
 from jaxalign.online.evaluation import HeldOut, evaluator
 from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.prompts import prompt_batches
+from jaxalign.online.rewards import reward_functions
 from jaxalign.online.sampler import Sampler, draws_of
 from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, update_step, with_history
 from jaxalign.sharding import make_mesh, parameter_shardings
@@ -69,6 +70,9 @@ class PromptData:
     """File and line of each training prompt."""
     responses: Sequence[np.ndarray] = ()
     """Tokens of the responses in the prompt data, if the algorithm reads them."""
+    train_fields: Sequence[Mapping[str, Any]] = ()
+    """Fields of the training prompts' records, if reward functions read them."""
+    held_out_fields: Sequence[Mapping[str, Any]] = ()
 
     def examples(self, seed: int) -> int:
         """Number of prompts in an epoch."""
@@ -96,15 +100,20 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
             f"{settings.max_tokens} are more than the model's context of {context}"
         )
     algorithm = algorithm_of(config)
+    rewards = reward_functions(settings.reward) if settings.reward else None
 
     def read(source: str, name: str) -> list[Any]:
         counted = ReadReport()
         has_responses = algorithm.reads_data and source == settings.prompts
-        records_of: Any = response_records if has_responses else prompt_records
+        of_prompts = functools.partial(prompt_records, keep_fields=rewards is not None)
+        records_of: Any = response_records if has_responses else of_prompts
         records = list(records_of(source, bad_records=config.bad_records, report=counted))
         report[name] = {"source": source} | dataclasses.asdict(counted)
         if not records:
             raise UserError(f"{source}: no usable prompt")
+        if rewards is not None:
+            for record in records:
+                rewards.check_record(record.fields, source_of(record))
         return records
 
     train = read(settings.prompts, "prompts")
@@ -149,6 +158,8 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         held_out_texts=_plain_texts(held_out, tokenizer),
         sources=[source_of(record) for record in train],
         responses=responses,
+        train_fields=[] if rewards is None else [record.fields for record in train],
+        held_out_fields=[] if rewards is None else [record.fields for record in held_out],
     )
 
 
@@ -163,11 +174,13 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
     sampled = tempered(model_config, config.online.rollout.temperature)
     policy = parts.make_policy(config, sampled, adapters)
-    objective = OnlineObjective(policy=policy, algorithm=algorithm)
+    objective = OnlineObjective(
+        policy=policy, algorithm=algorithm, max_tokens=config.online.rollout.max_tokens
+    )
     updates = algorithm.updates * algorithm.minibatches
     optimizer, by_update = parts.make_update_rule(settings, updates)
     optimizer = with_history(algorithm, optimizer)
-    has_critic = algorithm.advantages is not None
+    has_critic = algorithm.has_critic
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
 
     def with_critic(params: Params) -> Params:
@@ -220,12 +233,34 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
         reward=of_samples,
         baseline=of_samples,
         sampled_log_prob=of_tokens if of_policy else None,
+        importance=of_tokens if of_policy and _is_corrected(config, algorithm) else None,
     )
-    critic = algorithm.advantages is not None  # computed once before the updates
-    forward = 2 * (algorithm.updates + critic)  # policy and reference
+    networks = 2 + (algorithm.anchor > 0)  # policy and reference, or both references
+    forward = networks * (algorithm.updates + algorithm.scores_first)
     rows = prompts * algorithm.trained
     shape = {"rows": rows, "length": length, "scored": response}
     return batch, [Rows(**shape, forward=forward, backward=algorithm.updates)]
+
+
+def _is_corrected(config: TrainConfig, algorithm: Algorithm) -> bool:
+    """Whether tokens are weighed for the truncation of the sampled distribution."""
+    return algorithm.importance and sampling_rules(config, ends=()).truncates
+
+
+def truncation_notice(config: TrainConfig) -> str | None:
+    """One line on samples of a truncated distribution; None: it is not truncated."""
+    settings, algorithm = config.online.rollout, algorithm_of(config)
+    rules = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    cut = ", ".join(f"{name} {value:g}" for name, value in rules.items() if value != off[name])
+    if not cut:
+        return None
+    corrected = "weighs each token by the probability that the rules keep"
+    plain = "does not correct for it"
+    return (
+        f"{cut}: samples are from a truncated distribution, not from the policy; "
+        f"{settings.algorithm} {corrected if algorithm.importance else plain}"
+    )
 
 
 def sampling_rules(config: TrainConfig, *, ends: Sequence[int]) -> Sampling:
@@ -250,6 +285,8 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
     annotator = _annotator(settings, answers)
     if (identity := getattr(annotator, "identity", None)) is not None and number == 0:
         print(f"online: annotator {settings.annotator} ({identity})")
+    if number == 0 and (line := truncation_notice(config)) is not None:
+        print(f"online: {line}")
     sampling_mesh = make_mesh(**settings.mesh) if settings.mesh else mesh
     ends = [end_id(context.tokenizer)]
     if config.model != "embedded":
@@ -302,6 +339,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             record=recorder if number == 0 else lambda *_: None,
             responses=data.responses,
             unfinished_penalty=settings.unfinished_penalty,
+            prompt_fields=data.train_fields,
         )
 
     evaluation = None
@@ -312,6 +350,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             list(batches_of(data.held_out, epochs=1, shuffle=False, window=WINDOW)),
             data.held_out_texts,
             jax.random.fold_in(draws, 1),
+            data.held_out_fields,
         )
 
         def policies(params: Any, frozen: Any) -> Mapping[str, Any]:
@@ -343,10 +382,20 @@ def check(config: TrainConfig) -> None:
     """
     settings, size = config.online.rollout, config.online.batch_size
     algorithm = algorithm_of(config)
-    if settings.annotator is None and algorithm.annotation != "none":
+    if settings.reward:
+        reward_functions(settings.reward)
+        if settings.annotator is not None:
+            raise UserError("rollout.reward: an annotator is set, too; set rollout.annotator None")
+        if algorithm.reads_data:
+            raise UserError(
+                f"rollout.reward: {settings.algorithm} learns from responses in the data, not from "
+                "rewards"
+            )
+    elif settings.annotator is None and algorithm.annotation != "none":
         raise UserError(
             "rollout.annotator: missing; set what compares the responses: rule:FILE.py:FUNCTION, "
-            "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL"
+            "reward:FOLDER, preference:FOLDER, lm:FOLDER or openai:URL#MODEL; or set "
+            "rollout.reward FILE.py:FUNCTION"
         )
     parts = algorithm.minibatches * config.online.micro_batches
     if size % parts:
@@ -363,6 +412,8 @@ def check(config: TrainConfig) -> None:
 
 def _annotator(settings: RolloutConfig, answers: Path) -> Any:
     """The annotator of a run; a judge's answers are stored and reused when the run is resumed."""
+    if settings.reward:
+        return reward_functions(settings.reward)
     if settings.annotator is None:
         return None
     options: dict[str, Any] = dict(vars(settings.judge))

@@ -55,6 +55,15 @@ def choosy(prompt, response):
 
 def compared(prompt, first, second):
     return 0.25 if len(first) > len(second) else 0.75
+
+def brief(prompts, responses, number):
+    return [short(*pair) + 0 * int(x) for *pair, x in zip(prompts, responses, number)]
+
+def nought(prompts, responses):
+    return 0
+
+def spaced(prompts, responses):
+    return [" " in response for response in responses]
 """
 CHANGES = ("tokens_per_second", "mfu", "time/", "rollout/tokens_per_second")
 
@@ -133,6 +142,33 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(here):
     whole, broken = here / "runs" / "whole", here / "runs" / "broken"
     assert metrics(whole) == metrics(broken)
     assert (whole / "rollouts.jsonl").read_text() == (broken / "rollouts.jsonl").read_text()
+
+
+def test_reward_functions_are_logged_one_by_one_and_a_run_resumes(here, capsys):
+    lines = [{"prompt": f"Say {at} words.", "number": str(at)} for at in range(40)]
+    (here / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--rollout.annotator", "None", "--rollout.reward", "rules.py:brief")
+    flags += ("rules.py:spaced:0.5", "--lora.rank", "2", "--online.micro-batches", "2")
+    flags += ("--rollout.algorithm", "dapo", "--rollout.options", "samples", "2", "updates", "2")
+    flags += ("--rollout.top-p", "0.9")
+    assert train(*flags, "--name", "whole") == 0
+    assert "top_p 0.9: samples are from a truncated distribution" in capsys.readouterr().out
+    (here / "armed").touch()
+    assert train(*flags, "--name", "broken") == 130
+    assert train(*flags, "--name", "broken") == 0
+    whole, broken = here / "runs" / "whole", here / "runs" / "broken"
+    assert metrics(whole) == metrics(broken)
+    kept = (whole / "rollouts.jsonl").read_text()
+    assert kept == (broken / "rollouts.jsonl").read_text()
+    for line in map(json.loads, kept.splitlines()):
+        parts = line["rewards"]
+        assert parts["brief"] == [-len(text) for text in line["responses"]]
+        total = np.add(parts["brief"], np.multiply(0.5, parts["spaced"]))
+        np.testing.assert_allclose(line["reward"], total)
+    for line in metrics(whole):
+        assert {"reward/brief", "reward/spaced"} <= set(line)
+    [last] = [x for x in metrics(whole) if x["split"] == "eval" and x["step"] == 6]
+    assert 0 <= last["win_rate"] <= 1
 
 
 @pytest.fixture
@@ -255,6 +291,15 @@ def test_a_config_with_rollouts_round_trips(here):
         (
             ("--rollout.algorithm", "rloo", "--rollout.annotator", "rule:rules.py:compared"),
             "compares responses and gives no rewards",
+        ),
+        (("--rollout.reward", "rules.py:spaced"), "rollout.reward: an annotator is set, too"),
+        (
+            ("--rollout.annotator", "None", "--rollout.reward", "rules.py:brief"),
+            "prompts.jsonl:1: no field number, which rollout.reward rules.py:brief reads",
+        ),
+        (
+            ("--rollout.annotator", "None", "--rollout.reward", "rules.py:nought"),
+            "rollout.reward: rules.py:nought returned a int, not a list of numbers",
         ),
         (("--rollout.max-tokens", "40"), "more than the model's context of 64"),
         (("--rollout.max-tokens", "0"), "rollout.max_tokens: 0 is not in [1, inf)"),

@@ -16,9 +16,11 @@ from jaxalign.games import (
     divergence,
     equilibrium,
     expected_loss,
+    extragradient,
     fixed,
     game,
     learn,
+    mirror_descent,
     mixture,
     policy_gradient,
     random_preferences,
@@ -402,3 +404,22 @@ def test_soft_labels_are_those_of_the_game():
             each = CYCLE[i, j] * max(0, 1 - h) + CYCLE[j, i] * max(0, 1 + h)
             hinge += weight[i, j] * each
     np.testing.assert_allclose(total, hinge, rtol=1e-12)
+
+
+# Extragradient.
+
+
+def test_extragradient_by_its_loss_is_the_closed_form_and_converges_linearly():
+    """The loss's gradient in the logits is that of mirror descent; the last iterate converges."""
+    tau, rate = 0.1, 0.02
+    policies = np.asarray(extragradient(game(HARD, SKEWED), tau=tau, rate=rate, steps=400, every=1))
+    size = 4 * rate / (3 * tau)  # eta: a step moves logits by eta times win rates
+    exact = mirror_descent(HARD, SKEWED, tau, steps=400, step_size=size, opponent="half_step")
+    np.testing.assert_allclose(policies, exact, atol=1e-9)
+    target = equilibrium(HARD, SKEWED, tau)
+    errors = [divergence(target, policies[at]) for at in (100, 200, 300, 400)]
+    assert errors[-1] < 1e-6
+    ratios = np.divide(errors[1:], errors[:-1])
+    assert ratios.max() < 0.2
+    with pytest.raises(UserError, match="every = 3"):
+        extragradient(game(HARD, SKEWED), tau=tau, rate=rate, steps=400, every=3)

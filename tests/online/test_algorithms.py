@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from jaxalign.data import PairBatch
-from jaxalign.games import divergence, equilibrium, mixture
+from jaxalign.games import divergence, equilibrium, mirror_descent, mixture
 from jaxalign.online import ALGORITHMS, OnlineObjective, RolloutBatch
 from jaxalign.online.step import update_step, with_history
 from jaxalign.training.objectives import Policy
@@ -129,6 +129,18 @@ def test_an_iteration_of_sppo_is_a_step_of_multiplicative_weights(optimised):
     )
     assert divergence(expected, world.policy(world.params)) > 0.02
     assert divergence(expected, found) < 1e-4
+
+
+def test_iterations_of_inpo_are_mirror_descent_to_the_equilibrium(optimised):
+    """The closed form of `games`, which converges to the equilibrium at the frozen reference."""
+    world, tau, eta, length = World(1), 0.2, 0.5, 250
+    reference = world.policy(world.params)
+    descent = {"opponent": "policy", "step_size": 1 / eta}
+    exact = mirror_descent(world.win, reference, tau, steps=300, **descent)
+    found = learned(world, "inpo", steps=2 * length, rate=0.01, tau=tau, eta=eta, iteration=length)
+    assert divergence(exact[2], exact[1]) > 1e-3
+    assert divergence(exact[2], found) < 1e-4
+    assert divergence(equilibrium(world.win, reference, tau), exact[-1]) < 1e-6
 
 
 def test_spin_tilts_the_policy_to_the_data_and_stays_there(optimised):
