@@ -2,12 +2,14 @@
 
 Command:  python -m benchmarks.entanglement [--size 15M] [--length 256] [--pairs 4] [--rounds 7]
 Time:     minutes on two CPU cores
-Expect:   one table; "watched" at most 1.10 of "plain" in time and 1.05 in memory
+Expect:   one table; "watched" at most 1.10 of "plain" in time and 1.05 in memory, "ledger" 2 to 2.6
+          in time
 
-In one process, in turn, round by round: the plain DPO step; the same step watched; the step and,
-beside it, two backward passes per pair; the step and a vmap of per-sequence gradients. The ratio of
-each round is taken within the round, and its median is shown; memory is what the compiled program
-asks for: parameters, optimiser state, reference and temporaries.
+In one process, in turn, round by round: the plain DPO step; the same step watched; the step with a
+ledger (`entanglement.ledger`) of its batch; the step and, beside it, two backward passes per pair;
+the step and a vmap of per-sequence gradients. The ratio of each round is taken within the round,
+and its median is shown; memory is what the compiled program asks for: parameters, optimiser state,
+reference and temporaries.
 """
 
 import functools
@@ -65,7 +67,7 @@ class Options:
     """Whether embedding and unembedding are one matrix."""
     lora: int = 0
     """Rank of adapters on all matrices; 0: all parameters are trained."""
-    ways: tuple[str, ...] = ("plain", "watched", "two passes", "vmap")
+    ways: tuple[str, ...] = ("plain", "watched", "ledger", "two passes", "vmap")
     """What is compared with the first."""
 
 
@@ -112,6 +114,7 @@ def main(options: Options) -> None:
     programs = {
         "plain": step,
         "watched": watched,
+        "ledger": functools.partial(step, backward=PairProbe(objective=objective, ledger=True)),
         "two passes": beside(two_pass_geometry),
         "vmap": beside(vmapped_geometry),
     }

@@ -2,8 +2,9 @@
 
 Command:  python -m benchmarks.padding --data pairs.jsonl --tokenizer FOLDER
 Time:     seconds
-Expect:   one table: the fraction of computed positions, and of rows of logits, that are padding in
-          three epochs of training batches, and the number of shapes, each of which is a program
+Expect:   two tables, of pairs and of their chosen responses (SFT): the fraction of computed
+          positions, and of rows of logits, that are padding in three epochs of training batches,
+          and the number of shapes, each of which is a program
 
 Positions of batches of like length are those of joint rows, where prompts are shared.
 
@@ -20,12 +21,16 @@ import tyro
 from benchmarks.machine import table
 from jaxalign.data import (
     PairBatch,
+    TokenizedResponses,
     load_tokenizer,
     pair_batches,
     preference_records,
     tokenize_pairs,
+    tokenize_responses,
 )
-from jaxalign.data.packing import Packing, packed_pair_batches
+from jaxalign.data.packing import Packing, packed_batches
+from jaxalign.data.tokenize import TokenizedExamples
+from jaxalign.representation import responses_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,32 +44,45 @@ class Options:
     max_length: int = 1024
     """Longest prompt plus response in tokens."""
     batch_sizes: tuple[int, ...] = (8, 32)
-    """Pairs in a batch."""
+    """Pairs, or responses, in a batch."""
 
 
 def main(options: Options) -> None:
     """Measure and print."""
     tokenizer = load_tokenizer(options.tokenizer)
-    header = ["data", "pairs", "batch", "batches", "padded positions", "padded logits", "programs"]
-    rows = []
+    header = ["batch", "batches", "padded positions", "padded logits", "programs"]
+    pair_rows, response_rows = [], []
     for source in options.data:
-        pairs, _ = tokenize_pairs(
-            preference_records(source), tokenizer, max_length=options.max_length
+        name, records = Path(source).stem, list(preference_records(source))
+        pairs, _ = tokenize_pairs(records, tokenizer, max_length=options.max_length)
+        chosen, _ = tokenize_responses(
+            responses_of(records, "chosen"), tokenizer, max_length=options.max_length
         )
-        for size in options.batch_sizes:
-            order: dict[str, Any] = {"batch_size": size, "epochs": 3, "drop_remainder": True}
-            forms = {
-                "random": pair_batches(pairs, window=1, **order),
-                "of like length": pair_batches(pairs, joint_share=0.75, **order),
-                "packed": packed_pair_batches(pairs, Packing(), **order),
-            }
-            for name, batches in forms.items():
-                counts = [_counts(batch) for batch in batches]
-                real, computed, scored, logits = np.sum([x[:-1] for x in counts], axis=0)
-                programs = len({x[-1] for x in counts})
-                padding = (f"{1 - a / b:.1%}" for a, b in ((real, computed), (scored, logits)))
-                rows.append([Path(source).stem, len(pairs), size, name, *padding, programs])
-    print(table(header, rows))
+        responses = TokenizedResponses(rows=chosen)
+        pair_rows += [[name, len(pairs), *row] for row in measured(pairs, options)]
+        response_rows += [[name, len(responses), *row] for row in measured(responses, options)]
+    print(table(["data", "pairs", *header], pair_rows), end="\n\n")
+    print(table(["data", "responses", *header], response_rows))
+
+
+def measured(examples: TokenizedExamples, options: Options) -> list[list[Any]]:
+    """A row of the table for each size and kind of batches."""
+    rows = []
+    for size in options.batch_sizes:
+        order: dict[str, Any] = {"batch_size": size, "epochs": 3, "drop_remainder": True}
+        shared = {"joint_share": 0.75 if examples.sides > 1 else 0.0}
+        forms = {
+            "random": pair_batches(examples, window=1, **order),
+            "of like length": pair_batches(examples, **shared, **order),
+            "packed": packed_batches(examples, Packing(), **order),
+        }
+        for name, batches in forms.items():
+            counts = [_counts(batch) for batch in batches]
+            real, computed, scored, logits = np.sum([x[:-1] for x in counts], axis=0)
+            programs = len({x[-1] for x in counts})
+            padding = (f"{1 - a / b:.1%}" for a, b in ((real, computed), (scored, logits)))
+            rows.append([size, name, *padding, programs])
+    return rows
 
 
 def _counts(batch: PairBatch) -> tuple[Any, ...]:

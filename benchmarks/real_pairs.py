@@ -39,7 +39,7 @@ import tyro
 from benchmarks import environments
 from benchmarks.machine import describe, figure, machine, median, run, table, write_json
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
-from jaxalign.data.packing import Packing, packed_pair_batches
+from jaxalign.data.packing import Packing, packed_batches
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -136,7 +136,7 @@ def write_pairs(options: Options, folder: Path) -> dict[str, list[int]]:
     if report.identical or report.truncated_responses or report.truncated_prompts:
         sys.exit(f"{options.data}: {report.summary()}; name pairs that fit whole")
     made = {
-        "packed": packed_pair_batches(pairs, Packing(), batch_size=options.batch_size),
+        "packed": packed_batches(pairs, Packing(), batch_size=options.batch_size),
         "padded": pair_batches(pairs, batch_size=options.batch_size),
     }
     files = {"pairs": list(range(len(records)))}

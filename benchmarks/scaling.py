@@ -6,6 +6,7 @@ Expect:   one table (tpu/README.md shows it) and one figure
 
 One pair a chip (prompt 1,024, responses 1,024), bfloat16, everything rematerialised, AdamW, a live
 reference in float32; parameters are split over up to 256 chips, whole copies of them over the rest.
+512 chips are two slices that a network joins, with one copy each.
 Memory is what the TPU's compiler reserves on each chip; FLOPs and bytes over links are by formula
 (`jaxalign.planning.cost_model`), seconds are these over the chip's data sheet, whichever is
 longest: no step is faster.
@@ -16,7 +17,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -28,6 +29,7 @@ TOPOLOGIES = {
     16: "v5p:2x2x4",
     64: "v5p:4x4x4",
     256: "v5p:4x8x8",
+    512: "2xv5p:4x8x8",
     1024: "v5p:8x8x16",
     4096: "v5p:16x16x16",
 }
@@ -45,6 +47,8 @@ class Options:
     """Sizes of slices."""
     length: int = 2048
     """Tokens of prompt and response together; half of them are response."""
+    attention: Literal["auto", "blocked", "flash"] = "auto"
+    """Implementation of attention; auto: the kernels, flash."""
     json: Path | None = None
     """Where to write all plans; rows that it holds already are not compiled again."""
     plot: Path | None = None
@@ -58,12 +62,15 @@ def main(options: Options) -> None:
     if options.json is not None and options.json.exists():
         known = json.loads(options.json.read_text())
     plans: dict[str, dict[str, Any]] = {}
-    print("| model | chips | mesh | GiB a chip | of it lasting | GiB over links | bound, s | MFU |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    print(
+        "| model | chips | mesh | GiB a chip | of it lasting | GiB over links | over the network "
+        "| bound, s | MFU |"
+    )
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for model in options.models:
         for chips in options.chips:
-            key = f"{model} {chips} {options.length}"
-            plan = known.get(key) or dataclasses.asdict(compiled(model, chips, options.length))
+            key = named(options, model, chips)
+            plan = known.get(key) or dataclasses.asdict(compiled(options, model, chips))
             plans[key] = plan
             print(row(model, chips, Plan(**plan)), flush=True)
             if options.json is not None:
@@ -72,8 +79,14 @@ def main(options: Options) -> None:
         draw(options, {key: Plan(**plan) for key, plan in plans.items()})
 
 
-def compiled(model: str, chips: int, length: int) -> Plan:
+def named(options: Options, model: str, chips: int) -> str:
+    """A row's key in the JSON file."""
+    return f"{model} {chips} {options.length} {options.attention}"
+
+
+def compiled(options: Options, model: str, chips: int) -> Plan:
     """The plan of a row."""
+    length = options.length
     fsdp = min(chips, WHOLE)
     config = TrainConfig(
         model=str(ROOT / "tpu" / "shapes" / model),
@@ -82,6 +95,7 @@ def compiled(model: str, chips: int, length: int) -> Plan:
         mesh=MeshConfig(data=chips // fsdp, fsdp=fsdp),
         dtype="bfloat16",
         remat="full",
+        attention=options.attention,
     )
     return make_plan(config, TOPOLOGIES[chips], "preference", response=length // 2)
 
@@ -96,10 +110,12 @@ def row(model: str, chips: int, plan: Plan) -> str:
     else:
         space = f"{plan.total / gib:.1f}" + ("" if plan.fits else " (does not fit)")
     lasting = f"{sum(plan.lasting.values()) / gib:.1f}"
+    network = plan.work["network"]
+    joined = f"{network / gib:.2f}" if network else "–"
     limit = max(plan.seconds, key=lambda name: plan.seconds[name])
     return (
         f"| {model} | {chips:,} | {mesh} | {space} | {lasting} | {links / gib:.1f} "
-        f"| {plan.bound:.2f} ({limit}) | {plan.utilisation:.0%} |"
+        f"| {joined} | {plan.bound:.2f} ({limit}) | {plan.utilisation:.0%} |"
     )
 
 
@@ -109,7 +125,7 @@ def draw(options: Options, plans: dict[str, Plan]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, model in enumerate(options.models):
-        own = [plans[f"{model} {chips} {options.length}"] for chips in options.chips]
+        own = [plans[named(options, model, chips)] for chips in options.chips]
         color = f"C{number}"
         totals = {
             chips: plan.total / 2**30

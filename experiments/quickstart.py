@@ -27,7 +27,7 @@ def config() -> TrainConfig:
         max_eval_records=256,
         sft=SupervisedConfig(
             steps=120,
-            batch_size=32,
+            batch_size=128,  # of about 32 tokens each
             optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=10),
         ),
         preference=PreferenceConfig(

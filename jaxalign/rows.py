@@ -21,21 +21,24 @@ class SharedPrefixRows:
 
 
 @record
-class PackedPairs:
-    """Pairs one after the other in long rows, with little padding at the rows' ends.
+class PackedRows:
+    """Pairs, or single responses, one after the other in long rows with little padding.
 
-    A pair is its common prefix, the rest of the chosen row, then the rest of the rejected row. The
-    tokens that are scored, of all responses of a row, are in a list.
+    A pair is its common prefix, the rest of the chosen row, then the rest of the rejected row; a
+    single response is a chosen row alone. The tokens that are scored, of all responses of a long
+    row, are in a list.
 
     Attributes:
-      tokens: of the pairs, then zeros.
-      positions: from 0 in either row of a pair.
-      segment_ids: 3 i + 1, 3 i + 2 and 3 i + 3 for the parts of a row's pair i; 0 is padding.
+      tokens: prompts and responses, then zeros.
+      positions: from 0 in each prompt with its response.
+      segment_ids: 3 i + 1, 3 i + 2 and 3 i + 3 for the parts of a row's pair i, 3 i + 2 for its
+        single response i; 0 is padding.
       scored_positions: where in its row each scored token is predicted; 0 at padding.
       scored_tokens: the scored tokens; 0 at padding.
       row_number: of each row, in the whole batch.
-      row: number of the row that holds a pair.
-      scored_start: where in its row's list the responses of a pair begin.
+      row: number of the row that holds an example.
+      scored_start: where in its row's list the responses of an example begin.
+      last: where in its row the last token of each response lies.
       reach: no token sees one as many or more places before it; None: unknown.
     """
 
@@ -45,8 +48,9 @@ class PackedPairs:
     scored_positions: Int[AnyArray, "packed scored"]
     scored_tokens: Int[AnyArray, "packed scored"]
     row_number: Int[AnyArray, " packed"]
-    row: Int[AnyArray, " pairs"]
-    scored_start: Int[AnyArray, "pairs 2"]
+    row: Int[AnyArray, " examples"]
+    scored_start: Int[AnyArray, "examples sides"]
+    last: Int[AnyArray, "examples sides"]
     reach: int | None = static(None)
 
 
@@ -60,8 +64,7 @@ class ResponseRows:
       response_tokens: the response with its end-of-sequence token, padded on the right.
       response_length: tokens of the response.
       shared_prefix: rows 2 i and 2 i + 1 merged, for a decoder: the same numbers with less work.
-      packed: rows 2 i and 2 i + 1 as pair i, packed, for a decoder: the same numbers with the least
-        work.
+      packed: the same rows packed, for a decoder: the same numbers with the least work.
     """
 
     tokens: Int[AnyArray, "rows length"]
@@ -69,4 +72,4 @@ class ResponseRows:
     response_tokens: Int[AnyArray, "rows response"]
     response_length: Int[AnyArray, " rows"]
     shared_prefix: SharedPrefixRows | None = None
-    packed: PackedPairs | None = None
+    packed: PackedRows | None = None

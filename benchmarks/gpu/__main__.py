@@ -1,11 +1,12 @@
 """DPO, SFT and sampling of a 1B model on one GPU, after a check that the GPU computes correctly.
 
 Command:  python -m benchmarks.gpu --minutes 8 [--output FOLDER] [--peer-python PYTHON]
-Time:     the minutes that it is given; all parts take about 16 on an H100, 10 without peers (by
-          estimate); the same command again with the same folder measures what is missing
+Time:     the minutes that it is given; all parts take about 12 on an H100, 6 without peers; the
+          same command again with the same folder measures what is missing
 Expect:   first whether all checks passed, then a line for each part, at the end a Markdown table
 
-It installs nothing: jaxalign needs jax with CUDA, flax, optax, jaxtyping, scipy and tyro for it.
+It installs nothing: jaxalign needs jax with CUDA, flax, optax, jaxtyping, scipy, grain and
+tyro for it.
 The peers run in a process of their own, in the interpreter that `--peer-python` names: TRL's
 trainers with their fused heads, PyTorch loops with `torch.compile`, and `generate` of transformers.
 What they lack is said in the table.

@@ -156,5 +156,5 @@ def _value(
 
 
 def _aim(what: str, value: float | None, side: str, bound: float, met: bool) -> str:
-    verdict = "not measured" if value is None else f"{value:.2f}, {'met' if met else 'NOT met'}"
+    verdict = "not measured" if value is None else f"{value:.3f}, {'met' if met else 'NOT met'}"
     return f"- {what}, {side} {bound}: {verdict}"

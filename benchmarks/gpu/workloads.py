@@ -22,7 +22,7 @@ from benchmarks.entanglement import peak
 from benchmarks.gpu.sizes import Size
 from benchmarks.peers.recorder import fingerprint
 from jaxalign.config import PreferenceConfig, TrainConfig, with_fields
-from jaxalign.data import PairBatch, TextBatch, TokenizedPairs, TokenizedRows, pair_batches
+from jaxalign.data import PairBatch, TokenizedPairs, TokenizedRows, pair_batches
 from jaxalign.generation import Sampling, compile_generate
 from jaxalign.models import DecoderConfig
 from jaxalign.models.attention import attention
@@ -174,7 +174,9 @@ class Setting:
             stage = self.kind.build(with_fields(self.config, **fields), self.model)
             flops = None
             if batch is None:
-                structs, passes = stage.largest_batch(self.device.platform, size.response)
+                whole = self.kind is supervised.KIND  # there every token is a target
+                response = size.length if whole else size.response
+                structs, passes = stage.largest_batch(self.device.platform, response)
                 flops = model_flops(stage, self.model, self.params, self.state.params, passes)
                 batch = random_batch(size, structs)
             step = stage.probed_step if stage.probe_every else stage.step
@@ -282,15 +284,14 @@ def random_batch(size: Size, structs: Any) -> Any:
     """The rows that the peers read, in the form of these shapes."""
     vocabulary, prompt = inputs.SHAPES[size.model].vocabulary, size.length - size.response
     rows = inputs.random_rows(vocabulary, size.length, size.pairs, prompt)
-    if isinstance(structs, TextBatch):
-        tokens = rows.reshape(-1, size.length)
-        scored = np.ones_like(tokens)
-        scored[:, 0] = 0  # nothing is before it
-        return TextBatch(
+    if isinstance(structs, PairBatch):
+        tokens = rows.reshape(-1, 1, size.length)
+        one = np.ones((len(tokens), 1), np.int32)
+        return PairBatch(
             tokens=tokens,
-            segment_ids=np.ones_like(tokens),
-            positions=np.broadcast_to(np.arange(size.length, dtype=np.int32), tokens.shape),
-            target_mask=scored,
+            prompt_length=one,  # nothing is before the first token
+            response_tokens=tokens[..., 1:],
+            response_length=(size.length - 1) * one,
             record_index=np.arange(len(tokens), dtype=np.int32),
             weight=np.ones(len(tokens), np.float32),
         )
@@ -327,7 +328,7 @@ def packed_pairs(size: Size) -> dict[str, Row]:
     pairs = pairs_of_unlike_lengths(size)
     batches = {
         "padded": next(iter(pair_batches(pairs, buckets=1, **options))),
-        "packed": next(iter(packing.packed_pair_batches(pairs, packing.Packing(), **options))),
+        "packed": next(iter(packing.packed_batches(pairs, packing.Packing(), **options))),
     }
     setting = Setting(size, preference.KIND, {})
     total = int(np.sum(pairs.length))

@@ -71,7 +71,7 @@ def sft_settings(model: str, scale: str) -> TrainConfig:
     start = settings("sft", model, scale, "dpo", {}, entanglement=EntanglementConfig())
     stage = SupervisedConfig(
         steps=2_500 if scale == "paper" else 60,
-        batch_size=64 if scale == "paper" else 16,
+        batch_size=64,
         optimizer=OptimizerConfig(learning_rate=5e-7 if scale == "paper" else 3e-4),
     )
     return replace(start, sft=stage, preference=PreferenceConfig(), export=True)

@@ -88,7 +88,7 @@ def sft_settings(task: str, data: Path, model: str, scale: str) -> TrainConfig:
         learning_rate=1.41e-5 if paper else 5e-4, warmup_steps=6, schedule="linear"
     )
     stage = SupervisedConfig(
-        steps=64 if paper else 200, batch_size=16 if paper else 32, optimizer=optimizer
+        steps=64 if paper else 200, batch_size=16 if paper else 64, optimizer=optimizer
     )
     return replace(
         start, name=f"{start.name}_sft", sft=stage, preference=PreferenceConfig(), export=True

@@ -41,7 +41,7 @@ def sft(scale: str) -> TrainConfig:
         return _paper(name="hh_sft_paper", model=PAPER, sft=SupervisedConfig(**PAPER_STAGE))
     stage = SupervisedConfig(
         steps=120,
-        batch_size=16,
+        batch_size=64,
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10),
         eval_every=40,
         save_every=40,

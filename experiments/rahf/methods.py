@@ -89,7 +89,8 @@ def instruction_sft(scale: str, **how: Any) -> TrainConfig:
         model, data, rule = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf", 2e-5
     else:
         model, data, rule = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl", 3e-4
-    sft = SupervisedConfig(data=data, **stage(scale, rule, steps=4_700))
+    size = {} if scale == "paper" else {"batch_size": 64}
+    sft = SupervisedConfig(data=data, **stage(scale, rule, steps=4_700) | size)
     return dataclasses.replace(config, model=model, sft=sft)
 
 

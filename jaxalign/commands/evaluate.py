@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxalign.commands.pairs import PairOptions
-from jaxalign.config import AtLeastOne, Finite
+from jaxalign.config import AtLeastOne, Finite, Words
 from jaxalign.files import check_output, json_value, write_json
 from jaxalign.flags import parse
 from jaxalign.models.devices import enable_compilation_cache
@@ -26,7 +26,7 @@ class Options:
     reference: str | None = None
     """Reference model: Hugging Face folder, Hub name, run folder or GGUF file; None: for a run
     folder the model that the run was started from, else none."""
-    loss: str = "dpo"
+    loss: Words = "dpo"
     """Name of a loss in `jaxalign losses`, or FILE.py:FUNCTION."""
     loss_options: dict[str, Finite] = field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.05."""

@@ -32,8 +32,8 @@ class Options:
     experiment: Positional[str]
     """Python file or module with config()."""
     topology: str
-    """TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; cpu:8 for a
-    trial."""
+    """TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; 2xv5p:4x4x4 is
+    two such slices; cpu:8 for a trial."""
     scale: str = "paper"
     """Scale of the experiment: tiny or paper."""
     stage: str | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+import tyro.constructors
 
 from jaxalign.errors import UserError
 
@@ -56,6 +57,19 @@ Parts = Annotated[int, Range("[1, inf)", also=-1)]
 """A whole number of at least 1, or -1."""
 Seed = Annotated[int, Range("[0, 4294967296)")]
 """A whole number from 0 to below 2^32."""
+
+
+Words = Annotated[
+    str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME[:WEIGHT] ...",
+        instance_from_str=" ".join,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
+"""A text that the command line takes as one or several words."""
 
 
 def check(config: Any) -> None:

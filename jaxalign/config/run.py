@@ -86,6 +86,10 @@ class TrainConfig:
     """What the backward pass recomputes to save memory: nothing (none), whole layers (full), or all
     but matrix products (dots); auto: the fastest whose estimated activations fit the device's free
     memory, kept in the run folder for resuming."""
+    attention: Literal["auto", "blocked", "flash", "cudnn"] = "auto"
+    """Implementation of a decoder's attention in training: auto takes the kernels of the device
+    where they fit (flash on TPUs, cudnn on GPUs) and otherwise computes scores in blocks (blocked,
+    any device)."""
     mesh: MeshConfig = MeshConfig()
     """Mesh of the devices."""
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -134,6 +138,11 @@ class TrainConfig:
                 )
             if self.representation.runs:
                 raise UserError(f"representation.steps: {loss} trains no policy to align; set 0")
+        if self.lora.rank and self.preference.reference_rate != 1.0:
+            raise UserError(
+                "reference_rate: a mean of two sets of adapters has another rank; set 1, or "
+                "--lora.rank 0"
+            )
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} must contain {{prompt}}")
         for name in ("{first}", "{second}"):

@@ -50,7 +50,8 @@ class StageConfig:
     """Passes over the stage's training data, instead of steps: rows * epochs / batch_size updates,
     rounded up."""
     batch_size: AtLeastOne = 32
-    """Pairs (rows of text in pretraining) per update, over all devices and micro-batches."""
+    """Pairs (responses in SFT, rows of text in pretraining) per update, over all devices and
+    micro-batches."""
     micro_batches: AtLeastOne = 1
     """Number of parts into which a batch is split to save memory; the gradient is that of the whole
     batch."""

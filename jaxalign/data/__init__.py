@@ -31,6 +31,7 @@ from jaxalign.data.sources import (
 )
 from jaxalign.data.tokenize import (
     TokenizedPairs,
+    TokenizedResponses,
     TokenizedRows,
     TokenizedTexts,
     TokenizeReport,
@@ -53,6 +54,7 @@ __all__ = [
     "TextRecord",
     "TokenizeReport",
     "TokenizedPairs",
+    "TokenizedResponses",
     "TokenizedRows",
     "TokenizedTexts",
     "UnpairedRecord",

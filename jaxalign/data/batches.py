@@ -12,17 +12,17 @@ from jaxalign.data.order import (
     batch_order,
     ordered_batches,
 )
-from jaxalign.data.tokenize import TokenizedPairs, TokenizedRows, TokenizedTexts
+from jaxalign.data.tokenize import TokenizedExamples, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
-from jaxalign.rows import PackedPairs, ResponseRows, SharedPrefixRows
+from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
 
 ROUNDING = 8  # lengths are multiples of this, for vector units and tiles
 
 
 @record
 class PairBatch:
-    """Preference pairs of one shape; axis `sides` is chosen, rejected."""
+    """Preference pairs of one shape; axis `sides` is chosen, rejected, or a single response."""
 
     tokens: Int[AnyArray, "pairs sides length"]
     """Prompt and response, then zeros."""
@@ -38,8 +38,8 @@ class PairBatch:
     """The chosen row, then the rejected one from where they differ, then zeros; None: not made."""
     common_length: Int[AnyArray, " pairs"] | None = None
     """Tokens that both rows begin with; None where there are no joint rows."""
-    packed: PackedPairs | None = None
-    """The same pairs packed; None: not made."""
+    packed: PackedRows | None = None
+    """The same rows packed; None: not made."""
 
     def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
         """A row per side, chosen first.
@@ -152,16 +152,16 @@ def bucket_edges(lengths: np.ndarray, buckets: int | Sequence[int]) -> tuple[int
 
 
 def pair_batches(
-    pairs: TokenizedPairs,
+    pairs: TokenizedExamples,
     *,
     buckets: int | Sequence[int] = 4,
     joint_share: float = 0.0,
     **order: Any,
 ) -> Iterations:
-    """Batches of pairs.
+    """Batches of pairs, or of single responses.
 
     Args:
-      pairs: from `tokenize_pairs`.
+      pairs: from `tokenize_pairs`, or `TokenizedResponses`.
       buckets: lengths to pad to, or the largest number of lengths, chosen from the data. Each
         length has one size of `response_tokens`: as many shapes as buckets.
       joint_share: make joint rows in those buckets where they take at most this share of the
@@ -184,7 +184,7 @@ def pair_batches(
 
 
 def padded_positions(
-    pairs: TokenizedPairs,
+    pairs: TokenizedExamples,
     *,
     buckets: int | Sequence[int] = 4,
     joint_share: float = 0.0,
@@ -202,12 +202,12 @@ def padded_positions(
     order["epochs"] = 1
     batches = batch_order(pairs.length.max(1), **order)
     shapes = [shape_of(batches.batch(at)) for at in range(batches.num_batches or 0)]
-    each = [joint or 2 * length for length, _, joint in shapes]
+    each = [joint or pairs.sides * length for length, _, joint in shapes]
     return float(batches.batch_size * np.mean(each))
 
 
 def _pair_shapes(
-    pairs: TokenizedPairs, buckets: int | Sequence[int], joint_share: float
+    pairs: TokenizedExamples, buckets: int | Sequence[int], joint_share: float
 ) -> Callable[[np.ndarray], tuple[int, int, int]]:
     """Function from a batch's pairs to the tokens of a row, a response and a joint row; 0: none."""
     length, response = pairs.length.max(1), pairs.response_length.max(1)
@@ -234,10 +234,15 @@ def _sizes_within(needed: np.ndarray, length: np.ndarray, edges: Sequence[int]) 
     return [-(-size // ROUNDING) * ROUNDING for size in longest]
 
 
-def common_lengths(pairs: TokenizedPairs, members: np.ndarray | None = None) -> np.ndarray:
-    """Int64 [pairs]: number of tokens that both rows of these pairs, or of all, begin with."""
+def common_lengths(pairs: TokenizedExamples, members: np.ndarray | None = None) -> np.ndarray:
+    """Int64 [pairs]: number of tokens that both rows of these pairs, or of all, begin with.
+
+    0 for single responses.
+    """
     numbers = np.arange(len(pairs)) if members is None else members
     common = np.zeros(len(numbers), np.int64)
+    if pairs.sides == 1:
+        return common
     for at, most in enumerate(pairs.length.min(1)[numbers]):
         chosen, rejected = (pairs.rows[2 * int(numbers[at]) + side][:most] for side in (0, 1))
         differs = chosen != rejected
@@ -246,7 +251,7 @@ def common_lengths(pairs: TokenizedPairs, members: np.ndarray | None = None) -> 
 
 
 def _with_joint_rows(
-    batch: PairBatch, pairs: TokenizedPairs, members: np.ndarray, common: np.ndarray, size: int
+    batch: PairBatch, pairs: TokenizedExamples, members: np.ndarray, common: np.ndarray, size: int
 ) -> PairBatch:
     """The batch with the rows of each pair also in one."""
     tokens = np.zeros((len(members), size), np.int32)
@@ -258,22 +263,22 @@ def _with_joint_rows(
 
 
 def padded_pairs(
-    pairs: TokenizedPairs,
+    pairs: TokenizedExamples,
     members: np.ndarray,
     weight: np.ndarray,
     length: int,
     response: int,
     *,
-    packed: PackedPairs | None = None,
+    packed: PackedRows | None = None,
 ) -> PairBatch:
-    """The named pairs, padded to a length, beside the same pairs packed."""
-    size = len(members)
-    tokens = np.zeros((size, 2, length), np.int32)
-    responses = np.zeros((size, 2, response), np.int32)
+    """The named pairs or single responses, padded to a length, beside the same packed."""
+    size, sides = len(members), pairs.sides
+    tokens = np.zeros((size, sides, length), np.int32)
+    responses = np.zeros((size, sides, response), np.int32)
     prompt_length = pairs.prompt_length[members]
     for row, member in enumerate(members):
-        for side in (0, 1):
-            ids = pairs.rows[2 * int(member) + side]
+        for side in range(sides):
+            ids = pairs.rows[sides * int(member) + side]
             tokens[row, side, : len(ids)] = ids
             answer = ids[prompt_length[row, side] :]
             responses[row, side, : len(answer)] = answer
@@ -292,69 +297,50 @@ def padded_pairs(
 
 
 def text_batches(
-    data: TokenizedTexts | TokenizedRows,
+    data: TokenizedTexts,
     *,
     length: int,
     seed: int = 0,
-    packed: bool = True,
-    buckets: int | Sequence[int] = 4,
     shuffle: bool = True,
-    window: int | None = None,
     **order: Any,
 ) -> Iterations:
-    """Batches of rows of text: packed documents, packed responses, or one response per row.
+    """Batches of rows of packed documents.
 
-    Documents (`TokenizedTexts`) form one stream that is cut into rows of `length`, each row
-    beginning with the last token of the row before, so that every token but a document's first
-    is scored exactly once. Prompts and responses (`TokenizedRows`) are never cut: several whole
-    ones share a row where they fit, and the responses' tokens alone are scored. What lies
-    together in a row stays together in all epochs; the rows' order changes.
+    The documents form one stream that is cut into rows of `length`, each row beginning with the
+    last token of the row before, so that every token but a document's first is scored exactly once.
+    What lies together in a row stays together in all epochs; the rows' order changes.
 
     Args:
-      data: from `tokenize_texts` or `tokenize_responses`.
-      length: tokens per packed row; at least the longest of `TokenizedRows`.
-      seed: of the packing and the order.
-      packed: off: one example per row, padded to `buckets` (`TokenizedRows` only).
-      buckets: as for `pair_batches`; used where `packed` is off.
+      data: from `tokenize_texts`.
+      length: tokens of a row.
+      seed: of the stream and the order.
       shuffle: documents and rows in random order; off: as given.
-      window: as in `ordered_batches`, where `packed` is off.
       **order: the others of `ordered_batches`: batch_size, epochs and so on.
 
     Returns:
       An iterator of `TextBatch` with `get_state` and `set_state`.
     """
-    if isinstance(data, TokenizedTexts) or packed:
-        rows = _packed(data, length, seed if shuffle else None)
-        edges, window = (length,), 1
-    else:
-        rows = _Groups(data, [np.array([at]) for at in range(len(data))])
-        edges = bucket_edges(data.length, buckets)
+    rows = _stream(data, length, seed if shuffle else None)
 
     def make(members: np.ndarray, mine: np.ndarray, weight: np.ndarray) -> TextBatch:
-        padded = edges[int(np.searchsorted(edges, rows.lengths[members].max()))]
-        return _text_batch(rows, mine, weight, padded)
+        del members
+        return _text_batch(rows, mine, weight, length)
 
-    how = {"seed": seed, "shuffle": shuffle, "window": window}
+    how = {"seed": seed, "shuffle": shuffle, "window": 1}
     return ordered_batches(rows.lengths, make, **how, **order)
 
 
-def packed_rows(data: TokenizedTexts | TokenizedRows, *, length: int, seed: int = 0) -> int:
-    """Rows of an epoch of `text_batches`, packed; the arguments are those."""
-    return len(_packed(data, length, seed).lengths)
+def packed_rows(data: TokenizedTexts, *, length: int, seed: int = 0) -> int:
+    """Rows of an epoch of `text_batches`; the arguments are those."""
+    return len(_stream(data, length, seed).lengths)
 
 
-def _packed(
-    data: TokenizedTexts | TokenizedRows, length: int, seed: int | None
-) -> "_Stream | _Groups":
-    """Documents cut into rows, or whole responses in rows that they share; None: as given."""
-    if isinstance(data, TokenizedTexts):
-        return _Stream(data, length, None if seed is None else np.random.default_rng([seed, 2]))
-    return _Groups(data, pack(data.length, length, seed=seed))
+def _stream(data: TokenizedTexts, length: int, seed: int | None) -> "_Stream":
+    """Documents cut into rows; None: as given."""
+    return _Stream(data, length, None if seed is None else np.random.default_rng([seed, 2]))
 
 
-def _text_batch(
-    rows: "_Stream | _Groups", members: np.ndarray, weight: np.ndarray, length: int
-) -> TextBatch:
+def _text_batch(rows: "_Stream", members: np.ndarray, weight: np.ndarray, length: int) -> TextBatch:
     """The named rows, padded."""
     fields = np.zeros((4, len(members), length), np.int32)
     first = np.zeros(len(members), np.int32)
@@ -403,59 +389,3 @@ class _Stream:
             [self._flat[start:stop], document - document[0] + 1, positions, positions > 0]
         )
         return int(self._order[document[0]]), values
-
-
-class _Groups:
-    """Prompts and responses, some in each row, whole."""
-
-    def __init__(self, data: TokenizedRows, groups: Sequence[np.ndarray]):
-        self._data, self._groups = data, groups
-        self.lengths = np.array([int(data.length[group].sum()) for group in groups])
-
-    def row(self, number: int) -> tuple[int, np.ndarray]:
-        """The first record's number; tokens, segment ids, positions and target mask."""
-        data, parts = self._data, []
-        for segment, member in enumerate(self._groups[number], start=1):
-            ids = data[int(member)]
-            positions = np.arange(len(ids))
-            scored = positions >= data.prompt_length[member]
-            parts.append(np.stack([ids, np.full(len(ids), segment), positions, scored]))
-        return int(data.record_index[self._groups[number][0]]), np.concatenate(parts, axis=1)
-
-
-def pack(lengths: np.ndarray, length: int, *, seed: int | None = None) -> list[np.ndarray]:
-    """Which examples share a row: each into the fullest open row that has room (best fit).
-
-    Args:
-      lengths: Int [examples].
-      length: room of a row.
-      seed: examples come in a random order; None: as given.
-
-    Returns:
-      Groups of examples whose lengths sum to at most `length`; every example is in one group.
-    """
-    if len(lengths) and int(lengths.max()) > length:
-        raise UserError(
-            f"length: {length} is less than the longest example, {int(lengths.max())} tokens"
-        )
-    order = np.arange(len(lengths))
-    if seed is not None:
-        order = np.random.default_rng([seed, 2]).permutation(order)
-    groups: list[list[int]] = []
-    open_rows: list[list[int]] = [[] for _ in range(length + 1)]  # by room left
-    fullest = np.zeros(length + 1, bool)
-    for example in order:
-        need = int(lengths[example])
-        rooms = np.flatnonzero(fullest[need:])
-        if len(rooms):
-            room = need + int(rooms[0])
-            group = open_rows[room].pop()
-            fullest[room] = bool(open_rows[room])
-        else:
-            room, group = length, len(groups)
-            groups.append([])
-        groups[group].append(int(example))
-        left = room - need
-        open_rows[left].append(group)
-        fullest[left] = left > 0
-    return [np.array(group) for group in groups]

@@ -1,9 +1,11 @@
-"""Batches of pairs packed in long rows of one length, so that almost nothing is padding."""
+"""Batches packed in long rows of one length, so that almost nothing is padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxalign.data.balancing import TOLERANCE, balanced_groups
 from jaxalign.data.batches import PairBatch, common_lengths, padded_pairs
@@ -16,8 +18,8 @@ from jaxalign.data.order import (
     iterate,
     share_of,
 )
-from jaxalign.data.tokenize import TokenizedPairs
-from jaxalign.rows import PackedPairs
+from jaxalign.data.tokenize import TokenizedExamples
+from jaxalign.rows import PackedRows
 
 SLACK = 1.25 * TOLERANCE
 """Fraction by which rows are longer than those of the first batches: later ones may need it."""
@@ -43,146 +45,158 @@ class Packing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedShape:
-    """The one shape of all packed batches."""
+class Placement:
+    """A process's part of a batch, and which of its examples share a packed row."""
 
-    length: int
-    """Tokens of a row."""
-    scored: int
-    """Scored tokens of a row."""
-    reach: int
-    """Tokens of the longest pair."""
+    members: Int[np.ndarray, " examples"]
+    """The examples; copies that fill a batch are copies of a real one in their row."""
+    weight: np.ndarray
+    """1; 0 for copies."""
+    rows: Int[np.ndarray, "rows members"] | None
+    """Places in `members`, row by row; None: the batch does not fit packed rows."""
+    first_row: int
+    """Number of the first of these rows in the whole batch."""
 
 
-class PairPacker:
-    """The batches of an order, packed; those that do not fit are left as padded rows.
+class Packer:
+    """Where the examples of each batch of an order go: into packed rows of the same room.
 
     Args:
-      pairs: from `tokenize_pairs`.
-      order: of the pairs, with `pair_sizes` as its sizes.
+      order: of the examples.
       packing: number of rows.
+      sizes: examples of a batch -> Int [examples, measures]: what they take of a row's room.
     """
 
-    def __init__(self, pairs: TokenizedPairs, order: BatchOrder, packing: Packing):
-        assert order.sizes is not None
-        self._pairs, self.order, self._packing = pairs, order, packing
-        self._sizes, self._common = order.sizes, common_lengths(pairs)
-        self.padded = _padded_shape(pairs)
-        """Tokens of an unpacked row, and of a response."""
-        self.shape = self._shape()
-        """Of the packed rows; None: the pairs of a batch cannot be shared equally by the rows."""
+    def __init__(
+        self, order: BatchOrder, packing: Packing, sizes: Callable[[np.ndarray], np.ndarray]
+    ):
+        self.order, self.packing, self._sizes = order, packing, sizes
+        self.room = self._room()
+        """Int [measures]: of a row; None: the examples of a batch cannot be shared equally by the
+        rows."""
 
-    def _shape(self) -> PackedShape | None:
-        if self.order.batch_size % self._packing.rows:
+    def _room(self) -> Int[np.ndarray, " measures"] | None:
+        order = self.order
+        if order.batch_size % self.packing.rows:
             return None
-        number = max(FIRST, -(-len(self._pairs) // self.order.batch_size) + 1)
-        if self.order.num_batches is not None:
-            number = min(number, self.order.num_batches)
-        most = np.zeros(2)
-        for at in range(number):
-            most = np.maximum(most, self._rows(self.order.batch(at))[2])
-        more = 1 if self.order.num_batches == number else 1 + SLACK
-        length, scored = (_rounded(more * size) for size in most)
-        return PackedShape(length=length, scored=scored, reach=int(self._sizes[:, 0].max()))
+        number = max(FIRST, -(-len(order.lengths) // order.batch_size) + 1)
+        if order.num_batches is not None:
+            number = min(number, order.num_batches)
+        most = np.max([self._rows(order.batch(at))[2] for at in range(number)], axis=0)
+        more = 1 if order.num_batches == number else 1 + SLACK
+        return np.array([_rounded(more * float(size)) for size in most])
 
     def _rows(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A batch in the order of its rows, its weights, and the sizes of the longest row."""
-        packing = self._packing
+        """A batch in the order of its rows, its weights, and the sizes of the fullest row."""
+        packing = self.packing
         filled, weight = filled_batch(members, self.order.batch_size)
-        sizes = self._sizes[filled] * (weight > 0)[:, None]
+        sizes = self._sizes(members)
+        sizes = np.pad(sizes, ((0, len(filled) - len(members)), (0, 0)))
         groups = balanced_groups(sizes, packing.rows, np.random.default_rng(0))
         most = sizes[groups].sum(1).max(0)
-        # pair p of a batch is in micro-batch p % micro_batches (`split_micro_batches`)
+        # example p of a batch is in micro-batch p % micro_batches (`split_micro_batches`)
         groups = groups.reshape(packing.shards, packing.micro_batches, -1)
         places = groups.swapaxes(1, 2).ravel()
         return filled[places], weight[places], most
 
-    def batch(
+    def place(
         self, members: np.ndarray, process_index: int = 0, process_count: int = 1
-    ) -> PairBatch:
+    ) -> Placement:
         """A process's part of a batch.
 
         Args:
-          members: the pairs of the whole batch.
+          members: the examples of the whole batch.
           process_index: of `ordered_batches`.
           process_count: of `ordered_batches`; divides the shards.
         """
-        packing, shape = self._packing, self.shape
-        if shape is None:
-            filled, weight = filled_batch(members, self.order.batch_size)
-            mine, weight = (share_of(x, process_index, process_count) for x in (filled, weight))
-            return padded_pairs(self._pairs, mine, weight, *self.padded)
-        filled, weight, most = self._rows(members)
+        packing, fits = self.packing, False
+        filled, weight = filled_batch(members, self.order.batch_size)
+        if self.room is not None:
+            filled, weight, most = self._rows(members)
+            fits = bool((most <= self.room).all())
         mine, weight = (share_of(x, process_index, process_count) for x in (filled, weight))
-        fits = most[0] <= shape.length and most[1] <= shape.scored
         if not fits:
-            return padded_pairs(self._pairs, mine, weight, *self.padded)
+            return Placement(members=mine, weight=weight, rows=None, first_row=0)
         rows = packing.rows // process_count
         grid = np.arange(len(mine)).reshape(-1, len(mine) // rows, packing.micro_batches)
-        grid = grid.swapaxes(1, 2).reshape(rows, -1)  # the pairs of each row
-        mine = _copies_beside(mine, weight, grid)
-        packed = self._pack(mine, weight, grid, shape, first_row=process_index * rows)
-        return padded_pairs(self._pairs, mine, weight, *self.padded, packed=packed)
-
-    def _pack(
-        self,
-        members: np.ndarray,
-        weight: np.ndarray,
-        grid: np.ndarray,
-        shape: PackedShape,
-        *,
-        first_row: int,
-    ) -> PackedPairs:
-        rows = len(grid)
-        tokens, positions, segment_ids = np.zeros((3, rows, shape.length), np.int32)
-        scored_positions, scored_tokens = np.zeros((2, rows, shape.scored), np.int32)
-        row_of = np.zeros(len(members), np.int32)
-        scored_start = np.zeros((len(members), 2), np.int32)
-        for row, group in enumerate(grid):
-            at, scored, kept = 0, 0, {}
-            real_first = group[np.argsort(-weight[group], kind="stable")]
-            for number, place in enumerate(real_first):
-                row_of[place] = first_row + row
-                member = int(members[place])
-                if weight[place] == 0 and member in kept:  # the same tokens, not once more
-                    scored_start[place] = kept[member]
-                    continue
-                chosen, rejected = (self._pairs.rows[2 * member + side] for side in (0, 1))
-                common, first = int(self._common[member]), len(chosen)
-                ids = np.concatenate([chosen, rejected[common:]])
-                index = np.arange(len(ids))
-                own = slice(at, at + len(ids))
-                tokens[row, own] = ids
-                positions[row, own] = np.where(index < first, index, index - first + common)
-                part = np.where(index >= first, 3, np.where(index < common, 1, 2))
-                segment_ids[row, own] = 3 * number + part
-                for side, whole in enumerate((chosen, rejected)):
-                    prompt = int(self._pairs.prompt_length[member, side])
-                    before = np.arange(prompt - 1, len(whole) - 1)
-                    if side == 1:
-                        before = np.where(before < common, before, before + first - common)
-                    scored_start[place, side] = scored
-                    own = slice(scored, scored + len(before))
-                    scored_positions[row, own] = at + before
-                    scored_tokens[row, own] = whole[prompt:]
-                    scored += len(before)
-                kept[member] = scored_start[place]
-                at += len(ids)
-        return PackedPairs(
-            tokens=tokens,
-            positions=positions,
-            segment_ids=segment_ids,
-            scored_positions=scored_positions,
-            scored_tokens=scored_tokens,
-            row_number=np.arange(first_row, first_row + rows, dtype=np.int32),
-            row=row_of,
-            scored_start=scored_start,
-            reach=shape.reach,
+        grid = grid.swapaxes(1, 2).reshape(rows, -1)
+        return Placement(
+            members=_copies_beside(mine, weight, grid),
+            weight=weight,
+            rows=grid,
+            first_row=process_index * rows,
         )
 
 
+def pack(
+    examples: TokenizedExamples,
+    placement: Placement,
+    room: Int[np.ndarray, " measures"],
+    *,
+    reach: int,
+) -> PackedRows | None:
+    """The packed rows of a placement; None: it has none.
+
+    Args:
+      examples: pairs or single responses.
+      placement: of their numbers.
+      room: tokens of a row, and scored tokens.
+      reach: tokens of the longest example.
+    """
+    members, weight, grid = placement.members, placement.weight, placement.rows
+    if grid is None:
+        return None
+    rows, sides, common_of = len(grid), examples.sides, common_lengths(examples, members)
+    tokens, positions, segment_ids = np.zeros((3, rows, room[0]), np.int32)
+    scored_positions, scored_tokens = np.zeros((2, rows, room[1]), np.int32)
+    row_of = np.zeros(len(members), np.int32)
+    scored_start, last = np.zeros((2, len(members), sides), np.int32)
+    for row, group in enumerate(grid):
+        at, scored, kept = 0, 0, {}
+        real_first = group[np.argsort(-weight[group], kind="stable")]
+        for number, place in enumerate(real_first):
+            row_of[place] = placement.first_row + row
+            member = int(members[place])
+            if weight[place] == 0 and member in kept:  # the same tokens, not once more
+                scored_start[place], last[place] = kept[member]
+                continue
+            wholes = [examples.rows[sides * member + side] for side in range(sides)]
+            common, first = int(common_of[place]), len(wholes[0])
+            ids = np.concatenate([wholes[0], *(whole[common:] for whole in wholes[1:])])
+            index = np.arange(len(ids))
+            own = slice(at, at + len(ids))
+            tokens[row, own] = ids
+            positions[row, own] = np.where(index < first, index, index - first + common)
+            part = np.where(index >= first, 3, np.where(index < common, 1, 2))
+            segment_ids[row, own] = 3 * number + part
+            for side, whole in enumerate(wholes):
+                prompt = int(examples.prompt_length[member, side])
+                where = np.arange(prompt - 1, len(whole))
+                if side == 1:
+                    where = np.where(where < common, where, where + first - common)
+                scored_start[place, side], last[place, side] = scored, at + where[-1]
+                own = slice(scored, scored + len(where) - 1)
+                scored_positions[row, own] = at + where[:-1]
+                scored_tokens[row, own] = whole[prompt:]
+                scored += len(where) - 1
+            kept[member] = scored_start[place], last[place]
+            at += len(ids)
+    return PackedRows(
+        tokens=tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        scored_positions=scored_positions,
+        scored_tokens=scored_tokens,
+        row_number=np.arange(placement.first_row, placement.first_row + rows, dtype=np.int32),
+        row=row_of,
+        scored_start=scored_start,
+        last=last,
+        reach=reach,
+    )
+
+
 def _copies_beside(members: np.ndarray, weight: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """The batch with the copies in each row copies of a real pair in it, where it has one."""
+    """The batch with the copies in each row copies of a real example in it, where it has one."""
     members = members.copy()
     for group in grid:
         real = group[weight[group] > 0]
@@ -198,28 +212,30 @@ def _rounded(size: float) -> int:
     return -(-size // step) * step
 
 
-def _padded_shape(pairs: TokenizedPairs) -> tuple[int, int]:
-    """Tokens of a row, and of a response, that hold every pair."""
-    longest = int(pairs.length.max()), int(pairs.response_length.max())
+def padded_shape(examples: TokenizedExamples) -> tuple[int, int]:
+    """Tokens of a row, and of a response, that hold every example."""
+    longest = int(examples.length.max()), int(examples.response_length.max())
     length, response = (-(-size // 8) * 8 for size in longest)
     return length, min(response, length)
 
 
-def pair_sizes(pairs: TokenizedPairs) -> np.ndarray:
-    """Int [pairs, 2]: tokens of each pair with its common prefix once, and scored tokens."""
+def packed_sizes(examples: TokenizedExamples) -> Int[np.ndarray, "examples 2"]:
+    """Tokens of each example with a pair's common prefix once, and scored tokens."""
     return np.stack(
-        [pairs.length.sum(1) - common_lengths(pairs), pairs.response_length.sum(1)], axis=1
+        [examples.length.sum(1) - common_lengths(examples), examples.response_length.sum(1)],
+        axis=1,
     )
 
 
-def pair_packer(pairs: TokenizedPairs, packing: Packing, **options: Any) -> PairPacker:
-    """The batches of `packed_pair_batches`, whose options these are."""
-    order = batch_order(pairs.length.max(1), sizes=pair_sizes(pairs), **options)
-    return PairPacker(pairs, order, packing)
+def packer_of(examples: TokenizedExamples, packing: Packing, **options: Any) -> Packer:
+    """The packer of `packed_batches`, whose options these are."""
+    sizes = packed_sizes(examples)
+    order = batch_order(examples.length.max(1), sizes=sizes, **options)
+    return Packer(order, packing, lambda members: sizes[members])
 
 
-def packed_pair_batches(
-    pairs: TokenizedPairs,
+def packed_batches(
+    examples: TokenizedExamples,
     packing: Packing,
     *,
     process_index: int = 0,
@@ -227,14 +243,14 @@ def packed_pair_batches(
     prefetch: int = 8,
     **options: Any,
 ) -> Iterations:
-    """Batches of pairs of nearly equal size, packed in rows of one length.
+    """Batches of pairs, or of single responses, of nearly equal size in rows of one length.
 
-    A batch whose pairs do not fit has padded rows alone (`PairBatch.packed` is None): at most two
-    shapes. Its rows are as long as the longest row of the data, and so are those of the others,
+    A batch whose examples do not fit has padded rows alone (`PairBatch.packed` is None): at most
+    two shapes. Its rows are as long as the longest row of the data, and so are those of the others,
     for whatever does not read packed rows.
 
     Args:
-      pairs: from `tokenize_pairs`.
+      examples: pairs or single responses.
       packing: number of rows.
       process_index: of `ordered_batches`.
       process_count: of `ordered_batches`; divides the shards.
@@ -244,12 +260,49 @@ def packed_pair_batches(
     Returns:
       An iterator of `PairBatch` with `get_state` and `set_state`.
     """
-    packer = pair_packer(pairs, packing, **options)
-    check_share(packer.order, process_index, process_count)
-    if packing.shards % process_count:
-        raise ValueError(f"{packing.shards} shards cannot be shared by {process_count} processes")
-    return iterate(
-        packer.order,
-        lambda members: packer.batch(members, process_index, process_count),
+    packer, padded = packer_of(examples, packing, **options), padded_shape(examples)
+    reach = int(packed_sizes(examples)[:, 0].max())
+
+    def make(at: Placement) -> PairBatch:
+        packed = None if packer.room is None else pack(examples, at, packer.room, reach=reach)
+        return padded_pairs(examples, at.members, at.weight, *padded, packed=packed)
+
+    return placed_batches(
+        packer,
+        lambda members, at: make(at),
+        process_index=process_index,
+        process_count=process_count,
         prefetch=prefetch,
     )
+
+
+def placed_batches(
+    packer: Packer,
+    make: Callable[[np.ndarray, Placement], Any],
+    *,
+    process_index: int,
+    process_count: int,
+    prefetch: int,
+) -> Iterations:
+    """The batches of a packer's order.
+
+    Args:
+      packer: of the examples.
+      make: (examples of the whole batch, this process's part) -> the batch.
+      process_index: of `ordered_batches`.
+      process_count: of `ordered_batches`.
+      prefetch: of `ordered_batches`.
+
+    Raises:
+      UserError: the processes cannot share each batch.
+      ValueError: they cannot share the rows.
+    """
+    check_share(packer.order, process_index, process_count)
+    shards = packer.packing.shards
+    if shards % process_count:
+        raise ValueError(f"{shards} shards cannot be shared by {process_count} processes")
+
+    def batch(members: np.ndarray) -> Any:
+        return make(members, packer.place(members, process_index, process_count))
+
+    return iterate(packer.order, batch, prefetch=prefetch)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -53,46 +53,51 @@ class TokenizedRows:
         """Int64 [rows]: tokens of prompt and response."""
         return np.diff(self.offsets)
 
-    def as_pairs(self) -> "TokenizedPairs":
-        """Every row twice, as pairs, for inputs that cannot be packed (of an encoder-decoder)."""
-        return TokenizedPairs(
-            rows=TokenizedRows(
-                flat=np.concatenate([self[i] for i in range(len(self)) for _ in range(2)]),
-                offsets=np.concatenate([[0], np.cumsum(np.repeat(self.length, 2))]),
-                prompt_length=np.repeat(self.prompt_length, 2),
-                record_index=np.repeat(self.record_index, 2),
-            )
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizedPairs:
-    """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
+class TokenizedExamples:
+    """Examples of a number of sides each, as tokens: row `sides` i + s is side s of example i."""
 
     rows: TokenizedRows
+    sides: ClassVar[int]
+    """Prompts with a response in an example."""
 
     def __len__(self) -> int:
-        return len(self.rows) // 2
+        return len(self.rows) // self.sides
 
     @property
     def length(self) -> np.ndarray:
-        """Int64 [pairs, 2]."""
-        return self.rows.length.reshape(-1, 2)
+        """Int64 [examples, sides]."""
+        return self.rows.length.reshape(-1, self.sides)
 
     @property
     def prompt_length(self) -> np.ndarray:
-        """Int32 [pairs, 2]."""
-        return self.rows.prompt_length.reshape(-1, 2)
+        """Int32 [examples, sides]."""
+        return self.rows.prompt_length.reshape(-1, self.sides)
 
     @property
     def response_length(self) -> np.ndarray:
-        """Int64 [pairs, 2]."""
+        """Int64 [examples, sides]."""
         return self.length - self.prompt_length
 
     @property
     def record_index(self) -> np.ndarray:
-        """Int64 [pairs]."""
-        return self.rows.record_index[::2]
+        """Int64 [examples]."""
+        return self.rows.record_index[:: self.sides]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPairs(TokenizedExamples):
+    """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
+
+    sides: ClassVar[int] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedResponses(TokenizedExamples):
+    """Single responses as tokens, each an example of one side."""
+
+    sides: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

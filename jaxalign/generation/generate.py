@@ -16,7 +16,13 @@ from jaxalign.generation.sampling import Sampling
 from jaxalign.generation.weights import prepare
 from jaxalign.models import devices
 from jaxalign.models.config import DecoderConfig, ModelConfig
-from jaxalign.sharding import batch_sharding, replicated, state_sharding, table_sharding
+from jaxalign.sharding import (
+    batch_sharding,
+    head_sharding,
+    replicated,
+    state_sharding,
+    table_sharding,
+)
 
 
 def generate(
@@ -142,7 +148,9 @@ def compile_generate(
     def sampled(policies, prompts, prompt_length, key, weights, first_row):
         _check_positions(config, prompt_length, method.sampling.max_tokens)
         arrays = policies, prompts, prompt_length, key, weights, first_row, stops
-        with devices.splitting_states(state_sharding(mesh), table_sharding(mesh)):
+        with devices.splitting_states(
+            state_sharding(mesh), table_sharding(mesh), head_sharding(mesh)
+        ):
             return _generate(*arrays, method=method, samples=samples)
 
     rows, whole = batch_sharding(mesh), replicated(mesh)

@@ -14,6 +14,8 @@ from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
 from jaxalign.losses.cal_dpo import cal_dpo as cal_dpo
 from jaxalign.losses.cpo import cpo as cpo
 from jaxalign.losses.discopop import discopop as discopop
+from jaxalign.losses.divergence import Divergence as Divergence
+from jaxalign.losses.divergence import DivergenceName as DivergenceName
 from jaxalign.losses.dpo import dpo as dpo
 from jaxalign.losses.dpo import robust_dpo as robust_dpo
 from jaxalign.losses.dpop import dpop as dpop
@@ -40,6 +42,11 @@ from jaxalign.losses.labelled import LabelledLogProbs as LabelledLogProbs
 from jaxalign.losses.loss import Loss as Loss
 from jaxalign.losses.loss import PreferenceLoss as PreferenceLoss
 from jaxalign.losses.loss import Reads as Reads
+from jaxalign.losses.mixture import function_name as function_name
+from jaxalign.losses.mixture import members_in as members_in
+from jaxalign.losses.mixture import members_of as members_of
+from jaxalign.losses.mixture import options_by_member as options_by_member
+from jaxalign.losses.mixture import weighted as weighted
 from jaxalign.losses.nca import nca as nca
 from jaxalign.losses.orpo import orpo as orpo
 from jaxalign.losses.pairs import PairLogProbs as PairLogProbs
@@ -74,8 +81,12 @@ from jaxalign.losses.stable_alignment import stable_alignment_rated as stable_al
 from jaxalign.losses.statistics import Statistics as Statistics
 from jaxalign.losses.statistics import statistics_of as statistics_of
 from jaxalign.losses.statistics import with_statistics as with_statistics
+from jaxalign.losses.supervised import sft as sft
 from jaxalign.losses.supervised import sft_sequence_sum as sft_sequence_sum
 from jaxalign.losses.supervised import sft_token_mean as sft_token_mean
+from jaxalign.losses.switches import NO_SWITCHES as NO_SWITCHES
+from jaxalign.losses.switches import Switches as Switches
+from jaxalign.losses.switches import importance_weights as importance_weights
 from jaxalign.losses.tdpo import tdpo1 as tdpo1
 from jaxalign.losses.tdpo import tdpo2 as tdpo2
 from jaxalign.losses.tokens import TokenLogProbs as TokenLogProbs
@@ -116,6 +127,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(scit, "policy_pairs", contrastive=True),
     Loss(scit_mean, "policy_pairs", contrastive=True),
     Loss(stable_alignment, "policy_pairs"),
+    Loss(sft, "policy_pairs"),
     Loss(tdpo1, "tokens"),
     Loss(tdpo2, "tokens"),
     Loss(soft_label, "samples"),

@@ -1,7 +1,7 @@
 """A loss by name: an entry of the table, or a function in a user's own file."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,13 @@ from jaxalign.losses import (
     PreferenceLoss,
     Reads,
     Statistics,
+    Switches,
     TokenLogProbs,
+    function_name,
+    members_in,
+    options_by_member,
     statistics_of,
+    weighted,
     with_statistics,
 )
 from jaxalign.modules import (
@@ -43,17 +48,20 @@ def find_loss(name: str, options: Mapping[str, Any]) -> Loss:
 
     Args:
       name: an entry of the table, or a function of the user's own as "FILE.py:FUNCTION". The first
-        argument of such a function is annotated `TokenLogProbs` where it reads tokens.
-      options: its hyperparameters.
+        argument of such a function is annotated `TokenLogProbs` where it reads tokens. Several of
+        them with weights are a mixture: "dpo:1.0 sft:0.2".
+      options: its hyperparameters; of a mixture, those of its members as `MEMBER.OPTION`.
 
     Returns:
       The loss. What a user's own function reads, and whether it couples the pairs of a batch, is
       found by calling it.
 
     Raises:
-      UserError: there is no such loss, it does not take the options, or it does not return a
-        finite, differentiable number for each of two ordinary pairs.
+      UserError: there is no such loss, it does not take the options or cannot be mixed, or it does
+        not return a finite, differentiable number for each of two ordinary pairs.
     """
+    if members := members_in(name, TRAINABLE):
+        return _mixture(members, options)
     if name in TRAINABLE:
         loss = TRAINABLE[name]
         inputs = [jnp.zeros(2)] * 2 if loss.reads == "scores" else [_ordinary(loss.reads, 0.0)]
@@ -63,6 +71,28 @@ def find_loss(name: str, options: Mapping[str, Any]) -> Loss:
             raise UserError(f"loss_options: {name}: {str(error).splitlines()[0]}") from error
         return loss
     return own_loss(find_function(name, "loss"), options, name=name)
+
+
+def _mixture(members: Sequence[tuple[str, float]], options: Mapping[str, Any]) -> Loss:
+    """The weighted sum of losses of pairs."""
+    own = options_by_member(options, [function_name(name) for name, _ in members])
+    found = [find_loss(name, own[function_name(name)]) for name, _ in members]
+    for loss in found:
+        if loss.reads not in ("pairs", "policy_pairs"):
+            what = "scores" if loss.reads == "scores" else "distributions at every token"
+            raise UserError(f"loss: {loss.name} reads {what}, so it cannot be mixed; name it alone")
+        if loss.contrastive != found[0].contrastive:
+            one, other = sorted((loss, found[0]), key=lambda x: not x.contrastive)
+            raise UserError(
+                f"loss: {one.name} compares one response under two instructions, so it cannot be "
+                f"mixed with {other.name}"
+            )
+    weights = [weight for _, weight in members]
+    return Loss(
+        weighted([(loss.function, x) for loss, x in zip(found, weights, strict=True)]),
+        "pairs" if any(loss.reads == "pairs" for loss in found) else "policy_pairs",
+        contrastive=found[0].contrastive,
+    )
 
 
 def find_labelled_loss(name: str, options: Mapping[str, Any]) -> Loss:
@@ -151,6 +181,35 @@ def couples_pairs(loss: PreferenceLoss, options: Mapping[str, Any]) -> bool:
             raise ValueError(f"it returns shape {jnp.shape(values)} instead of one value per pair")
         firsts.add(float(values[0]))
     return len(firsts) > 1 or statistics_of(loss) is not None
+
+
+def check_switches(loss: Loss, options: Mapping[str, Any], switches: Switches) -> None:
+    """Check that a loss of pairs reads what the switches act on.
+
+    Args:
+      loss: of `PairLogProbs`.
+      options: its hyperparameters.
+      switches: of the step.
+
+    Raises:
+      UserError: a switch leaves the loss as it is.
+    """
+    statistics = loss.statistics or Statistics()
+
+    def values(switches: Switches) -> np.ndarray:
+        pairs = switches.seen(_two_pairs(chosen=jnp.array([0.0, 3.0])))
+        taken = statistics.of(pairs, None, {})
+        return np.asarray(loss.function(pairs, **{**taken, **options}))
+
+    plain = values(Switches())
+    scored, mean = Switches(divergence=switches.divergence), Switches(log_probs=switches.log_probs)
+    if scored != Switches() and np.array_equal(values(scored), plain):
+        raise UserError(
+            f"divergence: {loss.name} does not read the log-ratio of policy and reference "
+            "(`pairs.margin`, `pairs.chosen_log_ratio`); set reverse_kl"
+        )
+    if mean != Switches() and np.array_equal(values(mean), plain):
+        raise UserError(f"log_probs: {loss.name} reads means over tokens itself; set sum")
 
 
 def _two_pairs(**added: Array) -> PairLogProbs:

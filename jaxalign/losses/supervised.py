@@ -3,7 +3,32 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.losses.pairs import PairLogProbs
+
 Mask = Bool[Array, "rows tokens"] | Int[Array, "rows tokens"] | Float[Array, "rows tokens"]
+
+
+def sft(pairs: PairLogProbs) -> Float[Array, " pairs"]:
+    r"""Negative log-likelihood per token of the chosen response: the supervised part of mixtures.
+
+    .. math:: \ell = -\frac{\log\pi_w}{L_w}
+
+    Args:
+      pairs: log-probabilities summed over response tokens, in nats; every field is [pairs].
+
+    Returns:
+      One loss per pair, [pairs], not reduced. Each pair counts alike, as in RPO and MPO; TRL's
+      `sft` takes the mean over all chosen tokens of a batch, which is the same where the responses
+      have the same length.
+
+    Slopes:
+      d_w / d_l = infinite: d_l = 0
+
+    References:
+      The supervised term of Pang et al., 2024, arXiv:2404.19733, equation 1, and of Wang et al.,
+      2024, arXiv:2411.10442.
+    """
+    return -pairs.chosen_mean
 
 
 def sft_token_mean(

@@ -1,18 +1,24 @@
-"""Causal attention: fused on GPUs, in blocks elsewhere, row by row on a single CPU."""
+"""Causal attention: kernels on TPUs and GPUs, in blocks elsewhere, row by row on a single CPU."""
 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.errors import UserError
 from jaxalign.models import devices
+from jaxalign.models.differentiation import in_forward_mode, with_reverse_rule
+from jaxalign.models.flash import LANES, OUTPUT, flash_attention, whole_rows
 from jaxalign.models.layers import softcap
 from jaxalign.models.precision import precision
+from jaxalign.models.products import named
 from jaxalign.models.sequences import Sequences, attend_apart
+
+IMPLEMENTATIONS = ("auto", "blocked", "flash", "cudnn")
 
 
 def attention(
@@ -47,12 +53,42 @@ def attention(
       sequences: the same as segments and prefixes say, for a fused kernel; None: unknown.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
-      implementation: "auto", "blocked" (any device) or "cudnn" (GPU, 16 bit, no cap).
-      query_block: number of queries in a block of "blocked".
+      implementation: one of `IMPLEMENTATIONS`: "auto", "blocked" (any device), "flash" (TPU; whole
+        rows on each device) or "cudnn" (GPU, 16 bit, no cap).
+      query_block: number of queries in a block of "blocked" and "flash".
 
     Returns:
       [batch, length, heads, head_width] in the dtype of `q`.
+
+    Raises:
+      UserError: there is no such implementation, or the arrays are not sharded as "flash" needs.
     """
+    if implementation == "auto":
+        implementation = _fastest(q, k, plain=segment_ids is None or sequences is not None, cap=cap)
+    if implementation not in IMPLEMENTATIONS:
+        choices = ", ".join(IMPLEMENTATIONS)
+        raise UserError(f"attention: {implementation!r} is not one of {choices}")
+    if in_forward_mode():
+        implementation = "blocked"
+    if implementation == "flash":
+        if not whole_rows(q, k):
+            raise UserError(
+                "attention: flash needs whole rows and groups of heads on each device; set "
+                "blocked, mesh.sequence 1, and mesh.tensor to a divisor of the number of key heads"
+            )
+        return flash_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            segments=segment_ids,
+            prefixes=prefix_ids,
+            positions=positions,
+            reach=reach,
+            window=window,
+            cap=cap,
+            block=query_block,
+        )
     place = jnp.arange(q.shape[1])[None]
     row = _Row(
         place=place,
@@ -60,36 +96,45 @@ def attention(
         prefix=prefix_ids,
         position=place if prefix_ids is None or positions is None else positions,
     )
-    if implementation == "auto":
-        fused = _fits_cudnn(q, cap) and (
-            segment_ids is None or sequences is not None or q.shape[1] <= LONGEST_MASK
-        )
-        implementation = "cudnn" if fused else "blocked"
     if implementation == "cudnn":
         attend = functools.partial(_cudnn, scale=scale, window=window)
         if segment_ids is None:
-            return attend(q, k, v)
-        if sequences is not None:
-            return attend_apart(attend, q, k, v, sequences)
-        seen, odd = _sees(row, row, window)[:, None], q.shape[1] % 2
-        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, odd)), constant_values=True)
-        out = _cudnn(q, k, v, scale=scale, window=None, seen=seen)
-        return out[:, : out.shape[1] - odd]
+            mixed = attend(q, k, v)
+        elif sequences is not None:
+            mixed = attend_apart(attend, q, k, v, sequences)
+        else:
+            mixed = _cudnn_masked(q, k, v, _sees(row, row, window), scale=scale)
+        return named(mixed, OUTPUT)
     if prefix_ids is None or (reach is not None and reach >= q.shape[1]):
         reach = None
-    return _blocked_attention(q, k, v, row, scale, window, cap, reach, query_block)
+    return named(_blocked_attention(q, k, v, row, scale, window, cap, reach, query_block), OUTPUT)
 
 
 LONGEST_MASK = 4096
-"""Length of rows for which a GPU's kernel reads an array of what each position sees."""
+"""Length of rows for which cuDNN reads an array of what each position sees."""
 
 
-def _fits_cudnn(q: Array, cap: float | None) -> bool:
-    """Whether cuDNN's kernel computes attention of these queries on the device."""
-    width = q.shape[-1]
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
-    return devices.platform() == "gpu" and fits and cap is None
+def _fastest(q: Array, k: Array, *, plain: bool, cap: float | None) -> str:
+    """The implementation for these arrays; `plain`: rows that causality alone describes."""
+    if in_forward_mode():
+        return "blocked"
+    if devices.platform() == "tpu":
+        # A kernel is never split by the compiler: the sharding must be known.
+        known = devices.device_count() == 1 or devices.head_sharding() is not None
+        return "flash" if known and whole_rows(q, k) and q.shape[1] >= LANES else "blocked"
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and cap is None
+    fits = fits and (plain or q.shape[1] <= LONGEST_MASK)
+    return "cudnn" if devices.platform() == "gpu" and fits else "blocked"
+
+
+def _cudnn_masked(q: Array, k: Array, v: Array, seen: Array, *, scale: float) -> Array:
+    """`_cudnn` of positions that see others as `seen` [rows or 1, queries, keys] says."""
+    odd = q.shape[1] % 2  # cuDNN's gradient needs an even length
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    seen = jnp.pad(seen, ((0, 0), (0, odd), (0, odd)), constant_values=True)
+    out = _cudnn(q, k, v, scale=scale, window=None, seen=seen[:, None])
+    return out[:, : out.shape[1] - odd]
 
 
 def _cudnn(
@@ -101,7 +146,7 @@ def _cudnn(
     window: int | None,
     seen: Array | None = None,
 ) -> Array:
-    """cuDNN's fused attention, causal, or as `seen` [rows or 1, 1, queries, keys] says."""
+    """Fused attention of cuDNN, causal, or as `seen` [rows or 1, 1, queries, keys] says."""
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -346,8 +391,7 @@ def _add_at(whole: Array, part: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, axis=0)
 
 
-_packed_row: Any = jax.custom_vjp(_packed_row_primal, nondiff_argnums=(0,))
-_packed_row.defvjp(_packed_row_fwd, _packed_row_bwd)
+_packed_row = with_reverse_rule(_packed_row_primal, _packed_row_fwd, _packed_row_bwd, (0,))
 
 
 def _mix(q, k, v, seen, *, scale, cap):

@@ -34,7 +34,8 @@ class Compute:
       remat: what the backward pass recomputes: "none", "full" (whole layers), "dots" (all but
         matrix products), "attention" (all but attention outputs).
       dtype: dtype of the computation; None is the parameters' own.
-      attention: implementation of a decoder's attention: "auto", "blocked" or "cudnn".
+      attention: implementation of a decoder's attention, as in `attention`: "auto", "blocked",
+        "flash" or "cudnn".
       token_block: maximum number of tokens whose logits are computed at a time; None chooses.
       vocab_block: maximum number of columns of the unembedding at a time; None chooses.
     """

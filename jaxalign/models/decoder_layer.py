@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.layers import dense, layer_norm, rms_norm
-from jaxalign.models.products import named
 from jaxalign.models.rope import rope_angles, rotate
 
 Rotations = list[tuple[Array, Array]]
@@ -101,7 +100,6 @@ def attention_branch(
         mixed = jax.lax.cond(is_windowed, narrow, attend, q, k, v)
     else:
         mixed = attend(q, k, v)
-    mixed = named(mixed, "attention_output")
     mixed = mixed.reshape(*x.shape[:2], -1)
     return dense(mixed, layer["o"]), (k, v)
 

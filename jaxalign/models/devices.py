@@ -29,7 +29,7 @@ _BFLOAT16_UNITS: contextvars.ContextVar[bool | None] = contextvars.ContextVar(
 )
 
 
-_SHARDINGS: contextvars.ContextVar[tuple[NamedSharding, NamedSharding] | None] = (
+_SHARDINGS: contextvars.ContextVar[tuple[NamedSharding, NamedSharding, NamedSharding] | None] = (
     contextvars.ContextVar("shardings", default=None)
 )
 
@@ -100,14 +100,17 @@ def compiling_for(platform: str, devices: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def splitting_states(states: NamedSharding, tables: NamedSharding) -> Iterator[None]:
+def splitting_states(
+    states: NamedSharding, tables: NamedSharding, heads: NamedSharding
+) -> Iterator[None]:
     """Programs traced inside shard a batch's states as `states` says.
 
     Args:
       states: sharding of the first two axes of states [rows, length, ...].
       tables: sharding of an embedding [ids, width] while rows are looked up in it.
+      heads: sharding of queries, keys and values [rows, length, heads, head_width].
     """
-    token = _SHARDINGS.set((states, tables))
+    token = _SHARDINGS.set((states, tables, heads))
     try:
         yield
     finally:
@@ -133,19 +136,25 @@ def as_table(x: jax.Array) -> jax.Array:
 def splits_length() -> bool:
     """Whether several devices share the positions of a row."""
     shardings = _SHARDINGS.get()
-    return shardings is not None and _parts(shardings[0], 1) > 1
+    return shardings is not None and parts(shardings[0], 1) > 1
+
+
+def head_sharding() -> NamedSharding | None:
+    """How queries, keys and values [rows, length, heads, head_width] are sharded; None: unknown."""
+    shardings = _SHARDINGS.get()
+    return None if shardings is None else shardings[2]
 
 
 def whole_length(x: jax.Array) -> jax.Array:
     """[rows, length, ...] with all positions of a row on each device that has any of them."""
     shardings = _SHARDINGS.get()
-    if shardings is None or not splits_length() or x.shape[0] % _parts(shardings[0], 0):
+    if shardings is None or not splits_length() or x.shape[0] % parts(shardings[0], 0):
         return x
     spec = P(shardings[0].spec[0], None, *[P.UNCONSTRAINED] * (x.ndim - 2))
     return jax.lax.with_sharding_constraint(x, NamedSharding(shardings[0].mesh, spec))
 
 
-def _parts(sharding: NamedSharding, axis: int) -> int:
+def parts(sharding: NamedSharding, axis: int) -> int:
     """How many pieces an axis is cut into."""
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = (names,) if isinstance(names, str) else names or ()
@@ -154,10 +163,10 @@ def _parts(sharding: NamedSharding, axis: int) -> int:
 
 def _constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The array with this sharding; an axis that does not divide stays whole."""
-    if x.shape[0] % _parts(sharding, 0):
+    if x.shape[0] % parts(sharding, 0):
         return x
     axes = [
-        name if x.shape[axis] % _parts(sharding, axis) == 0 else None
+        name if x.shape[axis] % parts(sharding, axis) == 0 else None
         for axis, name in enumerate(sharding.spec)
     ]
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, P(*axes)))

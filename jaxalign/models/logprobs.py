@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.models import devices
+from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
     by_pairs,
@@ -38,10 +39,12 @@ class TokenStatistics:
     Attributes:
       log_prob: log-prob of the target token.
       entropy: of the distribution over the vocabulary.
+      collision: log-probability that two draws from it agree; None: not computed.
     """
 
     log_prob: Float[Array, " tokens"]
     entropy: Float[Array, " tokens"]
+    collision: Float[Array, " tokens"] | None
 
 
 @record
@@ -329,7 +332,8 @@ def _accumulate(state, z: Array, value: Array | None = None):
     Without a value it is z - maximum.
     """
     top, total, weighted = state
-    new = jnp.maximum(top, jnp.max(z, axis=1))
+    # The maximum only scales; the sums do not depend on it, so it counts as a constant.
+    new = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(z, axis=1)))
     shrink, weights = jnp.exp(top - new), jnp.exp(z - new[:, None])
     if value is None:
         value, weighted = z - new[:, None], weighted + (top - new) * total
@@ -343,34 +347,41 @@ def _nothing_yet(blocks: Array):
     return jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros(shape)
 
 
-def _statistics_forward(plan, hidden, kernel, bias, targets):
+def _statistics_forward(plan, collision, hidden, kernel, bias, targets):
     hiddens, target_blocks = plan.split(hidden), plan.split(targets)
 
     def vocabulary_step(state, first):
         block, bias_block = _columns(plan, kernel, bias, first, hidden.dtype)
 
         def token_step(_, inputs):
-            x, target, sums, found = inputs
+            x, target, sums, found, squares = inputs
             z = _logits(plan, x, block, bias_block, first)
-            return None, (_accumulate(sums, z), found + _at_targets(plan, z, target, first))
+            squares = _accumulate(squares, 2 * z) if collision else None
+            found = found + _at_targets(plan, z, target, first)
+            return None, (_accumulate(sums, z), found, squares)
 
         _, state = jax.lax.scan(token_step, None, (hiddens, target_blocks, *state))
         return state, None
 
-    state = _nothing_yet(hiddens), jnp.zeros(target_blocks.shape)
-    (sums, found), _ = jax.lax.scan(vocabulary_step, state, plan.first_columns())
+    squares = _nothing_yet(hiddens) if collision else None
+    state = _nothing_yet(hiddens), jnp.zeros(target_blocks.shape), squares
+    (sums, found, squares), _ = jax.lax.scan(vocabulary_step, state, plan.first_columns())
     top, total, weighted = (plan.join(x) for x in sums)
     log_total = jnp.log(total)
     log_sum = top + log_total
-    return plan.join(found) - log_sum, log_total - weighted / total, log_sum
+    agree = None
+    if squares is not None:
+        agree = plan.join(squares[0]) + jnp.log(plan.join(squares[1])) - 2 * log_sum
+    return (plan.join(found) - log_sum, log_total - weighted / total, agree), log_sum
 
 
-def _statistics_fwd(plan, entropy_gradient, hidden, kernel, bias, targets, probe):
-    log_prob, entropy, log_sum = _statistics_forward(plan, hidden, kernel, bias, targets)
-    return (log_prob, entropy), (hidden, kernel, bias, targets, log_sum, entropy, probe)
+def _statistics_fwd(plan, entropy_gradient, collision, hidden, kernel, bias, targets, probe):
+    out, log_sum = _statistics_forward(plan, collision, hidden, kernel, bias, targets)
+    return out, (hidden, kernel, bias, targets, log_sum, out[1], probe)
 
 
-def _statistics_bwd(plan, entropy_gradient, saved, cotangents):
+def _statistics_bwd(plan, entropy_gradient, collision, saved, cotangents):
+    del collision
     hidden, kernel, bias, targets, log_sum, entropy, probe = saved
     rows = {"target": targets, "log_sum": log_sum, "by_log_prob": cotangents[0]}
     if entropy_gradient:
@@ -398,12 +409,11 @@ def _statistics_bwd(plan, entropy_gradient, saved, cotangents):
     return *of_inputs, None, d_probe
 
 
-def _statistics_primal(plan, entropy_gradient, hidden, kernel, bias, targets, probe):
-    return _statistics_forward(plan, hidden, kernel, bias, targets)[:2]
+def _statistics_primal(plan, entropy_gradient, collision, hidden, kernel, bias, targets, probe):
+    return _statistics_forward(plan, collision, hidden, kernel, bias, targets)[0]
 
 
-_statistics: Any = jax.custom_vjp(_statistics_primal, nondiff_argnums=(0, 1))
-_statistics.defvjp(_statistics_fwd, _statistics_bwd)
+_statistics = with_reverse_rule(_statistics_primal, _statistics_fwd, _statistics_bwd, (0, 1, 2))
 
 
 def token_log_probs(
@@ -415,6 +425,7 @@ def token_log_probs(
     softcap: float | None = None,
     scale: float | None = None,
     entropy_gradient: bool = False,
+    collision: bool = False,
     token_block: int | None = None,
     vocab_block: int | None = None,
     probe: UnembeddingProbe | None = None,
@@ -422,7 +433,7 @@ def token_log_probs(
     r"""Log-prob of each target token and entropy of its distribution, without the logits' array.
 
     .. math:: \log p_{t} = z_{t} - \log \sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad
-              z = c \tanh(s (h W + b) / c)
+              C = \log \sum_v p_v^2, \quad z = c \tanh(s (h W + b) / c)
 
     The log-sum-exp runs over blocks of the vocabulary; the backward pass forms each block's logits
     once more. Products are accumulated in float32 whatever the dtype of `hidden`.
@@ -435,22 +446,27 @@ def token_log_probs(
       softcap: c, or None for none.
       scale: s, or None for 1.
       entropy_gradient: whether gradients flow through the entropy; else it is a constant.
+      collision: whether to compute C, through which no gradient flows.
       token_block: maximum number of tokens in a block; None chooses.
       vocab_block: maximum number of columns in a block; None chooses.
       probe: watches the unembedding's gradients; tokens are then those of 2 pairs rows of the
         same length, chosen and rejected in turn.
 
     Returns:
-      Float32 log-probs and entropies, [tokens]; uniform logits give -log(vocabulary).
+      Float32 log-probs, entropies and C or None, [tokens]; uniform logits give -log(vocabulary),
+      its negative and the same again.
 
     Raises:
       ValueError: if a block size is not positive.
     """
     plan = _plan(hidden.shape[0], kernel.shape[1], token_block, vocab_block, softcap, scale)
-    log_prob, entropy = _statistics(plan, entropy_gradient, hidden, kernel, bias, targets, probe)
+    log_prob, entropy, agree = _statistics(
+        plan, entropy_gradient, collision, hidden, kernel, bias, targets, probe
+    )
     if not entropy_gradient:
         entropy = jax.lax.stop_gradient(entropy)
-    return TokenStatistics(log_prob=log_prob, entropy=entropy)
+    agree = None if agree is None else jax.lax.stop_gradient(agree)
+    return TokenStatistics(log_prob=log_prob, entropy=entropy, collision=agree)
 
 
 def _divergence_fwd(plan, reverse, policy, reference):

@@ -13,7 +13,6 @@ benchmarks.step_parts` measures these forms; `tests/models/test_products.py` fin
 compiled program.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxalign.models import devices
+from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import multiply, precision
 
 SAVED = "product"
@@ -38,8 +38,7 @@ def named(x: Array, name: str) -> Array:
     return _as_integers(name, x) if _on_cpu(x.dtype) else checkpoint_name(x, name)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _as_integers(name: str, x: Array) -> Array:
+def _same(name: str, x: Array) -> Array:
     return x
 
 
@@ -48,7 +47,7 @@ def _keep(name: str, x: Array) -> tuple[Array, None]:
     return jax.lax.bitcast_convert_type(bits, x.dtype), None
 
 
-_as_integers.defvjp(_keep, lambda name, _, dx: (dx,))
+_as_integers = with_reverse_rule(_same, _keep, lambda name, _, dx: (dx,), (0,))
 
 
 def product(
@@ -136,13 +135,12 @@ def _on_cpu(dtype: Any) -> bool:
     return dtype == jnp.bfloat16 and devices.is_single_cpu()
 
 
-@jax.custom_vjp
-def _bfloat16_product(x: Array, kernel: Array) -> Array:
+def _rounded(x: Array, kernel: Array) -> Array:
     return in_float32(x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _bfloat16_product(x, kernel), (jax.lax.bitcast_convert_type(x, jnp.uint16), kernel)
+    return _rounded(x, kernel), (jax.lax.bitcast_convert_type(x, jnp.uint16), kernel)
 
 
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -151,4 +149,4 @@ def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     return transposed_product(dy, kernel), kernel_gradient(x, dy).astype(kernel.dtype)
 
 
-_bfloat16_product.defvjp(_forward, _backward)
+_bfloat16_product = with_reverse_rule(_rounded, _forward, _backward)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import decoder, devices, encoder_decoder
 from jaxalign.models.compute import Compute
@@ -14,15 +14,19 @@ from jaxalign.models.decoder import Layout, unembedding
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
 from jaxalign.models.sequences import Sequences, sequences_of
 from jaxalign.records import AnyArray, record
-from jaxalign.rows import ResponseRows, SharedPrefixRows
+from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
 
 
 @record
 class ResponseLogProbs:
-    """Log-probs of the response tokens and the policy's entropy there, 0 at padding, in nats."""
+    """Log-probs of the response tokens and the policy's entropy there, 0 at padding, in nats.
+
+    `collision` is the log-probability that two draws of the next token agree; None: not computed.
+    """
 
     log_prob: Float[Array, "batch response"]
     entropy: Float[Array, "batch response"]
+    collision: Float[Array, "batch response"] | None = None
 
 
 def response_log_probs(
@@ -30,6 +34,7 @@ def response_log_probs(
     config: ModelConfig,
     rows: ResponseRows,
     *,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> ResponseLogProbs:
     """Log-probs of the response tokens; the unembedding is applied at response positions alone.
@@ -38,12 +43,15 @@ def response_log_probs(
       params: nested dict of arrays; with adapters if wanted (`lora.with_adapters`).
       config: the architecture.
       rows: prompts and responses, as `PairBatch.rows` returns them.
+      collision: whether to compute the log-probability that two draws of the next token agree.
       compute: precision and memory.
 
     Returns:
       Float32 log-probs and entropies, [batch, response], 0 at padding.
     """
-    return response_log_probs_and_states(params, config, rows, compute=compute)[0]
+    return response_log_probs_and_states(
+        params, config, rows, collision=collision, compute=compute
+    )[0]
 
 
 def response_log_probs_and_states(
@@ -51,6 +59,7 @@ def response_log_probs_and_states(
     config: ModelConfig,
     rows: ResponseRows,
     *,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> tuple[ResponseLogProbs, Float[Array, "batch response width"]]:
     """`response_log_probs`, and the hidden states that predict each token: what a critic reads."""
@@ -66,10 +75,15 @@ def response_log_probs_and_states(
             scale=config.logit_scale,
             token_block=compute.token_block,
             vocab_block=compute.vocab_block,
+            collision=collision,
             probe=_unembedding_probe(params, config, rows),
         )
-    log_prob, entropy = (_masked(x, rows) for x in (out.log_prob, out.entropy))
-    return ResponseLogProbs(log_prob=log_prob, entropy=entropy), _by_response(hidden, rows)
+    log_probs = ResponseLogProbs(
+        log_prob=_masked(out.log_prob, rows),
+        entropy=_masked(out.entropy, rows),
+        collision=None if out.collision is None else _masked(out.collision, rows),
+    )
+    return log_probs, _by_response(hidden, rows)
 
 
 def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "batch response"]:
@@ -81,20 +95,37 @@ def _masked(x: Float[Array, " tokens"], rows: ResponseRows) -> Float[Array, "bat
 def _by_response(
     x: Float[Array, "tokens ..."], rows: ResponseRows
 ) -> Float[Array, "batch response ..."]:
-    """Values of the scored tokens, where each response has its own; anything at padding.
-
-    NaN for a pair whose packed row is not there.
-    """
-    shape, packed = rows.response_tokens.shape, rows.packed
-    if packed is None:
+    """Values of the scored tokens, where each response has its own; anything at padding."""
+    shape = rows.response_tokens.shape
+    if rows.packed is None:
         return x.reshape(*shape, *x.shape[1:])
-    scored = packed.scored_tokens.shape[1]
-    is_row = packed.row_number[None] == packed.row[:, None]
-    start = jnp.argmax(is_row, axis=1)[:, None] * scored + packed.scored_start
-    at = start.reshape(-1, 1) + jnp.arange(shape[1])[None]
+    return from_packed(x, rows.packed, shape[1])
+
+
+def from_packed(
+    x: Float[Array, "tokens ..."], packed: PackedRows, size: int
+) -> Float[Array, "batch response ..."]:
+    """Values of the scored tokens of packed rows, response by response; anything at padding.
+
+    NaN for an example whose packed row is not there.
+
+    Args:
+      x: a value for each scored token of all packed rows.
+      packed: the rows.
+      size: tokens of a response.
+    """
+    row, found = _row_of(packed)
+    start = row * packed.scored_tokens.shape[1] + packed.scored_start.reshape(-1)
+    at = start[:, None] + jnp.arange(size)[None]
     values = x[jnp.minimum(at, x.shape[0] - 1)]
-    found = jnp.repeat(is_row.any(1), 2).reshape(-1, *[1] * (values.ndim - 1))
-    return jnp.where(found, values, jnp.nan)
+    return jnp.where(found.reshape(-1, *[1] * (values.ndim - 1)), values, jnp.nan)
+
+
+def _row_of(packed: PackedRows) -> tuple[Int[Array, " responses"], Bool[Array, " responses"]]:
+    """Which of the packed rows holds each response, and whether one does."""
+    is_row = packed.row_number[None] == packed.row[:, None]
+    sides = packed.scored_start.shape[1]
+    return jnp.repeat(jnp.argmax(is_row, axis=1), sides), jnp.repeat(is_row.any(1), sides)
 
 
 def _scored_states(
@@ -105,20 +136,65 @@ def _scored_states(
     if packed is None:
         hidden = response_states(params, config, rows, compute=compute)
         return hidden.reshape(-1, hidden.shape[-1]), rows.response_tokens.reshape(-1)
+    hidden = _packed_states(params, config, rows, compute=compute)
+    states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
+    states = devices.by_rows(states)
+    return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
+
+
+def _packed_states(
+    params: Mapping[str, Any], config: ModelConfig, rows: ResponseRows, *, compute: Compute
+) -> Float[Array, "packed length width"]:
+    """The hidden states of packed rows."""
     if not isinstance(config, DecoderConfig):
-        raise ValueError(f"config: {config.family} is no decoder; its pairs cannot be packed")
-    segment = packed.segment_ids
-    layout = Layout(
+        raise ValueError(f"config: {config.family} is no decoder; its rows cannot be packed")
+    packed = rows.packed
+    assert packed is not None
+    layout = packed_layout(packed, rows.tokens.shape[1])
+    return decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
+
+
+def packed_layout(packed: PackedRows, longest: int) -> Layout:
+    """Which tokens of packed rows see each other; no prompt with a response is longer."""
+    segment, (examples, sides) = packed.segment_ids, packed.last.shape
+    return Layout(
         positions=packed.positions,
         segment_ids=segment,
         prefix_ids=jnp.where(segment > 0, (segment - 1) // 3 * 3 + 1, 0),
         reach=packed.reach,
-        sequences=_sequences(segment, len(rows.response_tokens) // 2, rows.tokens.shape[1]),
+        sequences=_sequences(segment, examples, sides, longest),
     )
-    hidden = decoder.hidden_states(params, config, packed.tokens, layout, compute=compute)
-    states = jnp.take_along_axis(hidden, packed.scored_positions[:, :, None], axis=1)
-    states = devices.by_rows(states)
-    return states.reshape(-1, states.shape[-1]), packed.scored_tokens.reshape(-1)
+
+
+def last_states(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    rows: ResponseRows,
+    *,
+    compute: Compute = Compute(),
+) -> Float[Array, "batch width"]:
+    """The last hidden state of each row, at its last real token.
+
+    Args:
+      params: as in `response_log_probs`.
+      config: as in `response_log_probs`.
+      rows: as in `response_log_probs`.
+      compute: as in `response_log_probs`.
+    """
+    packed = rows.packed
+    if packed is None:
+        lengths = rows.prompt_length + rows.response_length
+        ended = ResponseRows(
+            tokens=rows.tokens,
+            prompt_length=lengths,
+            response_tokens=jnp.zeros_like(rows.tokens[:, :1]),  # one state a row, after it
+            response_length=jnp.ones_like(lengths),
+            shared_prefix=rows.shared_prefix,
+        )
+        return response_states(params, config, ended, compute=compute)[:, 0]
+    hidden = _packed_states(params, config, rows, compute=compute)
+    row, found = _row_of(packed)
+    return jnp.where(found[:, None], hidden[row, packed.last.reshape(-1)], jnp.nan)
 
 
 @record
@@ -131,6 +207,8 @@ class ResponseComparison:
     """Of the policy's next-token distribution, in nats; no gradient flows through it."""
     kl: Float[Array, "batch response"]
     """Divergence of the two next-token distributions, in nats."""
+    collision: Float[Array, "batch response"] | None = None
+    """Log-probability that two draws of the policy's next token agree; None: not computed."""
 
 
 def compare_responses(
@@ -140,6 +218,7 @@ def compare_responses(
     rows: ResponseRows,
     *,
     reverse: bool = False,
+    collision: bool = False,
     compute: Compute = Compute(),
 ) -> ResponseComparison:
     """Log-probs under policy and reference and their exact divergence, from one pass of each.
@@ -150,6 +229,7 @@ def compare_responses(
       config: the architecture of both.
       rows: as in `response_log_probs`.
       reverse: KL(reference || policy) instead of KL(policy || reference).
+      collision: as in `response_log_probs`, of the policy.
       compute: as in `response_log_probs`.
 
     Returns:
@@ -166,7 +246,7 @@ def compare_responses(
     kernel, bias = unembedding(params, config)
     states, _ = _scored_states(reference_params, config, rows, compute=compute)
     of_reference = jax.lax.stop_gradient((states, *unembedding(reference_params, config)))
-    policy = token_log_probs(hidden, kernel, targets, bias=bias, **form)
+    policy = token_log_probs(hidden, kernel, targets, bias=bias, collision=collision, **form)
     reference = token_log_probs(*of_reference[:2], targets, bias=of_reference[2], **form)
     kl = token_kl(
         hidden,
@@ -182,6 +262,7 @@ def compare_responses(
         reference_log_prob=_masked(reference.log_prob, rows),
         entropy=_masked(jax.lax.stop_gradient(policy.entropy), rows),
         kl=_masked(kl, rows),
+        collision=None if policy.collision is None else _masked(policy.collision, rows),
     )
 
 
@@ -254,20 +335,20 @@ def _layout(merged: SharedPrefixRows, length: int) -> Layout:
         positions=jnp.minimum(position, length - 1),
         segment_ids=segment,
         prefix_ids=jnp.ones_like(segment),
-        sequences=_sequences(segment, len(segment), length),
+        sequences=_sequences(segment, len(segment), 2, length),
     )
 
 
 def _sequences(
-    segment: Int[Array, "rows length"], pairs: int, longest: int
+    segment: Int[Array, "rows length"], examples: int, sides: int, longest: int
 ) -> Sequences | None:
-    """The sequences of all pairs, which a GPU's fused attention takes apart; None elsewhere.
+    """The sequences of all examples, which a GPU's fused attention takes apart; None elsewhere.
 
-    Each row has as many pairs, or fewer.
+    Each row has an equal part of the examples, or fewer.
     """
     if devices.platform() != "gpu":
         return None
-    return sequences_of(segment, pairs // len(segment), longest)
+    return sequences_of(segment, examples // len(segment), sides, longest)
 
 
 def _merged_positions(

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.module import Model
-from jaxalign.models.responses import response_states
-from jaxalign.rows import ResponseRows, SharedPrefixRows
+from jaxalign.models.responses import last_states
+from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
 
 SCORE = "score"
 """Name of the head among a model's parameters."""
@@ -54,6 +54,7 @@ def rewards(
     lengths: Int[Array, " rows"],
     *,
     shared_prefix: SharedPrefixRows | None = None,
+    packed: PackedRows | None = None,
     compute: Compute = Compute(),
 ) -> Float[Array, " rows"]:
     r"""The scalar that a model with a head gives each row of prompt and response.
@@ -66,6 +67,7 @@ def rewards(
       tokens: prompt, then response, padded on the right.
       lengths: real tokens of each row, at least 1.
       shared_prefix: as in `ResponseRows`.
+      packed: as in `ResponseRows`.
       compute: precision and memory up to the head, which is computed in float32.
 
     Returns:
@@ -74,11 +76,12 @@ def rewards(
     rows = ResponseRows(
         tokens=tokens,
         prompt_length=lengths,
-        response_tokens=jnp.zeros_like(tokens[:, :1]),  # one state a row, at its last token
-        response_length=jnp.ones_like(lengths),
+        response_tokens=tokens[:, :0],
+        response_length=jnp.zeros_like(lengths),
         shared_prefix=shared_prefix,
+        packed=packed,
     )
-    last = response_states(params, config, rows, compute=compute)[:, 0]
+    last = last_states(params, config, rows, compute=compute)
     kernel = params[SCORE]["kernel"][:, 0].astype(jnp.float32)
     with jax.named_scope("score"):
         return jnp.matmul(last.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)

@@ -1,9 +1,10 @@
 """Packed rows taken apart into plain ones, for attention kernels that know causality alone.
 
-A packed row holds pairs: a common prefix, the rest of the chosen sequence, the rest of the rejected
-one. Only attention has to know it. So queries, keys and values of each sequence, prefix and rest,
-are gathered into a row of their own, the fused kernel mixes them, and each token takes its result
-back. What a prefix receives from both of its sequences adds up in the gradient.
+A packed row holds pairs (a common prefix, the rest of the chosen sequence, the rest of the rejected
+one) or single responses with their prompts. Only attention has to know it. So queries, keys and
+values of each sequence, prefix and rest, are gathered into a row of their own, the fused kernel
+mixes them, and each token takes its result back. What a prefix receives from both of its sequences
+adds up in the gradient.
 """
 
 from collections.abc import Callable
@@ -33,39 +34,37 @@ class Sequences:
 
 
 def sequences_of(
-    segment_ids: Int[Array, "rows length"], pairs: int, longest: int
+    segment_ids: Int[Array, "rows length"], examples: int, sides: int, longest: int
 ) -> Sequences:
     """The sequences of packed rows.
 
     Args:
-      segment_ids: 3 i + 1, 3 i + 2 and 3 i + 3 for the parts of a row's pair i, in this order; 0 is
-        padding.
-      pairs: the largest number of pairs in a row.
+      segment_ids: 3 i + 1, 3 i + 2 and 3 i + 3 for the parts of a row's pair i, in this order, or
+        3 i + 2 for its single response i; 0 is padding.
+      examples: the largest number of pairs, or of single responses, in a row.
+      sides: 2 for pairs, 1 for single responses.
       longest: at least the number of tokens of any sequence; what lies beyond is left out.
     """
     rows, length = segment_ids.shape
-    own = segment_ids[:, :, None] == jnp.arange(1, PARTS * pairs + 1)[None, None]
+    own = segment_ids[:, :, None] == jnp.arange(1, PARTS * examples + 1)[None, None]
     count = jnp.sum(own, axis=1, dtype=jnp.int32)
-    start = (jnp.cumsum(count, axis=1) - count).reshape(rows, pairs, PARTS)
-    common = count.reshape(rows, pairs, PARTS)[..., :1]
+    start = (jnp.cumsum(count, axis=1) - count).reshape(rows, examples, PARTS)
+    common = count.reshape(rows, examples, PARTS)[..., :1]
 
     index = jnp.arange(longest)[None, None, None]
-    of_rest = start[..., 1:, None] + index - common[..., None]
+    of_rest = start[..., 1 : 1 + sides, None] + index - common[..., None]
     places = jnp.where(index < common[..., None], start[..., :1, None] + index, of_rest)
-    places = jnp.clip(places, 0, length - 1).reshape(rows, 2 * pairs, longest)
+    places = jnp.clip(places, 0, length - 1).reshape(rows, sides * examples, longest)
 
     part = jnp.maximum(segment_ids - 1, 0)
-    pair, part = part // PARTS, part % PARTS
-
-    def of_token(x: Array) -> Array:
-        return jnp.take_along_axis(x.reshape(rows, -1), pair, axis=1)
-
-    first = jnp.take_along_axis(start.reshape(rows, -1), PARTS * pair + part, axis=1)
-    at = jnp.arange(length)[None] - first + jnp.where(part > 0, of_token(common), 0)
-    chosen = (2 * pair + (part == PARTS - 1)) * longest + at
+    example, part = part // PARTS, part % PARTS
+    before = jnp.take_along_axis(common.reshape(rows, -1), example, axis=1)
+    first = jnp.take_along_axis(start.reshape(rows, -1), PARTS * example + part, axis=1)
+    at = jnp.arange(length)[None] - first + jnp.where(part > 0, before, 0)
+    slot = (sides * example + (part == PARTS - 1)) * longest + at
     real = (segment_ids > 0) & (at < longest)
     slots = jnp.stack(
-        [jnp.where(real, chosen, -1), jnp.where(real & (part == 0), chosen + longest, -1)], axis=-1
+        [jnp.where(real, slot, -1), jnp.where(real & (part == 0), slot + longest, -1)], axis=-1
     )
     return Sequences(places=places, slots=slots)
 
@@ -117,8 +116,8 @@ def _apart_fwd(x, sequences):
 
 
 def _apart_bwd(sequences, dy):
-    both = [_take(dy, sequences.slots[..., n]).astype(jnp.float32) for n in (0, 1)]
-    return sum(both).astype(dy.dtype), None
+    first, second = (_take(dy, sequences.slots[..., n]).astype(jnp.float32) for n in (0, 1))
+    return (first + second).astype(dy.dtype), None
 
 
 _apart.defvjp(_apart_fwd, _apart_bwd)

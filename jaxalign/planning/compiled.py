@@ -29,9 +29,11 @@ def lasting_memory(state: TrainState, frozen: Structs, batch: Structs) -> dict[s
       frozen: placed shapes of what the step reads and never changes.
       batch: placed shapes.
     """
+    moving = {} if state.reference is None else {"reference": bytes_on_device(state.reference)}
     return {
         "parameters": bytes_on_device(state.params),
         "optimizer": bytes_on_device(state.opt_state),
+        **moving,
         "frozen": bytes_on_device(frozen),
         "batch": bytes_on_device(batch),
     }
@@ -61,15 +63,23 @@ def step_memory(
 
 def program_memory(program: jax.stages.Wrapped, mesh: Mesh, *arguments: Any) -> dict[str, int]:
     """The same as `step_memory` for any program."""
-    try:
-        with compiling_for(mesh.devices.flat[0].platform, mesh.size):
-            compiled = program.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TooLargeError(str(error).splitlines()[0]) from None
-    used: Any = compiled.memory_analysis()
+    with compiling_for(mesh.devices.flat[0].platform, mesh.size):
+        used: Any = compiled_for(program, *arguments).memory_analysis()
     return {
         "temporaries": used.temp_size_in_bytes,
         "program": used.generated_code_size_in_bytes,
     }
+
+
+def compiled_for(program: jax.stages.Wrapped, *arguments: Any) -> jax.stages.Compiled:
+    """A program compiled for the devices of its arguments.
+
+    Raises:
+      TooLargeError: it does not fit.
+    """
+    try:
+        return program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLargeError(str(error).splitlines()[0]) from None

@@ -29,6 +29,7 @@ class Work:
       memory_bytes: lower bound: the weights of every pass, and the update of parameters and
         moments.
       links: lower bound of bytes received over links, by kind of collective.
+      network: lower bound of bytes received over the network between slices: sums of gradients.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Work:
     flops: float
     memory_bytes: float
     links: dict[str, float]
+    network: float = 0.0
 
     @property
     def link_bytes(self) -> float:
@@ -55,6 +57,7 @@ def work(
     remat: str,
     dtype: Any,
     micro_batches: int = 1,
+    slices: int = 1,
 ) -> Work:
     r"""FLOPs and bytes of a step on each of the devices of a mesh.
 
@@ -74,6 +77,7 @@ def work(
       remat: what is recomputed: none, full (one more forward pass) or dots (attention).
       dtype: of the computation.
       micro_batches: number of parts of the batch, each of which reads all weights.
+      slices: number of slices, over which only replicas are spread: data is a multiple of it.
     """
     again = 2 * (remat == "full")
     attention_again = 2 * (remat in ("full", "dots"))
@@ -91,7 +95,8 @@ def work(
     moved = sum(x.size for x in jax.tree.leaves(trained))
     split = 1 if adapters else tensor * mesh.shape["fsdp"] * mesh.shape["sequence"]
     links = _gathered(params, passes, mesh, size * micro_batches)
-    links |= _reduced(moved, mesh, size * micro_batches, adapters=adapters)
+    reduced, network = _reduced(moved, mesh, size * micro_batches, adapters=adapters, slices=slices)
+    links |= reduced
     links |= _states(model_config, passes, mesh, size, again=bool(again))
     return Work(
         tokens=sum(each.tokens for each in learned),
@@ -99,6 +104,7 @@ def work(
         flops=(useful + extra) / mesh.size,
         memory_bytes=read + 2 * (4 * moved + moments) / split,
         links={kind: amount for kind, amount in links.items() if amount},
+        network=network,
     )
 
 
@@ -144,16 +150,19 @@ def _gathered(params: Params, passes: Sequence[Rows], mesh: Mesh, size: int) -> 
     return {"all-gather of weights": _missing(parts) * needed / mesh.shape["tensor"] * size}
 
 
-def _reduced(moved: int, mesh: Mesh, size: int, *, adapters: bool) -> dict[str, float]:
-    """Gradients: scattered over shards of parameters, summed over replicas."""
-    copies, parts = mesh.shape["data"], mesh.shape["fsdp"] * mesh.shape["sequence"]
+def _reduced(
+    moved: int, mesh: Mesh, size: int, *, adapters: bool, slices: int
+) -> tuple[dict[str, float], float]:
+    """Gradients: scattered over shards of parameters, summed over replicas, then over slices."""
+    copies, parts = mesh.shape["data"] // slices, mesh.shape["fsdp"] * mesh.shape["sequence"]
     if adapters:  # small, replicated
         copies, parts = copies * parts, 1
     own = moved / (1 if adapters else mesh.shape["tensor"]) * size
-    return {
+    links = {
         "reduce-scatter of gradients": _missing(parts) * own,
         "all-reduce of gradients": 2 * _missing(copies) * own / parts,
     }
+    return links, 2 * _missing(slices) * own / parts / copies
 
 
 def _states(
@@ -192,7 +201,9 @@ def bound(work: Work, rates: dict[str, float | None]) -> dict[str, float]:
 
     Args:
       work: of one device.
-      rates: "compute" in FLOP/s, "memory" and "links" in bytes per second; None: unknown.
+      rates: "compute" in FLOP/s, "memory", "links" and "network" in bytes per second; None:
+        unknown.
     """
     amounts = {"compute": work.flops, "memory": work.memory_bytes, "links": work.link_bytes}
+    amounts |= {"network": work.network}
     return {name: amounts[name] / rate for name, rate in rates.items() if rate}

@@ -38,7 +38,26 @@ def page(planned: UncompiledPlan, topology: str, plan: Plan) -> str:
         ]
     if planned.stage.sampling is not None:
         lines.append("  without the time of sampling and of the annotator")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_attention(planned)])
+
+
+def _attention(planned: UncompiledPlan) -> list[str]:
+    """Memory and traffic of one layer's attention."""
+    costs = planned.attention_costs()
+    if not costs:
+        return []
+    unit, name = _unit(max(cost.traffic for cost in costs))
+    lines = [
+        f"  {cost.implementation:<10} {cost.temporaries / unit:9.3f} of temporaries, "
+        f"{cost.traffic / unit:9.3f} read and written"
+        for cost in costs
+    ]
+    rows = f"rows of {planned.passes[0].length:,} tokens"
+    return [
+        "",
+        f"attention of one layer on each chip, forward and backward, {rows}, {name}",
+        *lines,
+    ]
 
 
 def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Iterator[str]:
@@ -84,6 +103,7 @@ def _batch(planned: UncompiledPlan) -> str:
 NAMES = {
     "parameters": "parameters trained",
     "optimizer": "optimiser",
+    "reference": "reference, which moves",
     "frozen": "parameters frozen",
     "temporaries": "temporaries (gradients, activations)",
 }
@@ -110,6 +130,7 @@ def _memory(plan: Plan) -> list[str]:
 def _work(plan: Plan) -> list[str]:
     """FLOPs and traffic of a chip."""
     doing, links = plan.work, plan.work["links"]
+    network = doing.get("network", 0.0)
     flops, letter = (1e12, "T") if doing["flops"] >= 1e11 else (1e9, "G")
     unit, name = _unit(max(doing["memory_bytes"], sum(links.values())))
     return [
@@ -120,6 +141,7 @@ def _work(plan: Plan) -> list[str]:
         "least",
         f"  {sum(links.values()) / unit:,.3f} {name} in over links, at least",
         *(f"    {size / unit:12,.3f} {kind}" for kind, size in links.items()),
+        *([f"  {network / unit:,.3f} {name} in over the network between slices"] * bool(network)),
     ]
 
 

@@ -9,16 +9,17 @@ from jax.sharding import Mesh
 
 from jaxalign.config import TrainConfig
 from jaxalign.errors import UserError
+from jaxalign.planning.attention import AttentionCost, attention_costs
 from jaxalign.planning.compiled import TooLargeError, lasting_memory, program_memory, step_memory
 from jaxalign.planning.cost_model import Work, bound, work
-from jaxalign.planning.topologies import Chip, slice_devices
+from jaxalign.planning.topologies import Chip, slice_devices, slices_of
 from jaxalign.sharding import make_mesh
 from jaxalign.sharding.structs import Structs, bytes_on_device, placed_batch, placed_parameters
 from jaxalign.stages import Kind, kind_of
 from jaxalign.stages.models import model_of
 from jaxalign.stages.rematerialisation import choose_remat
 from jaxalign.stages.shapes import Shapes, shapes_of
-from jaxalign.training.stage import Stage, Step
+from jaxalign.training.stage import Rows, Stage, Step
 from jaxalign.training.step import TrainState
 
 
@@ -44,7 +45,7 @@ class Plan:
     work: dict[str, Any]
     """Fields of `Work`."""
     seconds: dict[str, float]
-    """Lower bounds of a step's seconds, by what limits it: compute, memory, links."""
+    """Lower bounds of a step's seconds, by what limits it: compute, memory, links, network."""
     compile_seconds: float
 
     @property
@@ -90,23 +91,38 @@ class UncompiledPlan:
     """Shapes of the policies that sample between updates, placed on their mesh; None: no
     sampling."""
     lasting: dict[str, int]
+    passes: list[Rows]
+    """What a step runs through the network."""
     work: Work
 
     @property
     def step(self) -> Step:
-        """The step to compile: the probed step if there is one, since it is larger."""
-        return self.stage.probed_step or self.stage.step
+        """The step to compile: the largest, with a ledger or with probes if there is one."""
+        return self.stage.ledger_step or self.stage.probed_step or self.stage.step
 
     @property
     def seconds(self) -> dict[str, float]:
         """As in `Plan`."""
         rates = {"compute": self.chip.flops, "memory": self.chip.bandwidth, "links": self.chip.link}
+        if slices_of(self.mesh.devices.flat) > 1:
+            rates["network"] = self.chip.network
         return bound(self.work, rates)
 
     @property
     def too_large(self) -> bool:
         """Whether the memory between steps already exceeds a chip's."""
         return self.chip.memory is not None and sum(self.lasting.values()) > self.chip.memory
+
+    def attention_costs(self) -> list[AttentionCost]:
+        """Compile one layer's attention in each of its implementations."""
+        policy = self.stage.objective.policy
+        return attention_costs(
+            policy.config,
+            self.passes[0],
+            self.mesh,
+            dtype=policy.dtype,
+            micro_batches=self.stage.micro_batches,
+        )
 
     def plan(self) -> Plan:
         """Compile it."""
@@ -170,7 +186,12 @@ def draft(
     kind = kind_of(config, name)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     settings, model_config, platform = kind.settings(config), model_of(config), devices[0].platform
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, slices = mesh.shape["data"] * mesh.shape["fsdp"], slices_of(devices)
+    if mesh.shape["data"] % slices:
+        raise UserError(
+            f"mesh.data: {mesh.shape['data']} is not a multiple of {slices}, the number of slices, "
+            "each of which needs parameters of its own"
+        )
     if (settings.batch_size // settings.micro_batches) % rows:
         raise UserError(
             f"{kind.name}.batch_size: {settings.batch_size} in {settings.micro_batches} "
@@ -206,6 +227,7 @@ def draft(
         batch=batch,
         sampler=sampler,
         lasting=lasting,
+        passes=passes,
         work=work(
             policy.config,
             shapes.params,
@@ -217,6 +239,7 @@ def draft(
             remat=policy.remat,
             dtype=policy.dtype,
             micro_batches=stage.micro_batches,
+            slices=slices,
         ),
     )
 

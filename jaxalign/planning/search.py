@@ -8,7 +8,7 @@ from typing import Any
 from jaxalign.config import MeshConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.planning.plans import Plan, UncompiledPlan, draft, shapes_of_run
-from jaxalign.planning.topologies import slice_devices
+from jaxalign.planning.topologies import slice_devices, slices_of
 from jaxalign.stages import kind_of
 from jaxalign.stages.models import model_of
 
@@ -63,12 +63,15 @@ def sweep(
 
 def candidates(config: TrainConfig, topology: str, name: str) -> Iterator[TrainConfig]:
     """Configs of a sweep: powers of two, with at least one row per chip in each micro-batch."""
-    chips, heads = len(slice_devices(topology)[0]), model_of(config).heads
+    devices, heads = slice_devices(topology)[0], model_of(config).heads
+    chips, slices = len(devices), slices_of(devices)
     settings = kind_of(config, name).settings(config)
     powers = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
     for tensor, fsdp, size in itertools.product(powers, powers, SIZES):
         rows, batch = chips // tensor, size * settings.batch_size
         if tensor > 8 or heads % tensor or rows % fsdp or batch % rows:
+            continue
+        if rows // fsdp % slices:  # each slice has parameters of its own
             continue
         if fsdp < rows // 8:  # skip more than eight replicas of the parameters
             continue
@@ -118,7 +121,8 @@ def remedies(planned: UncompiledPlan) -> Iterator[tuple[str, TrainConfig]]:
     name, shape = stage.name, dict(planned.mesh.shape)
     rows, parts = shape["data"] * shape["fsdp"], stage.micro_batches
     numbers = [parts * two for two in _divisors(stage.batch_size // (parts * rows))[1:]]
-    whole = {"mesh.data": 1, "mesh.fsdp": rows} if shape["data"] > 1 else {}
+    copies = slices_of(planned.mesh.devices.flat)  # at least one in each slice
+    whole = {"mesh.data": copies, "mesh.fsdp": rows // copies} if shape["data"] > copies else {}
     smaller: list[dict[str, Any]] = []
     if stage.objective.policy.remat != "full":
         smaller.append({"remat": "full"})
@@ -126,8 +130,8 @@ def remedies(planned: UncompiledPlan) -> Iterator[tuple[str, TrainConfig]]:
     at = 0 if 2 * sum(planned.lasting.values()) > capacity else len(smaller)
     smaller[at:at] = [whole] if whole else []
     parts = numbers[-1] if numbers else parts
-    if stage.batch_size == parts * rows and rows % 2 == 0 and shape["sequence"] == 1:
-        halved = {"mesh.data": 1, "mesh.fsdp": rows // 2, "mesh.sequence": 2}
+    if stage.batch_size == parts * rows and rows // copies % 2 == 0 and shape["sequence"] == 1:
+        halved = {"mesh.data": copies, "mesh.fsdp": rows // copies // 2, "mesh.sequence": 2}
         smaller.append(halved | {f"{name}.micro_batches": 2 * parts})
     with_lora = _with(planned.config, ["lora", "rank"], RANK)
     if stage.adapter_scale is None and planned.kind.adapters(with_lora) is not None:

@@ -131,8 +131,11 @@ def draw(charts: Sequence[Chart], path: Path, *, size: tuple[float, float] = (4.
         if chart.log_x:
             axis.set_xscale("log")
         if chart.x_names:
-            axis.set_xticks(range(len(chart.x_names)), chart.x_names, fontsize=8)
-            axis.tick_params(axis="x", labelrotation=20 if len(chart.x_names) > 2 else 0)
+            many = len(chart.x_names) > 6
+            slanted: Any = {"ha": "right", "rotation_mode": "anchor"} if many else {}
+            plain: Any = {"fontsize": 8, "parse_math": False}  # a token may be a dollar sign
+            plain["rotation"] = 40 if many else 20 if len(chart.x_names) > 2 else 0
+            axis.set_xticks(range(len(chart.x_names)), chart.x_names, **plain, **slanted)
         if chart.y_range is not None:
             axis.set_ylim(*chart.y_range)
         if any(one.label for one in chart.series):

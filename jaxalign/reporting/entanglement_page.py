@@ -12,6 +12,7 @@ from jaxalign.entanglement.measurements import HeatMap, LossRow, PairRow
 from jaxalign.reporting import heat_map
 from jaxalign.reporting.charts import GREY, Chart, Figure, Series, draw
 from jaxalign.reporting.entanglement import CASES
+from jaxalign.reporting.ledger import StepLedger, step_parts
 from jaxalign.reporting.page import Table
 from jaxalign.reporting.page import write_page as write_parts
 
@@ -38,6 +39,8 @@ class Page:
     heat_maps: Sequence[HeatMap]
     heat_map_parameters: str = "all parameters"
     """The parameters whose gradients the heat maps compare."""
+    ledger: StepLedger | None = None
+    """Where the changes of one update come from; None: not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,10 @@ def write_page(page: Page, folder: Path) -> Path:
         title = f"cosine {row.numbers['cosine']:.3f}, {row.case}"
         path = folder / f"heat_map_{shown.pair}.png"
         heat_map.draw(shown.cosines, shown.chosen, shown.rejected, path, title=title)
+    ledger_parts = [] if page.ledger is None else step_parts(page.ledger)
+    for part in ledger_parts:
+        if isinstance(part, Figure):
+            draw(part.charts, folder / part.image)
     names = [*COLOURS, "in band", "d_w/d_l", "negative"]
     parts = [
         Explanation(),
@@ -118,6 +125,7 @@ def write_page(page: Page, folder: Path) -> Path:
             header=["loss", *names],
             rows=[[row.name, *row.cells(names)] for row in page.losses],
         ),
+        *ledger_parts,
         Pairs(
             title="Pairs",
             note="Choose a pair to read it. The most and the least entangled ones have a heat map "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
-from jaxalign.reporting import entanglement, feedback, online, representation
+from jaxalign.reporting import entanglement, feedback, ledger, online, representation
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
 from jaxalign.reporting.runs import STAGES, Run
@@ -113,6 +113,7 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
                 charts=entanglement.charts(measured), image="entanglement.png", alt="entanglement"
             ),
         ]
+    parts += [part for run in runs if ledger.has_ledger(run) for part in _ledger(run)]
     if losses := _loss_charts(runs):
         parts.append(Figure(title="Loss", charts=losses, image="loss.png", alt="loss by stage"))
     parts += [table for run in runs if (table := _calibration(run)) is not None]
@@ -125,6 +126,32 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
                 parts.append(Text(title=name, lines=lines, bullets=True))
     parts += [_data(run) for run in runs if run.data]
     return parts
+
+
+def _ledger(run: Run) -> list[Part]:
+    """Where the changes of log-probs came from."""
+    header, rows = ledger.table(run)
+    figures = [
+        Figure(
+            charts=charts,
+            image=f"ledger_{pairs_of}_{run.name}.png",
+            alt=f"where the change came from: {name}",
+        )
+        for pairs_of, name in ledger.PAIRS.items()
+        if (charts := ledger.charts(run, pairs_of))
+    ]
+    return [
+        Table(
+            title=f"Where the change came from: {run.name}",
+            note="Changes of log-probs in nats, means over the pairs: to first order from the "
+            "pair's own two gradients, from the other pairs of the batch, and from the optimiser "
+            "(momentum, preconditioning, decay); and the rest, curvature. Tokens count in those "
+            "steps in which they are among the 32 that moved most.",
+            header=header,
+            rows=rows,
+        ),
+        *figures,
+    ]
 
 
 def _facts(run: Run) -> str:

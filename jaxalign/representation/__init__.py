@@ -1,6 +1,6 @@
 """Representation alignment (RAHF): instructions, activity patterns, and fitting a model to them."""
 
-from jaxalign.representation.batches import StimulusBatch, stimulus_batches
+from jaxalign.representation.batches import StimulusBatch, stimulus_batches, stimulus_positions
 from jaxalign.representation.instructions import (
     INSTRUCTIONS,
     Instructions,
@@ -56,6 +56,7 @@ __all__ = [
     "separability",
     "steering",
     "stimulus_batches",
+    "stimulus_positions",
     "summarise",
     "tokenize_stimuli",
 ]

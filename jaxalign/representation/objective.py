@@ -56,10 +56,10 @@ class RepresentationObjective:
         rows = batch.tokens, batch.prompt_length, batch.mask.shape[1]
         params = self.policy.policy_params(trained, frozen["policy"], key)
         with jax.named_scope("policy"):
-            states = self.reader.states(params, *rows)
+            states = self.reader.states(params, *rows, packed=batch.packed)
         base = frozen["policy"]
         with jax.named_scope("base"):
-            base_states = self.reader.states(base, *rows)
+            base_states = self.reader.states(base, *rows, packed=batch.packed)
         with jax.named_scope("patterns"):
             models = {name: frozen[name] or base for name in ("positive", "negative")}
             positive, negative = self.reader.patterns(batch, models)

@@ -13,8 +13,10 @@ from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
 from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import states_at_layers
+from jaxalign.models.responses import from_packed, packed_layout
 from jaxalign.records import AnyArray, record
 from jaxalign.representation.batches import StimulusBatch
+from jaxalign.rows import PackedRows
 
 States = Float[Array, "rows layers positions width"]
 
@@ -42,6 +44,8 @@ class Reader:
         tokens: Int[Array, "rows length"],
         prompt_length: Int[Array, " rows"],
         positions: int,
+        *,
+        packed: PackedRows | None = None,
     ) -> States:
         """Float32 hidden states at the first tokens of each response.
 
@@ -50,16 +54,26 @@ class Reader:
           tokens: prompt and response, padded on the right.
           prompt_length: how many of `tokens` are prompt.
           positions: how many tokens of the response.
+          packed: the same rows packed: the same states with less work.
         """
-        read = prompt_length[:, None] + jnp.arange(positions)[None]
+        layout, read = None, prompt_length[:, None] + jnp.arange(positions)[None]
+        read = jnp.minimum(read, tokens.shape[1] - 1)
+        if packed is not None:  # each scored token is the one after that which predicts it
+            layout, read = packed_layout(packed, tokens.shape[1]), packed.scored_positions + 1
+            tokens = packed.tokens
         states = states_at_layers(
             params,
             self.config,
             tokens,
+            layout,
             layers=self.layers,
-            positions=jnp.minimum(read, tokens.shape[1] - 1),
+            positions=read,
             compute=Compute(remat=self.remat, dtype=self.dtype),
         )
+        if packed is not None:
+            of_tokens = jnp.moveaxis(states, 1, 2)
+            of_tokens = of_tokens.reshape(-1, *of_tokens.shape[2:])
+            states = jnp.moveaxis(from_packed(of_tokens, packed, positions), 2, 1)
         return states.astype(jnp.float32)
 
     def patterns(self, batch: StimulusBatch, models: Mapping[str, Any]) -> tuple[States, States]:
@@ -71,12 +85,13 @@ class Reader:
         """
         sides = []
         for side, name in enumerate(("positive", "negative")):
-            tokens, prompt_length = batch.tokens, batch.prompt_length
+            tokens, prompt_length, packed = batch.tokens, batch.prompt_length, batch.packed
             if batch.stimuli is not None and batch.stimuli_prompt_length is not None:
                 tokens = batch.stimuli[:, side]
                 prompt_length = batch.stimuli_prompt_length[:, side]
-            positions = batch.mask.shape[1]
-            sides.append(self.states(models[name], tokens, prompt_length, positions))
+                packed = None if batch.packed_stimuli is None else batch.packed_stimuli[side]
+            rows = tokens, prompt_length, batch.mask.shape[1]
+            sides.append(self.states(models[name], *rows, packed=packed))
         return sides[0], sides[1]
 
 

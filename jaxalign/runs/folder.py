@@ -47,6 +47,7 @@ MADE = (
     "generation_config.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "ledger.jsonl",
     "reference_log_probs.npz",
     "tokenizer",
     "tokens",

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from jaxalign.config import TrainConfig
+from jaxalign.config.preference import LOSSES
 from jaxalign.data.reading import FILES, split_name
 from jaxalign.errors import UserError, notice
 from jaxalign.files import digest, digests, read_json, write_json
+from jaxalign.losses import members_in
 from jaxalign.models.folders import find_model
 from jaxalign.online.rewards import split_weight
 from jaxalign.stages.inputs import INPUTS
@@ -50,7 +52,9 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
     yield "tokenizer", _named(config.tokenizer)
     yield "adapter", _named(config.adapter)
     if config.preference.runs:
-        yield "loss", _code(config.preference.loss)
+        loss = config.preference.loss
+        names = [name for name, _ in members_in(loss, LOSSES)] or [loss]
+        yield "loss", [file for name in names for file in _code(name)]
     if config.feedback.runs:
         yield "feedback.data", _data(config.feedback.data or config.data)
         yield "feedback.eval_data", _data(config.feedback.eval_data)
@@ -134,8 +138,8 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
         yield repr(value).encode()
 
 
-UNREAD = ("sources", "shard", "joint_share", "packing")
-"""Fields of a stage's data that are not hashed: its sources, and how processes share it."""
+UNREAD = ("sources", "shard", "joint_share", "packing", "mismatched")
+"""Fields of a stage's data that are not hashed: its sources, and how batches are made of it."""
 
 
 def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None) -> list[str]:

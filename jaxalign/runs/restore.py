@@ -24,7 +24,7 @@ from jaxalign.stages.models import (
 from jaxalign.stages.scores import take_head
 from jaxalign.stages.shapes import shapes_of
 from jaxalign.training.checkpoints import Checkpoints, checkpoint_steps, damage, newest_whole_step
-from jaxalign.training.step import initial_state
+from jaxalign.training.step import initial_state, saved_fields
 
 
 def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, int]:
@@ -53,11 +53,13 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
     if step is not None and (fault := damage(saved / str(step))) is not None:
         raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")
     built = kind.build(config, model_config)
-    fresh = functools.partial(initial_state, optimizer=built.optimizer, seed=config.seed)
-    like = jax.eval_shape(fresh, shapes_of(built, model_config).state.params)
+    fresh = functools.partial(
+        initial_state, optimizer=built.optimizer, seed=config.seed, moving=built.moving
+    )
+    like = saved_fields(jax.eval_shape(fresh, shapes_of(built, model_config).state.params))
     with Checkpoints(saved, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(at, like, mesh)
-    learned, lora = built.kept(state.params), kind.adapters(config)
+        fields, _ = checkpoints.restore(at, like, mesh)
+    learned, lora = built.kept(fields["params"]), kind.adapters(config)
     if lora is None:
         return as_model(model_config, learned), at
     before = [one.name for one in kinds[: [one.name for one in kinds].index(kind.name)]]

@@ -3,6 +3,7 @@
 from jaxalign.sharding.mesh import make_mesh
 from jaxalign.sharding.rules import (
     batch_sharding,
+    head_sharding,
     parameter_shardings,
     place,
     replicated,
@@ -13,6 +14,7 @@ from jaxalign.sharding.rules import (
 
 __all__ = [
     "batch_sharding",
+    "head_sharding",
     "make_mesh",
     "parameter_shardings",
     "place",

@@ -99,6 +99,12 @@ def state_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["length"]))
 
 
+def head_sharding(mesh: Mesh) -> NamedSharding:
+    """Queries [rows, length, heads, head_width]: as states, and on heads over tensor."""
+    axes = (LOGICAL_TO_MESH[name] for name in ("batch", "length", "heads"))
+    return NamedSharding(mesh, P(*axes, None))
+
+
 def table_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an embedding during lookups: split by ids only."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["vocabulary"], None))

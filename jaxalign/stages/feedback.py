@@ -11,8 +11,15 @@ import numpy as np
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import split_holdout, tokenize_responses, unpaired_records
-from jaxalign.data.labelled import LabelledBatch, LabelledRows, Mismatched, labelled_batches
+from jaxalign.data.labelled import (
+    LabelledBatch,
+    LabelledRows,
+    Mismatched,
+    labelled_batches,
+    labelled_positions,
+)
 from jaxalign.data.order import WINDOW, Iterations
+from jaxalign.data.packing import Packing
 from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
 from jaxalign.errors import UserError
 from jaxalign.losses import kto_weights
@@ -22,6 +29,7 @@ from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, read, source_of
 from jaxalign.stages.kind import Kind, RunContext
+from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.labelled import LabelledObjective, count_tokens, evaluate_labelled
 from jaxalign.training.stage import Feed, Params, Rows, Stage
@@ -77,6 +85,10 @@ class LabelledData:
     sources: list[str]
     """File and line of each training record, by its number."""
     max_length: int
+    mismatched: bool = False
+    """Whether prompts also get the responses of others, which a loss reads."""
+    packing: Packing | None = None
+    """Rows of a packed training batch; None: padded."""
     shard: tuple[int, int]
 
     def examples(self, seed: int) -> int:
@@ -84,18 +96,45 @@ class LabelledData:
         del seed
         return len(self.train)
 
-    def batches(
-        self, rows: LabelledRows, batch_size: int, mismatched: Mismatched, **order: Any
-    ) -> Iterations:
-        """Batches of this process."""
+    def batches(self, batch_size: int, *, seed: int) -> Iterations:
+        """The endless, checkpointable iterator of this process's training batches."""
+        return self._batches(
+            self.train, "batch", packing=self.packing, batch_size=batch_size, seed=seed
+        )
+
+    def evaluation(self, batch_size: int) -> list[LabelledBatch]:
+        """The held-out batches; empty if nothing is held out."""
+        if self.held_out is None:
+            return []
+        packing = self.packing
+        if packing is not None:
+            packing = dataclasses.replace(packing, micro_batches=1)
+        once = {"epochs": 1, "shuffle": False, "window": WINDOW, "batch_size": batch_size}
+        return list(self._batches(self.held_out, "all", packing=packing, **once))
+
+    def _batches(self, rows: LabelledRows, whose: Mismatched, **options: Any) -> Iterations:
         index, count = self.shard
         return labelled_batches(
             rows,
             max_length=self.max_length,
-            mismatched=mismatched,
-            batch_size=batch_size,
+            mismatched=whose if self.mismatched else "none",
             process_index=index,
             process_count=count,
+            **options,
+        )
+
+    def positions(self, packing: Packing | None, **order: Any) -> float:
+        """Mean number of positions that the network computes for a training batch.
+
+        Args:
+          packing: number of packed rows; None: padded.
+          **order: batch_size and seed.
+        """
+        return labelled_positions(
+            self.train,
+            packing,
+            max_length=self.max_length,
+            mismatched="batch" if self.mismatched else "none",
             **order,
         )
 
@@ -164,26 +203,18 @@ def settle(config: TrainConfig, data: LabelledData) -> TrainConfig:
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Labelled responses on the mesh."""
+    """Labelled responses on the mesh, packed or not."""
     del frozen
-    data, mesh, objective = context.data[NAME], context.mesh, stage.objective
-    assert isinstance(data, LabelledData)
-    evaluation, reads = None, objective.statistics.mismatched
-    if data.held_out is not None:
-        once = {"epochs": 1, "shuffle": False, "window": WINDOW}
-        whose: Mismatched = "all" if reads else "none"
-        held_out = list(data.batches(data.held_out, stage.batch_size, whose, **once))
-        evaluation = evaluate_labelled(objective, held_out, mesh)
+    objective, mesh, data = stage.objective, context.mesh, context.data[NAME]
+    data = dataclasses.replace(data, mismatched=objective.statistics.mismatched)
+    context = dataclasses.replace(context, data={**context.data, NAME: data})
+    data = with_packing(context, stage).data[NAME]
+    held_out = data.evaluation(stage.batch_size)
     return Feed(
-        batches=data.batches(
-            data.train,
-            stage.batch_size,
-            "batch" if reads else "none",
-            seed=context.config.seed,
-        ),
+        batches=data.batches(stage.batch_size, seed=context.config.seed),
         place=functools.partial(shard_batch, mesh=mesh),
         describe=data.describe,
-        evaluation=evaluation,
+        evaluation=evaluate_labelled(objective, held_out, mesh) if held_out else None,
         throughput=parts.throughput(
             params,
             live_reference=True,

@@ -33,8 +33,10 @@ from jaxalign.data import (
     tokenize_pairs,
     tokenize_responses,
 )
+from jaxalign.data.batches import padded_positions
 from jaxalign.data.order import WINDOW
-from jaxalign.data.packing import Packing, packed_pair_batches
+from jaxalign.data.packing import Packing, packed_batches, packer_of
+from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import replacing
@@ -97,7 +99,7 @@ class TokenizedData:
     joint_share: float = 0.0
     """As in `pair_batches`."""
     packing: Packing | None = None
-    """Rows of a packed training batch of pairs; None: pairs are padded."""
+    """Rows of a packed training batch of pairs or responses; None: these are padded."""
     shard: tuple[int, int] = (0, 1)
     """Shard of each batch that this process feeds: its index and the number of shards."""
 
@@ -106,54 +108,81 @@ class TokenizedData:
         return dict(zip(("process_index", "process_count"), self.shard, strict=True))
 
     def examples(self, seed: int) -> int:
-        """Number of rows in an epoch: pairs, or packed rows of text."""
-        if isinstance(self.train, TokenizedPairs):
-            return len(self.train)
-        return packed_rows(self.train, length=self.length, seed=seed)
+        """Number of rows in an epoch: pairs, responses, or packed rows of text."""
+        if isinstance(self.train, TokenizedTexts):
+            return packed_rows(self.train, length=self.length, seed=seed)
+        return len(self.train)
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
-        options = self._shard_options
-        if isinstance(self.train, TokenizedPairs):
-            if self.packing is not None:
-                options |= {"batch_size": batch_size, "seed": seed}
-                return packed_pair_batches(self.train, self.packing, **options)
-            options["joint_share"] = self.joint_share
-            return pair_batches(self.train, batch_size=batch_size, seed=seed, **options)
-        return text_batches(
-            self.train, batch_size=batch_size, length=self.length, seed=seed, **options
-        )
+        return self._batches(self.train, self.packing, batch_size=batch_size, seed=seed)
 
     def once(self, data: Any, batch_size: int) -> list[Any]:
         """Every example once, in the training batches' form; weight 0 fills the last batch."""
-        fixed = self._shard_options | {"epochs": 1, "shuffle": False, "window": WINDOW}
-        if isinstance(data, TokenizedPairs):
-            if self.packing is not None:
-                whole = dataclasses.replace(self.packing, micro_batches=1)
-                return list(packed_pair_batches(data, whole, batch_size=batch_size, **fixed))
-            fixed["joint_share"] = self.joint_share
-            return list(pair_batches(data, batch_size=batch_size, **fixed))
-        return list(text_batches(data, batch_size=batch_size, length=self.length, **fixed))
+        packing = self.packing
+        if packing is not None:
+            packing = dataclasses.replace(packing, micro_batches=1)
+        fixed: dict[str, Any] = {"epochs": 1, "shuffle": False}
+        if not isinstance(data, TokenizedTexts):
+            fixed["window"] = WINDOW
+        return list(self._batches(data, packing, batch_size=batch_size, **fixed))
+
+    def _batches(self, data: Any, packing: Packing | None, **order: Any) -> Any:
+        options = order | self._shard_options
+        if isinstance(data, TokenizedTexts):
+            return text_batches(data, length=self.length, **options)
+        if packing is not None:
+            return packed_batches(as_examples(data), packing, **options)
+        return pair_batches(as_examples(data), joint_share=self.joint_share, **options)
+
+    def positions(self, packing: Packing | None, **order: Any) -> float:
+        """Mean number of positions that the network computes for a training batch.
+
+        Args:
+          packing: number of packed rows; None: padded.
+          **order: batch_size and seed.
+        """
+        assert not isinstance(self.train, TokenizedTexts)
+        examples = as_examples(self.train)
+        if packing is None:
+            return padded_positions(examples, joint_share=self.joint_share, **order)
+        room = packer_of(examples, packing, **order).room
+        assert room is not None  # the rows share a batch equally
+        return packing.rows * float(room[0])
 
     def evaluation(self, batch_size: int) -> list[Any]:
         """The held-out batches; empty if nothing is held out."""
         return [] if self.held_out is None else self.once(self.held_out, batch_size)
 
+    def first_held_out(self, batch_size: int) -> PairBatch | None:
+        """The first held-out pairs, padded; None if nothing is held out.
+
+        Held-out batches are of pairs of similar lengths; these pairs are not chosen by length.
+        """
+        if self.held_out is None or not len(self.held_out):
+            return None
+        assert isinstance(self.held_out, TokenizedPairs)
+        order = self._shard_options | {"epochs": 1, "shuffle": False, "batch_size": batch_size}
+        return next(pair_batches(self.held_out, joint_share=self.joint_share, **order))
+
     def describe(self, batch: PairBatch | TextBatch) -> list[str]:
-        """File and line of a batch's records; in packed text, of each row's first document."""
+        """File and line of a batch's records; of text, each row's first document."""
         numbers = np.asarray(batch.record_index)[np.asarray(batch.weight) > 0]
         if not self.sources:
             return [f"document {number + 1}" for number in numbers]
         return [self.sources[int(number)] for number in numbers]
 
 
-def joint_share(share_prompts: str, model_config: ModelConfig, platform: str) -> float:
+def as_examples(data: TokenizedPairs | TokenizedRows) -> TokenizedExamples:
+    """Pairs as they are; prompts with a response each as examples of one side."""
+    return TokenizedResponses(rows=data) if isinstance(data, TokenizedRows) else data
+
+
+def joint_share(share_prompts: str, model_config: ModelConfig) -> float:
     """Largest size of a row with a shared prefix, as a fraction of two rows; 0: never share."""
     if share_prompts == "never" or not isinstance(model_config, DecoderConfig):
         return 0.0
-    if share_prompts == "always":
-        return 1.0
-    return 0.0 if platform == "gpu" else 0.75
+    return 1.0 if share_prompts == "always" else 0.75
 
 
 @jax.jit
@@ -359,8 +388,7 @@ class PreferenceData:
         def rows(records: list[Any], name: str) -> Any:
             if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
-            tokens = self.tokenized(tokenize_responses, records, name)
-            return tokens.as_pairs() if self._is_encoder_decoder else tokens
+            return self.tokenized(tokenize_responses, records, name)
 
         return TokenizedData(
             train=rows(train, "train_responses"),

@@ -1,19 +1,16 @@
-"""`--packing auto`: chosen once per run by the positions it saves, and stored in its folder."""
+"""`packing: auto`: chosen once per run by the positions it saves, and stored in its folder."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxalign.data import TokenizedPairs
-from jaxalign.data.batches import padded_positions
-from jaxalign.data.packing import Packing, pair_packer
+from jaxalign.data.packing import Packing
 from jaxalign.errors import UserError
 from jaxalign.files import read_json, write_json
 from jaxalign.models import DecoderConfig
-from jaxalign.stages.inputs import TokenizedData
 from jaxalign.stages.kind import RunContext
 from jaxalign.stages.models import stage_folder
 from jaxalign.training.checkpoints import newest_step
@@ -26,14 +23,29 @@ SAVED = 0.1
 """Fraction of the positions that packing must save."""
 
 
+@runtime_checkable
+class PackableData(Protocol):
+    """Data of a stage whose rows can be packed: a dataclass with the field `packing`."""
+
+    packing: Packing | None
+    """Rows of a packed training batch; None: padded."""
+
+    def examples(self, seed: int) -> int:
+        """Number of rows in an epoch."""
+        ...
+
+    def positions(self, packing: Packing | None, **order: Any) -> float:
+        """Mean number of positions that the network computes for a training batch."""
+        ...
+
+
 def with_packing(context: RunContext, stage: Stage) -> RunContext:
-    """The same run, with the pairs of a stage packed if that is configured or saves work.
+    """The same run, with the rows of a stage packed if that is configured or saves work.
 
     Raises:
-      UserError: the model's pairs cannot be packed, but `packing` is "always".
+      UserError: the stage's rows cannot be packed, but `packing` is "always".
     """
     data = context.data[stage.name]
-    assert isinstance(data, TokenizedData)
     shards = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
     packing = Packing(shards=shards, micro_batches=stage.micro_batches)
     choice = 0
@@ -52,39 +64,69 @@ def with_packing(context: RunContext, stage: Stage) -> RunContext:
     return dataclasses.replace(context, data={**context.data, stage.name: packed})
 
 
-def _chosen(context: RunContext, stage: Stage, data: TokenizedData, packing: Packing) -> bool:
+def check_batches_known(context: RunContext, stage: Stage) -> None:
+    """Check that the stage was not begun by a version whose batches had another size.
+
+    Before packing was a choice, a batch of responses was so many long rows of several responses.
+
+    Raises:
+      UserError: it was, and has steps left.
+    """
+    newest = newest_step(stage_folder(context.folder, stage.name))
+    if newest is None or newest >= stage.steps or jax.process_index():
+        return
+    path = context.folder / PACKING
+    if stage.name not in (read_json(path, "list of choices") if path.exists() else {}):
+        raise UserError(
+            f"{context.folder}: {stage.name} was begun by a version whose batches were of long "
+            "rows, not of responses; set --name to start another run"
+        )
+
+
+def _is_measured() -> bool:
+    """Whether packing is known to be faster on these devices: CPUs, one GPU."""
+    platform = jax.default_backend()
+    return platform == "cpu" or (platform == "gpu" and jax.device_count() == 1)
+
+
+def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Packing) -> bool:
     """Choose and print the choice."""
-    config, settings = context.config, context.config.preference.packing
-    is_decoder = isinstance(context.model_config, DecoderConfig)
-    fits = stage.batch_size % packing.rows == 0
-    if settings == "always" and not is_decoder:
-        raise UserError(
-            f"packing: the pairs of {config.model}, an encoder-decoder, cannot be packed; "
-            "set --packing auto"
-        )
-    if settings == "always" and not fits:
-        raise UserError(
-            f"packing: a batch of {stage.batch_size} pairs cannot be shared equally by "
-            f"{packing.rows} rows, one for each micro-batch of each device; set --packing auto"
-        )
-    if settings == "never" or not is_decoder or not fits or not len(data.train):
+    settings = getattr(context.config, stage.name).packing
+    if settings == "never" or not data.examples(context.config.seed):
+        return False
+    if reason := _obstacle(context, stage, packing):
+        if settings == "always":
+            raise UserError(f"{stage.name}.packing: {reason}; set it to auto")
+        print(f"{stage.name}: padded rows: {reason}")
         return False
     if newest_step(stage_folder(context.folder, stage.name)) is not None:
         return False  # begun by a version that did not pack: its order of batches is another
-    watched = 0 < config.preference.entanglement.every < 4
-    if settings == "auto" and (watched or jax.default_backend() != "cpu"):
+    if settings == "auto" and not _is_measured():
         return False
-    assert isinstance(data.train, TokenizedPairs)
-    how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": config.seed}
-    shape = pair_packer(data.train, packing, **how).shape
-    assert shape is not None  # the rows share a batch equally
-    saved = 1 - packing.rows * shape.length / padded_positions(
-        data.train, joint_share=data.joint_share, **how
-    )
+    every = min((n for n in (stage.probe_every, stage.ledger_every) if n), default=0)
+    if settings == "auto" and 0 < every < 4:
+        often = "every step" if every == 1 else f"every {every} steps"
+        print(f"{stage.name}: padded rows: the per-pair statistics of {often} read them")
+        return False
+    how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}
+    packed = data.positions(packing, **how)
+    saved = 1 - packed / data.positions(None, **how)
     if settings == "auto" and saved < SAVED:
         return False
     print(
-        f"{stage.name}: pairs packed in {packing.rows} x {shape.length:,} tokens, "
-        f"{saved:.0%} less than padded"
+        f"{stage.name}: {stage.rows.split(' of ')[0]} packed in {packing.rows} x "
+        f"{packed / packing.rows:,.0f} tokens, {saved:.0%} less than padded"
     )
     return True
+
+
+def _obstacle(context: RunContext, stage: Stage, packing: Packing) -> str:
+    """Why the rows of a stage cannot be packed; empty: they can."""
+    if not isinstance(context.model_config, DecoderConfig):
+        return f"{context.config.model} is an encoder-decoder, whose rows cannot be packed"
+    if stage.batch_size % packing.rows:
+        return (
+            f"a batch of {stage.batch_size} cannot be shared equally by {packing.rows} packed "
+            "rows, one for each micro-batch of each device"
+        )
+    return ""

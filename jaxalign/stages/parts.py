@@ -38,6 +38,7 @@ def make_policy(
         adapter_dropout=0.0 if adapters is None else adapters.dropout,
         remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
+        attention=config.attention,
     )
 
 
@@ -86,6 +87,7 @@ def plain_stage(
     with_rules: Callable[[optax.GradientTransformation], optax.GradientTransformation] = (
         lambda optimizer: optimizer
     ),
+    **options: Any,
 ) -> dict[str, Any]:
     """The fields of a `Stage` whose step is `train_step` on an objective.
 
@@ -93,6 +95,7 @@ def plain_stage(
       settings: steps, batch size and optimiser.
       objective: with its policy.
       with_rules: adds rules for single parameters to the optimiser.
+      **options: of `train_step`.
     """
     optimizer, schedule = make_update_rule(settings)
     optimizer = with_rules(optimizer)
@@ -101,7 +104,7 @@ def plain_stage(
         "objective": objective,
         "optimizer": optimizer,
         "schedule": schedule,
-        "step": plain_step(settings, objective, optimizer),
+        "step": plain_step(settings, objective, optimizer, **options),
         "adapter_scale": objective.policy.adapter_scale,
     }
 

@@ -92,6 +92,8 @@ def choose_remat(
         stage = kind.build(dataclasses.replace(config, remat=remat), model_config)
         batch, _ = stage.largest_batch(platform, None)
         trained, frozen = shapes.state.params, shapes.frozen
+        if stage.moving is not None:
+            frozen = stage.moving.frozen(shapes.state.reference, frozen)
         return saved_bytes(stage.objective, trained, frozen, batch, micro_batches=stage.parts)
 
     def activations(remat: str) -> float:
@@ -114,8 +116,9 @@ def layers_of(model_config: ModelConfig) -> int:
 
 def _other_bytes(shapes: Shapes, mesh: Mesh) -> int:
     """Bytes on a device of gradients, updates, optimiser state and reference."""
-    trained, moments, reference = (
+    state, fixed = shapes.state, shapes.frozen["reference"]
+    trained, moments, moving, reference = (
         bytes_on_device(placed_parameters(tree, mesh))
-        for tree in (shapes.state.params, shapes.state.opt_state, shapes.frozen["reference"])
+        for tree in (state.params, state.opt_state, state.reference, fixed)
     )
-    return 2 * trained + moments + reference
+    return 2 * trained + moments + moving + reference

@@ -13,6 +13,7 @@ import numpy as np
 from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
 from jaxalign.data.order import WINDOW
+from jaxalign.data.packing import Packing
 from jaxalign.errors import UserError
 from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
 from jaxalign.models.config import ModelConfig
@@ -25,6 +26,7 @@ from jaxalign.representation import (
     default_layers,
     responses_of,
     stimulus_batches,
+    stimulus_positions,
     tokenize_stimuli,
 )
 from jaxalign.sharding import place, shard_batch
@@ -32,6 +34,7 @@ from jaxalign.sharding.processes import data_shard
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, instructions_of, source_of, tokenization
 from jaxalign.stages.kind import Kind, Outcome, RunContext
+from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import record_of, struct
 from jaxalign.training.evaluation import (
     Evaluation,
@@ -61,11 +64,22 @@ class StimulusData:
     """Held-out pairs under the plain prompt."""
     sources: Sequence[str]
     """File and line of each training response."""
+    packing: Packing | None = None
+    """Rows of a packed training batch; None: padded."""
 
     def examples(self, seed: int) -> int:
         """Number of responses in an epoch."""
         del seed
         return len(self.train[0])
+
+    def positions(self, packing: Packing | None, **order: Any) -> float:
+        """Mean number of positions that the network computes for a training batch.
+
+        Args:
+          packing: number of packed rows; None: padded.
+          **order: batch_size and seed.
+        """
+        return stimulus_positions(self.train[0], self.train[1:], packing, **order)
 
     def describe(self, batch: StimulusBatch) -> list[str]:
         """File and line of a batch's responses."""
@@ -175,20 +189,25 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Plain rows with their stimuli on the mesh."""
+    """Plain rows with their stimuli on the mesh, packed or not."""
     del frozen
+    context = with_packing(context, stage)
     config, mesh, data = context.config, context.mesh, context.data[NAME]
     assert isinstance(data, StimulusData)
     settings = config.representation.alignment
     number, count = data_shard(mesh)
     mine = {"process_index": number, "process_count": count}
+    whole = data.packing
+    if whole is not None:
+        whole = dataclasses.replace(whole, micro_batches=1)
 
-    def batches(streams: Sequence[TokenizedRows], **order: Any) -> Any:
+    def batches(streams: Sequence[TokenizedRows], packing: Packing | None, **order: Any) -> Any:
         return stimulus_batches(
             streams[0],
             streams[1:],
             batch_size=stage.batch_size,
             positions=settings.positions or POSITIONS[settings.method],
+            packing=packing,
             **mine,
             **order,
         )
@@ -201,10 +220,10 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         implicit = PreferenceObjective(policy=policy, loss=dpo, options={"beta": 1.0})
         evaluation = of_both(
             evaluate_preferences(implicit, pairs, mesh),
-            evaluate_losses(stage.objective, list(batches(data.held_out, **fixed)), mesh),
+            evaluate_losses(stage.objective, list(batches(data.held_out, whole, **fixed)), mesh),
         )
     return Feed(
-        batches=batches(data.train, seed=config.seed),
+        batches=batches(data.train, data.packing, seed=config.seed),
         place=partial(shard_batch, mesh=mesh),
         describe=data.describe,
         evaluation=evaluation,

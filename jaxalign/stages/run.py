@@ -1,6 +1,5 @@
 """Run one stage to its last step, from its start or its newest checkpoint."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.loop import run_stage
 from jaxalign.training.profiling import Trace
 from jaxalign.training.stage import Feed, Params, Stage, Step
-from jaxalign.training.step import TrainState, compile_step, initial_state
+from jaxalign.training.step import TrainState, compile_step, initial_state, saved_fields
 
 
 def run(kind: Kind, context: RunContext, params: Params) -> Outcome:
@@ -65,14 +64,17 @@ def begin_or_resume(
     stage: Stage, trained: Params, feed: Feed, checkpoints: Checkpoints, mesh: Mesh, *, seed: int
 ) -> TrainState:
     """The state at the stage's start or newest checkpoint; sets the feed to the same position."""
-    fresh = functools.partial(initial_state, optimizer=stage.optimizer, seed=seed)
+    fresh = functools.partial(
+        initial_state, optimizer=stage.optimizer, seed=seed, moving=stage.moving
+    )
     latest = checkpoints.latest()
     if latest is None:
         return place(fresh(trained, running=stage.running), mesh)
-    state, meta = checkpoints.restore(latest, jax.eval_shape(fresh, trained), mesh)
+    like = saved_fields(jax.eval_shape(fresh, trained))
+    fields, meta = checkpoints.restore(latest, like, mesh)
     feed.batches.set_state(meta["iterator"])
     values = {name: jnp.float32(x) for name, x in meta.get("running", {}).items()}
-    return dataclasses.replace(state, running=place(values, mesh))
+    return TrainState(**{**fields, "running": place(values, mesh)})
 
 
 def compiled_steps(
@@ -84,10 +86,19 @@ def compiled_steps(
         return feed.around(saying(compile_step(step, state, mesh), in_shapes(what)))
 
     plain = compiled(stage.step, "the step")
-    if stage.probed_step is None:
-        return lambda done: plain
-    probed = compiled(stage.probed_step, "the step with per-pair statistics")
-    return lambda done: plain if done % stage.probe_every else probed
+    others = [
+        (compiled(other, what), every)
+        for other, what, every in (
+            (stage.ledger_step, "the step with a ledger", stage.ledger_every),
+            (stage.probed_step, "the step with per-pair statistics", stage.probe_every),
+        )
+        if other is not None and every
+    ]
+
+    def step(done: int) -> Step:
+        return next((other for other, every in others if done % every == 0), plain)
+
+    return step
 
 
 def in_words(values: Mapping[str, float]) -> str:

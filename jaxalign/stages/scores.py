@@ -17,6 +17,7 @@ from jaxalign.models.score import SCORE, init_head, with_head
 from jaxalign.stages import parts, preference
 from jaxalign.stages.inputs import Inputs, TokenizedData
 from jaxalign.stages.kind import Kind, Outcome, RunContext
+from jaxalign.stages.packing import with_packing
 from jaxalign.stages.prompts import reads_turns
 from jaxalign.training.evaluation import evaluate_scores
 from jaxalign.training.metrics import read_metrics
@@ -44,8 +45,9 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         return {**below(params), SCORE: params[SCORE]}
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
+        del platform
         response = response or config.max_length
-        pairs, rows = preference.largest_pairs(config, model_config, platform, response, scored=1)
+        pairs, rows = preference.largest_pairs(config, model_config, response, scored=1)
         return pairs, [Rows(**rows, forward=1, backward=1)]
 
     return Stage(
@@ -74,9 +76,9 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Pairs on the mesh."""
+    """Pairs on the mesh, packed or not."""
     del frozen
-    return parts.feed(context, stage, params, evaluate=evaluate_scores)
+    return parts.feed(with_packing(context, stage), stage, params, evaluate=evaluate_scores)
 
 
 def finish(context: RunContext, params: Params, kept: Params) -> Outcome:

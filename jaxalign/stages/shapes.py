@@ -34,7 +34,13 @@ def shapes_of(stage: Stage, model_config: ModelConfig) -> Shapes:
         return stage.begin(params, lambda new: new)
 
     def state(params: Any) -> TrainState:
-        return initial_state(stage.trained(params), stage.optimizer, seed=0, running=stage.running)
+        return initial_state(
+            stage.trained(params),
+            stage.optimizer,
+            seed=0,
+            running=stage.running,
+            moving=stage.moving,
+        )
 
     params = jax.eval_shape(begin, parameter_structs(model_config))
     frozen = stage.frozen(params, _copy, lambda field, folder: _copy(params))

@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 from jaxalign.config import TrainConfig
-from jaxalign.models import DecoderConfig
 from jaxalign.models.config import ModelConfig
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, TokenizedData
 from jaxalign.stages.kind import Kind, RunContext
-from jaxalign.stages.structs import pair_batch, text_batch
+from jaxalign.stages.packing import check_batches_known, with_packing
+from jaxalign.stages.structs import pair_batch
 from jaxalign.training.objectives import SupervisedObjective
 from jaxalign.training.stage import Feed, Params, Rows, Stage
 
@@ -25,17 +25,14 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
         del platform
-        if isinstance(model_config, DecoderConfig):
-            passes = Rows(rows=rows, length=length, scored=length, forward=1, backward=1)
-            return text_batch(rows, length), [passes]
         scored = response or length
         passes = Rows(rows=rows, length=length, scored=scored, forward=1, backward=1)
-        return pair_batch(rows, 2, length, scored), [passes]
+        return pair_batch(rows, 1, length, scored), [passes]
 
     return Stage(
         name=NAME,
         method="next tokens of responses",
-        rows=f"rows of {length:,} tokens",
+        rows=f"responses of {length:,} tokens",
         **parts.plain_stage(settings, objective),
         trained=parts.trained_parameters(adapters, parts.key_of(config, NUMBER)),
         frozen=parts.no_reference(adapters),
@@ -51,9 +48,10 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
-    """Rows on the mesh."""
+    """Responses on the mesh, packed or not."""
     del frozen
-    return parts.feed(context, stage, params)
+    check_batches_known(context, stage)
+    return parts.feed(with_packing(context, stage), stage, params)
 
 
 KIND = Kind(

@@ -1,6 +1,5 @@
 """The one loop: steps, evaluations, checkpoints and metrics of one stage of a run."""
 
-import dataclasses
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from jaxalign.training.checkpoints import Checkpoints
 from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
 from jaxalign.training.profiling import Trace
 from jaxalign.training.stage import Feed, Stage, Step
-from jaxalign.training.step import TrainState
+from jaxalign.training.step import RECORDS, TrainState, saved_fields
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the user asked)
@@ -196,7 +195,7 @@ def run_stage(
         terminated.saved = at
         running = {name: float(value) for name, value in jax.device_get(state.running).items()}
         meta = {"iterator": position, "step": at, "stage": name, "running": running}
-        checkpoints.save(at, dataclasses.replace(state, running={}), meta)
+        checkpoints.save(at, saved_fields(state), meta)
 
     def save(at: int) -> None:
         save_state(at, batches.get_state())
@@ -217,7 +216,9 @@ def run_stage(
         """Read, check and record the metrics of a dispatched step."""
         nonlocal last_finish, stopping
         metrics, batch = pending
-        values = to_floats(jax.device_get(metrics))
+        metrics = jax.device_get(metrics)
+        records = metrics.pop(RECORDS, None)
+        values = to_floats(metrics)
         stopping = bool(values.pop("stopping"))
         now = time.perf_counter()
         seconds, last_finish = values.pop("seconds", now - last_finish), now
@@ -233,7 +234,7 @@ def run_stage(
             flops = computed * throughput.flops_per_token
             values["mfu"] = flops / (seconds * throughput.peak_flops)
         if not finite and nonfinite == "stop":
-            records = ", ".join(feed.describe(batch))
+            names = ", ".join(feed.describe(batch))
             advice = (
                 "this is the first step, so the learning rate is not the cause: look at the "
                 "initial weights, the loss and these records"
@@ -242,10 +243,12 @@ def run_stage(
             )
             raise UserError(
                 f"{name} step {at}: loss {values['loss']:.6g}, gradient norm "
-                f"{values['grad_norm']:.6g}: not finite, on records {records}; the update was "
+                f"{values['grad_norm']:.6g}: not finite, on records {names}; the update was "
                 f"skipped; {advice}"
             )
         write("train", at, values)
+        if records is not None and feed.record is not None:
+            feed.record(at, records, batch)
         progress(at, values)
 
     terminated = _Terminated(name, checkpoints.committed)

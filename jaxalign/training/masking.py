@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.entanglement.masks import differing_tokens, token_weights
+from jaxalign.losses import importance_weights
 from jaxalign.models.responses import response_states
 from jaxalign.records import record
 from jaxalign.training.metrics import Mean, mean_of
@@ -29,11 +30,9 @@ class MaskedOutputs(PairOutputs):
 
     Attributes:
       kept: the sum of the weights.
-      whole: the policy's log-probs of the unmasked responses.
     """
 
     kept: Float[Array, "pairs 2"]
-    whole: Float[Array, "pairs 2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,8 @@ class MaskedPreferenceObjective(PreferenceObjective):
         pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
         model = {name: tree for name, tree in trained.items() if name != HEAD}
         params = policy.policy_params(model, frozen["policy"], key)
-        of_policy = policy.log_probs(pairs, params)
+        collision = self.switches.importance
+        of_policy = policy.log_probs(pairs, params, collision=collision)
         of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)
         if HEAD in trained:
             rows = pairs.rows(shared_prefix=True)
@@ -68,10 +68,14 @@ class MaskedPreferenceObjective(PreferenceObjective):
             weights = jnp.where(real, weights, 0.0)
         else:
             weights = differing_tokens(pairs.response_tokens, pairs.response_length)
-        tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
+        length = pairs.response_length
+        tokens, importance = jnp.maximum(length.sum(-1), 1), None
+        if of_policy.collision is not None:
+            importance = importance_weights(of_policy.log_prob, of_policy.collision, length)
         return MaskedOutputs(
-            policy_log_probs=(weights * of_policy.log_prob).sum(-1),
-            reference_log_probs=(weights * of_reference).sum(-1),
+            policy_log_probs=self.switches.total(weights * of_policy.log_prob, length),
+            reference_log_probs=self.switches.total(weights * of_reference, length),
+            importance=importance,
             entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
             kept=weights.sum(-1),
             whole=jax.lax.stop_gradient(of_policy.log_prob.sum(-1)),
@@ -88,7 +92,6 @@ class MaskedPreferenceObjective(PreferenceObjective):
         weight, lengths = batch.pairs.weight, jnp.maximum(batch.pairs.response_length, 1)
         fraction = outputs.kept / lengths
         for side, name in enumerate(("chosen", "rejected")):
-            metrics[f"logps/{name}"] = mean_of(outputs.whole[:, side], weight)
             metrics[f"mask/{name}"] = mean_of(fraction[:, side], weight)
         penalty = self.penalty * jnp.sum(outputs.kept.sum(-1) * weight) / count
         return loss + penalty, metrics
@@ -104,4 +107,5 @@ def whole_responses(objective: Any) -> Any:
         options=objective.options,
         coupled=objective.coupled,
         has_reference=objective.has_reference,
+        switches=objective.switches,
     )

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
-from jaxalign.losses import PairLogProbs, Statistics, TokenLogProbs, statistics_of
+from jaxalign.losses import (
+    NO_SWITCHES,
+    PairLogProbs,
+    Statistics,
+    Switches,
+    TokenLogProbs,
+    importance_weights,
+    members_of,
+    options_by_member,
+    statistics_of,
+)
 from jaxalign.models.compute import Compute
 from jaxalign.models.lora import with_adapters, with_dropout
 from jaxalign.models.responses import (
@@ -46,11 +56,13 @@ class Policy:
     remat: str = "none"
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""
+    attention: str = "auto"
+    """Implementation of a decoder's attention."""
 
     @property
     def compute(self) -> Compute:
         """How forward passes are computed."""
-        return Compute(remat=self.remat, dtype=self.dtype)
+        return Compute(remat=self.remat, dtype=self.dtype, attention=self.attention)
 
     def policy_params(
         self, trained: Params, frozen: Params, key: PRNGKeyArray | None = None
@@ -69,20 +81,29 @@ class Policy:
             adapters = with_dropout(adapters, key, rate=self.adapter_dropout)
         return with_adapters(frozen, adapters, self.adapter_scale)
 
-    def log_probs(self, batch: PairBatch, params: Params) -> ResponseLogProbs:
-        """Token log-probs [pairs, 2, response] of chosen and rejected, 0 at padding."""
+    def log_probs(
+        self, batch: PairBatch, params: Params, *, collision: bool = False
+    ) -> ResponseLogProbs:
+        """Token log-probs [pairs, sides, response] of the responses, 0 at padding."""
         rows = batch.rows(shared_prefix=True)
-        out = response_log_probs(params, self.config, rows, compute=self.compute)
+        out = response_log_probs(
+            params, self.config, rows, collision=collision, compute=self.compute
+        )
         return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
     def compare(
-        self, batch: PairBatch, params: Params, reference: Params, *, reverse: bool = False
+        self,
+        batch: PairBatch,
+        params: Params,
+        reference: Params,
+        *,
+        reverse: bool = False,
+        collision: bool = False,
     ) -> ResponseComparison:
-        """Policy and reference at every response token, [pairs, 2, response], 0 at padding."""
+        """Policy and reference at every response token, [pairs, sides, response], 0 at padding."""
+        options = {"reverse": reverse, "collision": collision, "compute": self.compute}
         rows = batch.rows(shared_prefix=True)
-        out = compare_responses(
-            params, reference, self.config, rows, reverse=reverse, compute=self.compute
-        )
+        out = compare_responses(params, reference, self.config, rows, **options)
         return jax.tree.map(lambda x: x.reshape(batch.response_tokens.shape), out)
 
     def text_log_probs(self, batch: TextBatch, params: Params) -> Array:
@@ -92,12 +113,23 @@ class Policy:
 
 
 def reward_scale(loss: PreferenceLoss, options: dict[str, Any]) -> float:
-    """The factor on the log-ratio in the implicit reward: the loss's beta or tau, else 1."""
+    """The factor on the log-ratio in the implicit reward: the loss's beta or tau, else 1.
+
+    Of a mixture, that of its first member with one.
+    """
+    if members := members_of(loss):
+        own = options_by_member(options, members)
+        names = [name for name, one in members.items() if _has_scale(one)]
+        return reward_scale(members[names[0]], own[names[0]]) if names else 1.0
     parameters = inspect.signature(loss).parameters
     for name in ("beta", "tau"):
         if name in parameters:
             return float(options.get(name, parameters[name].default))
     return 1.0
+
+
+def _has_scale(loss: PreferenceLoss) -> bool:
+    return not {"beta", "tau"}.isdisjoint(inspect.signature(loss).parameters)
 
 
 # A log-prob is a sum over tokens, layers and widths. Programs that add in different orders have
@@ -136,30 +168,34 @@ def pair_metrics(
     weight: Float[Array, " pairs"],
     *,
     scale: float | None,
+    whole: PairLogProbs | None = None,
 ) -> dict[str, Mean]:
     """The usual metrics of a batch of pairs, under TRL's names.
 
     Args:
-      pairs: log-probs.
+      pairs: log-probs as the loss sees them.
       losses: of the pairs.
       weight: of the pairs.
       scale: of the log-ratios in the rewards; None: there is no reference, so no rewards.
+      whole: log-probs of whole responses, for `logps/...`; None: `pairs`.
     """
+    whole = pairs if whole is None else whole
     values = {"loss": losses}
     if scale is not None:
-        chosen = scale * (pairs.chosen - pairs.reference_chosen)
-        rejected = scale * (pairs.rejected - pairs.reference_rejected)
+        chosen, rejected = scale * pairs.chosen_log_ratio, scale * pairs.rejected_log_ratio
+        # scores grow with log-ratios, whose rounding is known
+        ratios = pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected
         values |= {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": wins(chosen, rejected, abs(scale) * margin_noise(pairs)),
+            "rewards/accuracies": wins(*ratios, margin_noise(pairs)),
         }
     values |= {
-        "logps/chosen": pairs.chosen,
-        "logps/rejected": pairs.rejected,
-        "logps/accuracies": wins(pairs.chosen, pairs.rejected),
-        "logps/mean_accuracies": wins(pairs.chosen_mean, pairs.rejected_mean),
+        "logps/chosen": whole.chosen,
+        "logps/rejected": whole.rejected,
+        "logps/accuracies": wins(whole.chosen, whole.rejected),
+        "logps/mean_accuracies": wins(whole.chosen_mean, whole.rejected_mean),
     }
     return {name: mean_of(value, weight) for name, value in values.items()}
 
@@ -177,11 +213,18 @@ class PairOutputs:
     """Log-probs and entropy of a batch of pairs: all that a loss and its metrics read.
 
     The reference's log-probs are NaN if the objective has no reference.
+
+    Attributes:
+      whole: the policy's log-probs of whole responses, where those of the loss are of some tokens
+        or weigh them; None: the same.
+      importance: factor on the loss of each pair; None: 1.
     """
 
     policy_log_probs: Float[Array, "pairs 2"]
     reference_log_probs: Float[Array, "pairs 2"]
     entropy: Float[Array, " pairs"]
+    whole: Float[Array, "pairs 2"] | None = None
+    importance: Float[Array, " pairs"] | None = None
 
 
 @runtime_checkable
@@ -220,6 +263,8 @@ class PreferenceObjective:
     coupled: bool = False
     has_reference: bool = True
     """Whether the loss or the metrics read reference log-probs; if not, none are computed."""
+    switches: Switches = NO_SWITCHES
+    """What is done to the log-probs before the loss."""
 
     @property
     def statistics(self) -> Statistics:
@@ -232,27 +277,37 @@ class PreferenceObjective:
         """The loss's running statistics, updated with a training batch."""
         if self.statistics.update is None:
             return running
-        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
+        pairs = self.seen(outputs, batch.pairs)
         updated = self.statistics.update(running, pairs, batch.pairs.weight)
         return jax.lax.stop_gradient(updated)
 
     def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
         return jnp.sum(batch.pairs.weight)
 
+    def seen(self, outputs: PairOutputs, batch: PairBatch) -> PairLogProbs:
+        """The pairs as the loss sees them, after the switches."""
+        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch)
+        return self.switches.seen(pairs)
+
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> PairOutputs:
+        collision = self.switches.importance
         with jax.named_scope("policy"):
             params = self.policy.policy_params(trained, frozen["policy"], key)
-            of_policy = self.policy.log_probs(batch.pairs, params)
+            of_policy = self.policy.log_probs(batch.pairs, params, collision=collision)
         reference = batch.reference
         if not self.has_reference:
             reference = jnp.full(batch.pairs.response_length.shape, jnp.nan)
         elif reference is None:
             with jax.named_scope("reference"):
-                reference = self.policy.log_probs(batch.pairs, frozen["reference"])
-            reference = reference.log_prob.sum(-1)
-        return _outputs(of_policy, reference, batch.pairs)
+                reference = self.of_reference(batch.pairs, frozen["reference"])
+        return self._outputs(of_policy, reference, batch.pairs)
+
+    def of_reference(self, batch: PairBatch, params: Params) -> Float[Array, "pairs 2"]:
+        """The log-probs of responses under the reference, which may be stored."""
+        log_prob = self.policy.log_probs(batch, params).log_prob
+        return self.switches.total(log_prob, batch.response_length)
 
     def compare(
         self, trained: Params, frozen: Any, batch: ReferencedBatch
@@ -263,8 +318,10 @@ class PreferenceObjective:
         run once.
         """
         params = self.policy.policy_params(trained, frozen["policy"])
-        both = self.policy.compare(batch.pairs, params, frozen["reference"])
-        return _outputs(both, both.reference_log_prob.sum(-1), batch.pairs), both.kl.sum(-1)
+        pairs, collision = batch.pairs, self.switches.importance
+        both = self.policy.compare(pairs, params, frozen["reference"], collision=collision)
+        reference = self.switches.total(both.reference_log_prob, pairs.response_length)
+        return self._outputs(both, reference, pairs), both.kl.sum(-1)
 
     def reduce(
         self,
@@ -281,28 +338,44 @@ class PreferenceObjective:
           count: weight of the whole batch.
           running: the loss's running statistics; in training, updated with this batch.
         """
-        weight = batch.pairs.weight
-        pairs = as_pairs(outputs.policy_log_probs, outputs.reference_log_probs, batch.pairs)
+        weight, pairs = batch.pairs.weight, self.seen(outputs, batch.pairs)
         running = {} if running is None else running
         taken = self.statistics.of(pairs, weight, running)
         losses = self.loss(pairs, **{**taken, **self.options})
+        if outputs.importance is not None:
+            losses = losses * outputs.importance
         scale = reward_scale(self.loss, self.options) if self.has_reference else None
-        metrics = pair_metrics(pairs, losses, weight, scale=scale)
+        whole = outputs.policy_log_probs if outputs.whole is None else outputs.whole
+        whole = as_pairs(whole, outputs.reference_log_probs, batch.pairs)
+        metrics = pair_metrics(pairs, losses, weight, scale=scale, whole=whole)
+        if outputs.importance is not None:
+            metrics["importance"] = mean_of(outputs.importance, weight)
         metrics["entropy"] = mean_of(outputs.entropy, weight)
         for name, value in {**running, **taken}.items():
             if value.ndim == 0:
                 metrics[f"statistics/{name}"] = Mean(total=value, count=jnp.float32(1))
         return jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight) / count, metrics
 
-
-def _outputs(of_policy: Any, reference: Float[Array, "pairs 2"], pairs: PairBatch) -> PairOutputs:
-    """Sums over the tokens of each response."""
-    tokens = jnp.maximum(pairs.response_length.sum(-1), 1)
-    return PairOutputs(
-        policy_log_probs=of_policy.log_prob.sum(-1),
-        reference_log_probs=jax.lax.stop_gradient(reference),
-        entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
-    )
+    def _outputs(
+        self,
+        of_policy: ResponseLogProbs | ResponseComparison,
+        reference: Float[Array, "pairs 2"],
+        pairs: PairBatch,
+    ) -> PairOutputs:
+        """Sums over the tokens of each response."""
+        log_prob, length = of_policy.log_prob, pairs.response_length
+        tokens, total = jnp.maximum(length.sum(-1), 1), self.switches.total(log_prob, length)
+        importance = None
+        if of_policy.collision is not None:
+            importance = importance_weights(log_prob, of_policy.collision, length)
+        whole = None if self.switches.tail_weight == 1.0 else log_prob.sum(-1)
+        return PairOutputs(
+            policy_log_probs=total,
+            reference_log_probs=jax.lax.stop_gradient(reference),
+            entropy=jax.lax.stop_gradient(of_policy.entropy.sum((1, 2)) / tokens),
+            whole=jax.lax.stop_gradient(whole),
+            importance=importance,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,17 +418,17 @@ class TokenPreferenceObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedObjective:
-    """Mean negative log-prob per token, of the chosen responses or of packed text."""
+    """Mean negative log-prob per token, of responses or of packed text."""
 
     policy: Policy
     coupled: bool = False
 
-    def _mask(self, batch: PairBatch | TextBatch) -> Float[Array, "rows length"]:
+    def _mask(self, batch: PairBatch | TextBatch) -> Float[Array, "rows *sides length"]:
         if isinstance(batch, TextBatch):
             return batch.target_mask * batch.weight[:, None]
         position = jnp.arange(batch.response_tokens.shape[-1])
-        scored = position[None] < batch.response_length[:, :1]
-        return scored * batch.weight[:, None]
+        scored = position[None, None] < batch.response_length[..., None]
+        return scored * batch.weight[:, None, None]
 
     def count(self, batch: PairBatch | TextBatch) -> Float[Array, ""]:
         return jnp.sum(self._mask(batch)).astype(jnp.float32)
@@ -366,23 +439,15 @@ class SupervisedObjective:
         frozen: Any,
         batch: PairBatch | TextBatch,
         key: PRNGKeyArray | None,
-    ) -> Float[Array, "rows length"]:
+    ) -> Float[Array, "rows *sides length"]:
         params = self.policy.policy_params(trained, frozen["policy"], key)
         if isinstance(batch, TextBatch):
             return self.policy.text_log_probs(batch, params)
-        chosen = PairBatch(
-            tokens=batch.tokens[:, :1],
-            prompt_length=batch.prompt_length[:, :1],
-            response_tokens=batch.response_tokens[:, :1],
-            response_length=batch.response_length[:, :1],
-            record_index=batch.record_index,
-            weight=batch.weight,
-        )
-        return self.policy.log_probs(chosen, params).log_prob[:, 0]
+        return self.policy.log_probs(batch, params).log_prob
 
     def reduce(
         self,
-        outputs: Float[Array, "rows length"],
+        outputs: Float[Array, "rows *sides length"],
         batch: PairBatch | TextBatch,
         count: Float[Array, ""],
     ) -> tuple[Float[Array, ""], dict[str, Mean]]:

@@ -15,11 +15,12 @@ from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
 from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.models.probes import with_probes
+from jaxalign.training.ledger import ledger_entries, ledger_metrics
 from jaxalign.training.masking import HEAD
 from jaxalign.training.metrics import Mean, mean_of
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import PairOutputs, PreferenceObjective, ReferencedBatch
-from jaxalign.training.step import TrainState
+from jaxalign.training.step import RECORDS, Update
 
 Params = Any
 
@@ -42,6 +43,9 @@ class PairProbe:
     """Whether to recompute the batch's log-probs after the update."""
     preconditioner: Callable[[Any], Params] | None = None
     """Optimiser state after the update -> P of `preconditioned`, a tree like the parameters."""
+    ledger: bool = False
+    """Whether to split the realised changes of the batch's log-probs, and those of the held-out
+    pairs in `frozen["held_out"]`, by where they came from (`training.ledger`)."""
 
     def __call__(
         self,
@@ -78,18 +82,22 @@ class PairProbe:
     def after_update(
         self,
         statistics: Observation,
-        before: TrainState,
-        after: Params,
-        opt_state: Any,
+        update: Update,
         frozen: Any,
         batch: ReferencedBatch,
         micro_batches: int,
-    ) -> dict[str, Mean]:
-        """Means over the pairs, including the statistics that need the update."""
-        in_update = self.preconditioned(before.params, frozen, batch, opt_state)
+    ) -> dict[str, Any]:
+        """Means over the pairs, including the statistics that need the update; the ledger."""
+        in_update = self.preconditioned(update.before, frozen, batch, update.opt_state)
         observation = dataclasses.replace(statistics, preconditioned=in_update)
-        outputs = self.outputs_after(after, frozen, batch, micro_batches)
-        return self.metrics(observation, batch.pairs.weight, outputs)
+        outputs = self.outputs_after(update.after, frozen, batch, micro_batches)
+        metrics: dict[str, Any] = self.metrics(observation, batch.pairs.weight, outputs)
+        if self.ledger:
+            entries = ledger_entries(
+                self.objective, observation, update, frozen, batch, micro_batches
+            )
+            metrics |= ledger_metrics(entries) | {RECORDS: entries}
+        return metrics
 
     def probes(self, trained: Params, frozen: Any, batch: ReferencedBatch) -> dict[str, Any]:
         """Zeros whose cotangents are read by `read`."""

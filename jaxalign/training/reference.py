@@ -50,8 +50,7 @@ def precompute_reference(
     @partial(jax.jit, out_shardings=replicated(mesh))  # every process keeps the whole table
     @partial(on_mesh, mesh=mesh)
     def log_probs(params: Any, batch: PairBatch) -> tuple[jax.Array, ...]:
-        values = objective.policy.log_probs(batch, params).log_prob.sum(-1)
-        return batch.weight, batch.record_index, values
+        return batch.weight, batch.record_index, objective.of_reference(batch, params)
 
     numbers, values = [], []
     for batch in track(batches, "reference log-probs", unit="batch"):

@@ -104,6 +104,7 @@ class ScoreObjective:
             rows.tokens,
             rows.prompt_length + rows.response_length,
             shared_prefix=rows.shared_prefix,
+            packed=rows.packed,
             compute=self.policy.compute,
         )
         return scores.reshape(-1, 2)

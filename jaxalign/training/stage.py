@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxalign.sharding.structs import Structs
+from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.step import TrainState
 
 Params = Any
@@ -96,9 +97,15 @@ class Stage:
     probed_step: Step | None = None
     """The step with per-pair gradient statistics; None: there is none."""
     probe_every: int = 0
-    """Interval of probed steps."""
+    """Interval of probed steps; 0: there are none."""
+    ledger_step: Step | None = None
+    """The probed step that also keeps the ledger; None: there is none."""
+    ledger_every: int = 0
+    """Interval of steps with a ledger, which are probed too; 0: there are none."""
     running: Mapping[str, float] = field(default_factory=dict)
     """The loss's running statistics at the start."""
+    moving: MovingReference | None = None
+    """Reference that follows the policy; None: it is fixed, or there is none."""
     adapter_scale: float | None
     """Factor on the output of the trained adapters; None: all parameters are trained."""
     begin: Callable[[Params, Callable[[Params], Params]], Params] = lambda params, place: params
@@ -144,6 +151,9 @@ class Feed:
     evaluation: Callable[[TrainState, Any], dict[str, float]] | None
     """(state, frozen) -> metrics of the held-out set; None: nothing is held out."""
     throughput: Throughput
+    record: Callable[[int, Any, Any], None] | None = None
+    """(number of updates, numbers of single pairs that the step returned under `RECORDS`, batch on
+    the host) -> written somewhere; None: no step returns any."""
     around: Callable[[Step], Step] = lambda step: step
     """Compiled step -> the step that the loop calls; the online stage adds sampling and
     annotation."""

@@ -15,6 +15,7 @@ from jaxalign.models.devices import splitting_states
 from jaxalign.records import record
 from jaxalign.sharding import (
     batch_sharding,
+    head_sharding,
     parameter_shardings,
     replicated,
     state_sharding,
@@ -22,6 +23,7 @@ from jaxalign.sharding import (
 )
 from jaxalign.training.metrics import Mean, add_means
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
+from jaxalign.training.moving_reference import MovingReference
 from jaxalign.training.objectives import Objective, PreferenceObjective
 
 Params = Any
@@ -39,6 +41,20 @@ class TrainState:
     skipped: Int[Array, ""]
     running: Any = dataclasses.field(default_factory=dict)
     """The loss's running statistics, by name; most losses have none."""
+    reference: Any = None
+    """Parameters of a reference that moves; None: the reference is fixed."""
+
+
+def saved_fields(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state, by field.
+
+    Running statistics are saved apart from the arrays. A reference is only there if it moves, so
+    that checkpoints of earlier versions have the same fields.
+    """
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if state.reference is None:
+        del fields["reference"]
+    return fields | {"running": {}}
 
 
 def initial_state(
@@ -47,6 +63,7 @@ def initial_state(
     *,
     seed: int,
     running: Mapping[str, float] | None = None,
+    moving: MovingReference | None = None,
 ) -> TrainState:
     """The state before the first update.
 
@@ -55,8 +72,11 @@ def initial_state(
       optimizer: the update rule.
       seed: of dropout and all other random draws of a step.
       running: the loss's running statistics at the start (`Statistics.start`).
+      moving: a reference that follows the policy. It shares the buffers of `params`; copy the state
+        (`sharding.place`) before it is donated. None: the reference is fixed.
     """
     return TrainState(
+        reference=None if moving is None else moving.start(params),
         running={name: jnp.float32(value) for name, value in (running or {}).items()},
         step=jnp.int32(0),
         params=params,
@@ -64,6 +84,29 @@ def initial_state(
         key=jax.random.key_data(jax.random.key(seed)),
         skipped=jnp.int32(0),
     )
+
+
+RECORDS = "records"
+"""Key of a step's numbers of single pairs among its metrics; a `Feed` says what becomes of them."""
+
+
+@record
+class Update:
+    """What a step did to the trained parameters.
+
+    Attributes:
+      before: the parameters of the forward and backward pass.
+      gradient: of the loss, as the optimiser got it.
+      after: the updated parameters.
+      opt_state: the optimiser's state after the update.
+      key: of the step's dropout.
+    """
+
+    before: Any
+    gradient: Any
+    after: Any
+    opt_state: Any
+    key: Any
 
 
 @runtime_checkable
@@ -100,14 +143,12 @@ class Backward(Protocol):
     def after_update(
         self,
         statistics: Any,
-        before: "TrainState",
-        after: Params,
-        opt_state: Any,
+        update: "Update",
         frozen: Any,
         batch: Any,
         micro_batches: int,
-    ) -> dict[str, Mean]:
-        """Metrics of the statistics, given the update."""
+    ) -> dict[str, Any]:
+        """Metrics of the statistics, given the update; under `RECORDS`, what is kept by pair."""
         ...
 
 
@@ -125,11 +166,9 @@ class PlainBackward:
             output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
         return backward(output_gradients)[0], metrics, None
 
-    def after_update(
-        self, statistics, before, after, opt_state, frozen, batch, micro_batches
-    ) -> dict[str, Mean]:
+    def after_update(self, statistics, update, frozen, batch, micro_batches) -> dict[str, Any]:
         """No metrics: there are no statistics."""
-        del statistics, before, after, opt_state, frozen, batch, micro_batches
+        del statistics, update, frozen, batch, micro_batches
         return {}
 
 
@@ -221,8 +260,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
     backward: Backward = PLAIN,
-) -> tuple[TrainState, dict[str, Mean | Float[Array, ""]]]:
-    """One update on one batch; an update that is not finite is skipped."""
+    moving: MovingReference | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update on one batch; an update that is not finite is skipped.
+
+    A reference that moves is read from the state, and moves after the update.
+    """
+    if moving is not None:
+        frozen = moving.frozen(state.reference, frozen)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     grads, metrics, statistics = gradients(
         objective,
@@ -244,16 +289,20 @@ def train_step(
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    metrics |= backward.after_update(
-        statistics, state, params, opt_state, frozen, batch, micro_batches
-    )
+    update = Update(before=state.params, gradient=grads, after=params, opt_state=opt_state, key=key)
+    metrics |= backward.after_update(statistics, update, frozen, batch, micro_batches)
+    params = keep(params, state.params)
+    reference = state.reference
+    if moving is not None:
+        reference = moving.moved(reference, params, state.step + 1)
     after = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
+        params=params,
         opt_state=keep(opt_state, state.opt_state),
         key=state.key,
         skipped=state.skipped + jnp.where(finite, 0, 1),
         running=keep(running, state.running),
+        reference=reference,
     )
     return after, {**metrics, "grad_norm": grad_norm, "skipped": after.skipped, "finite": finite}
 
@@ -263,7 +312,7 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
     @functools.wraps(function)
     def placed(*arguments: Any) -> Any:
-        with splitting_states(state_sharding(mesh), table_sharding(mesh)):
+        with splitting_states(state_sharding(mesh), table_sharding(mesh), head_sharding(mesh)):
             return function(*arguments)
 
     return placed

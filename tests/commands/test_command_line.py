@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,10 @@ def test_fields_are_set_on_the_command_line(folder):
     assert (config.preference.loss, config.lora.rank) == ("ipo", 4)
     assert config.preference.loss_options == {"tau": 0.2}
     assert parse(["small.py", "--preference.optimizer.name", "lion"]).preference.steps == 3
+    mixed = ["small.py", "--loss", "dpo:1.0", "sft:0.2", "--loss-options", "dpo.beta", "0.3"]
+    config = parse([*mixed, "--seed", "3"])
+    assert (config.preference.loss, config.seed) == ("dpo:1.0 sft:0.2", 3)
+    assert config.preference.loss_options == {"dpo.beta": 0.3}
 
 
 def test_an_experiments_loss_options_belong_to_its_loss(folder):
@@ -127,6 +132,15 @@ def test_wrong_commands_are_named(capsys, folder):
     )
     assert "dpo has no tau; it has beta" in complaint(
         capsys, "train", "small.py", "--loss-options", "tau", "1"
+    )
+    assert "'dqo' cannot be in a weighted sum" in complaint(
+        capsys, "train", "small.py", "--loss", "dqo:1", "sft:1"
+    )
+    assert "beta: in a mixture, name the loss" in complaint(
+        capsys, "train", "small.py", "--loss", "dpo:1", "sft:1", "--loss-options", "beta", "1"
+    )
+    assert "sft has no beta; it has none" in complaint(
+        capsys, "train", "small.py", "--loss", "dpo:1", "sft:1", "--loss-options", "sft.beta", "1"
     )
     assert "sft.batch_size: 7 is not a multiple of sft.micro_batches: 2" in complaint(
         capsys, "train", "small.py", "--sft.batch-size", "7", "--sft.micro-batches", "2"
@@ -192,6 +206,33 @@ def test_every_other_step_is_watched_and_the_update_is_the_same(folder, capsys):
     assert "entanglement" not in (folder / "plain" / "small" / "report" / "report.md").read_text()
 
 
+def test_a_ledger_is_kept_and_resumed(folder):
+    flags = ["train", "small.py", "--no-export", "--preference.save-every", "2"]
+    flags += ["--entanglement.ledger", "2"]
+    assert main(flags) == 0
+    run = read_run(folder / "runs" / "small")
+    file = run.folder / "ledger.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["step"], line["pairs_of"]) for line in lines] == [
+        (step, name) for step in (1, 3) for name in ("batch", "held_out")
+    ]
+    at = "entanglement/ledger/"
+    for line, before in zip(lines[:2], ("", "held_out/"), strict=True):
+        changes = [sum(pair["chosen"].values()) for pair in line["pairs"]]
+        steps, realised = run.curve("preference", "train", f"{at}{before}realised_chosen")
+        assert steps == [1, 3]
+        assert np.mean(changes) == pytest.approx(realised[0], rel=1e-4, abs=1e-6)
+        assert line["tokens"]["rejected"]
+    report = (run.folder / "report" / "report.md").read_text()
+    assert "Where the change came from" in report
+
+    whole = file.read_text()
+    shutil.rmtree(run.folder / "checkpoints" / "preference" / "3")
+    assert main(flags) == 0
+    resumed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert resumed == [json.loads(line) for line in whole.splitlines()]
+
+
 @pytest.mark.parametrize("cure", ["normalised", "centred"])
 def test_a_cured_run_is_ideal_throughout(folder, cure):
     flags = ["--entanglement.every", "1", "--entanglement.cure", cure, "--no-export"]
@@ -222,6 +263,9 @@ def test_what_cannot_be_watched_is_named(capsys, folder):
     assert "needs the optimiser adamw" in complaint(
         capsys, *other, "--preference.optimizer.name", "sgd"
     )
+    for field, value in (("loss", "tdpo1"), ("entanglement.mask", "differing")):
+        kept = ["train", "small.py", "--entanglement.ledger", "1", f"--{field}", value]
+        assert "entanglement.ledger: " in complaint(capsys, *kept)
     half = ["train", "small.py", "--entanglement.reweighting", "centred"]
     assert "set --entanglement.every 1" in complaint(capsys, *half)
 
@@ -379,6 +423,10 @@ def test_losses_are_listed_with_formula_and_source(capsys):
     assert main(["losses", "dpo"]) == 0
     assert "arXiv:2305.18290" in capsys.readouterr().out
     assert "dqo" in complaint(capsys, "losses", "dqo")
+    assert main(["losses", "dpo:1", "sft:0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "dpo.beta=0.1" in shown
+    assert "arXiv:2404.19733" in shown
 
 
 def test_page_of_losses_is_fresh(request):

@@ -49,6 +49,16 @@ def test_a_page_of_pairs(world, capsys):
     assert len(list(output.glob("heat_map_*.png"))) == 2
 
 
+def test_the_ledger_of_one_update(world):
+    folder, flags = world
+    more = ["--heat-maps", "0", "--ledger", "2", "--optimizer", "sgd", "--learning-rate", "0.1"]
+    assert main(["entangle", *flags, *more, "--output", str(folder / "out")]) == 0
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
+    assert "One update (dpo, sgd, learning rate 0.1)" in page
+    assert "chosen, pairs outside the batch" in page  # the third pair
+    assert (folder / "out" / "ledger.png").stat().st_size
+
+
 def test_a_loss_of_the_users_own_and_errors_in_one_line(world, capsys):
     folder, flags = world
     own = folder / "mine.py"

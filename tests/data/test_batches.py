@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxalign.data import TokenizedPairs, TokenizedRows, TokenizedTexts, pair_batches, text_batches
-from jaxalign.data.batches import choose_buckets, pack
+from jaxalign.data.batches import choose_buckets
 from jaxalign.data.order import BatchOrder
 from jaxalign.errors import UserError
 
@@ -339,41 +339,7 @@ def test_rows_of_text_begin_where_the_row_before_ended():
     assert [row[0] for row in rows[1:]] == [row[-1] for row in rows[:-1]]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_prompts_and_responses_stay_whole_and_responses_alone_are_scored(packed):
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, 10, 40)
-    rows = make_rows(prompts + rng.integers(1, 10, 40), prompts)
-    options = {"packed": packed, "batch_size": 4, "length": 32, "epochs": 1}
-    found, places = [], 0
-    for batch in text_batches(rows, **options):
-        for at in np.flatnonzero(batch.weight):
-            places += batch.tokens.shape[1]
-            for segment in range(1, batch.segment_ids[at].max() + 1):
-                here = batch.segment_ids[at] == segment
-                assert batch.positions[at][here].tolist() == list(range(here.sum()))
-                prompt = int(here.sum() - batch.target_mask[at][here].sum())
-                assert (batch.target_mask[at][here] == (np.arange(here.sum()) >= prompt)).all()
-                found.append((batch.tokens[at][here].tolist(), prompt))
-    expected = [(rows[i].tolist(), int(prompts[i])) for i in range(40)]
-    assert sorted(found) == sorted(expected)
-    if packed:
-        assert places < 1.35 * len(rows.flat)  # best fit leaves little room
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=50), st.booleans())
-def test_packing_fits_and_forgets_nothing(lengths, shuffled):
-    groups = pack(np.array(lengths), 20, seed=1 if shuffled else None)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    totals = [sum(lengths[i] for i in group) for group in groups]
-    assert max(totals) <= 20
-    assert sum(total <= 10 for total in totals) <= 1  # two such rows would have been one
-
-
 def test_rows_that_cannot_be_made_say_so():
-    with pytest.raises(UserError, match="less than the longest example, 30"):
-        pack(np.array([3, 30]), 20)
     with pytest.raises(UserError, match="leaves nothing to predict"):
         text_batches(make_texts([5]), batch_size=1, length=1)
     with pytest.raises(UserError, match="single token"):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxalign.data import TokenizedPairs
+from jaxalign.data import TokenizedPairs, TokenizedResponses
 from jaxalign.data.order import batch_order
-from jaxalign.data.packing import Packing, packed_pair_batches, pair_packer, pair_sizes
+from jaxalign.data.packing import Packing, packed_batches, packed_sizes, packer_of
 from jaxalign.errors import UserError
 from tests.data.test_batches import kept, make_pairs, make_rows, take
 
@@ -35,7 +35,7 @@ def make_alike(number, seed=0, longest=40):
 
 
 def unpacked(packed):
-    """Each pair's two rows and two responses, read from the packed rows alone."""
+    """Each example's prompts with their responses, read from the packed rows alone."""
     pairs = []
     numbers = packed.row_number.tolist()
     for row, starts in zip(packed.row, packed.scored_start, strict=True):
@@ -45,8 +45,8 @@ def unpacked(packed):
         tokens, ids = packed.tokens[at], packed.segment_ids[at]
         positions = packed.positions[at]
         sides = []
-        for side in (2, 3):
-            mine = (ids == segment + 1) | (ids == segment + side)
+        for side in range(packed.scored_start.shape[1]):
+            mine = (ids == segment + 1) | (ids == segment + 2 + side)
             assert positions[mine].tolist() == list(range(mine.sum()))
             sides.append(tokens[mine].tolist())
         pairs.append((at, segment, sides))
@@ -58,12 +58,16 @@ def unpacked(packed):
     number=st.integers(1, 60),
     shards=st.sampled_from([1, 2]),
     micro_batches=st.sampled_from([1, 2]),
+    form=st.sampled_from([TokenizedPairs, TokenizedResponses]),
     seed=st.integers(0, 2**31),
 )
-def test_packed_rows_hold_the_batchs_pairs_and_nothing_else(number, shards, micro_batches, seed):
-    pairs = make_alike(number, seed=seed)
+def test_packed_rows_hold_the_batchs_examples_and_nothing_else(
+    number, shards, micro_batches, form, seed
+):
+    pairs = form(rows=make_alike(number, seed=seed).rows)
+    pairs.rows.record_index[:] = np.arange(len(pairs.rows)) // form.sides
     packing = Packing(shards=shards, micro_batches=micro_batches)
-    batches = take(packed_pair_batches(pairs, packing, batch_size=8, seed=seed), 12)
+    batches = take(packed_batches(pairs, packing, batch_size=8, seed=seed), 12)
     shapes = set()
     for batch in batches:
         packed = batch.packed
@@ -78,7 +82,7 @@ def test_packed_rows_hold_the_batchs_pairs_and_nothing_else(number, shards, micr
             assert at // micro_batches == place // (8 // shards)
             index = int(batch.record_index[place])
             for side, tokens in enumerate(sides):
-                whole = pairs.rows[2 * index + side]
+                whole = pairs.rows[form.sides * index + side]
                 assert tokens == whole.tolist()
                 prompt = int(batch.prompt_length[place, side])
                 assert batch.tokens[place, side, : len(whole)].tolist() == tokens
@@ -86,14 +90,18 @@ def test_packed_rows_hold_the_batchs_pairs_and_nothing_else(number, shards, micr
                 assert packed.scored_tokens[at, scored].tolist() == tokens[prompt:]
                 where = packed.scored_positions[at, scored]
                 assert packed.tokens[at, where].tolist() == tokens[prompt - 1 : -1]
+                last = packed.last[place, side]
+                assert packed.tokens[at, last] == tokens[-1]
+                assert packed.positions[at, last] == len(tokens) - 1
+                assert packed.segment_ids[at, last] - segment in (1, side + 2)
                 ids = packed.segment_ids[at, where] - segment
                 assert set(ids.tolist()) <= {1, side + 2}
                 assert packed.positions[at, where].tolist() == list(
                     range(prompt - 1, len(whole) - 1)
                 )
-            real += pair_sizes(pairs)[index, 0]
+            real += packed_sizes(pairs)[index, 0]
         assert real == (packed.segment_ids > 0).sum()
-        assert packed.reach >= pair_sizes(pairs)[:, 0].max()
+        assert packed.reach >= packed_sizes(pairs)[:, 0].max()
     assert len(shapes) <= 2
 
 
@@ -101,7 +109,7 @@ def test_the_order_is_that_of_the_sizes_and_the_same_for_any_rows():
     orders = []
     for shards, micro_batches in [(1, 1), (2, 1), (1, 4), (2, 2)]:
         packing = Packing(shards=shards, micro_batches=micro_batches)
-        batches = take(packed_pair_batches(PAIRS, packing, batch_size=8, epochs=3, seed=1))
+        batches = take(packed_batches(PAIRS, packing, batch_size=8, epochs=3, seed=1))
         orders.append([sorted(kept(batch)) for batch in batches])
         assert np.bincount(np.concatenate(orders[-1])).tolist() == [3] * 53
     assert all(order == orders[0] for order in orders)
@@ -156,11 +164,11 @@ def test_little_is_padding_in_many_epochs_of_real_looking_lengths(batch_size, ro
     rows_of.record_index[:] = np.repeat(np.arange(1003), 2)
     pairs = TokenizedPairs(rows=rows_of)
     packing = Packing(micro_batches=rows)
-    packer = pair_packer(pairs, packing, batch_size=batch_size, seed=3)
-    sizes = pair_sizes(pairs)
+    packer = packer_of(pairs, packing, batch_size=batch_size, seed=3)
+    sizes = packed_sizes(pairs)
     totals = [sizes[packer.order.batch(at)].sum(0) for at in range(4 * 1003 // batch_size)]
-    assert packer.shape is not None
-    computed = np.array([packer.shape.length, packer.shape.scored]) * rows
+    assert packer.room is not None
+    computed = packer.room * rows
     assert (np.mean(totals, axis=0) / computed > [0.95, 0.95]).all()
     longest = np.array([packer._rows(packer.order.batch(at))[2] for at in range(len(totals))])
     fits = (longest <= computed / rows).all(1)
@@ -170,7 +178,7 @@ def test_little_is_padding_in_many_epochs_of_real_looking_lengths(batch_size, ro
 def test_a_batch_that_does_not_fit_is_padded(monkeypatch):
     """Rows a little too short, as later epochs may find them."""
     monkeypatch.setattr("jaxalign.data.packing._rounded", lambda size: int(0.992 * size))
-    batches = take(packed_pair_batches(PAIRS, Packing(), batch_size=4, epochs=3))
+    batches = take(packed_batches(PAIRS, Packing(), batch_size=4, epochs=3))
     assert 0 < sum(batch.packed is None for batch in batches) < len(batches)
     assert len({str(jax.tree.map(np.shape, batch)) for batch in batches}) == 2
     stream = np.concatenate([kept(batch) for batch in batches])
@@ -180,11 +188,11 @@ def test_a_batch_that_does_not_fit_is_padded(monkeypatch):
 @pytest.mark.parametrize("number", [1, 5, 9])
 def test_the_state_of_the_iterator_goes_on_exactly_there(number):
     packing = Packing(micro_batches=2)
-    whole = take(packed_pair_batches(PAIRS, packing, batch_size=8, seed=3), number + 20)
-    batches = packed_pair_batches(PAIRS, packing, batch_size=8, seed=3)
+    whole = take(packed_batches(PAIRS, packing, batch_size=8, seed=3), number + 20)
+    batches = packed_batches(PAIRS, packing, batch_size=8, seed=3)
     take(batches, number)
     state = json.loads(json.dumps(batches.get_state()))
-    fresh = packed_pair_batches(PAIRS, packing, batch_size=8, seed=3)
+    fresh = packed_batches(PAIRS, packing, batch_size=8, seed=3)
     fresh.set_state(state)
     for a, b in zip(take(fresh, 20), whole[number:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -193,10 +201,10 @@ def test_the_state_of_the_iterator_goes_on_exactly_there(number):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_each_batch(processes):
     packing = Packing(shards=4)
-    whole = take(packed_pair_batches(PAIRS, packing, batch_size=16, seed=1, epochs=2))
+    whole = take(packed_batches(PAIRS, packing, batch_size=16, seed=1, epochs=2))
     shares = [
         take(
-            packed_pair_batches(
+            packed_batches(
                 PAIRS,
                 packing,
                 batch_size=16,
@@ -214,8 +222,8 @@ def test_processes_share_each_batch(processes):
 
 
 def test_rows_that_cannot_share_a_batch_leave_it_padded():
-    batches = take(packed_pair_batches(PAIRS, Packing(micro_batches=3), batch_size=8, epochs=1))
+    batches = take(packed_batches(PAIRS, Packing(micro_batches=3), batch_size=8, epochs=1))
     assert all(batch.packed is None for batch in batches)
     assert sorted(i for batch in batches for i in kept(batch)) == list(range(53))
     with pytest.raises(UserError, match="not a multiple of the 3 processes"):
-        packed_pair_batches(PAIRS, Packing(shards=3), batch_size=8, process_count=3)
+        packed_batches(PAIRS, Packing(shards=3), batch_size=8, process_count=3)

@@ -542,10 +542,6 @@ def test_responses_are_the_chosen_sides_of_pairs(tokenizers):
     for i in range(len(PAIRS)):
         assert rows[i].tolist() == pairs.rows[2 * i].tolist()
     assert rows.prompt_length.tolist() == pairs.prompt_length[:, 0].tolist()
-    doubled = rows.as_pairs()
-    assert (doubled.length == rows.length[:, None]).all()
-    assert doubled.rows[5].tolist() == rows[2].tolist()
-    assert doubled.record_index.tolist() == rows.record_index.tolist()
 
 
 @KINDS

@@ -81,6 +81,7 @@ ADDED = {
     r"benchmarks\.shared_prompts": "--size 1M --prompt 16 --response 8 --rounds 1",
     r"benchmarks\.entanglement": "--size 1M --length 16 --pairs 2 --rounds 1 --vocabulary 500",
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
+    r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "
     "--architecture.kv-heads 1 --architecture.mlp-width 48 --architecture.vocabulary 512 "
     "--architecture.context 4096 --max-length 64",
@@ -119,6 +120,7 @@ NOT_RUN = {
     r"|python -m benchmarks\.(step_parts)": "fetches PyTorch and TRL to compare with",
     r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/test_gpu.py rehearses it",
     r"python -m venv .*": "needs the network",
+    r"jaxalign plan .*2xv5p.*": "slices joined by a network need the TPU's compiler",
     r"python -m benchmarks\.scaling .*": "needs the TPU's compiler; `plan` is run for CPUs instead",
 }
 """Commands that cannot run here, as patterns of the whole command -> why."""
@@ -297,9 +299,18 @@ STUDIES = {
             },
             products=("experiments/gradient_entanglement/losses.png",),
         ),
+        "gradient_entanglement.ledger": Study(
+            products=(
+                "experiments/gradient_entanglement/ledger_batch.png",
+                "experiments/gradient_entanglement/ledger_held_out.png",
+            ),
+        ),
         "gradient_entanglement.cures": Study(
             constants={"gradient_entanglement.cures:CURES": 2},
             products=("experiments/gradient_entanglement/cures.png",),
+        ),
+        "switches.crossed": Study(
+            flags="--losses dpo simpo --switches none WPO --steps 1", prints="### WPO"
         ),
         "ipo_md.tabular": Study(
             constants={

@@ -190,6 +190,10 @@ def simper(a, b, a0, b0, lw, ll):
     return np.exp(b / ll) - np.exp(a / lw), np.exp(a / lw) / lw, np.exp(b / ll) / ll
 
 
+def sft(a, b, a0, b0, lw, ll):
+    return -a / lw, 1 / lw, np.zeros_like(a)
+
+
 def beta_dpo(a, b, a0, b0, lw, ll, beta, alpha, threshold):
     h = (a - a0) - (b - b0)
     used = max(beta * (1 + alpha * (h.mean() - threshold)), 1e-3)
@@ -267,6 +271,7 @@ CASES = [
     (mappo, {"beta": 0.3, "delta_r": 0.35}),
     (mappo, {"beta": 0.3, "delta_r": PER_PAIR_GAP}),
     (simper, {}),
+    (sft, {}),
     (beta_dpo, {"beta": 0.3, "alpha": 0.2, "threshold": -1.5}),
     (beta_dpo, {"beta": 0.3, "alpha": 2.0, "threshold": 40.0}),  # held at the smallest beta
     (alpha_dpo, {"beta": 3.0, "gamma": 0.7, "alpha": 0.4}),

@@ -116,6 +116,29 @@ def test_probabilities_of_all_targets_sum_to_one(rng):
     np.testing.assert_allclose(np.exp(np.float64(out.log_prob)).sum(), 1.0, atol=1e-5)
 
 
+@forms
+@pytest.mark.parametrize("vocab_block", [None, 300])
+def test_the_log_probability_that_two_draws_agree(rng, form, vocab_block):
+    """Log sum_v p_v^2 in float64; it changes no other value and no gradient flows through it."""
+    drawn = draw(rng, 1003)
+    z, _ = dense_logits(drawn["hidden"], drawn["kernel"], drawn["bias"], **form)
+    inputs = as_float32(drawn)
+
+    def total(hidden):
+        options = {"collision": True, "vocab_block": vocab_block, **form}
+        out = token_log_probs(**(inputs | {"hidden": hidden}), **options)
+        return out.collision.sum(), out
+
+    gradient, out = jax.grad(total, has_aux=True)(inputs["hidden"])
+    expected = np.log(np.square(softmax(z, axis=-1)).sum(-1))
+    np.testing.assert_allclose(out.collision, expected, atol=1e-5, rtol=1e-5)
+    plain = token_log_probs(**inputs, vocab_block=vocab_block, **form)
+    np.testing.assert_array_equal(out.log_prob, plain.log_prob)
+    np.testing.assert_array_equal(out.entropy, plain.entropy)
+    assert plain.collision is None
+    assert not gradient.any()
+
+
 def test_uniform_logits_know_nothing():
     out = token_log_probs(jnp.zeros((2, 3)), jnp.ones((3, 5000)), jnp.array([0, 4999]))
     np.testing.assert_allclose(out.log_prob, -np.log(5000), rtol=1e-6)

@@ -103,6 +103,12 @@ def test_bytes_over_links_by_kind():
     assert adapters.links["all-reduce of gradients"] == pytest.approx(2 * 0.75 * table)
     assert "reduce-scatter of gradients" not in adapters.links
 
+    # two copies on each of two slices: summed over links first, then over the network
+    slices = work_on({"data": 4, "fsdp": 2}, slices=2)
+    assert slices.links["all-reduce of gradients"] == pytest.approx(2 * 0.5 * size / 2)
+    assert slices.network == pytest.approx(2 * 0.5 * size / 2 / 2)
+    assert copies.network == 0
+
     states = 4 * ROWS * LENGTH * CONFIG.width  # all rows, float32
     split = work_on({"tensor": 2}).links
     sums = 2 * CONFIG.layers * 3  # after attention and MLP, in three passes
@@ -124,6 +130,8 @@ def test_memory_traffic_and_bounds():
     rates = {"compute": 2.0, "memory": 4.0, "links": 1.0}
     assert bound(done, rates) == {"compute": 3.0, "memory": 2.0, "links": 3.0}
     assert bound(done, {"compute": None, "memory": None, "links": None}) == {}
+    apart = dataclasses.replace(done, network=8.0)
+    assert bound(apart, {"network": 2.0}) == {"network": 4.0}
 
 
 def received(text):

@@ -149,6 +149,10 @@ VARIANTS = {
             every=1, realised=True, reweighting="normalised", mask="learned"
         ),
     },
+    "ledger of every step": {
+        **with_stage("preference"),
+        "entanglement": EntanglementConfig(ledger=1),
+    },
     "reward model with adapters": {
         **with_stage("preference"),
         "loss": "bradley_terry",

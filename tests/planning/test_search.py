@@ -91,6 +91,21 @@ def flags(**changes):
     return [said for said, _ in remedies(planned)]
 
 
+def test_each_slice_has_parameters_of_its_own(monkeypatch):
+    for module in ("plans", "search"):
+        monkeypatch.setattr(f"jaxalign.planning.{module}.slices_of", lambda devices: 2)
+    meshes = [one.mesh for one in candidates(CONFIG, "cpu:4", "preference")]
+    assert {(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes} == {
+        (4, 1, 1),
+        (2, 2, 1),
+        (2, 1, 2),
+    }
+    with pytest.raises(UserError, match=r"mesh\.data: 1 is not a multiple of 2"):
+        draft(dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4)), "cpu:4", "preference")
+    with pytest.raises(UserError, match="topology"):
+        draft(CONFIG, "2xcpu:4", "preference")
+
+
 def test_remedies_come_one_after_the_other():
     many = PreferenceConfig(steps=1, batch_size=16)
     found = flags(preference=many, remat="none", mesh=MeshConfig(data=2, fsdp=2), memory=10**9)

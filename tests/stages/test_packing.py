@@ -4,18 +4,29 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
-from jaxalign.config import EntanglementConfig, PreferenceConfig, TrainConfig
+from jaxalign.config import (
+    EntanglementConfig,
+    FeedbackConfig,
+    PreferenceConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 from jaxalign.data import TokenizedPairs
+from jaxalign.data.labelled import LabelledRows
 from jaxalign.errors import UserError
 from jaxalign.models.config import EncoderDecoderConfig
 from jaxalign.sharding import make_mesh
+from jaxalign.stages.feedback import KIND as FEEDBACK
+from jaxalign.stages.feedback import LabelledData
 from jaxalign.stages.inputs import TokenizedData, count_computed, count_tokens
 from jaxalign.stages.kind import RunContext
 from jaxalign.stages.models import stage_folder
-from jaxalign.stages.packing import PACKING, with_packing
+from jaxalign.stages.packing import PACKING, check_batches_known, with_packing
 from jaxalign.stages.preference import KIND
+from jaxalign.stages.supervised import KIND as SFT
 from jaxalign.training.checkpoints import Checkpoints
 from tests.data.test_batches import make_rows
 from tests.data.test_packing import make_alike
@@ -86,10 +97,90 @@ def test_a_run_that_was_begun_without_packing_keeps_its_order(tmp_path):
 def test_what_cannot_be_packed_is_refused(tmp_path):
     encoder_decoder = object.__new__(EncoderDecoderConfig)
     context = run_context(tmp_path, packing="always")
-    with pytest.raises(UserError, match="an encoder-decoder, cannot be packed"):
+    with pytest.raises(UserError, match="an encoder-decoder, whose rows cannot be packed"):
         packing_of(dataclasses.replace(context, model_config=encoder_decoder))
-    with pytest.raises(UserError, match="cannot be shared equally by 16 rows"):
+    with pytest.raises(UserError, match="cannot be shared equally by 16 packed rows"):
         packing_of(run_context(tmp_path, packing="always", devices=8, micro_batches=2))
+
+
+def test_rows_that_cannot_be_packed_are_padded_and_a_line_says_why(tmp_path, capsys):
+    context = run_context(tmp_path, devices=8, micro_batches=2)
+    assert packing_of(context) is None
+    assert "preference: padded rows: a batch of 8 cannot be shared" in capsys.readouterr().out
+    (tmp_path / PACKING).unlink()
+    context = run_context(tmp_path, entanglement=EntanglementConfig(every=2))
+    assert packing_of(context) is None
+    line = "preference: padded rows: the per-pair statistics of every 2 steps read them\n"
+    assert capsys.readouterr().out == line
+
+
+def supervised(folder, rows=VARIED.rows, **changes):
+    context = run_context(folder)
+    config = TrainConfig(sft=SupervisedConfig(steps=10, batch_size=8, **changes))
+    data = TokenizedData(train=rows, held_out=None, sources=[], length=80)
+    return dataclasses.replace(context, config=config, data={"sft": data})
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "packed"),
+    [
+        (VARIED.rows, {}, True),
+        (EQUAL.rows, {}, False),
+        (VARIED.rows, {"packing": "never"}, False),
+        (EQUAL.rows, {"packing": "always"}, True),
+    ],
+)
+def test_responses_of_sft_are_packed_likewise(rows, changes, packed, tmp_path, capsys):
+    context = supervised(tmp_path, rows, **changes)
+    data = with_packing(context, SFT.build(context.config, SHAPE)).data["sft"]
+    assert ("sft: responses packed in 1 x" in capsys.readouterr().out) == packed
+    batch = next(data.batches(8, seed=0))
+    assert batch.tokens.shape[:2] == (8, 1)
+    assert (batch.packed is not None) == packed
+    assert data.examples(0) == 400
+    epoch = data.once(rows, 8)
+    assert sorted(i for x in epoch for i in x.record_index[x.weight > 0]) == sorted(
+        rows.record_index
+    )
+
+
+def test_sft_that_was_begun_with_batches_of_long_rows_is_not_resumed(tmp_path):
+    context = supervised(tmp_path)
+    stage = SFT.build(context.config, SHAPE)
+    with Checkpoints(stage_folder(tmp_path, "sft")) as checkpoints:
+        checkpoints.save(3, {"x": jax.numpy.ones(1)}, {})
+        checkpoints.wait()
+    with pytest.raises(UserError, match="batches were of long rows, not of responses"):
+        check_batches_known(context, stage)
+    check_batches_known(context, dataclasses.replace(stage, steps=3))  # it has no steps left
+    (tmp_path / PACKING).write_text('{"sft": "packed"}')
+    check_batches_known(context, stage)
+
+
+@pytest.mark.parametrize("mismatched", [True, False])
+def test_labelled_responses_are_packed_likewise(mismatched, tmp_path, capsys):
+    rows = LabelledRows(rows=VARIED.rows, desirable=np.arange(400) % 3 > 0)
+    data = LabelledData(
+        train=rows,
+        held_out=rows,
+        sources=[],
+        max_length=64,
+        mismatched=mismatched,
+        shard=(0, 1),
+    )
+    config = TrainConfig(feedback=FeedbackConfig(steps=10, batch_size=8, micro_batches=2))
+    context = dataclasses.replace(run_context(tmp_path), config=config, data={"feedback": data})
+    packed = with_packing(context, FEEDBACK.build(config, SHAPE)).data["feedback"]
+    assert "feedback: labelled responses packed in 2 x" in capsys.readouterr().out
+    batch = next(packed.batches(8, seed=0))
+    assert batch.responses.packed.tokens.shape[0] == 2
+    sizes = [batch.responses.packed.tokens.size]
+    assert (batch.mismatched is not None) == mismatched
+    if mismatched:
+        sizes.append(batch.mismatched.packed.tokens.size)
+    assert packed.positions(packed.packing, batch_size=8, seed=0) == sum(sizes)
+    for x in packed.evaluation(8):
+        assert x.responses.packed.tokens.shape[0] == 1
 
 
 def test_training_and_held_out_batches_are_packed_and_their_tokens_counted(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign.data.packing import Packing, packed_pair_batches
+from jaxalign.data import packing as rows
+from jaxalign.data.packing import Packing
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import devices
@@ -52,7 +53,7 @@ def one_cpu(request, monkeypatch):
 def packed_batches(batch_size=8, pairs=PAIRS, micro_batches=1, shards=1, **order):
     packing = Packing(shards=shards, micro_batches=micro_batches)
     order = {"epochs": 1} | order
-    batches = list(packed_pair_batches(pairs, packing, batch_size=batch_size, **order))
+    batches = list(rows.packed_batches(pairs, packing, batch_size=batch_size, **order))
     assert all(batch.packed is not None for batch in batches)
     return batches
 

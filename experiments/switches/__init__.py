@@ -1,0 +1,1 @@
+"""Losses of pairs crossed with the switches of the preference stage."""
