@@ -92,6 +92,8 @@ class Algorithm:
             raise UserError(f"anchor: {self.anchor} is not in [0, 1], or there are no iterations")
         if self.resamples < 0:
             raise UserError(f"resamples: {self.resamples} is negative")
+        if self.annotation != "rewards" and (self.resamples or self.overlong):
+            raise UserError("resamples, overlong: only for an algorithm on rewards")
         if not 0 <= self.overlong <= 1:
             raise UserError(f"overlong: {self.overlong} is not in [0, 1]")
         if self.iteration is not None and self.average_decay is not None:

@@ -55,7 +55,8 @@ class HeldOut:
         def numbers(arrays: Sequence[np.ndarray]) -> np.ndarray:
             return np.concatenate([x[:, 0] for x in arrays])[real]
 
-        rows = np.concatenate([batch.record_index for batch in self._batches])[real].tolist()
+        index = np.concatenate([batch.record_index for batch in self._batches])[real]
+        rows = [int(at) for at in index]
         prompts = [self._texts[at] for at in rows]
         ours, theirs = texts_of(of_policy), texts_of(self._of_reference)
         ratios = [

@@ -172,6 +172,15 @@ VARIANTS = {
         "lora": LoraConfig(rank=2),
         "rollout": {"algorithm": "nash_ema_pg", "mesh": {"data": 8}},
     },
+    "groups, several updates, tokens weighed": {
+        **with_stage("online"),
+        "lora": LoraConfig(rank=2),
+        "rollout": {"algorithm": "grpo", "options": {"samples": 2.0, "updates": 2.0}, "top_p": 0.9},
+    },
+    "two references": {
+        **with_stage("online"),
+        "rollout": {"algorithm": "inpo"},
+    },
 }
 
 
