@@ -67,7 +67,6 @@ def main(options: Options) -> None:
         vocab_size=VOCABULARY,
         head_width=shape.width // shape.heads,
         context_length=max(options.prompt + options.new, 2048),
-        tied=True,
         **asdict(shape),
     )
     model = init_model(config, jax.random.key(0))

@@ -72,12 +72,14 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Make what is missing, judge, write the README's sections and the figure."""
+    """Make what is missing, judge, print the tables, write the README's sections and the figure."""
     labeller, judge, accuracy = two_classifiers(LABELS)
     write_prompts()
     facts = annotators(options, labeller, judge) | accuracy
     chosen, rows = sweep(options)
-    put(HERE, "sweep", table(["method", "strength", *SWEPT], rows))
+    strengths = table(["method", "strength", *SWEPT], rows)
+    print(strengths)
+    put(HERE, "sweep", strengths)
     runs = {
         name: [
             finished(run_config(name, chosen[name], options.steps, seed))
@@ -85,7 +87,9 @@ def main(options: Options) -> None:
         ]
         for name in METHODS
     }
-    put(HERE, "all against all", all_against_all(runs, judge, labeller, facts))
+    matrix = all_against_all(runs, judge, labeller, facts)
+    print(matrix)
+    put(HERE, "all against all", matrix)
     draw(runs)
 
 

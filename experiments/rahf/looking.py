@@ -128,6 +128,8 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
     rows, plain = [], tuned.params
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for name, layers in bands.items():
+        if not layers:  # a model of few layers
+            continue
         direction = summarise(read(tuned, config, tokenizer, learning, layers)).direction
         rewards, divergences = [], []
         for strength in STRENGTHS:

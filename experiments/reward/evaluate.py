@@ -24,7 +24,7 @@ def row(run: Path, triples: int = 1000) -> list[str]:
     config = read_run_config(run)
     records = list(preference_records(config.data, bad_records="skip"))
     held_out = split_holdout(records, config.holdout, seed=config.seed)[1]
-    annotator = make_annotator(f"{MODELS[config.loss]}:{run}")
+    annotator = make_annotator(f"{MODELS[config.preference.loss]}:{run}")
     texts = [[str(record.prompt), str(record.chosen), str(record.rejected)] for record in held_out]
     verdicts = annotator.preferences(*map(list, zip(*texts, strict=True)))
     answers: dict[str, list[str]] = {}

@@ -232,7 +232,7 @@ def test_aims_of_known_numbers():
         "dpo, TRL": line(tokens_per_second=100.0),
     }
     mfu, watched, times = results.aims(lines)
-    assert mfu.endswith("0.55, met")
-    assert watched.endswith("1.20, NOT met")
-    assert times.endswith("1.20, NOT met")
+    assert mfu.endswith("0.550, met")
+    assert watched.endswith("1.200, NOT met")
+    assert times.endswith("1.200, NOT met")
     assert all(one.endswith("not measured") for one in results.aims({}))

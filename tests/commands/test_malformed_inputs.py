@@ -137,7 +137,7 @@ COMMANDS = [
     ["convert", "folder.jsonl", "out"],
     ["report", "good.jsonl"],
     ["report", "folder.jsonl"],
-    ["losses", "dpo", "ipo"],
+    ["losses", "dpo", "no_loss"],
     ["plan", "rules.py", "--topology", "v5e:2x2"],
     ["optimize-prompt", "--model", "m", "--seeds", "good.jsonl", "--evaluator", "rule:x.py:y"],
     [*("optimize-prompt", "--model", "m", "--seeds", "good.jsonl"), "--optimizer", "bank:absent"],
