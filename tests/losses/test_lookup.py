@@ -133,6 +133,7 @@ def test_a_loss_that_fits_two_pairs_alone_says_where(folder):
 
     loss = find_loss("own.py:of_two", {}).function
     four = dict.fromkeys(PairLogProbs.__dataclass_fields__, jnp.ones(4))
+    del four["divergence"]
     four |= {name: jnp.ones(4, int) for name in ("chosen_length", "rejected_length")}
     with pytest.raises(UserError, match=r"^loss: own.py:of_two: TypeError: .*: return pairs.mar"):
         loss(PairLogProbs(**four))
