@@ -9,6 +9,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Simulated devices wait for each other; XLA ends the process where a busy machine lets them wait
+# for longer than 40 seconds.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}".strip()
 
 import jax
 import numpy as np
