@@ -3,10 +3,10 @@
 import jax
 from jaxtyping import Array, Float
 
+from jaxalign.losses.batch_means import weighted_mean, weighted_std
 from jaxalign.losses.checks import positive
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
-from jaxalign.losses.batch_means import weighted_mean, weighted_std
 
 SMALLEST_STD = 1e-6  # a batch of one pair, or of equal pairs, has no spread to divide by
 

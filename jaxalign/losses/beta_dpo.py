@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.losses.batch_means import weighted_mean
 from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
-from jaxalign.losses.batch_means import weighted_mean
 
 MIN_BETA = 1e-3  # the authors' code clamps here
 MOMENTUM = 0.9  # of the running mean, as in the authors' code

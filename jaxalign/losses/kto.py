@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxalign.losses.batch_means import weighted_mean
 from jaxalign.losses.checks import non_negative, positive
 from jaxalign.losses.labelled import LabelledLogProbs
 from jaxalign.losses.pairs import PairLogProbs
 from jaxalign.losses.statistics import Statistics, with_statistics
-from jaxalign.losses.batch_means import weighted_mean
 
 
 def kto_statistics(
