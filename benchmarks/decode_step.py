@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.inputs import SHAPES, VOCABULARY, Shape
+from benchmarks.inputs import SHAPES, VOCABULARY, Shape, model_config
 from benchmarks.machine import describe, figure, machine, median, table, write_json
 from jaxalign.generation import Sampling, compile_generate
 from jaxalign.generation.sampling import most_likely
@@ -63,12 +63,7 @@ class Part:
 def main(options: Options) -> None:
     """Measure and print."""
     facts, shape = machine(), SHAPES[options.size]
-    config = DecoderConfig(
-        vocab_size=VOCABULARY,
-        head_width=shape.width // shape.heads,
-        context_length=max(options.prompt + options.new, 2048),
-        **asdict(shape),
-    )
+    config = model_config(shape, options.prompt + options.new)
     model = init_model(config, jax.random.key(0))
     print(f"{options.size}, prompts of {options.prompt}, {options.new} new; {describe(facts)}")
     product, reading = rates(options.repeats)
