@@ -19,6 +19,7 @@ from jaxalign.stages import Kind, kind_of
 from jaxalign.stages.models import model_of
 from jaxalign.stages.rematerialisation import choose_remat
 from jaxalign.stages.shapes import Shapes, shapes_of
+from jaxalign.training.ledger import HELD_OUT
 from jaxalign.training.stage import Rows, Stage, Step
 from jaxalign.training.step import TrainState
 
@@ -210,6 +211,8 @@ def draft(
     state, frozen = (placed_parameters(tree, mesh) for tree in (shapes.state, shapes.frozen))
     largest, passes = stage.largest_batch(platform, response)
     batch, sampler = placed_batch(largest, mesh), None
+    if stage.ledger_step is not None:
+        frozen = {**frozen, HELD_OUT: batch.pairs}  # as many held-out pairs, of any length
     lasting = lasting_memory(state, frozen, batch)
     if stage.sampling is not None:
         sampler = stage.sampling.policies(state, frozen, mesh)

@@ -24,9 +24,10 @@ from jaxalign.models import init_model, save_pretrained
 from jaxalign.planning.compiled import step_memory
 from jaxalign.planning.plans import draft
 from jaxalign.runs.train import train
-from jaxalign.sharding.structs import placed_batch
+from jaxalign.sharding.structs import bytes_on_device, placed_batch
 from jaxalign.stages import NAMES, run
 from jaxalign.stages.models import embedded_config
+from jaxalign.training.ledger import HELD_OUT
 
 RULES = "def short(prompt, response):\n    return -len(response)\n"
 STAGE = {"steps": 1, "batch_size": 16, "micro_batches": 2}
@@ -108,18 +109,21 @@ def check(config, monkeypatch):
     for name, (shapes, sizes, temporaries) in zip(
         stages, programs_of(config, monkeypatch), strict=True
     ):
-        planned, (state, _, batch) = draft(config, "cpu:8", name), shapes
+        planned, (state, frozen, batch) = draft(config, "cpu:8", name), shapes
         assert jax.tree.map(as_struct, planned.state) == state, name
         lasting = planned.lasting
         kept = lasting["parameters"] + lasting["optimizer"]
         assert 0 <= sizes[0] - kept < 64, name  # counters and a key
-        assert lasting["frozen"] == sizes[1], name
+        seen = planned.frozen
+        if HELD_OUT in seen:
+            seen = {**seen, HELD_OUT: placed_batch(frozen[HELD_OUT], planned.mesh)}
+        assert lasting["frozen"] >= bytes_on_device(seen) == sizes[1], name
         assert jax.tree.structure(planned.batch) == jax.tree.structure(batch), name
         for most, real in zip(jax.tree.leaves(planned.batch), jax.tree.leaves(batch), strict=True):
             assert most.dtype == real.dtype
             assert all(a >= b for a, b in zip(most.shape, real.shape, strict=True)), name
         real = placed_batch(batch, planned.mesh)
-        used = step_memory(planned.step, planned.state, planned.frozen, real, planned.mesh)
+        used = step_memory(planned.step, planned.state, seen, real, planned.mesh)
         assert used["temporaries"] == temporaries, name
 
 
