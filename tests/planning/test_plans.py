@@ -43,7 +43,8 @@ def config(**fields):
         "max_length": 96,
         "max_eval_records": 16,
         "mesh": MESH,
-        "packing": "never",  # a plan is of padded rows: packed ones depend on the data's lengths
+        # a plan is of padded rows: packed ones depend on the data's lengths
+        **dict.fromkeys(("packing", *(f"{stage}.packing" for stage in PACKED)), "never"),
         "export": False,
         "rollout": RolloutConfig(
             prompts="prompts.jsonl",
@@ -55,6 +56,9 @@ def config(**fields):
         "alignment": AlignmentConfig(positive="Be kind.", negative="Be rude.", positions=8),
     }
     return with_fields(TrainConfig(), **wanted | fields)
+
+
+PACKED = ("sft", "feedback", "representation")
 
 
 def with_stage(name):
