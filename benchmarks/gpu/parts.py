@@ -102,7 +102,8 @@ PARTS = (
         peer=trainer("torch_loop.py", way="response", compile=True),
         base="dpo",
     ),
-    Part(name="attention", seconds=20),
+    Part(name="attention", seconds=30),
+    Part(name="gradients", seconds=20),
     Part(name="sampling", seconds=40),
     Part(
         name="sft, PyTorch compiled",
@@ -119,7 +120,7 @@ PARTS = (
 
 def measured_here(name: str, size: Size) -> dict[str, Any]:
     """Run a part of jaxalign, or the checks, in this process."""
-    from benchmarks.gpu import checks, workloads
+    from benchmarks.gpu import checks, kernels, workloads
 
     if name == CHECKS:
         found = [vars(one) for one in checks.check_device()]
@@ -127,7 +128,8 @@ def measured_here(name: str, size: Size) -> dict[str, Any]:
     functions: dict[str, Callable[[Size], dict[str, Any]]] = {
         "dpo": workloads.dpo,
         "watched": workloads.watched,
-        "attention": workloads.attention_kernels,
+        "attention": kernels.attention_kernels,
+        "gradients": kernels.gradient_kernels,
         "sft": workloads.sft,
         "sampling": workloads.sampling,
         "shared prompts": workloads.shared_prompts,

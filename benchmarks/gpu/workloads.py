@@ -1,4 +1,4 @@
-"""What is measured in JAX: steps of training, attention, sampling; each function is one part.
+"""What is measured in JAX: steps of training and sampling; each function is one part.
 
 A part runs in a process of its own, so that the allocator's peak is its own. It returns rows of
 numbers by name; those of one part were measured in turn, step by step.
@@ -25,7 +25,6 @@ from jaxalign.config import PreferenceConfig, TrainConfig, with_fields
 from jaxalign.data import PairBatch, TokenizedPairs, TokenizedRows, pair_batches
 from jaxalign.generation import Sampling, compile_generate
 from jaxalign.models import DecoderConfig
-from jaxalign.models.attention import attention
 from jaxalign.models.decoder import init_params
 from jaxalign.models.devices import compiling_for
 from jaxalign.planning.cost_model import work
@@ -357,35 +356,7 @@ def pairs_of_unlike_lengths(size: Size) -> TokenizedPairs:
     return TokenizedPairs(rows=rows)
 
 
-# ------------------------------------------------------------------------ attention, sampling
-
-
-def attention_kernels(size: Size) -> dict[str, Row]:
-    """Causal attention with its gradient, one layer of the DPO step: cuDNN's and in blocks."""
-    shape, device = inputs.SHAPES[size.model], jax.devices()[0]
-    width, rows = shape.width // shape.heads, 2 * size.pairs
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (
-        jax.random.normal(key, (rows, size.length, heads, width), jnp.bfloat16)
-        for key, heads in zip(keys, (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
-    )
-    # queries with keys and weights with values, forward 1 and backward 2, half of it causal
-    flops = 3 * 2 * rows * size.length**2 * shape.heads * width
-    result: dict[str, Row] = {}
-    for name in ("cudnn", "blocked"):
-        if name == "cudnn" and device.platform != "gpu":
-            result[name] = {"note": f"not measured: there is no cuDNN on a {device.platform}"}
-            continue
-
-        def total(q: Any, k: Any, v: Any, name: str = name) -> jax.Array:
-            out = attention(q, k, v, scale=width**-0.5, implementation=name)
-            return jnp.sum(out.astype(jnp.float32))
-
-        with compiling_for(device.platform, 1):
-            run = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile()
-        seconds = [_timed(run, q, k, v) for _ in range(size.skip + size.steps)][size.skip :]
-        result[name] = throughput_row(device, seconds, rows * size.length, flops)
-    return result
+# ----------------------------------------------------------------------------------- sampling
 
 
 def sampling(size: Size) -> dict[str, Row]:
@@ -406,7 +377,7 @@ def sampling(size: Size) -> dict[str, Row]:
         with compiling_for(device.platform, 1):
             compiled = run.lower(*given, jnp.ones(1), 0).compile()
         weights, first = jnp.ones(1), jnp.int32(0)
-        seconds = [_timed(compiled, *given, weights, first) for _ in range(2 + size.steps // 3)]
+        seconds = [timed(compiled, *given, weights, first) for _ in range(2 + size.steps // 3)]
         name = f"jaxalign, {count} rows"
         result[name] = throughput_row(device, seconds[1:], count * size.new)
     return result
@@ -419,7 +390,8 @@ def sampling_prompts(size: Size, rows: int) -> np.ndarray:
     return rng.integers(len(inputs.SPECIAL), vocabulary, (rows, prompt), np.int32)
 
 
-def _timed(run: Callable[..., Any], *arguments: Any) -> float:
+def timed(run: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds until the results of a call are there."""
     start = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     return time.perf_counter() - start

@@ -24,12 +24,12 @@ class Sequences:
     """Where the tokens of a packed row's sequences lie, and where they lie in the plain rows.
 
     Attributes:
-      places: index in the packed row of each sequence's tokens; anything after its last.
-      slots: of each packed token, its places in the plain rows, one after the other: one for each
+      indices: index in the packed row of each sequence's tokens; anything after its last.
+      slots: of each packed token, its indices in the plain rows, one after the other: one for each
         sequence that has it; -1 where there is none.
     """
 
-    places: Int[AnyArray, "rows sequences longest"]
+    indices: Int[AnyArray, "rows sequences longest"]
     slots: Int[AnyArray, "rows length 2"]
 
 
@@ -53,8 +53,8 @@ def sequences_of(
 
     index = jnp.arange(longest)[None, None, None]
     of_rest = start[..., 1 : 1 + sides, None] + index - common[..., None]
-    places = jnp.where(index < common[..., None], start[..., :1, None] + index, of_rest)
-    places = jnp.clip(places, 0, length - 1).reshape(rows, sides * examples, longest)
+    indices = jnp.where(index < common[..., None], start[..., :1, None] + index, of_rest)
+    indices = jnp.clip(indices, 0, length - 1).reshape(rows, sides * examples, longest)
 
     part = jnp.maximum(segment_ids - 1, 0)
     example, part = part // PARTS, part % PARTS
@@ -66,7 +66,7 @@ def sequences_of(
     slots = jnp.stack(
         [jnp.where(real, slot, -1), jnp.where(real & (part == 0), slot + longest, -1)], axis=-1
     )
-    return Sequences(places=places, slots=slots)
+    return Sequences(indices=indices, slots=slots)
 
 
 def attend_apart(
@@ -88,7 +88,7 @@ def attend_apart(
     Returns:
       The mixed values of every token; anything at padding.
     """
-    rows, count, longest = sequences.places.shape
+    rows, count, longest = sequences.indices.shape
 
     def plain(x: Array) -> Array:
         return _apart(x, sequences).reshape(rows * count, longest, *x.shape[2:])
@@ -108,7 +108,7 @@ def _take(x: Array, index: Array) -> Array:
 @jax.custom_vjp
 def _apart(x: Array, sequences: Sequences) -> Array:
     """[rows, length, ...] -> [rows, sequences longest, ...]."""
-    return jax.vmap(lambda x, index: x[index])(x, sequences.places.reshape(len(x), -1))
+    return jax.vmap(lambda x, index: x[index])(x, sequences.indices.reshape(len(x), -1))
 
 
 def _apart_fwd(x, sequences):
@@ -134,9 +134,9 @@ def _together_fwd(y, sequences):
 
 
 def _together_bwd(sequences, dx):
-    places = sequences.places.reshape(len(dx), -1)
-    first = jnp.take_along_axis(sequences.slots[..., 0], places, axis=1)
-    return _take(dx, jnp.where(first == jnp.arange(places.shape[1])[None], places, -1)), None
+    indices = sequences.indices.reshape(len(dx), -1)
+    first = jnp.take_along_axis(sequences.slots[..., 0], indices, axis=1)
+    return _take(dx, jnp.where(first == jnp.arange(indices.shape[1])[None], indices, -1)), None
 
 
 _together.defvjp(_together_fwd, _together_bwd)

@@ -208,7 +208,7 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path):
 def test_a_part_in_a_process_of_its_own(tmp_path):
     outcome = parts.measured_in_process("attention", "tiny", tmp_path, 300)
     assert outcome.result is not None, outcome.error
-    assert outcome.result["blocked"]["seconds"] > 0
+    assert outcome.result["plain, blocked"]["seconds"] > 0
 
 
 def test_the_comparison_with_stored_values():

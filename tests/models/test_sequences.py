@@ -60,7 +60,7 @@ def test_sequences_apart_are_attention_with_prefixes(window, rng):
 def test_what_lies_beyond_the_longest_sequence_is_left_out():
     segments = jnp.asarray([[1, 1, 2, 3, 3, 3, 3]])  # joint rows: padding is in the last segment
     sequences = sequences_of(segments, 1, 2, 4)
-    assert sequences.places.tolist() == [[[0, 1, 2, 3], [0, 1, 3, 4]]]
+    assert sequences.indices.tolist() == [[[0, 1, 2, 3], [0, 1, 3, 4]]]
     assert sequences.slots[0].tolist() == [
         [0, 4], [1, 5], [2, -1], [6, -1], [7, -1], [-1, -1], [-1, -1],
     ]  # fmt: skip
@@ -69,6 +69,6 @@ def test_what_lies_beyond_the_longest_sequence_is_left_out():
 def test_single_responses_are_one_sequence_each():
     segments = jnp.asarray([[2, 2, 2, 5, 5, 0, 0]])
     sequences = sequences_of(segments, 2, 1, 3)
-    assert sequences.places.tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    assert sequences.indices.tolist() == [[[0, 1, 2], [3, 4, 5]]]
     assert sequences.slots[0, :, 0].tolist() == [0, 1, 2, 3, 4, -1, -1]
     assert (sequences.slots[..., 1] == -1).all()
