@@ -26,9 +26,9 @@ from jaxalign.models.products import in_float32, input_gradient, kernel_gradient
 from jaxalign.records import AnyArray, record
 
 # Tokens and logits of a block. On a CPU: about the size of a core's cache. On accelerators, per
-# device: narrow blocks of many tokens, since a block's gradients are summed over devices.
-CPU_BLOCK = (512, 2**20)
-ACCELERATOR_BLOCK = (2**15, 2**25)
+# device: narrow blocks of many tokens, since a block's gradients are summed over devices. By the
+# TPU compiler's cost model (`benchmarks.head`) 2**26 logits take 3 to 20 % less time than 2**25.
+BLOCKS = {"cpu": (512, 2**20), "gpu": (2**15, 2**25), "tpu": (2**15, 2**26)}
 NEVER = -1e30  # logit of an ignored column: finite, so that 0 * NEVER is 0
 
 
@@ -109,9 +109,9 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
     for name, value in (("token_block", token_block), ("vocab_block", vocab_block)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not positive")
-    usual, block_logits = CPU_BLOCK
+    usual, block_logits = BLOCKS.get(devices.platform(), BLOCKS["gpu"])
     if devices.platform() != "cpu":
-        usual, block_logits = (size * devices.device_count() for size in ACCELERATOR_BLOCK)
+        usual, block_logits = (size * devices.device_count() for size in (usual, block_logits))
     token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)
