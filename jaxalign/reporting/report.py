@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
-from jaxalign.reporting import entanglement, feedback, ledger, online, representation
+from jaxalign.reporting import entanglement, feedback, ledger, online, representation, sources
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
 from jaxalign.reporting.runs import STAGES, Run
@@ -86,6 +86,12 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
             Table(title="Labelled responses", header=header, rows=rows),
             Figure(charts=feedback.charts(labelled), image="feedback.png", alt="rewards"),
         ]
+    header, rows = sources.table(runs)
+    if rows:
+        words = tuple(range(header.index("source") + 1))
+        parts.append(
+            Table(title="Held-out records by source", header=header, rows=rows, words=words)
+        )
     if sampled := [run for run in runs if online.has_stage(run)]:
         header, rows = online.table(sampled)
         parts += [
@@ -160,6 +166,8 @@ def _facts(run: Run) -> str:
     config = {**run.config, **(stage if isinstance(stage, Mapping) else {})}
     options = config.get("loss_options")
     options = options if isinstance(options, Mapping) else {}
+    if isinstance(config.get("data"), list):
+        config["data"] = ", ".join(config["data"])
     texts = [f"{name} {config[name]}" for name in ("loss", "model", "data") if config.get(name)]
     texts[:1] = [", ".join([*texts[:1], *(f"{name} {value}" for name, value in options.items())])]
     written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime)

@@ -212,7 +212,7 @@ def feed(
       context: of the run.
       stage: to feed.
       params: initial parameters.
-      evaluate: (objective, held-out batches, mesh) -> evaluation.
+      evaluate: (objective, held-out batches, mesh, their sources) -> evaluation.
       objective: of the evaluation; None: the stage's own.
       place: batch -> the step's batch on the devices; None: the same batch, sharded.
       live_reference: whether each step runs the reference.
@@ -224,7 +224,9 @@ def feed(
         batches=data.batches(stage.batch_size, seed=context.config.seed),
         place=place or functools.partial(shard_batch, mesh=mesh),
         describe=data.describe,
-        evaluation=evaluate(objective or stage.objective, held_out, mesh) if held_out else None,
+        evaluation=evaluate(objective or stage.objective, held_out, mesh, data.held_out_by_source)
+        if held_out
+        else None,
         throughput=throughput(
             params, live_reference=live_reference, adapters=stage.adapter_scale is not None
         ),
