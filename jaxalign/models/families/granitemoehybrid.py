@@ -26,6 +26,7 @@ ABSENT = {
 def config(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our description of a dense Granite 4 `config.json`."""
     hf = DEFAULTS | dict(hf)
+    hf["intermediate_size"] = hf["shared_intermediate_size"]
     layers = hf["num_hidden_layers"]
     types = hf.get("layer_types") or hf.get("layers_block_type") or ["mamba"] * layers
     if set(types) - {"attention", "full_attention"} or len(types) != layers:
@@ -46,7 +47,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         )
     return DecoderConfig(
         family="granitemoehybrid",
-        **llama.sizes(hf | {"intermediate_size": hf["shared_intermediate_size"]}),
+        **llama.sizes(hf),
         **granite.multipliers(hf),
         activation=activation(hf, "hidden_act"),
         qkv_bias=hf["attention_bias"],
@@ -58,18 +59,15 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads back as this model."""
-    return (
-        llama.hf_sizes(config)
-        | granite.hf_multipliers(config)
-        | ABSENT
-        | {
-            "shared_intermediate_size": config.mlp_width,
-            "hidden_act": HF_ACTIVATIONS[config.activation],
-            "attention_bias": config.qkv_bias,
-            "layer_types": ["attention"] * config.layers,
-            "position_embedding_type": None if config.unrotated else "rope",
-        }
-    )
+    fields = llama.hf_sizes(config) | granite.hf_multipliers(config) | ABSENT
+    del fields["intermediate_size"]  # of the experts
+    return fields | {
+        "shared_intermediate_size": config.mlp_width,
+        "hidden_act": HF_ACTIVATIONS[config.activation],
+        "attention_bias": config.qkv_bias,
+        "layer_types": ["attention"] * config.layers,
+        "position_embedding_type": None if config.unrotated else "rope",
+    }
 
 
 def weights(config: DecoderConfig) -> list[Weight]:
