@@ -45,3 +45,18 @@ FAMILIES: dict[str, ModuleType] = {
     "smollm3": smollm3,
     "t5": t5,
 }
+
+LATENT = "keys and values that are stored compressed (latent attention) have no layer here"
+LINEAR = "gated linear-attention layers have no layer here"
+REFUSED = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"), LATENT),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_next"), LINEAR),
+    **dict.fromkeys(("llama4", "llama4_text"), "attention in chunks has no layer here"),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"), "heads that are wider in some layers do not fit stacked layers"
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "layers with inputs of their own and shared keys do not fit"
+    ),
+}
+"""Families that are not supported -> the reason, which the message gives."""
