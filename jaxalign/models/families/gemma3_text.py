@@ -31,13 +31,15 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
     hf = DEFAULTS | dict(hf)
     theta = float(given(hf, "rope_theta", GLOBAL_THETA))
     local_theta = float(given(hf, "rope_local_base_freq", LOCAL_THETA))
+    full, local = ropes_of_kinds(hf, theta=theta, local_theta=local_theta)
     every = given(hf, "sliding_window_pattern", given(hf, "_sliding_window_pattern", 6))
     pattern = [(layer + 1) % every != 0 for layer in range(hf["num_hidden_layers"])]
     return DecoderConfig(
         family="gemma3_text",
         **gemma2.shared(hf),
         qk_norm="head",
-        **ropes_of_kinds(hf, theta=theta, local_theta=local_theta),
+        rope=full,
+        local_rope=local,
         windowed=windowed(hf, pattern),
     )
 

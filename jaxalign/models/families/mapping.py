@@ -279,7 +279,7 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
 
 def ropes_of_kinds(
     hf: Mapping[str, Any], *, theta: float, local_theta: float
-) -> dict[str, Rope | None]:
+) -> tuple[Rope, Rope | None]:
     """Rotary positions of full layers and, where they differ, of windowed ones.
 
     The old form's `rope_scaling` belongs to the full layers; the new form has one dict for each.
@@ -294,7 +294,7 @@ def ropes_of_kinds(
         hf, (nested.get("full_attention") or {}) | given(hf, "rope_scaling", {}), theta=theta
     )
     local = rope(hf, nested.get("sliding_attention") or {}, theta=local_theta)
-    return {"rope": full, "local_rope": None if local == full else local}
+    return full, None if local == full else local
 
 
 def windowed(hf: Mapping[str, Any], otherwise: list[bool]) -> tuple[bool, ...]:

@@ -24,7 +24,8 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our description of an OLMo 3 `config.json`, old form or new."""
     hf = DEFAULTS | dict(hf)
     pattern = [(layer + 1) % 4 != 0 for layer in range(hf["num_hidden_layers"])]
-    local, theta = windowed(hf, pattern), float(hf["rope_theta"])
+    theta = float(hf["rope_theta"])
+    full, local = ropes_of_kinds(hf, theta=theta, local_theta=theta)
     return DecoderConfig(
         family="olmo3",
         **llama.sizes(hf),
@@ -33,9 +34,10 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=hf["attention_bias"],
         output_bias=hf["attention_bias"],
         qk_norm="width",
-        **ropes_of_kinds(hf, theta=theta, local_theta=theta),
+        rope=full,
+        local_rope=local,
         window=hf["sliding_window"],
-        windowed=local,
+        windowed=windowed(hf, pattern),
     )
 
 
