@@ -22,8 +22,8 @@ from jaxalign.models.multimodal import TextTensors, holds_language_model
 from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
-Tensors = TensorFiles | TextTensors | GGUFTensors
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
+Files = TensorFiles | GGUFTensors | TextTensors
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def load_pretrained(
     return make(config, params)
 
 
-def _tensors(source: Path) -> Tensors:
+def _tensors(source: Path) -> Files:
     """The tensors of a model's folder or GGUF file under the names of its family."""
     if is_gguf(source):
         return GGUFTensors(source)
@@ -135,7 +135,7 @@ def layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[s
 
 
 def _sources(
-    files: Tensors,
+    files: Files,
     table: Iterable[Weight],
     renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
@@ -177,7 +177,7 @@ def _sources(
 
 
 def _resolve_ties(
-    files: Tensors, config: ModelConfig, folder: Path, *, scored: bool
+    files: Files, config: ModelConfig, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
     """The config as the files have it, and the file's names of tensors where these differ.
 
@@ -231,7 +231,7 @@ def _resolve_ties(
     return config, renamed
 
 
-def _equal(files: Tensors, name: str, other: str) -> bool:
+def _equal(files: Files, name: str, other: str) -> bool:
     """Whether two tensors, [rows, width], are equal; compared some rows at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
@@ -245,7 +245,7 @@ def _equal(files: Tensors, name: str, other: str) -> bool:
     return True
 
 
-def _bare_names(files: Tensors, config: ModelConfig) -> dict[str, str]:
+def _bare_names(files: Files, config: ModelConfig) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.families import glm, llama
+from jaxalign.models.families import llama
 from jaxalign.models.families.mapping import (
     HF_ACTIVATIONS,
     Weight,
@@ -53,7 +53,7 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
         activation=activation(hf, "hidden_act"),
         qkv_bias=hf["attention_bias"],
         output_bias=hf["attention_bias"],
-        rope=glm.neighbours(llama.plain_rope(hf)),
+        rope=llama.plain_rope(hf, interleaved=True),
         unrotated=full if any(full) else (),
         window=hf["sliding_window"],
         windowed=local,

@@ -1,10 +1,9 @@
 """GLM-4 of 2024: half of each head rotated, its neighbours together; gate and up in one matrix."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.models.config import DecoderConfig, Rope
+from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families import llama
 from jaxalign.models.families.mapping import (
     HF_ACTIVATIONS,
@@ -35,13 +34,8 @@ def shared(hf: Mapping[str, Any]) -> dict[str, Any]:
     return llama.sizes(hf) | {
         "activation": activation(hf, "hidden_act"),
         "qkv_bias": hf["attention_bias"],
-        "rope": neighbours(llama.plain_rope(hf, rotated=rotated)),
+        "rope": llama.plain_rope(hf, rotated=rotated, interleaved=True),
     }
-
-
-def neighbours(rope: Rope) -> Rope:
-    """The rotary positions with the entries 2i and 2i + 1 of a head turned together."""
-    return dataclasses.replace(rope, interleaved=True)
 
 
 def config(hf: Mapping[str, Any]) -> DecoderConfig:

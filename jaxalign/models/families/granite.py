@@ -16,7 +16,8 @@ MULTIPLIERS = (
     "attention_multiplier",
     "logits_scaling",
 )
-DEFAULTS = llama.DEFAULTS | dict.fromkeys(MULTIPLIERS, 1.0)  # of transformers' GraniteConfig
+# Of transformers' GraniteConfig.
+DEFAULTS: dict[str, Any] = llama.DEFAULTS | dict.fromkeys(MULTIPLIERS, 1.0)
 
 
 def multipliers(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -221,6 +221,7 @@ def rope(
     *,
     theta: float,
     rotated: float = 1.0,
+    interleaved: bool = False,
 ) -> Rope:
     """Rotary positions from a config's `rope_parameters` (new form) or `rope_scaling` (old).
 
@@ -229,6 +230,7 @@ def rope(
       parameters: the dict of the variant, or None for the plain one.
       theta: base, where `parameters` has none.
       rotated: rotated fraction of a head, where `parameters` has none.
+      interleaved: as in `Rope`.
     """
     fields = dict(parameters or {})
     kind = fields.get("rope_type", fields.get("type", "default"))
@@ -245,6 +247,7 @@ def rope(
         theta=float(given(fields, "rope_theta", theta)),
         kind=kind,
         rotated=float(given(fields, "partial_rotary_factor", rotated)),
+        interleaved=interleaved,
         original_context=context if kind in ("llama3", "yarn", "longrope") else None,
         truncate=bool(given(fields, "truncate", True)),
         short_factor=numbers("short_factor"),
