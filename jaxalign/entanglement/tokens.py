@@ -166,13 +166,13 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
 
     def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
         (chosen, rejected), sums = carry
-        entered, (layer_params, is_windowed), trained = inputs
+        entered, (layer_params, kind), trained = inputs
 
         def run(trained: Any, x: Array) -> Array:
             own = trained
             if adapters is not None:
                 own = with_adapters(layer_params, trained, adapter_scale)
-            return block(x, (own, is_windowed))[0]
+            return block(x, (own, kind))[0]
 
         rows = entered[:1], entered[1:]
         _, pull_chosen = jax.vjp(run, trained, rows[0])

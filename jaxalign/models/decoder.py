@@ -13,7 +13,14 @@ from jaxalign.errors import UserError
 from jaxalign.models import devices
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
-from jaxalign.models.decoder_layer import attention_branch, norm, one_layer, rotations
+from jaxalign.models.decoder_layer import (
+    LayerKind,
+    attention_branch,
+    layer_kinds,
+    norm,
+    one_layer,
+    rotations,
+)
 from jaxalign.models.layers import look_up, mlp_branch, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import multiply
@@ -51,7 +58,7 @@ class Layout:
 def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     """The shape of every parameter, in the nested dict's own form."""
     width, heads = config.width, config.heads * config.head_width
-    kv, bias = config.kv_heads * config.head_width, config.norm == "layer"
+    kv, bias = config.kv_heads * config.head_width, config.norm == "layer" and config.norm_bias
 
     def norms(*size: int) -> dict[str, tuple[int, ...]]:
         return {"scale": size, "bias": size} if bias else {"scale": size}
@@ -71,7 +78,9 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     if config.gated:
         layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
     if config.norm_placement != "post":
-        layers |= {name: norms(config.layers, width) for name in ("attention_norm", "mlp_norm")}
+        layers["attention_norm"] = norms(config.layers, width)
+    if config.norm_placement not in ("post", "shared"):
+        layers["mlp_norm"] = norms(config.layers, width)
     if config.norm_placement in ("post", "sandwich"):
         names = ("post_attention_norm", "post_mlp_norm")
         layers |= {name: norms(config.layers, width) for name in names}
@@ -169,7 +178,7 @@ def begin_layers(
     layout: Layout | None = None,
     *,
     compute: Compute = Compute(),
-) -> tuple[Float[Array, "batch length width"], Callable, tuple[Mapping[str, Any], Array]]:
+) -> tuple[Float[Array, "batch length width"], Callable, tuple[Mapping[str, Any], LayerKind]]:
     """The parts of `hidden_states`, for callers that go through the layers themselves.
 
     Args:
@@ -181,7 +190,7 @@ def begin_layers(
 
     Returns:
       What the first layer reads; a layer, (x, inputs) -> (x, (keys, values)); and the layers'
-      inputs, stacked [layers, ...]: their parameters, and whether each is windowed.
+      inputs, stacked [layers, ...]: their parameters, and the kind of each.
 
     Raises:
       UserError: if the rows are longer than learned positions reach.
@@ -203,8 +212,8 @@ def begin_layers(
         visible |= {"reach": layout.reach, "sequences": layout.sequences}
     angles = rotations(config, positions)
 
-    def layer(x: Array, inputs: tuple[Mapping[str, Any], Array]) -> tuple[Array, Any]:
-        own, is_windowed = inputs
+    def layer(x: Array, inputs: tuple[Mapping[str, Any], LayerKind]) -> tuple[Array, Any]:
+        own, kind = inputs
 
         def attend(y: Array) -> tuple[Array, Any]:
             with jax.named_scope("attention"):
@@ -212,7 +221,7 @@ def begin_layers(
                     y,
                     own,
                     config,
-                    is_windowed=is_windowed,
+                    kind=kind,
                     angles=angles,
                     visible=visible,
                     implementation=compute.attention,
@@ -225,8 +234,8 @@ def begin_layers(
         return one_layer(devices.by_rows(x), own, config, attend=attend, mlp=mlp)
 
     x = embed(params, config, tokens, positions, compute.dtype_of(params))
-    windowed = jnp.asarray(config.windowed or (False,) * config.layers)
-    return x, layer, (params["layers"], windowed)
+    kinds = LayerKind(*map(jnp.asarray, zip(*layer_kinds(config), strict=True)))
+    return x, layer, (params["layers"], kinds)
 
 
 def hidden_states(

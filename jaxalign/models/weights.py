@@ -18,10 +18,12 @@ from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, transposed
 from jaxalign.models.folders import find_model, read_config
 from jaxalign.models.gguf import GGUFTensors
+from jaxalign.models.multimodal import TextTensors, holds_language_model
 from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
+Files = TensorFiles | GGUFTensors | TextTensors
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def load_pretrained(
     """
     folder = find_model(path_or_hub_name)
     config = read_config(folder)
-    files = GGUFTensors(folder) if is_gguf(folder) else tensor_files(folder)
+    files = _tensors(folder)
     scored = SCORE_TENSOR in files.shapes
     config, renamed = _resolve_ties(files, config, folder, scored=scored)
     if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
@@ -70,6 +72,14 @@ def load_pretrained(
             sharding = _sharding(path, shape, mesh, rule)
             _set(params, path, _place(files, *sources[path], shape, dtype, sharding))
     return make(config, params)
+
+
+def _tensors(source: Path) -> Files:
+    """The tensors of a model's folder or GGUF file under the names of its family."""
+    if is_gguf(source):
+        return GGUFTensors(source)
+    files = tensor_files(source)
+    return TextTensors(files, source) if holds_language_model(files) else files
 
 
 def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
@@ -125,7 +135,7 @@ def layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[s
 
 
 def _sources(
-    files: TensorFiles | GGUFTensors,
+    files: Files,
     table: Iterable[Weight],
     renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
@@ -167,7 +177,7 @@ def _sources(
 
 
 def _resolve_ties(
-    files: TensorFiles | GGUFTensors, config: ModelConfig, folder: Path, *, scored: bool
+    files: Files, config: ModelConfig, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
     """The config as the files have it, and the file's names of tensors where these differ.
 
@@ -221,7 +231,7 @@ def _resolve_ties(
     return config, renamed
 
 
-def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
+def _equal(files: Files, name: str, other: str) -> bool:
     """Whether two tensors, [rows, width], are equal; compared some rows at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
@@ -235,7 +245,7 @@ def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
     return True
 
 
-def _bare_names(files: TensorFiles | GGUFTensors, config: ModelConfig) -> dict[str, str]:
+def _bare_names(files: Files, config: ModelConfig) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}

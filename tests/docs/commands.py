@@ -120,6 +120,8 @@ NOT_RUN = {
     r"|python -m benchmarks\.(step_parts)": "fetches PyTorch and TRL to compare with",
     r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/test_gpu.py rehearses it",
     r"python -m venv .*": "needs the network",
+    r"python tests/fixtures/make_\w+\.py .*": "needs PyTorch",
+    r"python -m pytest .* -k seed_oss": "of a family that test_add_a_family.py adds",
     r"jaxalign plan .*2xv5p.*": "slices joined by a network need the TPU's compiler",
     r"python -m benchmarks\.scaling .*": "needs the TPU's compiler; `plan` is run for CPUs instead",
 }
