@@ -151,7 +151,7 @@ def save_adapters(
       UserError: if an adapter is of a matrix that the family does not have.
     """
     flat = {
-        path: {name: to_host(adapter[name], None).astype(np.float32) for name in ("a", "b")}
+        path: {name: to_host(adapter[name]).astype(np.float32) for name in ("a", "b")}
         for path, adapter in lora.items(adapters).items()
     }
     table = modules(config)
@@ -171,7 +171,7 @@ def save_adapters(
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(lora_b)
     kind = "CAUSAL_LM" if isinstance(config, DecoderConfig) else "SEQ_2_SEQ_LM"
     if head is not None:
-        kind, kernel = "SEQ_CLS", to_host(head["kernel"], None)
+        kind, kernel = "SEQ_CLS", to_host(head["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(kernel.T.astype(np.float32))
     rest = [module.name for module in table if module not in adapted]
     patterns = {

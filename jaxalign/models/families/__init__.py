@@ -9,10 +9,13 @@ from jaxalign.models.families import (
     gpt_neox,
     llama,
     mistral,
+    mixtral,
     olmo2,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     t5,
 )
 
@@ -23,9 +26,12 @@ FAMILIES: dict[str, ModuleType] = {
     "gpt_neox": gpt_neox,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "olmo2": olmo2,
+    "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "t5": t5,
 }
