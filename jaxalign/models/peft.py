@@ -100,7 +100,7 @@ def modules(config: ModelConfig) -> list[Module]:
     shapes = flatten(model_class(config)[1])
     found = []
     for weight in FAMILIES[config.family].weights(config):
-        if not (weight.per_layer and all(path.endswith("/kernel") for path in weight.paths)):
+        if not (weight.stacked == 1 and all(path.endswith("/kernel") for path in weight.paths)):
             continue
         sizes = [shapes[path] for path in weight.paths]
         found.append(
@@ -148,13 +148,18 @@ def save_adapters(
       The folder.
 
     Raises:
-      UserError: if an adapter is of a matrix that the family does not have.
+      UserError: if an adapter is of a matrix that the family does not have, or of experts.
     """
     flat = {
         path: {name: to_host(adapter[name]).astype(np.float32) for name in ("a", "b")}
         for path, adapter in lora.items(adapters).items()
     }
     table = modules(config)
+    if stacked := sorted(path for path, adapter in flat.items() if adapter["a"].ndim > 3):
+        raise UserError(
+            f"adapters: {', '.join(stacked)}: PEFT's folders have no adapters of single experts; "
+            "write the merged model, or leave the experts out of lora.targets"
+        )
     strangers = set(flat) - {path for module in table for path in module.paths}
     if strangers:
         raise UserError(f"adapters: a {config.family} has no {', '.join(sorted(strangers))}")
