@@ -25,6 +25,7 @@ from jaxalign.models.weights import flatten, model_class
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+MERGED_ONLY = "adapter: not written, PEFT's folders hold no adapters of experts; they are merged in"
 PREFIX = "base_model.model."
 READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 CHECKED_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -116,6 +117,12 @@ def modules(config: ModelConfig) -> list[Module]:
     return found
 
 
+def unwritable(adapters: Mapping[str, Any]) -> list[str]:
+    """The paths of adapters that PEFT's folders cannot hold: those of experts."""
+    found = lora.items(adapters)
+    return sorted(path for path, adapter in found.items() if adapter["a"].ndim > 3)
+
+
 def save_adapters(
     folder: str | Path,
     adapters: Mapping[str, Any],
@@ -150,16 +157,16 @@ def save_adapters(
     Raises:
       UserError: if an adapter is of a matrix that the family does not have, or of experts.
     """
+    if stacked := unwritable(adapters):
+        raise UserError(
+            f"adapters: {', '.join(stacked)}: PEFT's folders have no adapters of single experts; "
+            "write the merged model, or leave the experts out of lora.targets"
+        )
     flat = {
         path: {name: to_host(adapter[name]).astype(np.float32) for name in ("a", "b")}
         for path, adapter in lora.items(adapters).items()
     }
     table = modules(config)
-    if stacked := sorted(path for path, adapter in flat.items() if adapter["a"].ndim > 3):
-        raise UserError(
-            f"adapters: {', '.join(stacked)}: PEFT's folders have no adapters of single experts; "
-            "write the merged model, or leave the experts out of lora.targets"
-        )
     strangers = set(flat) - {path for module in table for path in module.paths}
     if strangers:
         raise UserError(f"adapters: a {config.family} has no {', '.join(sorted(strangers))}")

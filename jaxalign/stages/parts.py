@@ -22,7 +22,7 @@ from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import make_optimizer, make_schedule
 from jaxalign.training.stage import Feed, Params, Stage, Step, Throughput
 from jaxalign.training.step import train_step
-from jaxalign.training.throughput import flops_per_token, peak_flops
+from jaxalign.training.throughput import active_fraction, flops_per_token, peak_flops
 
 
 def run_adapters(config: TrainConfig) -> LoraConfig | None:
@@ -244,24 +244,39 @@ def feed(
         describe=data.describe,
         evaluation=evaluate(objective or stage.objective, held_out, mesh) if held_out else None,
         throughput=throughput(
-            params, live_reference=live_reference, adapters=stage.adapter_scale is not None
+            context.model_config,
+            params,
+            live_reference=live_reference,
+            adapters=stage.adapter_scale is not None,
         ),
     )
 
 
 def throughput(
-    params: Params, *, live_reference: bool, adapters: bool, updates: int = 1, tokens: Any = None
+    model_config: ModelConfig,
+    params: Params,
+    *,
+    live_reference: bool,
+    adapters: bool,
+    updates: int = 1,
+    tokens: Any = None,
 ) -> Throughput:
     """Tokens and FLOPs of a batch.
 
     Args:
+      model_config: the architecture.
       params: of the model.
       live_reference: whether each step runs the reference.
       adapters: whether only adapters are trained.
       updates: number of updates per step.
       tokens: batch -> number of its tokens; None: all tokens except padding.
     """
-    each = flops_per_token(params, live_reference=live_reference, adapters=adapters)
+    each = flops_per_token(
+        params,
+        live_reference=live_reference,
+        adapters=adapters,
+        active=active_fraction(model_config),
+    )
     return Throughput(
         tokens=tokens or count_tokens,
         computed=tokens or count_computed,

@@ -33,6 +33,8 @@ FAMILIES = [  # one of every way to use a parameter
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
+    "mixtral",
     "t5",
     "t5_v1_1",
 ]
