@@ -31,7 +31,7 @@ def matrix_parameters(params: Any, *, active: float = 1.0) -> int:
 
     Args:
       params: of the model.
-      active: fraction of the experts that a token is sent to (`active_fraction`); 1: all, as stored.
+      active: fraction of the experts that a token is sent to (`active_fraction`); 1: all.
     """
     kernels = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -48,8 +48,8 @@ def flops_per_token(
     """Model FLOPs of one update per token, without attention's own products.
 
     Forward 2, backward 4 (2 where only adapters are trained: no weight gradients), and 2 for a
-    reference computed in the step, per matrix parameter, of experts per active one; recomputation does not count (the
-    definition of model FLOP utilisation, arXiv:2204.02311, appendix B).
+    reference computed in the step, per matrix parameter, of experts per active one; recomputation
+    does not count (the definition of model FLOP utilisation, arXiv:2204.02311, appendix B).
     """
     passes = 2 + (2 if adapters else 4) + (2 if live_reference else 0)
     return float(passes * matrix_parameters(params, active=active))

@@ -86,7 +86,7 @@ def test_the_weight_adds_the_same_gradient_as_often(world):
 
 def test_micro_batches_have_a_balance_each(world):
     """The gradient of the loss alone does not change; the balance's is the mean over the parts."""
-    params, frozen, batch = world
+    batch = world[2]
     both, metrics = gradient_of(world, objective_of(), micro_batches=2)
     plain, _ = gradient_of(world, objective_of(weighted(0.0)))
     wanted, losses = plain, []
@@ -130,12 +130,12 @@ def test_the_balance_is_in_the_update_and_not_in_the_geometry(world):
             close(more["router/load"], metrics["router/load"])
         wanted = two_pass_geometry(params, CONFIG, batch)
         close(observation.geometry.inner[:-1], wanted.inner[:-1], rtol=1e-3, atol=1e-3)
-    with pytest.raises(UserError, match="ledger: .*router_balance"):
+    with pytest.raises(UserError, match=r"ledger: .*router_balance"):
         PairProbe(objective=objective, ledger=True)
     PairProbe(objective=alone, ledger=True)
 
 
-def run(world, mesh, backward=None, steps=2):
+def run(world, mesh, backward=None, steps=1):
     params, frozen, batch = jax.device_get(world)
     optimizer, objective = optax.sgd(0.1), objective_of()
     options = {} if backward is None else {"backward": backward(objective=objective, parts=True)}
@@ -160,10 +160,9 @@ MESHES = [
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
-def test_eight_devices_give_what_one_gives(world, sizes, joint):
+def test_eight_devices_give_what_one_gives(world, sizes):
     params, frozen, batch = world
-    batch = with_joint_rows(batch) if joint else batch
+    batch = batch if "tensor" in sizes else with_joint_rows(batch)
     one, one_found = run((params, frozen, batch), make_mesh(devices=jax.devices()[:1]))
     many, many_found = run((params, frozen, batch), make_mesh(**sizes))
     for ours, theirs in zip(many_found, one_found, strict=True):
@@ -171,10 +170,10 @@ def test_eight_devices_give_what_one_gives(world, sizes, joint):
     close(many, one, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES[:3], ids=str)
+@pytest.mark.parametrize("sizes", MESHES[1:3], ids=str)
 def test_the_geometry_is_the_same_on_eight_devices(world, sizes):
-    _, one = run(world, make_mesh(devices=jax.devices()[:1]), PairProbe, steps=1)
-    _, many = run(world, make_mesh(**sizes), PairProbe, steps=1)
+    _, one = run(world, make_mesh(devices=jax.devices()[:1]), PairProbe)
+    _, many = run(world, make_mesh(**sizes), PairProbe)
     assert "entanglement/layers/experts/up/cosine/1" in one[0]
     assert many[0] == pytest.approx(one[0], rel=2e-4, abs=2e-5, nan_ok=True)
 
