@@ -8,6 +8,7 @@ from jaxalign.config.fields import (
     AtLeastOne,
     BelowOne,
     Count,
+    NonNegative,
     Positive,
     Range,
     Seed,
@@ -93,6 +94,9 @@ class TrainConfig:
     """Online preference optimisation: prompts per update are its batch size."""
     representation: RepresentationConfig = RepresentationConfig()
     """Representation alignment: responses per update are its batch size."""
+    router_balance: NonNegative | None = None
+    """Weight of the load-balancing loss of a mixture of experts, in every stage that trains; None:
+    the model's own (`router_aux_loss_coef`)."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters in the SFT and preference stages, merged at the end of each stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"

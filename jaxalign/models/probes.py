@@ -93,14 +93,15 @@ def token_products(
     return own, product("...ti,...ui->...tu", x[..., 0, :, :], x[..., 1, :, :])
 
 
-def forms_gradients(tokens: int, inputs: int, outputs: int) -> bool:
+def forms_gradients(tokens: int, inputs: int, outputs: int, groups: int = 1) -> bool:
     """Whether computing each row's gradient is cheaper than inner products between tokens.
 
     Gradients cost about eight accesses to each of their elements (written, summed, and contracted
-    three times), inner products three times tokens squared dot products.
+    three times), inner products three times tokens squared dot products. There is one gradient for
+    each of several groups, into which the tokens are sorted.
     """
     balance = CPU_BALANCE if devices.platform() == "cpu" else ACCELERATOR_BALANCE
-    return 8 * balance * inputs * outputs < 6 * tokens**2 * (inputs + outputs)
+    return 8 * balance * groups * inputs * outputs < 6 * tokens**2 * (inputs + outputs)
 
 
 def by_pairs(x: Array, pairs: int) -> Float[Array, "pairs 2 tokens width"]:

@@ -226,6 +226,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         if held_out
         else None,
         throughput=parts.throughput(
+            context.model_config,
             params,
             live_reference=True,
             adapters=stage.adapter_scale is not None,

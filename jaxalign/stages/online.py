@@ -364,6 +364,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         describe=data.describe,
         evaluation=evaluation,
         throughput=parts.throughput(
+            context.model_config,
             params,
             live_reference=True,
             adapters=stage.adapter_scale is not None,
