@@ -99,7 +99,7 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
             Table(
                 title="Gradients of the responses to a prompt",
                 note="Means over the measured steps. Predicted changes of log-probs are to first "
-                "order, in nats per unit of learning rate, of gradient descent on the prompt alone.",
+                "order, in nats per unit of learning rate of gradient descent on the prompt alone.",
                 header=header,
                 rows=rows,
             ),
