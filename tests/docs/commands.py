@@ -88,6 +88,7 @@ ADDED = {
 }
 """A pattern of commands -> more flags for them: of configs whose data or size are no tiny ones."""
 NEEDS = {
+    "docs/guides/entanglement.md": ("runs/rm",),
     "docs/guides/generating.md": ("runs/a",),
     "docs/guides/models.md": ("runs/a",),
     "docs/guides/online.md": ("runs/rm",),
