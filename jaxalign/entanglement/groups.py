@@ -19,9 +19,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxalign.records import record
 
-SIGNS = ("positive", "negative")
-"""Names of the responses that a loss reinforces, and of those that it suppresses."""
-
 Matrices = Float[Array, "prompts ... samples samples"]
 Values = Float[Array, "prompts samples"]
 Counted = tuple[Array, Array]
@@ -69,7 +66,7 @@ def summary(
       responses: `cosine_positive`, `cosine_negative` and `cosine_between`. With `realised`:
       `positive/realised`, and `agreement`, 1 where the predicted change has its sign.
     """
-    of_sign = dict(zip(SIGNS, (advantage > 0, advantage < 0), strict=True))
+    of_sign = signs_of(advantage)
     parts = split(geometry.effects, of_sign)
     predicted = parts["predicted"]
     everywhere = jnp.ones_like(advantage)
@@ -83,7 +80,7 @@ def summary(
         numbers["agreement"] = (agree.astype(jnp.float32), (advantage != 0).astype(jnp.float32))
     for sign, of in of_sign.items():
         numbers |= {f"{sign}/{name}": (x, of.astype(jnp.float32)) for name, x in parts.items()}
-    positive, negative = (of_sign[sign].astype(jnp.float32) for sign in SIGNS)
+    positive, negative = (of.astype(jnp.float32) for of in of_sign.values())
     by_negative = (predicted < 0) & (predicted - parts["from_negative"] >= 0)
     numbers |= {
         "displaced": ((predicted < 0).astype(jnp.float32), positive),
@@ -100,13 +97,18 @@ def part_summary(geometry: GroupGeometry, advantage: Values) -> dict[str, Counte
       geometry: of some of the parameters.
       advantage: as in `summary`.
     """
-    of_sign = dict(zip(SIGNS, (advantage > 0, advantage < 0), strict=True))
+    of_sign = signs_of(advantage)
     parts = split(geometry.effects, of_sign)
     numbers: dict[str, Counted] = {
         f"{sign}/from_negative": (parts["from_negative"], of.astype(jnp.float32))
         for sign, of in of_sign.items()
     }
     return numbers | between_signs(geometry.gradients, of_sign)
+
+
+def signs_of(advantage: Values) -> dict[str, Bool[Array, "prompts samples"]]:
+    """Name of a sign -> which responses have it."""
+    return {"positive": advantage > 0, "negative": advantage < 0}
 
 
 def split(

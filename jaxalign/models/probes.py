@@ -74,8 +74,8 @@ def side_pairs(sides: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([same, first]), np.concatenate([same, second])
 
 
-def gram(*sides: Float[Array, "*groups inputs outputs"]) -> Float[Array, "*groups products"]:
-    """Squared norms of the sides' gradients, and their inner products."""
+def gram(*sides: Array) -> Float[Array, "*groups products"]:
+    """Squared norms of the sides' gradients, [*groups, inputs, outputs], and inner products."""
     if len(sides) == 2:  # no product of matrices is worth it
 
         def inner(x: Array, y: Array) -> Array:
@@ -150,21 +150,21 @@ def _matmul_fwd(x, kernel, probe):
 
 def _matmul_bwd(saved, dy):
     x, kernel, probe = saved
-    at, sides = precision(x.dtype), number_of_sides(probe)
+    at, sides, (inputs, outputs) = precision(x.dtype), number_of_sides(probe), kernel.shape
     flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dx = products.transposed_product(flat_dy, kernel).reshape(x.shape)
     xs, dys = by_groups(x, probe), by_groups(dy, probe)
     product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
 
-    if sides == 2 and gram_kernel.fits(x.dtype, *kernel.shape):
+    if sides == 2 and gram_kernel.fits(x.dtype, inputs, outputs):
         total, geometry = gram_kernel.gradient_and_gram(xs, dys)
-    elif not forms_gradients(xs.shape[2], *kernel.shape, sides):
+    elif not forms_gradients(xs.shape[2], inputs, outputs, sides):
         geometry = factored_gram(token_products(xs), token_products(dys))
         total = products.kernel_gradient(flat_x, flat_dy)
     elif devices.is_single_cpu():
 
-        def of_group(total, inputs):
-            own = row_gradients(*inputs)
+        def of_group(total, factors):
+            own = row_gradients(*factors)
             return total + sum(own[1:], own[0]), gram(*own)
 
         total, geometry = jax.lax.scan(of_group, jnp.zeros(kernel.shape), (xs, dys))
