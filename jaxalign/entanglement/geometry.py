@@ -1,6 +1,5 @@
 """The exact Gram matrices of the gradients of pairs and groups, for fixed parameters."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -98,10 +97,11 @@ def group_geometry(
     samples = coefficients.shape[1]
     names = "tokens", "prompt_length", "response_tokens", "response_length"
     fields = {name: jnp.concatenate([jnp.asarray(getattr(batch, name))] * 2, 1) for name in names}
+    twice = PairBatch(**fields, record_index=batch.record_index, weight=batch.weight)
     parts = row_contributions(
         params,
         config,
-        dataclasses.replace(batch.apart(), **fields),
+        twice,
         jnp.concatenate([coefficients, jnp.ones_like(coefficients)], axis=1),
         adapters=adapters,
         adapter_scale=adapter_scale,
