@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int
 from jaxalign.models import devices
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
-    by_pairs,
+    by_groups,
     factored_gram,
     forms_gradients,
     gram,
+    number_of_sides,
+    side_pairs,
     token_products,
 )
 
@@ -174,36 +176,33 @@ def _watched_forward(x, kernel, probe, groups):
 
 def _watched_backward(saved, dy):
     x, kernel, probe, groups = saved
-    pairs = probe.shape[0]
+    sides = number_of_sides(probe)
     dx = _product(dy, jnp.swapaxes(kernel, 1, 2).astype(dy.dtype), groups.sizes)
     total = kernel_gradient(x, dy, groups.sizes)
-    slots = groups.slots.reshape(pairs, 2, -1)
-    xs, dys = (by_pairs(jnp.take(y, groups.inverse, axis=0), pairs) for y in (x, dy))
+    slots = groups.slots.reshape(probe.shape[0], sides, -1)
+    xs, dys = (by_groups(jnp.take(y, groups.inverse, axis=0), probe) for y in (x, dy))
     number, inputs, outputs = kernel.shape
-    forms = forms_gradients(slots.shape[-1], inputs, outputs, number)
-    of_pair = functools.partial(_formed_gram if forms else _factored_gram, number)
-    geometry = jax.lax.map(lambda pair: of_pair(*pair), (xs, dys, slots))
+    forms = forms_gradients(slots.shape[-1], inputs, outputs, sides, number)
+    of_sides = functools.partial(_formed_gram if forms else _factored_gram, number)
+    geometry = jax.lax.map(lambda rows: of_sides(*rows), (xs, dys, slots))
     return dx, total.astype(kernel.dtype), geometry, None
 
 
 _watched.defvjp(_watched_forward, _watched_backward)
 
 
-def _factored_gram(number: int, x: Array, dy: Array, slots: Array) -> Float[Array, " 3"]:
-    """One pair's Gram matrix from inner products of slots of the same group."""
-    own, cross = token_products(x)
-    here = slots < number
-    same = (slots[:, :, None] == slots[:, None, :]) & here[:, :, None]
-    both = (slots[0][:, None] == slots[1][None]) & here[0][:, None]
-    return factored_gram((own * same, cross * both), token_products(dy))
+def _factored_gram(number: int, x: Array, dy: Array, slots: Array) -> Float[Array, " products"]:
+    """The Gram matrix of some rows from inner products of slots of the same group."""
+    first, second = (slots[sides] for sides in side_pairs(len(slots)))
+    same = (first[:, :, None] == second[:, None, :]) & (first < number)[:, :, None]
+    return factored_gram(token_products(x) * same, token_products(dy))
 
 
-def _formed_gram(number: int, x: Array, dy: Array, slots: Array) -> Float[Array, " 3"]:
-    """One pair's Gram matrix from the gradients of both of its rows."""
+def _formed_gram(number: int, x: Array, dy: Array, slots: Array) -> Float[Array, " products"]:
+    """The Gram matrix of some rows from their gradients."""
 
     def gradient(side: int) -> Array:
         order = jnp.argsort(slots[side], stable=True)
         return kernel_gradient(x[side][order], dy[side][order], _sizes(slots[side], number))
 
-    chosen, rejected = gradient(0), gradient(1)
-    return gram(chosen, rejected).sum(0)
+    return gram(*map(gradient, range(len(slots)))).sum(0)

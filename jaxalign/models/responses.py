@@ -286,8 +286,8 @@ def _unembedding_probe(params, config, rows) -> UnembeddingProbe | None:
     if not config.tied:
         return UnembeddingProbe(gram=node["probe"])
     ids = embedding_ids(config, rows.tokens, rows.response_tokens)
-    of_pairs = ids.reshape(node["probe"].shape[0], -1)
-    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_pairs)
+    of_groups = ids.reshape(node["probe"].shape[0], -1)
+    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_groups)
 
 
 def response_states(

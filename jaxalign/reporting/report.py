@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
-from jaxalign.reporting import entanglement, feedback, ledger, online, representation, sources
+from jaxalign.reporting import (
+    entanglement,
+    feedback,
+    groups,
+    ledger,
+    online,
+    representation,
+    sources,
+)
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
 from jaxalign.reporting.runs import STAGES, Run
@@ -98,6 +106,18 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
             Table(title="Held-out prompts", header=header, rows=rows),
             Figure(charts=online.charts(sampled), image="online.png", alt="held-out prompts"),
             *(part for part in map(online.samples, sampled) if part is not None),
+        ]
+    if grouped := [run for run in runs if groups.watched(run)]:
+        header, rows = groups.table(grouped)
+        parts += [
+            Table(
+                title="Gradients of the responses to a prompt",
+                note="Means over the measured steps. Predicted changes of log-probs are to first "
+                "order, in nats per unit of learning rate of gradient descent on the prompt alone.",
+                header=header,
+                rows=rows,
+            ),
+            Figure(charts=groups.charts(grouped), image="groups.png", alt="what pushes what"),
         ]
     if aligned := [run for run in runs if representation.has_stage(run)]:
         header, rows = representation.table(aligned)
