@@ -30,10 +30,11 @@ from jaxalign.reporting import read_run
 from jaxalign.reporting.runs import Run
 from jaxalign.runs.train import train as train_stages
 from jaxalign.sharding import make_mesh, place, shard_batch
+from jaxalign.training.gradients import PLAIN
 from jaxalign.training.metrics import to_floats
 from jaxalign.training.objectives import Objective, Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import PLAIN, TrainState, compile_step, initial_state, train_step
+from jaxalign.training.step import TrainState, compile_step, initial_state, train_step
 
 Pairs = str | Path | Iterable[PreferenceRecord | Mapping[str, Any]]
 """A source of pairs as for `--data`; or records, or mappings with prompt, chosen and rejected."""
@@ -296,7 +297,7 @@ def preference_step(
         has_reference=checked.needs_reference,
     )
     params = jax.tree.map(lambda x: x.astype(jnp.float32), model.model.params)
-    running = objective.statistics.start
+    running = objective.start
     state = place(initial_state(params, optimizer, seed=seed, running=running), mesh)
     reference = place(params, mesh) if checked.needs_reference else None
     frozen = {"policy": None, "reference": reference}

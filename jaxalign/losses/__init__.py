@@ -8,6 +8,9 @@ from jaxalign.losses.asymmetric_dpo import bdpo as bdpo
 from jaxalign.losses.asymmetric_dpo import dpo_shift as dpo_shift
 from jaxalign.losses.asymmetric_dpo import mappo as mappo
 from jaxalign.losses.asymmetric_dpo import minor_dpo as minor_dpo
+from jaxalign.losses.band import BAND_START as BAND_START
+from jaxalign.losses.band import calibrated as calibrated
+from jaxalign.losses.band import update_band as update_band
 from jaxalign.losses.bco import bco as bco
 from jaxalign.losses.bco import bco_unpaired as bco_unpaired
 from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
