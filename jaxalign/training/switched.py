@@ -182,9 +182,6 @@ def calibration(
 ) -> dict[str, Array]:
     """The running statistics of `update_band` with a batch.
 
-    Log-probs and coefficients are those that the loss sees: of sums, or of means over tokens. It
-    costs a forward pass, and two backward passes through the head or the network.
-
     Args:
       objective: its switches say which parameters the norms are of.
       trained: parameters.
@@ -194,24 +191,35 @@ def calibration(
       micro_batches: number of parts.
       running: all running statistics before this batch.
     """
+    norms, outputs = side_norms(objective, trained, frozen, batch, key, micro_batches)
+    return band_with(objective, norms, outputs, batch, running)
+
+
+def side_norms(
+    objective: PreferenceObjective,
+    trained: Params,
+    frozen: Mapping[str, Any],
+    batch: ReferencedBatch,
+    key: PRNGKeyArray,
+    micro_batches: int = 1,
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], PairOutputs]:
+    """Norms of the gradients of the mean log-prob of chosen and of rejected, and the outputs.
+
+    Log-probs are those that a loss sees: sums, or means over tokens. It costs a forward pass, and
+    two backward passes through the head or the network.
+    """
     count, of = objective.count(batch), (objective, trained, frozen)
     if objective.switches.calibration == "head":
         of = in_head(*of)
     forward, point, fixed = of[0].forward, of[1], of[2]
-
-    def unit(part: ReferencedBatch) -> Float[Array, "pairs 2"]:
-        """The change of what the loss sees with a log-prob, [pairs, 2]."""
-        lengths = jnp.maximum(part.pairs.response_length, 1)
-        mean = objective.switches.log_probs == "mean"
-        return 1 / lengths.astype(jnp.float32) if mean else jnp.ones(lengths.shape)
 
     def of_part(
         sums: tuple[Any, Any], inputs: tuple[ReferencedBatch, Any]
     ) -> tuple[tuple[Any, Any], PairOutputs]:
         part, key = inputs
         outputs, pull = jax.vjp(lambda p: forward(p, fixed, part, key), point)
-        zeros, slope = jax.tree.map(jnp.zeros_like, outputs), part.pairs.weight[:, None] / count
-        slope = slope * unit(part)
+        zeros, weight = jax.tree.map(jnp.zeros_like, outputs), part.pairs.weight[:, None] / count
+        slope = weight * seen_per_sum(objective, part)
         sides = []
         for side, total in enumerate(sums):
             one = slope * (jnp.arange(2)[None] == side)
@@ -226,15 +234,29 @@ def calibration(
         parts = split_micro_batches(batch, micro_batches), jax.random.split(key, micro_batches)
         sums, outputs = jax.lax.scan(of_part, (zeros, zeros), parts)
         outputs = join_micro_batches(outputs)
+    return (optax.tree.norm(sums[0]), optax.tree.norm(sums[1])), outputs
 
+
+def seen_per_sum(objective: PreferenceObjective, batch: ReferencedBatch) -> Float[Array, "pairs 2"]:
+    """The derivative of what a loss sees of a response with respect to its log-prob."""
+    lengths = jnp.maximum(batch.pairs.response_length, 1).astype(jnp.float32)
+    return 1 / lengths if objective.switches.log_probs == "mean" else jnp.ones_like(lengths)
+
+
+def band_with(
+    objective: PreferenceObjective,
+    norms: tuple[Float[Array, ""], Float[Array, ""]],
+    outputs: PairOutputs,
+    batch: ReferencedBatch,
+    running: Mapping[str, Array],
+) -> dict[str, Array]:
+    """`calibration`, given the norms and the outputs of the whole batch."""
     own = {name: value for name, value in running.items() if name not in BAND_START}
 
     def loss(outputs: PairOutputs) -> Float[Array, ""]:
-        return objective.reduce(
-            outputs, batch, count, objective.update_running(own, outputs, batch)
-        )[0]
+        updated = objective.update_running(own, outputs, batch)
+        return objective.reduce(outputs, batch, objective.count(batch), updated)[0]
 
-    slopes = jax.grad(loss)(outputs).policy_log_probs / unit(batch)
+    slopes = jax.grad(loss)(outputs).policy_log_probs / seen_per_sum(objective, batch)
     before = {name: running[name] for name in BAND_START}
-    d_w, d_l = -slopes[:, 0].sum(), slopes[:, 1].sum()
-    return update_band(before, (d_w, d_l), (optax.tree.norm(sums[0]), optax.tree.norm(sums[1])))
+    return update_band(before, (-slopes[:, 0].sum(), slopes[:, 1].sum()), norms)
