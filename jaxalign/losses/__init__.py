@@ -50,6 +50,8 @@ from jaxalign.losses.mixture import members_in as members_in
 from jaxalign.losses.mixture import members_of as members_of
 from jaxalign.losses.mixture import options_by_member as options_by_member
 from jaxalign.losses.mixture import weighted as weighted
+from jaxalign.losses.mnpo import mnpo as mnpo
+from jaxalign.losses.mnpo import past_weights as past_weights
 from jaxalign.losses.nca import nca as nca
 from jaxalign.losses.orpo import orpo as orpo
 from jaxalign.losses.pairs import PairLogProbs as PairLogProbs
@@ -137,6 +139,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(xpo, "samples"),
     Loss(sppo_soft, "samples"),
     Loss(egpo, "samples"),
+    Loss(mnpo, "samples"),
     Loss(nash_md_pg, "samples"),
     Loss(regularised_policy_gradient, "samples"),
     Loss(grpo, "samples"),
