@@ -203,7 +203,7 @@ class World:
             changes, state = self.optimizer.update(gradient, state, params)
             return optax.apply_updates(params, changes), state
 
-        return jax.jit(updated)
+        return jax.jit(updated, donate_argnums=(1, 2))
 
     @functools.cached_property
     def geometry(self) -> Any:
@@ -232,6 +232,8 @@ class World:
             return getattr(self, name)(*arguments)
         key = name, first, arguments[-1]
         if key not in self.first:
+            for other in [x for x in self.first if x[0] == name != "log_probs"]:
+                del self.first[other]  # they hold all that a backward pass reads
             self.first[key] = getattr(self, name)(*arguments)
         return self.first[key]
 

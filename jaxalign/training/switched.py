@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def gradients(
         before = objective.running_start() if running is None else running
         band = calibration(objective, trained, frozen, batch, key, micro_batches, before)
         options["running"] = {**before, **band}
-    take = _at_shifted_head if switches.logits_sam else plain_gradients
+    take: Any = _at_shifted_head if switches.logits_sam else plain_gradients
     grads, metrics, seen = take(objective, trained, frozen, batch, key, **options)
     one = jnp.float32(1)
     metrics |= {f"statistics/{name}": Mean(total=x, count=one) for name, x in band.items()}
@@ -96,16 +96,8 @@ class HeadObjective:
     """
 
     objective: PreferenceObjective
-
-    @property
-    def coupled(self) -> bool:
-        """As in the objective."""
-        return self.objective.coupled
-
-    @property
-    def switches(self) -> Switches:
-        """None: they are those of the gradient that reads this one."""
-        return NO_SWITCHES
+    coupled: bool
+    """As in the objective."""
 
     def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
         return self.objective.count(batch)
@@ -136,7 +128,8 @@ def in_head(
     """The objective of the head alone, the shift at which to differentiate it, and `frozen`."""
     params = objective.policy.policy_params(trained, frozen["policy"])
     shift = zero_shift(params, objective.policy.config)
-    return HeadObjective(objective=objective), shift, {**frozen, TRAINED: trained}
+    head = HeadObjective(objective=objective, coupled=objective.coupled)
+    return head, shift, {**frozen, TRAINED: trained}
 
 
 def _at_shifted_head(
@@ -161,12 +154,14 @@ def _at_shifted_head(
       arXiv:2603.18258; `src/alignment/sam_trainer.py` of the authors (not adaptive).
     """
     options = {"micro_batches": micro_batches, "running": running}
-    slope, metrics, _ = plain_gradients(*in_head(objective, trained, frozen), batch, key, **options)
+    head, zero, fixed = in_head(objective, trained, frozen)
+    slope, metrics, _ = plain_gradients(cast(Objective, head), zero, fixed, batch, key, **options)
     norm = optax.tree.norm(slope)
     rho = objective.switches.logits_sam
     shift = slope * jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
+    moved, own = {**frozen, SHIFT: shift}, cast(Objective, objective)
     grads, there, seen = plain_gradients(
-        objective, trained, {**frozen, SHIFT: shift}, batch, key, backward=backward, **options
+        own, trained, moved, batch, key, backward=backward, **options
     )
     return grads, metrics | {"loss/shifted_head": there["loss"]}, seen
 
@@ -208,7 +203,8 @@ def side_norms(
     Log-probs are those that a loss sees: sums, or means over tokens. It costs a forward pass, and
     two backward passes through the head or the network.
     """
-    count, of = objective.count(batch), (objective, trained, frozen)
+    count = objective.count(batch)
+    of: tuple[Any, Any, Any] = objective, trained, frozen
     if objective.switches.calibration == "head":
         of = in_head(*of)
     forward, point, fixed = of[0].forward, of[1], of[2]
