@@ -23,17 +23,18 @@ from jaxalign.entanglement.measurements import PairRow, measure, pair_rows
 from jaxalign.entanglement.pairs import ModelAndPairs, with_pairs
 from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.errors import UserError
-from jaxalign.losses import PairLogProbs, PreferenceLoss, dpo
-from jaxalign.losses.lookup import own_loss
+from jaxalign.losses import NO_SWITCHES, PairLogProbs, PreferenceLoss, Switches, dpo
+from jaxalign.losses.lookup import check_switches, own_loss
 from jaxalign.models.responses import response_log_probs
 from jaxalign.reporting import read_run
 from jaxalign.reporting.runs import Run
 from jaxalign.runs.train import train as train_stages
 from jaxalign.sharding import make_mesh, place, shard_batch
+from jaxalign.training.gradients import PLAIN
 from jaxalign.training.metrics import to_floats
 from jaxalign.training.objectives import Objective, Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import PLAIN, TrainState, compile_step, initial_state, train_step
+from jaxalign.training.step import TrainState, compile_step, initial_state, train_step
 
 Pairs = str | Path | Iterable[PreferenceRecord | Mapping[str, Any]]
 """A source of pairs as for `--data`; or records, or mappings with prompt, chosen and rejected."""
@@ -256,6 +257,7 @@ def preference_step(
     micro_batches: int = 1,
     per_pair: bool = False,
     reweighting: Reweighting | None = None,
+    switches: Switches = NO_SWITCHES,
     remat: str = "none",
     dtype: str = "float32",
     seed: int = 0,
@@ -272,6 +274,8 @@ def preference_step(
       per_pair: whether the metrics have the per-pair gradient statistics (`entanglement/...`).
       reweighting: new weights of the two gradients of each pair: `normalised` or `centred` of
         `jaxalign.entanglement.reweighting`, or a function of yours; None: none.
+      switches: what is done to log-probs before the loss and to gradients after it: divergence,
+        tail weight, means over tokens, weights of pairs, calibration, logits-SAM.
       remat: what the backward pass recomputes: none, dots or full.
       dtype: of the computation; parameters and optimiser state are float32.
       seed: of whatever is drawn in a step.
@@ -282,21 +286,28 @@ def preference_step(
       goes in is donated.
 
     Raises:
-      UserError: the loss does not return one finite, differentiable value per pair.
+      UserError: the loss does not return one finite, differentiable value per pair, or does not
+        read what a switch acts on.
     """
     mesh = make_mesh() if mesh is None else mesh
     checked = own_loss(loss, options)
     if checked.reads == "tokens":
         raise UserError("loss: it reads TokenLogProbs; use jaxalign.train for such a loss")
+    check_switches(checked, options, switches)
+    if reweighting is not None and switches.calibration != "none":
+        raise UserError("calibration: reweighting sets the gradients of each pair; set one of them")
+    if switches.logits_sam and (per_pair or reweighting is not None) and dtype != "float32":
+        raise UserError("per_pair: not measured under logits-SAM in a narrow dtype; use float32")
     objective = PreferenceObjective(
         policy=Policy(config=model.model.config, remat=remat, dtype=jnp.dtype(dtype)),
         loss=checked.function,
         options=dict(options),
         coupled=checked.coupled,
         has_reference=checked.needs_reference,
+        switches=switches,
     )
     params = jax.tree.map(lambda x: x.astype(jnp.float32), model.model.params)
-    running = objective.statistics.start
+    running = objective.start
     state = place(initial_state(params, optimizer, seed=seed, running=running), mesh)
     reference = place(params, mesh) if checked.needs_reference else None
     frozen = {"policy": None, "reference": reference}

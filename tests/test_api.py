@@ -15,6 +15,8 @@ from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, Train
 from jaxalign.entanglement.measurements import measure
 from jaxalign.entanglement.reweighting import normalised
 from jaxalign.errors import UserError
+from jaxalign.losses import Divergence, Switches
+from jaxalign.sharding import make_mesh
 from jaxalign.training.optimizers import make_optimizer
 from tests.tiny_model import save_tiny_model
 
@@ -158,6 +160,40 @@ def test_a_reweighting_leaves_every_pair_ideal(model):
     assert found["normalised"]["entanglement/d_w"] == pytest.approx(
         d_w * np.mean(chosen**-0.5), rel=1e-3
     )
+
+
+def test_switches_of_a_step_do_not_depend_on_the_mesh(model):
+    """All of them at once, on one device and on eight; each loss reads what they act on."""
+    batch = next(model.batches(RECORDS, batch_size=8, max_length=60, buckets=1))
+    switches = Switches(
+        divergence=Divergence("jensen_shannon"),
+        log_probs="mean",
+        tail_weight=0.3,
+        importance=True,
+        calibration="head",
+        logits_sam=0.1,
+    )
+    meshes = {
+        "one": make_mesh(devices=jax.devices()[:1]),
+        "eight": make_mesh(data=2, fsdp=2, tensor=2),
+    }
+    found = {}
+    for name, mesh in meshes.items():
+        state, step = jaxalign.preference_step(
+            model, jaxalign.api.dpo, optax.sgd(1.0), mesh=mesh, switches=switches, micro_batches=2
+        )
+        state, _ = step(state, batch)
+        found[name] = step(state, batch)[1]  # at parameters that are not the reference's
+    for name in ("loss", "rewards/margins", "importance", "loss/shifted_head"):
+        assert found["eight"][name] == pytest.approx(found["one"][name], rel=1e-3, abs=1e-6), name
+    assert found["one"]["loss"] < np.log(2) * found["one"]["importance"]
+    with pytest.raises(UserError, match="does not read the log-ratio"):
+        jaxalign.preference_step(
+            model,
+            lambda pairs: pairs.rejected_mean - pairs.chosen_mean,
+            optax.sgd(0.1),
+            switches=Switches(divergence=Divergence("forward_kl")),
+        )
 
 
 def test_a_loss_that_is_none_is_refused(model):

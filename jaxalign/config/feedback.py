@@ -31,6 +31,10 @@ class FeedbackConfig(StageConfig):
     padding each to the longest of its batch (decoders; the numbers are the same, the responses of a
     batch are others); auto: on CPUs and one GPU, where it was measured, if it saves
     a tenth of the computed positions. The choice is kept in the run folder for resuming."""
+    prompt_weights: Literal["none", "udm"] = "none"
+    """Factor on the losses of undesirable responses: none, or how much likelier their prompts are
+    among those of desirable responses, by a classifier of the reference's hidden states
+    (underlying distribution matching, arXiv:2404.04656)."""
     balance: Literal["auto", "none"] = "auto"
     """Weights of unequally many labels, for KTO where `loss_options` sets neither: by the paper's
     rule (auto), or 1 (none)."""

@@ -25,8 +25,11 @@ SWITCHES = {
     "log_probs": "sum",
     "tail_weight": 1.0,
     "pair_weights": "none",
+    "calibration": "none",
+    "logits_sam": 0.0,
 }
-"""Fields that act on the log-probs of pairs before any loss, and what does nothing."""
+"""Fields that act on the log-probs of pairs before any loss, or on the gradients after it, and what
+does nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,13 @@ class PreferenceConfig(StageConfig):
     pair_weights: Annotated[Literal["none", "wpo"], short()] = "none"
     """Factor on the loss of each pair: none, or how likely the policy itself is to write the two
     responses (wpo, arXiv:2406.11827)."""
+    calibration: Annotated[Literal["none", "head", "all"], short()] = "none"
+    """Reward calibration (arXiv:2604.18239): one factor on the gradients of all chosen responses,
+    its inverse on those of rejected ones, from running averages of their norms in the output head
+    (head) or in all trained parameters (all)."""
+    logits_sam: Annotated[NonNegative, short()] = 0.0
+    """Radius rho of logits-SAM (arXiv:2603.18258), e.g. 0.05: the gradient is taken after a step of
+    that length uphill in the output head; 0: off."""
     share_prompts: Annotated[Literal["auto", "always", "never"], short()] = "auto"
     """Whether to compute the common beginning of both rows of a pair only once (decoders; the
     numbers are the same); auto: where it saves a quarter of the tokens."""
@@ -180,6 +190,17 @@ def check_preference(stage: PreferenceConfig) -> None:
         raise UserError(
             "entanglement.ledger: splits the log-probs of whole responses, not those of weighted "
             "tokens; set --tail-weight 1"
+        )
+    if stage.logits_sam and (settings.ledger or settings.realised):
+        name = "ledger" if settings.ledger else "realised"
+        raise UserError(
+            f"entanglement.{name}: compares log-probs before and after an update, and those before "
+            "are of the shifted head of logits-SAM; set --logits-sam 0"
+        )
+    if stage.calibration != "none" and settings.reweighting != "none":
+        raise UserError(
+            f"calibration: entanglement.reweighting {settings.reweighting} sets the gradients of "
+            "each pair; set one of them"
         )
     if stage.divergence_alpha != 0.5 and stage.divergence != "alpha":
         raise UserError(f"divergence_alpha: {stage.divergence} has none; set --divergence alpha")

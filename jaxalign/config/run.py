@@ -163,6 +163,12 @@ class TrainConfig:
                 "reference_rate: a mean of two sets of adapters has another rank; set 1, or "
                 "--lora.rank 0"
             )
+        probed = self.preference.logits_sam and self.preference.entanglement.every
+        if probed and self.dtype != "float32":
+            raise UserError(
+                f"entanglement.every: under logits-SAM in {self.dtype} the head is two matrices, "
+                "whose gradients are not measured; set --dtype float32"
+            )
         if "{prompt}" not in self.prompt_format:
             raise UserError(f"prompt_format: {self.prompt_format!r} must contain {{prompt}}")
         for name in ("{first}", "{second}"):

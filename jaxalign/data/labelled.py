@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxalign.data.batches import ROUNDING, PairBatch, bucket_edges, padded_pairs, padded_positions
 from jaxalign.data.order import Iterations, batch_order, ordered_batches
@@ -46,11 +46,13 @@ class LabelledBatch:
       responses: prompts and responses, one side.
       mismatched: the same prompts with responses of other rows, one side; None: not made.
       desirable: the labels.
+      importance: factor on the loss of each response; None: 1.
     """
 
     responses: PairBatch
     mismatched: PairBatch | None
     desirable: Bool[AnyArray, " rows"]
+    importance: Float[AnyArray, " rows"] | None = None
 
     @property
     def record_index(self) -> Int[AnyArray, " rows"]:

@@ -8,6 +8,9 @@ from jaxalign.losses.asymmetric_dpo import bdpo as bdpo
 from jaxalign.losses.asymmetric_dpo import dpo_shift as dpo_shift
 from jaxalign.losses.asymmetric_dpo import mappo as mappo
 from jaxalign.losses.asymmetric_dpo import minor_dpo as minor_dpo
+from jaxalign.losses.band import BAND_START as BAND_START
+from jaxalign.losses.band import calibrated as calibrated
+from jaxalign.losses.band import update_band as update_band
 from jaxalign.losses.bco import bco as bco
 from jaxalign.losses.bco import bco_unpaired as bco_unpaired
 from jaxalign.losses.beta_dpo import beta_dpo as beta_dpo
@@ -47,6 +50,8 @@ from jaxalign.losses.mixture import members_in as members_in
 from jaxalign.losses.mixture import members_of as members_of
 from jaxalign.losses.mixture import options_by_member as options_by_member
 from jaxalign.losses.mixture import weighted as weighted
+from jaxalign.losses.mnpo import mnpo as mnpo
+from jaxalign.losses.mnpo import past_weights as past_weights
 from jaxalign.losses.nca import nca as nca
 from jaxalign.losses.orpo import orpo as orpo
 from jaxalign.losses.pairs import PairLogProbs as PairLogProbs
@@ -134,6 +139,7 @@ LOSSES: tuple[Loss, ...] = (  # the table: one entry per loss
     Loss(xpo, "samples"),
     Loss(sppo_soft, "samples"),
     Loss(egpo, "samples"),
+    Loss(mnpo, "samples"),
     Loss(nash_md_pg, "samples"),
     Loss(regularised_policy_gradient, "samples"),
     Loss(grpo, "samples"),

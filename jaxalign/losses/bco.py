@@ -158,7 +158,8 @@ def bco_unpaired(
       One loss per response, [responses], not reduced. At policy = reference it is log 2.
 
     References:
-      Jung et al., 2024, arXiv:2404.04656, without its weights for shifted prompts.
+      Jung et al., 2024, arXiv:2404.04656. Its weights for shifted prompts are the stage's
+      `prompt_weights`.
     """
     positive(beta=beta)
     if mean_log_ratio is None:

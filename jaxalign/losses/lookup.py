@@ -1,5 +1,6 @@
 """A loss by name: an entry of the table, or a function in a user's own file."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -201,6 +202,18 @@ def check_switches(loss: Loss, options: Mapping[str, Any], switches: Switches) -
         taken = statistics.of(pairs, None, {})
         return np.asarray(loss.function(pairs, **{**taken, **options}))
 
+    if switches.calibration != "none":
+        pairs = _two_pairs(chosen=jnp.array([0.0, 3.0]))
+
+        def total(rejected: Array) -> Array:
+            moved = dataclasses.replace(pairs, rejected=rejected)
+            taken = statistics.of(moved, None, {})
+            return loss.function(moved, **{**taken, **options}).sum()
+
+        if not np.any(jax.grad(total)(pairs.rejected)):
+            raise UserError(
+                f"calibration: {loss.name} does not read the rejected response; set none"
+            )
     plain = values(Switches())
     scored, mean = Switches(divergence=switches.divergence), Switches(log_probs=switches.log_probs)
     if scored != Switches() and np.array_equal(values(scored), plain):

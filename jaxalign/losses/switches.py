@@ -23,12 +23,18 @@ class Switches:
       tail_weight: LD-DPO's alpha: weight of the tokens after the length of the pair's shorter
         response, under policy and reference.
       importance: whether the loss of a pair is multiplied by WPO's weights.
+      calibration: parameters of the gradient norms from which reward calibration (`calibrated`)
+        takes its factor: the output head's, or all that are trained. none: no calibration.
+      logits_sam: rho of logits-SAM: the loss's gradient is that at W + rho g / |g|, where g is its
+        gradient in the output head W alone.
     """
 
     divergence: Divergence = REVERSE_KL
     log_probs: Literal["sum", "mean"] = "sum"
     tail_weight: float = 1.0
     importance: bool = False
+    calibration: Literal["none", "head", "all"] = "none"
+    logits_sam: float = 0.0
 
     def total(
         self, log_prob: Float[Array, "pairs 2 response"], length: Int[Array, "pairs 2"]

@@ -11,6 +11,7 @@ from jaxalign.models import decoder, devices, encoder_decoder
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder import Layout, unembedding
+from jaxalign.models.head import shifted_head
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
 from jaxalign.models.sequences import Sequences, sequences_of
 from jaxalign.records import AnyArray, record
@@ -64,10 +65,10 @@ def response_log_probs_and_states(
 ) -> tuple[ResponseLogProbs, Float[Array, "batch response width"]]:
     """`response_log_probs`, and the hidden states that predict each token: what a critic reads."""
     hidden, targets = _scored_states(params, config, rows, compute=compute)
-    kernel, bias = unembedding(params, config)
+    inputs, kernel, bias = shifted_head(hidden, params, config)
     with jax.named_scope("unembedding"):
         out = token_log_probs(
-            hidden,
+            inputs,
             kernel,
             targets,
             bias=bias,

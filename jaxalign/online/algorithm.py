@@ -47,6 +47,11 @@ class Algorithm:
         start of the iteration, which may also sample; None: the frozen reference.
       anchor: weight of the frozen reference's log-probs in the loss's reference; the policy at the
         start of the iteration has the rest. Only with iterations.
+      past: number of iterations, the current one included, from whose first policies the loss's
+        reference is mixed; each has `past_decay` times the weight of the one after it.
+      past_decay: see `past`.
+      extragradient: whether steps come in pairs from the same parameters: the first step is undone
+        after the second one's samples are drawn.
       updates: number of passes over each rollout.
       minibatches: number of random parts of a rollout in each pass, with one update each.
       per_token: whether the loss is a sum over tokens, which the step divides by their number,
@@ -72,6 +77,9 @@ class Algorithm:
     average_decay: float | None = None
     iteration: int | None = None
     anchor: float = 0.0
+    past: int = 1
+    past_decay: float = 1.0
+    extragradient: bool = False
     updates: int = 1
     minibatches: int = 1
     per_token: bool = False
@@ -90,6 +98,13 @@ class Algorithm:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
         if not 0 <= self.anchor <= 1 or (self.anchor and self.iteration is None):
             raise UserError(f"anchor: {self.anchor} is not in [0, 1], or there are no iterations")
+        if self.past < 1 or (self.past > 1 and self.iteration is None):
+            raise UserError(f"past: {self.past} is not positive, or there are no iterations")
+        if not 0 < self.past_decay <= 1:
+            raise UserError(f"past_decay: {self.past_decay} is not in (0, 1]")
+        history = self.iteration is not None or self.average_decay is not None
+        if self.extragradient and (history or self.updates * self.minibatches > 1):
+            raise UserError("extragradient: has no average, no iterations and one update a rollout")
         if self.resamples < 0:
             raise UserError(f"resamples: {self.resamples} is negative")
         if self.annotation != "rewards" and (self.resamples or self.overlong):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.losses import past_weights
 from jaxalign.models.responses import response_log_probs_and_states
 from jaxalign.models.score import SCORE
 from jaxalign.online.algorithm import Algorithm
@@ -51,14 +52,19 @@ class OnlineObjective:
         with jax.named_scope("policy"):
             out, values = self.log_probs_and_values(trained, responses, own)
         with jax.named_scope("reference"):
-            of_reference = frozen["reference"]
+            of_reference = [frozen["reference"]]
             if "previous" in frozen:
-                of_reference = self.policy.policy_params(frozen["previous"], frozen["policy"])
-            scored, _ = self.log_probs_and_values(None, responses, of_reference)
-            reference = scored.log_prob
+                past = frozen["previous"], *frozen.get("older", ())
+                of_reference = [self.policy.policy_params(x, frozen["policy"]) for x in past]
+            scored = [self.log_probs_and_values(None, responses, x)[0] for x in of_reference]
+            reference = scored[0].log_prob
+            if len(scored) > 1:
+                weights = past_weights(len(scored), self.algorithm.past_decay, frozen["begun"])
+                logps = jnp.stack([x.log_prob for x in scored], axis=-1)
+                reference = logps @ weights
             if (anchor := self.algorithm.anchor) > 0:
-                scored, _ = self.log_probs_and_values(None, responses, frozen["reference"])
-                reference = (1 - anchor) * reference + anchor * scored.log_prob
+                known, _ = self.log_probs_and_values(None, responses, frozen["reference"])
+                reference = (1 - anchor) * reference + anchor * known.log_prob
         return RolloutOutputs(
             log_prob=out.log_prob,
             reference=jax.lax.stop_gradient(reference),

@@ -41,9 +41,14 @@ from jaxalign.training.micro_batches import join_micro_batches, split_micro_batc
 from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import (
     AverageState,
+    ExtragradientState,
+    HistoryState,
     IterationState,
+    undone,
     with_average,
+    with_extragradient,
     with_iterations,
+    with_past_policies,
 )
 from jaxalign.training.step import PLAIN, Backward, TrainState, train_step
 
@@ -56,7 +61,7 @@ def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) ->
     }
     if isinstance(state.opt_state, AverageState):
         policies["average"] = policy.policy_params(state.opt_state.average, frozen["policy"])
-    if isinstance(state.opt_state, IterationState):
+    if isinstance(state.opt_state, IterationState | HistoryState):
         policies["previous"] = policy.policy_params(state.opt_state.previous, frozen["policy"])
     return policies
 
@@ -69,8 +74,10 @@ def with_history(
         return with_average(algorithm.average_decay, optimizer)
     if algorithm.iteration is not None:
         updates = algorithm.iteration * algorithm.updates * algorithm.minibatches
+        if algorithm.past > 1:
+            return with_past_policies(updates, algorithm.past, optimizer)
         return with_iterations(updates, optimizer)
-    return optimizer
+    return with_extragradient(optimizer) if algorithm.extragradient else optimizer
 
 
 def update_step(
@@ -89,8 +96,12 @@ def update_step(
     Statistics of `backward` are means over the updates.
     """
     algorithm = objective.algorithm
-    if isinstance(state.opt_state, IterationState):
+    if isinstance(state.opt_state, IterationState | HistoryState):
         frozen = {**frozen, "previous": state.opt_state.previous}
+    if isinstance(state.opt_state, HistoryState):
+        frozen |= {"older": state.opt_state.older, "begun": state.opt_state.begun}
+    if isinstance(state.opt_state, ExtragradientState):
+        state = dataclasses.replace(state, params=undone(state.params, state.opt_state))
     if algorithm.scores_first:
         batch = _scored(objective, state, frozen, batch, micro_batches * algorithm.minibatches)
     one: Callable[..., Any] = functools.partial(

@@ -22,16 +22,20 @@ from jaxalign.data.mixtures import BySource, Mixture
 from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing
 from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
+from jaxalign.errors import UserError
+from jaxalign.evaluation.logistic import fit_logistic
+from jaxalign.files import digest
 from jaxalign.losses import kto_weights
 from jaxalign.losses.lookup import find_labelled_loss
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, counted_mixture, run_records, source_of
+from jaxalign.stages.inputs import INPUTS, Inputs, counted_mixture, run_records, source_of
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.labelled import LabelledObjective, count_tokens, evaluate_labelled
+from jaxalign.training.prompt_weights import precompute_prompt_weights
 from jaxalign.training.stage import Feed, Params, Rows, Stage
 
 NAME, NUMBER = "feedback", 6
@@ -49,6 +53,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     )
     rows, length = settings.batch_size, config.max_length
     has_mismatched = objective.statistics.mismatched
+    has_weights = settings.prompt_weights != "none"
 
     def largest_batch(platform: str, response: int | None) -> tuple[Any, list[Rows]]:
         del platform
@@ -58,6 +63,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
             responses=pair_batch(rows, 1, length, scored),
             mismatched=pair_batch(rows, 1, length, scored) if has_mismatched else None,
             desirable=struct(rows, dtype=jnp.bool_),
+            importance=struct(rows, dtype=jnp.float32) if has_weights else None,
         )
         twice = objective.coupled and settings.micro_batches > 1  # the statistic, then the gradient
         one = {"rows": rows, "length": length, "scored": scored}
@@ -120,6 +126,12 @@ class LabelledData:
             packing = dataclasses.replace(packing, micro_batches=1)
         once = {"epochs": 1, "shuffle": False, "window": WINDOW, "batch_size": batch_size}
         return list(self._batches(self.held_out, "all", packing=packing, **once))
+
+    def once(self, batch_size: int) -> list[LabelledBatch]:
+        """Every training response once, padded, without those of others."""
+        once = {"epochs": 1, "shuffle": False, "window": WINDOW, "batch_size": batch_size}
+        plain = dataclasses.replace(self, mismatched=False)
+        return list(plain._batches(self.train, "all", **once))
 
     def _batches(self, rows: LabelledRows, whose: Mismatched, **options: Any) -> Iterations:
         index, count = self.shard
@@ -198,6 +210,11 @@ def settle(config: TrainConfig, data: LabelledData) -> TrainConfig:
     names = ("lambda_desirable", "lambda_undesirable")
     desirable = int(data.train.desirable.sum())
     undesirable = len(data.train) - desirable
+    if settings.prompt_weights != "none" and not (desirable and undesirable):
+        raise UserError(
+            f"feedback.prompt_weights: {settings.prompt_weights} compares the prompts of two "
+            "labels, and the data have one; set none"
+        )
     line = f"{NAME}: {desirable:,} desirable and {undesirable:,} undesirable responses"
     weights: dict[str, float] = {}
     is_set = settings.balance == "none" or any(name in settings.loss_options for name in names)
@@ -212,15 +229,34 @@ def settle(config: TrainConfig, data: LabelledData) -> TrainConfig:
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:
     """Labelled responses on the mesh, packed or not."""
-    del frozen
     objective, mesh, data = stage.objective, context.mesh, context.data[NAME]
     data = dataclasses.replace(data, mismatched=objective.statistics.mismatched)
     context = dataclasses.replace(context, data={**context.data, NAME: data})
     data = with_packing(context, stage).data[NAME]
     held_out = data.evaluation(stage.batch_size)
+    put = functools.partial(shard_batch, mesh=mesh)
+    weights = None
+    if context.config.feedback.prompt_weights == "udm":
+        weights = precompute_prompt_weights(
+            objective.policy,
+            frozen["reference"],
+            data.once(stage.batch_size),
+            put,
+            context.folder / "prompt_weights.npz",
+            mesh,
+            digest(context.folder / INPUTS),
+            fit=fit_logistic,
+            seed=context.config.seed,
+        )
+
+    def place(batch: LabelledBatch) -> LabelledBatch:
+        if weights is None:
+            return put(batch)
+        return put(dataclasses.replace(batch, importance=weights[batch.record_index]))
+
     return Feed(
         batches=data.batches(stage.batch_size, seed=context.config.seed),
-        place=functools.partial(shard_batch, mesh=mesh),
+        place=place,
         describe=data.describe,
         evaluation=evaluate_labelled(objective, held_out, mesh, data.held_out_by_source)
         if held_out

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,7 @@ def _plain_texts(records: Sequence[Any], tokenizer: Tokenizer) -> list[str]:
 def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     """The stage that trains a policy on its own responses."""
     settings, adapters, algorithm = config.online, parts.run_adapters(config), algorithm_of(config)
+    rollout = config.online.rollout
     sampled = tempered(model_config, config.online.rollout.temperature)
     policy = parts.make_policy(config, sampled, adapters)
     objective = OnlineObjective(
@@ -180,6 +181,18 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
     )
     updates = algorithm.updates * algorithm.minibatches
     optimizer, by_update = parts.make_update_rule(settings, updates)
+    rate: Callable[[int], Any] = by_update
+    if algorithm.extragradient:
+        if settings.steps % 2:
+            raise UserError(
+                f"online.steps: {rollout.algorithm} takes two steps from the same policy; "
+                f"{settings.steps} is odd"
+            )
+        pairs = dataclasses.replace(settings, steps=settings.steps // 2)
+        optimizer, of_pair = parts.make_update_rule(pairs)
+        rate = lambda step: of_pair(step // 2)  # noqa: E731
+    elif updates > 1:
+        rate = lambda step: by_update(step * updates)  # noqa: E731
     optimizer = with_history(algorithm, optimizer)
     has_critic = algorithm.has_critic
     trained = parts.trained_parameters(adapters, parts.key_of(config, NUMBER))
@@ -188,7 +201,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         head = init_head(model_config.width, parts.key_of(config, NUMBER))
         return {**trained(params), SCORE: head}
 
-    rollout, statistics = config.online.rollout, config.online.entanglement
+    statistics = config.online.entanglement
     step = functools.partial(
         update_step,
         objective=objective,
@@ -205,7 +218,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         parts=settings.micro_batches * algorithm.minibatches,
         objective=objective,
         optimizer=optimizer,
-        schedule=by_update if updates == 1 else lambda step: by_update(step * updates),
+        schedule=rate,
         step=step,
         probed_step=functools.partial(step, backward=probe) if statistics.every else None,
         probe_every=statistics.every,
@@ -240,7 +253,8 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
         sampled_log_prob=of_tokens if of_policy else None,
         importance=of_tokens if of_policy and _is_corrected(config, algorithm) else None,
     )
-    networks = 2 + (algorithm.anchor > 0)  # policy and reference, or both references
+    # policy and reference, or the past policies and the reference
+    networks = 1 + algorithm.past + (algorithm.anchor > 0)
     forward = networks * (algorithm.updates + algorithm.scores_first)
     rows = prompts * algorithm.trained
     shape = {"rows": rows, "length": length, "scored": response}

@@ -82,7 +82,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         probe_every=statistics.every,
         ledger_step=probed(True) if statistics.ledger else None,
         ledger_every=statistics.ledger,
-        running=objective.statistics.start if isinstance(objective, PreferenceObjective) else {},
+        running=objective.start if isinstance(objective, PreferenceObjective) else {},
         trained=with_mask if has_mask else trained,
         moving=moving,
         frozen=frozen,
@@ -141,6 +141,8 @@ def switches_of(settings: PreferenceConfig) -> Switches:
         log_probs=settings.log_probs,
         tail_weight=settings.tail_weight,
         importance=settings.pair_weights == "wpo",
+        calibration=settings.calibration,
+        logits_sam=settings.logits_sam,
     )
 
 
@@ -223,9 +225,21 @@ def largest_batch(
     known = struct(settings.batch_size, 2, dtype=jnp.float32) if stored else None
     batch = record_of(ReferencedBatch, pairs=pairs, reference=known)
     passes = [Rows(**rows, forward=1 + live + twice + realised, backward=1)]
+    passes += extra_passes(settings, rows)
     if statistics.ledger:  # of the batch and of held-out pairs
         passes += 2 * [Rows(**rows, forward=LEDGER_PASSES)]
     return batch, passes
+
+
+def extra_passes(settings: PreferenceConfig, rows: dict[str, int]) -> list[Rows]:
+    """The passes that the switches of gradients add."""
+    passes = []
+    if settings.calibration != "none":
+        of_head = settings.calibration == "head"
+        passes.append(Rows(**rows, forward=1, backward=0 if of_head else 2))
+    if settings.logits_sam:
+        passes.append(Rows(**rows, forward=1))
+    return passes
 
 
 def largest_pairs(

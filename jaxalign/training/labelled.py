@@ -113,7 +113,12 @@ class LabelledObjective:
         running = {} if running is None else running
         taken = self.statistics.of(responses, weight, running)
         losses = self.loss(responses, **{**taken, **self.options})
+        if batch.importance is not None:
+            losses = losses * batch.importance
         metrics = {"loss": mean_of(losses, weight), "entropy": mean_of(outputs.entropy, weight)}
+        if batch.importance is not None:
+            others = weight * (~responses.desirable).astype(weight.dtype)
+            metrics["importance"] = mean_of(batch.importance, others)
         rewards = reward_scale(self.loss, self.options) * responses.log_ratio
         for side, labelled in (("chosen", responses.desirable), ("rejected", ~responses.desirable)):
             counted = weight * labelled.astype(weight.dtype)

@@ -20,10 +20,10 @@ from jaxalign.entanglement.ledger import (
 from jaxalign.entanglement.observation import Observation
 from jaxalign.entanglement.probing import SMALLEST
 from jaxalign.records import AnyArray, record
+from jaxalign.training.gradients import Update
 from jaxalign.training.metrics import Mean, mean_of
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import PreferenceObjective, ReferencedBatch
-from jaxalign.training.step import Update
 
 BATCH, HELD_OUT = "batch", "held_out"
 """The pairs of an update, and the same held-out pairs in every update; the latter are also the key

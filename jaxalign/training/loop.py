@@ -15,10 +15,11 @@ from jaxalign.errors import UserError
 from jaxalign.progress import busy
 from jaxalign.sharding.processes import any_process
 from jaxalign.training.checkpoints import Checkpoints
+from jaxalign.training.gradients import RECORDS
 from jaxalign.training.metrics import Writer, to_floats
 from jaxalign.training.profiling import Trace
 from jaxalign.training.stage import Feed, Stage, Step
-from jaxalign.training.step import RECORDS, TrainState, saved_fields
+from jaxalign.training.step import TrainState, saved_fields
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the user asked)

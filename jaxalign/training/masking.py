@@ -49,12 +49,17 @@ class MaskedPreferenceObjective(PreferenceObjective):
 
     penalty: float = 0.0
 
+    @property
+    def takes_stored_reference(self) -> bool:
+        """It reads the reference's log-probs of single tokens."""
+        return False
+
     def forward(
         self, trained: Params, frozen: Any, batch: ReferencedBatch, key: PRNGKeyArray | None
     ) -> MaskedOutputs:
         pairs, reference, policy = batch.pairs, frozen["reference"], self.policy
         model = {name: tree for name, tree in trained.items() if name != HEAD}
-        params = policy.policy_params(model, frozen["policy"], key)
+        params = self.policy_params(model, frozen, key)
         collision = self.switches.importance
         of_policy = policy.log_probs(pairs, params, collision=collision)
         of_reference = jax.lax.stop_gradient(policy.log_probs(pairs, reference).log_prob)

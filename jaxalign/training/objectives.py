@@ -1,5 +1,6 @@
 """Objectives of training steps: log-probs of a batch under the policy, reduced by a pure loss."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.data.batches import PairBatch, TextBatch
 from jaxalign.losses import (
+    BAND_START,
     NO_SWITCHES,
     PairLogProbs,
     Statistics,
     Switches,
     TokenLogProbs,
+    calibrated,
     importance_weights,
     members_of,
     options_by_member,
@@ -23,6 +26,7 @@ from jaxalign.losses import (
 )
 from jaxalign.models.compute import Compute
 from jaxalign.models.experts import BALANCE, with_balance
+from jaxalign.models.head import SHIFT, with_shift
 from jaxalign.models.lora import with_adapters, with_dropout
 from jaxalign.models.responses import (
     ResponseComparison,
@@ -276,15 +280,30 @@ class PreferenceObjective:
         """The batch statistics of the loss."""
         return statistics_of(self.loss) or Statistics()
 
+    @property
+    def start(self) -> dict[str, float]:
+        """The running statistics of the loss and of its calibration, before the first step."""
+        band = {} if self.switches.calibration == "none" else BAND_START
+        return {**self.statistics.start, **band}
+
+    def running_start(self) -> dict[str, Array]:
+        """`start`, as arrays."""
+        return {name: jnp.float32(value) for name, value in self.start.items()}
+
+    @property
+    def takes_stored_reference(self) -> bool:
+        """Whether the reference's log-probs of whole responses are all that it reads of it."""
+        return self.has_reference
+
     def update_running(
         self, running: Mapping[str, Array], outputs: PairOutputs, batch: ReferencedBatch
     ) -> Mapping[str, Array]:
-        """The loss's running statistics, updated with a training batch."""
+        """The running statistics, those of the loss updated with a training batch."""
         if self.statistics.update is None:
             return running
         pairs = self.seen(outputs, batch.pairs)
-        updated = self.statistics.update(running, pairs, batch.pairs.weight)
-        return jax.lax.stop_gradient(updated)
+        updated = self.statistics.update(dict(running), pairs, batch.pairs.weight)
+        return jax.lax.stop_gradient({**running, **updated})
 
     def count(self, batch: ReferencedBatch) -> Float[Array, ""]:
         return jnp.sum(batch.pairs.weight)
@@ -299,7 +318,7 @@ class PreferenceObjective:
     ) -> PairOutputs:
         collision = self.switches.importance
         with jax.named_scope("policy"):
-            params = self.policy.policy_params(trained, frozen["policy"], key)
+            params = self.policy_params(trained, frozen, key)
             of_policy = self.policy.log_probs(batch.pairs, params, collision=collision)
         reference = batch.reference
         if not self.has_reference:
@@ -308,6 +327,13 @@ class PreferenceObjective:
             with jax.named_scope("reference"):
                 reference = self.of_reference(batch.pairs, frozen["reference"])
         return self._outputs(of_policy, reference, batch.pairs)
+
+    def policy_params(
+        self, trained: Params, frozen: Mapping[str, Any], key: PRNGKeyArray | None
+    ) -> Params:
+        """The policy's parameters, with the shift of its output head that logits-SAM adds."""
+        params = self.policy.policy_params(trained, frozen["policy"], key)
+        return with_shift(params, frozen[SHIFT]) if SHIFT in frozen else params
 
     def of_reference(self, batch: PairBatch, params: Params) -> Float[Array, "pairs 2"]:
         """The log-probs of responses under the reference, which may be stored."""
@@ -343,8 +369,11 @@ class PreferenceObjective:
           count: weight of the whole batch.
           running: the loss's running statistics; in training, updated with this batch.
         """
-        weight, pairs = batch.pairs.weight, self.seen(outputs, batch.pairs)
         running = {} if running is None else running
+        if "log_a" in running:
+            log_probs = calibrated(outputs.policy_log_probs, running["log_a"])
+            outputs = dataclasses.replace(outputs, policy_log_probs=log_probs)
+        weight, pairs = batch.pairs.weight, self.seen(outputs, batch.pairs)
         taken = self.statistics.of(pairs, weight, running)
         losses = self.loss(pairs, **{**taken, **self.options})
         if outputs.importance is not None:

@@ -10,10 +10,11 @@ from jaxalign.data import PairBatch
 from jaxalign.entanglement.pairs import ModelAndPairs
 from jaxalign.losses import Loss
 from jaxalign.progress import saying
+from jaxalign.training.gradients import RECORDS
 from jaxalign.training.ledger import BATCH, HELD_OUT, Entries
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import RECORDS, initial_state, train_step
+from jaxalign.training.step import initial_state, train_step
 
 
 def ledger_of_step(
@@ -50,7 +51,7 @@ def ledger_of_step(
     frozen = {"policy": None, "reference": reference.params, **placed}
 
     def step(params: Any) -> Any:
-        state = initial_state(params, optimizer, seed=0, running=objective.statistics.start)
+        state = initial_state(params, optimizer, seed=0, running=objective.start)
         _, metrics = train_step(
             state,
             frozen,

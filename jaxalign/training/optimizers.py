@@ -134,6 +134,127 @@ def with_iterations(
     return optax.GradientTransformation(init, update)
 
 
+class HistoryState(NamedTuple):
+    """State of `with_past_policies`.
+
+    Attributes:
+      others: state of the update rule.
+      previous: parameters at the start of this iteration.
+      older: those at the starts of earlier ones, the newest first.
+      updates: number of updates.
+      begun: number of iterations that have begun, this one included.
+    """
+
+    others: Any
+    previous: Any
+    older: Any
+    updates: Any
+    begun: Any
+
+
+def with_past_policies(
+    length: int, number: int, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """An unchanged update rule that keeps the parameters of the starts of several iterations.
+
+    Args:
+      length: number of updates in an iteration, >= 1.
+      number: of iterations, this one included, >= 2. Before there are as many, the first parameters
+        stand for the missing ones.
+      others: the update rule.
+    """
+    if length < 1:
+        raise UserError(f"iteration: {length} is not positive")
+
+    def init(params: Any) -> HistoryState:
+        first = [jax.tree.map(jnp.copy, params) for _ in range(number)]
+        return HistoryState(
+            others=others.init(params),
+            previous=first[0],
+            older=tuple(first[1:]),
+            updates=jnp.int32(0),
+            begun=jnp.int32(1),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, HistoryState]:
+        updates, inner = others.update(updates, state.others, params)
+        moved, done = optax.apply_updates(params, updates), state.updates + 1
+        begins = done % length == 0
+        kept = state.previous, *state.older
+        past = [
+            jax.tree.map(lambda new, old: jnp.where(begins, new, old), new, old)
+            for new, old in zip((moved, *kept), kept, strict=False)
+        ]
+        return updates, HistoryState(
+            others=inner,
+            previous=past[0],
+            older=tuple(past[1:]),
+            updates=done,
+            begun=state.begun + begins.astype(jnp.int32),
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+class ExtragradientState(NamedTuple):
+    """State of `with_extragradient`.
+
+    Attributes:
+      others: state of the update rule, which second steps alone change.
+      start: parameters before the first step of the pair.
+      halfway: whether the first step has been taken.
+    """
+
+    others: Any
+    start: Any
+    halfway: Any
+
+
+def with_extragradient(others: optax.GradientTransformation) -> optax.GradientTransformation:
+    r"""Pairs of steps from the same parameters: the first one is undone before the second one.
+
+    .. math:: \theta_{t + 1/2} = \theta_t - U(g_t), \quad
+              \theta_{t + 1} = \theta_t - U(g_{t + 1/2})
+
+    Both gradients are those at :math:`\theta_t`: take a step's gradient at `undone`. The state of
+    the update rule U (moments, the count of its schedule) is read by both steps and changed by the
+    second alone, so a pair of steps counts as one.
+
+    Args:
+      others: the update rule U.
+
+    References:
+      Zhou et al., 2025, arXiv:2503.08942; `lms/trainers/extragradient_trainer.py` of the authors
+      restores the optimiser, too.
+    """
+
+    def init(params: Any) -> ExtragradientState:
+        return ExtragradientState(
+            others=others.init(params),
+            start=jax.tree.map(jnp.copy, params),
+            halfway=jnp.bool_(False),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ExtragradientState]:
+        updates, inner = others.update(updates, state.others, params)
+
+        def after_second(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(state.halfway, x, y), new, old)
+
+        return updates, ExtragradientState(
+            others=after_second(inner, state.others),
+            start=jax.tree.map(jnp.asarray, params),
+            halfway=~state.halfway,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def undone(params: Any, state: ExtragradientState) -> Any:
+    """The parameters from which the next step is taken: without a first step."""
+    return jax.tree.map(lambda x, y: jnp.where(state.halfway, y, x), params, state.start)
+
+
 def preconditioner(opt_state: Any, *, b2: float, eps: float) -> Any:
     r"""AdamW's factor on each element of the first moment, without the learning rate.
 

@@ -16,12 +16,12 @@ from jaxalign.entanglement.probing import contributions, total, unweighted, zero
 from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.errors import UserError
 from jaxalign.models.probes import with_probes
+from jaxalign.training.gradients import RECORDS, Update
 from jaxalign.training.ledger import ledger_entries, ledger_metrics
 from jaxalign.training.masking import HEAD
 from jaxalign.training.metrics import Mean, mean_of
 from jaxalign.training.micro_batches import join_micro_batches, split_micro_batches
 from jaxalign.training.objectives import PairOutputs, PreferenceObjective, ReferencedBatch
-from jaxalign.training.step import RECORDS, Update
 
 Params = Any
 

@@ -1,5 +1,7 @@
 """Who learns what: gradients in closed form, fixed points, and the methods that must miss them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from scipy.special import softmax
 from jaxalign.errors import UserError
 from jaxalign.games import (
     GAMES,
+    Algorithm,
     best_response,
     contrastive,
     divergence,
@@ -22,6 +25,7 @@ from jaxalign.games import (
     learn,
     mirror_descent,
     mixture,
+    pair_log_probs,
     policy_gradient,
     random_preferences,
     reward_gradient,
@@ -29,7 +33,7 @@ from jaxalign.games import (
     sampled_loss,
     self_play,
 )
-from jaxalign.losses import dpo, ipo, ipo_mean, nash_md_pg, slic_norm
+from jaxalign.losses import PairLogProbs, dpo, ipo, ipo_mean, mnpo, nash_md_pg, slic_norm
 
 UNIFORM = np.ones(3) / 3
 SKEWED = np.array([0.6, 0.3, 0.1])
@@ -423,3 +427,57 @@ def test_extragradient_by_its_loss_is_the_closed_form_and_converges_linearly():
     assert ratios.max() < 0.2
     with pytest.raises(UserError, match="every = 3"):
         extragradient(game(HARD, SKEWED), tau=tau, rate=rate, steps=400, every=3)
+
+
+# Several past policies.
+
+
+def with_past_policies(preferences, reference, policies, tau, eta):
+    """The next policy in closed form: mirror descent from the mean of the past log-policies."""
+    mean = np.mean([np.log(x) for x in policies], axis=0)
+    ratio = tau / eta
+    logits = ratio * np.log(reference) + (1 - ratio) * mean + preferences @ policies[0] / eta
+    return softmax(logits)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_past_policies_by_their_loss_are_the_closed_form_and_lead_to_the_equilibrium(number):
+    tau, eta = 0.2, 0.6
+    policies = [SKEWED]  # the newest first
+    for _ in range(3):
+        past = jnp.log(jnp.asarray(np.stack(policies[:number])))
+
+        def of_pairs(logits, game, first, second, preference, past=past):
+            def loss(pairs, *, sign):
+                margins = sign * (past[:, first] - past[:, second])
+                return mnpo(pairs, margins, tau=tau, eta=eta)
+
+            pairs = pair_log_probs(logits, game, first, second)
+            agree, other = loss(pairs, sign=1), loss(pairs.swapped, sign=-1)
+            return preference * agree + (1 - preference) * other
+
+        law = fixed(np.outer(policies[0], policies[0]))
+        algorithm = Algorithm(law=law, loss=of_pairs)
+        found = last(algorithm, game(CYCLE, SKEWED), 0.3, steps=4000, start=jnp.log(policies[0]))
+        expected = with_past_policies(CYCLE, SKEWED, policies[:number], tau, eta)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        policies.insert(0, expected)
+    for _ in range(400):
+        policies.insert(0, with_past_policies(CYCLE, SKEWED, policies[:number], tau, eta))
+    np.testing.assert_allclose(policies[0], equilibrium(CYCLE, SKEWED, tau), atol=1e-6)
+
+
+def test_one_past_policy_is_inpo(rng):
+    """IPO with the geometric mixture of reference and the policy that sampled."""
+    fields = ("chosen", "rejected", "reference_chosen", "reference_rejected")
+    values = {name: jnp.asarray(rng.normal(size=5)) for name in fields}
+    lengths = dict.fromkeys(("chosen_length", "rejected_length"), jnp.ones(5, jnp.int32))
+    pairs = PairLogProbs(**values, **lengths)
+    past = jnp.asarray(rng.normal(size=(1, 5)))
+    mixed = dataclasses.replace(
+        pairs,
+        reference_chosen=pairs.reference_chosen / 3 + 2 / 3 * past[0],
+        reference_rejected=pairs.reference_rejected / 3,
+    )
+    found = mnpo(pairs, past, tau=0.2, eta=0.6)
+    np.testing.assert_allclose(found, ipo(mixed, tau=0.6), rtol=1e-12)

@@ -143,6 +143,64 @@ def test_iterations_of_inpo_are_mirror_descent_to_the_equilibrium(optimised):
     assert divergence(equilibrium(world.win, reference, tau), exact[-1]) < 1e-6
 
 
+def test_iterations_with_two_past_policies_are_those_of_the_closed_form(optimised):
+    """The second and third iteration mix two policies; the first has one."""
+    world, tau, eta, length = World(1), 0.2, 0.5, 250
+    reference, ratio = world.policy(world.params), tau / eta
+    policies = [reference]
+    for _ in range(3):
+        mean = np.mean([np.log(x) for x in policies[:2]], axis=0)
+        mixed = ratio * np.log(reference) + (1 - ratio) * mean
+        policies.insert(0, softmax(mixed + world.win @ policies[0] / eta))
+    options = {"tau": tau, "eta": eta, "iteration": length, "past": 2}
+    found = learned(world, "mnpo", steps=3 * length, rate=0.01, **options)
+    alone = mirror_descent(
+        world.win, reference, tau, steps=3, opponent="policy", step_size=1 / eta
+    )[-1]
+    assert divergence(policies[0], alone) > 5e-4
+    assert divergence(policies[0], found) < 1e-4
+
+
+def test_extragradient_steps_are_those_of_the_formula(optimised):
+    """Both gradients are at the first point; the optimiser moves with the second alone."""
+    world, rate = World(1), 0.05
+    objective = objective_of("egpo", tau=TAU)
+    rule = optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(lambda at: rate / (1 + at)))
+    optimizer = with_history(objective.algorithm, rule)
+    state = initial_state(world.params, optimizer, seed=0)
+    frozen = {"policy": None, "reference": world.params}
+    step = jax.jit(
+        functools.partial(update_step, objective=objective, optimizer=optimizer, micro_batches=1)
+    )
+
+    @jax.jit
+    def slope(params, batch):
+        return gradients(objective, params, frozen, batch, jax.random.key(0))[0]
+
+    point, inner = world.params, rule.init(world.params)
+    for _ in range(2):
+        half, at = point, point
+        for is_second in (False, True):
+            batch = exact_batch(world, objective.algorithm, at)
+            state, _ = step(state, frozen, batch)
+            updates, after = rule.update(slope(point, batch), inner, point)
+            half = optax.apply_updates(point, updates)
+            for found, expected in zip(
+                jax.tree.leaves(state.params), jax.tree.leaves(half), strict=True
+            ):
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+            at = half
+            if is_second:
+                point, inner = half, after
+
+
+def test_extragradient_ends_at_the_equilibrium(optimised):
+    world = World(1)
+    target = world.target(TAU, 0.0)
+    found = learned(world, "egpo", steps=600, rate=0.003, tau=TAU)
+    assert divergence(target, found) < 1e-3
+
+
 def test_spin_tilts_the_policy_to_the_data_and_stays_there(optimised):
     """Logits of a data set's odds over the policy's, divided by beta; at beta 1 it is the data."""
     world = World(1)

@@ -104,6 +104,24 @@ def test_an_interrupted_run_resumes_bit_by_bit(folder):
     assert "statistics/mean_log_ratio" in values(folder, "whole")[-2]
 
 
+def test_weights_of_prompts_are_kept_for_resuming(folder, capsys):
+    flags = ["--feedback.prompt-weights", "udm", "--feedback.loss", "bco_unpaired"]
+    for name in ("whole", "parts"):
+        assert main(["train", "small.py", "--no-export", "--name", name, *flags]) == 0
+    runs = folder / "runs"
+    shutil.rmtree(runs / "parts" / "checkpoints" / "feedback" / "4")
+    assert main(["train", "small.py", "--no-export", "--name", "parts", *flags]) == 0
+    whole, parts = (read_run(runs / name) for name in ("whole", "parts"))
+    assert whole.first_and_last("feedback", "loss") == parts.first_and_last("feedback", "loss")
+    lines = (runs / "whole" / "metrics.jsonl").read_text().splitlines()
+    importance = [one["importance"] for one in map(json.loads, lines) if "importance" in one]
+    assert importance
+    assert all(0.5 <= x <= 10 for x in importance)
+    rows = [{"prompt": f"Say {n}", "completion": "no", "label": True} for n in range(20)]
+    write(folder / "labelled.jsonl", rows)
+    assert "compares the prompts of two" in complaint(capsys, "train", "small.py", *flags)
+
+
 def test_labels_come_from_pairs_and_from_scores(folder, capsys):
     assert train("--name", "pairs", "--feedback.data", "None", "--no-export") == 0
     assert "16 desirable and 16 undesirable" in capsys.readouterr().out

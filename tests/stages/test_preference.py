@@ -82,8 +82,10 @@ def values(folder, name):
         ["--reference-every", "2", "--lora.rank", "2", "--divergence", "forward_kl"],
         ["--loss", "dpo:0.8", "bco:0.2", "sft:1", "--preference.micro-batches", "2",
          "--pair-weights", "wpo", "--reference", "precomputed", "--tail-weight", "0.5"],
+        ["--loss", "bco", "--calibration", "head", "--logits-sam", "0.05",
+         "--preference.micro-batches", "2"],
     ],
-    ids=["average", "adapters", "sum"],
+    ids=["average", "adapters", "sum", "gradients"],
 )  # fmt: skip
 def test_an_interrupted_run_resumes_bit_by_bit(folder, flags):
     assert train("--name", "whole", *flags) == 0
@@ -95,6 +97,8 @@ def test_an_interrupted_run_resumes_bit_by_bit(folder, flags):
     assert (step, model.config.layers) == (4, 1)
     if "sft:1" in flags:
         assert "statistics/bco.mean_log_ratio" in values(folder, "whole")[-2]
+    if "--calibration" in flags:
+        assert values(folder, "whole")[-2]["statistics/band_steps"] == 4
 
 
 def test_what_does_not_go_together_is_refused(folder, capsys):
@@ -109,6 +113,18 @@ def test_what_does_not_go_together_is_refused(folder, capsys):
         ("--divergence-alpha", "2"): "set --divergence alpha",
         ("--tail-weight", "0.5", "--loss", "tdpo1"): "tdpo1 reads no log-probs of whole responses",
         ("--pair-weights", "wpo", "--loss", "bradley_terry"): "reads no log-probs of whole",
+        ("--calibration", "all", "--loss", "sft"): "sft does not read the rejected response",
+        ("--calibration", "all", "--loss", "tdpo2"): "tdpo2 reads no log-probs of whole responses",
+        ("--logits-sam", "0.1", "--entanglement.ledger", "1"): "set --logits-sam 0",
+        ("--logits-sam", "0.1", "--entanglement.every", "1", "--dtype", "bfloat16"): "two matrices",
+        (
+            "--calibration",
+            "all",
+            "--entanglement.every",
+            "1",
+            "--entanglement.reweighting",
+            "centred",
+        ): "sets the gradients of each pair",
         ("--log-probs", "mean", "--loss", "ipo_mean"): "ipo_mean reads means over tokens itself",
     }
     for flags, message in lines.items():

@@ -14,11 +14,12 @@ from jaxalign.models import devices
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import make_mesh, place
+from jaxalign.training.gradients import RECORDS
 from jaxalign.training.ledger import BATCH, HELD_OUT
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.optimizers import make_optimizer
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import RECORDS, compile_step, initial_state, train_step
+from jaxalign.training.step import compile_step, initial_state, train_step
 from tests.training.test_packed_pairs import CONFIG as PACKED_CONFIG
 from tests.training.test_packed_pairs import packed_batches
 from tests.training.test_step import CONFIG, make_batch, objective_of, with_joint_rows

@@ -15,10 +15,11 @@ from jaxalign.models import probes
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import make_mesh, place
+from jaxalign.training.gradients import PLAIN
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch, as_pairs
 from jaxalign.training.optimizers import make_optimizer, preconditioner
 from jaxalign.training.pair_probe import PairProbe
-from jaxalign.training.step import PLAIN, compile_step, gradients, initial_state, train_step
+from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 from tests.training.test_step import CONFIG, assert_trees_close, make_batch, objective_of
 
 FIELDS = "chosen", "rejected", "inner"

@@ -15,11 +15,12 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.sharding import make_mesh, place
 from jaxalign.training.evaluation import evaluate_preferences
+from jaxalign.training.gradients import PLAIN
 from jaxalign.training.masking import MaskedPreferenceObjective
 from jaxalign.training.objectives import Policy, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.reference import precompute_reference
-from jaxalign.training.step import PLAIN, gradients, initial_state
+from jaxalign.training.step import gradients, initial_state
 from tests.training.test_packed_pairs import CONFIG as PACKED
 from tests.training.test_packed_pairs import packed_batches
 from tests.training.test_packed_pairs import world as packed_world

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 from jaxalign.online.algorithm import Algorithm
 from jaxalign.online.algorithms.contrastive import ipo_md, online_dpo, online_ipo, online_slic
+from jaxalign.online.algorithms.egpo import egpo
 from jaxalign.online.algorithms.grpo import cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp
 from jaxalign.online.algorithms.inpo import inpo
+from jaxalign.online.algorithms.mnpo import mnpo
 from jaxalign.online.algorithms.nash_md import nash_ema_pg, nash_md_pg, self_play_pg
 from jaxalign.online.algorithms.policy_gradient import regularised_policy_gradient, rloo
 from jaxalign.online.algorithms.ppo import ppo
@@ -34,6 +36,8 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {  # one line per algorithm
     "sppo": sppo,
     "spin": spin,
     "inpo": inpo,
+    "mnpo": mnpo,
+    "egpo": egpo,
 }
 """Name -> function from hyperparameters to an `Algorithm`."""
 
