@@ -76,6 +76,7 @@ SIZES = {
 """Flags appended to a command; those of `train` follow from its config (`small_flags`)."""
 ADDED = {
     r"^jaxalign train .*--scale paper": "--model MINE/model --data MINE/pairs.jsonl",
+    r"^jaxalign optimize-prompt --search gepa": "--pareto-queries 2 --minibatch 1 --budget 6",
     r"^jaxalign plan .*/hh.py": "--preference.batch-size 8",
     r"benchmarks\.decode_step": "--size 1M --batches 2 --prompt 8 --new 8 --repeats 1",
     r"benchmarks\.shared_prompts": "--size 1M --prompt 16 --response 8 --rounds 1",
