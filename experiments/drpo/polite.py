@@ -1,6 +1,6 @@
 """A reward without a judge: how polite are the words of an answer, from 1 to 5.
 
-    jaxalign optimize-prompt --evaluator rule:experiments/drpo/polite.py:polite ...
+jaxalign optimize-prompt --evaluator rule:experiments/drpo/polite.py:polite ...
 """
 
 import re
