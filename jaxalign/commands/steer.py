@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from jaxalign.commands.pairs import PairOptions
-from jaxalign.config import AtLeastOne, Finite, Positive, Seed
+from jaxalign.config import AtLeastOne, Positive, Seed
 from jaxalign.entanglement.pairs import ModelAndPairs, load_pairs
 from jaxalign.errors import UserError
 from jaxalign.files import check_output
@@ -47,9 +47,9 @@ class Options:
     """Largest number of pairs, counted from the first; None: all."""
     steps: AtLeastOne = 100
     """reps: number of updates, each of --batch-size pairs."""
-    learning_rate: Positive = 0.04
-    """reps: peak learning rate of Adam, for a vector of length 1 at first."""
-    factors: tuple[Finite, ...] = (0.5, 1.0, 1.5, 2.0)
+    learning_rate: Positive = 0.1
+    """reps: peak length of a step of Adam, in units of the vector's first length."""
+    factors: tuple[Positive, ...] = (0.5, 1.0, 1.5, 2.0)
     """reps: factors drawn in training; 1 is at first the length of the difference of means."""
     negative: Literal["null", "subtract"] = "null"
     """reps: the negative side removes the vector's direction (null) or subtracts the vector."""

@@ -124,9 +124,9 @@ class RepsOptions:
     """Number of updates."""
     batch_size: int = 8
     """Number of pairs in a batch."""
-    learning_rate: float = 0.04
-    """Peak of Adam's, for the vector in units of `scale`; it falls linearly to 0. The released
-    code's for the smallest model."""
+    learning_rate: float = 0.1
+    """Peak length of a step of Adam, in units of the vector's first length; it falls linearly to 0.
+    Ours: the released code has 0.04 for each of the 2,304 numbers of a vector of unit length."""
     factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     """Factors by which the vector is multiplied in training, drawn for each pair."""
     negative: Negative = "null"
@@ -180,7 +180,8 @@ def train_vector(
     rng = np.random.default_rng(options.seed)
     unit = rng.normal(size=config.width) if options.start == "random" else first.vector
     unit = jnp.asarray(unit / np.linalg.norm(unit), jnp.float32)
-    schedule = optax.linear_schedule(options.learning_rate, 0.0, options.steps)
+    rate = options.learning_rate / config.width**0.5  # a step of Adam moves every number by it
+    schedule = optax.linear_schedule(rate, 0.0, options.steps)
     optimizer = optax.adam(schedule)
     known = pair_log_probs(params, config, pairs, batch_size=options.batch_size, compute=compute)
 
@@ -204,7 +205,7 @@ def train_vector(
 
         value, gradient = jax.value_and_grad(loss)(unit)
         moved, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(unit, moved), opt_state, value
+        return unit + jnp.asarray(moved), opt_state, value
 
     opt_state, losses = optimizer.init(unit), []
     where = {int(number): row for row, number in enumerate(pairs.record_index)}
