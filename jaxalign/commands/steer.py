@@ -49,8 +49,9 @@ class Options:
     """reps: number of updates, each of --batch-size pairs."""
     learning_rate: Positive = 0.1
     """reps: peak length of a step of Adam, in units of the vector's first length."""
-    factors: tuple[Positive, ...] = (0.5, 1.0, 1.5, 2.0)
-    """reps: factors drawn in training; 1 is at first the length of the difference of means."""
+    factors: tuple[Positive, Positive] = (0.5, 2.0)
+    """reps: smallest and largest factor in training; 1 is at first the length of the difference of
+    means."""
     negative: Literal["null", "subtract"] = "null"
     """reps: the negative side removes the vector's direction (null) or subtracts the vector."""
     start: Literal["random", "means"] = "random"

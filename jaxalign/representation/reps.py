@@ -127,8 +127,9 @@ class RepsOptions:
     learning_rate: float = 0.1
     """Peak length of a step of Adam, in units of the vector's first length; it falls linearly to 0.
     Ours: the released code has 0.04 for each of the 2,304 numbers of a vector of unit length."""
-    factors: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    """Factors by which the vector is multiplied in training, drawn for each pair."""
+    factors: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest factor by which the vector is multiplied in training, drawn uniformly
+    for each pair."""
     negative: Negative = "null"
     """The negative side: the direction is removed (null, the paper's), or the vector is subtracted
     with a factor (subtract)."""
@@ -154,8 +155,8 @@ def train_vector(
     the loss, one vector for all factors, a factor drawn for each pair (from 2, 4, ..., 20, for
     vectors of unit length at first), and removal as the negative side. Recalled, not checked
     against the paper: the form of the removal (`models.decoder_layer.without_direction`).
-    Ours: a factor of 1 begins with the norm of the difference of means, so that the same factors
-    suit every model and layer; and chosen and rejected responses of any pairs.
+    Ours: factors from a range; a factor of 1 begins with the norm of the difference of means, so
+    that the same factors suit every model and layer; and the responses of any pairs.
 
     Args:
       params: of the decoder; they get no gradient.
@@ -213,7 +214,7 @@ def train_vector(
     batches = pair_batches(pairs, batch_size=size, seed=options.seed, buckets=2)
     for step, batch in zip(range(options.steps), batches, strict=False):
         plain = known[[where[int(number)] for number in np.asarray(batch.record_index)]]
-        factors = rng.choice(np.asarray(options.factors, np.float32), size)
+        factors = rng.uniform(*options.factors, size).astype(np.float32)
         placed = jax.tree.map(jnp.asarray, batch)
         unit, opt_state, value = update(unit, opt_state, params, placed, plain, factors)
         losses.append(float(value))
