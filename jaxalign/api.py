@@ -26,6 +26,7 @@ from jaxalign.errors import UserError
 from jaxalign.losses import NO_SWITCHES, PairLogProbs, PreferenceLoss, Switches, dpo
 from jaxalign.losses.lookup import check_switches, own_loss
 from jaxalign.models.responses import response_log_probs
+from jaxalign.models.steering import Factor, SteeringVector, read_steering, steered
 from jaxalign.reporting import read_run
 from jaxalign.reporting.runs import Run
 from jaxalign.runs.train import train as train_stages
@@ -107,6 +108,20 @@ class LanguageModel:
         other.model = type(self.model)(self.model.config, place(params, other.mesh))
         other.identity = f"{other.identity} changed"
         return dataclasses.replace(self, backend=other)
+
+    def steered(self, vector: SteeringVector | str | Path, factor: Factor = 1.0) -> "LanguageModel":
+        """The same model with a steering vector added at every position.
+
+        Args:
+          vector: of `jaxalign.representation`, or the path of its file.
+          factor: multiplies the vector; 0 changes nothing, and "null" removes its direction.
+
+        Raises:
+          UserError: the vector does not fit the model.
+        """
+        if not isinstance(vector, SteeringVector):
+            vector = read_steering(Path(vector))
+        return self.with_params(steered(self.model.params, self.model.config, vector, factor))
 
     def generate(
         self, prompts: Sequence[Prompt], *, samples: int = 1, **decoding: Any

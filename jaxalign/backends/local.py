@@ -44,6 +44,7 @@ from jaxalign.models.folders import exported, find_folder
 from jaxalign.models.gguf import generation_fields
 from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
+from jaxalign.models.steering import parse_steering, steered
 from jaxalign.progress import saying
 from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh
@@ -107,25 +108,39 @@ class LocalModel:
         self._weights: tuple[Any, DecodingWeights] | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, *, tokenizer: str | None = None, **options: Any):
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        tokenizer: str | None = None,
+        steer: str | None = None,
+        **options: Any,
+    ):
         """Load a Hugging Face folder, Hub name, GGUF file or run folder with an `export`.
 
         Args:
           folder: of the model.
           tokenizer: folder or Hub name (default: the model's).
+          steer: steering vector and factor, as for `parse_steering`; None: not steered.
           **options: of `LocalModel`.
 
         Raises:
-          UserError: it is not a language model.
+          UserError: it is not a language model, or the vector does not fit it.
         """
+        steering = None if steer is None else parse_steering(steer)
         name = str(exported(folder))
         model = load_pretrained(name, mesh=options.get("mesh"))
         if isinstance(model, ScoreModel):
             raise UserError(f"{folder}: a model with a scalar head does not generate text")
+        identity = f"local {weights_identity(name)} {tokenizer or ''}".strip()
+        if steering is not None:
+            vector, factor = steering
+            model = type(model)(model.config, steered(model.params, model.config, vector, factor))
+            identity += f" steered {vector.identity} {factor}"
         return cls(
             model,
             load_tokenizer(tokenizer or name),
-            identity=f"local {weights_identity(name)} {tokenizer or ''}".strip(),
+            identity=identity,
             end_tokens=end_tokens(name, model.config.vocab_size),
             **options,
         )

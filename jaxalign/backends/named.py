@@ -24,6 +24,8 @@ class BackendOptions:
     """Local: whether plain prompts go through the chat template; see `plain_prompts`."""
     draft: Draft = "none"
     """Local: where drafts of the next tokens come from if one row is decoded at a time."""
+    steer: str | None = None
+    """Local: steering vector and factor, FILE[:FACTOR]; None: not steered."""
     workers: int = 8
     """Endpoint: number of simultaneous requests."""
     timeout: float = 120.0
@@ -54,13 +56,16 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
     if name.startswith("openai:"):
         from jaxalign.backends.endpoint import ChatEndpoint
 
+        if options.steer is not None:
+            raise UserError("steer: an endpoint's model cannot be steered; give a local model")
+
         names = ("completions", "workers", "timeout", "attempts", "requests_per_minute")
         return ChatEndpoint(name.removeprefix("openai:"), **chosen(*names))
     if not name:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft")
+    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft", "steer")
     return LocalModel.load(name, **chosen(*names))
 
 

@@ -34,6 +34,9 @@ class Options:
     """Largest number of pairs, counted from the first; None: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
+    steer: str | None = None
+    """Steering vector of `jaxalign steer` for the model, not its reference: FILE, FILE:FACTOR, or
+    FILE:null."""
     json: Path | None = None
     """JSON file to write the numbers to."""
 
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         loss_options=options.loss_options,
         limit=options.limit,
         dtype=options.dtype,
+        steer=options.steer,
     )
     if options.json is not None:
         write_json(options.json, json_value(metrics))

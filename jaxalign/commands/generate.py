@@ -56,6 +56,9 @@ class Options:
     """Tokenizer: folder or Hub name; None: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the computation."""
+    steer: str | None = None
+    """Steering vector of `jaxalign steer`, added at every position: FILE, FILE:FACTOR, or FILE:null
+    to remove its direction."""
     draft: Draft = "none"
     """Source of drafts with --batch-size 1: prompt_lookup verifies what followed the same words
     before; the responses stay the same."""
@@ -80,7 +83,8 @@ def _generate(options: Options, decoding: Decoding) -> None:
     usable = prompt_records(options.prompts, bad_records=options.bad_records)
     records = list(itertools.islice(usable, options.limit))
     loading = {
-        name: getattr(options, name) for name in ("tokenizer", "prompt_format", "dtype", "draft")
+        name: getattr(options, name)
+        for name in ("tokenizer", "prompt_format", "dtype", "draft", "steer")
     }
     running = options.running.backend_options(**loading)
     model = make_responder(options.model, running, options.output)

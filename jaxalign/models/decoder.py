@@ -141,10 +141,22 @@ def init_params(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float
 
 
 def with_steering(
+    params: Mapping[str, Any], vectors: Float[Array, "layers *rows width"]
+) -> dict[str, Any]:
+    """A decoder's parameters with a vector per layer, added to the layer's output everywhere.
+
+    Args:
+      params: of the decoder.
+      vectors: [layers, width], or a vector for each row, [layers, rows, 1, width].
+    """
+    return {**params, "layers": {**params["layers"], "steering": vectors}}
+
+
+def with_nulling(
     params: Mapping[str, Any], vectors: Float[Array, "layers width"]
 ) -> dict[str, Any]:
-    """A decoder's parameters with a vector per layer, added to the layer's output everywhere."""
-    return {**params, "layers": {**params["layers"], "steering": vectors}}
+    """A decoder's parameters with a direction per layer, which its output has no more of."""
+    return {**params, "layers": {**params["layers"], "nulling": vectors}}
 
 
 def embed(
@@ -263,7 +275,7 @@ def hidden_states(
 
     Args:
       params: nested dict of arrays; leaves under "layers" are stacked, [layers, ...]. Adapters
-        (`lora.with_adapters`) and steering (`with_steering`) are part of it.
+        (`lora.with_adapters`) and steering (`with_steering`, `with_nulling`) are part of it.
       config: the decoder.
       tokens: ids below `config.vocab_size`.
       layout: mask, packed documents and positions; None: rows padded on the right.

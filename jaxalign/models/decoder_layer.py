@@ -189,8 +189,27 @@ def one_layer(
         x = x + attended
         x = x + after("post_mlp_norm", mlp(before("mlp_norm", x)))
     if "steering" in layer:
-        x = x + layer["steering"].astype(x.dtype)[None, None]
+        x = x + jnp.broadcast_to(layer["steering"].astype(x.dtype), x.shape)
+    if "nulling" in layer:
+        x = without_direction(x, layer["nulling"])
     return x, kept
+
+
+def without_direction(
+    x: Float[Array, "... width"], vector: Float[Array, " width"]
+) -> Float[Array, "... width"]:
+    r"""The residual stream without what it has along a vector; the opposite side is kept.
+
+    .. math:: h - \frac{\max(h^\top v, 0)}{\lVert v \rVert^2} v
+
+    Args:
+      x: hidden states.
+      vector: direction v; zero changes nothing.
+    """
+    v = vector.astype(x.dtype)
+    square = jnp.sum(jnp.square(v))
+    along = jnp.maximum(x @ v, 0.0) / jnp.where(square > 0, square, 1.0)
+    return x - along[..., None] * jnp.broadcast_to(v, x.shape)
 
 
 def rotations(config: DecoderConfig, positions: Int[Array, "batch length"]) -> Rotations | None:

@@ -1,4 +1,4 @@
-"""Alignment without training (DRPO): a search for in-context examples and a system prompt."""
+"""Alignment without training (DRPO, GEPA): a search for examples and a system prompt."""
 
 from jaxalign.evaluation.criteria import CRITERIA, FIXED, Criterion
 from jaxalign.evaluation.single_scores import AskedReward, Evaluation, RuleReward, ScoredReward
@@ -6,7 +6,14 @@ from jaxalign.prompting.artefact import Example, PromptArtefact, read_artefact, 
 from jaxalign.prompting.composing import Composer
 from jaxalign.prompting.drpo import OptimizedPrompt, PromptSearch, optimize_prompt
 from jaxalign.prompting.examples import Revision, improve_examples
-from jaxalign.prompting.optimizers import AskedOptimizer, BankOptimizer
+from jaxalign.prompting.optimizers import AskedOptimizer, AskedReflector, BankOptimizer
+from jaxalign.prompting.pareto import (
+    Candidate,
+    ParetoResult,
+    ReflectiveWorld,
+    pareto_search,
+    pareto_wins,
+)
 from jaxalign.prompting.search import (
     Node,
     SearchResult,
@@ -15,22 +22,27 @@ from jaxalign.prompting.search import (
     greedy_search,
     monte_carlo,
 )
-from jaxalign.prompting.system_prompts import SystemPromptWorld, validate
+from jaxalign.prompting.system_prompts import PromptCandidates, SystemPromptWorld, validate
 
 __all__ = [
     "CRITERIA",
     "FIXED",
     "AskedOptimizer",
+    "AskedReflector",
     "AskedReward",
     "BankOptimizer",
+    "Candidate",
     "Composer",
     "Criterion",
     "Evaluation",
     "Example",
     "Node",
     "OptimizedPrompt",
+    "ParetoResult",
     "PromptArtefact",
+    "PromptCandidates",
     "PromptSearch",
+    "ReflectiveWorld",
     "Revision",
     "RuleReward",
     "ScoredReward",
@@ -42,6 +54,8 @@ __all__ = [
     "improve_examples",
     "monte_carlo",
     "optimize_prompt",
+    "pareto_search",
+    "pareto_wins",
     "read_artefact",
     "validate",
     "write_artefact",

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from jaxalign.prompting.pareto import most_mutations
+
 
 def most_calls(
     *,
@@ -14,11 +16,14 @@ def most_calls(
     iterations: int = 5,
     validate: int = 8,
     dynamic: bool = True,
+    budget: int = 150,
+    pareto: int = 8,
+    minibatch: int = 3,
 ) -> dict[str, int]:
     """The largest number of answers that a search requests in each role.
 
     Args:
-      search: "beam", "greedy", "monte-carlo" or "none".
+      search: "beam", "greedy", "monte-carlo", "gepa" or "none".
       width: number of paths that are kept.
       actions: number of prompts proposed from each path.
       depth: number of levels below the root.
@@ -27,12 +32,18 @@ def most_calls(
       iterations: number of rewritings of each example.
       validate: number of fresh queries on which the final prompt is chosen.
       dynamic: whether criteria are chosen for each query.
+      budget: largest number of answers of the model in GEPA's search.
+      pareto: number of Pareto queries of GEPA.
+      minibatch: number of queries of a minibatch of GEPA.
 
     Returns:
       Role -> number of answers, without repeated attempts at unreadable answers.
     """
     if search == "none":
         levels = ends = tried = proposed = validate = 0
+    elif search == "gepa":  # its levels count the queries, of which a root's is one
+        levels, ends = pareto + depth + more_depth, width
+        tried, proposed = budget, most_mutations(budget, pareto, minibatch)
     elif search == "monte-carlo":
         levels, parents, ends = depth, width * actions, width * actions
         tried, proposed = levels * parents, levels * parents
@@ -41,7 +52,7 @@ def most_calls(
         levels, ends = depth + more_depth, width
         tried = levels * width * actions
         proposed = levels * width * actions
-    root = search != "none"
+    root = search not in ("none", "gepa")
     tried += root + validate * (ends + 1)  # the first prompt on the fresh queries, too
     rewrites = examples * iterations
     judged_examples = examples * (iterations + 1) if iterations else 0

@@ -1,4 +1,4 @@
-"""DRPO from seeds to a prompt: improve the examples, search, and choose on fresh queries."""
+"""From seeds to a prompt: improve the examples, search (DRPO, GEPA), choose on fresh queries."""
 
 import json
 import math
@@ -22,8 +22,14 @@ from jaxalign.prompting.artefact import Example, Layout, PromptArtefact, write_a
 from jaxalign.prompting.composing import Composer
 from jaxalign.prompting.cost import most_calls
 from jaxalign.prompting.examples import AskedRewriter, Revision, Rewriter, improve_examples
-from jaxalign.prompting.optimizers import AskedOptimizer, BankOptimizer, PromptOptimizer
+from jaxalign.prompting.optimizers import (
+    AskedOptimizer,
+    AskedReflector,
+    BankOptimizer,
+    PromptOptimizer,
+)
 from jaxalign.prompting.page import write_tree
+from jaxalign.prompting.pareto import Candidate, pareto_search
 from jaxalign.prompting.search import (
     Node,
     SearchResult,
@@ -31,7 +37,10 @@ from jaxalign.prompting.search import (
     greedy_search,
     monte_carlo,
 )
-from jaxalign.prompting.system_prompts import SystemPromptWorld, validate
+from jaxalign.prompting.system_prompts import PromptCandidates, SystemPromptWorld, validate
+
+FULL_MARKS = 5.0
+"""The best mean of scores from 1 to 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +54,23 @@ class PromptSearch:
     evaluator: str | None = None
     """Source of rewards: a model that writes scores and reasons, scored:FOLDER (log-probs of the
     scores), or rule:FILE.py:FUNCTION of (query, response), 1 to 5; None: the model itself."""
-    search: Literal["beam", "greedy", "monte-carlo", "none"] = "beam"
+    search: Literal["beam", "greedy", "monte-carlo", "gepa", "none"] = "beam"
     """Search method; none: only improve the examples, under the first prompt."""
     width: AtLeastOne = 2
-    """Number of paths kept at each level."""
+    """Number of paths kept at each level; gepa: number of prompts compared at the end."""
     actions: AtLeastOne = 3
     """Number of prompts proposed from each path."""
     depth: AtLeastOne = 19
-    """Number of levels below the first prompt, one query each."""
+    """Number of levels below the first prompt, one query each; gepa: with --more-depth the number
+    of queries for minibatches."""
     more_depth: Count = 10
     """Largest number of levels added while a prompt has full marks."""
+    budget: AtLeastOne = 150
+    """Largest number of answers that gepa requests from the model."""
+    pareto_queries: AtLeastOne = 8
+    """Number of queries on which gepa scores every accepted prompt."""
+    minibatch: AtLeastOne = 3
+    """Number of queries on which gepa compares a prompt with its parent."""
     reward: Literal["dynamic", "fixed"] = "dynamic"
     """Criteria of the reward: chosen for each query (dynamic), or always the same five (fixed)."""
     examples: Count = 2
@@ -98,7 +114,8 @@ class PromptSearch:
     @property
     def queries(self) -> int:
         """The largest number of queries that are read."""
-        return self.validate + self.depth + self.more_depth + 1
+        first = self.pareto_queries if self.search == "gepa" else 1
+        return self.validate + self.depth + self.more_depth + first
 
     def most_calls(self, seeds: int) -> dict[str, int]:
         """The largest number of answers in each role, as `jaxalign.prompting.cost.most_calls`.
@@ -116,6 +133,9 @@ class PromptSearch:
             iterations=self.iterations,
             validate=self.validate,
             dynamic=self.reward == "dynamic",
+            budget=self.budget,
+            pareto=self.pareto_queries,
+            minibatch=self.minibatch,
         )
 
 
@@ -158,7 +178,7 @@ def optimize_prompt(
       UserError: a model or a file cannot be used, or the search finds no prompt with a reward.
 
     References:
-      Singla et al. 2024, arXiv:2411.08733.
+      Singla et al. 2024, arXiv:2411.08733; Agrawal et al., 2025, arXiv:2507.19457 ("gepa").
     """
     models = _Models(search, folder, options or BackendOptions())
     model = models.open(search.model)
@@ -289,9 +309,11 @@ def _make_optimizer(
             f"optimizer: {kind}: proposes no prompt; name a model, or bank:FILE of bullet points"
         )
     if kind == "bank":
-        return BankOptimizer(read_text(Path(rest)).splitlines(), seed=search.seed), None
+        bank = read_text(Path(rest)).splitlines()
+        return BankOptimizer(bank, seed=search.seed, all_queries=search.search == "gepa"), None
     proposing = models.structured(name, temperature=0.2, top_p=0.95, seed=search.seed)
-    return AskedOptimizer(proposing), AskedRewriter(models.structured(name))
+    asked = AskedReflector if search.search == "gepa" else AskedOptimizer
+    return asked(proposing), AskedRewriter(models.structured(name))
 
 
 def _improve(
@@ -313,6 +335,8 @@ def _improve(
 
 
 def _search(search: PromptSearch, world: SystemPromptWorld, folder: Path) -> SearchResult:
+    if search.search == "gepa":
+        return _evolve(search, world, folder)
     sizes: dict[str, Any] = {
         name: getattr(search, name) for name in ("actions", "depth", "more_depth")
     }
@@ -328,6 +352,55 @@ def _search(search: PromptSearch, world: SystemPromptWorld, folder: Path) -> Sea
             return greedy_search(world, watch=watch, **sizes)
         paths = search.width * search.actions
         return monte_carlo(world, paths=paths, depth=search.depth, watch=watch)
+
+
+def _evolve(search: PromptSearch, world: SystemPromptWorld, folder: Path) -> SearchResult:
+    """GEPA; its tree has the accepted prompts, each with its worst answer to a Pareto query."""
+    count, known = search.pareto_queries, len(world.queries)
+    if known <= count:
+        raise UserError(
+            f"--queries: {known} are left beside --validate, and --pareto-queries takes {count}: "
+            "none is left for minibatches; give more --queries or a smaller --pareto-queries"
+        )
+    with Progress("gepa search", search.budget, unit="answer") as progress:
+
+        def watch(candidates: Sequence[Candidate], spent: int) -> None:
+            _write_rows(folder / "tree.jsonl", map(asdict, _nodes(candidates)))
+            progress(spent, f"{len(candidates):,} prompts accepted")
+
+        result = pareto_search(
+            PromptCandidates(world),
+            pareto=range(count),
+            feedback=range(count, known),
+            budget=search.budget,
+            minibatch=search.minibatch,
+            perfect=FULL_MARKS,
+            seed=search.seed,
+            watch=watch,
+        )
+    nodes, best = _nodes(result.candidates), result.best_first[: search.width]
+    _write_rows(folder / "tree.jsonl", map(asdict, nodes))
+    return SearchResult(nodes=nodes, best=result.best, candidates=best)
+
+
+def _nodes(candidates: Sequence[Candidate]) -> list[Node]:
+    """Accepted prompts as nodes: the reward and the value are the mean over the Pareto queries."""
+    nodes: list[Node] = []
+    for one in candidates:
+        known = [at for at, score in enumerate(one.scores) if math.isfinite(score)]
+        worst = min(known, key=lambda at: one.scores[at])
+        nodes.append(
+            Node(
+                number=one.number,
+                parent=one.parent,
+                depth=0 if one.parent is None else nodes[one.parent].depth + 1,
+                action={"scores": one.scores, "spent": one.spent},
+                state=one.traces[worst],
+                reward=one.mean,
+                value=one.mean,
+            )
+        )
+    return nodes
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

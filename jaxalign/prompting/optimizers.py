@@ -46,6 +46,16 @@ def bullets(prompt: str) -> list[str]:
     return [line.strip() for line in prompt.splitlines() if BULLET.match(line)]
 
 
+def judgement(attempt: Attempt) -> str:
+    """The scores and reasons of an attempt, as JSON; or why there are none."""
+    evaluation = attempt.evaluation
+    known = {
+        name: {"score": score, "reason": evaluation.reasons.get(name, "")}
+        for name, score in evaluation.scores.items()
+    }
+    return json.dumps(known or {"failure": evaluation.failure}, indent=1, ensure_ascii=False)
+
+
 OPTIMIZE = """\
 The system prompt of an assistant is to be improved. It is used for requests of all kinds, of which
 one is shown with the assistant's response and what a judge said of it.
@@ -106,16 +116,12 @@ class AskedOptimizer:
         earlier = list(dict.fromkeys(one.prompt for one in history if one.prompt != last.prompt))
         earlier = earlier[-self.remembered :]
         shown = [f"(version {n})\n{text}" for n, text in enumerate(earlier, 1)]
-        judgement = {
-            name: {"score": score, "reason": last.evaluation.reasons.get(name, "")}
-            for name, score in last.evaluation.scores.items()
-        }
         return OPTIMIZE.format(
             prompt=last.prompt,
             earlier="\n\n".join(shown) or "(none)",
             query=last.query,
             output=last.output,
-            judgement=json.dumps(judgement, indent=1, ensure_ascii=False),
+            judgement=judgement(last),
             most=MOST_BULLETS,
             added=ADDED_BULLETS,
         )
@@ -135,6 +141,69 @@ class AskedOptimizer:
         return read
 
 
+REFLECT = """\
+An assistant was given the system prompt below, and then the requests after it. A judge has said
+what is good and bad in each of its responses.
+
+[System prompt]
+{prompt}
+
+{attempts}
+
+Write a new system prompt for the assistant.
+- Read all the requests first, and describe to yourself what is asked for and in which form.
+- Find in the judgements what went well, and keep it; find what went wrong, and say how to do it.
+- Write down facts and ways of working that the assistant will need again: it sees neither these
+  requests nor their judgements.
+- Nothing in it is about one request alone.
+Reply with one JSON object and nothing else:
+{{"analysis": "what went wrong", "thought": "what to change", "new_system_prompt": "..."}}
+"""
+ATTEMPT = """\
+[Request {number}]
+{query}
+
+[Response {number}]
+{output}
+
+[Judgement {number}, each criterion from 1 to 5]
+{judgement}"""
+
+
+class AskedReflector:
+    """A model that reads the responses to several requests, and writes the next prompt (GEPA).
+
+    Args:
+      client: the model.
+
+    References:
+      Agrawal et al., 2025, arXiv:2507.19457, section 3.2, in our own wording.
+    """
+
+    def __init__(self, client: StructuredClient):
+        self.client = client
+
+    def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
+        """As in `PromptOptimizer`, where a history has the attempts of one prompt."""
+
+        def read(fields: Mapping[str, Any]) -> str:
+            return text_field(fields, "new_system_prompt")
+
+        questions = list(map(self._question, histories))
+        readers = [read] * len(questions)
+        answers = self.client("optimizer", questions, readers, samples=number)
+        return [list(dict.fromkeys(row)) for row in answers]
+
+    def _question(self, history: Sequence[Attempt]) -> str:
+        attempts = [
+            ATTEMPT.format(
+                number=number, query=one.query, output=one.output, judgement=judgement(one)
+            )
+            for number, one in enumerate(history, 1)
+        ]
+        return REFLECT.format(prompt=history[-1].prompt, attempts="\n\n".join(attempts))
+
+
 class BankOptimizer:
     """Edits from a bank of bullet points, without a model: add one, drop one or exchange one.
 
@@ -144,28 +213,33 @@ class BankOptimizer:
     Args:
       bank: bullet points, without their marks.
       seed: seed of the order of the edits.
+      all_queries: whether the order also depends on the queries of earlier attempts, so that other
+        minibatches with the same last query give other edits.
 
     Raises:
       UserError: the bank is empty.
     """
 
-    def __init__(self, bank: Sequence[str], *, seed: int = 0):
+    def __init__(self, bank: Sequence[str], *, seed: int = 0, all_queries: bool = False):
         self.bank, self.seed = [point.strip() for point in bank if point.strip()], seed
+        self.all_queries = all_queries
         if not self.bank:
             raise UserError("bank: it has no bullet points")
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
         """As in `PromptOptimizer`."""
-        return [self._proposals(history[-1], number) for history in histories]
+        return [self._proposals(history, number) for history in histories]
 
-    def _proposals(self, last: Attempt, number: int) -> list[str]:
+    def _proposals(self, history: Sequence[Attempt], number: int) -> list[str]:
+        last = history[-1]
         lines = last.prompt.rstrip().splitlines()
         own = [line[2:] for line in lines if line.startswith("- ") and line[2:] in self.bank]
         rest = [point for point in self.bank if point not in own]
         edits = [[*own, new] for new in rest] if len(own) < MOST_BULLETS else []
         edits += [[point for point in own if point != old] for old in own]
         edits += [[new if point == old else point for point in own] for old in own for new in rest]
-        key = json.dumps([last.prompt, last.query, self.seed])
+        queries = [one.query for one in history] if self.all_queries else last.query
+        key = json.dumps([last.prompt, queries, self.seed])
         rng = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
         head = [line for line in lines if not (line.startswith("- ") and line[2:] in self.bank)]
         chosen = [edits[at] for at in rng.permutation(len(edits))[:number]]

@@ -121,6 +121,33 @@ class SystemPromptWorld:
         ]
 
 
+class PromptCandidates:
+    """A `ReflectiveWorld` of system prompts; the optimizer reads the traces of a minibatch.
+
+    Args:
+      world: its model, reward and optimizer are used, and its queries by number.
+    """
+
+    def __init__(self, world: SystemPromptWorld):
+        self.world = world
+
+    def first(self) -> str:
+        """As in `ReflectiveWorld`."""
+        return self.world.first
+
+    def rollouts(self, pairs: Sequence[tuple[Any, int]]) -> list[tuple[Any, float]]:
+        """As in `ReflectiveWorld`; a trace is a `PromptState` as plain values."""
+        queries = self.world.queries
+        return self.world.tried([(prompt, queries[number]) for prompt, number in pairs])
+
+    def reflect(self, candidate: Any, traces: Sequence[Any]) -> Any | None:
+        """As in `ReflectiveWorld`; answers without an evaluation are not shown."""
+        del candidate
+        states = [state_of(trace) for trace in traces if not trace["evaluation"]["failure"]]
+        proposals = self.world.optimizer([states], 1) if states else [[]]
+        return proposals[0][0] if proposals[0] else None
+
+
 def validate(
     world: SystemPromptWorld, prompts: Sequence[str], queries: Sequence[str]
 ) -> list[tuple[str, float, int]]:

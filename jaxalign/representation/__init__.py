@@ -1,4 +1,4 @@
-"""Representation alignment (RAHF): instructions, activity patterns, and fitting a model to them."""
+"""Hidden states: representation alignment (RAHF), steering vectors (RePS) and persona vectors."""
 
 from jaxalign.representation.batches import StimulusBatch, stimulus_batches, stimulus_positions
 from jaxalign.representation.instructions import (
@@ -16,6 +16,21 @@ from jaxalign.representation.patterns import (
     read_patterns,
     steering,
     summarise,
+)
+from jaxalign.representation.persona import (
+    PersonaScores,
+    TrainingRecord,
+    persona_scores,
+    training_records,
+)
+from jaxalign.representation.reps import (
+    RepsOptions,
+    means_difference,
+    pair_log_probs,
+    reps_loss,
+    reps_losses,
+    response_means,
+    train_vector,
 )
 from jaxalign.representation.separability import (
     principal_components,
@@ -38,20 +53,29 @@ __all__ = [
     "MatchedStates",
     "PatternSummary",
     "Patterns",
+    "PersonaScores",
     "Reader",
     "RepresentationObjective",
+    "RepsOptions",
     "Stimuli",
     "StimulusBatch",
     "StimulusReport",
     "Tokenization",
+    "TrainingRecord",
     "contrastive_pairs",
     "default_layers",
     "hindsight_rows",
     "make_instructions",
+    "means_difference",
+    "pair_log_probs",
+    "persona_scores",
     "pooled",
     "principal_components",
     "probe_accuracy",
     "read_patterns",
+    "reps_loss",
+    "reps_losses",
+    "response_means",
     "responses_of",
     "separability",
     "steering",
@@ -59,4 +83,6 @@ __all__ = [
     "stimulus_positions",
     "summarise",
     "tokenize_stimuli",
+    "train_vector",
+    "training_records",
 ]

@@ -16,6 +16,7 @@ from jaxalign.files import read_json
 from jaxalign.gguf import is_gguf
 from jaxalign.losses.lookup import find_loss
 from jaxalign.models.folders import CONFIG_FILES, exported, find_model
+from jaxalign.models.steering import parse_steering, steered
 from jaxalign.sharding import make_mesh
 from jaxalign.training.calibration import reliability
 from jaxalign.training.evaluation import evaluate_preferences
@@ -31,6 +32,7 @@ def evaluate(
     loss: str = "dpo",
     loss_options: Mapping[str, float] | None = None,
     dtype: str = "float32",
+    steer: str | None = None,
     **reading: Any,
 ) -> dict[str, float]:
     """Metrics of a model on preference pairs.
@@ -44,6 +46,7 @@ def evaluate(
       loss: name of a loss, or FILE.py:FUNCTION.
       loss_options: its hyperparameters.
       dtype: of the computation.
+      steer: steering vector and factor of the model, FILE[:FACTOR]; the reference is not steered.
       **reading: options of `load_pairs`.
 
     Returns:
@@ -54,11 +57,16 @@ def evaluate(
       UserError: the model or the data cannot be used.
     """
     if kind := kind_of_scores(exported(model)):
+        if steer is not None:
+            raise UserError(f"steer: {model} is a {kind} model; only language models are steered")
         return _of_scores(model, data, kind, reading)
     if reference is None:
         reference = start_of_run(Path(model))
     loaded = load_pairs(model, data, **reading)
     other = None if reference is None else load_reference(reference, loaded)
+    params = loaded.model.params
+    if steer is not None:
+        params = steered(params, loaded.model.config, *parse_steering(steer))
     policy = Policy(config=loaded.model.config, dtype=jax.numpy.dtype(dtype))
     options = dict(loss_options or {})
     checked = find_loss(loss, options)
@@ -81,7 +89,7 @@ def evaluate(
     running = {} if statistics is None else statistics.start
     state = TrainState(
         step=jax.numpy.int32(0),
-        params=loaded.model.params,
+        params=params,
         opt_state=None,
         key=None,
         skipped=jax.numpy.int32(0),

@@ -15,12 +15,13 @@ COMMANDS = {
     "collect": ("society", *MODEL, "--prompts", "absent.jsonl", "--output", "{}"),
     "convert": ("./absent", "{}"),
     "filter": (*MODEL, "--data", "absent.jsonl", "--output", "{}"),
+    "steer": (*MODEL, "--data", "absent.jsonl", "--output", "{}"),
     "entangle": (*MODEL, "--data", "absent.jsonl", "--output", "{}"),
     "report": ("run", "--output", "{}"),
     "optimize-prompt": (*MODEL, "--seeds", "rows.jsonl", "--search", "none", "--output", "{}"),
     "plan": ("small.py", "--topology", "absent", "--json", "{}"),
 }
-FILES = ("generate", "filter", "plan", "convert")
+FILES = ("generate", "filter", "steer", "plan", "convert")
 
 
 @pytest.fixture

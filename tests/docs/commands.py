@@ -69,6 +69,7 @@ SIZES = {
     "generate": "--max-tokens 4",
     "entangle": "--pairs 2",
     "judge": "--resamples 20",
+    "steer": "--steps 2",
     "collect": "--max-tokens 8",
     "optimize-prompt": "--width 1 --actions 1 --depth 1 --more-depth 0 --iterations 1 "
     "--examples 1 --examples-at-inference 1 --validate 2 --max-tokens 4",
@@ -77,6 +78,8 @@ SIZES = {
 """Flags appended to a command; those of `train` follow from its config (`small_flags`)."""
 ADDED = {
     r"^jaxalign train .*--scale paper": "--model MINE/model --data MINE/pairs.jsonl",
+    r"^jaxalign filter --persona": "--own-tokens 4",
+    r"^jaxalign optimize-prompt --search gepa": "--pareto-queries 2 --minibatch 1 --budget 6",
     r"^jaxalign plan .*/hh.py": "--preference.batch-size 8",
     r"benchmarks\.decode_step": "--size 1M --batches 2 --prompt 8 --new 8 --repeats 1",
     r"benchmarks\.shared_prompts": "--size 1M --prompt 16 --response 8 --rounds 1",
