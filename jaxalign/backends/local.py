@@ -21,6 +21,7 @@ from jaxalign.backends.interface import (
     Keep,
     Prompt,
     Score,
+    WeightFormat,
     draw_number,
 )
 from jaxalign.data.plain_prompts import Chat
@@ -73,6 +74,11 @@ class LocalModel:
       end_tokens: tokens that end a response, in addition to the tokenizer's.
       draft: where drafts of the next tokens come from if one row is decoded at a time, as with
         one prompt or a batch size of 1; see `generation.prompt_lookup`.
+      weights: format of a decoder's matrices while it generates, on one device; scores and
+        embeddings are always computed with the weights as loaded.
+
+    Raises:
+      UserError: int8 weights of an encoder-decoder or on several devices.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class LocalModel:
         dtype: str = "float32",
         end_tokens: Sequence[int] = (),
         draft: Draft = "none",
+        weights: WeightFormat = "float",
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not positive")
@@ -101,6 +108,11 @@ class LocalModel:
         self.identity = f"{identity} {prompt_format!r} {self._in_text.plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
+        self._in_int8 = weights == "int8"
+        if self._in_int8:
+            if self._apart or self.mesh.size > 1:
+                raise UserError("weights: int8 is for decoders on one device; use float")
+            self.identity += f" {weights}"
         self._decode = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
         self._programs: dict[Any, Any] = {}
         self._row_counts: dict[Decoding, set[int]] = {}
@@ -282,7 +294,8 @@ class LocalModel:
         """The model's weights as the decoding loop reads them, kept between calls."""
         params = self.model.params
         if self._weights is None or self._weights[0] is not params:
-            self._weights = params, _prepared(params, self.model.config, self.dtype)
+            prepared = _prepared(params, self.model.config, self.dtype, in_int8=self._in_int8)
+            self._weights = params, prepared
         return self._weights[1]
 
     def _sampling(self, decoding: Decoding) -> Sampling:
@@ -433,7 +446,7 @@ class LocalModel:
         return vectors
 
 
-_prepared = jax.jit(prepare, static_argnames=("config", "dtype"))
+_prepared = jax.jit(prepare, static_argnames=("config", "dtype", "in_int8"))
 
 
 def _row_length(tokens: int, limit: int | None) -> int:

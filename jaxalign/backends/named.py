@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jaxalign.backends.interface import Backend, Draft
+from jaxalign.backends.interface import Backend, Draft, WeightFormat
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 
@@ -24,6 +24,8 @@ class BackendOptions:
     """Local: whether plain prompts go through the chat template; see `plain_prompts`."""
     draft: Draft = "none"
     """Local: where drafts of the next tokens come from if one row is decoded at a time."""
+    weights: WeightFormat = "float"
+    """Local: format of a decoder's matrices while it generates."""
     workers: int = 8
     """Endpoint: number of simultaneous requests."""
     timeout: float = 120.0
@@ -60,7 +62,7 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft")
+    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft", "weights")
     return LocalModel.load(name, **chosen(*names))
 
 

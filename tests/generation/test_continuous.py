@@ -121,3 +121,19 @@ def test_a_row_starts_anew_where_another_one_was():
         same = [one.tokens.tolist() for one in found if one.prompt % 3 == kind]
         assert len(same) == 4
         assert all(tokens == same[0] for tokens in same)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_weights_are_those_of_prompts_and_responses(rows):
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+    weights = prepare(params, CONFIG, in_int8=True)
+    method = Method(config=CONFIG, sampling=Sampling(max_tokens=9, temperature=0.0))
+    source = Source(policies=[weights], mixture=jnp.ones(1), key=KEY, stops=None)
+    numbers = [[at] for at in range(len(PROMPTS))]
+    given = compile_programs(method), source, method, PROMPTS, numbers
+    for one in sample_continuously(*given, rows=rows, padded=padded):
+        whole = jnp.asarray([[*PROMPTS[one.prompt], *one.tokens.tolist()]])
+        hidden = decoder.hidden_states(weights.params, CONFIG, whole)
+        logits = decoder.unembed(hidden, CONFIG, weights.kernel, weights.bias)
+        best = np.argmax(np.asarray(logits)[0, len(PROMPTS[one.prompt]) - 1 : -1], axis=-1)
+        assert one.tokens.tolist() == best.tolist()
