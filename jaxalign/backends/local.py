@@ -473,6 +473,10 @@ def _reporting(programs: Programs) -> Programs:
     def reading(source: Any, prompt: Any, length: Any, *, slots: int) -> str:
         return f"reading a prompt of {prompt.shape[1]} tokens into {slots} slots"
 
+    def reading_rest(source: Any, read: Any, kept: Any, piece: Any, *_: Any) -> str:
+        slots = read.caches[0].keys[0].shape[2]
+        return f"reading {piece.shape[1]} tokens more of a prompt into {slots} slots"
+
     def running(source: Any, rows: Any, *_: Any) -> str:
         tokens, slots = rows.samples.tokens, rows.caches[0].keys[0].shape[2]
         return f"sampling of {tokens.shape[0]} rows of {slots} slots"
@@ -480,6 +484,7 @@ def _reporting(programs: Programs) -> Programs:
     return replace(
         programs,
         read=saying(programs.read, reading),
+        read_rest=saying(programs.read_rest, reading_rest),
         run=saying(programs.run, running),
         run_drafted=saying(programs.run_drafted, running),
     )
