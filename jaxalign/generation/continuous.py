@@ -176,7 +176,7 @@ class _Reader:
     ):
         self._programs, self._source, self._method = programs, source, method
         self._padded, self._slots = padded, slots
-        self._before: tuple[list[int], Prefilled] | None = None
+        self._before: tuple[Sequence[int], Prefilled] | None = None
 
     def read(self, prompt: Sequence[int]) -> Prefilled:
         """What the policies keep of a prompt."""
