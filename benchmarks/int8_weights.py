@@ -77,10 +77,22 @@ def main(options: Options) -> None:
     ]
     print(table(["rows", "float32, CPU-ms", "int8, CPU-ms", "float32 / int8"], lines))
     differences = compare(model.params, model.config, options)
-    print(table(["measured", "value"], [[k, figure(v, 4)] for k, v in asdict(differences).items()]))
+    print()
+    print(table(["measured", "value"], described(differences, options.questions)))
     products = [{"rows": rows} | one for rows, one in zip(options.rows, timings, strict=True)]
     content = {"machine": facts, "products": products, "differences": asdict(differences)}
     write_json(options.json, content)
+
+
+def described(found: Differences, answers: int) -> list[list[str | None]]:
+    """Lines of the second table."""
+    return [
+        ["KL of the next token, mean, nats", figure(found.mean_kl, 4)],
+        ["KL of the next token, largest, nats", figure(found.largest_kl, 4)],
+        ["same most likely token", f"{found.same_token:.1%}"],
+        ["same greedy answer", f"{found.same_answers} of {answers}"],
+        ["tokens before the first difference, median", figure(found.first_difference, 0)],
+    ]
 
 
 def times(shape: tuple[int, int], rows: int, repeats: int) -> dict[str, float]:

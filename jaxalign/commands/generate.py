@@ -60,8 +60,8 @@ class Options:
     """Source of drafts with --batch-size 1: prompt_lookup verifies what followed the same words
     before; the responses stay the same."""
     weights: WeightFormat = "float"
-    """Format of a decoder's matrices; int8 reads a quarter of the bytes for a token, and its
-    responses are those of a slightly different model."""
+    """Format of a decoder's matrices; int8 reads a quarter of the bytes for a token, which pays on
+    a CPU with a small --batch-size. Its responses are those of a slightly different model."""
     running: ModelFlags
 
 
