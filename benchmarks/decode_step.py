@@ -27,7 +27,7 @@ from jaxalign.generation import Sampling, compile_generate
 from jaxalign.generation.sampling import most_likely
 from jaxalign.models import DecoderConfig, decoder, init_model
 from jaxalign.models.cached_decoder import attend_slots, layers_of
-from jaxalign.models.decoder_layer import one_layer, queries_keys_values, rotations
+from jaxalign.models.decoder_layer import layer_kinds, one_layer, queries_keys_values, rotations
 from jaxalign.models.layers import dense, mlp_branch
 from jaxalign.sharding import make_mesh
 
@@ -146,14 +146,14 @@ def measure(
     whole = (seconds(options.new) - seconds(1)) / (options.new - 1)
     layers = layers_of(model.params["layers"], config.layers)
     x = jnp.asarray(rng.normal(size=(batch, 1, config.width)), jnp.float32)
-    angles = rotations(config, jnp.full((batch, 1), options.prompt))
+    angles, kind = rotations(config, jnp.full((batch, 1), options.prompt)), layer_kinds(config)[0]
 
     def through(x: jax.Array, layers: list[Any]) -> jax.Array:
         """All layers, whose attention mixes nothing."""
         for layer in layers:
 
             def attend(y: jax.Array, layer: Any = layer) -> tuple[jax.Array, None]:
-                q, k, v = queries_keys_values(y, layer, config, is_windowed=False, angles=angles)
+                q, k, v = queries_keys_values(y, layer, config, kind=kind, angles=angles)
                 groups = config.heads // config.kv_heads
                 mixed = q + jnp.repeat(k + v, groups, axis=2)
                 return dense(mixed.reshape(batch, 1, -1), layer["o"]), None

@@ -7,7 +7,13 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+    "olmo3": "olmo2",
+    "granitemoehybrid": "granite",  # where all its layers are attention and none has experts
+}
 
 
 def write_gguf(folder, path, *, quantise=None, metadata=None, drop=(), tensors=None):
@@ -31,7 +37,7 @@ def write_gguf(folder, path, *, quantise=None, metadata=None, drop=(), tensors=N
             add(writer, key if key.split(".")[0] in KINDS else f"{arch}.{key}", value)
     layers = hf.get("num_hidden_layers", hf.get("n_layer"))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
-    weights = load_file(folder / "model.safetensors")
+    weights = separate(load_file(folder / "model.safetensors"))
     stored = {
         names.get_name(name, try_suffixes=(".weight", ".bias")): arranged(name, x, hf, arch)
         for name, x in weights.items()
@@ -48,6 +54,18 @@ def write_gguf(folder, path, *, quantise=None, metadata=None, drop=(), tensors=N
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def separate(weights):
+    """Granite 4's gate and up, each by itself, and its MLP under Granite 3's names."""
+    out = {}
+    for name, x in weights.items():
+        if "shared_mlp.input_linear" in name:
+            for part, rows in zip(("gate", "up"), np.split(x, 2), strict=True):
+                out[name.replace("shared_mlp.input_linear", f"mlp.{part}_proj")] = rows
+        else:
+            out[name.replace("shared_mlp.output_linear", "mlp.down_proj")] = x
+    return out
 
 
 KINDS = ("general", "tokenizer", "split")
@@ -83,7 +101,7 @@ def describe(hf, arch):
     values = {
         "context_length": hf["max_position_embeddings"],
         "embedding_length": width,
-        "feed_forward_length": hf["intermediate_size"],
+        "feed_forward_length": hf.get("shared_intermediate_size", hf["intermediate_size"]),
         "block_count": hf["num_hidden_layers"],
         "attention.head_count": heads,
         "rope.freq_base": float(hf.get("rope_theta", hf.get("rotary_emb_base", 10_000.0))),
@@ -102,14 +120,32 @@ def describe(hf, arch):
     else:
         values |= {
             "attention.head_count_kv": hf.get("num_key_value_heads", heads),
-            "attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
+            **(
+                {"attention.layer_norm_epsilon": hf["layer_norm_eps"]}
+                if arch == "cohere2"
+                else {"attention.layer_norm_rms_epsilon": hf["rms_norm_eps"]}
+            ),
             "attention.key_length": head,
             "attention.value_length": head,
             "rope.dimension_count": int(head * hf.get("partial_rotary_factor", 1.0)),
         }
-    if hf["model_type"] in ("mistral", "gemma2", "gemma3_text", "phi3"):
+    if hf["model_type"] in ("mistral", "gemma2", "gemma3_text", "phi3", "olmo3", "cohere2"):
         values["attention.sliding_window"] = hf.get("sliding_window") or 0
-    if arch.startswith("gemma"):
+    if hf["model_type"] == "olmo3":
+        layers = range(hf["num_hidden_layers"])
+        values["attention.sliding_window_pattern"] = [(layer + 1) % 4 != 0 for layer in layers]
+    if arch == "cohere2":
+        values |= {"logit_scale": hf["logit_scale"], "rope.scaling.type": "none"}
+        values["attention.sliding_window_pattern"] = hf["sliding_window_pattern"]
+    if arch == "granite":
+        for theirs, ours in (
+            ("attention_multiplier", "attention.scale"),
+            ("embedding_multiplier", "embedding_scale"),
+            ("residual_multiplier", "residual_scale"),
+            ("logits_scaling", "logit_scale"),
+        ):
+            values[ours] = hf.get(theirs, 1.0)
+    if arch in ("gemma2", "gemma3"):
         values["attention.scale"] = hf["query_pre_attn_scalar"] ** -0.5
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             if hf.get(name):
@@ -139,6 +175,10 @@ def describe(hf, arch):
         if kind == "yarn":
             original = scaling["original_max_position_embeddings"]
             values["rope.scaling.original_context_length"] = original
+            for theirs in ("attention_factor", "beta_fast", "beta_slow"):
+                name = theirs.replace("attention", "attn")
+                if theirs in scaling:
+                    values[f"rope.scaling.yarn_{name}"] = scaling[theirs]
     return values, extra
 
 
@@ -162,9 +202,10 @@ def arranged(name, x, hf, arch):
     if arch.startswith("gemma") and name.endswith("norm.weight"):
         return x + np.float32(1)
     heads = hf.get("num_attention_heads")
-    if arch == "llama" and ".q_proj." in name:
+    permuted = arch in ("llama", "smollm3", "granite")
+    if permuted and ".q_proj." in name:
         return x[pairs_together(heads, len(x))]
-    if arch == "llama" and ".k_proj." in name:
+    if permuted and ".k_proj." in name:
         return x[pairs_together(hf.get("num_key_value_heads", heads), len(x))]
     if "query_key_value" in name:
         size = len(x) // heads // 3

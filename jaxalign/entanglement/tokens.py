@@ -142,7 +142,9 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
     back = jnp.matmul(output_gradient, kernel.T.astype(jnp.float32), precision=HIGHEST)
 
     def batched(of_token: Callable[[Array], Any], cotangents: Array) -> Any:
-        return jax.lax.map(of_token, cotangents, batch_size=min(chunk, length))
+        # Grouped products of accelerators have no batches.
+        size = None if config.experts is not None else min(chunk, length)
+        return jax.lax.map(of_token, cotangents, batch_size=size)
 
     def of_norm(side: int) -> tuple[Array, Any]:
         """Cotangents of the last layer's states for each token, and the final norm's gradients."""
@@ -166,13 +168,13 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
 
     def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
         (chosen, rejected), sums = carry
-        entered, (layer_params, is_windowed), trained = inputs
+        entered, (layer_params, kind), trained = inputs
 
         def run(trained: Any, x: Array) -> Array:
             own = trained
             if adapters is not None:
                 own = with_adapters(layer_params, trained, adapter_scale)
-            return block(x, (own, is_windowed))[0]
+            return block(x, (own, kind))[0]
 
         rows = entered[:1], entered[1:]
         _, pull_chosen = jax.vjp(run, trained, rows[0])

@@ -49,7 +49,7 @@ def prepare(
         `params`, which a ratio of policies or a loss needs.
 
     Raises:
-      UserError: int8 weights of an encoder-decoder.
+      UserError: int8 weights of an encoder-decoder or a mixture of experts.
     """
     if in_int8:
         return _in_int8(params, config)
@@ -70,6 +70,8 @@ def _in_int8(params: Mapping[str, Any], config: ModelConfig) -> DecodingWeights:
     """A decoder's weights with matrices in int8; the table of embeddings stays as it is."""
     if not isinstance(config, DecoderConfig):
         raise UserError("weights: int8 is for decoders; an encoder-decoder needs float")
+    if config.experts is not None:
+        raise UserError("weights: int8 is not implemented for mixtures of experts; use float")
     kernel, bias = decoder.unembedding(params, config)
     rounded = {**params, "layers": with_int8_kernels(params["layers"])}
     on_cpu = devices.platform() == "cpu"

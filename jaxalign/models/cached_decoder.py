@@ -13,8 +13,15 @@ from jaxalign.models import devices
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.decoder import Layout, embed, states_keys_values
-from jaxalign.models.decoder_layer import norm, one_layer, queries_keys_values, rotations
-from jaxalign.models.layers import dense, mlp_branch, softcap
+from jaxalign.models.decoder_layer import (
+    feed_forward,
+    layer_kinds,
+    norm,
+    one_layer,
+    queries_keys_values,
+    rotations,
+)
+from jaxalign.models.layers import dense, softcap
 from jaxalign.models.precision import precision
 from jaxalign.records import AnyArray, record
 
@@ -218,21 +225,21 @@ def advance_several(
     seen = distance <= positions[:, :, None]
     near = seen if config.window is None else seen & (distance < config.window)
 
+    kinds = layer_kinds(config)
+
     def through(x: Array, number: int, layer: Any) -> tuple[Array, tuple[Array, Array]]:
         """One layer, with its keys and values after it."""
-        windowed = bool(config.windowed) and config.windowed[number]
 
         def attend(y: Array) -> tuple[Array, tuple[Array, Array]]:
-            q, k, v = queries_keys_values(y, layer, config, is_windowed=windowed, angles=angles)
+            q, k, v = queries_keys_values(y, layer, config, kind=kinds[number], angles=angles)
             keys = write(cache.keys[number], k, cache.next_slot)
             values = write(cache.values[number], v, cache.next_slot)
-            mixed = attend_slots(
-                q.astype(keys.dtype), keys, values, near if windowed else seen, config
-            )
+            visible = near if kinds[number].is_windowed else seen
+            mixed = attend_slots(q.astype(keys.dtype), keys, values, visible, config)
             return dense(mixed.astype(y.dtype), layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
-            return mlp_branch(y, layer, config)
+            return feed_forward(y, layer, config)
 
         return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
 

@@ -10,7 +10,7 @@ from jaxalign.errors import UserError
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 CHOICES = {
     "norm": ("rms", "layer"),
-    "norm_placement": ("pre", "post", "sandwich", "parallel"),
+    "norm_placement": ("pre", "post", "sandwich", "parallel", "shared"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "position_kind": ("rope", "learned"),
     "qk_norm": (None, "head", "width"),
@@ -25,6 +25,8 @@ class Rope:
       theta: base of the geometric series of wavelengths.
       kind: one of `ROPE_KINDS`; the other fields belong to the kinds that read them.
       rotated: fraction of the head width that is rotated, in (0, 1].
+      interleaved: whether entries 2i and 2i + 1 of a head turn together (GLM, Cohere), not i and
+        i + d/2.
       factor: how far the context is stretched (linear, dynamic, llama3, yarn, longrope).
       original_context: length the model was pretrained at (llama3, yarn, longrope).
       attention_factor: factor on cosines and sines; None takes the kind's own formula.
@@ -33,6 +35,7 @@ class Rope:
     theta: float = 10_000.0
     kind: str = "default"
     rotated: float = 1.0
+    interleaved: bool = False
     factor: float | None = None
     original_context: int | None = None
     attention_factor: float | None = None
@@ -69,19 +72,51 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of every layer's MLP.
+
+    Attributes:
+      number: of experts in a layer.
+      active: experts that each token is sent to: those with the largest probabilities.
+      width: inner width of an expert.
+      renormalised: whether the probabilities of a token's experts are divided by their sum.
+      balance_weight: of the load-balancing loss in training (`experts.balance_loss`).
+    """
+
+    number: int
+    active: int
+    width: int
+    renormalised: bool
+    balance_weight: float = 0.0
+
+    def __post_init__(self):
+        if min(self.number, self.width) < 1:
+            raise UserError(f"experts: {self.number} of width {self.width}; both are positive")
+        if not 1 <= self.active <= self.number:
+            raise UserError(f"experts: {self.active} of {self.number} cannot be active for a token")
+        if not 0 <= self.balance_weight < math.inf:
+            raise UserError(f"balance weight: {self.balance_weight} is not a number of 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """One decoder-only transformer; hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
       family: the name in the table of families (Hugging Face's `model_type`).
       norm_offset: added to the stored scale of an RMS norm (1 in Gemma, else 0).
+      norm_bias: whether layer norms have a bias; RMS norms have none.
       norm_placement: "pre" normalises a branch's input, "post" its output (OLMo 2), "sandwich"
-        both (Gemma 2 and 3), "parallel" feeds attention and MLP from the same residual (NeoX).
+        both (Gemma 2 and 3), "parallel" feeds attention and MLP from the same residual (NeoX),
+        "shared" through the same norm, too (Cohere).
       local_rope: rotary positions of sliding-window layers where they differ (Gemma 3).
+      unrotated: per layer, whether it has no rotary positions; empty means all have them.
       qk_norm: None, "head" (per head: Qwen3, Gemma 3) or "width" (all heads at once: OLMo 2).
       window: number of tokens a sliding-window layer sees, itself included.
       windowed: per layer, whether it is a sliding-window layer; empty means none is.
+      residual_scale: factor on what each branch adds to the residual stream; None is 1.
       query_scale: factor on query-key products; None is head_width ** -0.5.
+      experts: a mixture of experts in place of each layer's MLP; None: there is none.
       source: the JSON text this config was read from, kept so that saving loses no field.
     """
 
@@ -97,6 +132,7 @@ class DecoderConfig:
     norm: str = "rms"
     norm_offset: float = 0.0
     norm_eps: float = 1e-6
+    norm_bias: bool = True
     norm_placement: str = "pre"
     activation: str = "silu"
     gated: bool = True
@@ -106,6 +142,7 @@ class DecoderConfig:
     position_kind: str = "rope"
     rope: Rope = Rope()
     local_rope: Rope | None = None
+    unrotated: tuple[bool, ...] = ()
     qk_norm: str | None = None
     window: int | None = None
     windowed: tuple[bool, ...] = ()
@@ -113,9 +150,11 @@ class DecoderConfig:
     logit_softcap: float | None = None
     logit_scale: float | None = None
     embedding_scale: float | None = None
+    residual_scale: float | None = None
     query_scale: float | None = None
     tied: bool = False
     initializer_range: float = 0.02
+    experts: Experts | None = None
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
@@ -130,8 +169,10 @@ class DecoderConfig:
             raise UserError(f"norm_eps: {self.norm_eps} is not a number of 0 or more")
         if self.heads % self.kv_heads:
             raise UserError(f"heads: {self.heads} is no multiple of kv_heads {self.kv_heads}")
-        if self.windowed and len(self.windowed) != self.layers:
-            raise UserError(f"windowed: {len(self.windowed)} entries for {self.layers} layers")
+        for field in ("windowed", "unrotated"):
+            entries = len(getattr(self, field))
+            if entries not in (0, self.layers):
+                raise UserError(f"{field}: {entries} entries for {self.layers} layers")
         if any(self.windowed) and not self.window:
             raise UserError("window: missing, but some layers are sliding-window layers")
         if self.window is not None and self.window < 1:

@@ -7,15 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models import devices, int8
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
-from jaxalign.models.decoder_layer import attention_branch, norm, one_layer, rotations
+from jaxalign.models.decoder_layer import (
+    LayerKind,
+    attention_branch,
+    feed_forward,
+    layer_kinds,
+    norm,
+    one_layer,
+    rotations,
+)
+from jaxalign.models.experts import expert_shapes
 from jaxalign.models.int8 import Int8Matrix
-from jaxalign.models.layers import look_up, mlp_branch, softcap
+from jaxalign.models.layers import look_up, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import multiply
 from jaxalign.models.sequences import Sequences
@@ -36,6 +45,8 @@ class Layout:
         needs `positions`.
       positions: by default counted from each row's first real token, or from the first token of
         each segment.
+      real: the tokens that count in statistics of experts; None: those outside of the padding, as
+        mask and segments say it.
       reach: no token sees one as many or more places before it in the row; None: unknown. Needs
         `prefix_ids`.
       sequences: the same as segments and prefixes say, for a GPU's fused kernel; None: unknown.
@@ -46,13 +57,14 @@ class Layout:
     prefix_ids: Int[AnyArray, "rows length"] | None = None
     positions: Int[AnyArray, "rows length"] | None = None
     sequences: Sequences | None = None
+    real: Bool[AnyArray, "rows length"] | None = None
     reach: int | None = static(None)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
     """The shape of every parameter, in the nested dict's own form."""
     width, heads = config.width, config.heads * config.head_width
-    kv, bias = config.kv_heads * config.head_width, config.norm == "layer"
+    kv, bias = config.kv_heads * config.head_width, config.norm == "layer" and config.norm_bias
 
     def norms(*size: int) -> dict[str, tuple[int, ...]]:
         return {"scale": size, "bias": size} if bias else {"scale": size}
@@ -66,13 +78,18 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
         "k": kernel(width, kv, config.qkv_bias),
         "v": kernel(width, kv, config.qkv_bias),
         "o": kernel(heads, width, config.output_bias),
-        "up": kernel(width, config.mlp_width, config.mlp_bias),
-        "down": kernel(config.mlp_width, width, config.mlp_bias),
     }
-    if config.gated:
-        layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
+    if config.experts is not None:
+        layers |= expert_shapes(config, config.experts)
+    else:
+        layers["up"] = kernel(width, config.mlp_width, config.mlp_bias)
+        layers["down"] = kernel(config.mlp_width, width, config.mlp_bias)
+        if config.gated:
+            layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
     if config.norm_placement != "post":
-        layers |= {name: norms(config.layers, width) for name in ("attention_norm", "mlp_norm")}
+        layers["attention_norm"] = norms(config.layers, width)
+    if config.norm_placement not in ("post", "shared"):
+        layers["mlp_norm"] = norms(config.layers, width)
     if config.norm_placement in ("post", "sandwich"):
         names = ("post_attention_norm", "post_mlp_norm")
         layers |= {name: norms(config.layers, width) for name in names}
@@ -170,7 +187,7 @@ def begin_layers(
     layout: Layout | None = None,
     *,
     compute: Compute = Compute(),
-) -> tuple[Float[Array, "batch length width"], Callable, tuple[Mapping[str, Any], Array]]:
+) -> tuple[Float[Array, "batch length width"], Callable, tuple[Mapping[str, Any], LayerKind]]:
     """The parts of `hidden_states`, for callers that go through the layers themselves.
 
     Args:
@@ -182,7 +199,7 @@ def begin_layers(
 
     Returns:
       What the first layer reads; a layer, (x, inputs) -> (x, (keys, values)); and the layers'
-      inputs, stacked [layers, ...]: their parameters, and whether each is windowed.
+      inputs, stacked [layers, ...]: their parameters, and the kind of each.
 
     Raises:
       UserError: if the rows are longer than learned positions reach.
@@ -203,9 +220,12 @@ def begin_layers(
         visible |= {"prefix_ids": layout.prefix_ids, "positions": positions}
         visible |= {"reach": layout.reach, "sequences": layout.sequences}
     angles = rotations(config, positions)
+    real = layout.real
+    if real is None and segments is not None:
+        real = segments != 0
 
-    def layer(x: Array, inputs: tuple[Mapping[str, Any], Array]) -> tuple[Array, Any]:
-        own, is_windowed = inputs
+    def layer(x: Array, inputs: tuple[Mapping[str, Any], LayerKind]) -> tuple[Array, Any]:
+        own, kind = inputs
 
         def attend(y: Array) -> tuple[Array, Any]:
             with jax.named_scope("attention"):
@@ -213,7 +233,7 @@ def begin_layers(
                     y,
                     own,
                     config,
-                    is_windowed=is_windowed,
+                    kind=kind,
                     angles=angles,
                     visible=visible,
                     implementation=compute.attention,
@@ -221,13 +241,13 @@ def begin_layers(
 
         def mlp(y: Array) -> Array:
             with jax.named_scope("mlp"):
-                return mlp_branch(y, own, config)
+                return feed_forward(y, own, config, real=real)
 
         return one_layer(devices.by_rows(x), own, config, attend=attend, mlp=mlp)
 
     x = embed(params, config, tokens, positions, compute.dtype_of(params))
-    windowed = jnp.asarray(config.windowed or (False,) * config.layers)
-    return x, layer, (params["layers"], windowed)
+    kinds = LayerKind(*map(jnp.asarray, zip(*layer_kinds(config), strict=True)))
+    return x, layer, (params["layers"], kinds)
 
 
 def hidden_states(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,31 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.layers import dense, layer_norm, rms_norm
+from jaxalign.models.experts import experts_branch
+from jaxalign.models.layers import dense, layer_norm, mlp_branch, rms_norm
 from jaxalign.models.rope import rope_angles, rotate
 
 Rotations = list[tuple[Array, Array]]
 """Cosines and sines for each kind of rotation: of all layers, of sliding-window layers."""
+
+
+class LayerKind(NamedTuple):
+    """In what a layer differs from others of its decoder.
+
+    Attributes:
+      is_windowed: whether it sees a window.
+      is_rotated: whether it has rotary positions.
+    """
+
+    is_windowed: bool | Bool[Array, ""]
+    is_rotated: bool | Bool[Array, ""]
+
+
+def layer_kinds(config: DecoderConfig) -> list[LayerKind]:
+    """The kind of every layer."""
+    none = (False,) * config.layers
+    both = zip(config.windowed or none, config.unrotated or none, strict=True)
+    return [LayerKind(windowed, not unrotated) for windowed, unrotated in both]
 
 
 def norm(x: jax.Array, params: Mapping[str, Any], config: DecoderConfig) -> jax.Array:
@@ -29,7 +49,7 @@ def queries_keys_values(
     layer: Mapping[str, Any],
     config: DecoderConfig,
     *,
-    is_windowed: bool | Bool[Array, ""],
+    kind: LayerKind,
     angles: Rotations | None,
 ) -> tuple[Array, Array, Array]:
     """A layer's queries, keys and values, normed and rotated, [batch, length, heads, head_width].
@@ -38,7 +58,7 @@ def queries_keys_values(
       x: what the layer's attention reads.
       layer: its parameters.
       config: the decoder.
-      is_windowed: whether it is a sliding-window layer, whose rotation may be one of its own.
+      kind: of the layer; the rotation of sliding-window layers may be one of their own.
       angles: from `rotations`; None: no rotation.
     """
     batch, length, _ = x.shape
@@ -57,10 +77,14 @@ def queries_keys_values(
         cosines, sines = angles[0]
         if config.local_rope is not None:
             cosines, sines = (
-                jnp.where(is_windowed, local, full)
+                jnp.where(kind.is_windowed, local, full)
                 for local, full in zip(angles[1], angles[0], strict=True)
             )
-        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+        if any(config.unrotated):  # turned by an angle of 0
+            cosines = jnp.where(kind.is_rotated, cosines, 1.0)
+            sines = jnp.where(kind.is_rotated, sines, 0.0)
+        turn = functools.partial(rotate, interleaved=config.rope.interleaved)
+        q, k = turn(q, cosines, sines), turn(k, cosines, sines)
     return q, k, v
 
 
@@ -69,7 +93,7 @@ def attention_branch(
     layer: Mapping[str, Any],
     config: DecoderConfig,
     *,
-    is_windowed: bool | Bool[Array, ""],
+    kind: LayerKind,
     angles: Rotations | None,
     visible: Mapping[str, Any],
     implementation: str,
@@ -80,12 +104,12 @@ def attention_branch(
       x: what the attention reads.
       layer: its parameters.
       config: the decoder.
-      is_windowed: as in `queries_keys_values`.
+      kind: as in `queries_keys_values`.
       angles: as in `queries_keys_values`.
       visible: `segment_ids`, `prefix_ids` and `positions` of `attention`.
       implementation: as in `attention`.
     """
-    q, k, v = queries_keys_values(x, layer, config, is_windowed=is_windowed, angles=angles)
+    q, k, v = queries_keys_values(x, layer, config, kind=kind, angles=angles)
     attend = functools.partial(
         attention,
         scale=config.scale,
@@ -97,11 +121,31 @@ def attention_branch(
         mixed = attend(q, k, v, window=config.window)
     elif any(config.windowed):
         narrow = functools.partial(attend, window=config.window)
-        mixed = jax.lax.cond(is_windowed, narrow, attend, q, k, v)
+        mixed = jax.lax.cond(kind.is_windowed, narrow, attend, q, k, v)
     else:
         mixed = attend(q, k, v)
     mixed = mixed.reshape(*x.shape[:2], -1)
     return dense(mixed, layer["o"]), (k, v)
+
+
+def feed_forward(
+    x: Float[Array, "rows length width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    real: Bool[Array, "rows length"] | None = None,
+) -> Float[Array, "rows length width"]:
+    """What a layer's MLP, or its experts, add to the residual stream.
+
+    Args:
+      x: what the MLP reads.
+      layer: its parameters.
+      config: the decoder.
+      real: the tokens that count in the experts' statistics; None: all.
+    """
+    if config.experts is None:
+        return mlp_branch(x, layer, config)
+    return experts_branch(x, layer, config, real=real)
 
 
 def one_layer(
@@ -130,12 +174,17 @@ def one_layer(
 
     def after(name, y):
         placed = config.norm_placement in ("post", "sandwich")
-        return norm(y, layer[name], config) if placed else y
+        y = norm(y, layer[name], config) if placed else y
+        scale = config.residual_scale
+        return y if scale is None else y * jnp.asarray(scale, y.dtype)
 
-    attended, kept = attend(before("attention_norm", x))
+    entered = before("attention_norm", x)
+    attended, kept = attend(entered)
     attended = after("post_attention_norm", attended)
-    if config.norm_placement == "parallel":
-        x = x + attended + mlp(before("mlp_norm", x))
+    if config.norm_placement in ("parallel", "shared"):
+        shared = config.norm_placement == "shared"
+        entered = entered if shared else before("mlp_norm", x)
+        x = x + attended + after("post_mlp_norm", mlp(entered))
     else:
         x = x + attended
         x = x + after("post_mlp_norm", mlp(before("mlp_norm", x)))

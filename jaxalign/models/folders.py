@@ -8,9 +8,10 @@ from pathlib import Path
 from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.families import FAMILIES
+from jaxalign.models.families import FAMILIES, REFUSED
 from jaxalign.models.families.mapping import check_numbers
 from jaxalign.models.gguf import config_fields
+from jaxalign.models.multimodal import TEXT_FAMILIES, text_fields
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CONFIG_FILES = ("config.json",)
@@ -86,12 +87,16 @@ def _config(file: Path, text: str) -> ModelConfig:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file}: a JSON object is expected")
-    family = fields.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{file}: model_type: {family!r} is not supported; it has {known}")
     if fields.get("quantization_config"):
         raise UserError(f"{file}: quantization_config: quantised weights are not supported")
+    outer = fields.get("model_type")
+    try:
+        fields = text_fields(fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    family = fields.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{file}: model_type: {_unsupported(family)}")
     try:
         check_numbers(fields)
         config = FAMILIES[family].config(fields)
@@ -99,4 +104,11 @@ def _config(file: Path, text: str) -> ModelConfig:
         raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {type(error).__name__}: {error}") from None
-    return dataclasses.replace(config, source=text)
+    return dataclasses.replace(config, source=text if family == outer else json.dumps(fields))
+
+
+def _unsupported(family: object) -> str:
+    """Why a family is not supported."""
+    if isinstance(family, str) and family in REFUSED:
+        return f"{family!r} is not supported: {REFUSED[family]}"
+    return f"{family!r} is not supported; it has {', '.join(sorted({*FAMILIES, *TEXT_FAMILIES}))}"

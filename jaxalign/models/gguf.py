@@ -15,6 +15,7 @@ from jaxalign.models.families.mapping import rope
 from jaxalign.models.rope import rope_frequencies
 
 PATTERN = "attention.sliding_window_pattern"
+LAYER_NORM = "attention.layer_norm_epsilon"
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 OUTER = {
     "token_embd": "model.embed_tokens",
@@ -35,6 +36,13 @@ POST_NORM = BRANCHES | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 SANDWICH = POST_NORM | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+GLM = BRANCHES | {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_self_attn_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+}
 # Tensors that say how positions are rotated; they become fields of the config.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 to 3.3; the files keep the factors that follow from it.
@@ -43,7 +51,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Settings that change what a model computes and that these families do not have.
+# Settings that change what a model computes; an architecture names those that it has.
 REFUSED = (
     "expert_count",
     "logit_scale",
@@ -51,6 +59,7 @@ REFUSED = (
     "embedding_scale",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
+    "rope.dimension_sections",
 )
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 SAMPLING = {
@@ -107,6 +116,7 @@ class Architecture:
       permuted: whether queries and keys are kept with the two halves of a head interleaved.
       norm_offset: what is added to the norms' weights in the file.
       transposed: the ends of names of matrices kept transposed.
+      settings: those of `REFUSED` that its `config` reads.
     """
 
     family: str
@@ -117,6 +127,7 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     transposed: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     def name(self, stored: str) -> str:
         """The Hugging Face name of a tensor; its own where there is none."""
@@ -147,7 +158,7 @@ def _llama_like(meta: Metadata) -> Fields:
         "head_dim": head,
         "hidden_act": "silu",
         "max_position_embeddings": meta.number("context_length"),
-        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon", meta(LAYER_NORM)),
         "rope_theta": _shortest(meta("rope.freq_base", 10_000.0)),
         "rope_scaling": _rope_scaling(meta, head),
         "attention_bias": meta.stored("blk.0.attn_q.bias"),
@@ -157,7 +168,7 @@ def _llama_like(meta: Metadata) -> Fields:
 def _rope_scaling(meta: Metadata, head: int) -> Fields | None:
     """The dict of a config's rotary variant; None is the plain one."""
     rotated = meta("rope.dimension_count", head)
-    if rotated != head and meta.architecture not in ("phi3", "gptneox"):
+    if rotated != head and meta.architecture not in ("phi3", "gptneox", "glm4"):
         _refuse(meta, "rope.dimension_count", rotated, f"heads are {head} wide")
     kind, factor = meta("rope.scaling.type"), meta("rope.scaling.factor", 0.0)
     if kind is None:
@@ -249,15 +260,75 @@ def _phi3(meta: Metadata) -> Fields:
     }
 
 
-def _gemma(meta: Metadata, every: int, largest: int) -> Fields:
-    """Gemma 2 and 3; the largest of each scales queries by its width and not by the heads'."""
-    fields = _llama_like(meta)
-    layers = fields["num_hidden_layers"]
+def _layer_types(meta: Metadata, every: int) -> list[str]:
+    """Which layers have a window: all but every so many, if the file does not say."""
+    layers = meta.number("block_count")
     pattern: Any = meta.file.metadata.get(f"{meta.architecture}.{PATTERN}", every)
     if not isinstance(pattern, list):
         pattern = [layer % pattern < pattern - 1 for layer in range(layers)]
+    return ["sliding_attention" if local else "full_attention" for local in pattern[:layers]]
+
+
+def _olmo2(meta: Metadata) -> Fields:
+    """OLMo 2, and OLMo 3, which has windows."""
+    window = meta("attention.sliding_window")
+    if not window:
+        return _llama_like(meta)
+    return _llama_like(meta) | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(meta, every=4),
+    }
+
+
+def _smollm3(meta: Metadata) -> Fields:
+    """llama.cpp has a fixed step for the layers without rotary positions."""
+    return _no_window(meta) | {
+        "no_rope_layer_interval": 4,
+        "mlp_bias": meta.stored("blk.0.ffn_up.bias"),
+    }
+
+
+def _granite(meta: Metadata) -> Fields:
+    """Granite 3, and the dense models of Granite 4, which llama.cpp converts to it."""
+    if meta("rope.scaling.finetuned") is False:
+        _refuse(meta, "rope.scaling.finetuned", False, "every layer has rotary positions")
+    fields = _no_window(meta)
+    scale = meta("attention.scale") or fields["head_dim"] ** -0.5
+    return fields | {
+        "mlp_bias": meta.stored("blk.0.ffn_up.bias"),
+        "attention_multiplier": _shortest(scale),
+        "embedding_multiplier": _shortest(meta("embedding_scale") or 1.0),
+        "residual_multiplier": _shortest(meta("residual_scale") or 1.0),
+        "logits_scaling": _shortest(meta("logit_scale") or 1.0),
+    }
+
+
+def _glm4(meta: Metadata) -> Fields:
+    fields = _no_window(meta)
+    rotated = meta("rope.dimension_count", fields["head_dim"])
+    return fields | {"partial_rotary_factor": rotated / fields["head_dim"]}
+
+
+def _cohere2(meta: Metadata) -> Fields:
+    fields = _llama_like(meta)
+    return fields | {
+        "layer_norm_eps": fields["rms_norm_eps"],
+        "logit_scale": meta.number("logit_scale"),
+        "sliding_window": meta.number("attention.sliding_window"),
+        "layer_types": _layer_types(meta, every=4),
+    }
+
+
+def _gemma1(meta: Metadata) -> Fields:
+    return _no_window(meta) | {"hidden_act": "gelu_pytorch_tanh"}
+
+
+def _gemma(meta: Metadata, every: int, largest: int) -> Fields:
+    """Gemma 2 and 3; the largest of each scales queries by its width and not by the heads'."""
+    fields = _llama_like(meta)
     scalar = fields["head_dim"]
-    if layers == largest:
+    if fields["num_hidden_layers"] == largest:
         scalar = fields["hidden_size"] // fields["num_attention_heads"]
     if meta("attention.scale"):
         scalar = round(meta("attention.scale") ** -2)
@@ -266,9 +337,7 @@ def _gemma(meta: Metadata, every: int, largest: int) -> Fields:
         "hidden_act": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "sliding_window": meta("attention.sliding_window", 4096),
-        "layer_types": [
-            "sliding_attention" if local else "full_attention" for local in pattern[:layers]
-        ],
+        "layer_types": _layer_types(meta, every),
         "attn_logit_softcapping": _shortest(meta("attn_logit_softcapping", 0.0)) or None,
         "final_logit_softcapping": _shortest(meta("final_logit_softcapping", 0.0)) or None,
     }
@@ -295,7 +364,7 @@ def _gpt2(meta: Metadata) -> Fields:
         "n_head": meta.number("attention.head_count"),
         "n_positions": meta.number("context_length"),
         "n_inner": meta.number("feed_forward_length"),
-        "layer_norm_epsilon": meta.number("attention.layer_norm_epsilon"),
+        "layer_norm_epsilon": meta.number(LAYER_NORM),
         "activation_function": "gelu_new",
     }
 
@@ -309,7 +378,7 @@ def _gpt_neox(meta: Metadata) -> Fields:
         "num_attention_heads": heads,
         "hidden_act": "gelu",
         "max_position_embeddings": meta.number("context_length"),
-        "layer_norm_eps": meta.number("attention.layer_norm_epsilon"),
+        "layer_norm_eps": meta.number(LAYER_NORM),
         "use_parallel_residual": bool(meta("use_parallel_residual", True)),
         "attention_bias": meta.stored("blk.0.attn_qkv.bias"),
         "rotary_emb_base": _shortest(meta("rope.freq_base", 10_000.0)),
@@ -323,7 +392,17 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _no_window),
     "qwen3": Architecture("qwen3", _no_window),
     "phi3": Architecture("phi3", _phi3, layers=PRE_NORM | {"ffn_up": "mlp.gate_up_proj"}),
-    "olmo2": Architecture("olmo2", _no_window, layers=POST_NORM),
+    "olmo2": Architecture("olmo2", _olmo2, layers=POST_NORM),
+    "smollm3": Architecture("smollm3", _smollm3, permuted=True),
+    "granite": Architecture(
+        "granite",
+        _granite,
+        permuted=True,
+        settings=("logit_scale", "residual_scale", "embedding_scale"),
+    ),
+    "glm4": Architecture("glm4", _glm4, layers=GLM),
+    "cohere2": Architecture("cohere2", _cohere2, settings=("logit_scale",)),
+    "gemma": Architecture("gemma", _gemma1, norm_offset=1.0),
     "gemma2": Architecture("gemma2", _gemma2, layers=SANDWICH, norm_offset=1.0),
     "gemma3": Architecture("gemma3_text", _gemma3, layers=SANDWICH, norm_offset=1.0),
     "gpt2": Architecture(
@@ -389,7 +468,7 @@ def config_fields(path: Path) -> Fields:
     name, architecture = _architecture(file)
     meta = Metadata(file, name)
     for setting in REFUSED:
-        if meta(setting):
+        if meta(setting) and setting not in architecture.settings:
             _refuse(meta, setting, meta(setting), f"no {name} here has it")
     if meta("attention.value_length") not in (None, meta("attention.key_length")):
         _refuse(meta, "attention.value_length", meta("attention.value_length"), "keys are as wide")

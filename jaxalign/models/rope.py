@@ -128,11 +128,21 @@ def rotate(
     x: Float[Array, "batch length heads head_width"],
     cosines: Float[Array, "rows length frequencies"],
     sines: Float[Array, "rows length frequencies"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "batch length heads head_width"]:
-    """Turns the pairs (i, i + d/2) of each head's first d entries; the rest passes through."""
+    """Turns pairs of each head's first d entries; the rest passes through.
+
+    The pairs are (i, i + d/2), or (2i, 2i + 1) where they are interleaved.
+    """
     half = cosines.shape[-1]
     cosines, sines = cosines[:, :, None, :], sines[:, :, None, :]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    parts = slice(0, half), slice(half, 2 * half)
+    if interleaved:
+        parts = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    first, second = (x[..., part].astype(jnp.float32) for part in parts)
     turned = [first * cosines - second * sines, second * cosines + first * sines]
-    rest = x[..., 2 * half :]
-    return jnp.concatenate([part.astype(x.dtype) for part in turned] + [rest], axis=-1)
+    turned = [part.astype(x.dtype) for part in turned]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * half)]
+    return jnp.concatenate([*turned, x[..., 2 * half :]], axis=-1)

@@ -13,15 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
+from jaxalign.models.expert_files import SeparateExperts, separate_experts
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, transposed
 from jaxalign.models.folders import find_model, read_config
 from jaxalign.models.gguf import GGUFTensors
+from jaxalign.models.multimodal import TextTensors, holds_language_model
 from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
+Files = TensorFiles | GGUFTensors | TextTensors | SeparateExperts
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
 
@@ -54,7 +57,9 @@ def load_pretrained(
     """
     folder = find_model(path_or_hub_name)
     config = read_config(folder)
-    files = GGUFTensors(folder) if is_gguf(folder) else tensor_files(folder)
+    files = _tensors(folder)
+    if isinstance(config, DecoderConfig) and config.experts is not None:
+        files = separate_experts(files, config)
     scored = SCORE_TENSOR in files.shapes
     config, renamed = _resolve_ties(files, config, folder, scored=scored)
     if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
@@ -72,6 +77,14 @@ def load_pretrained(
     return make(config, params)
 
 
+def _tensors(source: Path) -> Files:
+    """The tensors of a model's folder or GGUF file under the names of its family."""
+    if is_gguf(source):
+        return GGUFTensors(source)
+    files = tensor_files(source)
+    return TextTensors(files, source) if holds_language_model(files) else files
+
+
 def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
     """The family's tensors and our leaves; a scalar head takes the place of the unembedding."""
     table: list[Weight] = FAMILIES[config.family].weights(config)
@@ -83,8 +96,6 @@ def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
 
 def model_class(config: ModelConfig, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
     """The class of a config's model, and its parameters' shapes."""
-    from jaxalign.models.config import DecoderConfig
-
     if scored:
         from jaxalign.models.score import ScoreModel, with_head
 
@@ -118,14 +129,21 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The file's names of a weight, one per layer where it has layers."""
-    if not weight.per_layer:
-        return [weight.name]
-    return [weight.name.format(layer=i) for i in range(leaves[weight.paths[0]][0])]
+    """The file's names of a weight: one per layer and expert, where it has these."""
+    return [weight.name.format(**at) for at in stack_places(weight, leaves[weight.paths[0]])]
+
+
+def stack_places(weight: Weight, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Layer and expert of each tensor of a weight whose leaves have this shape, in order."""
+    sizes = zip(("layer", "expert"), shape[: weight.stacked], strict=False)
+    places: list[dict[str, int]] = [{}]
+    for name, size in sizes:
+        places = [{**place, name: at} for place in places for at in range(size)]
+    return places
 
 
 def _sources(
-    files: TensorFiles | GGUFTensors,
+    files: Files,
     table: Iterable[Weight],
     renamed: Mapping[str, str],
     leaves: Mapping[str, tuple[int, ...]],
@@ -140,7 +158,7 @@ def _sources(
     expected: dict[str, tuple[int, ...]] = {}
     for weight in table:
         names = layer_names(weight, leaves)
-        shapes = [leaves[path][1:] if weight.per_layer else leaves[path] for path in weight.paths]
+        shapes = [leaves[path][weight.stacked :] for path in weight.paths]
         shape = weight.join(*(np.empty(s, np.bool_) for s in shapes)).shape
         expected |= dict.fromkeys(names, shape)
         for number, path in enumerate(weight.paths):
@@ -167,7 +185,7 @@ def _sources(
 
 
 def _resolve_ties(
-    files: TensorFiles | GGUFTensors, config: ModelConfig, folder: Path, *, scored: bool
+    files: Files, config: ModelConfig, folder: Path, *, scored: bool
 ) -> tuple[Any, dict[str, str]]:
     """The config as the files have it, and the file's names of tensors where these differ.
 
@@ -221,7 +239,7 @@ def _resolve_ties(
     return config, renamed
 
 
-def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
+def _equal(files: Files, name: str, other: str) -> bool:
     """Whether two tensors, [rows, width], are equal; compared some rows at a time."""
     shape = files.shapes[name]
     if name == other or shape != files.shapes[other] or len(shape) != 2:
@@ -235,7 +253,7 @@ def _equal(files: TensorFiles | GGUFTensors, name: str, other: str) -> bool:
     return True
 
 
-def _bare_names(files: TensorFiles | GGUFTensors, config: ModelConfig) -> dict[str, str]:
+def _bare_names(files: Files, config: ModelConfig) -> dict[str, str]:
     """Names without their first part, for folders saved from the base model alone (GPT-2)."""
     table = FAMILIES[config.family].weights(dataclasses.replace(config, tied=True))
     prefixes = {weight.name.split(".")[0] + "." for weight in table}
@@ -284,11 +302,13 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
         assert index is not None
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         index = tuple(slice(start, stop) for start, stop, _ in bounds)
-        if not weight.per_layer:
-            return np.ascontiguousarray(part(names[0], index).astype(stored, copy=False))
+        lead, rest = index[: weight.stacked], index[weight.stacked :]
+        if not lead:
+            return np.ascontiguousarray(part(names[0], rest).astype(stored, copy=False))
         out = np.empty([s.stop - s.start for s in index], stored)
-        for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            out[i] = part(names[layer], index[1:])
+        for at in np.ndindex(out.shape[: len(lead)]):
+            place = [s.start + i for s, i in zip(lead, at, strict=True)]
+            out[at] = part(names[np.ravel_multi_index(place, shape[: len(lead)])], rest)
         return out
 
     return jax.make_array_from_callback(shape, sharding, read)

@@ -24,15 +24,24 @@ def folder_of(name):
 
 
 FAMILIES = [  # one of every way to use a parameter
+    "cohere2_biases",
+    "gemma",
     "gemma2",
     "gemma3_text",
+    "glm4",
     "gpt2",
     "gpt_neox",
+    "granite",
+    "granitemoehybrid",
     "llama3",
     "olmo2",
+    "olmo3_yarn",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "smollm3_window",
     "t5",
     "t5_v1_1",
 ]

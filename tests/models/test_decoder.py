@@ -45,6 +45,18 @@ CONFIGS = {
         tied=True,
     ),
     "post": replace(PLAIN, norm_placement="post", qk_norm="width", rope=Rope(rotated=0.5)),
+    "shared": replace(
+        PLAIN,
+        norm="layer",
+        norm_bias=False,
+        norm_placement="shared",
+        rope=Rope(rotated=0.5, interleaved=True),
+        unrotated=(False, True),
+        window=3,
+        windowed=(True, False),
+        logit_scale=0.7,
+    ),
+    "multiplied": replace(PLAIN, embedding_scale=3.0, residual_scale=0.3, query_scale=0.2),
     "learned": replace(
         PLAIN,
         position_kind="learned",
@@ -226,6 +238,7 @@ def test_logits_come_from_hidden_states_and_unembedding(config, rng):
     kernel, bias = unembedding(params, config)
     out = hidden_states(params, config, tokens) @ kernel
     assert bias is None
+    out = out * (config.logit_scale or 1.0)
     if config.logit_softcap:
         out = config.logit_softcap * np.tanh(out / config.logit_softcap)
     np.testing.assert_allclose(logits(params, config, tokens), out, atol=1e-5)

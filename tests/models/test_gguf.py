@@ -19,13 +19,20 @@ from tests.gguf_files import write_gguf
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
 CASES = (
+    "cohere2",
+    "gemma",
     "gemma2",
     "gemma3_text",
     "gemma3_text_linear",
+    "glm4",
+    "glm4_no_biases",
     "gpt2",
     "gpt_neox",
     "gpt_neox_linear",
     "gpt_neox_sequential",
+    "granite",
+    "granite_plain",
+    "granitemoehybrid",
     "llama2",
     "llama3",
     "llama_linear",
@@ -34,12 +41,15 @@ CASES = (
     "mistral",
     "olmo2",
     "olmo2_biases",
+    "olmo3",
+    "olmo3_yarn",
     "phi3",
     "phi3_long",
     "phi3_short",
     "phi3_window",
     "qwen2",
     "qwen3",
+    "smollm3",
 )
 TYPES = sorted(gguf.quants._type_traits, key=lambda kind: kind.value)  # the library has no list
 QUANTISABLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
@@ -66,7 +76,9 @@ def test_the_activation_is_the_familys_own(case, tmp_path):
     np.testing.assert_array_equal(model(tokens), original(tokens))
 
 
-@pytest.mark.parametrize("case", ["gemma3_text", "gpt_neox", "phi3_long"])
+@pytest.mark.parametrize(
+    "case", ["cohere2", "gemma3_text", "glm4", "gpt_neox", "olmo3", "phi3_long", "smollm3"]
+)
 def test_saved_folder_is_the_one_the_file_was_made_from(case, tmp_path):
     model = load_pretrained(write_gguf(FOLDER / case, tmp_path / "model.gguf"))
     folder = save_pretrained(model, tmp_path / "saved")

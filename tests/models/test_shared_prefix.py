@@ -38,6 +38,18 @@ KINDS = {
         attention_softcap=4.0,
         logit_softcap=5.0,
     ),
+    "some rotated": replace(
+        PLAIN,
+        rope=Rope(interleaved=True),
+        unrotated=(True, False),
+        window=3,
+        windowed=(False, True),
+        norm_placement="shared",
+        norm="layer",
+        norm_bias=False,
+        residual_scale=0.3,
+        logit_scale=0.5,
+    ),
 }
 CASES = [(5, 5, 4, 6), (7, 7, 1, 1), (1, 1, 3, 8), (9, 9, 8, 2), (6, 7, 4, 4), (8, 8, 7, 5)]
 """Lengths: of the chosen and the rejected prompt, and of their responses."""

@@ -8,9 +8,9 @@ from jaxalign.models.families import gemma2, llama
 from jaxalign.models.families.mapping import (
     Weight,
     given,
-    rope,
-    rope_parameters,
+    hf_ropes_of_kinds,
     rope_scaling,
+    ropes_of_kinds,
     windowed,
 )
 
@@ -29,18 +29,17 @@ GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 def config(hf: Mapping[str, Any]) -> DecoderConfig:
     """Our description of a Gemma 3 text `config.json`, old form or new."""
     hf = DEFAULTS | dict(hf)
-    # The old form's `rope_scaling` belongs to the global layers; the new form has one dict each.
-    nested = given(hf, "rope_parameters", {})
-    full = (nested.get("full_attention") or {}) | given(hf, "rope_scaling", {})
-    local = nested.get("sliding_attention") or {}
+    theta = float(given(hf, "rope_theta", GLOBAL_THETA))
+    local_theta = float(given(hf, "rope_local_base_freq", LOCAL_THETA))
+    full, local = ropes_of_kinds(hf, theta=theta, local_theta=local_theta)
     every = given(hf, "sliding_window_pattern", given(hf, "_sliding_window_pattern", 6))
     pattern = [(layer + 1) % every != 0 for layer in range(hf["num_hidden_layers"])]
     return DecoderConfig(
         family="gemma3_text",
         **gemma2.shared(hf),
         qk_norm="head",
-        rope=rope(hf, full, theta=float(given(hf, "rope_theta", GLOBAL_THETA))),
-        local_rope=rope(hf, local, theta=float(given(hf, "rope_local_base_freq", LOCAL_THETA))),
+        rope=full,
+        local_rope=local,
         windowed=windowed(hf, pattern),
     )
 
@@ -53,8 +52,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         return fields | {"rope_local_base_freq": local.theta}
     # Scaled local layers exist in the new form alone.
     del fields["rope_theta"], fields["rope_scaling"]
-    nested = {"full_attention": config.rope, "sliding_attention": local}
-    return fields | {"rope_parameters": {k: rope_parameters(v) for k, v in nested.items()}}
+    return fields | hf_ropes_of_kinds(config)
 
 
 def weights(config: DecoderConfig) -> list[Weight]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxalign.errors import UserError
-from jaxalign.models.config import DecoderConfig
+from jaxalign.models.config import DecoderConfig, Rope
 from jaxalign.models.families.mapping import (
     HF_ACTIVATIONS,
     Weight,
@@ -59,10 +59,11 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def plain_rope(hf: Mapping[str, Any], *, rotated: float = 1.0):
+def plain_rope(hf: Mapping[str, Any], *, rotated: float = 1.0, interleaved: bool = False) -> Rope:
     """The one `Rope` of a family whose layers all rotate alike."""
     parameters = given(hf, "rope_scaling", hf.get("rope_parameters"))
-    return rope(hf, parameters, theta=float(given(hf, "rope_theta", 10_000.0)), rotated=rotated)
+    theta = float(given(hf, "rope_theta", 10_000.0))
+    return rope(hf, parameters, theta=theta, rotated=rotated, interleaved=interleaved)
 
 
 def config(hf: Mapping[str, Any]) -> DecoderConfig:

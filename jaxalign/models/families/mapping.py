@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.errors import UserError
-from jaxalign.models.config import Rope
+from jaxalign.models.config import DecoderConfig, Rope
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -42,6 +42,8 @@ SIZES = (
     *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim", "d_kv"),
     *("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
     *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("decoder_sparse_step",),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
 POSITIVE = (
@@ -54,9 +56,11 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
     *("initializer_range", "initializer_factor", "max_window_layers"),
+    *("router_aux_loss_coef", "router_jitter_noise"),
 )
 SWITCHES = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("norm_topk_prob",),
     *("use_parallel_residual", "scale_attn_weights", "scale_decoder_outputs"),
 )
 NULLABLE = (  # for which transformers derives a number
@@ -129,9 +133,11 @@ class Weight:
     """One Hugging Face tensor and the leaves of ours that it holds.
 
     Attributes:
-      name: its name in the file; "{layer}" stands for the layer's number.
+      name: its name in the file; "{layer}" stands for the layer's number, "{expert}" for the
+        expert's.
       paths: our leaves, such as "layers/q/kernel"; several where the file fuses them.
-      split: the file's tensor -> one array per path (one layer's, without the layers axis).
+      split: the file's tensor -> one array per path (one layer's and one expert's, without these
+        axes).
       join: the reverse.
       transposed: whether the single leaf is the plain transpose; lets slices be read alone.
     """
@@ -146,6 +152,11 @@ class Weight:
     def per_layer(self) -> bool:
         """Whether there is one such tensor for every layer."""
         return "{layer}" in self.name
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes of ours, layers and experts, the file has as separate tensors."""
+        return self.per_layer + ("{expert}" in self.name)
 
 
 def same(name: str, path: str) -> Weight:
@@ -221,6 +232,7 @@ def rope(
     *,
     theta: float,
     rotated: float = 1.0,
+    interleaved: bool = False,
 ) -> Rope:
     """Rotary positions from a config's `rope_parameters` (new form) or `rope_scaling` (old).
 
@@ -229,6 +241,7 @@ def rope(
       parameters: the dict of the variant, or None for the plain one.
       theta: base, where `parameters` has none.
       rotated: rotated fraction of a head, where `parameters` has none.
+      interleaved: as in `Rope`.
     """
     fields = dict(parameters or {})
     kind = fields.get("rope_type", fields.get("type", "default"))
@@ -245,6 +258,7 @@ def rope(
         theta=float(given(fields, "rope_theta", theta)),
         kind=kind,
         rotated=float(given(fields, "partial_rotary_factor", rotated)),
+        interleaved=interleaved,
         original_context=context if kind in ("llama3", "yarn", "longrope") else None,
         truncate=bool(given(fields, "truncate", True)),
         short_factor=numbers("short_factor"),
@@ -261,7 +275,11 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     for field in dataclasses.fields(rope):
         value = getattr(rope, field.name)
-        if field.name in ("theta", "kind", "rotated") or value is None or value is True:
+        if (
+            field.name in ("theta", "kind", "rotated", "interleaved")
+            or value is None
+            or value is True
+        ):
             continue
         value = list(value) if isinstance(value, tuple) else value
         scaling[names.get(field.name, field.name)] = value
@@ -271,6 +289,26 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
 def rope_parameters(rope: Rope) -> dict[str, Any]:
     """The variant's dict in the new form, with its base inside."""
     return {"rope_type": "default", "rope_theta": rope.theta} | (rope_scaling(rope) or {})
+
+
+def ropes_of_kinds(
+    hf: Mapping[str, Any], *, theta: float, local_theta: float
+) -> tuple[Rope, Rope | None]:
+    """Rotary positions of full layers and, where they differ, of windowed ones.
+
+    The old form's `rope_scaling` belongs to the full layers; the new form has one dict for each.
+
+    Args:
+      hf: the config.
+      theta: base of the full layers, where the config has none for them.
+      local_theta: base of the windowed layers, where the config has none for them.
+    """
+    nested = given(hf, "rope_parameters", {})
+    full = rope(
+        hf, (nested.get("full_attention") or {}) | given(hf, "rope_scaling", {}), theta=theta
+    )
+    local = rope(hf, nested.get("sliding_attention") or {}, theta=local_theta)
+    return full, None if local == full else local
 
 
 def windowed(hf: Mapping[str, Any], otherwise: list[bool]) -> tuple[bool, ...]:
@@ -286,6 +324,12 @@ def windowed(hf: Mapping[str, Any], otherwise: list[bool]) -> tuple[bool, ...]:
             )
         otherwise = [kind == "sliding_attention" for kind in types]
     return tuple(otherwise) if any(otherwise) else ()
+
+
+def hf_ropes_of_kinds(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `ropes_of_kinds`, in the new form, which every field fits."""
+    kinds = {"full_attention": config.rope, "sliding_attention": config.local_rope or config.rope}
+    return {"rope_parameters": {name: rope_parameters(one) for name, one in kinds.items()}}
 
 
 def layer_types(config: Any) -> list[str]:
