@@ -9,8 +9,9 @@ from benchmarks import machine
 REQUIREMENTS = {
     "torch": ["torch==2.13.0", "transformers==5.23.0", "trl==1.16.0"],
     "tunix": ["google-tunix==0.1.7"],
+    "llama": ["xllamacpp==2026.10.11549"],
 }
-ON_GPU = {"torch": [], "tunix": ["jax[cuda13]"]}
+ON_GPU = {"torch": [], "tunix": ["jax[cuda13]"], "llama": []}
 DEFAULT = Path(__file__).parent / ".environments"
 
 

@@ -1,15 +1,18 @@
 """Tokens a second of greedy generation, beside `generate` of transformers.
 
 Command:  python -m benchmarks.sampling [--size 15M] [--batches 1 32] [--rounds 3] [--json FILE]
-          python -m benchmarks.sampling --model FOLDER --batches 1 16 32 --lengths equal unlike
+          python -m benchmarks.sampling --model FOLDER --gguf FILES... --batches 1 16 32
+          --lengths equal unlike
 Time:     about five minutes on two CPU cores; before the first, some minutes in which pip fetches
-          torch and transformers (nothing else uses the network)
-Expect:   one table, and the same tokens from both; on a CPU one row at a time is bound by reading
-          the weights once per token
+          torch, transformers and llama.cpp (nothing else uses the network)
+Expect:   one table, and the same tokens from jaxalign and transformers; on a CPU one row at a time
+          is bound by reading the weights once per token
 
 Each way is a process of its own, in turn, round by round: the same folder of weights, random or
 real, the same prompts, each with its cache. A first call, which compiles, is not counted.
-CPU-seconds are those of all threads.
+CPU-seconds are those of all threads. jaxalign runs with weights in --dtype and in int8, and
+llama.cpp with each GGUF file of the same model (`benchmarks.gguf_files` writes f16 and q8_0 ones);
+rounded weights may give other tokens.
 
 With equal lengths, prompts are random tokens and every response has the same number of tokens. With
 unlike lengths, which need a chat model, prompts are questions, three for each row, and a response
@@ -71,6 +74,8 @@ class Options:
     """Tokens that are generated for each."""
     model: Path | None = None
     """Hugging Face folder of a chat model; None: random weights of --size."""
+    gguf: tuple[Path, ...] = ()
+    """GGUF files of the same model for llama.cpp; need --model."""
     lengths: tuple[Literal["equal", "unlike"], ...] = ("equal",)
     """Kinds of prompts and responses; unlike needs --model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -87,33 +92,59 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure and print."""
-    torch = environments.python_of("torch", options.environments)
-    pythons = {"jaxalign": sys.executable, "transformers": torch}
+    ways = contestants(options)
     facts, rows = machine(), []
     content: dict[str, Any] = {
         "machine": facts,
-        "options": asdict(options) | {"environments": None, "json": None, "model": None},
+        "options": asdict(options)
+        | {"environments": None, "json": None, "model": None}
+        | {"gguf": [file.name for file in options.gguf]},
     }
     name = options.size if options.model is None else options.model.resolve().name
     print(f"{name}, {options.dtype}, up to {options.new} new tokens; {describe(facts)}")
-    if options.model is None and "unlike" in options.lengths:
-        sys.exit("--lengths unlike: set --model to the folder of a chat model")
+    if options.model is None and ("unlike" in options.lengths or options.gguf):
+        sys.exit("--lengths unlike, --gguf: set --model to the folder of a chat model")
     with tempfile.TemporaryDirectory(prefix="sampling_") as scratch:
         model = options.model
         if model is None:
             folder = Path(scratch)
             model, _ = inputs.make(folder, size=options.size, length=8, pairs=1, prompt=0.5)
         for lengths, batch in itertools.product(options.lengths, options.batches):
-            results = measure(options, pythons, model, batch, lengths)
+            results = measure(options, ways, model, batch, lengths)
             content[f"{lengths} batch {batch}"] = {
                 way: [{k: v for k, v in x.items() if k != "tokens"} for x in runs]
                 for way, runs in results.items()
             }
-            rows += [line(lengths, batch, way, results) for way in pythons]
+            rows += [line(lengths, batch, way, results) for way in ways]
             write_json(options.json, content)
     header = ["way", "lengths", "batch", "tokens/s", "tokens/CPU-s"]
     header += ["to transformers", "per CPU-s", "peak MB", "same"]
     print(table(header, rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A contestant: its interpreter, its function in `peers/generate.py`, its weights."""
+
+    python: str
+    name: str
+    weights: str = "float"
+
+
+def contestants(options: Options) -> dict[str, Way]:
+    """All of them, by the names in the table."""
+    torch = environments.python_of("torch", options.environments)
+    ways = {
+        "jaxalign": Way(python=sys.executable, name="jaxalign"),
+        "jaxalign int8": Way(python=sys.executable, name="jaxalign", weights="int8"),
+        "transformers": Way(python=torch, name="transformers"),
+    }
+    if options.gguf:
+        python = environments.python_of("llama", options.environments)
+        for file in options.gguf:
+            way = Way(python=python, name="llama", weights=str(file.resolve()))
+            ways[f"llama.cpp {file.stem}"] = way
+    return ways
 
 
 def questions(model: Path, number: int) -> list[list[int]]:
@@ -132,7 +163,7 @@ def questions(model: Path, number: int) -> list[list[int]]:
 
 
 def measure(
-    options: Options, pythons: dict[str, str], model: Path, batch: int, lengths: str
+    options: Options, ways: dict[str, Way], model: Path, batch: int, lengths: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Each way's runs, round by round."""
     drawn = random.Random(0)
@@ -150,13 +181,14 @@ def measure(
         "ends": ends,
         "dtype": options.dtype,
     }
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in pythons}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(options.rounds):
-        for way, python in pythons.items():
-            done = run([python, SCRIPT, way, json.dumps(job)], {"HF_HUB_OFFLINE": "1"})
+        for name, way in ways.items():
+            own = json.dumps(job | {"weights": way.weights})
+            done = run([way.python, SCRIPT, way.name, own], {"HF_HUB_OFFLINE": "1"})
             if done.error or done.recorded is None:
-                sys.exit(f"{way}: {done.error}")
-            runs[way].append(done.recorded)
+                sys.exit(f"{name}: {done.error}")
+            runs[name].append(done.recorded)
     return runs
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ def jaxalign(job: Mapping[str, Any]) -> Generate:
     rules = Sampling(max_tokens=job["new"], temperature=0.0, end_tokens=tuple(job["ends"]))
     dtype = jnp.dtype(job["dtype"])
     method = Method(config=model.config, sampling=rules, dtype=dtype)
-    prepared = jax.jit(prepare, static_argnames=("config", "dtype"))
-    weights = prepared(model.params, config=model.config, dtype=dtype)
+    prepared = jax.jit(prepare, static_argnames=("config", "dtype", "in_int8"))
+    in_int8 = job["weights"] == "int8"
+    weights = prepared(model.params, config=model.config, dtype=dtype, in_int8=in_int8)
     key, one = jax.random.key(0), jnp.ones(1)
     source = Source(policies=[weights], mixture=one, key=key, stops=None)
     programs, prompts = compile_programs(method), job["prompts"]
@@ -78,6 +81,44 @@ def transformers(job: Mapping[str, Any]) -> Generate:
     return run
 
 
+def llama(job: Mapping[str, Any]) -> Generate:
+    """The server of llama.cpp, in this process: a slot for each row, all prompts requested at once.
+
+    Requests go through its HTTP interface, the only one that takes and returns tokens.
+    """
+    import xllamacpp
+
+    rows, ends, prompts, cores = job["rows"], job["ends"], job["prompts"], os.cpu_count() or 1
+    params = xllamacpp.CommonParams()
+    params.model.path = job["weights"]
+    params.n_ctx = rows * (max(map(len, prompts)) + job["new"] + 8)
+    params.n_parallel, params.cache_prompt, params.cache_ram_mib = rows, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = cores
+    server = xllamacpp.Server(params)
+    rules = {
+        "n_predict": job["new"],
+        "temperature": 0.0,
+        "ignore_eos": not ends,
+        "return_tokens": True,
+        "cache_prompt": False,
+    }
+
+    def ask(prompt: list[int]) -> list[int]:
+        content = json.dumps({"prompt": prompt, **rules}).encode()
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/completion", content, header)
+        with urllib.request.urlopen(request) as reply:
+            answer = json.load(reply)
+        ended = answer["stop_type"] == "eos" and answer["tokens"][-1:] != ends[:1]
+        return answer["tokens"] + (ends[:1] if ended else [])
+
+    def run() -> list[list[int]]:
+        with ThreadPoolExecutor(rows) as pool:
+            return list(pool.map(ask, prompts))
+
+    return run
+
+
 def device_peak() -> int:
     """Bytes of PyTorch's largest use of a GPU; 0 where there is none."""
     torch = sys.modules.get("torch")
@@ -90,12 +131,13 @@ def main(way: str, job: str) -> None:
     Args:
       way: name of the library.
       job: JSON, or "@FILE" with it: model, prompts, new (tokens), repeats; and, where they differ
-        from these, dtype (float32), ends (none) and rows (all prompts).
+        from these, dtype (float32), ends (none), rows (all prompts), and weights (float; int8 for
+        jaxalign, a GGUF file for llama).
     """
     text = Path(job[1:]).read_text() if job.startswith("@") else job
-    given = {"dtype": "float32", "ends": []} | json.loads(text)
+    given = {"dtype": "float32", "ends": [], "weights": "float"} | json.loads(text)
     given.setdefault("rows", len(given["prompts"]))
-    run = {"jaxalign": jaxalign, "transformers": transformers}[way](given)
+    run = {"jaxalign": jaxalign, "transformers": transformers, "llama": llama}[way](given)
     out = run()
     seconds, cpu_seconds = [], []
     for _ in range(given["repeats"]):

@@ -70,6 +70,9 @@ class Generation:
 Draft = Literal["none", "prompt_lookup"]
 """Where drafts of the next tokens come from; they change no response."""
 
+WeightFormat = Literal["float", "int8"]
+"""Format of a decoder's matrices while it generates: as loaded, or rounded to int8."""
+
 Keep = Callable[[int, list[Generation]], None]
 """Called with the index of a prompt and its responses, as soon as they are complete."""
 

@@ -21,6 +21,7 @@ from jaxalign.backends.interface import (
     Keep,
     Prompt,
     Score,
+    WeightFormat,
     draw_number,
 )
 from jaxalign.data.plain_prompts import Chat
@@ -74,6 +75,11 @@ class LocalModel:
       end_tokens: tokens that end a response, in addition to the tokenizer's.
       draft: where drafts of the next tokens come from if one row is decoded at a time, as with
         one prompt or a batch size of 1; see `generation.prompt_lookup`.
+      weights: format of a decoder's matrices while it generates, on one device; scores and
+        embeddings are always computed with the weights as loaded.
+
+    Raises:
+      UserError: int8 weights of an encoder-decoder or on several devices.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class LocalModel:
         dtype: str = "float32",
         end_tokens: Sequence[int] = (),
         draft: Draft = "none",
+        weights: WeightFormat = "float",
     ):
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is not positive")
@@ -102,6 +109,11 @@ class LocalModel:
         self.identity = f"{identity} {prompt_format!r} {self._in_text.plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
+        self._in_int8 = weights == "int8"
+        if self._in_int8:
+            if self._apart or self.mesh.size > 1:
+                raise UserError("weights: int8 is for decoders on one device; use float")
+            self.identity += f" {weights}"
         self._decode = ResponseText(tokenizer, frozenset(self._ends), continues=not self._apart)
         self._programs: dict[Any, Any] = {}
         self._row_counts: dict[Decoding, set[int]] = {}
@@ -297,7 +309,8 @@ class LocalModel:
         """The model's weights as the decoding loop reads them, kept between calls."""
         params = self.model.params
         if self._weights is None or self._weights[0] is not params:
-            self._weights = params, _prepared(params, self.model.config, self.dtype)
+            prepared = _prepared(params, self.model.config, self.dtype, in_int8=self._in_int8)
+            self._weights = params, prepared
         return self._weights[1]
 
     def _sampling(self, decoding: Decoding) -> Sampling:
@@ -448,7 +461,7 @@ class LocalModel:
         return vectors
 
 
-_prepared = jax.jit(prepare, static_argnames=("config", "dtype"))
+_prepared = jax.jit(prepare, static_argnames=("config", "dtype", "in_int8"))
 
 
 def _row_length(tokens: int, limit: int | None) -> int:
@@ -475,6 +488,10 @@ def _reporting(programs: Programs) -> Programs:
     def reading(source: Any, prompt: Any, length: Any, *, slots: int) -> str:
         return f"reading a prompt of {prompt.shape[1]} tokens into {slots} slots"
 
+    def reading_rest(source: Any, read: Any, kept: Any, piece: Any, *_: Any) -> str:
+        slots = read.caches[0].keys[0].shape[2]
+        return f"reading {piece.shape[1]} tokens more of a prompt into {slots} slots"
+
     def running(source: Any, rows: Any, *_: Any) -> str:
         tokens, slots = rows.samples.tokens, rows.caches[0].keys[0].shape[2]
         return f"sampling of {tokens.shape[0]} rows of {slots} slots"
@@ -482,6 +499,7 @@ def _reporting(programs: Programs) -> Programs:
     return replace(
         programs,
         read=saying(programs.read, reading),
+        read_rest=saying(programs.read_rest, reading_rest),
         run=saying(programs.run, running),
         run_drafted=saying(programs.run_drafted, running),
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jaxalign.backends.interface import Backend, Draft
+from jaxalign.backends.interface import Backend, Draft, WeightFormat
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError
 
@@ -26,6 +26,8 @@ class BackendOptions:
     """Local: where drafts of the next tokens come from if one row is decoded at a time."""
     steer: str | None = None
     """Local: steering vector and factor, FILE[:FACTOR]; None: not steered."""
+    weights: WeightFormat = "float"
+    """Local: format of a decoder's matrices while it generates."""
     workers: int = 8
     """Endpoint: number of simultaneous requests."""
     timeout: float = 120.0
@@ -65,7 +67,8 @@ def make_backend(name: str, options: BackendOptions | None = None) -> Backend:
         raise UserError("model: the name is empty; give a folder, or openai:URL#MODEL")
     from jaxalign.backends.local import LocalModel
 
-    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft", "steer")
+    names = ("tokenizer", "batch_size", "dtype", "prompt_format", "chat", "draft", "weights")
+    names += ("steer",)
     return LocalModel.load(name, **chosen(*names))
 
 

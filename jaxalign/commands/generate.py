@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxalign.backends import Decoding
-from jaxalign.backends.interface import Draft
+from jaxalign.backends.interface import Draft, WeightFormat
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Count, Positive, Share
 from jaxalign.data import prompt_records
@@ -62,6 +62,9 @@ class Options:
     draft: Draft = "none"
     """Source of drafts with --batch-size 1: prompt_lookup verifies what followed the same words
     before; the responses stay the same."""
+    weights: WeightFormat = "float"
+    """Format of a decoder's matrices; int8 reads a quarter of the bytes for a token, which pays on
+    a CPU with a small --batch-size. Its responses are those of a slightly different model."""
     running: ModelFlags
 
 
@@ -82,10 +85,8 @@ def main(arguments: Sequence[str]) -> int:
 def _generate(options: Options, decoding: Decoding) -> None:
     usable = prompt_records(options.prompts, bad_records=options.bad_records)
     records = list(itertools.islice(usable, options.limit))
-    loading = {
-        name: getattr(options, name)
-        for name in ("tokenizer", "prompt_format", "dtype", "draft", "steer")
-    }
+    names = ("tokenizer", "prompt_format", "dtype", "draft", "weights", "steer")
+    loading = {name: getattr(options, name) for name in names}
     running = options.running.backend_options(**loading)
     model = make_responder(options.model, running, options.output)
     prompts, artefact = None, None

@@ -1,4 +1,9 @@
-"""Continuous batching: a row that has ended makes room for the next prompt."""
+"""Continuous batching: a row that has ended makes room for the next prompt.
+
+Prompts are read one after the other. A long one is read in pieces, so that memory for activations
+and attention does not grow with it. What a prompt has in common with the one before, such as a
+system prompt or examples, is read once: the cache is rewound to there, and the rest is read.
+"""
 
 import dataclasses
 import functools
@@ -12,8 +17,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxalign.generation import prompt_lookup
-from jaxalign.generation.rows import Method, Prefilled, Rows, Source, begin, prefill, run
+from jaxalign.generation.rows import (
+    Method,
+    Prefilled,
+    Rows,
+    Source,
+    begin,
+    prefill,
+    prefill_rest,
+    run,
+)
 from jaxalign.models import cached_decoder
+
+PIECE, SHORTEST_PIECE = 256, 32
+"""Most tokens of a prompt that are read at once, and the size of the shortest piece; the sizes
+between them are powers of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +53,8 @@ class Programs:
 
     read: Callable[..., Prefilled]
     """(source, prompt, length, slots=) -> what the policies keep of one prompt."""
+    read_rest: Callable[..., Prefilled]
+    """(source, prefilled, kept, piece, number, present) -> `Prefilled`, as in `prefill_rest`."""
     put: Callable[..., Rows]
     """(source, rows or None, prefilled, number, row, size=) -> rows with a new one among them."""
     run: Callable[..., Rows]
@@ -72,6 +92,7 @@ def compile_programs(method: Method, *, draft: int = 0) -> Programs:
 
     return Programs(
         read=jax.jit(functools.partial(_read, method=method), static_argnames="slots"),
+        read_rest=jax.jit(functools.partial(_read_rest, method=method)),
         put=jax.jit(put, static_argnames="size", donate_argnums=1),
         run=jax.jit(lambda source, rows, ended: run(source, method, rows, ended), donate_argnums=1),
         run_drafted=jax.jit(drafted, donate_argnums=1),
@@ -106,6 +127,7 @@ def sample_continuously(
     slots = max(padded(len(prompt)) for prompt in prompts) + method.sampling.max_tokens
     drafted = rows == 1 and programs.draft > 0
     slots += programs.draft if drafted else 0
+    reader = _Reader(programs, source, method, padded=padded, slots=slots)
     waiting = [(at, one) for at, own in enumerate(numbers) for one in range(len(own))][::-1]
     owners: dict[int, tuple[int, int]] = {}
     read_prompt, given, read, state = -1, None, None, None
@@ -116,7 +138,7 @@ def sample_continuously(
             at, one = owners[row] = waiting.pop()
             if at != read_prompt:  # samples of one prompt follow each other
                 read_prompt, given = at, _padded(prompts[at], padded(len(prompts[at])))
-                read = programs.read(source, *given, slots=slots)
+                read = reader.read(prompts[at])
             number = np.int32(numbers[at][one])
             state = programs.put(source, state, read, number, np.int32(row), size=rows)
         if drafted and given is not None:
@@ -132,6 +154,88 @@ def sample_continuously(
             yield Response(prompt=at, sample=one, tokens=tokens, finished=finished)
 
 
+class _Reader:
+    """Reads one prompt after the other, and what two of them begin with only once.
+
+    Args:
+      programs: of the method.
+      source: arrays.
+      method: settings of a decoder.
+      padded: length of a prompt -> length to which it is padded.
+      slots: of the caches.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        source: Source,
+        method: Method,
+        *,
+        padded: Callable[[int], int],
+        slots: int,
+    ):
+        self._programs, self._source, self._method = programs, source, method
+        self._padded, self._slots = padded, slots
+        self._before: tuple[Sequence[int], Prefilled] | None = None
+
+    def read(self, prompt: Sequence[int]) -> Prefilled:
+        """What the policies keep of a prompt."""
+        kept, read = 0, None
+        if self._before is not None:
+            before, read = self._before
+            kept = _in_common(before, prompt)
+        if read is None or not self._pays(len(prompt), kept):
+            kept = min(len(prompt), PIECE)
+            first = _padded(prompt[:kept], self._padded(kept))
+            read = self._programs.read(self._source, *first, slots=self._slots)
+        present = self._present(prompt)
+        while kept < len(prompt):
+            size = _size(len(prompt) - kept)
+            kept = min(kept, self._slots - size)  # some may be read again, so that all fit
+            own = prompt[kept : kept + size]
+            piece = np.zeros((1, size), np.int32)
+            piece[0, : len(own)] = own
+            given = np.int32(kept), piece, np.int32(len(own)), present
+            read = self._programs.read_rest(self._source, read, *given)
+            kept += len(own)
+        self._before = prompt, read
+        return read
+
+    def _pays(self, length: int, kept: int) -> bool:
+        """Whether reading the rest after so many tokens is less work than reading all."""
+        if length > PIECE:  # the programs for pieces are compiled in any case
+            return _computed(length - kept) < PIECE + _computed(length - PIECE)
+        return _computed(length - kept) <= self._padded(length) // 2
+
+    def _present(self, prompt: Sequence[int]) -> Bool[np.ndarray, "one vocabulary"] | None:
+        """The tokens of a prompt, where there is a penalty on them."""
+        if self._method.sampling.repetition_penalty == 1:
+            return None
+        present = np.zeros((1, self._method.config.vocab_size), bool)
+        present[0, list(prompt)] = True
+        return present
+
+
+def _in_common(before: Sequence[int], prompt: Sequence[int]) -> int:
+    """Number of tokens with which both begin, without the prompt's last one."""
+    both = zip(before, prompt[:-1], strict=False)
+    return next((at for at, (x, y) in enumerate(both) if x != y), min(len(before), len(prompt) - 1))
+
+
+def _size(rest: int) -> int:
+    """Number of tokens in the next piece, with its padding."""
+    size = SHORTEST_PIECE
+    while size < min(rest, PIECE):
+        size *= 2
+    return size
+
+
+def _computed(rest: int) -> int:
+    """Number of tokens in all pieces, with their padding."""
+    whole, last = divmod(rest, PIECE)
+    return whole * PIECE + (_size(last) if last else 0)
+
+
 def _padded(prompt: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
     """A prompt as a row padded on the left, and its length."""
     tokens = np.zeros((1, size), np.int32)
@@ -141,6 +245,10 @@ def _padded(prompt: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(source: Source, prompt: Any, length: Any, *, method: Method, slots: int) -> Prefilled:
     return prefill(source, method, prompt, length, slots=slots)
+
+
+def _read_rest(source: Source, read: Prefilled, *given: Any, method: Method) -> Prefilled:
+    return prefill_rest(source, method, read, *given)
 
 
 def _ended_rows(one: Rows, size: int) -> Rows:

@@ -149,6 +149,43 @@ def prefill(
     )
 
 
+def prefill_rest(
+    source: Source,
+    method: Method,
+    read: Prefilled,
+    kept: Int[Array, ""],
+    piece: Int[Array, "one length"],
+    number: Int[Array, ""],
+    present: Bool[Array, "one vocabulary"] | None,
+) -> Prefilled:
+    """All policies read more of a single prompt, after the first tokens of what they have read.
+
+    Args:
+      source: arrays.
+      method: settings of a decoder.
+      read: a prompt, or the beginning of one.
+      kept: number of its tokens that come before the piece.
+      piece: tokens padded on the right; `kept` and its size are at most the caches' slots.
+      number: how many of its tokens are real, at least 1.
+      present: as in `Prefilled`, of the whole prompt.
+    """
+    both = [
+        method.cached.read_more(
+            policy.params,
+            method.config,
+            method.cached.rewound(cache, kept),
+            piece,
+            number,
+            layers=policy.layers,
+            dtype=method.dtype,
+        )
+        for policy, cache in zip(source.policies, read.caches, strict=True)
+    ]
+    return Prefilled(
+        hidden=[hidden for hidden, _ in both], caches=[cache for _, cache in both], present=present
+    )
+
+
 def repeated(prefilled: Prefilled, samples: int) -> Prefilled:
     """Consecutive copies of every prompt."""
     if samples == 1:

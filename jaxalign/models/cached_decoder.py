@@ -80,6 +80,57 @@ def put_row(cache: Cache, one: Cache, row: Int[Array, ""]) -> Cache:
     return Cache(keys=keys, values=values, length=length, next_slot=cache.next_slot)
 
 
+def rewound(cache: Cache, length: Int[Array, ""]) -> Cache:
+    """The cache of one row with its first tokens alone, which are moved to the slots from 0 on.
+
+    Args:
+      cache: of one row, with at least so many tokens.
+      length: number of tokens that are kept.
+    """
+    turn = cache.length[0] - cache.next_slot
+
+    def turned(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(jnp.roll(x, turn, axis=2) for x in arrays)
+
+    return Cache(
+        keys=turned(cache.keys),
+        values=turned(cache.values),
+        length=length[None],
+        next_slot=length,
+    )
+
+
+def read_more(
+    params: Mapping[str, Any],
+    config: DecoderConfig,
+    cache: Cache,
+    tokens: Int[Array, "one new"],
+    number: Int[Array, ""],
+    *,
+    layers: Sequence[Any] | None = None,
+    dtype: Any = None,
+) -> tuple[Float[Array, "one width"], Cache]:
+    """The hidden state after more tokens of a single row's prompt, and the cache with them in it.
+
+    Args:
+      params: nested dict of arrays.
+      config: the decoder.
+      cache: from `rewound`; the slots from `next_slot` on must suffice for all of `tokens`.
+      tokens: padded on the right.
+      number: how many of them are real, at least 1.
+      layers: as in `advance`.
+      dtype: as in `prefill`.
+    """
+    hidden, after = advance_several(params, config, cache, tokens, layers=layers, dtype=dtype)
+    slots = cache.keys[0].shape[-2]
+    last = jax.lax.dynamic_index_in_dim(hidden, number - 1, axis=1, keepdims=False)
+    return last, dataclasses.replace(
+        after,
+        length=cache.length + number,
+        next_slot=jnp.mod(cache.next_slot + number, slots),
+    )
+
+
 def layers_of(tree: Mapping[str, Any], number: int) -> list[Any]:
     """A tree of stacked leaves, [layers, ...], as one tree per layer."""
     return [jax.tree.map(itemgetter(at), tree) for at in range(number)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.errors import UserError
-from jaxalign.models import devices
+from jaxalign.models import devices, int8
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder_layer import (
@@ -23,6 +23,7 @@ from jaxalign.models.decoder_layer import (
     rotations,
 )
 from jaxalign.models.experts import expert_shapes
+from jaxalign.models.int8 import Int8Matrix
 from jaxalign.models.layers import look_up, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import multiply
@@ -399,7 +400,7 @@ def logits(
 def unembed(
     hidden: Float[Array, "*rows width"],
     config: ModelConfig,
-    kernel: Float[Array, "width vocabulary"],
+    kernel: Float[Array, "width vocabulary"] | Int8Matrix,
     bias: Float[Array, " vocabulary"] | None,
 ) -> Float[Array, "*rows vocabulary"]:
     """Float32 logits of hidden states, scaled and capped as the config says.
@@ -407,10 +408,13 @@ def unembed(
     Args:
       hidden: [..., width].
       config: of a decoder or an encoder-decoder.
-      kernel: from `unembedding`.
+      kernel: from `unembedding`, or the same in int8.
       bias: from `unembedding`.
     """
-    out = multiply(hidden, kernel.astype(hidden.dtype), jnp.float32)
+    if isinstance(kernel, Int8Matrix):
+        out = int8.product(hidden, kernel, jnp.float32)
+    else:
+        out = multiply(hidden, kernel.astype(hidden.dtype), jnp.float32)
     if bias is not None:
         out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
     if config.logit_scale is not None:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxalign.models import devices
+from jaxalign.models import devices, int8
 from jaxalign.models.config import ModelConfig
+from jaxalign.models.int8 import Int8Matrix
 from jaxalign.models.probes import matmul, spread
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -27,17 +28,17 @@ def dense(x: Float[Array, "... inputs"], params: Mapping[str, Any]) -> Float[Arr
 
     Args:
       x: inputs, [..., inputs].
-      params: {"kernel": [inputs, outputs], "bias"?: [outputs], "adapter"?} in any float dtype;
-        with a "probe", the gradients of kernel and bias are watched (`probes`). The adapter
-        (`lora.with_adapters`) is {"a": [inputs, rank], "b": [rank, outputs], "scale": s}; with
-        "dropout_key" and "dropout_rate" its input is dropped (`lora.with_dropout`), with a
-        "probe" it is watched.
+      params: {"kernel": [inputs, outputs], "bias"?: [outputs], "adapter"?} in any float dtype, or
+        the kernel as an `Int8Matrix`; with a "probe", the gradients of kernel and bias are watched
+        (`probes`). The adapter (`lora.with_adapters`) is {"a": [inputs, rank],
+        "b": [rank, outputs], "scale": s}; with "dropout_key" and "dropout_rate" its input is
+        dropped (`lora.with_dropout`), with a "probe" it is watched.
 
     Returns:
       [..., outputs] in the dtype of `x`.
     """
-    probe = params.get("probe")
-    y = matmul(x, params["kernel"], probe)
+    probe, kernel = params.get("probe"), params["kernel"]
+    y = int8.product(x, kernel) if isinstance(kernel, Int8Matrix) else matmul(x, kernel, probe)
     if "bias" in params:
         y = y + spread(params["bias"], y.shape, x.dtype, probe)
     if "adapter" in params:

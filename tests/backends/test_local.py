@@ -9,6 +9,7 @@ from jaxalign.backends import Backend, Decoding
 from jaxalign.backends.local import LocalModel
 from jaxalign.errors import UserError
 from jaxalign.models.decoder import logits
+from jaxalign.sharding import make_mesh
 
 PROMPTS = ["Once upon a time, there was a", "Tom had a red ball. He", "Lily saw a"]
 
@@ -135,3 +136,20 @@ def test_prompts_of_unlike_lengths_have_the_texts_that_they_have_alone(model):
     alone = [model.generate([prompt], decoding)[0] for prompt in prompts]
     assert model.generate(prompts, decoding) == alone
     assert len({one.tokens for [one] in alone}) > 1
+
+
+def test_int8_weights_write_almost_the_same_texts(model):
+    rounded = LocalModel(model.model, model.tokenizer, identity="same", weights="int8")
+    assert rounded.identity.endswith(" int8")  # its answers are kept apart
+    decoding = Decoding(max_tokens=24, temperature=0.0)
+    found, exact = (
+        [one.text for [one] in backend.generate(PROMPTS, decoding)] for backend in (rounded, model)
+    )
+    assert sum(mine[:20] == own[:20] for mine, own in zip(found, exact, strict=True)) >= 2
+    assert rounded.score(PROMPTS[:1], [" cat"]) == model.score(PROMPTS[:1], [" cat"])
+
+
+def test_int8_weights_are_refused_where_they_are_not_implemented(model):
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    with pytest.raises(UserError, match="one device"):
+        LocalModel(model.model, model.tokenizer, identity="", mesh=mesh, weights="int8")
