@@ -124,7 +124,7 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
         "the paper's": middle,
         "high": tuple(layer for layer in range(1, depth + 1) if layer > middle[-1]),
     }
-    learning = list(preference_records(config.data))[:200]
+    learning = list(preference_records(config.data[0]))[:200]
     rows, plain = [], tuned.params
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for name, layers in bands.items():

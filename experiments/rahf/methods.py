@@ -148,7 +148,7 @@ def policy_gradient(scale: str, **how: Any) -> TrainConfig:
     rollout = RolloutConfig(
         algorithm="regularised_policy_gradient",
         prompts=PAPER[1] if scale == "paper" else TRAIN,
-        eval_prompts=config.eval_data,
+        eval_prompts=config.eval_data[0] if config.eval_data else None,
         annotator=f"reward:{config.output}/rahf_reward{suffix}/export",
         max_prompt_length=256 if scale == "paper" else 128,
         max_tokens=512 if scale == "paper" else 32,

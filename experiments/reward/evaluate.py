@@ -22,7 +22,7 @@ HEADER = ("run", "pairs", "accuracy", "ECE", "orders agree", "P(shown first)", "
 def row(run: Path, triples: int = 1000) -> list[str]:
     """What is measured of one run, on the prompts that it held out."""
     config = read_run_config(run)
-    records = list(preference_records(config.data, bad_records="skip"))
+    records = list(preference_records(config.data[0], bad_records="skip"))
     held_out = split_holdout(records, config.holdout, seed=config.seed)[1]
     annotator = make_annotator(f"{MODELS[config.preference.loss]}:{run}")
     texts = [[str(record.prompt), str(record.chosen), str(record.rejected)] for record in held_out]

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from typing import Literal
 
-from jaxalign.config.fields import Finite
+from jaxalign.config.fields import Finite, Sources, listed
 from jaxalign.config.stage import StageConfig
 from jaxalign.errors import UserError
 from jaxalign.losses import LABELLED_LOSSES
@@ -19,10 +19,10 @@ class FeedbackConfig(StageConfig):
     "FILE.py:FUNCTION", a function of `LabelledLogProbs`."""
     loss_options: dict[str, Finite] = dataclasses.field(default_factory=dict)
     """Hyperparameters of the loss that differ from its defaults, e.g. beta 0.3."""
-    data: str | None = None
-    """Labelled responses {prompt, response or completion, label or score}. None: both responses of
-    every pair of the run."""
-    eval_data: str | None = None
+    data: Sources = ()
+    """Labelled responses {prompt, response or completion, label or score}, of one or several
+    sources, as in the run's `data`; by default both responses of every pair of the run."""
+    eval_data: Sources = ()
     """Held-out labelled responses; by default those of a fraction `holdout` of the prompts."""
     threshold: Finite | None = None
     """Smallest number that is a desirable label; None: labels are true or false, 1 or 0."""
@@ -34,6 +34,9 @@ class FeedbackConfig(StageConfig):
     balance: Literal["auto", "none"] = "auto"
     """Weights of unequally many labels, for KTO where `loss_options` sets neither: by the paper's
     rule (auto), or 1 (none)."""
+
+    def __post_init__(self):
+        listed(self, "data", "eval_data")
 
 
 def check_feedback(stage: FeedbackConfig) -> None:

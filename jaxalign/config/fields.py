@@ -72,6 +72,31 @@ Words = Annotated[
 """A text that the command line takes as one or several words."""
 
 
+Sources = Annotated[
+    tuple[str, ...] | str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="SOURCE[:WEIGHT] ...",
+        instance_from_str=tuple,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    ),
+]
+"""Sources of records; a config keeps them as a tuple (`listed`), whatever it is given."""
+
+
+def listed(config: Any, *names: str) -> None:
+    """Make tuples of fields that may be given as one text or None; for `__post_init__`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None or isinstance(value, str):
+            value = () if value is None else (value,)
+        value = tuple(value)
+        if value == ("None",):  # on a command line
+            value = ()
+        object.__setattr__(config, name, value)
+
+
 def check(config: Any) -> None:
     """Check that every field of a config, and of nested configs, has its type and range.
 

@@ -55,6 +55,9 @@ class MeshConfig:
     """Number of replicas; -1: all remaining devices."""
     fsdp: Parts = 1
     """Number of shards of parameters and optimiser state (ZeRO-3)."""
+    expert: Parts = 1
+    """Number of shards of the experts of a mixture; the batch and other parameters are split over
+    them, too."""
     sequence: Parts = 1
     """Number of shards of each row's positions, for long rows; parameters are sharded over them,
     too."""

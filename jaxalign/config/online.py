@@ -97,8 +97,25 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupEntanglementConfig:
+    """Statistics of the gradients of the responses to a prompt in the online stage."""
+
+    every: Count = 0
+    """Interval in steps at which it is logged what the responses to a prompt do to each other's
+    log-probs (exact inner products of all their gradients); 0: never. Costs two forward and
+    backward passes of the policy in these steps."""
+    parts: bool = False
+    """Whether to also log the numbers by layer and by kind of matrix."""
+    realised: bool = False
+    """Whether to also log how far the update moved the batch's own log-probs; costs one forward
+    pass."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineConfig(StageConfig):
     """The online stage: prompts per update are its batch size."""
 
     rollout: Annotated[RolloutConfig, short()] = RolloutConfig()
     """Sampling, annotation and algorithm."""
+    entanglement: GroupEntanglementConfig = GroupEntanglementConfig()
+    """Statistics of the gradients of the responses to a prompt during the online stage."""

@@ -4,7 +4,18 @@ import dataclasses
 from typing import Annotated, Literal
 
 from jaxalign.config.feedback import FeedbackConfig, check_feedback
-from jaxalign.config.fields import AtLeastOne, BelowOne, Count, Range, Seed, check
+from jaxalign.config.fields import (
+    AtLeastOne,
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Sources,
+    check,
+    listed,
+)
 from jaxalign.config.model import (
     ArchitectureConfig,
     LoraConfig,
@@ -38,11 +49,16 @@ class TrainConfig:
     """Folder or Hub name of the tokenizer; by default the model's own."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     """Architecture of the model that is initialised where `model` is "embedded"."""
-    data: str = "embedded"
+    data: Sources = ("embedded",)
     """Preference pairs: a file (.jsonl, .json, .parquet; .gz, .xz), tfds:NAME, a Hub name, or
-    "embedded"."""
-    eval_data: str | None = None
-    """Held-out pairs; by default those of a fraction `holdout` of the prompts."""
+    "embedded"; several make a mixture, in which "SOURCE:WEIGHT" is used more or less often
+    (default weight: 1) and every source is also evaluated by itself."""
+    data_temperature: Positive = 1.0
+    """Temperature T of a mixture: the shares of sources of n examples are proportional to their
+    weights times n^(1/T) (arXiv:1907.05019); a large one: to their weights alone."""
+    eval_data: Sources = ()
+    """Held-out pairs, of one or several sources; by default those of a fraction `holdout` of the
+    prompts of every source."""
     holdout: BelowOne = 0.1
     """Fraction of the prompts held out for evaluation where `eval_data` is not given."""
     bad_records: Literal["error", "skip"] = "error"
@@ -63,9 +79,9 @@ class TrainConfig:
     end_token: bool = True
     """Whether the end-of-sequence token follows a response."""
     max_records: AtLeastOne | None = None
-    """Largest number of training records; None: all."""
+    """Largest number of training records of each source; None: all."""
     max_eval_records: Count | None = 512
-    """Largest number of held-out records; None: all."""
+    """Largest number of held-out records of each source; None: all."""
     pretrain: PretrainingConfig = PretrainingConfig()
     """Next-token prediction on packed text."""
     sft: SupervisedConfig = SupervisedConfig()
@@ -78,6 +94,9 @@ class TrainConfig:
     """Online preference optimisation: prompts per update are its batch size."""
     representation: RepresentationConfig = RepresentationConfig()
     """Representation alignment: responses per update are its batch size."""
+    router_balance: NonNegative | None = None
+    """Weight of the load-balancing loss of a mixture of experts, in every stage that trains; None:
+    the model's own (`router_aux_loss_coef`)."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters in the SFT and preference stages, merged at the end of each stage."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,6 +128,7 @@ class TrainConfig:
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self):
+        listed(self, "data", "eval_data")
         check(self)
         for name, stage in self.stages().items():
             check_stage(name, stage)

@@ -81,7 +81,7 @@ def _build(cls: Any, value: Any, name: str) -> Any:
             **{key: _build(hints[key], item, f"{name}.{key}") for key, item in value.items()}
         )
     origin = typing.get_origin(cls)
-    if origin is tuple and isinstance(value, list):
+    if isinstance(value, list):  # of a tuple
         return tuple(value)
     if origin in (types.UnionType, typing.Union) and isinstance(value, Mapping):
         return _build(typing.get_args(cls)[0], value, name)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from jaxalign.config.fields import short
+from jaxalign.config.fields import Sources, listed, short
 from jaxalign.config.stage import StageConfig
 from jaxalign.errors import UserError
 
@@ -22,8 +22,9 @@ class PretrainingConfig(StageConfig):
 class SupervisedConfig(StageConfig):
     """Supervised fine-tuning: next-token prediction on responses."""
 
-    data: Annotated[str | None, short("sft-data")] = None
-    """Prompt and response records for the SFT stage; by default the chosen responses."""
+    data: Annotated[Sources, short("sft-data")] = ()
+    """Prompt and response records for the SFT stage, of one or several sources, as in `data`; by
+    default the chosen responses."""
     responses: Annotated[Literal["chosen", "rejected", "hindsight"], short("sft-responses")] = (
         "chosen"
     )
@@ -35,6 +36,9 @@ class SupervisedConfig(StageConfig):
     batch are others); auto: on CPUs and one GPU, where it was measured, if it saves
     a tenth of the computed positions. The choice is kept in the run folder for resuming."""
 
+    def __post_init__(self):
+        listed(self, "data")
+
 
 def check_supervised(stage: SupervisedConfig) -> None:
     """Check the fields that constrain each other.
@@ -45,5 +49,5 @@ def check_supervised(stage: SupervisedConfig) -> None:
     Raises:
       UserError: names the field.
     """
-    if stage.data is not None and stage.responses != "chosen":
+    if stage.data and stage.responses != "chosen":
         raise UserError(f"sft_responses: {stage.responses} reads pairs; leave out sft_data")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.balancing import TOLERANCE, balanced_groups
+from jaxalign.data.mixtures import Mixture, Part
 from jaxalign.errors import UserError
 
 Iterations = Any
@@ -46,19 +47,26 @@ class BatchOrder:
     """Batches of an epoch that are sorted together; 1 does not sort, nor make sizes equal."""
     epochs: int | None
     drop_remainder: bool
+    mixture: Mixture | Part | None = None
+    """Which examples an epoch has; None: all."""
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in an epoch."""
+        return len(self.lengths) if self.mixture is None else self.mixture.examples
 
     @property
     def num_batches(self) -> int | None:
         """Batches in all; None: no end."""
         if self.epochs is None:
             return None
-        examples = len(self.lengths) * self.epochs
+        examples = self.examples * self.epochs
         whole = examples // self.batch_size
         return whole if self.drop_remainder else -(-examples // self.batch_size)
 
     def batch(self, number: int) -> np.ndarray:
         """Int [batch_size or fewer]: the examples of a batch."""
-        examples, size = len(self.lengths), self.batch_size
+        examples, size = self.examples, self.batch_size
         start = number * size
         stop = start + size if self.epochs is None else min(start + size, examples * self.epochs)
         first, last = start // examples, (stop - 1) // examples
@@ -70,10 +78,17 @@ class BatchOrder:
         tail = self._ends(first)[1]
         return tail if first == last else np.concatenate([tail, self._ends(last)[0]])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
+    def _members(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch, in ascending order."""
+        if self.mixture is None:
             return np.arange(len(self.lengths))
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths))
+        return self.mixture.epoch(epoch, self.seed)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        members = self._members(epoch)
+        if not self.shuffle:
+            return members
+        return members[np.random.default_rng([self.seed, 0, epoch]).permutation(len(members))]
 
     def _ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's first and last examples, which share a batch with another epoch's.
@@ -92,35 +107,36 @@ class BatchOrder:
         return []
 
     def _draw_ends(self, epoch: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        examples = len(self.lengths)
+        examples, members = self.examples, self._members(epoch)
         head, tail = -epoch * examples % self.batch_size, (epoch + 1) * examples % self.batch_size
         if not self.shuffle:
-            return np.arange(head), np.arange(examples - tail, examples)
+            return members[:head], members[examples - tail :]
         rng = np.random.default_rng([self.seed, 2, epoch])
         nothing = np.empty(0, np.int64)
-        first = self._draw(rng, examples, before, head, before)
-        return first, self._draw(rng, examples, first, tail, nothing)
+        first = self._draw(rng, members, before, head, before)
+        return first, self._draw(rng, members, first, tail, nothing)
 
     def _draw(
         self,
         rng: np.random.Generator,
-        examples: int,
+        members: np.ndarray,
         taken: np.ndarray,
         number: int,
         beside: np.ndarray,
     ) -> np.ndarray:
-        """Int [number]: random examples, none of which is taken.
+        """Int [number]: random members of an epoch, none of which is taken.
 
         With `sizes`: the first draw whose sum, with the examples beside it, is about the mean of as
         many; else, of many draws, the one that exceeds the mean least.
         """
+        others = members[~np.isin(members, taken)]
         if self.sizes is None or self.window == 1 or not number:
-            return _draw_others(rng, examples, taken, number)
-        target = self.sizes.mean(0) * (number + len(beside))
+            return others[rng.choice(len(others), number, replace=False)]
+        target = self.sizes[members].mean(0) * (number + len(beside))
         given = self.sizes[beside].sum(0)
         best, least = None, np.inf
         for _ in range(DRAWS):
-            drawn = _draw_others(rng, examples, taken, number)
+            drawn = others[rng.choice(len(others), number, replace=False)]
             excess = (given + self.sizes[drawn].sum(0)) / np.maximum(target, 1) - 1
             if excess.max() < least:
                 best, least = drawn, excess.max()
@@ -154,16 +170,6 @@ class BatchOrder:
         return members[order].reshape(batches.shape)
 
 
-def _draw_others(
-    rng: np.random.Generator, examples: int, taken: np.ndarray, number: int
-) -> np.ndarray:
-    """Int [number]: different random examples, none of which is taken already."""
-    drawn = rng.choice(examples - len(taken), number, replace=False)
-    for hole in np.sort(taken):  # the k-th example that is not taken
-        drawn += drawn >= hole
-    return drawn
-
-
 def filled_batch(members: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The examples of a batch, filled with copies of the first one, and weights: 0 for copies."""
     copies = np.full(size - len(members), members[0], members.dtype)
@@ -187,6 +193,7 @@ def ordered_batches(
     shuffle: bool = True,
     window: int | None = None,
     drop_remainder: bool = False,
+    mixture: Mixture | Part | None = None,
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 8,
@@ -207,6 +214,7 @@ def ordered_batches(
       window: batches of an epoch that are sorted by length together (then all are shuffled); None:
         `WINDOW`, or 1 without `shuffle`, which keeps the order.
       drop_remainder: leave out a last, partial batch instead of padding it with weight 0.
+      mixture: which examples an epoch has; None: all.
       process_index: this process; it gets rows [i * local, (i + 1) * local) of every batch.
       process_count: processes that share each batch; all see the same shapes.
       prefetch: batches prepared ahead, by threads.
@@ -223,6 +231,7 @@ def ordered_batches(
         shuffle=shuffle,
         window=window,
         drop_remainder=drop_remainder,
+        mixture=mixture,
     )
     check_share(order, process_index, process_count)
 
@@ -244,6 +253,7 @@ def batch_order(
     shuffle: bool = True,
     window: int | None = None,
     drop_remainder: bool = False,
+    mixture: Mixture | Part | None = None,
 ) -> BatchOrder:
     """A `BatchOrder`, its numbers checked; the arguments are those of `ordered_batches`."""
     window = (WINDOW if shuffle else 1) if window is None else window
@@ -256,6 +266,7 @@ def batch_order(
         window=window,
         epochs=epochs,
         drop_remainder=drop_remainder,
+        mixture=mixture,
     )
     if window < 1:
         raise UserError(f"window: {window} is not a number of batches; use 1 or more")
@@ -265,7 +276,7 @@ def batch_order(
         raise UserError(f"batch_size: {batch_size} is not a number of examples; use 1 or more")
     if order.num_batches == 0:
         raise UserError(
-            f"batch_size: {batch_size} is more than the {len(lengths)} "
+            f"batch_size: {batch_size} is more than the {order.examples} "
             "examples, and partial batches are dropped"
         )
     return order

@@ -79,7 +79,7 @@ class Packer:
         order = self.order
         if order.batch_size % self.packing.rows:
             return None
-        number = max(FIRST, -(-len(order.lengths) // order.batch_size) + 1)
+        number = max(FIRST, -(-order.examples // order.batch_size) + 1)
         if order.num_batches is not None:
             number = min(number, order.num_batches)
         most = np.max([self._rows(order.batch(at))[2] for at in range(number)], axis=0)

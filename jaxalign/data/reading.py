@@ -105,7 +105,7 @@ def split_name(source: str) -> tuple[str, str]:
     """
     place = source.partition("@")[2] if source.startswith("tfds:") else source
     name, mark, split = source.rpartition("#")
-    if not mark or _exists(place) or not (_SPLIT.fullmatch(split) or _exists(name)):
+    if not mark or exists(place) or not (_SPLIT.fullmatch(split) or exists(name)):
         return source, ""
     return name, split
 
@@ -113,7 +113,8 @@ def split_name(source: str) -> tuple[str, str]:
 _SPLIT = re.compile(r"([\w.-]*)(?:\[(-?\d*%?):(-?\d*%?)\])?")
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Whether there is a file or folder of this name."""
     try:
         return bool(name) and Path(name).expanduser().exists()
     except (OSError, RuntimeError):  # too long, no permission, no such user

@@ -1,4 +1,4 @@
-"""The exact Gram matrix of the two gradients of every pair, for fixed parameters."""
+"""The exact Gram matrices of the gradients of pairs and groups, for fixed parameters."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,15 @@ from jaxtyping import Array, Float
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.entanglement.conditions import PairGeometry
-from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
+from jaxalign.entanglement.groups import GroupGeometry
+from jaxalign.entanglement.probing import (
+    Contributions,
+    contributions,
+    symmetric,
+    total,
+    unweighted,
+    zero_probes,
+)
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.lora import with_adapters
@@ -46,19 +54,101 @@ def pair_geometry(
       The pairs' Gram matrices, each field [pairs] in float32. See `probing`
       for values by layer and by kind of matrix.
     """
-    rows = jax.tree.map(jnp.asarray, batch.rows())
-    tokens, response_tokens = rows.tokens, rows.response_tokens
-    probes = zero_probes(params, config, tokens, response_tokens, adapters=adapters)
+    parts = row_contributions(
+        params,
+        config,
+        batch,
+        jnp.ones(()),
+        adapters=adapters,
+        adapter_scale=adapter_scale,
+        compute=compute,
+    )
+    return unweighted(total(parts), jnp.ones(batch.response_length.shape))
+
+
+def group_geometry(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    batch: PairBatch,
+    coefficients: Float[Array, "prompts samples response"],
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    adapter_scale: float = 1.0,
+    compute: Compute = Compute(),
+) -> dict[str, GroupGeometry]:
+    """`groups.GroupGeometry` of the responses to each prompt, by one backward pass.
+
+    Every response has two rows: one whose tokens are weighted by their coefficients, and one whose
+    tokens all have weight 1. Their Gram matrix has both kinds of inner products.
+
+    Args:
+      params: nested dict of arrays.
+      config: the architecture.
+      batch: prompts with several responses each.
+      coefficients: minus the derivatives of a loss with respect to the tokens' log-probs.
+      adapters: low-rank updates; if given, they alone are the trained parameters.
+      adapter_scale: factor on the updates, alpha / rank.
+      compute: precision and memory.
+
+    Returns:
+      Path of each matrix ("layers/q") -> its contribution, which has an axis of layers after that
+      of prompts where layers are stacked; "" -> the sum over all trained parameters. In float32.
+    """
+    samples = coefficients.shape[1]
+    names = "tokens", "prompt_length", "response_tokens", "response_length"
+    fields = {name: jnp.concatenate([jnp.asarray(getattr(batch, name))] * 2, 1) for name in names}
+    twice = PairBatch(**fields, record_index=batch.record_index, weight=batch.weight)
+    parts = row_contributions(
+        params,
+        config,
+        twice,
+        jnp.concatenate([coefficients, jnp.ones_like(coefficients)], axis=1),
+        adapters=adapters,
+        adapter_scale=adapter_scale,
+        compute=compute,
+    )
+
+    def of_responses(products: Array) -> GroupGeometry:
+        whole = symmetric(products)[..., samples:, :]
+        return GroupGeometry(gradients=whole[..., samples:], effects=whole[..., :samples])
+
+    return {path: of_responses(x) for path, x in {"": total(parts), **parts}.items()}
+
+
+def row_contributions(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    batch: PairBatch,
+    weights: Float[Array, "..."],
+    *,
+    adapters: Mapping[str, Any] | None,
+    adapter_scale: float,
+    compute: Compute,
+) -> Contributions:
+    """Contributions of each matrix to the Gram matrices of the sides' weighted log-probs.
+
+    Args:
+      params: as in `pair_geometry`.
+      config: as in `pair_geometry`.
+      batch: groups of rows.
+      weights: of the tokens.
+      adapters: as in `pair_geometry`.
+      adapter_scale: as in `pair_geometry`.
+      compute: as in `pair_geometry`.
+    """
+    rows, (_, sides, _) = jax.tree.map(jnp.asarray, batch.rows()), batch.response_tokens.shape
+    of_batch = config, rows.tokens, rows.response_tokens
+    probes = zero_probes(params, *of_batch, sides=sides, adapters=adapters)
 
     def log_probs(probes: Any) -> Float[Array, ""]:
         if adapters is None:
             policy = with_probes(params, probes)
         else:
             policy = with_adapters(params, with_probes(adapters, probes), adapter_scale)
-        return response_log_probs(policy, config, rows, compute=compute).log_prob.sum()
+        found = response_log_probs(policy, config, rows, compute=compute).log_prob
+        return jnp.sum(weights * found.reshape(batch.response_tokens.shape))
 
-    parts = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
-    return unweighted(total(parts), jnp.ones((tokens.shape[0] // 2, 2)))
+    return contributions(jax.grad(log_probs)(probes), *of_batch, sides=sides)
 
 
 def two_pass_geometry(

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int
 from jaxalign.entanglement.conditions import PairGeometry
 from jaxalign.models import devices
 from jaxalign.models.probes import (
-    by_pairs,
     factored_gram,
+    number_of_sides,
     probes_of,
+    side_pairs,
     token_products,
 )
 from jaxalign.models.responses import embedding_ids
@@ -22,7 +23,7 @@ SMALLEST = 1e-12
 """Gradients with a smaller weight cannot be recovered with enough digits."""
 
 Tree = Mapping[str, Any]
-Contributions = dict[str, Float[Array, "pairs ... 3"]]
+Contributions = dict[str, Float[Array, "groups ... products"]]
 Rows = Int[AnyArray, "rows length"]
 Responses = Int[AnyArray, "rows response"]
 
@@ -33,26 +34,28 @@ def zero_probes(
     tokens: Rows,
     response_tokens: Responses,
     *,
+    sides: int = 2,
     adapters: Tree | None = None,
 ) -> dict[str, Any]:
-    """Probes (zeros) beside the trained parameters, for a batch of pairs.
+    """Probes (zeros) beside the trained parameters, for a batch of pairs or larger groups.
 
     Args:
       params: the model's nested dict of arrays.
       config: `DecoderConfig` or `EncoderDecoderConfig`.
-      tokens: [2 pairs, length]; chosen and rejected alternate.
-      response_tokens: [2 pairs, response].
+      tokens: [2 pairs, length]; chosen and rejected alternate. In general [groups sides, length].
+      response_tokens: [groups sides, response].
+      sides: rows of a group.
       adapters: if given, they alone are the trained parameters.
 
     Returns:
       A tree for `models.probes.with_probes`, over the adapters if given, else over the parameters.
     """
-    pairs = tokens.shape[0] // 2
+    groups, number = tokens.shape[0] // sides, sides * (sides + 1) // 2
     read = embedding_ids(config, tokens, response_tokens).shape
 
     def zero(path: tuple[str, ...], arrays: Mapping[str, Array]) -> dict[str, Array]:
         stacked = (next(iter(arrays.values())).shape[0],) if "layers" in path else ()
-        probe = {"probe": jnp.zeros((*stacked, pairs, 3))}
+        probe = {"probe": jnp.zeros((*stacked, groups, number))}
         if "embedding" not in arrays or path[0] in ("encoder", "decoder"):
             return probe
         width = arrays["embedding"].shape[-1]
@@ -61,25 +64,27 @@ def zero_probes(
         lookup = {"lookup": jnp.zeros((*read, width))}
         if not config.tied:
             return lookup
-        return lookup | probe | {"rows": jnp.zeros((pairs, 2, 2 * read[1], width))}
+        return lookup | probe | {"rows": jnp.zeros((groups, sides, sides * read[1], width))}
 
     return probes_of(params if adapters is None else adapters, zero)
 
 
 def contributions(
-    cotangents: Tree, config: Any, tokens: Rows, response_tokens: Responses
+    cotangents: Tree, config: Any, tokens: Rows, response_tokens: Responses, *, sides: int = 2
 ) -> Contributions:
-    """Contribution of each node of the parameter tree to the pairs' Gram matrices.
+    """Contribution of each node of the parameter tree to the groups' Gram matrices.
 
     Args:
       cotangents: of the `zero_probes`.
       config: of the model.
       tokens: as in `zero_probes`.
       response_tokens: as in `zero_probes`.
+      sides: as in `zero_probes`.
 
     Returns:
-      Path of the node ("layers/q") -> [pairs, layers, 3] where layers are stacked, else [pairs, 3]:
-      n_w, n_l and the inner product, each times the weights of the log-probs concerned.
+      Path of the node ("layers/q") -> [groups, layers, products] where layers are stacked, else
+      [groups, products]: for pairs n_w, n_l and the inner product, each times the weights of the
+      log-probs concerned; for larger groups in the order of `models.probes.side_pairs`.
     """
     parts: Contributions = {}
 
@@ -92,7 +97,7 @@ def contributions(
             ids = embedding_ids(config, tokens, response_tokens)
             if path == ("positions",):
                 ids = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-            of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"))
+            of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"), sides)
             total = of_input if total is None else total + of_input
         if total is not None:
             parts["/".join(path)] = total
@@ -107,29 +112,29 @@ def contributions(
 def _lookup_gram(
     cotangents: Float[Array, "rows length width"],
     ids: Rows,
-    other: Float[Array, "pairs 2 both_lengths width"] | None,
-) -> Float[Array, "pairs 3"]:
+    other: Float[Array, "groups sides all_lengths width"] | None,
+    sides: int,
+) -> Float[Array, "groups products"]:
     """The Gram matrices of an embedding's gradients, including its use as unembedding.
 
     The gradients of rows with equal ids add up, so two cotangents have an inner product where their
     ids are equal. `other` has the rows of the unembedding's gradient at the same ids.
     """
-    pairs = ids.shape[0] // 2
+    first, second = side_pairs(sides)
 
-    def of_pair(inputs: tuple[Array, Array, Array | None]) -> Array:
+    def of_group(inputs: tuple[Array, Array, Array | None]) -> Array:
         x, ids, other = inputs
-        same = ids[:, :, None] == ids[:, None, :], ids[0][:, None] == ids[1][None, :]
-        total = factored_gram(token_products(x), same)
+        same = ids[first][:, :, None] == ids[second][:, None, :]
+        total = factored_gram(token_products(x), same.astype(x.dtype))
         if other is not None:
-            rows = other.reshape(2, 2, -1, x.shape[-1])  # of whose gradient, at whose tokens
+            rows = other.reshape(sides, *x.shape)  # of whose gradient, at whose tokens
             meet = jnp.sum(jnp.sum(rows * x[None], axis=-1), axis=-1)
-            own, cross = jnp.diagonal(meet), meet[0, 1] + meet[1, 0]
-            total = total + jnp.concatenate([2 * own, cross[None]])
+            total = total + (meet + meet.T)[first, second]
         return total
 
-    x = by_pairs(cotangents.astype(jnp.float32), pairs)
-    inputs = x, ids.reshape(pairs, 2, -1), other
-    return jax.lax.map(of_pair, inputs) if devices.is_single_cpu() else jax.vmap(of_pair)(inputs)
+    x = cotangents.astype(jnp.float32).reshape(-1, sides, *cotangents.shape[1:])
+    inputs = x, ids.reshape(-1, sides, ids.shape[1]), other
+    return jax.lax.map(of_group, inputs) if devices.is_single_cpu() else jax.vmap(of_group)(inputs)
 
 
 def unweighted(
@@ -154,6 +159,14 @@ def unweighted(
     )
 
 
-def total(parts: Contributions) -> Float[Array, "pairs 3"]:
+def symmetric(products: Float[Array, "groups ... products"]) -> Float[Array, "groups ... s s"]:
+    """The Gram matrices of groups from their entries."""
+    sides = number_of_sides(products)
+    first, second = side_pairs(sides)
+    whole = jnp.zeros((*products.shape[:-1], sides, sides), products.dtype)
+    return whole.at[..., first, second].set(products).at[..., second, first].set(products)
+
+
+def total(parts: Contributions) -> Float[Array, "groups products"]:
     """The sum over all parameters."""
     return sum((x.sum(1) if x.ndim == 3 else x for x in parts.values()), jnp.zeros(()))

@@ -142,7 +142,9 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
     back = jnp.matmul(output_gradient, kernel.T.astype(jnp.float32), precision=HIGHEST)
 
     def batched(of_token: Callable[[Array], Any], cotangents: Array) -> Any:
-        return jax.lax.map(of_token, cotangents, batch_size=min(chunk, length))
+        # Grouped products of accelerators have no batches.
+        size = None if config.experts is not None else min(chunk, length)
+        return jax.lax.map(of_token, cotangents, batch_size=size)
 
     def of_norm(side: int) -> tuple[Array, Any]:
         """Cotangents of the last layer's states for each token, and the final norm's gradients."""

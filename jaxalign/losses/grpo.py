@@ -38,6 +38,7 @@ def group_advantages(
     if rewards.shape[-1] < 2:
         raise UserError("group_advantages: 1 response per prompt is no group: sample 2 or more")
     rewards = jax.lax.stop_gradient(rewards)
+    rewards = rewards - rewards[..., :1]  # so that equal ones are exactly 0
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     if not scaled:
         return centred

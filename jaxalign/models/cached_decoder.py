@@ -14,13 +14,14 @@ from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.decoder import Layout, embed, states_keys_values
 from jaxalign.models.decoder_layer import (
+    feed_forward,
     layer_kinds,
     norm,
     one_layer,
     queries_keys_values,
     rotations,
 )
-from jaxalign.models.layers import dense, mlp_branch, softcap
+from jaxalign.models.layers import dense, softcap
 from jaxalign.models.precision import precision
 from jaxalign.records import AnyArray, record
 
@@ -187,7 +188,7 @@ def advance_several(
             return dense(mixed.astype(y.dtype), layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
-            return mlp_branch(y, layer, config)
+            return feed_forward(y, layer, config)
 
         return one_layer(devices.by_rows(x), layer, config, attend=attend, mlp=mlp)
 

@@ -72,6 +72,33 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of every layer's MLP.
+
+    Attributes:
+      number: of experts in a layer.
+      active: experts that each token is sent to: those with the largest probabilities.
+      width: inner width of an expert.
+      renormalised: whether the probabilities of a token's experts are divided by their sum.
+      balance_weight: of the load-balancing loss in training (`experts.balance_loss`).
+    """
+
+    number: int
+    active: int
+    width: int
+    renormalised: bool
+    balance_weight: float = 0.0
+
+    def __post_init__(self):
+        if min(self.number, self.width) < 1:
+            raise UserError(f"experts: {self.number} of width {self.width}; both are positive")
+        if not 1 <= self.active <= self.number:
+            raise UserError(f"experts: {self.active} of {self.number} cannot be active for a token")
+        if not 0 <= self.balance_weight < math.inf:
+            raise UserError(f"balance weight: {self.balance_weight} is not a number of 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """One decoder-only transformer; hashable, so it can be a static argument of `jax.jit`.
 
@@ -89,6 +116,7 @@ class DecoderConfig:
       windowed: per layer, whether it is a sliding-window layer; empty means none is.
       residual_scale: factor on what each branch adds to the residual stream; None is 1.
       query_scale: factor on query-key products; None is head_width ** -0.5.
+      experts: a mixture of experts in place of each layer's MLP; None: there is none.
       source: the JSON text this config was read from, kept so that saving loses no field.
     """
 
@@ -126,6 +154,7 @@ class DecoderConfig:
     query_scale: float | None = None
     tied: bool = False
     initializer_range: float = 0.02
+    experts: Experts | None = None
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):

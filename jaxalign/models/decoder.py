@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.errors import UserError
 from jaxalign.models import devices
@@ -16,12 +16,14 @@ from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder_layer import (
     LayerKind,
     attention_branch,
+    feed_forward,
     layer_kinds,
     norm,
     one_layer,
     rotations,
 )
-from jaxalign.models.layers import look_up, mlp_branch, softcap
+from jaxalign.models.experts import expert_shapes
+from jaxalign.models.layers import look_up, softcap
 from jaxalign.models.module import Model
 from jaxalign.models.precision import multiply
 from jaxalign.models.sequences import Sequences
@@ -42,6 +44,8 @@ class Layout:
         needs `positions`.
       positions: by default counted from each row's first real token, or from the first token of
         each segment.
+      real: the tokens that count in statistics of experts; None: those outside of the padding, as
+        mask and segments say it.
       reach: no token sees one as many or more places before it in the row; None: unknown. Needs
         `prefix_ids`.
       sequences: the same as segments and prefixes say, for a GPU's fused kernel; None: unknown.
@@ -52,6 +56,7 @@ class Layout:
     prefix_ids: Int[AnyArray, "rows length"] | None = None
     positions: Int[AnyArray, "rows length"] | None = None
     sequences: Sequences | None = None
+    real: Bool[AnyArray, "rows length"] | None = None
     reach: int | None = static(None)
 
 
@@ -72,11 +77,14 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
         "k": kernel(width, kv, config.qkv_bias),
         "v": kernel(width, kv, config.qkv_bias),
         "o": kernel(heads, width, config.output_bias),
-        "up": kernel(width, config.mlp_width, config.mlp_bias),
-        "down": kernel(config.mlp_width, width, config.mlp_bias),
     }
-    if config.gated:
-        layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
+    if config.experts is not None:
+        layers |= expert_shapes(config, config.experts)
+    else:
+        layers["up"] = kernel(width, config.mlp_width, config.mlp_bias)
+        layers["down"] = kernel(config.mlp_width, width, config.mlp_bias)
+        if config.gated:
+            layers["gate"] = kernel(width, config.mlp_width, config.mlp_bias)
     if config.norm_placement != "post":
         layers["attention_norm"] = norms(config.layers, width)
     if config.norm_placement not in ("post", "shared"):
@@ -211,6 +219,9 @@ def begin_layers(
         visible |= {"prefix_ids": layout.prefix_ids, "positions": positions}
         visible |= {"reach": layout.reach, "sequences": layout.sequences}
     angles = rotations(config, positions)
+    real = layout.real
+    if real is None and segments is not None:
+        real = segments != 0
 
     def layer(x: Array, inputs: tuple[Mapping[str, Any], LayerKind]) -> tuple[Array, Any]:
         own, kind = inputs
@@ -229,7 +240,7 @@ def begin_layers(
 
         def mlp(y: Array) -> Array:
             with jax.named_scope("mlp"):
-                return mlp_branch(y, own, config)
+                return feed_forward(y, own, config, real=real)
 
         return one_layer(devices.by_rows(x), own, config, attend=attend, mlp=mlp)
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
-from jaxalign.models.layers import dense, layer_norm, rms_norm
+from jaxalign.models.experts import experts_branch
+from jaxalign.models.layers import dense, layer_norm, mlp_branch, rms_norm
 from jaxalign.models.rope import rope_angles, rotate
 
 Rotations = list[tuple[Array, Array]]
@@ -125,6 +126,26 @@ def attention_branch(
         mixed = attend(q, k, v)
     mixed = mixed.reshape(*x.shape[:2], -1)
     return dense(mixed, layer["o"]), (k, v)
+
+
+def feed_forward(
+    x: Float[Array, "rows length width"],
+    layer: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    real: Bool[Array, "rows length"] | None = None,
+) -> Float[Array, "rows length width"]:
+    """What a layer's MLP, or its experts, add to the residual stream.
+
+    Args:
+      x: what the MLP reads.
+      layer: its parameters.
+      config: the decoder.
+      real: the tokens that count in the experts' statistics; None: all.
+    """
+    if config.experts is None:
+        return mlp_branch(x, layer, config)
+    return experts_branch(x, layer, config, real=real)
 
 
 def one_layer(

@@ -139,6 +139,12 @@ def splits_length() -> bool:
     return shardings is not None and parts(shardings[0], 1) > 1
 
 
+def state_sharding() -> NamedSharding | None:
+    """How states [rows, length, ...] are sharded; None: unknown."""
+    shardings = _SHARDINGS.get()
+    return None if shardings is None else shardings[0]
+
+
 def head_sharding() -> NamedSharding | None:
     """How queries, keys and values [rows, length, heads, head_width] are sharded; None: unknown."""
     shardings = _SHARDINGS.get()

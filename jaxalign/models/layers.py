@@ -56,22 +56,22 @@ def mlp_branch(
     """What a layer's MLP adds to the residual stream."""
     up = dense(x, layer["up"])
     gate = dense(x, layer["gate"]) if config.gated else None
-    return dense(_activated(ACTIVATIONS[config.activation], up, gate), layer["down"])
+    return dense(activated(ACTIVATIONS[config.activation], up, gate), layer["down"])
 
 
-def _activated(activation: Callable[[Array], Array], up: Array, gate: Array | None) -> Array:
+def activated(activation: Callable[[Array], Array], up: Array, gate: Array | None) -> Array:
     """The activation of `up`, or `up` times that of the gate; 16 bits are rounded once, at the end.
 
     The backward pass recomputes it from what it reads, so that nothing is kept in float32.
     """
 
-    def activated(up: Array, gate: Array | None) -> Array:
+    def plain(up: Array, gate: Array | None) -> Array:
         return activation(up) if gate is None else activation(gate) * up
 
     if up.dtype.itemsize > 2:
-        return activated(up, gate)
+        return plain(up, gate)
     wide = jax.checkpoint(
-        lambda *xs: activated(*jax.tree.map(lambda x: x.astype(jnp.float32), xs)).astype(up.dtype),
+        lambda *xs: plain(*jax.tree.map(lambda x: x.astype(jnp.float32), xs)).astype(up.dtype),
         prevent_cse=False,
     )
     return wide(up, gate)

@@ -15,10 +15,11 @@ from jaxalign.models import devices
 from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
-    by_pairs,
+    by_groups,
     factored_gram,
     forms_gradients,
     gram,
+    number_of_sides,
     row_gradients,
     token_products,
 )
@@ -26,9 +27,9 @@ from jaxalign.models.products import in_float32, input_gradient, kernel_gradient
 from jaxalign.records import AnyArray, record
 
 # Tokens and logits of a block. On a CPU: about the size of a core's cache. On accelerators, per
-# device: narrow blocks of many tokens, since a block's gradients are summed over devices.
-CPU_BLOCK = (512, 2**20)
-ACCELERATOR_BLOCK = (2**15, 2**25)
+# device: narrow blocks of many tokens, since a block's gradients are summed over devices. By the
+# TPU compiler's cost model (`benchmarks.head`) 2**26 logits take 3 to 20 % less time than 2**25.
+BLOCKS = {"cpu": (512, 2**20), "gpu": (2**15, 2**25), "tpu": (2**15, 2**26)}
 NEVER = -1e30  # logit of an ignored column: finite, so that 0 * NEVER is 0
 
 
@@ -53,14 +54,14 @@ class UnembeddingProbe:
 
     Attributes:
       gram: its cotangent is the Gram matrix of kernel and bias together.
-      rows: where the kernel is tied to the embedding: its cotangent is, for either sequence of a
-        pair, the gradient's rows at the tokens that the pair looks up. None: not tied.
-      tokens: these tokens, the chosen sequence's, then the rejected one's. None: not tied.
+      rows: where the kernel is tied to the embedding: its cotangent is, for each sequence of a
+        group, the gradient's rows at the tokens that the group looks up. None: not tied.
+      tokens: these tokens, one sequence's after the other's. None: not tied.
     """
 
-    gram: Float[AnyArray, "pairs 3"]
-    rows: Float[AnyArray, "pairs 2 tokens width"] | None = None
-    tokens: Int[AnyArray, "pairs tokens"] | None = None
+    gram: Float[AnyArray, "groups products"]
+    rows: Float[AnyArray, "groups sides tokens width"] | None = None
+    tokens: Int[AnyArray, "groups tokens"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,9 @@ def _plan(tokens, vocabulary, token_block, vocab_block, softcap, scale) -> _Plan
     for name, value in (("token_block", token_block), ("vocab_block", vocab_block)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is not positive")
-    usual, block_logits = CPU_BLOCK
+    usual, block_logits = BLOCKS.get(devices.platform(), BLOCKS["gpu"])
     if devices.platform() != "cpu":
-        usual, block_logits = (size * devices.device_count() for size in ACCELERATOR_BLOCK)
+        usual, block_logits = (size * devices.device_count() for size in (usual, block_logits))
     token_blocks = max(1, -(-tokens // (token_block or usual)))
     # A divisor of the tokens needs no padding; take the next one if it is not far.
     near = (n for n in range(token_blocks, 2 * token_blocks) if tokens % n == 0)
@@ -223,17 +224,17 @@ def _gradients(plan: _Plan, slope_at: Any, hidden, kernel, bias, rows):
 
 
 def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, probe):
-    """`_gradients` of tokens that belong to pairs, and the cotangents of their probe.
+    """`_gradients` of tokens that belong to groups, and the cotangents of their probe.
 
     Each row's own gradient of a block of columns is computed, used and summed; or, where that
     costs more, the tokens' inner products are summed over the blocks. `slope_of` takes the indices
     of columns instead of a block's first one.
     """
-    pairs, width, at = probe.gram.shape[0], hidden.shape[-1], precision(hidden.dtype)
-    hiddens = by_pairs(hidden, pairs)
-    rows = jax.tree.map(lambda x: x.reshape(pairs, -1), rows)
+    groups, width, at = probe.gram.shape[0], hidden.shape[-1], precision(hidden.dtype)
+    sides, hiddens = number_of_sides(probe.gram), by_groups(hidden, probe.gram)
+    rows = jax.tree.map(lambda x: x.reshape(groups, -1), rows)
     response = hiddens.shape[2]
-    forms = forms_gradients(response, width, plan.vocabulary)
+    forms = forms_gradients(response, width, plan.vocabulary, sides)
     product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
 
     def vocabulary_step(carry, first):
@@ -241,36 +242,35 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
         block, bias_block = _columns(plan, kernel, bias, first, hidden.dtype)
         slope, start = slope_of(plan.columns(first)), plan.start(first)
 
-        def of_pair(x, row, sums):
+        def of_group(x, row, sums):
             z = _logits(plan, x.reshape(-1, width), block, bias_block, first)
-            d_z = _through_form(plan, z, slope(z, row)).reshape(2, response, -1)
+            d_z = _through_form(plan, z, slope(z, row)).reshape(sides, response, -1)
             d_bias_rows, d_z = d_z.sum(1), d_z.astype(x.dtype)
             flat = d_z.reshape(-1, d_z.shape[-1])
             d_x = input_gradient(flat, block)
             new = dict(sums, d_x=sums["d_x"] + d_x.reshape(x.shape))
             own = row_gradients(d_z, x) if forms else None
             if own is None:
-                products = token_products(d_z)
-                new["products"] = jax.tree.map(jnp.add, sums["products"], products)
+                new["products"] = sums["products"] + token_products(d_z)
                 d_block = kernel_gradient(flat, x.reshape(-1, width))
             else:
                 new["gram"] = sums["gram"] + gram(*own)
-                d_block = own[0] + own[1]
+                d_block = sum(own[1:], own[0])
             if bias is not None:
-                new["gram"] = new["gram"] + gram(d_bias_rows[:1], d_bias_rows[1:])
+                new["gram"] = new["gram"] + gram(*d_bias_rows[:, None])
             return (d_block, d_bias_rows.sum(0)), new
 
         inputs = hiddens, rows, sums
         if devices.is_single_cpu():
 
             def step(total, inputs):
-                added, new = of_pair(*inputs)
+                added, new = of_group(*inputs)
                 return jax.tree.map(jnp.add, total, added), new
 
             zeros = jnp.zeros(block.T.shape), jnp.zeros(block.shape[1])
             (d_block, d_bias_block), sums = jax.lax.scan(step, zeros, inputs)
         else:
-            added, sums = jax.vmap(of_pair)(*inputs)
+            added, sums = jax.vmap(of_group)(*inputs)
             d_block, d_bias_block = (x.sum(0) for x in added)
         d_kernel = _add_at(d_kernel, d_block, start, axis=0)
         if bias is not None:
@@ -279,11 +279,10 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
 
     sums: dict[str, Any] = {
         "d_x": jnp.zeros(hiddens.shape, jnp.float32),
-        "gram": jnp.zeros((pairs, 3), jnp.float32),
+        "gram": jnp.zeros(probe.gram.shape, jnp.float32),
     }
     if not forms:
-        square = response, response
-        sums["products"] = (jnp.zeros((pairs, 2, *square)), jnp.zeros((pairs, *square)))
+        sums["products"] = jnp.zeros((*probe.gram.shape, response, response))
     carry: Any = (
         jnp.zeros(kernel.T.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
@@ -305,7 +304,7 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
             biases = None if bias is None else jnp.take(bias, tokens).astype(jnp.float32)
             z = _products(plan, x.reshape(-1, width), columns, biases)
             d_z = _through_form(plan, z, slope_of(tokens)(z, row)).astype(x.dtype)
-            return product("nrt,nri->nti", d_z.reshape(2, response, -1), x)
+            return product("nrt,nri->nti", d_z.reshape(sides, response, -1), x)
 
         inputs = hiddens, rows, probe.tokens
         of_all = jax.lax.map if devices.is_single_cpu() else lambda f, xs: jax.vmap(f)(xs)
@@ -449,8 +448,8 @@ def token_log_probs(
       collision: whether to compute C, through which no gradient flows.
       token_block: maximum number of tokens in a block; None chooses.
       vocab_block: maximum number of columns in a block; None chooses.
-      probe: watches the unembedding's gradients; tokens are then those of 2 pairs rows of the
-        same length, chosen and rejected in turn.
+      probe: watches the unembedding's gradients; tokens are then those of rows of the same
+        length, the sides of one group after those of another.
 
     Returns:
       Float32 log-probs, entropies and C or None, [tokens]; uniform logits give -log(vocabulary),

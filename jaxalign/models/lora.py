@@ -20,18 +20,19 @@ Adapter = Mapping[str, Any]
 Adapters = dict[str, Any]
 
 
-def matrix_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+def matrix_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Path ("layers/q") -> [layers, inputs, outputs] of every matrix that can have an adapter.
 
-    These are the stacked kernels below a "layers" anywhere in the tree, encoder-decoders' too.
+    These are the stacked kernels below a "layers" anywhere in the tree, encoder-decoders' too; of
+    experts, [layers, experts, inputs, outputs].
     """
-    shapes: dict[str, tuple[int, int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def walk(tree: Mapping[str, Any], names: tuple[str, ...]) -> None:
         for name, value in tree.items():
             if isinstance(value, Mapping):
                 walk(value, (*names, name))
-            elif name == "kernel" and "layers" in names and len(value.shape) == 3:
+            elif name == "kernel" and "layers" in names and len(value.shape) >= 3:
                 shapes["/".join(names)] = value.shape
 
     walk(params, ())
@@ -104,7 +105,8 @@ def init_adapters(
 
     Returns:
       A tree that mirrors the parameters' paths, {"layers": {"q": {"a": [layers, in, rank],
-      "b": [layers, rank, out]}, ...}}, in float32.
+      "b": [layers, rank, out]}, ...}}, in float32; experts have an adapter each, [layers, experts,
+      in, rank].
 
     Raises:
       UserError: if the rank is below 1, or there are no targets, or one names no matrix.
@@ -117,12 +119,12 @@ def init_adapters(
         raise UserError("lora.targets: empty; name at least one matrix, or '*' for all")
     flat: dict[str, Adapter] = {}
     for path in paths:
-        layers, inputs, outputs = shapes[path]
+        *lead, inputs, outputs = shapes[path]
         bound = inputs**-0.5
         a = jax.random.uniform(
-            _own_key(key, path), (layers, inputs, rank), jnp.float32, minval=-bound, maxval=bound
+            _own_key(key, path), (*lead, inputs, rank), jnp.float32, minval=-bound, maxval=bound
         )
-        flat[path] = {"a": a, "b": jnp.zeros((layers, rank, outputs), jnp.float32)}
+        flat[path] = {"a": a, "b": jnp.zeros((*lead, rank, outputs), jnp.float32)}
     return nested(flat)
 
 
@@ -149,7 +151,7 @@ def with_dropout(adapters: Mapping[str, Any], key: Array, *, rate: float) -> Ada
       they are for a rate of 0.
 
     Raises:
-      UserError: if the rate is not in [0, 1).
+      UserError: if the rate is not in [0, 1), or there are adapters of experts.
     """
     if not 0.0 <= rate < 1.0:
         raise UserError(f"lora.dropout: {rate} is not in [0, 1)")
@@ -157,6 +159,11 @@ def with_dropout(adapters: Mapping[str, Any], key: Array, *, rate: float) -> Ada
         return dict(adapters)
 
     def seeded(path: str, adapter: Adapter) -> Adapter:
+        if adapter["a"].ndim > 3:
+            raise UserError(
+                f"lora.dropout: {rate} on {path}: adapters of experts have no dropout (PEFT's have "
+                "none either); set 0, or leave the experts out of lora.targets"
+            )
         layers = adapter["a"].shape[0]
         keys = jax.random.split(_own_key(key, path), layers)
         rates = jnp.full((layers,), rate, jnp.float32)
@@ -208,7 +215,7 @@ def merge(
     """
     if "a" in adapters:
         a, b = (jnp.asarray(adapters[name], jnp.float32) for name in ("a", "b"))
-        update = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+        update = jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
         kernel = jnp.asarray(params["kernel"])
         summed = kernel.astype(jnp.float32) + update * jnp.asarray(scale, jnp.float32)
         return {**params, "kernel": summed.astype(kernel.dtype)}
@@ -232,8 +239,8 @@ def stack(first: Mapping[str, Any], second: Mapping[str, Any]) -> Adapters:
     def both(path: str, adapter: Adapter) -> Adapter:
         other = others[path]
         return {
-            "a": jnp.concatenate([adapter["a"], other["a"]], axis=2),
-            "b": jnp.concatenate([adapter["b"], other["b"]], axis=1),
+            "a": jnp.concatenate([adapter["a"], other["a"]], axis=-1),
+            "b": jnp.concatenate([adapter["b"], other["b"]], axis=-2),
         }
 
     return _each(both, first)

@@ -25,6 +25,7 @@ from jaxalign.models.weights import flatten, model_class
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+MERGED_ONLY = "adapter: not written, PEFT's folders hold no adapters of experts; they are merged in"
 PREFIX = "base_model.model."
 READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 CHECKED_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -100,7 +101,7 @@ def modules(config: ModelConfig) -> list[Module]:
     shapes = flatten(model_class(config)[1])
     found = []
     for weight in FAMILIES[config.family].weights(config):
-        if not (weight.per_layer and all(path.endswith("/kernel") for path in weight.paths)):
+        if not (weight.stacked == 1 and all(path.endswith("/kernel") for path in weight.paths)):
             continue
         sizes = [shapes[path] for path in weight.paths]
         found.append(
@@ -114,6 +115,12 @@ def modules(config: ModelConfig) -> list[Module]:
             )
         )
     return found
+
+
+def unwritable(adapters: Mapping[str, Any]) -> list[str]:
+    """The paths of adapters that PEFT's folders cannot hold: those of experts."""
+    found = lora.items(adapters)
+    return sorted(path for path, adapter in found.items() if adapter["a"].ndim > 3)
 
 
 def save_adapters(
@@ -148,10 +155,15 @@ def save_adapters(
       The folder.
 
     Raises:
-      UserError: if an adapter is of a matrix that the family does not have.
+      UserError: if an adapter is of a matrix that the family does not have, or of experts.
     """
+    if stacked := unwritable(adapters):
+        raise UserError(
+            f"adapters: {', '.join(stacked)}: PEFT's folders have no adapters of single experts; "
+            "write the merged model, or leave the experts out of lora.targets"
+        )
     flat = {
-        path: {name: to_host(adapter[name], None).astype(np.float32) for name in ("a", "b")}
+        path: {name: to_host(adapter[name]).astype(np.float32) for name in ("a", "b")}
         for path, adapter in lora.items(adapters).items()
     }
     table = modules(config)
@@ -171,7 +183,7 @@ def save_adapters(
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(lora_b)
     kind = "CAUSAL_LM" if isinstance(config, DecoderConfig) else "SEQ_2_SEQ_LM"
     if head is not None:
-        kind, kernel = "SEQ_CLS", to_host(head["kernel"], None)
+        kind, kernel = "SEQ_CLS", to_host(head["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(kernel.T.astype(np.float32))
     rest = [module.name for module in table if module not in adapted]
     patterns = {

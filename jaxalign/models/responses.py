@@ -286,8 +286,8 @@ def _unembedding_probe(params, config, rows) -> UnembeddingProbe | None:
     if not config.tied:
         return UnembeddingProbe(gram=node["probe"])
     ids = embedding_ids(config, rows.tokens, rows.response_tokens)
-    of_pairs = ids.reshape(node["probe"].shape[0], -1)
-    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_pairs)
+    of_groups = ids.reshape(node["probe"].shape[0], -1)
+    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_groups)
 
 
 def response_states(
@@ -314,9 +314,11 @@ def response_states(
         )
     positions = prompt_length[:, None] - 1 + jnp.arange(responses.shape[1])[None]
     positions = jnp.clip(positions, 0, tokens.shape[1] - 1)
-    layout = None
+    layout, ends = None, prompt_length + rows.response_length
+    if config.experts is not None:
+        layout = Layout(real=jnp.arange(tokens.shape[1])[None] < ends[:, None])
     if rows.shared_prefix is not None:
-        layout = _layout(rows.shared_prefix, tokens.shape[1])
+        layout = _layout(rows.shared_prefix, tokens.shape[1], ends.reshape(-1, 2))
         tokens = rows.shared_prefix.tokens
         positions = _merged_positions(rows.shared_prefix, positions)
     hidden = decoder.hidden_states(params, config, tokens, layout, compute=compute)
@@ -324,17 +326,25 @@ def response_states(
     return devices.by_rows(states.reshape(*responses.shape, -1))
 
 
-def _layout(merged: SharedPrefixRows, length: int) -> Layout:
-    """The tokens of either row see the common prefix and each other."""
+def _layout(merged: SharedPrefixRows, length: int, ends: Int[Array, "pairs 2"]) -> Layout:
+    """The tokens of either row see the common prefix and each other.
+
+    Args:
+      merged: the rows.
+      length: of the rows before they were merged, with padding.
+      ends: length of both rows without it.
+    """
     index = jnp.arange(merged.tokens.shape[1])[None]
     first, common = merged.first_length[:, None], merged.common_length[:, None]
     of_second = index >= first
     position = jnp.where(of_second, index - first + common, index)
     segment = jnp.where(of_second, 3, jnp.where(index < common, 1, 2))
+    end = jnp.where(of_second, first + ends[:, 1:] - common, ends[:, :1])
     return Layout(
         positions=jnp.minimum(position, length - 1),
         segment_ids=segment,
         prefix_ids=jnp.ones_like(segment),
+        real=index < end,
         sequences=_sequences(segment, len(segment), 2, length),
     )
 

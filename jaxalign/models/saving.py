@@ -1,5 +1,6 @@
 """Models written as Hugging Face folders."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from jaxalign.files import replacing, write_json, writing
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.weights import layer_names, weight_table
+from jaxalign.models.weights import layer_names, stack_places, weight_table
+
+Place = tuple[int, ...]
+"""Number of the layer, and of the expert, where a weight has these."""
 
 
 def save_pretrained(
@@ -49,18 +53,18 @@ def save_pretrained(
     writer = jax.process_index() == 0
     target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
 
-    def tensor(weight: Weight, layer: int | None) -> np.ndarray:
-        parts = [to_host(params[path], layer) for path in weight.paths]
+    def tensor(weight: Weight, place: Place) -> np.ndarray:
+        parts = [to_host(params[path], place) for path in weight.paths]
         joined = weight.join(*parts)
         kept = joined.dtype if dtype is None else target
         return np.ascontiguousarray(joined.astype(kept, copy=False))
 
     def nbytes(weight: Weight) -> int:
         items = [params[path] for path in weight.paths]
-        sizes = [x.size // (x.shape[0] if weight.per_layer else 1) for x in items]
+        sizes = [x.size // math.prod(x.shape[: weight.stacked]) for x in items]
         return sum(sizes) * (items[0].dtype.itemsize if dtype is None else target.itemsize)
 
-    shards: list[list[tuple[str, Weight, int | None]]] = [[]]
+    shards: list[list[tuple[str, Weight, Place]]] = [[]]
     filled = total = 0
     for entry in plan:
         size = nbytes(entry[1])
@@ -79,7 +83,7 @@ def save_pretrained(
         for number in range(1, len(shards) + 1)
     ]
     for file, entries in zip(files, shards, strict=True):
-        tensors = {name: tensor(weight, layer) for name, weight, layer in entries}
+        tensors = {name: tensor(weight, place) for name, weight, place in entries}
         if writer:
             from safetensors.numpy import save_file
 
@@ -140,23 +144,21 @@ def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield f"{prefix}{name}", value
 
 
-def _save_plan(table, shapes) -> list[tuple[str, Weight, int | None]]:
+def _save_plan(table, shapes) -> list[tuple[str, Weight, Place]]:
     """Every tensor to write, in the order of layers."""
-    outer: list[tuple[str, Weight, int | None]] = [
-        (w.name, w, None) for w in table if not w.per_layer
-    ]
-    layered: list[tuple[str, Weight, int]] = [
-        (name, w, layer)
+    plan: list[tuple[str, Weight, Place]] = [
+        (name, w, tuple(at.values()))
         for w in table
-        if w.per_layer
-        for layer, name in enumerate(layer_names(w, shapes))
+        for name, at in zip(
+            layer_names(w, shapes), stack_places(w, shapes[w.paths[0]]), strict=True
+        )
     ]
-    return [*outer, *sorted(layered, key=lambda entry: entry[2])]
+    return sorted(plan, key=lambda entry: entry[2][:1] or (-1,))
 
 
-def to_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, gathered from all devices and processes."""
-    part = leaf if layer is None else leaf[layer]
+def to_host(leaf: Any, place: Place = ()) -> np.ndarray:
+    """A leaf, or one layer or expert of it, gathered from all devices and processes."""
+    part = leaf[place] if place else leaf
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils
 

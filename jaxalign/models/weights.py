@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxalign.errors import UserError
 from jaxalign.gguf import is_gguf
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
+from jaxalign.models.expert_files import SeparateExperts, separate_experts
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.families.mapping import Weight, transposed
 from jaxalign.models.folders import find_model, read_config
@@ -23,7 +24,7 @@ from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
-Files = TensorFiles | GGUFTensors | TextTensors
+Files = TensorFiles | GGUFTensors | TextTensors | SeparateExperts
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def load_pretrained(
     folder = find_model(path_or_hub_name)
     config = read_config(folder)
     files = _tensors(folder)
+    if isinstance(config, DecoderConfig) and config.experts is not None:
+        files = separate_experts(files, config)
     scored = SCORE_TENSOR in files.shapes
     config, renamed = _resolve_ties(files, config, folder, scored=scored)
     if scored and files.shapes[SCORE_TENSOR][:1] != (1,):
@@ -93,8 +96,6 @@ def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
 
 def model_class(config: ModelConfig, *, scored: bool = False) -> tuple[Any, dict[str, Any]]:
     """The class of a config's model, and its parameters' shapes."""
-    from jaxalign.models.config import DecoderConfig
-
     if scored:
         from jaxalign.models.score import ScoreModel, with_head
 
@@ -128,10 +129,17 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def layer_names(weight: Weight, leaves: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The file's names of a weight, one per layer where it has layers."""
-    if not weight.per_layer:
-        return [weight.name]
-    return [weight.name.format(layer=i) for i in range(leaves[weight.paths[0]][0])]
+    """The file's names of a weight: one per layer and expert, where it has these."""
+    return [weight.name.format(**at) for at in stack_places(weight, leaves[weight.paths[0]])]
+
+
+def stack_places(weight: Weight, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Layer and expert of each tensor of a weight whose leaves have this shape, in order."""
+    sizes = zip(("layer", "expert"), shape[: weight.stacked], strict=False)
+    places: list[dict[str, int]] = [{}]
+    for name, size in sizes:
+        places = [{**place, name: at} for place in places for at in range(size)]
+    return places
 
 
 def _sources(
@@ -150,7 +158,7 @@ def _sources(
     expected: dict[str, tuple[int, ...]] = {}
     for weight in table:
         names = layer_names(weight, leaves)
-        shapes = [leaves[path][1:] if weight.per_layer else leaves[path] for path in weight.paths]
+        shapes = [leaves[path][weight.stacked :] for path in weight.paths]
         shape = weight.join(*(np.empty(s, np.bool_) for s in shapes)).shape
         expected |= dict.fromkeys(names, shape)
         for number, path in enumerate(weight.paths):
@@ -294,11 +302,13 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
         assert index is not None
         bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         index = tuple(slice(start, stop) for start, stop, _ in bounds)
-        if not weight.per_layer:
-            return np.ascontiguousarray(part(names[0], index).astype(stored, copy=False))
+        lead, rest = index[: weight.stacked], index[weight.stacked :]
+        if not lead:
+            return np.ascontiguousarray(part(names[0], rest).astype(stored, copy=False))
         out = np.empty([s.stop - s.start for s in index], stored)
-        for i, layer in enumerate(range(index[0].start, index[0].stop)):
-            out[i] = part(names[layer], index[1:])
+        for at in np.ndindex(out.shape[: len(lead)]):
+            place = [s.start + i for s, i in zip(lead, at, strict=True)]
+            out[at] = part(names[np.ravel_multi_index(place, shape[: len(lead)])], rest)
         return out
 
     return jax.make_array_from_callback(shape, sharding, read)

@@ -45,7 +45,7 @@ from jaxalign.training.optimizers import (
     with_average,
     with_iterations,
 )
-from jaxalign.training.step import TrainState, train_step
+from jaxalign.training.step import PLAIN, Backward, TrainState, train_step
 
 
 def policies_of(policy: Policy, state: TrainState, frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,10 +81,12 @@ def update_step(
     objective: OnlineObjective,
     optimizer: optax.GradientTransformation,
     micro_batches: int,
+    backward: Backward = PLAIN,
 ) -> tuple[TrainState, dict[str, Any]]:
     """All updates on one rollout, which count as one step.
 
     Old log-probs, values and advantages are computed once, with the parameters before the updates.
+    Statistics of `backward` are means over the updates.
     """
     algorithm = objective.algorithm
     if isinstance(state.opt_state, IterationState):
@@ -92,7 +94,11 @@ def update_step(
     if algorithm.scores_first:
         batch = _scored(objective, state, frozen, batch, micro_batches * algorithm.minibatches)
     one: Callable[..., Any] = functools.partial(
-        train_step, objective=cast(Any, objective), optimizer=optimizer, micro_batches=micro_batches
+        train_step,
+        objective=cast(Any, objective),
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        backward=backward,
     )
     passes, parts = algorithm.updates, algorithm.minibatches
     if passes == parts == 1:

@@ -14,6 +14,7 @@ from jaxalign.models.attention import attention
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.devices import compiling_for
 from jaxalign.planning.compiled import TooLargeError, compiled_for
+from jaxalign.sharding import row_parts
 from jaxalign.training.stage import Rows
 
 
@@ -49,7 +50,7 @@ def attention_costs(
         return []
     if mesh.shape["sequence"] > 1 or model_config.kv_heads % tensor:
         return []
-    number = rows.rows // (mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches)
+    number = rows.rows // (row_parts(mesh) * micro_batches)
     kv_heads, groups = model_config.kv_heads // tensor, model_config.heads // model_config.kv_heads
     whole = NamedSharding(Mesh(np.asarray([device]), "chip"), P())
 

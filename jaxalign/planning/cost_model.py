@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jaxalign.models import DecoderConfig
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.score import SCORE
+from jaxalign.sharding import parameter_parts, row_parts
 from jaxalign.training.stage import Rows
-from jaxalign.training.throughput import matrix_parameters
+from jaxalign.training.throughput import active_fraction, matrix_parameters
 
 Params = Any
 
@@ -82,8 +83,9 @@ def work(
     again = 2 * (remat == "full")
     attention_again = 2 * (remat in ("full", "dots"))
     useful = extra = 0.0
+    active = active_fraction(model_config)
     for each in passes:
-        products = each.rows * _products(params, each)
+        products = each.rows * _products(params, each, active)
         attention = each.rows * _attention_products(model_config, each)
         useful += products * (2 * each.forward + (2 if adapters else 4) * each.backward)
         extra += products * again * each.backward
@@ -93,7 +95,7 @@ def work(
     through = sum((each.forward + each.backward) * each.depth for each in passes)
     read = matrix_parameters(params) / tensor * size * through * micro_batches
     moved = sum(x.size for x in jax.tree.leaves(trained))
-    split = 1 if adapters else tensor * mesh.shape["fsdp"] * mesh.shape["sequence"]
+    split = 1 if adapters else tensor * parameter_parts(mesh)
     links = _gathered(params, passes, mesh, size * micro_batches)
     reduced, network = _reduced(moved, mesh, size * micro_batches, adapters=adapters, slices=slices)
     links |= reduced
@@ -108,7 +110,7 @@ def work(
     )
 
 
-def _products(params: Params, each: Rows) -> float:
+def _products(params: Params, each: Rows, active: float) -> float:
     """Sum over matrices of parameters times positions of a row that they multiply, for one pass."""
     tied = "embed" in params and not {"unembed", SCORE} & set(params)
     total = float(params["embed"]["embedding"].size * each.scored if tied else 0)
@@ -124,7 +126,7 @@ def _products(params: Params, each: Rows) -> float:
             positions = each.scored * each.depth
         else:
             positions = each.length * each.depth
-        total += leaf.size * positions
+        total += leaf.size * positions * (active if "experts" in names else 1.0)
     return total
 
 
@@ -141,20 +143,27 @@ def _attention_products(model_config: ModelConfig, each: Rows) -> float:
 
 def _gathered(params: Params, passes: Sequence[Rows], mesh: Mesh, size: int) -> dict[str, float]:
     """Weights sharded over fsdp and sequence, gathered in every pass."""
-    parts, matrices = mesh.shape["fsdp"] * mesh.shape["sequence"], matrix_parameters(params)
+    parts = parameter_parts(mesh)
+    experts = matrix_parameters(params) - matrix_parameters(params, active=0.0)
+    # The experts of a device stay there: their shards are those of fsdp and sequence alone.
+    own = mesh.shape["fsdp"] * mesh.shape["sequence"]
     table = params["embed"]["embedding"].size
     needed = sum(
-        matrices * each.depth * (each.forward + each.backward) + table * each.forward
+        matrix_parameters(params, active=0.0) * each.depth * (each.forward + each.backward)
+        + table * each.forward
         for each in passes
     )
-    return {"all-gather of weights": _missing(parts) * needed / mesh.shape["tensor"] * size}
+    through = sum(each.depth * (each.forward + each.backward) for each in passes)
+    here = experts / mesh.shape["expert"] * through
+    amount = _missing(parts) * needed + _missing(own) * here
+    return {"all-gather of weights": amount / mesh.shape["tensor"] * size}
 
 
 def _reduced(
     moved: int, mesh: Mesh, size: int, *, adapters: bool, slices: int
 ) -> tuple[dict[str, float], float]:
     """Gradients: scattered over shards of parameters, summed over replicas, then over slices."""
-    copies, parts = mesh.shape["data"] // slices, mesh.shape["fsdp"] * mesh.shape["sequence"]
+    copies, parts = mesh.shape["data"] // slices, parameter_parts(mesh)
     if adapters:  # small, replicated
         copies, parts = copies * parts, 1
     own = moved / (1 if adapters else mesh.shape["tensor"]) * size
@@ -170,9 +179,9 @@ def _states(
 ) -> dict[str, float]:
     """Hidden states summed over tensor; keys and values gathered over sequence."""
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups, experts = row_parts(mesh), mesh.shape["expert"]
     kv_heads = getattr(model_config, "kv_heads", model_config.heads)
-    summed = gathered = 0.0
+    summed = gathered = mixed = 0.0
     for each in passes:
         # one sum after attention and one after the MLP; the first is recomputed
         sums = 2 * (each.forward + each.backward) + again * each.backward
@@ -184,9 +193,12 @@ def _states(
             keys += (each.length + each.scored) * model_config.decoder_layers
         rows = each.rows / groups * each.depth
         summed += rows * positions * model_config.width / sequence * sums
+        if getattr(model_config, "experts", None) is not None:  # gathered, then scattered back
+            mixed += rows * experts * positions * model_config.width / sequence * 2 * reads
         gathered += rows * keys * 2 * kv_heads * model_config.head_width / tensor * reads
     return {
         "all-reduce of states": 2 * _missing(tensor) * summed * size,
+        "exchange of experts' tokens": _missing(experts) * mixed * size,
         "all-gather of keys and values": _missing(sequence) * gathered * size,
     }
 

@@ -13,7 +13,7 @@ from jaxalign.planning.attention import AttentionCost, attention_costs
 from jaxalign.planning.compiled import TooLargeError, lasting_memory, program_memory, step_memory
 from jaxalign.planning.cost_model import Work, bound, work
 from jaxalign.planning.topologies import Chip, slice_devices, slices_of
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import make_mesh, row_parts
 from jaxalign.sharding.structs import Structs, bytes_on_device, placed_batch, placed_parameters
 from jaxalign.stages import Kind, kind_of
 from jaxalign.stages.models import model_of
@@ -187,7 +187,7 @@ def draft(
     kind = kind_of(config, name)
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     settings, model_config, platform = kind.settings(config), model_of(config), devices[0].platform
-    rows, slices = mesh.shape["data"] * mesh.shape["fsdp"], slices_of(devices)
+    rows, slices = row_parts(mesh), slices_of(devices)
     if mesh.shape["data"] % slices:
         raise UserError(
             f"mesh.data: {mesh.shape['data']} is not a multiple of {slices}, the number of slices, "
@@ -196,7 +196,7 @@ def draft(
     if (settings.batch_size // settings.micro_batches) % rows:
         raise UserError(
             f"{kind.name}.batch_size: {settings.batch_size} in {settings.micro_batches} "
-            f"micro-batches is not a multiple of data x fsdp = {rows}"
+            f"micro-batches is not a multiple of data x fsdp x expert = {rows}"
         )
     if shapes is None:
         shapes = shapes_of(kind.build(config, model_config), model_config)

@@ -9,6 +9,7 @@ from jaxalign.config import MeshConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.planning.plans import Plan, UncompiledPlan, draft, shapes_of_run
 from jaxalign.planning.topologies import slice_devices, slices_of
+from jaxalign.sharding import row_parts
 from jaxalign.stages import kind_of
 from jaxalign.stages.models import model_of
 
@@ -119,7 +120,7 @@ def remedies(planned: UncompiledPlan) -> Iterator[tuple[str, TrainConfig]]:
     """
     stage, capacity = planned.stage, planned.chip.memory or 0
     name, shape = stage.name, dict(planned.mesh.shape)
-    rows, parts = shape["data"] * shape["fsdp"], stage.micro_batches
+    rows, parts = row_parts(planned.mesh) // shape["expert"], stage.micro_batches
     numbers = [parts * two for two in _divisors(stage.batch_size // (parts * rows))[1:]]
     copies = slices_of(planned.mesh.devices.flat)  # at least one in each slice
     whole = {"mesh.data": copies, "mesh.fsdp": rows // copies} if shape["data"] > copies else {}

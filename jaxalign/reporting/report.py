@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign.files import check_output, write_text
-from jaxalign.reporting import entanglement, feedback, ledger, online, representation
+from jaxalign.reporting import (
+    entanglement,
+    feedback,
+    groups,
+    ledger,
+    online,
+    representation,
+    sources,
+)
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
 from jaxalign.reporting.runs import STAGES, Run
@@ -86,12 +94,30 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
             Table(title="Labelled responses", header=header, rows=rows),
             Figure(charts=feedback.charts(labelled), image="feedback.png", alt="rewards"),
         ]
+    header, rows = sources.table(runs)
+    if rows:
+        words = tuple(range(header.index("source") + 1))
+        parts.append(
+            Table(title="Held-out records by source", header=header, rows=rows, words=words)
+        )
     if sampled := [run for run in runs if online.has_stage(run)]:
         header, rows = online.table(sampled)
         parts += [
             Table(title="Held-out prompts", header=header, rows=rows),
             Figure(charts=online.charts(sampled), image="online.png", alt="held-out prompts"),
             *(part for part in map(online.samples, sampled) if part is not None),
+        ]
+    if grouped := [run for run in runs if groups.watched(run)]:
+        header, rows = groups.table(grouped)
+        parts += [
+            Table(
+                title="Gradients of the responses to a prompt",
+                note="Means over the measured steps. Predicted changes of log-probs are to first "
+                "order, in nats per unit of learning rate of gradient descent on the prompt alone.",
+                header=header,
+                rows=rows,
+            ),
+            Figure(charts=groups.charts(grouped), image="groups.png", alt="what pushes what"),
         ]
     if aligned := [run for run in runs if representation.has_stage(run)]:
         header, rows = representation.table(aligned)
@@ -160,6 +186,8 @@ def _facts(run: Run) -> str:
     config = {**run.config, **(stage if isinstance(stage, Mapping) else {})}
     options = config.get("loss_options")
     options = options if isinstance(options, Mapping) else {}
+    if isinstance(config.get("data"), list):
+        config["data"] = ", ".join(config["data"])
     texts = [f"{name} {config[name]}" for name in ("loss", "model", "data") if config.get(name)]
     texts[:1] = [", ".join([*texts[:1], *(f"{name} {value}" for name, value in options.items())])]
     written = datetime.fromtimestamp((run.folder / "metrics.jsonl").stat().st_mtime)

@@ -56,7 +56,8 @@ class RepresentationObjective:
         rows = batch.tokens, batch.prompt_length, batch.mask.shape[1]
         params = self.policy.policy_params(trained, frozen["policy"], key)
         with jax.named_scope("policy"):
-            states = self.reader.states(params, *rows, packed=batch.packed)
+            lengths = batch.prompt_length + batch.mask.sum(1)
+            states = self.reader.states(params, *rows, packed=batch.packed, lengths=lengths)
         base = frozen["policy"]
         with jax.named_scope("base"):
             base_states = self.reader.states(base, *rows, packed=batch.packed)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
 from jaxalign.models.compute import Compute
-from jaxalign.models.decoder import states_at_layers
+from jaxalign.models.decoder import Layout, states_at_layers
 from jaxalign.models.responses import from_packed, packed_layout
 from jaxalign.records import AnyArray, record
 from jaxalign.representation.batches import StimulusBatch
@@ -46,6 +46,7 @@ class Reader:
         positions: int,
         *,
         packed: PackedRows | None = None,
+        lengths: Int[Array, " rows"] | None = None,
     ) -> States:
         """Float32 hidden states at the first tokens of each response.
 
@@ -55,9 +56,13 @@ class Reader:
           prompt_length: how many of `tokens` are prompt.
           positions: how many tokens of the response.
           packed: the same rows packed: the same states with less work.
+          lengths: of the rows without padding; None: unknown, so that padding counts in the
+            statistics of experts.
         """
         layout, read = None, prompt_length[:, None] + jnp.arange(positions)[None]
         read = jnp.minimum(read, tokens.shape[1] - 1)
+        if lengths is not None:
+            layout = Layout(real=jnp.arange(tokens.shape[1])[None] < lengths[:, None])
         if packed is not None:  # each scored token is the one after that which predicts it
             layout, read = packed_layout(packed, tokens.shape[1]), packed.scored_positions + 1
             tokens = packed.tokens

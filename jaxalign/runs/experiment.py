@@ -120,9 +120,9 @@ def _with_own_data(config: TrainConfig, typed: Mapping[str, str]) -> tuple[Train
             ("eval_data", held_out.format("data", "eval-data")),
             ("sft_data", "SFT trains on the responses in --data; set --sft-data for others"),
         ):
-            if own[field] is not None and field not in typed:
-                notes.append(f"{field}: {own[field]} is dropped; {instead}")
-                config = with_fields(config, **{field: None})
+            if own[field] and field not in typed:
+                notes.append(f"{field}: {', '.join(own[field] or ())} is dropped; {instead}")
+                config = with_fields(config, **{field: ()})
         if config.online.runs and not prompts and rollout.prompts != "embedded":
             notes.append(f"rollout.prompts: those of --data instead of {rollout.prompts}")
             rollout, prompts = dataclasses.replace(rollout, prompts=typed["data"]), True

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxalign.config import TrainConfig
 from jaxalign.config.preference import LOSSES
+from jaxalign.data.mixtures import weighted_sources
 from jaxalign.data.reading import FILES, split_name
 from jaxalign.errors import UserError, notice
 from jaxalign.files import digest, digests, read_json, write_json
@@ -40,10 +41,10 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
     """Fields of a config with their local files and folders."""
     reads_pairs = config.sft.runs or config.preference.runs or config.representation.runs
     if reads_pairs:
-        yield "data", _data(config.data)
-        yield "eval_data", _data(config.eval_data)
+        yield "data", _all_data("data", config.data)
+        yield "eval_data", _all_data("eval_data", config.eval_data)
     if config.sft.runs:
-        yield "sft_data", _data(config.sft.data)
+        yield "sft_data", _all_data("sft_data", config.sft.data)
     if config.pretrain.runs:
         yield "text", [path for source in config.pretrain.text for path in _data(source)]
         yield "eval_text", [path for source in config.pretrain.eval_text for path in _data(source)]
@@ -56,8 +57,9 @@ def _inputs(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
         names = [name for name, _ in members_in(loss, LOSSES)] or [loss]
         yield "loss", [file for name in names for file in _code(name)]
     if config.feedback.runs:
-        yield "feedback.data", _data(config.feedback.data or config.data)
-        yield "feedback.eval_data", _data(config.feedback.eval_data)
+        own = config.feedback
+        yield "feedback.data", _all_data("feedback.data", own.data or config.data)
+        yield "feedback.eval_data", _all_data("feedback.eval_data", own.eval_data)
         yield "feedback.loss", _code(config.feedback.loss)
     if config.online.runs:
         rollout = config.online.rollout
@@ -82,6 +84,11 @@ def _named(name: str | None) -> list[Path]:
 
 def _data(source: str | None) -> list[Path]:
     return [] if source is None else _named(split_name(source)[0])
+
+
+def _all_data(field: str, texts: Sequence[str] | str | None) -> list[Path]:
+    sources = weighted_sources(texts, field) if texts else []
+    return [path for one in sources for path in _data(one.source)]
 
 
 def _code(name: str) -> list[Path]:
@@ -139,6 +146,7 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
 
 
 UNREAD = ("sources", "shard", "joint_share", "packing", "mismatched")
+UNREAD += ("mixture", "held_out_by_source")
 """Fields of a stage's data that are not hashed: its sources, and how batches are made of it."""
 
 

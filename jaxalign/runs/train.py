@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from jaxalign.config import TrainConfig
 from jaxalign.data import check_vocabulary
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice
 from jaxalign.files import write_json
 from jaxalign.losses.lookup import find_loss
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.lora import merge, stack
-from jaxalign.models.peft import save_adapters
+from jaxalign.models.peft import MERGED_ONLY, save_adapters, unwritable
 from jaxalign.models.score import SCORE
 from jaxalign.reporting import read_run, write_report
 from jaxalign.reporting.runs import STEPS
@@ -28,7 +28,7 @@ from jaxalign.runs.exports import export_model, keep_generation_config
 from jaxalign.runs.folder import run_folder
 from jaxalign.runs.inputs import check_examples
 from jaxalign.runs.rates import LARGE, high_rates
-from jaxalign.sharding import make_mesh, place
+from jaxalign.sharding import make_mesh, place, row_parts
 from jaxalign.sharding.processes import data_shard, in_turn
 from jaxalign.stages import KINDS, Kind, RunContext, kinds_of
 from jaxalign.stages.inputs import Inputs, check_tokens, load_tokenizer_for
@@ -148,11 +148,11 @@ def with_steps(config: TrainConfig, data: Mapping[str, Any]) -> TrainConfig:
 
 def check_batches(kinds: Sequence[Kind], config: TrainConfig, mesh: Mesh) -> None:
     """Raise `UserError` if a batch cannot be split equally over the devices."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_parts(mesh)
     for kind in kinds:
         if (size := kind.settings(config).batch_size) % rows:
             raise UserError(
-                f"{kind.name}.batch_size: {size} is not a multiple of data x fsdp = {rows}"
+                f"{kind.name}.batch_size: {size} is not a multiple of data x fsdp x expert = {rows}"
             )
 
 
@@ -189,7 +189,10 @@ def export(context: RunContext, params: Any, adapters: Sequence[Any]) -> None:
     their summed rank.
     """
     config, lora = context.config, context.config.lora
-    if adapters:
+    if adapters and unwritable(adapters[0]):
+        if jax.process_index() == 0:
+            notice(MERGED_ONLY)
+    elif adapters:
         changed = config.model == "embedded" or config.pretrain.runs or config.adapter
         save_adapters(
             context.folder / "adapter",

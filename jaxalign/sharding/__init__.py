@@ -1,6 +1,8 @@
 """Meshes, and the one table that says which mesh axis splits which axis of an array."""
 
-from jaxalign.sharding.mesh import make_mesh
+from jaxalign.sharding.mesh import make_mesh as make_mesh
+from jaxalign.sharding.mesh import parameter_parts as parameter_parts
+from jaxalign.sharding.mesh import row_parts as row_parts
 from jaxalign.sharding.rules import (
     batch_sharding,
     head_sharding,

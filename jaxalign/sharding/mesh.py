@@ -1,4 +1,4 @@
-"""Device meshes with the axes data, fsdp, sequence and tensor."""
+"""Device meshes with the axes data, fsdp, expert, sequence and tensor."""
 
 import math
 
@@ -8,17 +8,37 @@ from jax.sharding import AxisType, Mesh
 
 from jaxalign.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+ROWS = AXES[:3]
+"""The axes that a batch's rows are split over."""
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Number of parts into which a batch's rows are split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+
+
+def parameter_parts(mesh: Mesh) -> int:
+    """Number of parts into which the rows of matrices are split, without the tensor axis."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ("fsdp", "expert", "sequence"))
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices=None,
 ) -> Mesh:
-    """A mesh over the axes (data, fsdp, sequence, tensor); one size may be -1: all the rest.
+    """A mesh over `AXES`; one size may be -1: all the rest.
 
     Args:
       data: replicas of the parameters; the batch is split over them.
       fsdp: shards of parameters and optimiser state (ZeRO-3); also splits the batch.
+      expert: shards of the experts of a mixture; other parameters and the batch are split over
+        them, too.
       sequence: shards of the positions of a row; also splits parameters.
       tensor: shards of heads, MLP width and vocabulary.
       devices: the devices to use; all of them by default.
@@ -30,7 +50,7 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, sequence, tensor]
+    sizes = [data, fsdp, expert, sequence, tensor]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"mesh: {named}: each size is at least 1, and one of them may be -1")
@@ -41,4 +61,4 @@ def make_mesh(
             "set the sizes so that their product is the number of devices, or one of them to -1"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 5)

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxalign import progress
 from jaxalign.errors import OutputError, UserError, leave_notices_to
+from jaxalign.sharding.mesh import row_parts
 
 COORDINATOR, NUMBER, OWN = VARIABLES = (
     "JAXALIGN_COORDINATOR",
@@ -158,7 +159,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
       UserError: the devices of some processes have some rows in common, but not all.
     """
     held: dict[int, set[int]] = {}
-    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    rows = mesh.devices.reshape(row_parts(mesh), -1)
     for row, devices in enumerate(rows):
         for device in devices:
             held.setdefault(device.process_index, set()).add(row)

@@ -9,10 +9,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.sharding.mesh import ROWS
+
 LOGICAL_TO_MESH = {
-    "batch": ("data", "fsdp"),
+    "batch": ROWS,
     "length": "sequence",
-    "width": ("fsdp", "sequence"),
+    "width": ("fsdp", "expert", "sequence"),
+    "experts": "expert",
+    "expert_width": ("fsdp", "sequence"),
     "heads": "tensor",
     "mlp": "tensor",
     "vocabulary": "tensor",
@@ -32,6 +36,12 @@ PARAMETER_AXES = {
     ("down", "kernel"): ("layers", "mlp", "width"),
 }
 """The last two names of a parameter's path -> the logical name of each of its axes."""
+EXPERT_AXES = {
+    "gate": ("layers", "experts", "expert_width", "mlp"),
+    "up": ("layers", "experts", "expert_width", "mlp"),
+    "down": ("layers", "experts", "mlp", "expert_width"),
+}
+"""The same for kernels of experts, by the name of the matrix; adapters follow its first two."""
 
 
 def _names(path) -> list[str]:
@@ -43,7 +53,7 @@ def _names(path) -> list[str]:
 def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The rule of the parameter at the end of the path; axes that do not divide are not split."""
     names = _names(path)
-    logical = next(
+    logical = _of_experts(names, len(shape)) or next(
         (PARAMETER_AXES[pair] for pair in itertools.pairwise(names) if pair in PARAMETER_AXES),
         None,
     )
@@ -56,6 +66,14 @@ def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
         parts = math.prod(mesh.shape[one] for one in named)
         axes.append(axis if size % parts == 0 else None)
     return P(*axes)
+
+
+def _of_experts(names: list[str], axes: int) -> tuple[str | None, ...] | None:
+    """The logical axes of a parameter of experts; None: it is none."""
+    if len(names) < 3 or names[-3] != "experts" or names[-2] not in EXPERT_AXES or axes != 4:
+        return None
+    whole = EXPERT_AXES[names[-2]]
+    return whole if names[-1] == "kernel" else (*whole[:2], "rank", "rank")
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -77,12 +95,12 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split on their first axis over data and fsdp."""
+    """Batches are split on their first axis over data, fsdp and expert."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"]))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh, its rows split over data and fsdp.
+    """A batch on the mesh, its rows split over data, fsdp and expert.
 
     Args:
       batch: a pytree of host arrays with this process's rows.
@@ -95,7 +113,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def state_sharding(mesh: Mesh) -> NamedSharding:
-    """States [rows, length, ...] are split on rows over data and fsdp, on length over sequence."""
+    """States [rows, length, ...] are split on rows as batches are, on length over sequence."""
     return NamedSharding(mesh, P(LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["length"]))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import TrainConfig
-from jaxalign.data import split_holdout, tokenize_responses, unpaired_records
+from jaxalign.data import tokenize_responses, unpaired_records
 from jaxalign.data.labelled import (
     LabelledBatch,
     LabelledRows,
@@ -18,16 +18,16 @@ from jaxalign.data.labelled import (
     labelled_batches,
     labelled_positions,
 )
+from jaxalign.data.mixtures import BySource, Mixture
 from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing
 from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
-from jaxalign.errors import UserError
 from jaxalign.losses import kto_weights
 from jaxalign.losses.lookup import find_labelled_loss
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, read, source_of
+from jaxalign.stages.inputs import Inputs, counted_mixture, run_records, source_of
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
@@ -89,17 +89,26 @@ class LabelledData:
     """Whether prompts also get the responses of others, which a loss reads."""
     packing: Packing | None = None
     """Rows of a packed training batch; None: padded."""
+    mixture: Mixture | None = None
+    """How often the sources' training responses are used; None: all once an epoch."""
+    held_out_by_source: BySource | None = None
+    """The held-out records of each source; None: there is one."""
     shard: tuple[int, int]
 
     def examples(self, seed: int) -> int:
         """Number of labelled responses in an epoch."""
         del seed
-        return len(self.train)
+        return len(self.train) if self.mixture is None else self.mixture.examples
 
     def batches(self, batch_size: int, *, seed: int) -> Iterations:
         """The endless, checkpointable iterator of this process's training batches."""
         return self._batches(
-            self.train, "batch", packing=self.packing, batch_size=batch_size, seed=seed
+            self.train,
+            "batch",
+            packing=self.packing,
+            batch_size=batch_size,
+            seed=seed,
+            mixture=self.mixture,
         )
 
     def evaluation(self, batch_size: int) -> list[LabelledBatch]:
@@ -135,6 +144,7 @@ class LabelledData:
             packing,
             max_length=self.max_length,
             mismatched="batch" if self.mismatched else "none",
+            mixture=self.mixture,
             **order,
         )
 
@@ -149,21 +159,14 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
     inputs.check_length()
     settings = config.feedback
     kind = functools.partial(unpaired_records, threshold=settings.threshold)
-
-    def records(source: str, name: str) -> list[UnpairedRecord]:
-        return read(kind, source, config, inputs.report, name)
-
-    train = records(settings.data or config.data, "feedback_data")
-    held_out_source = settings.eval_data or (None if settings.data else config.eval_data)
-    if held_out_source is None:
-        train, held_out = split_holdout(train, config.holdout, seed=config.seed)
-    else:
-        held_out = records(held_out_source, "feedback_eval_data")
-    train, held_out = train[: config.max_records], held_out[: config.max_eval_records]
-    if not train:
-        raise UserError(
-            f"feedback.data: {settings.data}: no records left to train on; lower --holdout"
-        )
+    records = run_records(
+        kind,
+        settings.data or config.data,
+        settings.eval_data or (() if settings.data else config.eval_data),
+        config,
+        inputs.report,
+        ("feedback_data", "feedback_eval_data"),
+    )
 
     def rows(records: list[UnpairedRecord], name: str) -> LabelledRows:
         responses = [
@@ -175,11 +178,16 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
         tokens = inputs.tokenized(tokenize_responses, responses, name)
         return LabelledRows(rows=tokens, desirable=np.array([one.label for one in records]))
 
+    train = rows(records.train, "train_labelled")
     return LabelledData(
-        train=rows(train, "train_labelled"),
-        held_out=rows(held_out, "held_out_labelled") if held_out else None,
-        sources=[source_of(record) for record in train],
+        train=train,
+        held_out=rows(records.held_out, "held_out_labelled") if records.held_out else None,
+        sources=[source_of(record) for record in records.train],
         max_length=config.max_length,
+        mixture=counted_mixture(
+            records, train.rows.record_index, inputs.report, "labelled responses"
+        ),
+        held_out_by_source=records.by_source(),
         shard=inputs.shard,
     )
 
@@ -214,8 +222,11 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         batches=data.batches(stage.batch_size, seed=context.config.seed),
         place=functools.partial(shard_batch, mesh=mesh),
         describe=data.describe,
-        evaluation=evaluate_labelled(objective, held_out, mesh) if held_out else None,
+        evaluation=evaluate_labelled(objective, held_out, mesh, data.held_out_by_source)
+        if held_out
+        else None,
         throughput=parts.throughput(
+            context.model_config,
             params,
             live_reference=True,
             adapters=stage.adapter_scale is not None,

@@ -34,6 +34,7 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.batches import padded_positions
+from jaxalign.data.mixtures import BySource, Mixture, Part, WeightedSource, weighted_sources
 from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing, packed_batches, packer_of
 from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
@@ -100,6 +101,10 @@ class TokenizedData:
     """As in `pair_batches`."""
     packing: Packing | None = None
     """Rows of a packed training batch of pairs or responses; None: these are padded."""
+    mixture: Mixture | None = None
+    """How often the sources' training examples are used; None: all once an epoch."""
+    held_out_by_source: BySource | None = None
+    """The held-out records of each source; None: there is one."""
     shard: tuple[int, int] = (0, 1)
     """Shard of each batch that this process feeds: its index and the number of shards."""
 
@@ -111,18 +116,30 @@ class TokenizedData:
         """Number of rows in an epoch: pairs, responses, or packed rows of text."""
         if isinstance(self.train, TokenizedTexts):
             return packed_rows(self.train, length=self.length, seed=seed)
-        return len(self.train)
+        return len(self.train) if self.mixture is None else self.mixture.examples
 
     def batches(self, batch_size: int, *, seed: int) -> Any:
         """The endless, checkpointable iterator of this process's training batches."""
-        return self._batches(self.train, self.packing, batch_size=batch_size, seed=seed)
+        return self._batches(
+            self.train, self.packing, batch_size=batch_size, seed=seed, **self._mixed
+        )
 
-    def once(self, data: Any, batch_size: int) -> list[Any]:
-        """Every example once, in the training batches' form; weight 0 fills the last batch."""
+    @property
+    def _mixed(self) -> dict[str, Any]:
+        return {} if self.mixture is None else {"mixture": self.mixture}
+
+    def once(self, data: Any, batch_size: int, **mixture: Part) -> list[Any]:
+        """Every example once, in the training batches' form; weight 0 fills the last batch.
+
+        Args:
+          data: examples or texts.
+          batch_size: examples per batch.
+          **mixture: `mixture`, a part of the examples; none: all.
+        """
         packing = self.packing
         if packing is not None:
             packing = dataclasses.replace(packing, micro_batches=1)
-        fixed: dict[str, Any] = {"epochs": 1, "shuffle": False}
+        fixed: dict[str, Any] = {"epochs": 1, "shuffle": False, **mixture}
         if not isinstance(data, TokenizedTexts):
             fixed["window"] = WINDOW
         return list(self._batches(data, packing, batch_size=batch_size, **fixed))
@@ -143,7 +160,7 @@ class TokenizedData:
           **order: batch_size and seed.
         """
         assert not isinstance(self.train, TokenizedTexts)
-        examples = as_examples(self.train)
+        examples, order = as_examples(self.train), order | self._mixed
         if packing is None:
             return padded_positions(examples, joint_share=self.joint_share, **order)
         room = packer_of(examples, packing, **order).room
@@ -151,8 +168,15 @@ class TokenizedData:
         return packing.rows * float(room[0])
 
     def evaluation(self, batch_size: int) -> list[Any]:
-        """The held-out batches; empty if nothing is held out."""
-        return [] if self.held_out is None else self.once(self.held_out, batch_size)
+        """The held-out batches, each of one source; empty if nothing is held out."""
+        if self.held_out is None:
+            return []
+        if self.held_out_by_source is None or isinstance(self.held_out, TokenizedTexts):
+            return self.once(self.held_out, batch_size)
+        numbers = self.held_out.record_index
+        parts = [Part(members=x) for x in self.held_out_by_source.members(numbers) if len(x)]
+        batches = (self.once(self.held_out, batch_size, mixture=part) for part in parts)
+        return list(itertools.chain.from_iterable(batches))
 
     def first_held_out(self, batch_size: int) -> PairBatch | None:
         """The first held-out pairs, padded; None if nothing is held out.
@@ -295,6 +319,91 @@ def source_of(record: Any) -> str:
     return f"{record.source}:{record.line}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """Training and held-out records of a run's sources, source after source."""
+
+    train: list[Any]
+    held_out: list[Any]
+    train_source: np.ndarray
+    """Number of each training record's source."""
+    held_out_source: np.ndarray
+    sources: list[WeightedSource]
+    held_out_sources: list[WeightedSource]
+    temperature: float
+
+    def mixture(self, record_index: np.ndarray) -> Mixture | None:
+        """How often the training examples of these records are used; None: all equally often."""
+        if len(self.sources) == 1:
+            return None
+        return Mixture(
+            source=self.train_source[record_index],
+            weights=tuple(one.weight for one in self.sources),
+            temperature=self.temperature,
+        )
+
+    def by_source(self) -> BySource | None:
+        """The held-out records of each source; None: there is one."""
+        if len(self.held_out_sources) == 1:
+            return None
+        labels = tuple(one.label for one in self.held_out_sources)
+        return BySource(labels=labels, source=self.held_out_source)
+
+
+def run_records(
+    kind: Any,
+    sources: Sequence[str] | str | None,
+    held_out_sources: Sequence[str] | str | None,
+    config: TrainConfig,
+    report: dict[str, Any],
+    names: tuple[str, str],
+) -> RunRecords:
+    """Read the sources of a run, and hold records out where no source of these is given.
+
+    Args:
+      kind: reader, such as `preference_records`.
+      sources: as in `TrainConfig.data`.
+      held_out_sources: of held-out records; none: a fraction of the prompts of every source.
+      config: of the run.
+      report: of what was read.
+      names: of the two kinds of sources in the report and in errors.
+
+    Raises:
+      UserError: a source cannot be read, or no record is left to train on.
+    """
+    given = weighted_sources(sources, names[0])
+    apart = weighted_sources(held_out_sources, names[1]) if held_out_sources else given
+
+    def read_all(which: list[WeightedSource], name: str) -> list[list[Any]]:
+        each = [name] if len(which) == 1 else [f"{name} {one.label}" for one in which]
+        return [
+            read(kind, one.source, config, report, at) for one, at in zip(which, each, strict=True)
+        ]
+
+    train = read_all(given, names[0])
+    if held_out_sources:
+        held_out = read_all(apart, names[1])
+    else:
+        split = [split_holdout(one, config.holdout, seed=config.seed) for one in train]
+        train, held_out = [kept for kept, _ in split], [held for _, held in split]
+    train = [one[: config.max_records] for one in train]
+    held_out = [one[: config.max_eval_records] for one in held_out]
+    for source, records in zip(given, train, strict=True):
+        if not records:
+            raise UserError(
+                f"{names[0]}: {source.source}: no records left to train on; lower --holdout"
+            )
+    return RunRecords(
+        train=list(itertools.chain.from_iterable(train)),
+        held_out=list(itertools.chain.from_iterable(held_out)),
+        train_source=np.repeat(np.arange(len(train)), [len(x) for x in train]),
+        held_out_source=np.repeat(np.arange(len(held_out)), [len(x) for x in held_out]),
+        sources=given,
+        held_out_sources=apart,
+        temperature=config.data_temperature,
+    )
+
+
 def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], name: str) -> list:
     """The records of a source, with their counts in the report under a name."""
     counted = ReadReport()
@@ -322,6 +431,31 @@ def instructions_of(config: TrainConfig) -> Instructions:
     return make_instructions(alignment.instructions, alignment.positive, alignment.negative)
 
 
+def counted_mixture(
+    records: RunRecords, record_index: np.ndarray, report: dict[str, Any], what: str
+) -> Mixture | None:
+    """The mixture of training examples, told and counted in the report; None: of one source.
+
+    Args:
+      records: of the run.
+      record_index: number of each example's record.
+      report: of what was read.
+      what: the examples are.
+    """
+    mixture = records.mixture(record_index)
+    if mixture is None:
+        return None
+    told = []
+    for one, (examples, used) in zip(records.sources, mixture.sizes, strict=True):
+        source = one.source if one.weight == 1 else f"{one.source}, weight {one.weight:g}"
+        counts = {"source": source, "examples": examples, "used_an_epoch": used}
+        report[f"mixture of {what} {one.label}"] = counts
+        told.append(f"{one.label} {used:,} of {examples:,} ({used / mixture.examples:.0%})")
+    if jax.process_index() == 0:
+        print(f"{what} of an epoch: {', '.join(told)}")
+    return mixture
+
+
 class PreferenceData:
     """The pairs of a run, read once for all stages that train on pairs."""
 
@@ -329,16 +463,11 @@ class PreferenceData:
         self._config, self._tokenizer = inputs.config, inputs.tokenizer
         self._report, self._is_encoder_decoder = inputs.report, inputs.is_encoder_decoder
         self.tokenized, config, report = inputs.tokenized, inputs.config, inputs.report
-        records = read(preference_records, config.data, config, report, "data")
-        if config.eval_data is None:
-            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
-        else:
-            train = records
-            held_out = read(preference_records, config.eval_data, config, report, "eval_data")
-        self.train = train[: config.max_records]
-        self.held_out = held_out[: config.max_eval_records]
-        if not self.train:
-            raise UserError(f"data: {config.data}: no records left to train on; lower --holdout")
+        names = ("data", "eval_data")
+        self._records = run_records(
+            preference_records, config.data, config.eval_data, config, report, names
+        )
+        self.train, self.held_out = self._records.train, self._records.held_out
 
     def instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
         """Responses under the two instructions; those that are too long are skipped and counted."""
@@ -365,34 +494,40 @@ class PreferenceData:
             return self.tokenized(tokenize_pairs, records, name)
 
         rows = tokenize or plain
+        train = rows(self.train, "train_pairs")
         return TokenizedData(
-            train=rows(self.train, "train_pairs"),
+            train=train,
             held_out=rows(self.held_out, "held_out_pairs") if self.held_out else None,
             sources=[source_of(record) for record in self.train],
             length=self._config.max_length,
+            mixture=counted_mixture(self._records, train.record_index, self._report, "pairs"),
+            held_out_by_source=self._records.by_source(),
         )
 
     def responses(self) -> TokenizedData:
         """Prompts and responses for SFT: from `sft_data`, or responses of the pairs."""
-        config = self._config
-        if config.sft.responses == "hindsight":
-            train, held_out = self.train, self.held_out
-        elif config.sft.data is None:
-            sides = ((one, config.sft.responses) for one in (self.train, self.held_out))
+        config, records = self._config, self._records
+        if config.sft.data:
+            names = ("sft_data", "sft_data")
+            records = run_records(
+                response_records, config.sft.data, (), config, self._report, names
+            )
+        train, held_out = records.train, records.held_out
+        if not config.sft.data and config.sft.responses != "hindsight":
+            sides = ((one, config.sft.responses) for one in (train, held_out))
             train, held_out = itertools.starmap(responses_of, sides)
-        else:
-            records = read(response_records, config.sft.data, config, self._report, "sft_data")
-            train, held_out = split_holdout(records, config.holdout, seed=config.seed)
-            train, held_out = train[: config.max_records], held_out[: config.max_eval_records]
 
         def rows(records: list[Any], name: str) -> Any:
             if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
             return self.tokenized(tokenize_responses, records, name)
 
+        tokens = rows(train, "train_responses")
         return TokenizedData(
-            train=rows(train, "train_responses"),
+            train=tokens,
             held_out=rows(held_out, "held_out_responses") if held_out else None,
             sources=[source_of(record) for record in train],
             length=config.max_length,
+            mixture=counted_mixture(records, tokens.record_index, self._report, "responses"),
+            held_out_by_source=records.by_source(),
         )

@@ -35,6 +35,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.score import SCORE, init_head
 from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
+from jaxalign.online.group_probe import GroupProbe
 from jaxalign.online.lookup import find_algorithm
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.rewards import reward_functions
@@ -187,7 +188,14 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         head = init_head(model_config.width, parts.key_of(config, NUMBER))
         return {**trained(params), SCORE: head}
 
-    rollout = config.online.rollout
+    rollout, statistics = config.online.rollout, config.online.entanglement
+    step = functools.partial(
+        update_step,
+        objective=objective,
+        optimizer=optimizer,
+        micro_batches=settings.micro_batches,
+    )
+    probe = GroupProbe(objective=objective, parts=statistics.parts, realised=statistics.realised)
     return Stage(
         name=NAME,
         method=rollout.algorithm,
@@ -198,12 +206,9 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         objective=objective,
         optimizer=optimizer,
         schedule=by_update if updates == 1 else lambda step: by_update(step * updates),
-        step=functools.partial(
-            update_step,
-            objective=objective,
-            optimizer=optimizer,
-            micro_batches=settings.micro_batches,
-        ),
+        step=step,
+        probed_step=functools.partial(step, backward=probe) if statistics.every else None,
+        probe_every=statistics.every,
         adapter_scale=policy.adapter_scale,
         trained=with_critic if has_critic else trained,
         frozen=parts.with_reference(adapters),
@@ -239,7 +244,13 @@ def largest_rollout(config: TrainConfig, objective: OnlineObjective) -> tuple[An
     forward = networks * (algorithm.updates + algorithm.scores_first)
     rows = prompts * algorithm.trained
     shape = {"rows": rows, "length": length, "scored": response}
-    return batch, [Rows(**shape, forward=forward, backward=algorithm.updates)]
+    passes = [Rows(**shape, forward=forward, backward=algorithm.updates)]
+    statistics = config.online.entanglement
+    if statistics.every:  # two rows a response
+        once = algorithm.updates
+        passes += 2 * [Rows(**shape, forward=once, backward=once)]
+        passes += [Rows(**shape, forward=once)] if statistics.realised else []
+    return batch, passes
 
 
 def _is_corrected(config: TrainConfig, algorithm: Algorithm) -> bool:
@@ -364,6 +375,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         describe=data.describe,
         evaluation=evaluation,
         throughput=parts.throughput(
+            context.model_config,
             params,
             live_reference=True,
             adapters=stage.adapter_scale is not None,

@@ -11,6 +11,7 @@ from jaxalign.data.packing import Packing
 from jaxalign.errors import UserError
 from jaxalign.files import read_json, write_json
 from jaxalign.models import DecoderConfig
+from jaxalign.sharding import row_parts
 from jaxalign.stages.kind import RunContext
 from jaxalign.stages.models import stage_folder
 from jaxalign.training.checkpoints import newest_step
@@ -46,7 +47,7 @@ def with_packing(context: RunContext, stage: Stage) -> RunContext:
       UserError: the stage's rows cannot be packed, but `packing` is "always".
     """
     data = context.data[stage.name]
-    shards = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
+    shards = row_parts(context.mesh)
     packing = Packing(shards=shards, micro_batches=stage.micro_batches)
     choice = 0
     if jax.process_index() == 0:

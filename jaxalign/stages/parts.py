@@ -1,5 +1,6 @@
 """Parts common to several kinds of stages: policy, update rule, adapters, feed."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxalign.config import LoraConfig, StageConfig, TrainConfig
-from jaxalign.models.config import ModelConfig
+from jaxalign.errors import UserError
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import shard_batch
 from jaxalign.stages.inputs import TokenizedData, count_computed, count_tokens
@@ -20,7 +22,7 @@ from jaxalign.training.objectives import Policy
 from jaxalign.training.optimizers import make_optimizer, make_schedule
 from jaxalign.training.stage import Feed, Params, Stage, Step, Throughput
 from jaxalign.training.step import train_step
-from jaxalign.training.throughput import flops_per_token, peak_flops
+from jaxalign.training.throughput import active_fraction, flops_per_token, peak_flops
 
 
 def run_adapters(config: TrainConfig) -> LoraConfig | None:
@@ -33,12 +35,28 @@ def make_policy(
 ) -> Policy:
     """The policy of a stage."""
     return Policy(
-        config=model_config,
+        config=_balanced(config, model_config),
         adapter_scale=None if adapters is None else adapters.scale,
         adapter_dropout=0.0 if adapters is None else adapters.dropout,
         remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
         attention=config.attention,
+    )
+
+
+def _balanced(config: TrainConfig, model_config: ModelConfig) -> ModelConfig:
+    """The architecture, with the run's weight of the load-balancing loss.
+
+    Raises:
+      UserError: there is a weight, but there are no experts.
+    """
+    weight, experts = config.router_balance, getattr(model_config, "experts", None)
+    if weight is None:
+        return model_config
+    if not isinstance(model_config, DecoderConfig) or experts is None:
+        raise UserError(f"router_balance: {config.model} has no experts to balance; leave it out")
+    return dataclasses.replace(
+        model_config, experts=dataclasses.replace(experts, balance_weight=weight)
     )
 
 
@@ -212,7 +230,7 @@ def feed(
       context: of the run.
       stage: to feed.
       params: initial parameters.
-      evaluate: (objective, held-out batches, mesh) -> evaluation.
+      evaluate: (objective, held-out batches, mesh, their sources) -> evaluation.
       objective: of the evaluation; None: the stage's own.
       place: batch -> the step's batch on the devices; None: the same batch, sharded.
       live_reference: whether each step runs the reference.
@@ -224,26 +242,43 @@ def feed(
         batches=data.batches(stage.batch_size, seed=context.config.seed),
         place=place or functools.partial(shard_batch, mesh=mesh),
         describe=data.describe,
-        evaluation=evaluate(objective or stage.objective, held_out, mesh) if held_out else None,
+        evaluation=evaluate(objective or stage.objective, held_out, mesh, data.held_out_by_source)
+        if held_out
+        else None,
         throughput=throughput(
-            params, live_reference=live_reference, adapters=stage.adapter_scale is not None
+            context.model_config,
+            params,
+            live_reference=live_reference,
+            adapters=stage.adapter_scale is not None,
         ),
     )
 
 
 def throughput(
-    params: Params, *, live_reference: bool, adapters: bool, updates: int = 1, tokens: Any = None
+    model_config: ModelConfig,
+    params: Params,
+    *,
+    live_reference: bool,
+    adapters: bool,
+    updates: int = 1,
+    tokens: Any = None,
 ) -> Throughput:
     """Tokens and FLOPs of a batch.
 
     Args:
+      model_config: the architecture.
       params: of the model.
       live_reference: whether each step runs the reference.
       adapters: whether only adapters are trained.
       updates: number of updates per step.
       tokens: batch -> number of its tokens; None: all tokens except padding.
     """
-    each = flops_per_token(params, live_reference=live_reference, adapters=adapters)
+    each = flops_per_token(
+        params,
+        live_reference=live_reference,
+        adapters=adapters,
+        active=active_fraction(model_config),
+    )
     return Throughput(
         tokens=tokens or count_tokens,
         computed=tokens or count_computed,

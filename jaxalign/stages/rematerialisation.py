@@ -12,6 +12,7 @@ from jaxalign.config import TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows
 from jaxalign.files import read_json, write_json
 from jaxalign.models.config import DecoderConfig, ModelConfig
+from jaxalign.sharding import row_parts
 from jaxalign.sharding.structs import bytes_on_device, placed_parameters
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.shapes import Shapes, shapes_of
@@ -102,7 +103,7 @@ def choose_remat(
         if remat != "none":  # one layer at a time is recomputed
             layers = layers_of(model_config)
             kept += max(saved("none") - kept, 0) / layers
-        return kept / (mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"])
+        return kept / (row_parts(mesh) * mesh.shape["sequence"])
 
     return choose(activations, _other_bytes(shapes, mesh), free, platform=platform)
 

@@ -14,11 +14,11 @@ from jaxalign.config import AlignmentConfig, TrainConfig
 from jaxalign.data import TokenizedPairs, TokenizedRows, pair_batches, tokenize_pairs
 from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice_once
 from jaxalign.losses import dpo, hidden_state_distance, hidden_state_matching
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.lora import merge
-from jaxalign.models.peft import save_adapters
+from jaxalign.models.peft import MERGED_ONLY, save_adapters, unwritable
 from jaxalign.representation import (
     Reader,
     RepresentationObjective,
@@ -227,7 +227,9 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         place=partial(shard_batch, mesh=mesh),
         describe=data.describe,
         evaluation=evaluation,
-        throughput=parts.throughput(params, live_reference=True, adapters=True, tokens=count_plain),
+        throughput=parts.throughput(
+            context.model_config, params, live_reference=True, adapters=True, tokens=count_plain
+        ),
     )
 
 
@@ -237,6 +239,9 @@ def finish(context: RunContext, params: Params, kept: Params) -> Outcome:
     before = (config.pretrain, config.sft, config.preference, config.online)
     changed = config.model == "embedded" or config.adapter is not None
     changed |= any(stage.runs for stage in before)
+    if unwritable(kept):
+        notice_once(MERGED_ONLY)
+        return place(merge(params, kept, lora.scale), context.mesh), None
     save_adapters(
         context.folder / "representation_adapter",
         kept,

@@ -13,10 +13,12 @@ from scipy.stats import rankdata
 
 from jaxalign.data.batches import PairBatch
 from jaxalign.data.labelled import LabelledBatch
+from jaxalign.data.mixtures import BySource
 from jaxalign.losses import LabelledLogProbs, Statistics, statistics_of
 from jaxalign.records import record
 from jaxalign.sharding import replicated, shard_batch
 from jaxalign.training.calibration import reliability
+from jaxalign.training.evaluation import each_source
 from jaxalign.training.metrics import Mean, mean_of, to_floats
 from jaxalign.training.objectives import ROUNDING, Params, Policy, reward_scale
 from jaxalign.training.step import TrainState, on_mesh
@@ -134,7 +136,10 @@ class LabelledObjective:
 
 
 def evaluate_labelled(
-    objective: LabelledObjective, batches: Sequence[LabelledBatch], mesh: Mesh
+    objective: LabelledObjective,
+    batches: Sequence[LabelledBatch],
+    mesh: Mesh,
+    by_source: BySource | None = None,
 ) -> Callable[[TrainState, Any], dict[str, float]]:
     """(state, frozen) -> loss, rewards of both labels, AUC and calibration on held-out responses.
 
@@ -142,6 +147,12 @@ def evaluate_labelled(
     undesirable one. `calibration/error` is the expected calibration error of the probability
     sigma(beta (r - shift)) that a response is desirable, where the shift is the loss's zero point,
     0 if it has none. Rewards within rounding error are 0. Batches do not change the numbers.
+
+    Args:
+      objective: of the stage.
+      batches: held-out responses.
+      mesh: of the devices.
+      by_source: as in `evaluate_preferences`.
     """
 
     def forward(params: Params, frozen: Any, batch: LabelledBatch) -> LabelledOutputs:
@@ -160,17 +171,22 @@ def evaluate_labelled(
             parts.append(jax.tree.map(lambda x, kept=kept: x[kept], rows))
         outputs, rows = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
         order = np.argsort(rows.record_index, kind="stable")
-        outputs, rows = jax.tree.map(lambda x: x[order], (outputs, rows))
+        whole = jax.tree.map(lambda x: x[order], (outputs, rows))
         running = jax.device_get(state.running)
-        count = np.float32(rows.responses.weight.sum())
-        metrics = to_floats(reduce(outputs, rows, count, running))
-        known = [f"statistics/{name}" for name in SHIFTS if f"statistics/{name}" in metrics]
-        shift = metrics[known[0]] if known else 0.0
         scale = reward_scale(objective.loss, objective.options)
-        above = np.asarray(outputs.log_prob - outputs.reference - shift, np.float64)
-        noise = ROUNDING * (np.abs(outputs.log_prob) + np.abs(outputs.reference))
-        rewards = scale * np.where(np.abs(above) <= noise, 0.0, above)
-        return metrics | separation(rewards, np.asarray(rows.desirable))
+
+        def metrics_of(which: np.ndarray) -> dict[str, float]:
+            outputs, rows = jax.tree.map(lambda x: x[which], whole)
+            count = np.float32(rows.responses.weight.sum())
+            metrics = to_floats(reduce(outputs, rows, count, running))
+            known = [f"statistics/{name}" for name in SHIFTS if f"statistics/{name}" in metrics]
+            shift = metrics[known[0]] if known else 0.0
+            above = np.asarray(outputs.log_prob - outputs.reference - shift, np.float64)
+            noise = ROUNDING * (np.abs(outputs.log_prob) + np.abs(outputs.reference))
+            rewards = scale * np.where(np.abs(above) <= noise, 0.0, above)
+            return metrics | separation(rewards, np.asarray(rows.desirable))
+
+        return each_source(metrics_of, whole[1].record_index, by_source)
 
     return run
 

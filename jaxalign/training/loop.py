@@ -15,7 +15,7 @@ from jaxalign.errors import UserError
 from jaxalign.progress import busy
 from jaxalign.sharding.processes import any_process
 from jaxalign.training.checkpoints import Checkpoints
-from jaxalign.training.metrics import Mean, Writer, add_means, to_floats
+from jaxalign.training.metrics import Writer, to_floats
 from jaxalign.training.profiling import Trace
 from jaxalign.training.stage import Feed, Stage, Step
 from jaxalign.training.step import RECORDS, TrainState, saved_fields
@@ -123,20 +123,6 @@ class _Terminated:
         self._thread.join()
         os.close(write)
         os.close(self._end)
-
-
-def evaluate(
-    step: Callable[[Any, Any, Any], Mapping[str, Mean]],
-    params: Any,
-    frozen: Any,
-    batches: Sequence[Any],
-) -> dict[str, float]:
-    """Metrics over all batches of a held-out set, with equal weight for every pair."""
-    total: dict[str, Mean] | None = None
-    for batch in batches:
-        means = dict(step(params, frozen, batch))
-        total = means if total is None else add_means(total, means)
-    return {} if total is None else to_floats(jax.device_get(total))
 
 
 def run_stage(

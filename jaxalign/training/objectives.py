@@ -22,6 +22,7 @@ from jaxalign.losses import (
     statistics_of,
 )
 from jaxalign.models.compute import Compute
+from jaxalign.models.experts import BALANCE, with_balance
 from jaxalign.models.lora import with_adapters, with_dropout
 from jaxalign.models.responses import (
     ResponseComparison,
@@ -70,10 +71,14 @@ class Policy:
         """The policy's parameters, with adapters where these are trained.
 
         Args:
-          trained: all parameters, or the adapters.
+          trained: all parameters, or the adapters; the probe of the experts' balance under
+            `BALANCE`, if the backward pass adds the gradient of the load-balancing loss.
           frozen: the weights below the adapters.
           key: of the adapters' dropout; None: no dropout.
         """
+        if BALANCE in trained:
+            own = {name: tree for name, tree in trained.items() if name != BALANCE}
+            return with_balance(self.policy_params(own, frozen, key), trained[BALANCE])
         if self.adapter_scale is None:
             return trained
         adapters = {name: tree for name, tree in trained.items() if name in frozen}  # no heads

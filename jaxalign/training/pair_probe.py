@@ -14,6 +14,7 @@ from jaxalign.entanglement.geometry import gram
 from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
 from jaxalign.entanglement.reweighting import Reweighting
+from jaxalign.errors import UserError
 from jaxalign.models.probes import with_probes
 from jaxalign.training.ledger import ledger_entries, ledger_metrics
 from jaxalign.training.masking import HEAD
@@ -46,6 +47,14 @@ class PairProbe:
     ledger: bool = False
     """Whether to split the realised changes of the batch's log-probs, and those of the held-out
     pairs in `frozen["held_out"]`, by where they came from (`training.ledger`)."""
+
+    def __post_init__(self):
+        experts = getattr(self.objective.policy.config, "experts", None)
+        if self.ledger and experts is not None and experts.balance_weight:
+            raise UserError(
+                "ledger: it divides an update among pairs, and the load-balancing loss of "
+                "experts belongs to none; set router_balance to 0"
+            )
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxalign.models.devices import splitting_states
+from jaxalign.models.experts import BALANCE, STATISTICS, balance_probe
 from jaxalign.records import record
 from jaxalign.sharding import (
     batch_sharding,
@@ -191,10 +192,12 @@ def gradients(
     Micro-batches do not change the result: each part's loss is divided by the whole batch's weight.
     Where the loss couples rows (a batch statistic), a first pass collects the outputs of all parts,
     the loss is differentiated with respect to these, and a second pass backpropagates each part's
-    cotangents. The loss's running statistics, updated with this batch, are returned as the metrics
+    cotangents. The load-balancing loss of experts is that of each part (`balance_probe_of`).
+    The loss's running statistics, updated with this batch, are returned as the metrics
     `statistics/NAME`.
     """
     count = objective.count(batch)
+    probe = balance_probe_of(objective, micro_batches)
 
     def reduce(outputs: Any, rows: Any) -> tuple[Float[Array, ""], dict[str, Mean]]:
         if not running:
@@ -204,9 +207,10 @@ def gradients(
         return preference.reduce(outputs, rows, count, updated)
 
     def of_part(part, key, output_gradients=None):
-        return backward(
+        together = probe is not None and isinstance(backward, PlainBackward)
+        grads, metrics, statistics = backward(
             objective,
-            trained,
+            {**trained, BALANCE: probe} if together else trained,
             frozen,
             part,
             key,
@@ -214,6 +218,15 @@ def gradients(
             count=count,
             output_gradients=output_gradients,
         )
+        if together:
+            grads = dict(grads)
+            metrics = metrics | balance_metrics(grads.pop(BALANCE))
+        elif probe is not None:  # by a pass of its own: it is in no pair's statistics
+            own = {**trained, BALANCE: probe}
+            more = dict(_balance_gradient(objective, own, frozen, part, key))
+            metrics = metrics | balance_metrics(more.pop(BALANCE))
+            grads = jax.tree.map(jnp.add, grads, more)
+        return grads, metrics, statistics
 
     if micro_batches == 1:
         return of_part(batch, key)
@@ -232,11 +245,12 @@ def gradients(
         output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, batch)
 
         def pull_back(grads, inputs):
-            more, _, statistics = of_part(*inputs)
-            return jax.tree.map(jnp.add, grads, more), statistics
+            more, own, statistics = of_part(*inputs)
+            return jax.tree.map(jnp.add, grads, more), (own, statistics)
 
         pulled = (parts, keys, split_micro_batches(output_gradients, micro_batches))
-        grads, statistics = jax.lax.scan(pull_back, zeros, pulled)
+        grads, (own, statistics) = jax.lax.scan(pull_back, zeros, pulled)
+        metrics = metrics | jax.tree.map(lambda x: x.sum(0), own)
         return grads, metrics, join_micro_batches(statistics)
 
     def add_part(carry, part_and_key):
@@ -249,6 +263,35 @@ def gradients(
     no_metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, metrics), statistics = jax.lax.scan(add_part, (zeros, no_metrics), (parts, keys))
     return grads, metrics, join_micro_batches(statistics)
+
+
+def balance_probe_of(objective: Objective, micro_batches: int) -> Float[Array, "layers 3"] | None:
+    """The probe of the load-balancing loss of each part's experts; None: the policy has none.
+
+    The loss is a product of means over tokens, so it is defined over those that are computed
+    together: the loss of a batch is the mean of those of its micro-batches.
+    """
+    policy = getattr(objective, "policy", None)
+    experts = getattr(getattr(policy, "config", None), "experts", None)
+    if policy is None or experts is None:
+        return None
+    return balance_probe(policy.config, experts.balance_weight / micro_batches)
+
+
+def balance_metrics(statistics: Float[Array, "layers 3"]) -> dict[str, Mean]:
+    """Means over layers and micro-batches of the experts' statistics, as `router/...`."""
+    return {
+        f"router/{name}": Mean(total=value, count=jnp.float32(1))
+        for name, value in zip(STATISTICS, statistics.mean(0), strict=True)
+    }
+
+
+def _balance_gradient(
+    objective: Objective, trained: Params, frozen: Any, part: Any, key: PRNGKeyArray
+) -> Params:
+    """The gradient of the load-balancing loss alone."""
+    outputs, pull = jax.vjp(lambda p: objective.forward(p, frozen, part, key), trained)
+    return pull(jax.tree.map(jnp.zeros_like, outputs))[0]
 
 
 def train_step(

@@ -20,26 +20,39 @@ PEAK_BFLOAT16 = {
 """Dense bfloat16 FLOP/s of one device, from the makers' data sheets."""
 
 
-def matrix_parameters(params: Any) -> int:
-    """Number of parameters in matrix products with each token: kernels, and a tied embedding."""
-    kernels = sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if getattr(path[-1], "key", None) == "kernel"
-    )
+def active_fraction(model_config: Any) -> float:
+    """The fraction of the experts of a mixture that a token is sent to; 1 without experts."""
+    experts = getattr(model_config, "experts", None)
+    return 1.0 if experts is None else experts.active / experts.number
+
+
+def matrix_parameters(params: Any, *, active: float = 1.0) -> int:
+    """Number of parameters in matrix products with each token: kernels, and a tied embedding.
+
+    Args:
+      params: of the model.
+      active: fraction of the experts that a token is sent to (`active_fraction`); 1: all.
+    """
+    kernels = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [getattr(key, "key", None) for key in path]
+        if names[-1] == "kernel":
+            kernels += round(leaf.size * active) if "experts" in names else leaf.size
     tied = "embed" in params and not {"unembed", "score"} & set(params)
     return kernels + (params["embed"]["embedding"].size if tied else 0)
 
 
-def flops_per_token(params: Any, *, live_reference: bool, adapters: bool = False) -> float:
+def flops_per_token(
+    params: Any, *, live_reference: bool, adapters: bool = False, active: float = 1.0
+) -> float:
     """Model FLOPs of one update per token, without attention's own products.
 
     Forward 2, backward 4 (2 where only adapters are trained: no weight gradients), and 2 for a
-    reference computed in the step, per matrix parameter; recomputation does not count (the
-    definition of model FLOP utilisation, arXiv:2204.02311, appendix B).
+    reference computed in the step, per matrix parameter, of experts per active one; recomputation
+    does not count (the definition of model FLOP utilisation, arXiv:2204.02311, appendix B).
     """
     passes = 2 + (2 if adapters else 4) + (2 if live_reference else 0)
-    return float(passes * matrix_parameters(params))
+    return float(passes * matrix_parameters(params, active=active))
 
 
 def peak_flops() -> float | None:

@@ -116,18 +116,18 @@ def test_two_epochs_of_a_file_and_a_failure_before_the_first_step(tmp_path, monk
 def test_no_file_of_an_experiment_stands_in_the_way_of_typed_data(name, scale, capsys):
     own = load_config(name, scale)
     config = parse([name, "--scale", scale, "--data", "mine.jsonl"])
-    assert (config.data, config.eval_data, config.sft.data) == ("mine.jsonl", None, None)
+    assert (config.data, config.eval_data, config.sft.data) == (("mine.jsonl",), (), ())
     assert config.holdout > 0
     notes = capsys.readouterr().err
     for field, value in (("eval_data", own.eval_data), ("sft_data", own.sft.data)):
-        assert (f"{field}: " in notes) == (value is not None)
+        assert (f"{field}: " in notes) == bool(value)
     if own.online.runs:
         assert config.online.rollout.prompts == "mine.jsonl"
         assert config.online.rollout.eval_prompts is None
     typed = ["--eval-data", "a.jsonl", "--sft-data", "b.jsonl"]
     if own.sft.responses == "chosen":
         config = parse([name, "--scale", scale, "--data", "mine.jsonl", *typed])
-        assert (config.eval_data, config.sft.data) == ("a.jsonl", "b.jsonl")
+        assert (config.eval_data, config.sft.data) == (("a.jsonl",), ("b.jsonl",))
     assert parse([name, "--scale", scale]).eval_data == own.eval_data
 
 

@@ -39,6 +39,8 @@ FAMILIES = [  # one of every way to use a parameter
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
+    "mixtral",
     "smollm3_window",
     "t5",
     "t5_v1_1",

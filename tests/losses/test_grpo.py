@@ -79,6 +79,8 @@ def test_group_advantages_are_those_of_trl():
 def test_advantages_without_spread_are_zero_and_unscaled_ones_are_differences():
     rewards = jnp.array([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0]])
     np.testing.assert_allclose(group_advantages(rewards)[0], 0)
+    equal = jnp.full((1, 8), 1.3, jnp.float32)  # whose mean in float32 is another number
+    np.testing.assert_array_equal(group_advantages(equal), 0)
     np.testing.assert_allclose(group_advantages(rewards, scaled=False)[1], [-1, 2, -1])
     np.testing.assert_allclose(  # a group of two: the sign, whatever the difference
         group_advantages(jnp.array([[0.3, 0.1], [-5.0, 7.0]]), epsilon=1e-12),

@@ -185,6 +185,12 @@ VARIANTS = {
         "lora": LoraConfig(rank=2),
         "rollout": {"algorithm": "grpo", "options": {"samples": 2.0, "updates": 2.0}, "top_p": 0.9},
     },
+    "gradients of the responses to a prompt": {
+        **with_stage("online"),
+        "online.entanglement.every": 1,
+        "online.entanglement.realised": True,
+        "rollout": {"algorithm": "dr_grpo", "options": {"samples": 4.0}},
+    },
     "two references": {
         **with_stage("online"),
         "rollout": {"algorithm": "inpo"},

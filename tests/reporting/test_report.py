@@ -90,6 +90,20 @@ def test_watched_gradients_have_a_table_and_a_plot(make_run, tmp_path, count):
         assert image.width > 1000
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_groups_have_a_table_and_a_plot(make_run, tmp_path, count):
+    metrics = {"positive": 0.25, "displaced": 0.5, "positive/from_negative": -2.0}
+    metrics = {f"entanglement/{name}": value for name, value in metrics.items()}
+    lines = [line(step, "train", "online", loss=1.0, **metrics) for step in (1, 2)]
+    runs = [read_run(make_run(name, *lines)) for name in "ab"[:count]]
+    text = write_report(runs, tmp_path / "out").read_text()
+    cells = " | ".join(["50.0%", "50.0%"][:count])
+    assert f"| reinforced, but to fall (displaced) | {cells} |" in text
+    assert "| reinforced: from suppressed ones | -2 " in text
+    with Image.open(tmp_path / "out" / "groups.png") as image:
+        assert image.width > 600
+
+
 def test_runs_of_different_losses_are_compared_in_nats(make_run):
     run = read_run(make_run("a", *preference_lines(0.8)))
     # gaps of 1.5 at the start and 15.75 at the end

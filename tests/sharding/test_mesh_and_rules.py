@@ -13,7 +13,7 @@ from jaxalign.sharding import batch_sharding, make_mesh, parameter_shardings, pl
 
 def test_one_size_may_be_what_is_left_over():
     mesh = make_mesh(data=-1, fsdp=2, tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def params():
 def test_axes_follow_the_table_and_optimizer_moments_follow_their_parameters():
     mesh = make_mesh(data=1, fsdp=2, sequence=2, tensor=2)
     specs = jax.tree.map(lambda s: s.spec, parameter_shardings(params(), mesh))
-    both = "fsdp", "sequence"
+    both = "fsdp", "expert", "sequence"
     assert specs["embed"]["embedding"] == P("tensor", both)
     assert specs["layers"]["q"]["kernel"] == P(None, both, "tensor")
     assert specs["layers"]["o"]["kernel"] == P(None, "tensor", both)

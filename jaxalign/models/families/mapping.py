@@ -42,6 +42,8 @@ SIZES = (
     *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim", "d_kv"),
     *("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
     *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("decoder_sparse_step",),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
 POSITIVE = (
@@ -54,9 +56,11 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
     *("initializer_range", "initializer_factor", "max_window_layers"),
+    *("router_aux_loss_coef", "router_jitter_noise"),
 )
 SWITCHES = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("norm_topk_prob",),
     *("use_parallel_residual", "scale_attn_weights", "scale_decoder_outputs"),
 )
 NULLABLE = (  # for which transformers derives a number
@@ -129,9 +133,11 @@ class Weight:
     """One Hugging Face tensor and the leaves of ours that it holds.
 
     Attributes:
-      name: its name in the file; "{layer}" stands for the layer's number.
+      name: its name in the file; "{layer}" stands for the layer's number, "{expert}" for the
+        expert's.
       paths: our leaves, such as "layers/q/kernel"; several where the file fuses them.
-      split: the file's tensor -> one array per path (one layer's, without the layers axis).
+      split: the file's tensor -> one array per path (one layer's and one expert's, without these
+        axes).
       join: the reverse.
       transposed: whether the single leaf is the plain transpose; lets slices be read alone.
     """
@@ -146,6 +152,11 @@ class Weight:
     def per_layer(self) -> bool:
         """Whether there is one such tensor for every layer."""
         return "{layer}" in self.name
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes of ours, layers and experts, the file has as separate tensors."""
+        return self.per_layer + ("{expert}" in self.name)
 
 
 def same(name: str, path: str) -> Weight:
