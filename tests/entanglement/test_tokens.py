@@ -24,7 +24,17 @@ def first_pair(batch):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_tied_groups", "gemma2", "gpt2", "gpt_neox", "olmoe", "t5_v1_1"]
+    "name",
+    [
+        "llama_tied_groups",
+        "gemma2",
+        "granite",
+        "cohere2",
+        "gpt2",
+        "gpt_neox",
+        "olmoe",
+        "t5_v1_1",
+    ],
 )
 def test_the_matrix_is_that_of_dense_gradients_and_sums_to_the_pairs(name):
     model = load_pretrained(folder_of(name), dtype=jnp.float32)

@@ -278,6 +278,8 @@ def test_every_cut_of_a_header_is_named(tmp_path):
         ({"general.alignment": 0}, "general.alignment: 0: it is truncated or damaged"),
         ({"general.type": "adapter"}, "an adapter; name the GGUF file of the language model"),
         ({"expert_count": 8}, "llama.expert_count: 8 is not supported"),
+        ({"residual_scale": 0.5}, "llama.residual_scale: 0.5 is not supported; no llama here"),
+        ({"rope.dimension_sections": [2, 2, 4]}, "llama.rope.dimension_sections: .* not supported"),
         ({"rope.scaling.type": "ntk"}, "llama.rope.scaling.type: 'ntk' is not supported; linear"),
         (
             {"rope.dimension_count": 4},
@@ -308,6 +310,15 @@ def test_what_is_not_supported_is_named(metadata, message, tmp_path):
     with pytest.raises(UserError, match=f"model.gguf: {message}") as error:
         load_pretrained(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_granite_without_rotary_positions_is_named(tmp_path):
+    metadata = {"rope.scaling.finetuned": False}
+    path = write_gguf(FOLDER / "granite", tmp_path / "model.gguf", metadata=metadata)
+    with pytest.raises(
+        UserError, match=r"granite\.rope\.scaling\.finetuned: False is not supported"
+    ):
+        load_pretrained(path)
 
 
 def test_a_missing_number_a_missing_file_and_a_folder_of_gguf_are_named(tmp_path):

@@ -42,10 +42,11 @@ SIZES = (
     *("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim", "d_kv"),
     *("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
     *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("num_experts", "moe_intermediate_size"),
     *("decoder_sparse_step",),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
+COUNTS = ("num_local_experts", "num_experts_per_tok")  # 0 in a dense Granite 4
 POSITIVE = (
     *("rope_theta", "rotary_emb_base", "rope_local_base_freq", "rotary_pct"),
     *("partial_rotary_factor", "query_pre_attn_scalar"),
@@ -93,6 +94,8 @@ def check_numbers(hf: Mapping[str, Any]) -> None:
             return
         elif name in SIZES and (type(value) is not int or value < 1):
             raise UserError(f"{field}: {value!r} is not a positive integer")
+        elif name in COUNTS and (type(value) is not int or value < 0):
+            raise UserError(f"{field}: {value!r} is not an integer of 0 or more")
         elif name in SWITCHES and type(value) is not bool:
             raise UserError(f"{field}: {value!r} is not true or false")
         elif name in POSITIVE and not _number(value) > 0:
