@@ -47,8 +47,7 @@ def pair_geometry(
       for values by layer and by kind of matrix.
     """
     rows = jax.tree.map(jnp.asarray, batch.rows())
-    tokens, response_tokens = rows.tokens, rows.response_tokens
-    probes = zero_probes(params, config, tokens, response_tokens, adapters=adapters)
+    probes = zero_probes(params, config, rows, adapters=adapters)
 
     def log_probs(probes: Any) -> Float[Array, ""]:
         if adapters is None:
@@ -57,8 +56,8 @@ def pair_geometry(
             policy = with_adapters(params, with_probes(adapters, probes), adapter_scale)
         return response_log_probs(policy, config, rows, compute=compute).log_prob.sum()
 
-    parts = contributions(jax.grad(log_probs)(probes), config, tokens, response_tokens)
-    return unweighted(total(parts), jnp.ones((tokens.shape[0] // 2, 2)))
+    parts = contributions(jax.grad(log_probs)(probes), config, rows)
+    return unweighted(total(parts), jnp.ones((rows.tokens.shape[0] // 2, 2)))
 
 
 def two_pass_geometry(
