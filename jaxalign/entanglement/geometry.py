@@ -1,6 +1,5 @@
 """The exact Gram matrices of the gradients of pairs and groups, for fixed parameters."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -98,10 +97,11 @@ def group_geometry(
     samples = coefficients.shape[1]
     names = "tokens", "prompt_length", "response_tokens", "response_length"
     fields = {name: jnp.concatenate([jnp.asarray(getattr(batch, name))] * 2, 1) for name in names}
+    twice = PairBatch(**fields, record_index=batch.record_index, weight=batch.weight)
     parts = row_contributions(
         params,
         config,
-        dataclasses.replace(batch.apart(), **fields),
+        twice,
         jnp.concatenate([coefficients, jnp.ones_like(coefficients)], axis=1),
         adapters=adapters,
         adapter_scale=adapter_scale,
@@ -137,8 +137,7 @@ def row_contributions(
       compute: as in `pair_geometry`.
     """
     rows, (_, sides, _) = jax.tree.map(jnp.asarray, batch.rows()), batch.response_tokens.shape
-    of_batch = config, rows.tokens, rows.response_tokens
-    probes = zero_probes(params, *of_batch, sides=sides, adapters=adapters)
+    probes = zero_probes(params, config, rows, sides=sides, adapters=adapters)
 
     def log_probs(probes: Any) -> Float[Array, ""]:
         if adapters is None:
@@ -148,7 +147,7 @@ def row_contributions(
         found = response_log_probs(policy, config, rows, compute=compute).log_prob
         return jnp.sum(weights * found.reshape(batch.response_tokens.shape))
 
-    return contributions(jax.grad(log_probs)(probes), *of_batch, sides=sides)
+    return contributions(jax.grad(log_probs)(probes), config, rows, sides=sides)
 
 
 def two_pass_geometry(
