@@ -51,6 +51,7 @@ NAMES = {
                 "new.jsonl",
             ),
             *("queries.jsonl", "examples.jsonl", "principles.json", "my_rules.py", "my_losses.py"),
+            *("sums.jsonl", "sums.py"),
             *("dpo.jsonl", "sft.jsonl", "dpo_0.jsonl", "dpo_1.jsonl", "ipo_0.jsonl"),
         )
     },
@@ -80,6 +81,7 @@ ADDED = {
     r"benchmarks\.decode_step": "--size 1M --batches 2 --prompt 8 --new 8 --repeats 1",
     r"benchmarks\.shared_prompts": "--size 1M --prompt 16 --response 8 --rounds 1",
     r"benchmarks\.entanglement": "--size 1M --length 16 --pairs 2 --rounds 1 --vocabulary 500",
+    r"benchmarks\.group_entanglement": "--size 1M --length 16 --rounds 1 --vocabulary 500",
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
     r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "

@@ -105,6 +105,11 @@ def write_files(mine: Path) -> None:
         "my_rules.py": "def longer(prompt, response):\n    return float(len(response))\n",
         "my_losses.py": MY_LOSSES,
     }
+    files |= {
+        "sums.jsonl": [{"prompt": f"{n} + {n} =", "answer": str(2 * n)} for n in range(16)],
+        "sums.py": "def right(prompts, responses, answer):\n"
+        "    return [float(x in y) for x, y in zip(answer, responses)]\n",
+    }
     prompts = [{"prompt": row["prompt"]} for row in rows[:16]]
     files |= dict.fromkeys(("prompts.jsonl", "new.jsonl", "queries.jsonl"), prompts)
     for name, content in files.items():
