@@ -117,7 +117,7 @@ def contributions(
 
 def _lookup_gram(
     cotangents: Float[Array, "rows length width"],
-    ids: Int[AnyArray, "sides ids"],
+    ids: Int[AnyArray, "all_sides ids"],
     other: Float[Array, "groups sides all_lengths width"] | None,
     spans: Spans | None,
     sides: int,
