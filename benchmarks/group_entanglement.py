@@ -149,7 +149,7 @@ def one_by_one(params: Any, config: Any, batch: RolloutBatch, advantage: Any) ->
         _, backward = jax.vjp(log_probs, params)
         own = jax.lax.map(lambda cotangent: backward(cotangent)[0], jnp.eye(2 * len(advantage)))
         flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(own)]
-        whole = sum(x @ x.T for x in flat)
+        whole = sum((x @ x.T for x in flat), jnp.zeros(()))
         half = len(advantage)
         return GroupGeometry(gradients=whole[:half, :half], effects=whole[:half, half:])
 
