@@ -95,13 +95,22 @@ def group_geometry(
       of prompts where layers are stacked; "" -> the sum over all trained parameters. In float32.
     """
     samples = coefficients.shape[1]
-    names = "tokens", "prompt_length", "response_tokens", "response_length"
-    fields = {name: jnp.concatenate([jnp.asarray(getattr(batch, name))] * 2, 1) for name in names}
-    twice = PairBatch(**fields, record_index=batch.record_index, weight=batch.weight)
+
+    def twice(x: Any) -> Array:
+        return jnp.concatenate([jnp.asarray(x)] * 2, axis=1)
+
+    rows = PairBatch(
+        tokens=twice(batch.tokens),
+        prompt_length=twice(batch.prompt_length),
+        response_tokens=twice(batch.response_tokens),
+        response_length=twice(batch.response_length),
+        record_index=batch.record_index,
+        weight=batch.weight,
+    )
     parts = row_contributions(
         params,
         config,
-        twice,
+        rows,
         jnp.concatenate([coefficients, jnp.ones_like(coefficients)], axis=1),
         adapters=adapters,
         adapter_scale=adapter_scale,
