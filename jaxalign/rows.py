@@ -25,8 +25,8 @@ class PackedRows:
     """Pairs, or single responses, one after the other in long rows with little padding.
 
     A pair is its common prefix, the rest of the chosen row, then the rest of the rejected row; a
-    single response is a chosen row alone. The tokens that are scored, of all responses of a long
-    row, are in a list.
+    single response is a chosen row alone. Where sides are apart, a pair is two single responses.
+    The tokens that are scored, of all responses of a long row, are in a list.
 
     Attributes:
       tokens: prompts and responses, then zeros.
@@ -40,6 +40,7 @@ class PackedRows:
       scored_start: where in its row's list the responses of an example begin.
       last: where in its row the last token of each response lies.
       reach: no token sees one as many or more places before it; None: unknown.
+      apart: whether the sides of a pair are single responses, which share no prefix.
     """
 
     tokens: Int[AnyArray, "packed length"]
@@ -52,6 +53,7 @@ class PackedRows:
     scored_start: Int[AnyArray, "examples sides"]
     last: Int[AnyArray, "examples sides"]
     reach: int | None = static(None)
+    apart: bool = static(False)
 
 
 @record

@@ -115,6 +115,10 @@ class GroupEntanglementConfig:
 class OnlineConfig(StageConfig):
     """The online stage: prompts per update are its batch size."""
 
+    packing: Literal["always", "never"] = "never"
+    """Whether to pack responses with their prompts one after the other in long rows for the update,
+    instead of padding each to the longest (decoders, one process, one minibatch; the numbers are
+    the same). The rows have one of eight lengths, each of which is compiled once."""
     rollout: Annotated[RolloutConfig, short()] = RolloutConfig()
     """Sampling, annotation and algorithm."""
     entanglement: GroupEntanglementConfig = GroupEntanglementConfig()

@@ -131,9 +131,8 @@ class PreferenceConfig(StageConfig):
     packing: Annotated[Literal["auto", "always", "never"], short()] = "auto"
     """Whether to pack pairs one after the other in long rows, instead of padding each to the
     longest of its batch (decoders; the numbers are the same, the pairs of a batch are others);
-    auto: on CPUs and one GPU, where it was measured, if it saves a tenth of the computed positions;
-    not with per-pair statistics or a ledger in more than a quarter of the steps, which need padded
-    rows. The choice is kept in the run folder for resuming."""
+    auto: on CPUs and one GPU, where it was measured, if it saves a tenth of the computed positions.
+    The choice is kept in the run folder for resuming."""
     entanglement: Annotated[EntanglementConfig, short()] = EntanglementConfig()
     """Statistics of the gradients of chosen and rejected during the preference stage."""
 

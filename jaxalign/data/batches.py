@@ -40,6 +40,8 @@ class PairBatch:
     """Tokens that both rows begin with; None where there are no joint rows."""
     packed: PackedRows | None = None
     """The same rows packed; None: not made."""
+    packed_apart: PackedRows | None = None
+    """The same rows packed, each with a prompt of its own; None: not made."""
 
     def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
         """A row per side, chosen first.
@@ -64,8 +66,17 @@ class PairBatch:
         )
 
     def apart(self) -> "PairBatch":
-        """The same batch with each row by itself: neither joint nor packed."""
-        return dataclasses.replace(self, joint_tokens=None, common_length=None, packed=None)
+        """The same batch with each row by itself: none is joint, and packed rows share no prefix.
+
+        It is padded where there are no such packed rows.
+        """
+        return dataclasses.replace(
+            self,
+            joint_tokens=None,
+            common_length=None,
+            packed=self.packed_apart,
+            packed_apart=None,
+        )
 
 
 @record
@@ -270,6 +281,7 @@ def padded_pairs(
     response: int,
     *,
     packed: PackedRows | None = None,
+    packed_apart: PackedRows | None = None,
 ) -> PairBatch:
     """The named pairs or single responses, padded to a length, beside the same packed."""
     size, sides = len(members), pairs.sides
@@ -290,6 +302,7 @@ def padded_pairs(
         record_index=pairs.record_index[members].astype(np.int32),
         weight=weight,
         packed=packed,
+        packed_apart=packed_apart,
     )
 
 

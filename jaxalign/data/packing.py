@@ -1,5 +1,6 @@
 """Batches packed in long rows of one length, so that almost nothing is padding."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from jaxalign.data.order import (
     iterate,
     share_of,
 )
-from jaxalign.data.tokenize import TokenizedExamples
+from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
 from jaxalign.rows import PackedRows
 
 SLACK = 1.25 * TOLERANCE
@@ -27,6 +28,8 @@ FIRST = 64
 """Least number of batches from which the length of the rows is chosen."""
 STEP = 1 / 128
 """Rounding of lengths, as a fraction of them."""
+APART_SLACK = 0.03
+"""`SLACK` of rows without shared prefixes, whose sizes are not balanced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Packing:
     """Number of shards of a batch on the devices, over data and fsdp."""
     micro_batches: int = 1
     """Number of micro-batches."""
+    apart: bool = False
+    """Whether batches of pairs also have rows in which every response has a prompt of its own."""
 
     @property
     def rows(self) -> int:
@@ -56,6 +61,21 @@ class Placement:
     """Places in `members`, row by row; None: the batch does not fit packed rows."""
     first_row: int
     """Number of the first of these rows in the whole batch."""
+    fits_apart: bool = False
+    """Whether the batch fits rows without shared prefixes."""
+
+    def of_sides(self, sides: int) -> "Placement":
+        """The same with each side as an example of its own, one after the other."""
+
+        def each(x: np.ndarray) -> np.ndarray:
+            return (sides * x[..., None] + np.arange(sides)).reshape(*x.shape[:-1], -1)
+
+        return dataclasses.replace(
+            self,
+            members=each(self.members),
+            weight=np.repeat(self.weight, sides),
+            rows=None if self.rows is None else each(self.rows),
+        )
 
 
 class Packer:
@@ -65,17 +85,26 @@ class Packer:
       order: of the examples.
       packing: number of rows.
       sizes: examples of a batch -> Int [examples, measures]: what they take of a row's room.
+      apart: Int [examples]: tokens of each example without a shared prefix, if there are to be such
+        rows; they are not balanced, so that they do not change which examples share a row.
     """
 
     def __init__(
-        self, order: BatchOrder, packing: Packing, sizes: Callable[[np.ndarray], np.ndarray]
+        self,
+        order: BatchOrder,
+        packing: Packing,
+        sizes: Callable[[np.ndarray], np.ndarray],
+        apart: Int[np.ndarray, " examples"] | None = None,
     ):
-        self.order, self.packing, self._sizes = order, packing, sizes
-        self.room = self._room()
+        self.order, self.packing, self._sizes, self._apart = order, packing, sizes, apart
+        room = self._room()
+        self.room = None if room is None else room[:-1]
         """Int [measures]: of a row; None: the examples of a batch cannot be shared equally by the
         rows."""
+        self.room_apart = None if room is None or apart is None else int(room[-1])
+        """Tokens of a row without shared prefixes; None: there are no such rows."""
 
-    def _room(self) -> Int[np.ndarray, " measures"] | None:
+    def _room(self) -> Int[np.ndarray, " all_measures"] | None:
         order = self.order
         if order.batch_size % self.packing.rows:
             return None
@@ -83,16 +112,21 @@ class Packer:
         if order.num_batches is not None:
             number = min(number, order.num_batches)
         most = np.max([self._rows(order.batch(at))[2] for at in range(number)], axis=0)
-        more = 1 if order.num_batches == number else 1 + SLACK
-        return np.array([_rounded(more * float(size)) for size in most])
+        slack = np.array([*[SLACK] * (len(most) - 1), APART_SLACK])
+        more = most if order.num_batches == number else (1 + slack) * most
+        return np.array([_rounded(float(size)) for size in more])
 
     def _rows(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A batch in the order of its rows, its weights, and the sizes of the fullest row."""
+        """A batch in the order of its rows, its weights, and the sizes of the fullest row.
+
+        The last size is without shared prefixes.
+        """
         packing = self.packing
         filled, weight = filled_batch(members, self.order.batch_size)
-        sizes = self._sizes(members)
+        apart = np.zeros(len(members), int) if self._apart is None else self._apart[members]
+        sizes = np.concatenate([self._sizes(members), apart[:, None]], axis=1)
         sizes = np.pad(sizes, ((0, len(filled) - len(members)), (0, 0)))
-        groups = balanced_groups(sizes, packing.rows, np.random.default_rng(0))
+        groups = balanced_groups(sizes[:, :-1], packing.rows, np.random.default_rng(0))
         most = sizes[groups].sum(1).max(0)
         # example p of a batch is in micro-batch p % micro_batches (`split_micro_batches`)
         groups = groups.reshape(packing.shards, packing.micro_batches, -1)
@@ -109,11 +143,12 @@ class Packer:
           process_index: of `ordered_batches`.
           process_count: of `ordered_batches`; divides the shards.
         """
-        packing, fits = self.packing, False
+        packing, fits, fits_apart = self.packing, False, False
         filled, weight = filled_batch(members, self.order.batch_size)
         if self.room is not None:
             filled, weight, most = self._rows(members)
-            fits = bool((most <= self.room).all())
+            fits = bool((most[:-1] <= self.room).all())
+            fits_apart = self.room_apart is not None and bool(most[-1] <= self.room_apart)
         mine, weight = (share_of(x, process_index, process_count) for x in (filled, weight))
         if not fits:
             return Placement(members=mine, weight=weight, rows=None, first_row=0)
@@ -125,6 +160,7 @@ class Packer:
             weight=weight,
             rows=grid,
             first_row=process_index * rows,
+            fits_apart=fits_apart,
         )
 
 
@@ -195,6 +231,24 @@ def pack(
     )
 
 
+def pack_apart(
+    examples: TokenizedExamples, placement: Placement, room: Int[np.ndarray, " measures"]
+) -> PackedRows | None:
+    """`pack` without shared prefixes: every side has its prompt; None: the batch does not fit."""
+    if not placement.fits_apart:
+        return None
+    sides, single = examples.sides, TokenizedResponses(rows=examples.rows)
+    placement = placement.of_sides(sides)
+    packed = pack(single, placement, room, reach=int(examples.length.max()))
+    return packed and dataclasses.replace(
+        packed,
+        row=packed.row[::sides],
+        scored_start=packed.scored_start.reshape(-1, sides),
+        last=packed.last.reshape(-1, sides),
+        apart=True,
+    )
+
+
 def _copies_beside(members: np.ndarray, weight: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """The batch with the copies in each row copies of a real example in it, where it has one."""
     members = members.copy()
@@ -231,7 +285,8 @@ def packer_of(examples: TokenizedExamples, packing: Packing, **options: Any) -> 
     """The packer of `packed_batches`, whose options these are."""
     sizes = packed_sizes(examples)
     order = batch_order(examples.length.max(1), sizes=sizes, **options)
-    return Packer(order, packing, lambda members: sizes[members])
+    apart = examples.length.sum(1) if packing.apart else None
+    return Packer(order, packing, lambda members: sizes[members], apart)
 
 
 def packed_batches(
@@ -264,8 +319,15 @@ def packed_batches(
     reach = int(packed_sizes(examples)[:, 0].max())
 
     def make(at: Placement) -> PairBatch:
-        packed = None if packer.room is None else pack(examples, at, packer.room, reach=reach)
-        return padded_pairs(examples, at.members, at.weight, *padded, packed=packed)
+        packed, apart = None, None
+        if packer.room is not None:
+            packed = pack(examples, at, packer.room, reach=reach)
+        if packer.room is not None and packer.room_apart is not None:
+            room = np.array([packer.room_apart, packer.room[1]])
+            apart = pack_apart(examples, at, room)
+        return padded_pairs(
+            examples, at.members, at.weight, *padded, packed=packed, packed_apart=apart
+        )
 
     return placed_batches(
         packer,

@@ -146,8 +146,7 @@ def row_contributions(
       compute: as in `pair_geometry`.
     """
     rows, (_, sides, _) = jax.tree.map(jnp.asarray, batch.rows()), batch.response_tokens.shape
-    of_batch = config, rows.tokens, rows.response_tokens
-    probes = zero_probes(params, *of_batch, sides=sides, adapters=adapters)
+    probes = zero_probes(params, config, rows, sides=sides, adapters=adapters)
 
     def log_probs(probes: Any) -> Float[Array, ""]:
         if adapters is None:
@@ -157,7 +156,7 @@ def row_contributions(
         found = response_log_probs(policy, config, rows, compute=compute).log_prob
         return jnp.sum(weights * found.reshape(batch.response_tokens.shape))
 
-    return contributions(jax.grad(log_probs)(probes), *of_batch, sides=sides)
+    return contributions(jax.grad(log_probs)(probes), config, rows, sides=sides)
 
 
 def two_pass_geometry(

@@ -10,7 +10,11 @@ from jaxtyping import Array, Float, Int
 from jaxalign.entanglement.conditions import PairGeometry
 from jaxalign.models import devices
 from jaxalign.models.probes import (
+    Spans,
+    cotangents_by_groups,
+    cut,
     factored_gram,
+    lengths_of,
     number_of_sides,
     probes_of,
     side_pairs,
@@ -18,21 +22,19 @@ from jaxalign.models.probes import (
 )
 from jaxalign.models.responses import embedding_ids
 from jaxalign.records import AnyArray
+from jaxalign.rows import ResponseRows
 
 SMALLEST = 1e-12
 """Gradients with a smaller weight cannot be recovered with enough digits."""
 
 Tree = Mapping[str, Any]
 Contributions = dict[str, Float[Array, "groups ... products"]]
-Rows = Int[AnyArray, "rows length"]
-Responses = Int[AnyArray, "rows response"]
 
 
 def zero_probes(
     params: Tree,
     config: Any,
-    tokens: Rows,
-    response_tokens: Responses,
+    rows: ResponseRows,
     *,
     sides: int = 2,
     adapters: Tree | None = None,
@@ -42,16 +44,17 @@ def zero_probes(
     Args:
       params: the model's nested dict of arrays.
       config: `DecoderConfig` or `EncoderDecoderConfig`.
-      tokens: [2 pairs, length]; chosen and rejected alternate. In general [groups sides, length].
-      response_tokens: [groups sides, response].
+      rows: of the pairs; chosen and rejected alternate. In general, the sides of one group after
+        those of another. If packed, they are those of pairs, apart.
       sides: rows of a group.
       adapters: if given, they alone are the trained parameters.
 
     Returns:
       A tree for `models.probes.with_probes`, over the adapters if given, else over the parameters.
     """
-    groups, number = tokens.shape[0] // sides, sides * (sides + 1) // 2
-    read = embedding_ids(config, tokens, response_tokens).shape
+    groups, number = rows.tokens.shape[0] // sides, sides * (sides + 1) // 2
+    ids = embedding_ids(config, rows.tokens, rows.response_tokens)
+    computed = ids if rows.packed is None else rows.packed.tokens
 
     def zero(path: tuple[str, ...], arrays: Mapping[str, Array]) -> dict[str, Array]:
         stacked = (next(iter(arrays.values())).shape[0],) if "layers" in path else ()
@@ -59,26 +62,29 @@ def zero_probes(
         if "embedding" not in arrays or path[0] in ("encoder", "decoder"):
             return probe
         width = arrays["embedding"].shape[-1]
-        if path == ("positions",):
-            return {"lookup": jnp.zeros((*tokens.shape, width))}
-        lookup = {"lookup": jnp.zeros((*read, width))}
-        if not config.tied:
+        lookup = {"lookup": jnp.zeros((*computed.shape, width))}
+        if path == ("positions",) or not config.tied:
             return lookup
-        return lookup | probe | {"rows": jnp.zeros((groups, sides, sides * read[1], width))}
+        return lookup | probe | {"rows": jnp.zeros((groups, sides, sides * ids.shape[1], width))}
 
     return probes_of(params if adapters is None else adapters, zero)
 
 
 def contributions(
-    cotangents: Tree, config: Any, tokens: Rows, response_tokens: Responses, *, sides: int = 2
+    cotangents: Tree,
+    config: Any,
+    rows: ResponseRows,
+    spans: Spans | None = None,
+    *,
+    sides: int = 2,
 ) -> Contributions:
     """Contribution of each node of the parameter tree to the groups' Gram matrices.
 
     Args:
       cotangents: of the `zero_probes`.
       config: of the model.
-      tokens: as in `zero_probes`.
-      response_tokens: as in `zero_probes`.
+      rows: as in `zero_probes`.
+      spans: of the pairs in packed rows (`models.responses.pair_spans`); None: not packed.
       sides: as in `zero_probes`.
 
     Returns:
@@ -94,10 +100,10 @@ def contributions(
             total = tree["probe"]
             total = jnp.moveaxis(total, 0, 1) if total.ndim == 3 else total
         if "lookup" in tree:
-            ids = embedding_ids(config, tokens, response_tokens)
+            ids = embedding_ids(config, rows.tokens, rows.response_tokens)
             if path == ("positions",):
-                ids = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-            of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"), sides)
+                ids = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+            of_input = _lookup_gram(tree["lookup"], ids, tree.get("rows"), spans, sides)
             total = of_input if total is None else total + of_input
         if total is not None:
             parts["/".join(path)] = total
@@ -111,8 +117,9 @@ def contributions(
 
 def _lookup_gram(
     cotangents: Float[Array, "rows length width"],
-    ids: Rows,
+    ids: Int[AnyArray, "all_sides ids"],
     other: Float[Array, "groups sides all_lengths width"] | None,
+    spans: Spans | None,
     sides: int,
 ) -> Float[Array, "groups products"]:
     """The Gram matrices of an embedding's gradients, including its use as unembedding.
@@ -120,21 +127,27 @@ def _lookup_gram(
     The gradients of rows with equal ids add up, so two cotangents have an inner product where their
     ids are equal. `other` has the rows of the unembedding's gradient at the same ids.
     """
-    first, second = side_pairs(sides)
+    (first, second), is_single_cpu = side_pairs(sides), devices.is_single_cpu()
 
-    def of_group(inputs: tuple[Array, Array, Array | None]) -> Array:
-        x, ids, other = inputs
-        same = ids[first][:, :, None] == ids[second][:, None, :]
-        total = factored_gram(token_products(x), same.astype(x.dtype))
+    def of_group(inputs: tuple[Array, Array, Array | None, Array | None]) -> Array:
+        x, ids, other, length = inputs
+
+        def of_tokens(size: int) -> Array:
+            same = ids[first][:, :size, None] == ids[second][:, None, :size]
+            return factored_gram(token_products(x[:, :size]), same.astype(x.dtype))
+
+        total = cut(of_tokens, ids.shape[1], length if is_single_cpu else None)
         if other is not None:
             rows = other.reshape(sides, *x.shape)  # of whose gradient, at whose tokens
             meet = jnp.sum(jnp.sum(rows * x[None], axis=-1), axis=-1)
             total = total + (meet + meet.T)[first, second]
         return total
 
-    x = cotangents.astype(jnp.float32).reshape(-1, sides, *cotangents.shape[1:])
-    inputs = x, ids.reshape(-1, sides, ids.shape[1]), other
-    return jax.lax.map(of_group, inputs) if devices.is_single_cpu() else jax.vmap(of_group)(inputs)
+    x = cotangents.astype(jnp.float32)
+    groups = ids.shape[0] // sides
+    x = cotangents_by_groups(x, jnp.zeros((groups, len(first))), spans)
+    inputs = x, ids.reshape(groups, sides, -1), other, lengths_of(spans)
+    return jax.lax.map(of_group, inputs) if is_single_cpu else jax.vmap(of_group)(inputs)
 
 
 def unweighted(

@@ -15,10 +15,14 @@ from jaxalign.models import devices
 from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
+    Spans,
     by_groups,
+    cut,
     factored_gram,
     forms_gradients,
     gram,
+    in_rows,
+    lengths_of,
     number_of_sides,
     row_gradients,
     token_products,
@@ -57,11 +61,13 @@ class UnembeddingProbe:
       rows: where the kernel is tied to the embedding: its cotangent is, for each sequence of a
         group, the gradient's rows at the tokens that the group looks up. None: not tied.
       tokens: these tokens, one sequence's after the other's. None: not tied.
+      spans: the sides among the tokens that are scored; None: they have equally many, in turn.
     """
 
     gram: Float[AnyArray, "groups products"]
     rows: Float[AnyArray, "groups sides tokens width"] | None = None
     tokens: Int[AnyArray, "groups tokens"] | None = None
+    spans: Spans | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,47 +236,65 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
     costs more, the tokens' inner products are summed over the blocks. `slope_of` takes the indices
     of columns instead of a block's first one.
     """
-    groups, width, at = probe.gram.shape[0], hidden.shape[-1], precision(hidden.dtype)
-    sides, hiddens = number_of_sides(probe.gram), by_groups(hidden, probe.gram)
-    rows = jax.tree.map(lambda x: x.reshape(groups, -1), rows)
-    response = hiddens.shape[2]
-    forms = forms_gradients(response, width, plan.vocabulary, sides)
+    sides, width, at = number_of_sides(probe.gram), hidden.shape[-1], precision(hidden.dtype)
+    spans, lengths = probe.spans, lengths_of(probe.spans)
+    hiddens = by_groups(hidden, probe.gram, spans)
+    rows = jax.tree.map(lambda x: by_groups(x[:, None], probe.gram, spans)[..., 0], rows)
+    if spans is not None:
+        rows["real"] = spans.real
+    groups, _, response, _ = hiddens.shape
+    forms = forms_gradients(len(hidden) // (groups * sides), width, plan.vocabulary, sides)
     product = functools.partial(jnp.einsum, precision=at, preferred_element_type=jnp.float32)
+
+    def output_cotangents(z, row, slope):
+        """[sides tokens, columns] -> [sides, tokens, columns] in float32."""
+        flat = jax.tree.map(jnp.ravel, row)
+        d_z = _through_form(plan, z, slope(z, flat))
+        d_z = d_z if spans is None else jnp.where(flat["real"][:, None], d_z, 0.0)
+        return d_z.reshape(sides, -1, z.shape[-1])
 
     def vocabulary_step(carry, first):
         d_kernel, d_bias, sums = carry
         block, bias_block = _columns(plan, kernel, bias, first, hidden.dtype)
         slope, start = slope_of(plan.columns(first)), plan.start(first)
 
-        def of_group(x, row, sums):
+        def of_tokens(x, row, size):
+            """What a group adds, from so many tokens of all its sides."""
+            x, row = x[:, :size], jax.tree.map(lambda x: x[:, :size], row)
             z = _logits(plan, x.reshape(-1, width), block, bias_block, first)
-            d_z = _through_form(plan, z, slope(z, row)).reshape(sides, response, -1)
+            d_z = output_cotangents(z, row, slope)
             d_bias_rows, d_z = d_z.sum(1), d_z.astype(x.dtype)
-            flat = d_z.reshape(-1, d_z.shape[-1])
-            d_x = input_gradient(flat, block)
-            new = dict(sums, d_x=sums["d_x"] + d_x.reshape(x.shape))
-            own = row_gradients(d_z, x) if forms else None
-            if own is None:
-                new["products"] = sums["products"] + token_products(d_z)
-                d_block = kernel_gradient(flat, x.reshape(-1, width))
-            else:
-                new["gram"] = sums["gram"] + gram(*own)
+            flat, missing = d_z.reshape(-1, d_z.shape[-1]), (0, response - size)
+            d_x = input_gradient(flat, block).reshape(x.shape)
+            more: dict[str, Any] = {
+                "d_x": jnp.pad(d_x, ((0, 0), missing, (0, 0))),
+                "gram": jnp.zeros(probe.gram.shape[1:], jnp.float32),
+            }
+            if forms:
+                own = row_gradients(d_z, x)
+                more["gram"] = gram(*own)
                 d_block = sum(own[1:], own[0])
+            else:
+                more["products"] = jnp.pad(token_products(d_z), ((0, 0), missing, missing))
+                d_block = kernel_gradient(flat, x.reshape(-1, width))
             if bias is not None:
-                new["gram"] = new["gram"] + gram(*d_bias_rows[:, None])
-            return (d_block, d_bias_rows.sum(0)), new
+                more["gram"] = more["gram"] + gram(*d_bias_rows[:, None])
+            return (d_block, d_bias_rows.sum(0)), more
 
-        inputs = hiddens, rows, sums
+        inputs = hiddens, rows, sums, lengths
         if devices.is_single_cpu():
 
             def step(total, inputs):
-                added, new = of_group(*inputs)
-                return jax.tree.map(jnp.add, total, added), new
+                x, row, sums, length = inputs
+                added, more = cut(functools.partial(of_tokens, x, row), response, length)
+                add = functools.partial(jax.tree.map, jnp.add)
+                return add(total, added), add(sums, more)
 
             zeros = jnp.zeros(block.T.shape), jnp.zeros(block.shape[1])
             (d_block, d_bias_block), sums = jax.lax.scan(step, zeros, inputs)
         else:
-            added, sums = jax.vmap(of_group)(*inputs)
+            added, more = jax.vmap(lambda x, row: of_tokens(x, row, response))(hiddens, rows)
+            sums = jax.tree.map(jnp.add, sums, more)
             d_block, d_bias_block = (x.sum(0) for x in added)
         d_kernel = _add_at(d_kernel, d_block, start, axis=0)
         if bias is not None:
@@ -289,24 +313,31 @@ def _watched_gradients(plan: _Plan, slope_of: Any, hidden, kernel, bias, rows, p
         sums,
     )
     (d_kernel, d_bias, sums), _ = jax.lax.scan(vocabulary_step, carry, plan.first_columns())
-    geometry = sums["gram"]
+    geometry, d_hidden = sums["gram"], sums["d_x"]
     if not forms:
         geometry = geometry + factored_gram(token_products(hiddens), sums["products"])
-    d_hidden = sums["d_x"].reshape(hidden.shape).astype(hidden.dtype)
+    if spans is not None:
+        d_hidden = in_rows(d_hidden, spans, len(hidden) // spans.rows)
+    d_hidden = d_hidden.reshape(hidden.shape).astype(hidden.dtype)
     if bias is not None:
         d_bias = d_bias.astype(bias.dtype)
-    d_probe = dataclasses.replace(probe, gram=geometry, tokens=None)
+    d_probe = dataclasses.replace(probe, gram=geometry, tokens=None, spans=None)
     if probe.tokens is not None:
 
         def at_tokens(inputs):
-            x, row, tokens = inputs
+            x, row, tokens, length = inputs
             columns = jnp.take(kernel, tokens, axis=1).astype(x.dtype)
             biases = None if bias is None else jnp.take(bias, tokens).astype(jnp.float32)
-            z = _products(plan, x.reshape(-1, width), columns, biases)
-            d_z = _through_form(plan, z, slope_of(tokens)(z, row)).astype(x.dtype)
-            return product("nrt,nri->nti", d_z.reshape(sides, response, -1), x)
 
-        inputs = hiddens, rows, probe.tokens
+            def of_responses(size):
+                own, some = x[:, :size], jax.tree.map(lambda x: x[:, :size], row)
+                z = _products(plan, own.reshape(-1, width), columns, biases)
+                d_z = output_cotangents(z, some, slope_of(tokens)).astype(x.dtype)
+                return product("nrt,nri->nti", d_z, own)
+
+            return cut(of_responses, response, length if devices.is_single_cpu() else None)
+
+        inputs = hiddens, rows, probe.tokens, lengths
         of_all = jax.lax.map if devices.is_single_cpu() else lambda f, xs: jax.vmap(f)(xs)
         d_probe = dataclasses.replace(d_probe, rows=of_all(at_tokens, inputs))
     return d_hidden, d_kernel.T.astype(kernel.dtype), d_bias, d_probe
@@ -448,8 +479,8 @@ def token_log_probs(
       collision: whether to compute C, through which no gradient flows.
       token_block: maximum number of tokens in a block; None chooses.
       vocab_block: maximum number of columns in a block; None chooses.
-      probe: watches the unembedding's gradients; tokens are then those of rows of the same
-        length, the sides of one group after those of another.
+      probe: watches the unembedding's gradients; without spans, tokens are then those of rows of
+        the same length, the sides of one group after those of another.
 
     Returns:
       Float32 log-probs, entropies and C or None, [tokens]; uniform logits give -log(vocabulary),

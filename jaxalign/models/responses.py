@@ -13,6 +13,7 @@ from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.decoder import Layout, unembedding
 from jaxalign.models.head import shifted_head
 from jaxalign.models.logprobs import UnembeddingProbe, token_kl, token_log_probs
+from jaxalign.models.probes import Spans
 from jaxalign.models.sequences import Sequences, sequences_of
 from jaxalign.records import AnyArray, record
 from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
@@ -158,6 +159,8 @@ def _packed_states(
 def packed_layout(packed: PackedRows, longest: int) -> Layout:
     """Which tokens of packed rows see each other; no prompt with a response is longer."""
     segment, (examples, sides) = packed.segment_ids, packed.last.shape
+    if packed.apart:
+        examples, sides = examples * sides, 1
     return Layout(
         positions=packed.positions,
         segment_ids=segment,
@@ -284,11 +287,50 @@ def _unembedding_probe(params, config, rows) -> UnembeddingProbe | None:
     node = params["embed"] if config.tied else params["unembed"]
     if "probe" not in node:
         return None
+    gram, spans = node["probe"].gram, node["probe"].spans
+    if spans is not None:
+        spans = _scored_spans(rows, spans)
     if not config.tied:
-        return UnembeddingProbe(gram=node["probe"])
+        return UnembeddingProbe(gram=gram, spans=spans)
     ids = embedding_ids(config, rows.tokens, rows.response_tokens)
-    of_groups = ids.reshape(node["probe"].shape[0], -1)
-    return UnembeddingProbe(gram=node["probe"], rows=node["rows"], tokens=of_groups)
+    of_groups = ids.reshape(gram.shape[0], -1)
+    return UnembeddingProbe(gram=gram, rows=node["rows"], tokens=of_groups, spans=spans)
+
+
+def pair_spans(rows: ResponseRows, weight: Float[AnyArray, " pairs"]) -> Spans | None:
+    """Where the sides of the pairs lie in packed rows; None: the rows are not packed.
+
+    Args:
+      rows: of a batch of pairs; if packed, with its sides apart.
+      weight: of the pairs; 0 for copies, which have no tokens of their own.
+
+    Raises:
+      ValueError: the packed rows share prefixes.
+    """
+    packed = rows.packed
+    if packed is None:
+        return None
+    if not packed.apart:
+        raise ValueError("rows: the sides of pairs share prefixes; pack them apart")
+    length = (rows.prompt_length + rows.response_length).reshape(-1, 2)
+    return Spans(
+        start=packed.last + 1 - length,
+        length=jnp.where(weight[:, None] > 0, length, 0),
+        rows=len(packed.tokens),
+        longest=rows.tokens.shape[1],
+    )
+
+
+def _scored_spans(rows: ResponseRows, spans: Spans) -> Spans:
+    """Where the responses lie among the scored tokens, given where the sides lie in the rows."""
+    assert rows.packed is not None
+    length = rows.response_length.reshape(-1, 2)
+    return Spans(
+        start=rows.packed.scored_start,
+        length=jnp.where(spans.length > 0, length, 0),
+        rows=spans.rows,
+        longest=rows.response_tokens.shape[1],
+    )
 
 
 def response_states(

@@ -82,6 +82,7 @@ class OnlineObjective:
             response_length=responses.response_length[:, :number],
             record_index=responses.record_index,
             weight=responses.weight,
+            packed=responses.packed,  # of these responses alone
         )
 
     def log_probs_and_values(
@@ -95,7 +96,10 @@ class OnlineObjective:
           params: of the policy, with adapters where it has them.
         """
         out, hidden = response_log_probs_and_states(
-            params, self.policy.config, responses.rows(), compute=self.policy.compute
+            params,
+            self.policy.config,
+            responses.rows(shared_prefix=True),
+            compute=self.policy.compute,
         )
         shape = responses.response_tokens.shape
         values = None

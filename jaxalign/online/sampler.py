@@ -286,6 +286,7 @@ def rollout_batch(
     unfinished_penalty: float = 0.0,
     overlong: float = 0.0,
     importance: bool = False,
+    whole: bool = False,
 ) -> RolloutBatch:
     """Samples and annotations as input of the step; prompts without a verdict have weight 0.
 
@@ -296,9 +297,12 @@ def rollout_batch(
       unfinished_penalty: subtracted from the reward of each truncated response.
       overlong: as in `Algorithm`; see `overlong_penalty`.
       importance: whether the loss reads the tokens' importance weights.
+      whole: whether arrays are as wide as the longest response that can be sampled, so that there
+        is one shape.
     """
     number, samples, _ = sampled.tokens.shape
-    size = -(-int(sampled.length.max()) // ROUND) * ROUND
+    size = sampled.tokens.shape[-1] if whole else int(sampled.length.max())
+    size = -(-size // ROUND) * ROUND
     size = min(size, sampled.tokens.shape[-1])
     width = prompts.tokens.shape[1]
     rows = np.zeros((number, samples, width + size), np.int32)

@@ -16,11 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxalign.data.packing import Packing
 from jaxalign.errors import UserError, notice
 from jaxalign.files import json_value, open_text, write_text
 from jaxalign.losses import SampleLogProbs
 from jaxalign.online.algorithm import Algorithm
 from jaxalign.online.objective import OnlineObjective, RolloutOutputs
+from jaxalign.online.packing import with_packed_rows
 from jaxalign.online.resampling import choose, is_flat, replaced
 from jaxalign.online.rollouts import PromptBatch, RolloutBatch
 from jaxalign.online.sampler import (
@@ -195,6 +197,7 @@ class OnlineStep:
         them.
       unfinished_penalty: subtracted from the reward of each truncated response.
       prompt_fields: fields of every prompt's record, by its number, for reward functions.
+      packing: rows in which the responses of an update are packed; None: each is padded.
     """
 
     algorithm: Algorithm
@@ -210,6 +213,7 @@ class OnlineStep:
     responses: Sequence[np.ndarray] = ()
     unfinished_penalty: float = 0.0
     prompt_fields: Sequence[Mapping[str, Any]] = ()
+    packing: Packing | None = None
 
     def __call__(
         self, state: TrainState, frozen: Any, prompts: PromptBatch
@@ -241,6 +245,7 @@ class OnlineStep:
             unfinished_penalty=self.unfinished_penalty,
             overlong=self.algorithm.overlong,
             importance=self.algorithm.importance and self.sampler.sampling.truncates,
+            whole=self.packing is not None,
         )
         if not batch.responses.weight.any():
             [(reason, often), *_] = Counter(annotated.reasons).most_common()
@@ -255,6 +260,11 @@ class OnlineStep:
             weight = responses.weight * ~is_flat(annotated.reward)
             responses = dataclasses.replace(responses, weight=weight.astype(np.float32))
             trained_on = dataclasses.replace(batch, responses=responses)
+        if self.packing is not None:
+            response = sampled.tokens.shape[-1]
+            longest = prompts.tokens.shape[1] + response, response
+            trained = self.algorithm.trained
+            trained_on = with_packed_rows(trained_on, self.packing, trained, longest=longest)
         placed = shard_batch(trained_on, self.mesh)
         seconds["annotation"] += time.perf_counter() - started
         started = time.perf_counter()

@@ -138,7 +138,7 @@ class TokenizedData:
         """
         packing = self.packing
         if packing is not None:
-            packing = dataclasses.replace(packing, micro_batches=1)
+            packing = dataclasses.replace(packing, micro_batches=1, apart=False)
         fixed: dict[str, Any] = {"epochs": 1, "shuffle": False, **mixture}
         if not isinstance(data, TokenizedTexts):
             fixed["window"] = WINDOW
@@ -152,20 +152,23 @@ class TokenizedData:
             return packed_batches(as_examples(data), packing, **options)
         return pair_batches(as_examples(data), joint_share=self.joint_share, **options)
 
-    def positions(self, packing: Packing | None, **order: Any) -> float:
+    def positions(self, packing: Packing | None, *, apart: bool = False, **order: Any) -> float:
         """Mean number of positions that the network computes for a training batch.
 
         Args:
           packing: number of packed rows; None: padded.
+          apart: whether each response has a prompt of its own, as in probed steps.
           **order: batch_size and seed.
         """
         assert not isinstance(self.train, TokenizedTexts)
         examples, order = as_examples(self.train), order | self._mixed
         if packing is None:
-            return padded_positions(examples, joint_share=self.joint_share, **order)
-        room = packer_of(examples, packing, **order).room
+            share = 0.0 if apart else self.joint_share
+            return padded_positions(examples, joint_share=share, **order)
+        packer = packer_of(examples, packing, **order)
+        room = packer.room if not apart else packer.room_apart
         assert room is not None  # the rows share a batch equally
-        return packing.rows * float(room[0])
+        return packing.rows * float(np.atleast_1d(room)[0])
 
     def evaluation(self, batch_size: int) -> list[Any]:
         """The held-out batches, each of one source; empty if nothing is held out."""

@@ -25,13 +25,14 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.order import WINDOW
+from jaxalign.data.packing import Packing
 from jaxalign.data.record_text import text_of
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.generation import Sampling, compile_generate
 from jaxalign.models import tempered
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.score import SCORE, init_head
 from jaxalign.online import Algorithm, OnlineObjective, PromptBatch, RolloutBatch
 from jaxalign.online.evaluation import HeldOut, evaluator
@@ -342,6 +343,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
 
         return jax.tree.map(moved, policies, parameter_shardings(policies, sampling_mesh))
 
+    packing = packing_of(context, stage)
     recorder = TextRecorder(context.folder / ROLLOUTS, prompts=settings.record)
     if jax.process_index() == 0:
         recorder.rewind(newest_step(stage_folder(context.folder, NAME)) or 0)
@@ -365,6 +367,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             responses=data.responses,
             unfinished_penalty=settings.unfinished_penalty,
             prompt_fields=data.train_fields,
+            packing=packing,
         )
 
     evaluation = None
@@ -398,6 +401,32 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
         ),
         around=around,
     )
+
+
+def packing_of(context: RunContext, stage: Stage) -> Packing | None:
+    """Rows in which the responses of an update are packed; None: each is padded.
+
+    Raises:
+      UserError: they cannot be packed, but it is configured.
+    """
+    if context.config.online.packing == "never":
+        return None
+    shards = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
+    packing = Packing(shards=shards, micro_batches=stage.micro_batches)
+    reason = ""
+    if not isinstance(context.model_config, DecoderConfig):
+        reason = f"{context.config.model} is an encoder-decoder, whose rows cannot be packed"
+    elif jax.process_count() > 1:
+        reason = "the lengths of rows are known to one process alone"
+    elif stage.objective.algorithm.minibatches > 1:
+        reason = f"{context.config.online.rollout.algorithm} splits a rollout into minibatches"
+    elif stage.batch_size % packing.rows:
+        reason = (
+            f"a batch of {stage.batch_size} cannot be shared equally by {packing.rows} packed rows"
+        )
+    if reason:
+        raise UserError(f"online.packing: {reason}; set it to never")
+    return packing
 
 
 def check(config: TrainConfig) -> None:

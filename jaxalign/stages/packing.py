@@ -36,7 +36,10 @@ class PackableData(Protocol):
         ...
 
     def positions(self, packing: Packing | None, **order: Any) -> float:
-        """Mean number of positions that the network computes for a training batch."""
+        """Mean number of positions that the network computes for a training batch.
+
+        Those of pairs take `apart`: whether each response has a prompt of its own.
+        """
         ...
 
 
@@ -47,8 +50,11 @@ def with_packing(context: RunContext, stage: Stage) -> RunContext:
       UserError: the stage's rows cannot be packed, but `packing` is "always".
     """
     data = context.data[stage.name]
-    shards = row_parts(context.mesh)
-    packing = Packing(shards=shards, micro_batches=stage.micro_batches)
+    packing = Packing(
+        shards=row_parts(context.mesh),
+        micro_batches=stage.micro_batches,
+        apart=_probe_interval(stage) > 0,
+    )
     choice = 0
     if jax.process_index() == 0:
         path = context.folder / PACKING
@@ -104,14 +110,16 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
         return False  # begun by a version that did not pack: its order of batches is another
     if settings == "auto" and not _is_measured():
         return False
-    every = min((n for n in (stage.probe_every, stage.ledger_every) if n), default=0)
-    if settings == "auto" and 0 < every < 4:
-        often = "every step" if every == 1 else f"every {every} steps"
-        print(f"{stage.name}: padded rows: the per-pair statistics of {often} read them")
-        return False
     how: dict[str, Any] = {"batch_size": stage.batch_size, "seed": context.config.seed}
-    packed = data.positions(packing, **how)
-    saved = 1 - packed / data.positions(None, **how)
+
+    def mean(packing: Packing | None) -> float:
+        """Positions of a batch, a fraction of which is probed: its responses have own prompts."""
+        positions, every = data.positions(packing, **how), _probe_interval(stage)
+        if not every:
+            return positions
+        return positions + (data.positions(packing, apart=True, **how) - positions) / every
+
+    packed, saved = data.positions(packing, **how), 1 - mean(packing) / mean(None)
     if settings == "auto" and saved < SAVED:
         return False
     print(
@@ -119,6 +127,11 @@ def _chosen(context: RunContext, stage: Stage, data: PackableData, packing: Pack
         f"{packed / packing.rows:,.0f} tokens, {saved:.0%} less than padded"
     )
     return True
+
+
+def _probe_interval(stage: Stage) -> int:
+    """Steps from one with per-pair statistics to the next; 0: there are none."""
+    return min((n for n in (stage.probe_every, stage.ledger_every) if n), default=0)
 
 
 def _obstacle(context: RunContext, stage: Stage, packing: Packing) -> str:

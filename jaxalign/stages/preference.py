@@ -211,7 +211,8 @@ def largest_batch(
 ) -> tuple[Any, list[Rows]]:
     """Shapes of the largest batch of pairs, and the passes of a step on it.
 
-    Its rows are padded. The lengths of packed rows depend on the data; they take less.
+    Its rows are padded. The lengths of packed rows depend on the data; they take less, also those
+    of probed steps.
     """
     del platform
     settings, response = config.preference, response or config.max_length

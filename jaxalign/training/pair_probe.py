@@ -15,7 +15,9 @@ from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
 from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.errors import UserError
-from jaxalign.models.probes import with_probes
+from jaxalign.models.probes import Spans, with_probes
+from jaxalign.models.responses import pair_spans
+from jaxalign.rows import ResponseRows
 from jaxalign.training.gradients import RECORDS, Update
 from jaxalign.training.ledger import ledger_entries, ledger_metrics
 from jaxalign.training.masking import HEAD
@@ -83,7 +85,10 @@ class PairProbe:
             pulled = output_gradients
             observation = self.read(cotangents, pulled, output_gradients, outputs, part, count)
             return grads, metrics, observation
-        units = jax.tree.map(jnp.ones_like, output_gradients)
+        real = part.pairs.weight > 0  # a copy has no tokens of its own in packed rows
+        units = jax.tree.map(
+            lambda x: jnp.ones_like(x) * real.reshape(-1, *[1] * (x.ndim - 1)), output_gradients
+        )
         observation = self.read(backward(units)[1], units, output_gradients, outputs, part, count)
         pulled = self.reweighted(output_gradients, observation, part, count)
         return backward(pulled)[0], metrics, observation
@@ -112,13 +117,11 @@ class PairProbe:
         """Zeros whose cotangents are read by `read`."""
         policy = self.objective.policy
         adapted = policy.adapter_scale is not None
-        tokens, response_tokens = self._rows(batch)
         model = {name: tree for name, tree in trained.items() if name != HEAD}
         return zero_probes(
             frozen["policy"] if adapted else model,
             policy.config,
-            tokens,
-            response_tokens,
+            self._rows(batch),
             adapters=model if adapted else None,
         )
 
@@ -131,8 +134,9 @@ class PairProbe:
         key: PRNGKeyArray,
     ) -> PairOutputs:
         """The objective's forward pass with probes in place, each row by itself."""
+        watched = with_probes(trained, probes, self._spans(batch))
         batch = dataclasses.replace(batch, pairs=batch.pairs.apart())
-        return self.objective.forward(with_probes(trained, probes), frozen, batch, key)
+        return self.objective.forward(watched, frozen, batch, key)
 
     def read(
         self,
@@ -153,7 +157,8 @@ class PairProbe:
           batch: the pairs.
           count: weight of the whole batch.
         """
-        parts = contributions(cotangents, self.objective.policy.config, *self._rows(batch))
+        config = self.objective.policy.config
+        parts = contributions(cotangents, config, self._rows(batch), self._spans(batch))
         fraction = jnp.where(batch.pairs.weight > 0, batch.pairs.weight, jnp.nan) / count
         factors = pulled.policy_log_probs
         geometry = unweighted(total(parts), factors)
@@ -204,7 +209,8 @@ class PairProbe:
             chosen, rejected = (backward(side)[0] for side in jnp.eye(2))
             return gram(chosen, rejected, diagonal)
 
-        alone = dataclasses.replace(batch, pairs=dataclasses.replace(batch.pairs, packed=None))
+        unpacked = dataclasses.replace(batch.pairs, packed=None, packed_apart=None)
+        alone = dataclasses.replace(batch, pairs=unpacked)
         chosen, rejected, inner = jax.lax.map(of_pair, alone)
         return PairGeometry(chosen=chosen, rejected=rejected, inner=inner)
 
@@ -233,6 +239,9 @@ class PairProbe:
                 means[label] = mean_of(own, weight * jnp.isfinite(own))
         return means
 
-    def _rows(self, batch: ReferencedBatch) -> tuple[Array, Array]:
-        rows = batch.pairs.rows()
-        return rows.tokens, rows.response_tokens
+    def _rows(self, batch: ReferencedBatch) -> ResponseRows:
+        """The rows of the forward pass: packed apart, where the batch has such rows."""
+        return batch.pairs.apart().rows(shared_prefix=True)
+
+    def _spans(self, batch: ReferencedBatch) -> Spans | None:
+        return pair_spans(self._rows(batch), batch.pairs.weight)

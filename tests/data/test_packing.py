@@ -1,5 +1,6 @@
 """Packed batches: the pairs' own tokens and nothing else, in one shape, in an order of the seed."""
 
+import dataclasses
 import json
 
 import jax
@@ -105,6 +106,57 @@ def test_packed_rows_hold_the_batchs_examples_and_nothing_else(
     assert len(shapes) <= 2
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    number=st.integers(1, 60),
+    shards=st.sampled_from([1, 2]),
+    micro_batches=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_apart_hold_each_response_with_its_prompt(number, shards, micro_batches, seed):
+    pairs = make_alike(number, seed=seed)
+    packing = Packing(shards=shards, micro_batches=micro_batches)
+    order = {"batch_size": 8, "seed": seed}
+    plain = take(packed_batches(pairs, packing, **order), 12)
+    packing = dataclasses.replace(packing, apart=True)
+    shapes = set()
+    for batch, same in zip(take(packed_batches(pairs, packing, **order), 12), plain, strict=True):
+        packed = batch.packed_apart
+        assert (packed is None) == (batch.packed is None)
+        batch = dataclasses.replace(batch, packed_apart=None)  # noqa: PLW2901
+        jax.tree.map(np.testing.assert_array_equal, batch, same)
+        if packed is None:
+            continue
+        shapes.add((packed.tokens.shape, packed.scored_tokens.shape))
+        real, numbers = 0, packed.row_number.tolist()
+        np.testing.assert_array_equal(packed.row, batch.packed.row)
+        for place, side in np.ndindex(8, 2):
+            whole = pairs.rows[2 * int(batch.record_index[place]) + side].tolist()
+            at, last = numbers.index(packed.row[place]), packed.last[place, side]
+            mine = np.flatnonzero(packed.segment_ids[at] == packed.segment_ids[at, last])
+            assert mine.tolist() == list(range(last + 1 - len(whole), last + 1))
+            assert packed.segment_ids[at, last] % 3 == 2
+            assert packed.tokens[at, mine].tolist() == whole
+            assert packed.positions[at, mine].tolist() == list(range(len(whole)))
+            prompt = int(batch.prompt_length[place, side])
+            scored = packed.scored_start[place, side] + np.arange(len(whole) - prompt)
+            assert packed.scored_tokens[at, scored].tolist() == whole[prompt:]
+            where = packed.scored_positions[at, scored]
+            np.testing.assert_array_equal(where, mine[prompt - 1 : -1])
+            real += len(whole) * (batch.weight[place] > 0)
+            assert packed.reach >= len(whole)
+        first_copies = (packed.segment_ids > 0).sum() - real  # of rows that hold copies alone
+        assert first_copies == 0 or (batch.weight == 0).any()
+    assert len(shapes) <= 1
+
+
+def test_batches_that_do_not_fit_rows_apart_have_the_others_alone(monkeypatch):
+    monkeypatch.setattr("jaxalign.data.packing.APART_SLACK", -0.05)
+    batches = take(packed_batches(make_alike(53), Packing(apart=True), batch_size=8), 60)
+    assert all(batch.packed is not None for batch in batches)
+    assert 0 < sum(batch.packed_apart is None for batch in batches) < len(batches)
+
+
 def test_the_order_is_that_of_the_sizes_and_the_same_for_any_rows():
     orders = []
     for shards, micro_batches in [(1, 1), (2, 1), (1, 4), (2, 2)]:
@@ -170,7 +222,9 @@ def test_little_is_padding_in_many_epochs_of_real_looking_lengths(batch_size, ro
     assert packer.room is not None
     computed = packer.room * rows
     assert (np.mean(totals, axis=0) / computed > [0.95, 0.95]).all()
-    longest = np.array([packer._rows(packer.order.batch(at))[2] for at in range(len(totals))])
+    longest = np.array([packer._rows(packer.order.batch(at))[2] for at in range(len(totals))])[
+        :, :-1
+    ]
     fits = (longest <= computed / rows).all(1)
     assert fits.mean() > 0.98
 
@@ -200,7 +254,7 @@ def test_the_state_of_the_iterator_goes_on_exactly_there(number):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_each_batch(processes):
-    packing = Packing(shards=4)
+    packing = Packing(shards=4, apart=True)
     whole = take(packed_batches(PAIRS, packing, batch_size=16, seed=1, epochs=2))
     shares = [
         take(

@@ -144,15 +144,14 @@ def test_every_form_and_every_part(form, tied, monkeypatch):
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     batch = pairs_for(config.vocab_size)
     rows = rows_of(batch)
-    tokens, response_tokens = rows.tokens, rows.response_tokens
-    zeros = probing.zero_probes(params, config, tokens, response_tokens)
+    zeros = probing.zero_probes(params, config, rows)
 
     def log_probs(zeros):
         watched, blocks = probes.with_probes(params, zeros), Compute(vocab_block=9)
         return response_log_probs(watched, config, rows, compute=blocks).log_prob.sum()
 
     cotangents = jax.jit(jax.grad(log_probs))(zeros)
-    found = probing.contributions(cotangents, config, tokens, response_tokens)
+    found = probing.contributions(cotangents, config, rows)
     wanted = dense(params, config, batch)
     assert set(found) == set(wanted)
     for path, own in wanted.items():
@@ -165,7 +164,7 @@ def test_gradient_of_a_watched_pass_is_that_of_the_plain_one(remat):
     config = small(True)
     params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     rows = rows_of(pairs_for(config.vocab_size))
-    zeros = probing.zero_probes(params, config, rows.tokens, rows.response_tokens)
+    zeros = probing.zero_probes(params, config, rows)
     weights = jnp.linspace(-1.0, 2.0, 6)
 
     def loss(params, zeros):

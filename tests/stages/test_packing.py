@@ -67,8 +67,8 @@ def packing_of(context):
         ({"pairs": EQUAL}, None),
         ({"packing": "never"}, None),
         ({"packing": "always", "devices": 8}, 8),
-        ({"entanglement": EntanglementConfig(every=1)}, None),
-        ({"entanglement": EntanglementConfig(every=10)}, 1),
+        ({"entanglement": EntanglementConfig(every=1)}, 1),
+        ({"entanglement": EntanglementConfig(ledger=10), "pairs": EQUAL}, None),
     ],
 )
 def test_pairs_are_packed_where_that_saves_positions(changes, rows, tmp_path, capsys):
@@ -107,11 +107,19 @@ def test_rows_that_cannot_be_packed_are_padded_and_a_line_says_why(tmp_path, cap
     context = run_context(tmp_path, devices=8, micro_batches=2)
     assert packing_of(context) is None
     assert "preference: padded rows: a batch of 8 cannot be shared" in capsys.readouterr().out
+
+
+def test_only_training_batches_of_probed_stages_have_rows_without_shared_prompts(tmp_path):
+    context = run_context(tmp_path, entanglement=EntanglementConfig(every=3))
+    data = with_packing(context, KIND.build(context.config, SHAPE)).data["preference"]
+    batch = next(data.batches(8, seed=0))
+    sides = batch.prompt_length + batch.response_length
+    assert (batch.packed_apart.segment_ids > 0).sum() == sides.sum()
+    size = data.positions(data.packing, apart=True, batch_size=8, seed=0)
+    assert size == batch.packed_apart.tokens.size < batch.tokens.size
+    assert all(x.packed_apart is None for x in data.once(data.train, 8))
     (tmp_path / PACKING).unlink()
-    context = run_context(tmp_path, entanglement=EntanglementConfig(every=2))
-    assert packing_of(context) is None
-    line = "preference: padded rows: the per-pair statistics of every 2 steps read them\n"
-    assert capsys.readouterr().out == line
+    assert not packing_of(run_context(tmp_path)).apart
 
 
 def supervised(folder, rows=VARIED.rows, **changes):

@@ -12,12 +12,18 @@ import pytest
 from jaxalign.data import packing as rows
 from jaxalign.data.packing import Packing
 from jaxalign.entanglement.masks import initial_head
+from jaxalign.entanglement.reweighting import normalised
 from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
-from jaxalign.models import devices
+from jaxalign.models import devices, logprobs, probes
 from jaxalign.models.compute import Compute
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
-from jaxalign.models.responses import compare_responses, response_log_probs, response_states
+from jaxalign.models.responses import (
+    compare_responses,
+    pair_spans,
+    response_log_probs,
+    response_states,
+)
 from jaxalign.sharding import make_mesh, place, shard_batch
 from jaxalign.training.evaluation import evaluate_preferences
 from jaxalign.training.masking import HEAD, MaskedPreferenceObjective
@@ -50,8 +56,8 @@ def one_cpu(request, monkeypatch):
     return request.param
 
 
-def packed_batches(batch_size=8, pairs=PAIRS, micro_batches=1, shards=1, **order):
-    packing = Packing(shards=shards, micro_batches=micro_batches)
+def packed_batches(batch_size=8, pairs=PAIRS, micro_batches=1, shards=1, with_apart=False, **order):
+    packing = Packing(shards=shards, micro_batches=micro_batches, apart=with_apart)
     order = {"epochs": 1} | order
     batches = list(rows.packed_batches(pairs, packing, batch_size=batch_size, **order))
     assert all(batch.packed is not None for batch in batches)
@@ -68,6 +74,12 @@ def referenced(batch):
 
 def apart(batch):
     return dataclasses.replace(batch, pairs=batch.pairs.apart())
+
+
+def padded(batch):
+    return dataclasses.replace(
+        batch, pairs=dataclasses.replace(batch.pairs, packed_apart=None).apart()
+    )
 
 
 def close(found, expected, rtol=1e-5, atol=2e-6):
@@ -209,16 +221,133 @@ def test_a_pair_whose_row_is_elsewhere_is_not_a_number():
     assert in_first.sum() == 8
 
 
-def test_a_probed_step_of_a_packed_batch_reads_its_padded_rows():
-    params, frozen = world()
-    batch, objective = referenced(packed_batches()[0]), dpo()
-    run = jax.jit(partial(gradients, objective, backward=PairProbe(objective=objective)))
-    (grads, _, seen), (plain, _, expected) = (
-        run(params, frozen, x, jax.random.key(0)) for x in (batch, apart(batch))
+def same_statistics(found, expected, real):
+    """Of the pairs with weight: squared norms, inner products relative to these, all the others."""
+
+    def compare(found, expected):
+        found, expected = (jax.tree.map(lambda x: x[real], x) for x in (found, expected))
+        scale = jnp.sqrt(expected.chosen * expected.rejected)
+        np.testing.assert_allclose(found.chosen, expected.chosen, rtol=1e-5)
+        np.testing.assert_allclose(found.rejected, expected.rejected, rtol=1e-5)
+        np.testing.assert_allclose(found.inner / scale, expected.inner / scale, atol=1e-5)
+
+    compare(found.geometry, expected.geometry)
+    assert found.parts.keys() == expected.parts.keys()
+    floor = 1e-9  # a part may have no gradient
+    for name, part in found.parts.items():
+        compare(*(jax.tree.map(lambda x: x + floor, x) for x in (part, expected.parts[name])))
+    others = ((x.weights, x.log_probs) for x in (found, expected))
+    close(*(jax.tree.map(lambda x: x[real], x) for x in others), atol=1e-6)
+
+
+def probed(objective, trained, frozen, batch, **options):
+    """The gradient and the statistics."""
+    probe = PairProbe(objective=objective, parts=True, **options.pop("probe", {}))
+    run = jax.jit(partial(gradients, objective, backward=probe, **options))
+    grads, _, seen = run(trained, frozen, batch, jax.random.key(0))
+    return grads, seen
+
+
+@pytest.mark.parametrize(
+    ("name", "formed", "one_by_one"),
+    [
+        ("plain", True, True),
+        ("plain", True, False),
+        ("plain", False, True),
+        ("plain", False, False),
+        ("learned positions", True, True),
+        ("window", True, True),
+    ],
+)
+def test_a_probe_sees_the_gradients_of_packed_pairs(name, formed, one_by_one, monkeypatch):
+    """As of padded rows, whose statistics are tested against two passes for every pair."""
+    for module in (probes, logprobs):
+        monkeypatch.setattr(module, "forms_gradients", lambda *_: formed)
+    monkeypatch.setattr(devices, "is_single_cpu", lambda: one_by_one)
+    params, frozen = world(MODELS[name])
+    objective = dataclasses.replace(dpo(), policy=Policy(config=MODELS[name]))
+    batch = referenced(packed_batches(with_apart=True)[-1])
+    assert batch.pairs.packed_apart is not None
+    assert (np.asarray(batch.pairs.weight) == 0).any()  # filler
+    (grads, seen), (plain, expected) = (
+        probed(objective, params, frozen, x) for x in (batch, padded(batch))
     )
-    jax.tree.map(np.testing.assert_array_equal, (grads, seen), (plain, expected))
-    unprobed = jax.jit(partial(gradients, objective))(params, frozen, batch, jax.random.key(0))[0]
-    close(grads, unprobed, rtol=1e-4, atol=1e-5)
+    close(grads, plain, atol=1e-5)
+    same_statistics(seen, expected, np.asarray(batch.pairs.weight) > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches"), [("kto", 2), ("masked", 1), ("reweighted", 1), ("reweighted", 2)]
+)
+def test_probes_of_packed_pairs_under_every_objective(name, micro_batches):
+    params, frozen = world()
+    objective = dict(objectives())["dpo" if name == "reweighted" else name]
+    if name == "masked":
+        params |= {HEAD: jax.tree.map(lambda x: x + 0.1, initial_head(CONFIG.width, WORDS))}
+    options = {"micro_batches": micro_batches}
+    if name == "reweighted":
+        options["probe"] = {"reweighting": normalised}
+    batch = referenced(packed_batches(micro_batches=micro_batches, with_apart=True)[-1])
+    (grads, seen), (plain, expected) = (
+        probed(objective, params, frozen, x, **dict(options)) for x in (batch, padded(batch))
+    )
+    close(grads, plain, atol=1e-5)
+    same_statistics(seen, expected, np.asarray(batch.pairs.weight) > 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_probes_of_adapters_of_packed_pairs(dropout):
+    params, _ = world()
+    adapters = init_adapters(params, jax.random.key(2), rank=2, targets=["q", "down"])
+    adapters = jax.tree.map(lambda x: x + 0.2, adapters)
+    policy = Policy(config=CONFIG, adapter_scale=0.5, adapter_dropout=dropout)
+    objective = PreferenceObjective(policy=policy, loss=PREFERENCE_LOSSES["dpo"], options={})
+    frozen = {"policy": params, "reference": params}
+    batch = referenced(packed_batches(with_apart=True)[0])
+    grads, seen = probed(objective, adapters, frozen, batch)
+    if dropout:  # whose draws depend on the rows: the plain step on these rows has them, too
+        plain = dataclasses.replace(batch, pairs=batch.pairs.apart())
+        run = jax.jit(partial(gradients, objective))
+        close(grads, run(adapters, frozen, plain, jax.random.key(0))[0], rtol=1e-4, atol=1e-5)
+        return
+    plain, expected = probed(objective, adapters, frozen, padded(batch))
+    close(grads, plain, rtol=1e-4, atol=1e-5)
+    same_statistics(seen, expected, np.asarray(batch.pairs.weight) > 0)
+
+
+@pytest.mark.parametrize(("shards", "micro_batches"), [(4, 1), (2, 2)])
+def test_devices_share_the_packed_rows_of_a_probed_step(shards, micro_batches):
+    """Update and metrics of one device with padded rows."""
+    params, frozen = world()
+    optimizer, objective = optax.sgd(0.1), dpo()
+    batch = packed_batches(16, shards=shards, micro_batches=micro_batches, with_apart=True)[0]
+    assert batch.packed_apart.tokens.shape[0] == shards * micro_batches
+    step = partial(
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        backward=PairProbe(objective=objective, parts=True, realised=True),
+    )
+    state = initial_state(params, optimizer, seed=0)
+    expected, metrics = jax.jit(step)(state, frozen, padded(referenced(batch)))
+    mesh = make_mesh(devices=jax.devices()[:shards])
+    state, frozen = place(state, mesh), place(frozen["reference"], mesh)
+    packed = shard_batch(ReferencedBatch(pairs=batch, reference=None), mesh)
+    found, more = compile_step(step, state, mesh)(
+        state, {"policy": None, "reference": frozen}, packed
+    )
+    close(found.params, expected.params, atol=1e-6)
+    for name, mean in metrics.items():
+        if name.startswith("entanglement"):
+            wanted, rtol = float(mean.value()), 1e-3 if "realised" in name else 2e-5
+            assert more[name].value() == pytest.approx(wanted, rel=rtol, abs=2e-5), name
+
+
+def test_rows_that_share_prefixes_are_not_probed():
+    batch = on_device(packed_batches()[0])
+    with pytest.raises(ValueError, match="pack them apart"):
+        pair_spans(batch.rows(shared_prefix=True), batch.weight)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
