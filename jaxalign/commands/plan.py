@@ -40,6 +40,9 @@ class Options:
     """Stage to plan; by default all that the config runs."""
     response: AtLeastOne | None = None
     """Number of tokens in the longest response; by default max_length."""
+    example_tokens: AtLeastOne | None = None
+    """Mean number of tokens of an example (a pair with its prompt once), to plan packed rows
+    (--packing); by default rows are padded."""
     sweep: bool = False
     """Whether to try meshes, batch sizes, micro-batches and remat, the best bound first, until
     --limit fit."""
@@ -86,11 +89,12 @@ def stages_of(config: TrainConfig, name: str | None) -> list[str]:
 
 def planned(config: TrainConfig, name: str, options: Options) -> list[Plan]:
     """A stage as it is configured, and where it does not fit what would."""
-    drafted = draft(config, options.topology, name, response=options.response)
+    response, mean = options.response, options.example_tokens
+    drafted = draft(config, options.topology, name, response=response, example_tokens=mean)
     plan = drafted.plan()
     print(page(drafted, options.topology, plan) + "\n", flush=True)
     if not plan.fits:
-        for text in smaller(drafted, options.topology, options.response):
+        for text in smaller(drafted, options.topology, response, mean):
             print(text, flush=True)
     return [plan]
 
@@ -99,7 +103,12 @@ def swept(config: TrainConfig, name: str, options: Options) -> list[Plan]:
     """Ways to run a stage, each printed when it is compiled, and those that fit ranked."""
     plans = []
     for plan in sweep(
-        config, options.topology, name, response=options.response, limit=options.limit
+        config,
+        options.topology,
+        name,
+        response=options.response,
+        example_tokens=options.example_tokens,
+        limit=options.limit,
     ):
         plans.append(plan)
         print(line(plan), flush=True)

@@ -42,13 +42,13 @@ def attention_costs(
       micro_batches: number of parts of the batch.
 
     Returns:
-      A cost for each implementation that fits; none for other devices, for encoder-decoders and
-      where the positions of a row are sharded.
+      A cost for each implementation that fits; none for other devices, for encoder-decoders, for
+      packed rows, and where the positions of a row are sharded.
     """
     device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
     if device.platform != "tpu" or not isinstance(model_config, DecoderConfig):
         return []
-    if mesh.shape["sequence"] > 1 or model_config.kv_heads % tensor:
+    if mesh.shape["sequence"] > 1 or model_config.kv_heads % tensor or rows.reach is not None:
         return []
     number = rows.rows // (row_parts(mesh) * micro_batches)
     kv_heads, groups = model_config.kv_heads // tensor, model_config.heads // model_config.kv_heads

@@ -65,7 +65,8 @@ def work(
     A row's matrix products are :math:`2 \sum_W |W| n_W` FLOPs forward and twice that backward (once
     if only adapters are trained: no gradients of weights), with :math:`n_W` the positions that
     matrix W multiplies; attention adds :math:`4 l \sum_q n_q` (queries by keys and weights by
-    values, all keys of a row) forward and twice that backward.
+    values, all keys of a row, or of a packed row those that a token may see) forward and twice that
+    backward.
 
     Args:
       model_config: the architecture, of a decoder or an encoder-decoder.
@@ -132,10 +133,11 @@ def _products(params: Params, each: Rows, active: float) -> float:
 
 def _attention_products(model_config: ModelConfig, each: Rows) -> float:
     """Products of queries with keys and of weights with values of a row, for one pass."""
-    pairs = each.length**2 * model_config.layers
+    seen = min(each.length, each.reach or each.length)
+    pairs = each.length * seen * model_config.layers
     if isinstance(model_config, DecoderConfig):
         windowed, window = sum(model_config.windowed), model_config.window or each.length
-        pairs -= windowed * each.length * max(each.length - window, 0)
+        pairs -= windowed * each.length * max(seen - window, 0)
     else:
         pairs += model_config.decoder_layers * each.scored * (each.scored + each.length)
     return 2 * model_config.heads * model_config.head_width * pairs * each.depth

@@ -60,17 +60,26 @@ def _attention(planned: UncompiledPlan) -> list[str]:
     ]
 
 
-def smaller(planned: UncompiledPlan, topology: str, response: int | None) -> Iterator[str]:
+def smaller(
+    planned: UncompiledPlan, topology: str, response: int | None, example_tokens: int | None = None
+) -> Iterator[str]:
     """Lines with flags that make a stage smaller, compiled one by one until it fits.
 
     Args:
       planned: a plan that does not fit.
       topology: name of the slice.
       response: as in `draft`.
+      example_tokens: as in `draft`.
     """
     yield "smaller, one change after the other:"
     for flags, config in remedies(planned):
-        changed = draft(config, topology, planned.stage.name, response=response)
+        changed = draft(
+            config,
+            topology,
+            planned.stage.name,
+            response=response,
+            example_tokens=example_tokens,
+        )
         if changed.too_large:
             lasting = sum(changed.lasting.values()) / GIB
             yield f"  {flags}: {lasting:.2f} GiB stay between steps: does not fit"
@@ -97,7 +106,10 @@ def _batch(planned: UncompiledPlan) -> str:
     """The batch and its micro-batches."""
     stage = planned.stage
     parts = f" in {stage.micro_batches} parts" if stage.micro_batches > 1 else ""
-    return f"a batch of {stage.batch_size} {stage.rows}{parts}"
+    first, packed = planned.passes[0], ""
+    if first.reach is not None:
+        packed = f", packed in {first.rows} x {first.length:,}"
+    return f"a batch of {stage.batch_size} {stage.rows}{parts}{packed}"
 
 
 NAMES = {

@@ -8,10 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from jaxalign.config import TrainConfig
+from jaxalign.data.packing import Packing
 from jaxalign.errors import UserError
 from jaxalign.planning.attention import AttentionCost, attention_costs
 from jaxalign.planning.compiled import TooLargeError, lasting_memory, program_memory, step_memory
 from jaxalign.planning.cost_model import Work, bound, work
+from jaxalign.planning.packed import packed_batch
 from jaxalign.planning.topologies import Chip, slice_devices, slices_of
 from jaxalign.sharding import make_mesh, row_parts
 from jaxalign.sharding.structs import Structs, bytes_on_device, placed_batch, placed_parameters
@@ -169,6 +171,7 @@ def draft(
     name: str,
     *,
     response: int | None = None,
+    example_tokens: int | None = None,
     shapes: Shapes | None = None,
 ) -> UncompiledPlan:
     """The plan of a stage's step on a slice, before compilation.
@@ -178,10 +181,12 @@ def draft(
       topology: as in `slice_devices`.
       name: of the stage.
       response: tokens of the longest response; None: up to the whole row.
+      example_tokens: mean number of tokens of an example in packed rows; None: rows are padded.
       shapes: from `shapes_of`; None: to be computed.
 
     Raises:
-      UserError: there is no such model or slice, or the mesh does not divide the batch.
+      UserError: there is no such model or slice, the mesh does not divide the batch, or the rows of
+        the stage cannot be packed.
     """
     devices, chip = slice_devices(topology)
     kind = kind_of(config, name)
@@ -210,6 +215,15 @@ def draft(
     stage = kind.build(config, model_config)
     state, frozen = (placed_parameters(tree, mesh) for tree in (shapes.state, shapes.frozen))
     largest, passes = stage.largest_batch(platform, response)
+    if example_tokens is not None:
+        packing = Packing(
+            shards=rows,
+            micro_batches=settings.micro_batches,
+            apart=stage.probed_step is not None or stage.ledger_step is not None,
+        )
+        largest, passes = packed_batch(
+            stage, largest, passes, example_tokens=example_tokens, packing=packing
+        )
     batch, sampler = placed_batch(largest, mesh), None
     if stage.ledger_step is not None:
         frozen = {**frozen, HELD_OUT: batch.pairs}  # as many held-out pairs, of any length
@@ -253,7 +267,12 @@ def bytes_of_moments(state: TrainState) -> int:
 
 
 def make_plan(
-    config: TrainConfig, topology: str, name: str, *, response: int | None = None
+    config: TrainConfig,
+    topology: str,
+    name: str,
+    *,
+    response: int | None = None,
+    example_tokens: int | None = None,
 ) -> Plan:
     """The compiled plan of a stage's step; arguments and errors are those of `draft`."""
-    return draft(config, topology, name, response=response).plan()
+    return draft(config, topology, name, response=response, example_tokens=example_tokens).plan()

@@ -22,7 +22,13 @@ RANK = 16
 
 
 def sweep(
-    config: TrainConfig, topology: str, name: str, *, response: int | None = None, limit: int = 5
+    config: TrainConfig,
+    topology: str,
+    name: str,
+    *,
+    response: int | None = None,
+    example_tokens: int | None = None,
+    limit: int = 5,
 ) -> Iterator[Plan]:
     """Plans of meshes, batch sizes, micro-batches and rematerialisation, best first.
 
@@ -35,13 +41,17 @@ def sweep(
       topology: as in `slice_devices`.
       name: of the stage.
       response: as in `largest_batch`.
+      example_tokens: as in `draft`.
       limit: number of fitting plans after which to stop.
 
     Raises:
       UserError: no mesh divides any of the batches.
     """
-    options = {"response": response, "shapes": shapes_of_run(config, name)}
-    drafts = [draft(one, topology, name, **options) for one in candidates(config, topology, name)]
+    shapes = shapes_of_run(config, name)
+    drafts = [
+        draft(one, topology, name, response=response, example_tokens=example_tokens, shapes=shapes)
+        for one in candidates(config, topology, name)
+    ]
     if not drafts:
         batch = kind_of(config, name).settings(config).batch_size
         raise UserError(

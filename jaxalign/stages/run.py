@@ -82,12 +82,13 @@ def compiled_steps(
 ) -> Callable[[int], Step]:
     """Function from the number of updates made to the compiled step of the next update."""
 
-    def compiled(step: Step, what: str) -> Step:
-        return feed.around(saying(compile_step(step, state, mesh), in_shapes(what)))
+    def compiled(step: Step, what: str, *, probed: bool = False) -> Step:
+        text = in_shapes(what, probed=probed)
+        return feed.around(saying(compile_step(step, state, mesh), text))
 
     plain = compiled(stage.step, "the step")
     others = [
-        (compiled(other, what), every)
+        (compiled(other, what, probed=True), every)
         for other, what, every in (
             (stage.ledger_step, "the step with a ledger", stage.ledger_every),
             (stage.probed_step, "the step with per-pair statistics", stage.probe_every),
@@ -110,12 +111,18 @@ def in_words(values: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def in_shapes(what: str) -> Callable[[Any, Any, Any], str]:
-    """For `progress.saying`: a step's arguments -> "the step for 8 pairs of 2 x 256 tokens"."""
+def in_shapes(what: str, *, probed: bool = False) -> Callable[[Any, Any, Any], str]:
+    """For `progress.saying`: a step's arguments -> "the step for 8 pairs of 2 x 256 tokens".
+
+    Args:
+      what: is compiled.
+      probed: whether the step reads the rows of pairs without shared prompts.
+    """
 
     def describe(state: Any, frozen: Any, batch: Any) -> str:
         del state, frozen
         rows = getattr(batch, "pairs", getattr(batch, "responses", batch))
+        rows = rows.apart() if probed else rows
         count, *sides, length = rows.tokens.shape
         each = f"pairs of 2 x {length}" if sides == [2] else f"rows of {length}"
         each = f"prompts of {sides[0]} x {length}" if sides and sides[0] > 2 else each

@@ -29,6 +29,7 @@ class Rows:
       forward: number of forward passes, including those before a backward pass.
       backward: number of backward passes.
       depth: fraction of the layers that are run.
+      reach: number of tokens of a packed row that a token may see; None: all before it.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Rows:
     forward: int
     backward: int = 0
     depth: float = 1.0
+    reach: int | None = None
 
     @property
     def tokens(self) -> int:

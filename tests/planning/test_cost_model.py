@@ -63,6 +63,14 @@ def test_flops_of_a_decoder():
     assert work_on({"data": 1}, [DPO, half]).tokens == tokens  # those that are learned from
 
 
+def test_attention_of_a_packed_row_is_as_long_as_an_example():
+    packed = Rows(rows=1, length=4 * LENGTH, scored=4 * SCORED, forward=2, backward=1)
+    apart = Rows(rows=4, length=LENGTH, scored=SCORED, forward=2, backward=1)
+    assert work_on({"data": 1}, [packed]).flops > work_on({"data": 1}, [apart]).flops
+    packed = dataclasses.replace(packed, reach=LENGTH)
+    assert work_on({"data": 1}, [packed]) == work_on({"data": 1}, [apart])
+
+
 def test_flops_of_an_encoder_decoder():
     config = EncoderDecoderConfig(
         vocab_size=64, width=16, layers=2, decoder_layers=3, heads=2, head_width=8, mlp_width=32

@@ -135,6 +135,38 @@ def test_a_plan_is_of_the_program_that_runs(here, monkeypatch):
     check(config(preference=PREFERENCE), monkeypatch)
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_plan_of_packed_rows_is_of_the_program_that_packs(here, monkeypatch, every):
+    probes = EntanglementConfig(every=every)
+    preference = dataclasses.replace(PREFERENCE, packing="always", entanglement=probes)
+    run = config(preference=preference, packing="always")
+    [((state, _, batch), _, temporaries)] = programs_of(run, monkeypatch)
+    packed = batch.pairs.packed
+    assert packed.tokens.shape[0] == 8  # two micro-batches on four shards, with two pairs each
+    mean = -(-packed.tokens.shape[1] // 2)
+    planned = draft(run, "cpu:8", "preference", example_tokens=mean)
+    assert jax.tree.map(as_struct, planned.state) == state
+    most, real = (dict(jax.tree_util.tree_leaves_with_path(x)) for x in (planned.batch, batch))
+    assert most.keys() == real.keys()
+    assert any("packed_apart" in str(path) for path in most) == (every > 0)
+    for path, x in most.items():
+        assert x.dtype == real[path].dtype
+        assert all(a >= b for a, b in zip(x.shape, real[path].shape, strict=True)), path
+    read = planned.batch.pairs.packed_apart if every else planned.batch.pairs.packed
+    [one] = planned.passes
+    assert (one.rows, one.length) == read.tokens.shape
+    real = placed_batch(batch, planned.mesh)
+    used = step_memory(planned.step, planned.state, planned.frozen, real, planned.mesh)
+    assert used["temporaries"] == temporaries
+
+
+def test_what_is_not_packed_is_not_planned_packed():
+    for name in ("pretrain", "online", "representation"):
+        run = config(**with_stage(name), text=("text.jsonl",))
+        with pytest.raises(UserError, match=f"packed rows of {name} are not planned"):
+            draft(run, "cpu:8", name, example_tokens=64)
+
+
 @pytest.mark.slow
 def test_every_stage_is_planned_as_it_runs(here, monkeypatch):
     embedded_tokenizer().save_pretrained("tokenizer")
