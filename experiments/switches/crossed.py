@@ -212,7 +212,8 @@ class World:
         def run(params: Any, frozen: Any, batch: Any, switches: Switches) -> PairGeometry:
             probe = PairProbe(objective=of_network(self, switches))
             zeros = probe.probes(params, frozen, batch)
-            outputs, pull = jax.vjp(lambda p: probe.forward(params, p, frozen, batch, None), zeros)
+            key = jax.random.key(0)  # of dropout, which there is not
+            outputs, pull = jax.vjp(lambda p: probe.forward(params, p, frozen, batch, key), zeros)
             units, rows = jax.tree.map(jnp.ones_like, outputs), batch.pairs.rows()
             watched = rows.tokens, rows.response_tokens
             parts = contributions(pull(units)[0], self.policy.config, *watched)
@@ -281,6 +282,11 @@ def load(options: Options) -> World:
         ReferencedBatch(pairs=jax.tree.map(jnp.asarray, batch), reference=None)
         for batch in loaded.batches()
     ]
+    if len(batches) <= options.steps:
+        raise UserError(
+            f"data: {len(loaded.pairs)} pairs are no more than {options.steps} batches of {PAIRS} "
+            "and nothing is left to hold out; lower --steps"
+        )
     return World(
         optimizer=optax.adamw(options.learning_rate),
         policy=Policy(config=loaded.model.config),
