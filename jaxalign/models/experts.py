@@ -242,8 +242,6 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
         names = [key.key for key in path]
         if names[-1] == "probe":
             return P(rows)
-        if names[-1] in ("dropout_key", "dropout_rate"):
-            return P()
         if names[-1] == "kernel" and tensor is not None:
             split = (tensor, None) if names[0] == "down" else (None, tensor)
             return P(expert, *split)
