@@ -9,8 +9,9 @@ own rows, however many (`grouped`).
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,14 +178,6 @@ def with_balance(
     return {**params, "layers": {**layers, "router": router}}
 
 
-class _Axes(NamedTuple):
-    """The mesh axes of a mixture that is computed on several devices."""
-
-    expert: str | None
-    summed: tuple[str, ...]
-    gathered: bool
-
-
 def _mixed(
     x: Array,
     weights: Array,
@@ -203,9 +196,9 @@ def _mixed(
         slots = jnp.where((slots >= 0) & (slots < number), slots, number)
     groups = grouped.groups_of(slots, number)
     tokens = jnp.take(x.reshape(-1, x.shape[-1]), groups.order // active, axis=0)
+    # What a grouped product gives for rows of no group is not said.
+    here = (groups.owner < number)[:, None]
     if first is not None:
-        # What a grouped product gives for rows of no group is not said.
-        here = (groups.owner < number)[:, None]
         tokens = jnp.where(here, tokens, 0)
     up = grouped.dense(tokens, matrices["up"], groups)
     gate = grouped.dense(tokens, matrices["gate"], groups) if "gate" in matrices else None
@@ -240,13 +233,15 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
     whole = probes or x.shape[1] % devices.parts(states, 1)
     length = None if whole else states.spec[1]
     gathered = rows is not None and expert is not None
+    split = {*(rows or ()), expert, tensor, *(() if whole else ("sequence",))}
+    # Devices that repeat each other's work get equal shares of a cotangent. Their squares have to
+    # add up to the square of the whole.
+    copies = math.prod(count for name, count in mesh.shape.items() if name not in split)
 
     def spec_of(path: Any, leaf: Array) -> P:
         names = [key.key for key in path]
         if names[-1] == "probe":
             return P(rows)
-        if names[-1] in ("dropout_key", "dropout_rate"):
-            return P()
         if names[-1] == "kernel" and tensor is not None:
             split = (tensor, None) if names[0] == "down" else (None, tensor)
             return P(expert, *split)
@@ -256,12 +251,11 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
     specs = jax.tree_util.tree_map_with_path(spec_of, matrices)
 
     def on_device(x: Array, weights: Array, chosen: Array, matrices: Any) -> Array:
+        matrices = _on_probes(lambda probe: copies * probe, matrices)
         if gathered:
             gather = functools.partial(jax.lax.all_gather, axis_name=expert, axis=0, tiled=True)
             x, weights, chosen = gather(x), gather(weights), gather(chosen)
-            matrices = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: gather(leaf) if path[-1].key == "probe" else leaf, matrices
-            )
+            matrices = _on_probes(gather, matrices)
         first = None
         if expert is not None:
             first = jax.lax.axis_index(expert) * (number // size(expert))
@@ -279,6 +273,13 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
         out_specs=of_rows,
         check_vma=False,
     )(x, weights, chosen, matrices)
+
+
+def _on_probes(change: Callable[[Array], Array], matrices: Any) -> Any:
+    """The matrices, their probes changed."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: change(leaf) if path[-1].key == "probe" else leaf, matrices
+    )
 
 
 def _probes(matrix: Mapping[str, Any]) -> list[Array]:

@@ -16,7 +16,8 @@ def page(planned: UncompiledPlan, topology: str, plan: Plan) -> str:
       topology: name of the slice.
       plan: the compiled plan.
     """
-    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    sizes = {name: size for name, size in plan.mesh.items() if name != "expert" or size > 1}
+    mesh = ", ".join(f"{name} {size}" for name, size in sizes.items())
     config, chips = planned.config, planned.mesh.size
     lines = [
         f"{config.name}, {plan.stage}: {_what(planned)}",
@@ -180,7 +181,9 @@ def size(plan: Plan) -> str:
 
 def line(plan: Plan) -> str:
     """One line of a sweep."""
-    mesh = " ".join(f"{name} {size:>3}" for name, size in plan.mesh.items() if name != "sequence")
+    hidden = ("sequence", *(["expert"] if plan.mesh.get("expert", 1) == 1 else []))
+    shown = [(name, size) for name, size in plan.mesh.items() if name not in hidden]
+    mesh = " ".join(f"{name} {size:>3}" for name, size in shown)
     batch = f"batch {plan.batch_size:>4} in {plan.micro_batches:>2}"
     rate = f"{plan.work['tokens'] / plan.bound:>11,.0f} tokens/s" if plan.seconds else ""
     return f"{mesh}  {batch}  remat {plan.remat:<5} {rate}  {size(plan)}"

@@ -68,7 +68,7 @@ def _spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes)
 
 
-def _of_experts(names: list[str], axes: int) -> tuple[str | None, ...] | None:
+def _of_experts(names: list[str], axes: int) -> tuple[str, ...] | None:
     """The logical axes of a parameter of experts; None: it is none."""
     if len(names) < 3 or names[-3] != "experts" or names[-2] not in EXPERT_AXES or axes != 4:
         return None

@@ -130,6 +130,7 @@ NOT_RUN = {
     r"python -m venv .*": "needs the network",
     r"python tests/fixtures/make_\w+\.py .*": "needs PyTorch",
     r"python -m pytest .* -k seed_oss": "of a family that test_add_a_family.py adds",
+    r"jaxalign plan .*qwen3-30b-a3b.*": "an expert axis of 16; the TPU's compiler needs minutes",
     r"jaxalign plan .*2xv5p.*": "slices joined by a network need the TPU's compiler",
     r"python -m benchmarks\.scaling .*": "needs the TPU's compiler; `plan` is run for CPUs instead",
 }
