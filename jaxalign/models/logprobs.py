@@ -32,7 +32,7 @@ from jaxalign.records import AnyArray, record
 
 # Tokens and logits of a block. On a CPU: about the size of a core's cache. On accelerators, per
 # device: narrow blocks of many tokens, since a block's gradients are summed over devices. By the
-# TPU compiler's cost model (`benchmarks.head`) 2**26 logits take 3 to 20 % less time than 2**25.
+# TPU compiler's cost model (`benchmarks.head`) 2**26 logits take 3 to 19 % less time than 2**25.
 BLOCKS = {"cpu": (512, 2**20), "gpu": (2**15, 2**25), "tpu": (2**15, 2**26)}
 NEVER = -1e30  # logit of an ignored column: finite, so that 0 * NEVER is 0
 
