@@ -57,7 +57,7 @@ def experts_branch(
     assert config.experts is not None
     weights, chosen = route(x, layer["router"], config.experts, real)
     mix = functools.partial(_mixed, activation=config.activation)
-    return _over_devices(mix, x, weights, chosen, layer["experts"])
+    return _over_devices(mix, x, weights, chosen, grouped.unspanned(layer["experts"]))
 
 
 def route(

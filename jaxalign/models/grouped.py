@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign.models import devices
 from jaxalign.models.precision import precision
 from jaxalign.models.probes import (
+    Probe,
     by_groups,
     factored_gram,
     forms_gradients,
@@ -77,7 +78,7 @@ def dense(
     Args:
       x: one row per sorted slot.
       params: {"kernel": [groups, inputs, outputs], "bias"?, "adapter"?, "probe"?}, as in
-        `layers.dense`.
+        `layers.dense`, but each probe is its zeros alone (`unspanned`).
       groups: of the slots.
     """
     y = product(x, params["kernel"], groups, params.get("probe"))
@@ -89,11 +90,30 @@ def dense(
     return y
 
 
+def unspanned(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, with the zeros of each probe in its place.
+
+    Raises:
+      ValueError: a probe watches packed rows, which the products of groups cannot tell apart.
+    """
+
+    def zeros(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {name: zeros(value) for name, value in node.items()}
+        if isinstance(node, Probe):
+            if node.spans is not None:
+                raise ValueError("experts cannot be watched in packed rows")
+            return node.gram
+        return node
+
+    return zeros(params)
+
+
 def product(
     x: Float[Array, "all inputs"],
     kernel: Float[Array, "groups inputs outputs"],
     groups: Groups,
-    probe: Float[Array, "pairs 3"] | None = None,
+    probe: Float[Array, "sets products"] | None = None,
 ) -> Float[Array, "all outputs"]:
     """Each row times its group's matrix; with a probe, the pairs' Gram matrices, too."""
     if probe is None:

@@ -138,6 +138,8 @@ def _obstacle(context: RunContext, stage: Stage, packing: Packing) -> str:
     """Why the rows of a stage cannot be packed; empty: they can."""
     if not isinstance(context.model_config, DecoderConfig):
         return f"{context.config.model} is an encoder-decoder, whose rows cannot be packed"
+    if context.model_config.experts is not None and _probe_interval(stage):
+        return "the per-pair statistics of experts read padded rows"
     if stage.batch_size % packing.rows:
         return (
             f"a batch of {stage.batch_size} cannot be shared equally by {packing.rows} packed "
