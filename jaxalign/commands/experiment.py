@@ -64,6 +64,12 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if left.code == 0:
             raise
         raise UserError(_in_one_line(left, complaint.getvalue())) from None
+    given_prompts = {"data", "rollout.prompts"} & set(typed)
+    if given.online.runs and given_prompts == {"data"} and len(given.data or ()) > 1:
+        raise UserError(
+            "rollout.prompts: --data names several sources; set --rollout.prompts to the one whose "
+            "prompts are sampled from"
+        )
     if config.model == "embedded" != given.model:
         for name, high in high_rates(given).items():
             if f"{name}.optimizer.learning_rate" not in typed and is_large(given.model):

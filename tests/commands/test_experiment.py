@@ -210,3 +210,12 @@ def test_high_rates_are_told_once_large_weights_are_loaded(capsys, monkeypatch):
     warn_of_rates(loaded, weights)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sft: learning rate 0.001 for all parameters (1e-7 to 5e-5 is usual)")
+
+
+def test_prompts_come_from_one_source():
+    several = ["experiments/ipo_md/ipo_md.py", "--data", "a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match=r"rollout.prompts: --data names several sources"):
+        parse(several)
+    config = parse([*several, "--rollout.prompts", "a.jsonl"])
+    assert config.data == ("a.jsonl", "b.jsonl")
+    assert config.online.rollout.prompts == "a.jsonl"
