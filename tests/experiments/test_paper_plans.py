@@ -13,7 +13,7 @@ import pytest
 import experiments
 from experiments.gradient_entanglement import cures, pairs, preference, sentiment
 from experiments.ipo_md.online import online
-from jaxalign.config import from_json, to_json
+from jaxalign.config import from_json, to_json, with_fields
 from jaxalign.models.folders import read_config
 from jaxalign.planning.pages import line
 from jaxalign.planning.plans import make_plan
@@ -29,6 +29,7 @@ PARAMETERS = {
     "llama-3-8b": 8_030_261_248,
     "mistral-7b-v0.2": 7_241_732_096,
     "pythia-2.8b": 2_775_208_960,
+    "qwen3-30b-a3b": 30_532_122_624,
     "t5-v1_1-large": 783_150_080,
     "t5-v1_1-xl": 2_849_757_184,
 }
@@ -138,9 +139,9 @@ def test_the_paper_config_fits(make, shape, slice_name, optimised):
     pytest.importorskip("libtpu", reason="the TPU's compiler comes with the extra tpu")
     config = make()
     # what changes no program is left out, so that one program is compiled once
-    same = {"name": "", "data": "", "eval_data": None, "sft_data": None, "sft_responses": "chosen"}
+    same = {"name": "", "data": (), "eval_data": (), "sft_data": (), "sft_responses": "chosen"}
     model = str(SHAPES / shape) if shape else config.model
-    text = to_json(dataclasses.replace(config, model=model, **same))
+    text = to_json(with_fields(config, model=model, **same))
     for name in [kind.name for kind in kinds_of(config)]:
         plan = plan_of(text, name, slice_name)
         assert plan.fits, line(plan)

@@ -67,7 +67,7 @@ def test_candidates_divide_everything():
     assert {one.remat for one in made} == {"none", "dots", "full"}
     meshes = {dataclasses.astuple(one.mesh) for one in made}
     assert meshes == {
-        (rows // fsdp, fsdp, 1, 4 // rows)
+        (rows // fsdp, fsdp, 1, 1, 4 // rows)
         for rows in (1, 2, 4)
         for fsdp in (1, 2, 4)
         if fsdp <= rows
