@@ -30,7 +30,7 @@ from jaxalign.models.steering import Factor, SteeringVector, read_steering, stee
 from jaxalign.reporting import read_run
 from jaxalign.reporting.runs import Run
 from jaxalign.runs.train import train as train_stages
-from jaxalign.sharding import make_mesh, place, shard_batch
+from jaxalign.sharding import make_mesh, place, shard_batch, with_all_axes
 from jaxalign.training.gradients import PLAIN
 from jaxalign.training.metrics import to_floats
 from jaxalign.training.objectives import Objective, Policy, PreferenceObjective, ReferencedBatch
@@ -284,7 +284,7 @@ def preference_step(
       model: where to start; it is also the reference of a loss that reads one, and stays as it is.
       loss: pure function from `PairLogProbs` and hyperparameters to one value per pair.
       optimizer: of optax.
-      mesh: devices that share the work; None: all, as copies.
+      mesh: devices that share the work, with any of the axes of `make_mesh`; None: all, as copies.
       micro_batches: parts in which a batch passes the devices.
       per_pair: whether the metrics have the per-pair gradient statistics (`entanglement/...`).
       reweighting: new weights of the two gradients of each pair: `normalised` or `centred` of
@@ -304,7 +304,7 @@ def preference_step(
       UserError: the loss does not return one finite, differentiable value per pair, or does not
         read what a switch acts on.
     """
-    mesh = make_mesh() if mesh is None else mesh
+    mesh = make_mesh() if mesh is None else with_all_axes(mesh)
     checked = own_loss(loss, options)
     if checked.reads == "tokens":
         raise UserError("loss: it reads TokenLogProbs; use jaxalign.train for such a loss")

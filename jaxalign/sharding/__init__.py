@@ -3,6 +3,7 @@
 from jaxalign.sharding.mesh import make_mesh as make_mesh
 from jaxalign.sharding.mesh import parameter_parts as parameter_parts
 from jaxalign.sharding.mesh import row_parts as row_parts
+from jaxalign.sharding.mesh import with_all_axes as with_all_axes
 from jaxalign.sharding.rules import (
     batch_sharding,
     head_sharding,
@@ -24,4 +25,5 @@ __all__ = [
     "shard_batch",
     "state_sharding",
     "table_sharding",
+    "with_all_axes",
 ]

@@ -61,4 +61,22 @@ def make_mesh(
             "set the sizes so that their product is the number of devices, or one of them to -1"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 5)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def with_all_axes(mesh: Mesh) -> Mesh:
+    """A mesh of one's own, with the axes of `AXES` that it lacks of size 1.
+
+    Args:
+      mesh: its axes are some of `AXES`, in any order.
+
+    Raises:
+      UserError: it has another axis.
+    """
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise UserError(f"mesh: axis {unknown[0]!r} is none of {', '.join(AXES)}")
+    order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
+    sizes = [mesh.shape.get(name, 1) for name in AXES]
+    return Mesh(
+        mesh.devices.transpose(order).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )

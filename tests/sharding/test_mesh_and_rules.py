@@ -8,7 +8,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.errors import UserError
-from jaxalign.sharding import batch_sharding, make_mesh, parameter_shardings, place, shard_batch
+from jaxalign.sharding import (
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    place,
+    shard_batch,
+    with_all_axes,
+)
 
 
 def test_one_size_may_be_what_is_left_over():
@@ -74,3 +81,14 @@ def test_a_batch_is_split_by_rows():
     on_mesh = shard_batch(batch, mesh)
     jax.tree.map(np.testing.assert_array_equal, on_mesh, batch)
     assert all(x.sharding == batch_sharding(mesh) for x in on_mesh.values())
+
+
+def test_a_mesh_of_ones_own_gets_the_axes_that_it_lacks():
+    devices = np.array(jax.devices()[:8]).reshape(2, 4)
+    mesh = with_all_axes(jax.sharding.Mesh(devices, ("tensor", "data")))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 2}
+    assert (mesh.devices[:, 0, 0, 0, :] == devices.T).all()
+    assert with_all_axes(make_mesh(fsdp=2)).shape == make_mesh(fsdp=2).shape
+    with pytest.raises(UserError, match="mesh: axis 'model' is none of data, fsdp"):
+        with_all_axes(jax.sharding.Mesh(devices, ("model", "data")))
