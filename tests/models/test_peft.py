@@ -80,6 +80,14 @@ def test_every_family_there_and_back(family, name, targets, rng, tmp_path):
     new = partial(init_adapters, rank=2, targets=targets)
     shapes = jax.eval_shape(new, params, jax.random.key(1))
     adapters = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    if config.experts is not None:
+        with pytest.raises(UserError, match="PEFT's folders have no adapters of single experts"):
+            save_adapters(tmp_path, adapters, config, rank=2, alpha=3.0)
+        if targets == ("*",):
+            return
+        new = partial(init_adapters, rank=2, targets=("q", "v"))  # those beside the experts
+        shapes = jax.eval_shape(new, params, jax.random.key(1))
+        adapters = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     save_adapters(tmp_path, adapters, config, rank=2, alpha=3.0)
     again, scale, _ = load_adapters(tmp_path, config)
     assert scale == 1.5
