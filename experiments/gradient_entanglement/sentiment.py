@@ -39,6 +39,7 @@ from jaxalign.config import (
     PreferenceConfig,
     SupervisedConfig,
     TrainConfig,
+    read_config,
 )
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
 from jaxalign.entanglement.tokens import token_geometry
@@ -253,11 +254,11 @@ def plot(runs: dict[str, list[Path]]) -> None:
 
 def draw_heat_map(folder: Path) -> None:
     """Token against token for the first held-out style pair of a run, after its training."""
-    kept = json.loads((folder / "config.json").read_text())
+    kept = read_config(folder / "config.json")
     model = load_pretrained(folder / "export", dtype=jnp.float32)
     tokenizer = load_tokenizer(folder / "export")
-    record = next(iter(preference_records(kept["data"], bad_records="skip")))
-    pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept["max_length"], end_token=False)
+    record = next(iter(preference_records(kept.data[0], bad_records="skip")))
+    pairs, _ = tokenize_pairs([record], tokenizer, max_length=kept.max_length, end_token=False)
     batch = next(pair_batches(pairs, batch_size=1, epochs=1, shuffle=False))
     pair = ResponseRows(
         tokens=batch.tokens[0],

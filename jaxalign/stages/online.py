@@ -42,7 +42,7 @@ from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.rewards import reward_functions
 from jaxalign.online.sampler import Sampler, draws_of
 from jaxalign.online.step import OnlineStep, TextRecorder, policies_of, update_step, with_history
-from jaxalign.sharding import make_mesh, parameter_shardings
+from jaxalign.sharding import make_mesh, parameter_shardings, row_parts
 from jaxalign.sharding.processes import data_shard
 from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
 from jaxalign.stages import parts
@@ -411,8 +411,7 @@ def packing_of(context: RunContext, stage: Stage) -> Packing | None:
     """
     if context.config.online.packing == "never":
         return None
-    shards = context.mesh.shape["data"] * context.mesh.shape["fsdp"]
-    packing = Packing(shards=shards, micro_batches=stage.micro_batches)
+    packing = Packing(shards=row_parts(context.mesh), micro_batches=stage.micro_batches)
     reason = ""
     if not isinstance(context.model_config, DecoderConfig):
         reason = f"{context.config.model} is an encoder-decoder, whose rows cannot be packed"
