@@ -214,9 +214,8 @@ class World:
             zeros = probe.probes(params, frozen, batch)
             key = jax.random.key(0)  # of dropout, which there is not
             outputs, pull = jax.vjp(lambda p: probe.forward(params, p, frozen, batch, key), zeros)
-            units, rows = jax.tree.map(jnp.ones_like, outputs), batch.pairs.rows()
-            watched = rows.tokens, rows.response_tokens
-            parts = contributions(pull(units)[0], self.policy.config, *watched)
+            units, rows = jax.tree.map(jnp.ones_like, outputs), batch.pairs.apart().rows()
+            parts = contributions(pull(units)[0], self.policy.config, rows)
             return unweighted(total(parts), units.policy_log_probs)
 
         return jax.jit(run, static_argnums=3)

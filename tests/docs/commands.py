@@ -132,6 +132,7 @@ NOT_RUN = {
     r"python -m pytest .* -k seed_oss": "of a family that test_add_a_family.py adds",
     r"jaxalign plan .*qwen3-30b-a3b.*": "an expert axis of 16; the TPU's compiler needs minutes",
     r"jaxalign plan .*2xv5p.*": "slices joined by a network need the TPU's compiler",
+    r"python -m benchmarks\.head": "needs the TPU's compiler",
     r"python -m benchmarks\.scaling .*": "needs the TPU's compiler; `plan` is run for CPUs instead",
 }
 """Commands that cannot run here, as patterns of the whole command -> why."""
