@@ -64,7 +64,7 @@ class Options:
     remat: Literal["none", "full", "dots"] = "none"
     """As in training."""
     layers: int | None = None
-    """Use the first layers of the model alone, for less memory."""
+    """Use at most so many first layers of the model, for less memory."""
     steps: int = 5
     """Steps of each kind."""
 
@@ -126,10 +126,11 @@ def main(options: Options) -> None:
 
 def first_layers(config: DecoderConfig, params: Any, layers: int | None) -> tuple[Any, Any]:
     """The model without its later layers; None: all of it."""
-    if layers is None:
+    if layers is None or layers >= config.layers:
         return config, params
     first = jax.tree.map(lambda x: x[:layers], params["layers"])
-    return dataclasses.replace(config, layers=layers), {**params, "layers": first}
+    kinds = {"windowed": config.windowed[:layers], "unrotated": config.unrotated[:layers]}
+    return dataclasses.replace(config, layers=layers, **kinds), {**params, "layers": first}
 
 
 def batches_of(pairs: TokenizedPairs, options: Options) -> dict[str, list[ReferencedBatch]]:
