@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 
 from jaxalign.config import EntanglementConfig, TrainConfig, with_fields
+from jaxalign.data.mixtures import weighted_sources
 from jaxalign.errors import UserError
 from jaxalign.losses import REWARD_LOSSES, TOKEN_LOSSES
 from jaxalign.modules import find_module, users_code
@@ -125,7 +126,8 @@ def _with_own_data(config: TrainConfig, typed: Mapping[str, str]) -> tuple[Train
                 config = with_fields(config, **{field: ()})
         if config.online.runs and not prompts and rollout.prompts != "embedded":
             notes.append(f"rollout.prompts: those of --data instead of {rollout.prompts}")
-            rollout, prompts = dataclasses.replace(rollout, prompts=typed["data"]), True
+            source = weighted_sources(typed["data"])[0].source
+            rollout, prompts = dataclasses.replace(rollout, prompts=source), True
     if prompts and rollout.eval_prompts is not None and "rollout.eval_prompts" not in typed:
         instead = held_out.format("rollout.prompts", "rollout.eval-prompts")
         notes.append(f"rollout.eval_prompts: {rollout.eval_prompts} is dropped; {instead}")

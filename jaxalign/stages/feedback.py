@@ -177,7 +177,7 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
         settings.eval_data or (() if settings.data else config.eval_data),
         config,
         inputs.report,
-        ("feedback_data", "feedback_eval_data"),
+        ("feedback.data", "feedback.eval_data"),
     )
 
     def rows(records: list[UnpairedRecord], name: str) -> LabelledRows:

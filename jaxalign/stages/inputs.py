@@ -374,8 +374,8 @@ def run_records(
     Raises:
       UserError: a source cannot be read, or no record is left to train on.
     """
-    given = weighted_sources(sources, names[0])
-    apart = weighted_sources(held_out_sources, names[1]) if held_out_sources else given
+    training = weighted_sources(sources, names[0])
+    evaluation = weighted_sources(held_out_sources, names[1]) if held_out_sources else training
 
     def read_all(which: list[WeightedSource], name: str) -> list[list[Any]]:
         each = [name] if len(which) == 1 else [f"{name} {one.label}" for one in which]
@@ -383,15 +383,15 @@ def run_records(
             read(kind, one.source, config, report, at) for one, at in zip(which, each, strict=True)
         ]
 
-    train = read_all(given, names[0])
+    train = read_all(training, names[0])
     if held_out_sources:
-        held_out = read_all(apart, names[1])
+        held_out = read_all(evaluation, names[1])
     else:
         split = [split_holdout(one, config.holdout, seed=config.seed) for one in train]
         train, held_out = [kept for kept, _ in split], [held for _, held in split]
     train = [one[: config.max_records] for one in train]
     held_out = [one[: config.max_eval_records] for one in held_out]
-    for source, records in zip(given, train, strict=True):
+    for source, records in zip(training, train, strict=True):
         if not records:
             raise UserError(
                 f"{names[0]}: {source.source}: no records left to train on; lower --holdout"
@@ -401,8 +401,8 @@ def run_records(
         held_out=list(itertools.chain.from_iterable(held_out)),
         train_source=np.repeat(np.arange(len(train)), [len(x) for x in train]),
         held_out_source=np.repeat(np.arange(len(held_out)), [len(x) for x in held_out]),
-        sources=given,
-        held_out_sources=apart,
+        sources=training,
+        held_out_sources=evaluation,
         temperature=config.data_temperature,
     )
 
@@ -437,7 +437,7 @@ def instructions_of(config: TrainConfig) -> Instructions:
 def counted_mixture(
     records: RunRecords, record_index: np.ndarray, report: dict[str, Any], what: str
 ) -> Mixture | None:
-    """The mixture of training examples, told and counted in the report; None: of one source.
+    """The mixture of training examples, printed and counted in the report; None: of one source.
 
     Args:
       records: of the run.
@@ -448,14 +448,14 @@ def counted_mixture(
     mixture = records.mixture(record_index)
     if mixture is None:
         return None
-    told = []
+    texts = []
     for one, (examples, used) in zip(records.sources, mixture.sizes, strict=True):
         source = one.source if one.weight == 1 else f"{one.source}, weight {one.weight:g}"
         counts = {"source": source, "examples": examples, "used_an_epoch": used}
         report[f"mixture of {what} {one.label}"] = counts
-        told.append(f"{one.label} {used:,} of {examples:,} ({used / mixture.examples:.0%})")
+        texts.append(f"{one.label} {used:,} of {examples:,} ({used / mixture.examples:.0%})")
     if jax.process_index() == 0:
-        print(f"{what} of an epoch: {', '.join(told)}")
+        print(f"{what} of an epoch: {', '.join(texts)}")
     return mixture
 
 

@@ -216,6 +216,7 @@ def test_prompts_come_from_one_source():
     several = ["experiments/ipo_md/ipo_md.py", "--data", "a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match=r"rollout.prompts: --data names several sources"):
         parse(several)
+    assert parse([*several[:2], "a.jsonl:2"]).online.rollout.prompts == "a.jsonl"
     config = parse([*several, "--rollout.prompts", "a.jsonl"])
     assert config.data == ("a.jsonl", "b.jsonl")
     assert config.online.rollout.prompts == "a.jsonl"
