@@ -71,20 +71,29 @@ class Options:
     """What is compared with the first."""
 
 
-def main(options: Options) -> None:
-    """Measure and print."""
-    width, layers, heads, mlp_width = SHAPES[options.size]
-    config = DecoderConfig(
+def decoder_of(
+    size: str, *, length: int, vocabulary: int = 32_000, tied: bool = True
+) -> DecoderConfig:
+    """A Llama-shaped decoder of a size in `SHAPES`."""
+    width, layers, heads, mlp_width = SHAPES[size]
+    return DecoderConfig(
         family="llama",
-        vocab_size=options.vocabulary,
+        vocab_size=vocabulary,
         width=width,
         layers=layers,
         heads=heads,
         kv_heads=heads,
         head_width=width // heads,
         mlp_width=mlp_width,
-        context_length=options.length,
-        tied=options.tied,
+        context_length=length,
+        tied=tied,
+    )
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    config = decoder_of(
+        options.size, length=options.length, vocabulary=options.vocabulary, tied=options.tied
     )
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     batch = random_batch(options)

@@ -23,10 +23,9 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks.entanglement import SHAPES, peak, run
+from benchmarks.entanglement import decoder_of, peak, run
 from jaxalign.data import PairBatch
 from jaxalign.entanglement import GroupGeometry
-from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.models.responses import response_log_probs
 from jaxalign.online import ALGORITHMS, OnlineObjective, RolloutBatch
@@ -55,19 +54,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure and print."""
-    width, layers, heads, mlp_width = SHAPES[options.size]
-    config = DecoderConfig(
-        family="llama",
-        vocab_size=options.vocabulary,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
-        mlp_width=mlp_width,
-        context_length=options.length,
-        tied=True,
-    )
+    config = decoder_of(options.size, length=options.length, vocabulary=options.vocabulary)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     batch, frozen = random_rollout(options), {"policy": None, "reference": params}
     algorithm = ALGORITHMS["dr_grpo"](samples=options.samples)

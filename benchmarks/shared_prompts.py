@@ -21,10 +21,9 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks.entanglement import SHAPES, peak
+from benchmarks.entanglement import decoder_of, peak
 from jaxalign.data import PairBatch
 from jaxalign.losses import PREFERENCE_LOSSES
-from jaxalign.models import DecoderConfig
 from jaxalign.models.decoder import init_params
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch
 from jaxalign.training.step import initial_state, train_step
@@ -52,18 +51,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure and print."""
-    width, layers, heads, mlp_width = SHAPES[options.size]
-    config = DecoderConfig(
-        vocab_size=32_000,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
-        mlp_width=mlp_width,
-        context_length=options.prompt + options.response,
-        tied=True,
-    )
+    config = decoder_of(options.size, length=options.prompt + options.response)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     frozen = {"policy": None, "reference": params}
     objective = PreferenceObjective(
