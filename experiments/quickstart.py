@@ -3,7 +3,7 @@
 Command:  jaxalign train experiments/quickstart.py [--loss ipo]
           (its rates are for random weights; experiments/finetune.py is for a model of yours)
 Time:     about two minutes on two CPU cores
-Expect:   held-out reward accuracy of about 0.9 on the embedded preference set
+Expect:   held-out reward accuracy above 0.9 on the embedded preference set
 """
 
 from jaxalign.config import (
