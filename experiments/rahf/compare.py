@@ -1,8 +1,10 @@
 """The README's table: every method on the same pairs and base, scored by a held-out reward model.
 
-Command:  python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     three seeds take an hour and a half on two CPU cores; what is there is not run again
-Needs:    the base model of experiments/base_lm
+Command:  python -m experiments.rahf.compare --scale small --model FOLDER [--seeds 0 1 2]
+          python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
+Time:     a seed of `small` takes minutes on a GPU; three seeds of `tiny` take an hour and a half on
+          two CPU cores; what is there is not run again
+Needs:    at `tiny` the base model of experiments/base_lm
 """
 
 import argparse
@@ -29,13 +31,16 @@ from jaxalign.data import (
     tokenize_pairs,
     tokenize_prompts,
 )
+from jaxalign.data.plain_prompts import plain_prompts
 from jaxalign.evaluation import length_controlled, win_rate
 from jaxalign.evaluation.reward_models import RewardModel
+from jaxalign.files import read_json, write_json
 from jaxalign.generation import Sampling
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
 from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
+from jaxalign.representation.stimuli import instructed
 from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh
 from jaxalign.stages.inputs import instructions_of
@@ -57,22 +62,25 @@ CASES = ("parted", "both down", "both up", "crossed")
 """Of the log-probs of chosen and rejected: chosen up and rejected down, ..., chosen down alone."""
 
 
-def configs(seed: int, steps: int | None, output: str) -> dict[str, TrainConfig]:
+def configs(
+    seed: int, steps: int | None, output: str, scale: str, model: str
+) -> dict[str, TrainConfig]:
     """Every run of a seed, in an order in which each finds what it needs."""
-    how = {"output": f"{output}/seed_{seed}"}
+    how = {"output": f"{output}/seed_{seed}", "model": model}
     made = {
-        "base": methods.instruction_sft("tiny", **how),
-        "judge": methods.judge("tiny", **how),
-        "reward": methods.reward("tiny", **how),
-        "preferred_sft": methods.preferred_sft("tiny", **how),
-        "rejected_sft": methods.rejected_sft("tiny", **how),
-        "hir": methods.hir("tiny", **how),
-        "dpo": methods.dpo("tiny", **how),
-        "policy_gradient": methods.policy_gradient("tiny", **how),
-        "scit": methods.scit("tiny", **how),
-        "dual": methods.dual("tiny", **how),
+        "judge": methods.judge(scale, **how),
+        "reward": methods.reward(scale, **how),
+        "preferred_sft": methods.preferred_sft(scale, **how),
+        "rejected_sft": methods.rejected_sft(scale, **how),
+        "hir": methods.hir(scale, **how),
+        "dpo": methods.dpo(scale, **how),
+        "policy_gradient": methods.policy_gradient(scale, **how),
+        "scit": methods.scit(scale, **how),
+        "dual": methods.dual(scale, **how),
     }
-    return {name: shortened(made[name], steps, seed) for name in ORDER}
+    if scale == "tiny":
+        made["base"] = methods.instruction_sft(scale, **how)
+    return {name: shortened(made[name], steps, seed) for name in ORDER if name in made}
 
 
 def shortened(config: TrainConfig, steps: int | None, seed: int) -> TrainConfig:
@@ -102,7 +110,7 @@ class Said:
 def answers(
     policy: Mapping[str, Any], base: Mapping[str, Any], prompts: Any, model: Any, tokenizer: Any
 ) -> Said:
-    """A response to each prompt, sampled at temperature 1."""
+    """A response to each prompt, sampled at temperature 1 until the tokenizer's end token."""
     sampling = Sampling(max_tokens=MAX_TOKENS, end_tokens=(int(tokenizer.eos_token_id),))
     sampler = Sampler(config=model, tokenizer=tokenizer, sampling=sampling, mesh=make_mesh())
     texts, lengths, ratios = [], [], []
@@ -149,32 +157,46 @@ def cases(before: np.ndarray, after: np.ndarray) -> list[float]:
     return [float(one.mean()) for one in each]
 
 
+def with_instruction(records: Sequence[Any], instruction: str) -> list[Any]:
+    """The same records with the instruction as the system turn of their prompts."""
+    return [
+        dataclasses.replace(one, prompt=instructed(one.prompt, instruction, strings_as_chat=True))
+        for one in records
+    ]
+
+
 def measure(
-    seed: int, steps: int | None, output: str, most: int
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    seed: int, given: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], list[list[float]]]:
     """Train what is not there; every method's measures, and all against all before the judge."""
-    runs = {name: (finished(one), one) for name, one in configs(seed, steps, output).items()}
-    records = list(preference_records(methods.TEST))[:most]
-    questions = list(prompt_records(methods.TEST))[:most]
-    judge = RewardModel.load(runs["judge"][0] / "export")
-    tokenizer = load_tokenizer(runs["base"][0] / "tokenizer")
+    made = configs(seed, given.steps, given.output, given.scale, given.model)
+    runs = {name: finished(one) for name, one in made.items()}
+    records = list(preference_records(methods.TEST))[: given.prompts]
+    questions = list(prompt_records(methods.TEST))[: given.prompts]
+    judge = RewardModel.load(runs["judge"] / "export")
+    start = runs["base"] / "export" if "base" in runs else given.model
+    tokenizer = load_tokenizer(start)
     asked = [str(record.prompt) for record in records]
     mesh = make_mesh()
-    base = load_pretrained(runs["base"][0] / "export", mesh=mesh)
+    base = load_pretrained(start, mesh=mesh)
     found: dict[str, dict[str, float]] = {}
     kept: dict[str, tuple[Any, Any]] = {}
     rewards: dict[str, np.ndarray] = {}
     for name in COMPARED:
-        folder, config = runs[name]
-        layout = config.prompt_format
-        if name == "hir":  # it was taught to be told
-            layout = f"{instructions_of(config).positive}\n\n{layout}"
-        options = {"prompt_format": layout, "max_length": config.max_length}
-        prompts, _ = tokenize_prompts(questions, tokenizer, **options)
-        pairs, _ = tokenize_pairs(records, tokenizer, **options)
-        model = load_pretrained(folder / "export", mesh=mesh)
-        said = answers(model.params, base.params, prompts, base.config,
-                       tokenizer)  # fmt: skip
+        config = made.get(name, made["hir"])
+        told = instructions_of(config).positive if name == "hir" else None  # it was taught that
+        layout, rows, asking = config.prompt_format, records, questions
+        in_chat = plain_prompts(tokenizer, config.chat, prompt_format=layout).as_turns
+        if told is not None and in_chat:
+            rows, asking = (with_instruction(x, told) for x in (records, questions))
+        elif told is not None:
+            layout = f"{told}\n\n{layout}"
+        options: dict[str, Any] = {"prompt_format": layout, "max_length": config.max_length}
+        options["chat"] = "always" if in_chat else "never"
+        prompts, _ = tokenize_prompts(asking, tokenizer, **options)
+        pairs, _ = tokenize_pairs(rows, tokenizer, **options)
+        model = load_pretrained(start if name == "base" else runs[name] / "export", mesh=mesh)
+        said = answers(model.params, base.params, prompts, base.config, tokenizer)
         log_probs = pair_log_probs(model.params, pairs, base.config)
         kept[name] = said, log_probs
         rewards[name] = judge.rewards(asked, said.responses)
@@ -194,7 +216,21 @@ def measure(
             "tokens": float(said.length.mean()),
         } | dict(zip(CASES, cases(before, log_probs), strict=True))
     scores = np.array(list(rewards.values()))  # Bradley and Terry's preference, prompt by prompt
-    return found, expit(scores[:, None] - scores[None]).mean(-1)
+    return found, expit(scores[:, None] - scores[None]).mean(-1).tolist()
+
+
+def measured(
+    seed: int, given: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """What `measure` found, from its file where that is of the same options."""
+    path = given.rows / f"{given.scale}_{seed}.json"
+    world = {"model": Path(given.model).name, "steps": given.steps, "prompts": given.prompts}
+    kept = read_json(path, "rows") if path.is_file() else {}
+    if kept.get("options") != world:
+        found, against = measure(seed, given)
+        kept = {"options": world, "methods": found, "against": against}
+        write_json(path, kept)
+    return kept["methods"], np.array(kept["against"])
 
 
 def map_lengths(said: Said) -> np.ndarray:
@@ -228,8 +264,12 @@ def main() -> None:
     flags.add_argument("--steps", type=int, help="of every stage; default: those of the configs")
     flags.add_argument("--prompts", type=int, default=164, help="test prompts")
     flags.add_argument("--output", default="runs/rahf")
+    flags.add_argument("--scale", default="tiny", choices=("tiny", "small"))
+    flags.add_argument("--model", default=methods.SMALL, help="the chat model of `small`")
+    flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of results")
     given = flags.parse_args()
-    both = [measure(seed, given.steps, given.output, given.prompts) for seed in given.seeds]
+    given.rows.mkdir(parents=True, exist_ok=True)
+    both = [measured(seed, given) for seed in given.seeds]
     each, against = [found for found, _ in both], [matrix for _, matrix in both]
     columns = {
         "reward": 3,
@@ -252,9 +292,11 @@ def main() -> None:
     text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3))[1:])  # not the base
     text += "\n" + side_by_side(against)
     print(text)
-    command = f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
+    command = "--scale small --model FOLDER " if given.scale == "small" else ""
+    command += f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
     command += f" --steps {given.steps}" if given.steps else ""
-    put(FOLDER, "comparison", f"`python -m experiments.rahf.compare {command}` printed:\n\n{text}")
+    section = "comparison" if given.scale == "tiny" else f"{given.scale} comparison"
+    put(FOLDER, section, f"`python -m experiments.rahf.compare {command}` printed:\n\n{text}")
 
 
 if __name__ == "__main__":

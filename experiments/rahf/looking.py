@@ -45,6 +45,8 @@ from jaxalign.stages.representation import make_reader
 
 FOLDER = Path(__file__).parent
 STRENGTHS = (0.0, 1.0, 2.0, 5.0, 10.0)
+SHOWN = 6
+"""Layers that are looked at, from the first to the last, in a deeper model."""
 
 
 def read(model: Any, config: TrainConfig, tokenizer: Any, records: Any, layers: Any) -> list[Any]:
@@ -78,8 +80,9 @@ def look(run: Path) -> tuple[Any, str]:
     records = list(preference_records(methods.TEST))
     models = {"base": load_pretrained(config.model), "tuned": tuned_model(run)}
     depth = models["base"].config.layers
-    layers = range(1, depth + 1)
-    figure, axes = plt.subplots(2, depth + 1, figsize=(3 * depth + 3, 6), layout="constrained")
+    layers = sorted({round(layer) for layer in np.linspace(1, depth, min(depth, SHOWN))})
+    columns = len(layers) + 1
+    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), layout="constrained")
     rows = []
     for line, (name, model) in zip(axes, models.items(), strict=True):
         parts = read(model, config, tokenizer, records, layers)
@@ -95,7 +98,7 @@ def look(run: Path) -> tuple[Any, str]:
             shown = summary.norm[at], summary.state_norm[at], summary.coherence[at], accuracy[at]
             rows.append([f"{name}, {layer}", *(f"{value:.3f}" for value in shown)])
         line[0].legend(fontsize=8)
-        line[-1].plot(list(layers), accuracy, marker="o")
+        line[-1].plot(layers, accuracy, marker="o")
         line[-1].axhline(0.5, color="grey", linewidth=0.8)
         line[-1].set(title=f"{name}: probe, held-out pairs", xlabel="layer", ylim=(0.45, 1.02))
     figure.savefig(FOLDER / "separability.png", dpi=60)

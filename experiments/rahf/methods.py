@@ -1,12 +1,13 @@
 """The methods compared in this folder: RAHF beside SFT, HIR, DPO and a policy gradient.
 
-Command:  jaxalign train experiments/rahf/methods.py:scit [--scale paper], or another function
-          below; all others need instruction_sft, dual needs preferred_sft and rejected_sft, and
-          policy_gradient needs reward
-Time:     a few minutes each on two CPU cores
+Command:  jaxalign train experiments/rahf/methods.py:scit [--scale small], or another function
+          below; dual needs preferred_sft and rejected_sft, policy_gradient needs reward, and at
+          `tiny` and `paper` all others need instruction_sft
+Time:     a few minutes each on two CPU cores (`tiny`)
 
-`tiny` makes short answers polite (1,094 pairs: the first 60 % to train on, then 25 % for the
-held-out reward model, the last 15 % to be tested on) with the base model of `experiments/base_lm`;
+`small` makes the short answers of SmolLM2-135M-Instruct polite (1,094 pairs: the first 60 % to
+train on, then 25 % for the held-out reward model, the last 15 % to be tested on); it begins with
+the chat model itself. `tiny` is the same with the base model of `experiments/base_lm` after SFT;
 `paper` is Llama-2-7B on UltraFeedback with the settings of arXiv:2312.15997's released scripts,
 halves of the data as there.
 """
@@ -27,21 +28,39 @@ from jaxalign.config import (
     SupervisedConfig,
     TrainConfig,
 )
+from jaxalign.errors import UserError
 
 PAIRS = f"{DATA}/preferences/rasbt_instruction_preference.jsonl"
 TRAIN, JUDGED, TEST = (f"{PAIRS}#train[{part}]" for part in (":60%", "60%:85%", "85%:"))
 ULTRA = "argilla/ultrafeedback-binarized-preferences-cleaned"
 PAPER = f"{ULTRA}#train[:49%]", f"{ULTRA}#train[49%:98%]", f"{ULTRA}#train[98%:]"
+SCALES = ("tiny", "small", "paper")
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RATES = {
+    "sft": {"tiny": 3e-4, "small": 1e-5, "paper": 2e-5},
+    "dpo": {"tiny": 1e-4, "small": 2e-6, "paper": 5e-7},
+    "reward": {"tiny": 3e-4, "small": 1e-5, "paper": 1e-5},
+    "policy gradient": {"tiny": 1e-4, "small": 2e-6, "paper": 1e-6},
+    "scit": {"tiny": 3e-4, "small": 1e-5, "paper": 2e-5},
+    "scit fit": {"tiny": 3e-3, "small": 1e-3, "paper": 3e-4},
+    "dual fit": {"tiny": 3e-3, "small": 1e-3, "paper": 9e-6},
+}
+"""Stage -> scale -> learning rate; at `paper` the released scripts', and DPO's authors' for DPO."""
 FORMAT = "Human: {prompt}\n\nAssistant: "
 STEPS = 120
-"""Updates of each stage in `tiny`: of 16 pairs, three epochs."""
+"""Updates of each stage in `tiny` and `small`: of 16 pairs, three epochs."""
 
 
-def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
-    """A run without stages yet."""
+def run_name(scale: str, name: str) -> str:
+    """The folder of a run."""
+    return f"rahf_{name}" if scale == "tiny" else f"rahf_{name}_{scale}"
+
+
+def common(scale: str, name: str, output: str = "runs", model: str = SMALL) -> TrainConfig:
+    """A run without stages yet; the model is that of `small`."""
     if scale == "paper":
         return TrainConfig(
-            name=f"rahf_{name}_paper",
+            name=run_name(scale, name),
             output=output,
             model=f"{output}/rahf_base_paper/export",
             data=PAPER[0],
@@ -53,8 +72,18 @@ def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
             remat="full",
             mesh=MeshConfig(fsdp=64),
         )
+    if scale == "small":
+        return TrainConfig(
+            name=run_name(scale, name),
+            output=output,
+            model=model,
+            data=TRAIN,
+            eval_data=TEST,
+            max_length=320,
+            max_eval_records=None,
+        )
     return TrainConfig(
-        name=f"rahf_{name}",
+        name=run_name(scale, name),
         output=output,
         model=f"{output}/rahf_base/export",
         data=TRAIN,
@@ -66,8 +95,9 @@ def common(scale: str, name: str, output: str = "runs") -> TrainConfig:
     )
 
 
-def stage(scale: str, rate: float, *, steps: int = 1_000, batch: int = 64) -> dict[str, Any]:
+def stage(scale: str, what: str, *, steps: int = 1_000, batch: int = 64) -> dict[str, Any]:
     """Fields of one stage: AdamW after a warm-up of a tenth, linear to 0 (`paper`: cosine)."""
+    rate = RATES[what][scale]
     if scale == "paper":
         rule = OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_steps=steps // 10)
         return {"steps": steps, "batch_size": batch, "optimizer": rule, "save_every": 400}
@@ -75,9 +105,9 @@ def stage(scale: str, rate: float, *, steps: int = 1_000, batch: int = 64) -> di
     return {"steps": STEPS, "batch_size": 16, "optimizer": rule}
 
 
-def fit(scale: str, rate: float, **paper: Any) -> dict[str, Any]:
+def fit(scale: str, what: str, **paper: Any) -> dict[str, Any]:
     """Fields of the fit of adapters: a constant learning rate."""
-    found = stage(scale, rate, **paper)
+    found = stage(scale, what, **paper)
     rule = dataclasses.replace(found["optimizer"], schedule="constant", warmup_steps=0)
     return {**found, "optimizer": rule}
 
@@ -86,17 +116,19 @@ def instruction_sft(scale: str, **how: Any) -> TrainConfig:
     """The model that all others begin with: SFT on instructions that are not of these pairs."""
     config = common(scale, "base", **how)
     if scale == "paper":
-        model, data, rule = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf", 2e-5
+        model, data = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf"
+    elif scale == "small":
+        raise UserError("--scale: small has no instruction_sft; it begins with the chat model")
     else:
-        model, data, rule = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl", 3e-4
+        model, data = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl"
     size = {} if scale == "paper" else {"batch_size": 64}
-    sft = SupervisedConfig(data=data, **stage(scale, rule, steps=4_700) | size)
+    sft = SupervisedConfig(data=data, **stage(scale, "sft", steps=4_700) | size)
     return dataclasses.replace(config, model=model, sft=sft)
 
 
 def supervised(scale: str, responses: Any, name: str, **how: Any) -> TrainConfig:
     """SFT on chosen or rejected responses, or on both with hindsight."""
-    rate = stage(scale, 2e-5 if scale == "paper" else 3e-4)
+    rate = stage(scale, "sft")
     sft = SupervisedConfig(responses=responses, **rate)
     return dataclasses.replace(common(scale, name, **how), sft=sft)
 
@@ -118,7 +150,7 @@ def hir(scale: str, **how: Any) -> TrainConfig:
 
 def dpo(scale: str, **how: Any) -> TrainConfig:
     """DPO, beta 0.1; the paper does not give its settings: those of the DPO repository."""
-    rate = stage(scale, 5e-7 if scale == "paper" else 1e-4)
+    rate = stage(scale, "dpo")
     return dataclasses.replace(common(scale, "dpo", **how), preference=PreferenceConfig(**rate))
 
 
@@ -135,8 +167,8 @@ def judge(scale: str, **how: Any) -> TrainConfig:
 def reward_model(scale: str, which: str, **how: Any) -> TrainConfig:
     """A reward model of the training pairs ("reward") or of held-out pairs ("judge")."""
     config = common(scale, which, **how)
-    data = {"paper": PAPER, "tiny": (TRAIN, JUDGED)}[scale][which == "judge"]
-    rate = stage(scale, 1e-5 if scale == "paper" else 3e-4)
+    data = (PAPER if scale == "paper" else (TRAIN, JUDGED))[which == "judge"]
+    rate = stage(scale, "reward")
     preference = PreferenceConfig(loss="bradley_terry", **rate)
     return dataclasses.replace(config, data=data, preference=preference)
 
@@ -144,24 +176,23 @@ def reward_model(scale: str, which: str, **how: Any) -> TrainConfig:
 def policy_gradient(scale: str, **how: Any) -> TrainConfig:
     """The regularised policy gradient (in place of PPO), rewarded by "reward"."""
     config = common(scale, "policy_gradient", **how)
-    suffix = "_paper" if scale == "paper" else ""
     rollout = RolloutConfig(
         algorithm="regularised_policy_gradient",
         prompts=PAPER[1] if scale == "paper" else TRAIN,
         eval_prompts=config.eval_data[0] if config.eval_data else None,
-        annotator=f"reward:{config.output}/rahf_reward{suffix}/export",
+        annotator=f"reward:{config.output}/{run_name(scale, 'reward')}/export",
         max_prompt_length=256 if scale == "paper" else 128,
         max_tokens=512 if scale == "paper" else 32,
     )
-    rate = stage(scale, 1e-6 if scale == "paper" else 1e-4)
+    rate = stage(scale, "policy gradient")
     return dataclasses.replace(config, online=OnlineConfig(rollout=rollout, **rate))
 
 
 def scit(scale: str, **how: Any) -> TrainConfig:
     """RAHF-SCIT: contrastive instruction tuning, then the fit, from one command."""
     config = common(scale, "scit", **how)
-    tuned = stage(scale, 2e-5 if scale == "paper" else 3e-4, steps=930)
-    fitted = fit(scale, 3e-4 if scale == "paper" else 3e-3, steps=450)
+    tuned = stage(scale, "scit", steps=930)
+    fitted = fit(scale, "scit fit", steps=450)
     method = dataclasses.replace(config.representation.alignment, method="scit")
     return dataclasses.replace(
         config,
@@ -173,16 +204,15 @@ def scit(scale: str, **how: Any) -> TrainConfig:
 def dual(scale: str, **how: Any) -> TrainConfig:
     """RAHF-Dual from the models of `supervised`: as released, the preferred one is the base."""
     config = common(scale, "dual", **how)
-    suffix = "_paper" if scale == "paper" else ""
     method = dataclasses.replace(
         config.representation.alignment,
         method="dual",
-        negative_model=f"{config.output}/rahf_rejected_sft{suffix}/export",
+        negative_model=f"{config.output}/{run_name(scale, 'rejected_sft')}/export",
         lora=LoraConfig(rank=8, dropout=0.05, targets=("q", "v")),
     )
-    rate = fit(scale, 9e-6 if scale == "paper" else 3e-3, steps=2_500, batch=64)
+    rate = fit(scale, "dual fit", steps=2_500, batch=64)
     return dataclasses.replace(
         config,
-        model=f"{config.output}/rahf_preferred_sft{suffix}/export",
+        model=f"{config.output}/{run_name(scale, 'preferred_sft')}/export",
         representation=RepresentationConfig(alignment=method, **rate),
     )

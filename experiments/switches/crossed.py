@@ -70,6 +70,13 @@ FEW = ("dpo", "ipo", "simpo", "cpo", "kto", "sppo", "bco", "dpop", "orpo", "dpo:
 """Losses of `--few`: one of each kind."""
 PAIRS = 8
 """Pairs in a batch."""
+PAGE = """# Each switch by itself
+
+The numbers of every cell of the [overview](README.md), which says what was trained: the loss and
+the mean sizes of the coefficients d_w and d_l in the last batch, the fraction of its pairs outside
+the band, and the accuracy on held-out pairs before and after. A dash is a combination that the
+stage refuses.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +104,7 @@ class Options:
     rows: str = "runs/switches/crossed.jsonl"
     """File of finished cells, which are not trained again; cells of other options are kept."""
     readme: bool = False
-    """Whether to write the tables to this folder's README."""
-    section: str = "crossed"
-    """Section of the README to write."""
+    """Whether to write the tables to this folder's README and tables.md."""
 
     @property
     def world(self) -> dict[str, Any]:
@@ -275,7 +280,7 @@ def load(options: Options) -> World:
         max_length=options.max_length,
         limit=number + options.held_out,
         batch_size=PAIRS,
-        chat="never",
+        chat="auto",
     )
     batches = [
         ReferencedBatch(pairs=jax.tree.map(jnp.asarray, batch), reference=None)
@@ -441,16 +446,17 @@ def main(options: Options) -> None:
     """Train all, print the tables."""
     every = (*(x for x in PREFERENCE_LOSSES if x not in CONTRASTIVE_LOSSES), *SUMS)
     names = options.losses or (FEW if options.few else every)
-    cells, sections = trained(options, names), []
+    cells, sections = trained(options, names), [PAGE]
     for switch in options.switches:
         found = [(name, cells[name, switch]) for name in names]
         rows = [[f"`{name}`", *(one.numbers() if one else ["–"] * 5)] for name, one in found]
         header = ["loss", "last loss", "mean abs d_w", "mean abs d_l", "outside", "accuracy"]
-        sections.append(f"### {switch}\n\n{table(header, rows)}")
-    text = "\n".join([overview(cells, names, options.switches), *sections])
-    print(text)
+        sections.append(f"## {switch}\n\n{table(header, rows)}")
+    text, page = overview(cells, names, options.switches), "\n".join(sections)
+    print(page, text, sep="\n")
     if options.readme:
-        put(FOLDER, options.section, text)
+        put(FOLDER, "crossed", text)
+        (FOLDER / "tables.md").write_text(page, encoding="utf-8")
 
 
 def overview(

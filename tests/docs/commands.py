@@ -321,8 +321,12 @@ STUDIES = {
             constants={"gradient_entanglement.cures:CURES": 2},
             products=("experiments/gradient_entanglement/cures.png",),
         ),
+        "offline.single_responses": Study(
+            flags="--methods dpo kto --rates 1e-3 --seeds 2 --steps 2 --rows runs/rows.jsonl "
+            "--scratch runs/single"
+        ),
         "switches.crossed": Study(
-            flags="--losses dpo simpo --switches none WPO --steps 1", prints="### WPO"
+            flags="--losses dpo simpo --switches none WPO --steps 1", prints="## WPO"
         ),
         "ipo_md.tabular": Study(
             constants={
@@ -345,7 +349,7 @@ STUDIES = {
         ),
         "judging.compare": Study(flags="--aspects 2", products=("runs/judging/pairs.jsonl",)),
         "judging.just_eval": Study(constants={"judging.just_eval:RESAMPLES": 10}),
-        "rahf.compare": Study(flags="--seeds 0 --prompts 8"),
+        "rahf.compare": Study(flags="--seeds 0 --prompts 8 --rows runs/rahf_rows"),
         "rahf.looking": Study(
             flags="--prompts 4",
             products=("experiments/rahf/separability.png", "experiments/rahf/steering.png"),
