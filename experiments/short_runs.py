@@ -354,7 +354,13 @@ class Bench:
         self._programs.clear()
 
     def run(
-        self, start: Start, config: TrainConfig, stage_name: str, *, buckets: int = 2
+        self,
+        start: Start,
+        config: TrainConfig,
+        stage_name: str,
+        *,
+        buckets: int = 2,
+        held_out: bool = True,
     ) -> Finished:
         """Train one stage of a config.
 
@@ -363,6 +369,7 @@ class Bench:
           config: of the run; its stage has steps, not epochs.
           stage_name: sft, preference or feedback.
           buckets: most lengths to pad to.
+          held_out: whether to evaluate on held-out data.
 
         Raises:
           OutOfTime: the time is over.
@@ -401,7 +408,7 @@ class Bench:
 
         state = run_stage(
             stage,
-            dataclasses.replace(feed, evaluation=programs.evaluation),
+            dataclasses.replace(feed, evaluation=programs.evaluation if held_out else None),
             state=state,
             frozen=frozen,
             step=lambda done: feed.around(_step_at(programs, done)),

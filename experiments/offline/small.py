@@ -50,7 +50,7 @@ LABELS = {
 }
 RATES = (2e-6, 1e-5, 4e-5)
 SEEDS = (0, 1, 2)
-STEPS, PAIRS = 80, 16
+STEPS, PAIRS = 64, 16
 SFT_STEPS, SFT_RATE = 60, 2e-5
 ANSWER = 160
 """Most tokens of an answer."""
@@ -173,7 +173,7 @@ def single_responses(bench: Bench) -> None:
         if label in rows:
             continue
         config = labelled(bench, rate, seed)
-        finished = bench.run(start, config, "feedback")
+        finished = bench.run(start, config, "feedback", held_out=False)
         if of_pairs is None:  # for its evaluation
             one = replace(preferences(bench, "kto", 0.0, 0), name="offline_kto_single_pairs")
             short = replace(one.preference, steps=1, optimizer=OptimizerConfig(learning_rate=0.0))
