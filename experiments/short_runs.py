@@ -40,6 +40,14 @@ from jaxalign.training.step import TrainState, compile_step, initial_state
 DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 KEPT = ("rewards/accuracies", "logps/chosen", "logps/rejected", "logps/accuracies", "kl", "loss")
 """Held-out metrics that a row keeps, of every source."""
+MEASURED = tuple(
+    f"entanglement/{name}"
+    for name in (
+        *("cosine", "norm_ratio", "in_band", "d_w", "d_l"),
+        *("ideal", "both_down", "both_up", "reversed"),
+    )
+)
+"""Statistics of gradients that a row keeps, beside the ledger."""
 LONGEST = {"polite": None, "ultrafeedback": 1900}
 """Most characters of a prompt and its longer response, by source; None: all pairs are used."""
 HELD_OUT = {"polite": 0.2, "ultrafeedback": 0.25}
@@ -207,7 +215,7 @@ def held_out_metric(name: str) -> bool:
 
 def training_metric(name: str) -> bool:
     """Whether a row keeps a metric of the training batches."""
-    return name.startswith("entanglement/") or name in ("loss", "grad_norm")
+    return name in ("loss", "grad_norm", *MEASURED) or name.startswith("entanglement/ledger/")
 
 
 def curves(

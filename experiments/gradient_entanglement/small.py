@@ -95,7 +95,7 @@ def settings(
       seed: of the order of the pairs.
     """
     steps = bench.options.steps or STEPS[rule]
-    stage = {
+    stage: dict[str, Any] = {
         "loss": loss,
         "loss_options": dict(options),
         "batch_size": PAIRS,

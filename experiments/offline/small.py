@@ -84,7 +84,12 @@ def rule(rate: float) -> OptimizerConfig:
 def preferences(bench: Bench, name: str, rate: float, seed: int) -> TrainConfig:
     """A run of a loss of pairs."""
     loss, options = LOSSES[name]
-    stage = {"loss": loss, "loss_options": options, "batch_size": PAIRS, "optimizer": rule(rate)}
+    stage: dict[str, Any] = {
+        "loss": loss,
+        "loss_options": options,
+        "batch_size": PAIRS,
+        "optimizer": rule(rate),
+    }
     stage["steps"] = bench.options.steps or STEPS
     return replace(settings(bench, name, seed), preference=preference_of(stage))
 
@@ -234,6 +239,13 @@ def ends(
     return values[0], values[-1]
 
 
+def is_run(rows: Rows, name: str) -> bool:
+    """Whether a loss has runs to show: its learning rate is chosen, and it was run at it."""
+    of_rate = "kto" if name == "kto_single" else name
+    swept = all(row_name(of_rate, rate, SEEDS[0]) in rows for rate in RATES)
+    return swept and row_name(name, best_rate(rows, of_rate), SEEDS[0]) in rows
+
+
 def seeds_of(rows: Rows, name: str) -> list[dict[str, Any]]:
     """The runs of a loss with its best rate, one for every seed that has been run."""
     rate = best_rate(rows, "kto" if name == "kto_single" else name)
@@ -244,14 +256,14 @@ def seeds_of(rows: Rows, name: str) -> list[dict[str, Any]]:
 def with_interval(values: Sequence[float], form: str) -> str:
     """The mean, with its 95 % interval where there are several seeds."""
     text = form.format(np.mean(values))
-    return text if len(values) == 1 else f"{text} ± {half_width(values):{form[-3:-1]}}"
+    return text if len(values) == 1 else f"{text} ± {half_width(values):{form[-4:-1]}}"
 
 
 def comparison(rows: Rows, source: str) -> str:
     """The table of a source."""
     lines = []
     for name in (*LOSSES, "kto_single"):
-        if name not in rows and f"answers_{name}" not in rows:
+        if not is_run(rows, name):
             continue
         runs = seeds_of(rows, name)
 
@@ -292,7 +304,7 @@ def sweep(rows: Rows) -> str:
     lines = []
     for name in LOSSES:
         labels = [row_name(name, rate, SEEDS[0]) for rate in RATES]
-        if not all(label in rows for label in labels):
+        if not is_run(rows, name):
             continue
         cells = []
         for label in labels:
@@ -346,7 +358,7 @@ def plot(rows: Rows) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for line, (source, label) in zip(axes, SOURCES.items(), strict=True):
         for number, name in enumerate((*LOSSES, "kto_single")):
-            if name not in rows and f"answers_{name}" not in rows:
+            if not is_run(rows, name):
                 continue
             runs = seeds_of(rows, name)
             look = {"color": f"C{number}", "label": LABELS[name]}
