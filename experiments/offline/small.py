@@ -107,7 +107,7 @@ def labelled(bench: Bench, rate: float, seed: int) -> TrainConfig:
 
 
 def sft(bench: Bench) -> None:
-    """The model that all losses start from, and the answers of the two models before them."""
+    """The model that all losses start from."""
     rows, start = bench.rows(STUDY), bench.model(bench.options.model)
     stage = SupervisedConfig(
         steps=bench.options.steps or SFT_STEPS,
@@ -120,9 +120,15 @@ def sft(bench: Bench) -> None:
     leaves = jax.tree.leaves(finished.params)
     path = _sft_weights(bench)
     write_arrays(path, **{f"x{at}": np.asarray(leaf) for at, leaf in enumerate(leaves)})
-    rows.write("answers_base", {"answers": bench.answers(start, start.params, ANSWER)})
-    rows.write("answers_sft", {"answers": bench.answers(start, finished.params, ANSWER)})
     rows.write("sft", finished.row(config, "sft"))
+
+
+def first_answers(bench: Bench) -> None:
+    """The answers of the published model and of the SFT model."""
+    rows, start = bench.rows(STUDY), bench.model(bench.options.model)
+    rows.write("answers_base", {"answers": bench.answers(start, start.params, ANSWER)})
+    tuned = sft_model(bench)
+    rows.write("answers_sft", {"answers": bench.answers(tuned, tuned.params, ANSWER)})
 
 
 def sft_model(bench: Bench) -> Start:
@@ -225,7 +231,8 @@ def cells() -> list[Cell]:
         for name in LOSSES
     ]
     single = Cell(study=STUDY, name="kto_single", run=single_responses, after="answers_kto")
-    return [Cell(study=STUDY, name="sft", run=sft), *losses, single]
+    asked = Cell(study=STUDY, name="answers_sft", run=first_answers, after="sft")
+    return [Cell(study=STUDY, name="sft", run=sft), *losses, asked, single]
 
 
 # ------------------------------------------------------------------------------ the page
