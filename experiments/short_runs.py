@@ -336,7 +336,7 @@ class Bench:
         return float("inf") if self.until is None else self.until - time.time()
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["float32", "bfloat16"]:
         """Of the comparison of losses."""
         if self.options.dtype != "auto":
             return self.options.dtype

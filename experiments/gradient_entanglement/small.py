@@ -14,7 +14,7 @@ import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ from jaxalign.reporting.ledger import PARTS
 from jaxalign.rows import ResponseRows
 from jaxalign.stages.models import as_model
 
+Rule = Literal["adamw", "sgd"]
+
 FOLDER = Path(__file__).parent
 STUDY = "gradient_entanglement"
 SOURCES = {"polite": "polite pairs", "ultrafeedback": "UltraFeedback"}
@@ -49,8 +51,8 @@ ORDER = (
 """The losses, the most important first."""
 FEW = ("dpo", "simpo", "cpo")
 """Losses that the second model is trained with."""
-RATES = {"adamw": 2e-5, "sgd": 2e-2}
-STEPS = {"adamw": 48, "sgd": 32}
+RATES: dict[Rule, float] = {"adamw": 2e-5, "sgd": 2e-2}
+STEPS: dict[Rule, int] = {"adamw": 48, "sgd": 32}
 PAIRS, HELD_OUT = 8, 96
 CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
     "normalised": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, reweighting="normalised")),
@@ -76,7 +78,7 @@ def settings(
     options: Mapping[str, float],
     *,
     source: str = "polite",
-    rule: str = "adamw",
+    rule: Rule = "adamw",
     watch: EntanglementConfig,
     train: str | None = None,
     seed: int = 0,
@@ -175,7 +177,7 @@ def cells(second: str | None) -> list[Cell]:
         run = functools.partial(train, name=name, **given)
         return Cell(study=STUDY, name=name, run=run)
 
-    def of_source(losses: Sequence[str], rule: str, source: str) -> list[Cell]:
+    def of_source(losses: Sequence[str], rule: Rule, source: str) -> list[Cell]:
         return [cell(f"{loss}_{rule}_{source}", loss, rule=rule, source=source) for loss in losses]
 
     cures = [
@@ -471,13 +473,14 @@ def draw_pair(model: str, data: str, number: int) -> None:
     geometry = jax.jit(lambda params, pair: token_geometry(params, loaded.model.config, pair))
     cosines = np.asarray(geometry(loaded.model.params, jax.tree.map(jnp.asarray, pair)).cosine)
     length = batch.response_length[0]
-    tokens = [
+    chosen, rejected = (
         tokenizer.convert_ids_to_tokens(batch.response_tokens[0][side, : length[side]])
         for side in (0, 1)
-    ]
+    )
     heat_map.draw(
         cosines[: length[0], : length[1]],
-        *tokens,
+        chosen,
+        rejected,
         FOLDER / "small_heat_map.png",
         title="a polite and an impolite answer, before training",
     )
