@@ -1,0 +1,524 @@
+"""Twelve losses, two optimisers and the mitigations on a real chat model, every step watched.
+
+Command:  python -m experiments.small --model FOLDER --second GEMMA --cells gradient_entanglement
+          python -m experiments.gradient_entanglement.small --rows ROWS --model FOLDER
+Time:     of a model of 135 million parameters, minutes on an H100, two days on two CPU cores
+Expect:   the section "A real chat model" of this folder's README, and its figures
+
+All parameters, in float32, of a chat model as it was published; batches of 8 pairs. Polite and
+impolite answers share most of their tokens, those of UltraFeedback few. Every step has the exact
+geometry of its pairs; every fourth has a ledger, every one in the two runs of DPO that are shown.
+"""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.cells import Cell
+from experiments.gradient_entanglement.preference import LOSSES
+from experiments.page import put, table
+from experiments.short_runs import Bench, Options, Rows, preference_of
+from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
+from jaxalign.data import preference_records
+from jaxalign.entanglement.conditions import CASES, case_of_changes
+from jaxalign.entanglement.pairs import load_pairs, with_pairs
+from jaxalign.entanglement.similarity import least_similar, similarities
+from jaxalign.entanglement.tokens import token_geometry
+from jaxalign.files import write_json_lines
+from jaxalign.reporting import heat_map
+from jaxalign.reporting.charts import Chart, Series, draw
+from jaxalign.reporting.ledger import PARTS
+from jaxalign.rows import ResponseRows
+from jaxalign.stages.models import as_model
+
+Rule = Literal["adamw", "sgd"]
+
+FOLDER = Path(__file__).parent
+STUDY = "gradient_entanglement"
+SOURCES = {"polite": "polite pairs", "ultrafeedback": "UltraFeedback"}
+LENGTH = {"polite": 128, "ultrafeedback": 256}
+"""Most tokens of prompt and response; longer responses are cut."""
+ORDER = (
+    *("dpo", "simpo", "ipo", "kto", "cpo", "rpo"),
+    *("dpop", "rrhf", "slic", "sppo", "orpo", "rdpo"),
+)
+"""The losses, the most important first."""
+FEW = ("dpo", "simpo", "cpo")
+"""Losses that the second model is trained with."""
+RATES: dict[Rule, float] = {"adamw": 2e-5, "sgd": 2e-2}
+STEPS: dict[Rule, int] = {"adamw": 48, "sgd": 32}
+PAIRS, HELD_OUT = 8, 96
+CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
+    "normalised": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, reweighting="normalised")),
+    "centred": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, reweighting="centred")),
+    "differing": ("dpo", {"beta": 0.1}, EntanglementConfig(every=1, mask="differing")),
+    "shift": ("dpo_shift", {"beta": 0.1}, EntanglementConfig(every=1)),
+    "cal": ("cal_dpo", {}, EntanglementConfig(every=1)),
+}
+"""Mitigation -> loss, its hyperparameters, and what is done to its gradients or tokens."""
+KEPT = 0.5
+"""Fraction of the pairs that the filter by similarity keeps."""
+
+
+def watched(loss: str) -> EntanglementConfig:
+    """The statistics of a run of a loss."""
+    return EntanglementConfig(every=1, ledger=1 if loss == "dpo" else 4)
+
+
+def settings(
+    bench: Bench,
+    name: str,
+    loss: str,
+    options: Mapping[str, float],
+    *,
+    source: str = "polite",
+    rule: Rule = "adamw",
+    watch: EntanglementConfig,
+    train: str | None = None,
+    seed: int = 0,
+) -> TrainConfig:
+    """A run from the published model.
+
+    Args:
+      bench: of the runs.
+      name: of the run.
+      loss: its name.
+      options: its hyperparameters.
+      source: of the pairs.
+      rule: the optimiser.
+      watch: statistics and mitigations.
+      train: file to train on, in place of the source's split.
+      seed: of the order of the pairs.
+    """
+    steps = bench.options.steps or STEPS[rule]
+    stage: dict[str, Any] = {
+        "loss": loss,
+        "loss_options": dict(options),
+        "batch_size": PAIRS,
+        "steps": steps,
+        "eval_every": max(1, steps // 6),
+        "optimizer": OptimizerConfig(
+            name=rule, learning_rate=RATES[rule], schedule="constant", warmup_fraction=0.1
+        ),
+        "entanglement": watch,
+    }
+    return TrainConfig(
+        name=f"entanglement_{name}",
+        model=bench.options.model,
+        data=train or bench.options.data(source, "train"),
+        eval_data=bench.options.data(source, "test"),
+        max_length=LENGTH[source],
+        max_eval_records=min(HELD_OUT, bench.options.held_out),
+        bad_records="skip",
+        preference=preference_of(stage),
+        remat="full",
+        export=False,
+        seed=seed,
+    )
+
+
+def train(bench: Bench, name: str, model: str | None = None, **options: Any) -> None:
+    """A run and its row.
+
+    Args:
+      bench: of the runs.
+      name: of the row.
+      model: other than the chat model.
+      **options: of `settings`.
+    """
+    config = settings(bench, name, **options)
+    finished = bench.run(bench.model(model or config.model), config, "preference", buckets=1)
+    names = {x: options[x] for x in ("source",) if x in options}
+    bench.rows(STUDY).write(name, finished.row(config, "preference", **names))
+
+
+def filtered(bench: Bench, name: str, lowest: bool) -> None:
+    """DPO of half of the pairs: those with the lowest CHES, or as many that are drawn."""
+    source = "polite"
+    start = bench.model(bench.options.model)
+    records = list(preference_records(bench.options.data(source, "train")))
+    if bench.options.steps is not None:  # a try
+        records = records[: 8 * PAIRS]
+    loaded = with_pairs(
+        as_model(start.config, start.params),
+        start.tokenizer,
+        records,
+        max_length=LENGTH[source],
+        batch_size=PAIRS,
+    )
+    scores = similarities(loaded)["ln_ches"]
+    if lowest:
+        kept = least_similar(scores, KEPT)
+    else:
+        number = int(np.ceil(KEPT * len(scores)))
+        kept = np.sort(np.random.default_rng(0).permutation(len(scores))[:number])
+    path = bench.options.output / "data" / f"{name}.jsonl"
+    used = [loaded.records[int(loaded.pairs.record_index[at])] for at in kept]
+    fields = ("prompt", "chosen", "rejected")
+    write_json_lines(path, [{x: getattr(r, x) for x in fields} for r in used])
+    train(bench, name, loss="dpo", options=LOSSES["dpo"], watch=watched("cures"), train=str(path))
+
+
+def cells(second: str | None) -> list[Cell]:
+    """In the order of their importance.
+
+    Args:
+      second: a model of another family; None: there is none.
+    """
+
+    def cell(name: str, loss: str, **options: Any) -> Cell:
+        given = {"loss": loss, "options": LOSSES[loss], "watch": watched(loss), **options}
+        run = functools.partial(train, name=name, **given)
+        return Cell(study=STUDY, name=name, run=run)
+
+    def of_source(losses: Sequence[str], rule: Rule, source: str) -> list[Cell]:
+        return [cell(f"{loss}_{rule}_{source}", loss, rule=rule, source=source) for loss in losses]
+
+    cures = [
+        Cell(
+            study=STUDY,
+            name=f"cure_{name}",
+            run=functools.partial(
+                train, name=f"cure_{name}", loss=loss, options=options, watch=watch
+            ),
+        )
+        for name, (loss, options, watch) in CURES.items()
+    ]
+    filters = [
+        Cell(study=STUDY, name=name, run=functools.partial(filtered, name=name, lowest=lowest))
+        for name, lowest in (("ches_lowest", True), ("ches_drawn", False))
+    ]
+    other = [cell(f"second_{x}", x, model=second, rule="adamw") for x in FEW] if second else []
+    seeds = [cell(f"dpo_adamw_polite_{seed}", "dpo", seed=seed) for seed in (1, 2)]
+    half = ORDER[:6]
+    return [
+        *of_source(ORDER, "adamw", "polite"),
+        *of_source(half, "sgd", "polite"),
+        *of_source(half[:4], "adamw", "ultrafeedback"),
+        *cures[:3],
+        *other,
+        *of_source(ORDER[6:], "sgd", "polite"),
+        *filters,
+        *cures[3:],
+        *of_source(ORDER[4:], "adamw", "ultrafeedback"),
+        *seeds,
+    ]
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def held_out(row: Mapping[str, Any], metric: str) -> np.ndarray:
+    """A held-out metric at the evaluations of a run."""
+    return np.array(row["held_out"][metric]["value"])
+
+
+def change(row: Mapping[str, Any], side: str) -> np.ndarray:
+    """The changes of a held-out log-prob from the start."""
+    values = held_out(row, f"logps/{side}")
+    return values - values[0]
+
+
+def mean(row: Mapping[str, Any], metric: str) -> float:
+    """The mean over the watched steps; NaN if the metric is never defined."""
+    one = row["training"].get(f"entanglement/{metric}")
+    return float(np.mean(one["value"])) if one else float("nan")
+
+
+def per_step(row: Mapping[str, Any], part: str, side: str, pairs_of: str = "") -> float:
+    """The mean part of a change in the steps with a ledger."""
+    return mean(row, f"ledger/{pairs_of}{part}_{side}")
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Where the held-out log-probs went, as one of the cases."""
+    ends = [jnp.array([change(row, side)[-1]]) for side in ("chosen", "rejected")]
+    return CASES[int(case_of_changes(*ends)[0])]
+
+
+def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
+    """The table of the losses that were run."""
+    lines = []
+    for loss in ORDER:
+        name = f"{prefix}{loss}" if prefix else f"{loss}_{rule}_{source}"
+        if name not in rows:
+            continue
+        row = rows[name]
+        weights = mean(row, "d_w"), mean(row, "d_l")
+        lines.append(
+            [
+                loss,
+                f"{held_out(row, 'rewards/accuracies')[-1]:.3f}",
+                f"{change(row, 'chosen')[-1]:+.2f}",
+                f"{change(row, 'rejected')[-1]:+.2f}",
+                outcome(row),
+                f"{mean(row, 'cosine'):.2f}",
+                f"{weights[0] / weights[1]:.3g}" if weights[1] else "∞",
+                *(f"{mean(row, x):.0%}" for x in ("ideal", "both_down", "both_up")),
+                *(
+                    f"{per_step(row, part, 'chosen', 'held_out/'):+.3f}"
+                    for part in ("others", "optimiser", "curvature")
+                ),
+            ]
+        )
+    header = (
+        "loss",
+        "accuracy",
+        "Δ chosen (nats)",
+        "Δ rejected",
+        "held-out outcome",
+        "cosine",
+        "d_w / d_l",
+        *("pairs' own case: ideal", "both down", "both up"),
+        *("held-out chosen per step: other pairs", "optimiser", "curvature"),
+    )
+    return table(header, lines)
+
+
+def ledger(row: Mapping[str, Any]) -> str:
+    """The table of the parts of a run's changes, summed over its steps."""
+    lines = []
+    for part, (_, label) in PARTS.items():
+        sums = []
+        for pairs_of in ("", "held_out/"):
+            for side in ("chosen", "rejected"):
+                one = row["training"].get(f"entanglement/ledger/{pairs_of}{part}_{side}")
+                sums.append(f"{np.sum(one['value']):+.2f}" if one else "")
+        lines.append([label, *sums])
+    columns = [
+        f"{side}, {pairs}" for pairs in ("own", "held-out") for side in ("chosen", "rejected")
+    ]
+    title = f"{row['loss']}, {row['optimizer']}, sum over {row['steps']} steps"
+    return table((title, *(f"{x} pairs" for x in columns)), lines)
+
+
+def at_accuracy(row: Mapping[str, Any], accuracy: float) -> dict[str, float] | None:
+    """Step and changes where the held-out accuracy first reaches a value; None: nowhere."""
+    values = held_out(row, "rewards/accuracies")
+    steps = row["held_out"]["rewards/accuracies"]["step"]
+    reached = np.flatnonzero(values >= accuracy)
+    if not len(reached):
+        return None
+    last = max(1, int(reached[0]))
+    fraction = (accuracy - values[last - 1]) / max(values[last] - values[last - 1], 1e-9)
+
+    def between(curve: Sequence[float] | np.ndarray) -> float:
+        return float(curve[last - 1] + fraction * (curve[last] - curve[last - 1]))
+
+    return {
+        "step": between(steps),
+        "chosen": between(change(row, "chosen")),
+        "rejected": between(change(row, "rejected")),
+    }
+
+
+MITIGATIONS = {
+    "dpo_adamw_polite": "DPO",
+    "cure_normalised": "DPO, normalised gradients",
+    "cure_centred": "DPO, centred coefficients",
+    "cure_differing": "DPO, differing tokens",
+    "cure_shift": "DPO-Shift",
+    "cure_cal": "Cal-DPO",
+    "dpop_adamw_polite": "DPOP",
+    "rpo_adamw_polite": "RPO",
+    "ches_lowest": "DPO, half of the pairs with the lowest CHES",
+    "ches_drawn": "DPO, half of the pairs, drawn",
+}
+"""Row -> its name in the table of mitigations."""
+
+
+def mitigations(rows: Rows, accuracy: float) -> str:
+    """The table of mitigations at the same held-out accuracy, and at the end."""
+    lines = []
+    for name, label in MITIGATIONS.items():
+        if name not in rows:
+            continue
+        row = rows[name]
+        at = at_accuracy(row, accuracy)
+        lines.append(
+            [
+                label,
+                *(
+                    [f"{at['step']:.0f}", f"{at['chosen']:+.2f}", f"{at['rejected']:+.2f}"]
+                    if at
+                    else ["not reached", "", ""]
+                ),
+                f"{held_out(row, 'rewards/accuracies')[-1]:.3f}",
+                f"{change(row, 'chosen')[-1]:+.2f}",
+                f"{change(row, 'rejected')[-1]:+.2f}",
+                f"{mean(row, 'cosine'):.2f}",
+                f"{mean(row, 'ideal'):.0%}",
+            ]
+        )
+    header = (
+        "",
+        f"step with accuracy {accuracy:.2f}",
+        *("Δ chosen there", "Δ rejected there"),
+        *("accuracy at the end", "Δ chosen", "Δ rejected", "cosine", "own case: ideal"),
+    )
+    return table(header, lines)
+
+
+def explaining(row: Mapping[str, Any]) -> list[Chart]:
+    """The pairs' own cases, the held-out log-probs, and the ledger's sums beside each other."""
+    cases = [
+        Series(
+            x=row["training"][f"entanglement/{case}"]["step"],
+            y=[100 * y for y in row["training"][f"entanglement/{case}"]["value"]],
+            label=label,
+            colour=colour,
+        )
+        for case, label, colour in (
+            ("ideal", "ideal: chosen up, rejected down", "#4c9f70"),
+            ("both_down", "both down", "#c44e52"),
+        )
+    ]
+    steps = row["held_out"]["logps/chosen"]["step"]
+    curves = [
+        Series(x=steps, y=change(row, side).tolist(), label=side, colour=colour, dots=True)
+        for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52"))
+    ]
+    sums = []
+    for pairs_of, label in (("", "pairs of the batch"), ("held_out/", "held-out pairs")):
+        series = []
+        for part, (colour, name) in PARTS.items():
+            one = row["training"].get(f"entanglement/ledger/{pairs_of}{part}_chosen")
+            if one:
+                whole = part == "realised"
+                values = np.cumsum(one["value"]).tolist()
+                series.append(
+                    Series(x=one["step"], y=values, label=name, colour=colour, dashed=whole)
+                )
+        sums.append(
+            Chart(
+                title=f"why chosen moves: {label}",
+                series=series,
+                y_label="sum of changes (nats)",
+                rule=0.0,
+            )
+        )
+    return [
+        Chart(
+            title="what each pair's own step would do",
+            series=cases,
+            y_label="% of the batch",
+            y_range=(0, 102),
+        ),
+        Chart(
+            title="what happens to held-out pairs",
+            series=curves,
+            y_label="change of log-prob (nats)",
+            rule=0.0,
+        ),
+        *sums,
+    ]
+
+
+def plot_losses(rows: Rows) -> None:
+    """Held-out log-probs of every loss, a line of charts for each optimiser and source."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")]
+    kinds = [x for x in kinds if any(f"{loss}_{x[0]}_{x[1]}" in rows for loss in ORDER)]
+    lines = 2 * len(kinds)
+    figure, axes = plt.subplots(
+        lines, 6, figsize=(13, 1.9 * lines), layout="constrained", squeeze=False
+    )
+    for block, (rule, source) in enumerate(kinds):
+        for number, loss in enumerate(ORDER):
+            axis, name = axes[2 * block + number // 6, number % 6], f"{loss}_{rule}_{source}"
+            if name not in rows:
+                axis.set_axis_off()
+                continue
+            row = rows[name]
+            for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
+                steps = row["held_out"][f"logps/{side}"]["step"]
+                axis.plot(steps, change(row, side), color=colour, label=side)
+            axis.axhline(0, color="grey", linewidth=0.8)
+            axis.set_title(f"{loss}, {rule}, {SOURCES[source]}", fontsize=7)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("nats", fontsize=7)
+    figure.savefig(FOLDER / "small_losses.png", dpi=90)
+    plt.close(figure)
+
+
+def draw_pair(model: str, data: str, number: int) -> None:
+    """Token against token for a pair.
+
+    Args:
+      model: before any training.
+      data: source of the pairs.
+      number: of the pair, from 1.
+    """
+    loaded = load_pairs(model, data, max_length=LENGTH["polite"], limit=number, batch_size=1)
+    batch, tokenizer = loaded.batches()[-1], loaded.tokenizer
+    pair = ResponseRows(
+        tokens=batch.tokens[0],
+        prompt_length=batch.prompt_length[0],
+        response_tokens=batch.response_tokens[0],
+        response_length=batch.response_length[0],
+    )
+    geometry = jax.jit(lambda params, pair: token_geometry(params, loaded.model.config, pair))
+    cosines = np.asarray(geometry(loaded.model.params, jax.tree.map(jnp.asarray, pair)).cosine)
+    length = batch.response_length[0]
+    chosen, rejected = (
+        tokenizer.convert_ids_to_tokens(batch.response_tokens[0][side, : length[side]])
+        for side in (0, 1)
+    )
+    heat_map.draw(
+        cosines[: length[0], : length[1]],
+        chosen,
+        rejected,
+        FOLDER / "small_heat_map.png",
+        title="a polite and an impolite answer, before training",
+    )
+
+
+def main() -> None:
+    """Write the section and the figures from the rows."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
+    flags.add_argument("--accuracy", type=float, default=0.8, help="at which to compare")
+    flags.add_argument("--model", help="draw the tokens of a pair by this model, too")
+    flags.add_argument("--data", default=Options(model="").polite, help="source of that pair")
+    flags.add_argument("--pair", type=int, default=1, help="its number")
+    given = flags.parse_args()
+    rows = Rows(folder=given.rows)
+    if given.model:
+        draw_pair(given.model, given.data, given.pair)
+    shown = rows["dpo_adamw_polite"]
+    draw(explaining(shown), FOLDER / "small.png", size=(3.6, 3.4))
+    plot_losses(rows)
+    parts = ["![DPO, step by step](small.png)\n", ledger(shown)]
+    if (FOLDER / "small_heat_map.png").exists():
+        parts.insert(1, "![tokens](small_heat_map.png)\n")
+    if "dpo_sgd_polite" in rows:
+        parts.append(ledger(rows["dpo_sgd_polite"]))
+    for rule, source in (("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")):
+        if any(f"{loss}_{rule}_{source}" in rows for loss in ORDER):
+            name = {"adamw": "AdamW", "sgd": "SGD"}[rule]
+            parts.append(f"{name}, {SOURCES[source]}:\n\n{losses(rows, rule, source)}")
+    if any(f"second_{loss}" in rows for loss in FEW):
+        parts.append(
+            f"Gemma 3 270M, AdamW, polite pairs:\n\n{losses(rows, 'adamw', 'polite', 'second_')}"
+        )
+    parts += ["![losses](small_losses.png)\n", mitigations(rows, given.accuracy)]
+    text = "\n".join(parts)
+    print(text)
+    put(FOLDER, "small", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""SFT, then DPO, IPO, SimPO, KTO and a weighted sum of a real chat model on two sources of pairs.
+
+Command:  python -m experiments.small --model FOLDER --cells offline [--workers 8 --minutes 10]
+          python -m experiments.offline.small --rows runs/small/rows/offline
+Time:     of a model of 135 million parameters, minutes on an H100, two days on two CPU cores
+Expect:   the section "A real chat model" of this folder's README, and small.png
+
+All parameters are trained on UltraFeedback and, half as often, polite and impolite answers. One SFT
+model is the start and the reference of all runs. Each loss is run with three learning rates on one
+seed; the rate with the highest accuracy on a split of its own is run with two more seeds (of the
+order of the pairs). The table is of a third split.
+"""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.cells import Cell
+from experiments.page import half_width, put, table
+from experiments.short_runs import Bench, Finished, Rows, Start, preference_of
+from jaxalign.config import FeedbackConfig, OptimizerConfig, SupervisedConfig, TrainConfig
+from jaxalign.errors import UserError
+from jaxalign.files import read_arrays, write_arrays
+
+FOLDER = Path(__file__).parent
+STUDY = "offline"
+SOURCES = {"ultrafeedback": "UltraFeedback", "polite": "polite pairs"}
+LOSSES: dict[str, tuple[str, dict[str, float]]] = {
+    "dpo": ("dpo", {"beta": 0.1}),
+    "ipo": ("ipo", {"tau": 0.1}),
+    "simpo": ("simpo", {"beta": 2.0, "gamma": 1.0}),
+    "kto": ("kto", {"beta": 0.1}),
+    "dpo_sft": ("dpo:1 sft:0.2", {"dpo.beta": 0.1}),
+}
+"""Cell -> loss and hyperparameters."""
+LABELS = {
+    "sft": "SFT",
+    "dpo": "DPO, beta 0.1",
+    "ipo": "IPO, tau 0.1",
+    "simpo": "SimPO, beta 2, gamma 1",
+    "kto": "KTO, beta 0.1",
+    "dpo_sft": "DPO + 0.2 SFT",
+    "kto_single": "KTO of single responses",
+}
+RATES = (2e-6, 1e-5, 4e-5)
+SEEDS = (0, 1, 2)
+STEPS, PAIRS = 64, 16
+SFT_STEPS, SFT_RATE = 60, 2e-5
+ANSWER = 160
+"""Most tokens of an answer."""
+
+
+def settings(bench: Bench, name: str, seed: int = 0) -> TrainConfig:
+    """The data of all runs: a mixture to train on, four sources to evaluate."""
+    options = bench.options
+    return TrainConfig(
+        name=f"offline_{name}",
+        model=options.model,
+        data=(options.data("ultrafeedback", "train"), options.data("polite", "train") + ":0.5"),
+        eval_data=tuple(
+            options.data(source, split) for split in ("test", "sweep") for source in SOURCES
+        ),
+        max_length=min(512, bench.model(options.model).config.context_length or 512),
+        max_eval_records=options.held_out,
+        bad_records="skip",
+        dtype=bench.dtype,
+        remat="full",
+        export=False,
+        seed=seed,
+    )
+
+
+def rule(rate: float) -> OptimizerConfig:
+    """AdamW; a linear warm-up over a tenth of the steps, then linear to 0."""
+    return OptimizerConfig(learning_rate=rate, warmup_fraction=0.1)
+
+
+def preferences(bench: Bench, name: str, rate: float, seed: int) -> TrainConfig:
+    """A run of a loss of pairs."""
+    loss, options = LOSSES[name]
+    stage: dict[str, Any] = {
+        "loss": loss,
+        "loss_options": options,
+        "batch_size": PAIRS,
+        "optimizer": rule(rate),
+    }
+    stage["steps"] = bench.options.steps or STEPS
+    return replace(settings(bench, name, seed), preference=preference_of(stage))
+
+
+def labelled(bench: Bench, rate: float, seed: int) -> TrainConfig:
+    """KTO of as many single responses as the others have in pairs."""
+    stage = FeedbackConfig(
+        loss_options={"beta": 0.1},
+        steps=bench.options.steps or STEPS,
+        batch_size=2 * PAIRS,
+        optimizer=rule(rate),
+        packing="never",
+    )
+    return replace(settings(bench, "kto_single", seed), feedback=stage)
+
+
+def sft(bench: Bench) -> None:
+    """The model that all losses start from."""
+    rows, start = bench.rows(STUDY), bench.model(bench.options.model)
+    stage = SupervisedConfig(
+        steps=bench.options.steps or SFT_STEPS,
+        batch_size=2 * PAIRS,
+        optimizer=rule(SFT_RATE),
+        packing="never",
+    )
+    config = replace(settings(bench, "sft"), sft=stage)
+    finished = bench.run(start, config, "sft")
+    leaves = jax.tree.leaves(finished.params)
+    path = _sft_weights(bench)
+    write_arrays(path, **{f"x{at}": np.asarray(leaf) for at, leaf in enumerate(leaves)})
+    rows.write("sft", finished.row(config, "sft"))
+
+
+def first_answers(bench: Bench) -> None:
+    """The answers of the published model and of the SFT model."""
+    rows, start = bench.rows(STUDY), bench.model(bench.options.model)
+    rows.write("answers_base", {"answers": bench.answers(start, start.params, ANSWER)})
+    tuned = sft_model(bench)
+    rows.write("answers_sft", {"answers": bench.answers(tuned, tuned.params, ANSWER)})
+
+
+def sft_model(bench: Bench) -> Start:
+    """The SFT model."""
+    start = bench.model(bench.options.model)
+    leaves, shape = jax.tree.flatten(start.params)
+    names = [f"x{at}" for at in range(len(leaves))]
+    path = _sft_weights(bench)
+    arrays = read_arrays(path, names)
+    if arrays is None:
+        raise UserError(f"{path}: cannot be read; remove the row offline/sft and run it again")
+    placed = [
+        jax.device_put(arrays[name], leaf.sharding)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return replace(start, name="sft", params=shape.unflatten(placed))
+
+
+def _sft_weights(bench: Bench) -> Path:
+    return bench.options.output / "sft.npz"
+
+
+def compare(bench: Bench, name: str) -> None:
+    """A loss: its learning rates on one seed, the best one on the others, and its answers."""
+    rows, start = bench.rows(STUDY), sft_model(bench)
+
+    def run(rate: float, seed: int) -> None:
+        label = row_name(name, rate, seed)
+        if label not in rows:
+            config = preferences(bench, name, rate, seed)
+            finished = bench.run(start, config, "preference")
+            rows.write(label, finished.row(config, "preference", cell=name))
+
+    for rate in RATES:
+        run(rate, SEEDS[0])
+    best = best_rate(rows, name)
+    for seed in SEEDS[1:-1]:
+        run(best, seed)
+    label = row_name(name, best, SEEDS[-1])
+    config = preferences(bench, name, best, SEEDS[-1])
+    last = bench.run(start, config, "preference")
+    rows.write(label, last.row(config, "preference", cell=name))
+    rows.write(f"answers_{name}", {"answers": bench.answers(start, last.params, ANSWER)})
+
+
+def single_responses(bench: Bench) -> None:
+    """KTO of single responses, at the learning rate of KTO of pairs; evaluated on pairs."""
+    rows, start = bench.rows(STUDY), sft_model(bench)
+    rate = best_rate(rows, "kto")
+    of_pairs: Finished | None = None
+    for seed in SEEDS:
+        label = row_name("kto_single", rate, seed)
+        if label in rows:
+            continue
+        config = labelled(bench, rate, seed)
+        finished = bench.run(start, config, "feedback", held_out=False)
+        if of_pairs is None:  # for its evaluation
+            one = replace(preferences(bench, "kto", 0.0, 0), name="offline_kto_single_pairs")
+            short = replace(one.preference, steps=1, optimizer=OptimizerConfig(learning_rate=0.0))
+            of_pairs = bench.run(start, replace(one, preference=short), "preference")
+        before = next(line for line in of_pairs.lines if line["split"] == "eval")
+        after = {"split": "eval", "step": config.feedback.steps}
+        after |= bench.evaluate(of_pairs, finished.params)
+        whole = replace(finished, lines=[before, *_training(finished), after])
+        rows.write(label, whole.row(config, "feedback", cell="kto_single"))
+    rows.write("kto_single", {"learning_rate": rate})
+
+
+def _training(finished: Finished) -> list[Mapping[str, Any]]:
+    return [line for line in finished.lines if line["split"] == "train"]
+
+
+def row_name(name: str, rate: float, seed: int) -> str:
+    """The name of a run's row."""
+    return f"{name}_{rate:.0e}_{seed}"
+
+
+def best_rate(rows: Rows, name: str) -> float:
+    """The rate of the first seed with the highest accuracy, a mean of the sweep splits.
+
+    Of equal ones the lowest.
+    """
+
+    def accuracy(rate: float) -> float:
+        row = rows[row_name(name, rate, SEEDS[0])]
+        return float(np.mean([ends(row, x, "rewards/accuracies", "sweep")[1] for x in SOURCES]))
+
+    return max(sorted(RATES), key=accuracy)
+
+
+def cells() -> list[Cell]:
+    """In the order of their importance."""
+    losses = [
+        Cell(
+            study=STUDY,
+            name=f"answers_{name}",
+            run=functools.partial(compare, name=name),
+            after="sft",
+        )
+        for name in LOSSES
+    ]
+    single = Cell(study=STUDY, name="kto_single", run=single_responses, after="answers_kto")
+    asked = Cell(study=STUDY, name="answers_sft", run=first_answers, after="sft")
+    return [Cell(study=STUDY, name="sft", run=sft), *losses, asked, single]
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def ends(
+    row: Mapping[str, Any], source: str, metric: str, split: str = "test"
+) -> tuple[float, float]:
+    """A held-out metric of a source before and after a run."""
+    values = row["held_out"][f"by_source/{source}_{split}/{metric}"]["value"]
+    return values[0], values[-1]
+
+
+def is_run(rows: Rows, name: str) -> bool:
+    """Whether a loss has runs to show: its learning rate is chosen, and it was run at it."""
+    of_rate = "kto" if name == "kto_single" else name
+    swept = all(row_name(of_rate, rate, SEEDS[0]) in rows for rate in RATES)
+    return swept and row_name(name, best_rate(rows, of_rate), SEEDS[0]) in rows
+
+
+def seeds_of(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """The runs of a loss with its best rate, one for every seed that has been run."""
+    rate = best_rate(rows, "kto" if name == "kto_single" else name)
+    labels = [row_name(name, rate, seed) for seed in SEEDS]
+    return [rows[label] for label in labels if label in rows]
+
+
+def with_interval(values: Sequence[float], form: str) -> str:
+    """The mean, with its 95 % interval where there are several seeds."""
+    text = form.format(np.mean(values))
+    return text if len(values) == 1 else f"{text} ± {half_width(values):{form[-4:-1]}}"
+
+
+def comparison(rows: Rows, source: str) -> str:
+    """The table of a source."""
+    lines = []
+    for name in (*LOSSES, "kto_single"):
+        if not is_run(rows, name):
+            continue
+        runs = seeds_of(rows, name)
+
+        def changes(metric: str, runs: Sequence[dict[str, Any]] = runs) -> list[float]:
+            return [after - before for before, after in (ends(r, source, metric) for r in runs)]
+
+        chosen, rejected = changes("logps/chosen"), changes("logps/rejected")
+        margin = [a - b for a, b in zip(chosen, rejected, strict=True)]
+        before = ends(runs[0], source, "logps/accuracies")[0]
+        lines.append(
+            [
+                LABELS[name],
+                f"{runs[0]['learning_rate']:.0e}",
+                with_interval([ends(r, source, "rewards/accuracies")[1] for r in runs], "{:.3f}"),
+                with_interval(margin, "{:+.2f}"),
+                with_interval(chosen, "{:+.2f}"),
+                with_interval(rejected, "{:+.2f}"),
+                f"{before:.3f} → "
+                + with_interval([ends(r, source, "logps/accuracies")[1] for r in runs], "{:.3f}"),
+                with_interval([ends(r, source, "kl")[1] for r in runs], "{:.3f}"),
+            ]
+        )
+    header = (
+        "loss",
+        "rate",
+        "accuracy",
+        "Δ margin (nats)",
+        "Δ chosen",
+        "Δ rejected",
+        "P(chosen) > P(rejected)",
+        "KL (nats/token)",
+    )
+    return table(header, lines)
+
+
+def sweep(rows: Rows) -> str:
+    """The table of learning rates: accuracies on the sweep splits, one seed."""
+    lines = []
+    for name in LOSSES:
+        labels = [row_name(name, rate, SEEDS[0]) for rate in RATES]
+        if not is_run(rows, name):
+            continue
+        cells = []
+        for label in labels:
+            both = [ends(rows[label], x, "rewards/accuracies", "sweep")[1] for x in SOURCES]
+            cells.append(f"{np.mean(both):.3f} ({both[0]:.2f}, {both[1]:.2f})")
+        lines.append([LABELS[name], *cells])
+    return table(("loss", *(f"{rate:.0e}" for rate in RATES)), lines)
+
+
+def answers(rows: Rows) -> str:
+    """The table of answers: length, and how many end by themselves."""
+    lines = []
+    for name in ("base", "sft", *LOSSES):
+        if f"answers_{name}" not in rows:
+            continue
+        given = rows[f"answers_{name}"]["answers"]
+        words = [len(one["answer"].split()) for one in given]
+        same = ""
+        if name not in ("base", "sft"):
+            before = rows["answers_sft"]["answers"]
+            same = f"{np.mean([_same_words(a, b) for a, b in zip(given, before, strict=True)]):.0%}"
+        lines.append(
+            [
+                {"base": "SmolLM2-135M-Instruct"}.get(name) or LABELS[name],
+                f"{np.mean([one['tokens'] for one in given]):.0f}",
+                f"{np.mean(words):.0f}",
+                f"{sum(one['finished'] for one in given)} of {len(given)}",
+                same,
+            ]
+        )
+    header = ("model", "tokens", "words", "ended by itself", "first words as SFT's")
+    return table(header, lines)
+
+
+def _same_words(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The fraction of an answer's words before the first that differs from another answer."""
+    words, others = one["answer"].split(), other["answer"].split()
+    for at, (word, known) in enumerate(zip(words, others, strict=False)):
+        if word != known:
+            return at / len(words)
+    return 1.0
+
+
+def plot(rows: Rows) -> None:
+    """Change of chosen against change of rejected, and accuracy against KL, by source."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    for line, (source, label) in zip(axes, SOURCES.items(), strict=True):
+        for number, name in enumerate((*LOSSES, "kto_single")):
+            if not is_run(rows, name):
+                continue
+            runs = seeds_of(rows, name)
+            look = {"color": f"C{number}", "label": LABELS[name]}
+            moved = {
+                side: [b - a for a, b in (ends(run, source, f"logps/{side}") for run in runs)]
+                for side in ("chosen", "rejected")
+            }
+            line[0].scatter(moved["rejected"], moved["chosen"], **look)
+            line[1].scatter(
+                [ends(run, source, "kl")[1] for run in runs],
+                [ends(run, source, "rewards/accuracies")[1] for run in runs],
+                **look,
+            )
+        low = min(line[0].get_xlim()[0], line[0].get_ylim()[0])
+        line[0].plot([low, 0], [low, 0], color="grey", linewidth=0.8)
+        line[0].axhline(0, color="grey", linewidth=0.8)
+        line[0].set(title=label, xlabel="change of rejected (nats)")
+        line[0].set_ylabel("change of chosen (nats)")
+        line[1].set(title=label, xlabel="KL to the SFT model (nats/token)", ylabel="accuracy")
+        line[1].set_xscale("log")
+        for axis in line:
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(FOLDER / "small.png", dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the section and the figure from the rows."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
+    rows = Rows(folder=flags.parse_args().rows)
+    parts = [f"Held-out {SOURCES[x]}:\n\n{comparison(rows, x)}" for x in SOURCES]
+    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows)]
+    text = "\n".join(parts)
+    print(text)
+    plot(rows)
+    put(FOLDER, "small", text)
+
+
+if __name__ == "__main__":
+    main()
