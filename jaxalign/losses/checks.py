@@ -1,4 +1,10 @@
-"""Checks of hyperparameters, in one line with the name, the value and the allowed range."""
+"""Checks of hyperparameters, in one line with the name, the value and the allowed range.
+
+A hyperparameter that is an argument of a compiled program has no value while it is traced, and is
+not checked: check it before the call.
+"""
+
+from jax.core import Tracer
 
 from jaxalign.errors import UserError
 
@@ -6,14 +12,14 @@ from jaxalign.errors import UserError
 def positive(**values: float) -> None:
     """Refuse a hyperparameter that is not above zero."""
     for name, value in values.items():
-        if not value > 0:
+        if not isinstance(value, Tracer) and not value > 0:
             raise UserError(f"{name} = {value}: must be > 0")
 
 
 def non_negative(**values: float) -> None:
     """Refuse a hyperparameter below zero."""
     for name, value in values.items():
-        if not value >= 0:
+        if not isinstance(value, Tracer) and not value >= 0:
             raise UserError(f"{name} = {value}: must be >= 0")
 
 
