@@ -10,9 +10,9 @@ another seed; no policy learns from the judge. Each method's strength is chosen 
 the reference in the eyes of its own annotator; then three seeds of each write responses to test
 prompts, which are judged all against all. The runs of a method advance together (`together.py`).
 
-The work is done in cells: an annotator, a method's sweep, a method's runs. Each is a process of its
-own, and `--processes` of them run at a time. Rows of numbers and the responses to the test prompts
-are kept in `--rows`, so any other judge can read them later.
+The work is done in cells: an annotator, a method's sweep, a method's runs; `--processes` of them
+run at a time. Rows of numbers and the responses to the test prompts are kept in `--rows`, so any
+other judge can read them later.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ class Options:
     rows: str = "experiments/ipo_md/rows"
     """Folder of the numbers and of the responses to the test prompts."""
     processes: int = 1
-    """Number of cells at a time."""
+    """Number of cells at a time, each in a process of its own; 1: all in this process."""
     minutes: float = 0.0
     """Time for everything: the final runs are shortened to fit, and no cell begins later; 0: no
     limit."""
@@ -175,6 +175,14 @@ def main(options: Options) -> None:
 
 def pool(options: Options, cells: Sequence[str], end: float) -> list[str]:
     """Run cells, some at a time; returns those that failed or did not begin in time."""
+    if options.processes == 1:
+        for at, cell in enumerate(cells):
+            if time.time() >= end:
+                print("no time for", *cells[at:], flush=True)
+                return list(cells[at:])
+            run_cell(dataclasses.replace(options, cell=cell))
+            jax.clear_caches()
+        return []
     waiting, running, failed = list(cells), {}, []
     memory = options.memory / max(1, min(options.processes, len(cells)))
     while waiting or running:
