@@ -16,6 +16,7 @@ other judge can read them later.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -83,6 +84,8 @@ STRENGTHS: dict[str, tuple[float, float, float]] = {
     "egpo": (0.01, 0.1, 1.0),
 }
 """The strengths tried, ten times apart."""
+ORDER = ("annotators", "sweep", "final", "judge")
+"""The steps."""
 REWARDED = ("regularised_policy_gradient", "grpo")
 ANNOTATORS = {
     "reward": ("reward", "bradley_terry", "annotators", 0),
@@ -149,21 +152,21 @@ def main(options: Options) -> None:
         sys.exit(f"--methods: {', '.join(sorted(unknown))}: not one of {', '.join(METHODS)}")
     started = time.time()
     end = started + 60 * options.minutes if options.minutes else float("inf")
-    steps: dict[str, Callable[[], list[str]]] = {
-        "annotators": lambda: [f"annotator:{name}" for name in ANNOTATORS],
-        "sweep": lambda: ["reference:", *(f"sweep:{name}" for name in options.methods)],
-        "final": lambda: [f"final:{name}" for name in options.methods],
-        "judge": lambda: ["judge:"],
+    steps = {
+        "annotators": [f"annotator:{name}" for name in ANNOTATORS],
+        "sweep": ["reference:", *(f"sweep:{name}" for name in options.methods)],
+        "final": [f"final:{name}" for name in options.methods],
+        "judge": ["judge:"],
     }
+    if options.step != "annotators":  # the sweep's programs are compiled meanwhile
+        steps["sweep"] = steps.pop("annotators") + steps["sweep"]
     Path(options.rows).mkdir(parents=True, exist_ok=True)
     prepare(options)
-    for name, cells in steps.items():
+    for name in [name for name in ORDER if name in steps]:
         if name == "final":
             options = dataclasses.replace(options, updates=affordable(options, end - time.time()))
-        failed = pool(options, [x for x in cells() if not is_done(options, x)], end)
-        print(f"{name}: done after {time.time() - started:.0f} s", flush=True)
-        if name == "annotators" and failed:
-            sys.exit("the annotators are missing; see the errors above")
+        pool(options, [x for x in steps[name] if not is_done(options, x)], end)
+        print(f"{name}: ended after {time.time() - started:.0f} s", flush=True)
         if options.step == name:
             return None
     print(small_tables.write(Path(options.rows), Path(__file__).parent))
@@ -173,17 +176,17 @@ def main(options: Options) -> None:
 # ------------------------------------------------------------------------------ processes
 
 
-def pool(options: Options, cells: Sequence[str], end: float) -> list[str]:
-    """Run cells, some at a time; returns those that failed or did not begin in time."""
+def pool(options: Options, cells: Sequence[str], end: float) -> None:
+    """Run cells, some at a time, until all are done or the time is over."""
     if options.processes == 1:
         for at, cell in enumerate(cells):
             if time.time() >= end:
                 print("no time for", *cells[at:], flush=True)
-                return list(cells[at:])
+                return
             run_cell(dataclasses.replace(options, cell=cell))
             jax.clear_caches()
-        return []
-    waiting, running, failed = list(cells), {}, []
+        return
+    waiting, running = list(cells), {}
     memory = options.memory / max(1, min(options.processes, len(cells)))
     while waiting or running:
         while waiting and len(running) < options.processes and time.time() < end:
@@ -193,7 +196,7 @@ def pool(options: Options, cells: Sequence[str], end: float) -> list[str]:
             running[cell] = started(options, cell, log, memory), log, time.time()
         if not running:  # no time is left
             print("no time for", *waiting, flush=True)
-            return failed + waiting
+            return
         for cell, (process, log, since) in list(running.items()):
             if process.poll() is not None:
                 del running[cell]
@@ -201,10 +204,12 @@ def pool(options: Options, cells: Sequence[str], end: float) -> list[str]:
                 ended = "done" if process.returncode == 0 else "FAILED"
                 print(f"{cell} {ended} after {seconds:.0f} s", flush=True)
                 if process.returncode:
-                    failed.append(cell)
                     print(log.read_text(errors="replace")[-2000:], flush=True)
+                if process.returncode and cell.startswith("annotator"):
+                    for other, *_ in running.values():  # they would wait for it
+                        other.terminate()
+                    sys.exit(f"{cell}: no policy can be trained without it")
         time.sleep(0.2)
-    return failed
 
 
 def started(options: Options, cell: str, log: Path, memory: float) -> subprocess.Popen:
@@ -407,7 +412,14 @@ class World:
             dtype=dtype,
         )
         self.own = "reward" if name in REWARDED else "preference"
-        self.annotators = {name: load_annotator(options, name) for name in ANNOTATORS}
+        self._options = options
+
+    @functools.cached_property
+    def annotators(self) -> dict[str, Any]:
+        """All three by name; waits for those that another process still trains."""
+        while not all(is_done(self._options, f"annotator:{name}") for name in ANNOTATORS):
+            time.sleep(0.5)
+        return {name: load_annotator(self._options, name) for name in ANNOTATORS}
 
     def texts(self, part: str, batch: PromptBatch) -> list[str]:
         """The prompts of a batch."""
@@ -502,6 +514,8 @@ def trained(
     runs, method = world.runs, world.runs.method
     state = runs.begin(seeds)
     theirs = answers(world, state, "validation", validation, seeds, 1_000)
+    first = [next(world.batches("validation", runs.prompts))] * len(seeds)
+    runs.compile_update(state, first, strengths)
     curves = [[{"update": 0, **one}] for one in measured(world, "validation", theirs, theirs)]
     history: list[list[dict[str, float]]] = [[] for _ in seeds]
     seconds = []

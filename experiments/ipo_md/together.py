@@ -256,6 +256,15 @@ class Runs:
         each = [jax.tree.map(lambda x, at=at: x[at], metrics) for at in range(len(strengths))]
         return state, [to_floats(one) for one in each]
 
+    def compile_update(
+        self, state: TrainState, batches: Sequence[PromptBatch], strengths: Sequence[float]
+    ) -> None:
+        """Compile the program of `update`, before there is an annotator; the state stays."""
+        seeds = [0] * len(batches)
+        sampled = self.draw(state, batches, seeds, 0)
+        rollouts = self.rollouts(batches, sampled, [Annotated()] * len(batches))
+        self.update(jax.tree.map(jnp.copy, state), rollouts, strengths, 0.0)
+
     def divergences(
         self, state: TrainState, batches: Sequence[PromptBatch], sampled: Sequence[Sampled]
     ) -> np.ndarray:
