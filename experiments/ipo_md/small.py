@@ -40,7 +40,7 @@ from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.data import load_tokenizer
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.evaluation.reward_models import PreferenceModel, RewardModel
-from jaxalign.files import write_json_lines
+from jaxalign.files import write_json, write_json_lines
 from jaxalign.models import load_pretrained
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.models.differentiation import forward_mode
@@ -300,20 +300,28 @@ def run_cell(options: Options) -> None:
 def prepare(options: Options) -> None:
     """Write pairs and prompts, if they are not there."""
     folder = Path(options.folder) / "data"
-    if (folder / "prompts.json").exists():
-        return
-    data = small_data.split(load_tokenizer(options.model), response=options.tokens)
-    small_data.write(data, folder)
-    own = {
-        "train": data.prompts,
-        "validation": data.unseen[: options.validation],
-        "test": data.unseen[options.validation : options.validation + options.test],
-    }
-    if len(own["test"]) < 8:
-        sys.exit(f"--validation, --test: there are {len(data.unseen)} held-out prompts")
-    (folder / "prompts.json").write_text(json.dumps(own), encoding="utf-8")
+    names = ("longest", "tokens", "validation", "test")
+    made = {name: getattr(options, name) for name in names} | {"model": options.model}
+    file = folder / "prompts.json"
+    if file.exists():
+        own = json.loads(file.read_text(encoding="utf-8"))
+        if own["made"] != made:
+            sys.exit(f"{file} was made with {own['made']}, not {made}; set another --folder")
+    else:
+        data = small_data.split(load_tokenizer(options.model), response=options.tokens)
+        small_data.write(data, folder)
+        last = options.validation + options.test
+        own = {
+            "made": made,
+            "train": data.prompts,
+            "validation": data.unseen[: options.validation],
+            "test": data.unseen[options.validation : last],
+        }
+        if len(data.unseen) < last:
+            sys.exit(f"--validation, --test: there are {len(data.unseen)} held-out prompts")
+        write_json(file, own)
+        print(*(f"{len(x)} {name}" for name, x in vars(data).items()), sep=", ", flush=True)
     write_json_lines(Path(options.rows) / "prompts.jsonl", own["test"])
-    print({name: len(x) for name, x in vars(data).items()}, {k: len(x) for k, x in own.items()})
 
 
 def on_accelerator() -> bool:
@@ -397,8 +405,8 @@ class World:
         file = Path(options.folder) / "data" / "prompts.json"
         self.prompts = json.loads(file.read_text(encoding="utf-8"))
         self.rows = {
-            part: small_data.tokenized(own, tokenizer, longest=options.longest)
-            for part, own in self.prompts.items()
+            part: small_data.tokenized(self.prompts[part], tokenizer, longest=options.longest)
+            for part in ("train", "validation", "test")
         }
         self.runs = Runs(
             method,
