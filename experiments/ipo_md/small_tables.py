@@ -75,12 +75,13 @@ def by_seed(rows: Sequence[Row], field: str) -> dict[int, list[Any]]:
 def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
     """Names of the judged policies, and the judge's verdicts [prompts, policies, policies, seeds].
 
-    NaN where two were not compared.
+    NaN where two were not compared, 1/2 for a policy against itself.
     """
     own = [row for row in verdicts if row["annotator"] == "judge"]
     names = [name for name in LABELS if any(name in (row["one"], row["other"]) for row in own)]
     seeds = sorted({row["seed"] for row in own})
     games = np.full((len(own[0]["preference"]), len(names), len(names), len(seeds)), np.nan)
+    games[:, range(len(names)), range(len(names))] = 0.5
     for row in own:
         i, j, seed = names.index(row["one"]), names.index(row["other"]), seeds.index(row["seed"])
         games[:, i, j, seed] = row["preference"]

@@ -116,7 +116,7 @@ class Runs:
         )
 
     def _optimizer(self, rate: Any) -> optax.GradientTransformation:
-        return with_history(self.plain, make_optimizer("adamw", rate))
+        return with_history(self.plain, make_optimizer("adamw", lambda count: rate))
 
     def _begun(self, seed: int) -> TrainState:
         key = jax.random.key(seed)

@@ -85,7 +85,8 @@ def test_an_update_together_is_the_updates_one_by_one(name):
         moved = jax.tree.map(lambda x, at=at: x[at], after)
         gaps = jax.tree.map(lambda x, y: jnp.abs(x - y).mean(), moved.params, expected.params)
         assert max(map(float, jax.tree.leaves(gaps))) < 1e-3 * RATE
-    assert metrics[0]["loss"] != metrics[1]["loss"]
+    if name != "grpo":  # whose divergence is 0 at the reference
+        assert metrics[0]["loss"] != metrics[1]["loss"]
 
 
 def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
@@ -95,8 +96,8 @@ def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
         alone = generate(
             [merge(world.params, adapters, 2.0), world.params],
             CONFIG,
-            batches[at].tokens,
-            batches[at].length,
+            jnp.asarray(batches[at].tokens),
+            jnp.asarray(batches[at].length),
             jax.random.fold_in(jax.random.key(seed), 64 * 3),
             sampling=runs._sampling,
             weights=(0.875, 0.125),
@@ -197,7 +198,7 @@ def test_tables_from_rows_alone(tmp_path):
     assert found == ["ipo_md", "grpo", "reference"]
     assert np.all(games[:, 0, 1] == 0.75)
     assert np.all(games[:, 1, 0] == 0.25)
-    assert np.isnan(games[:, 0, 0]).all()
+    assert np.all(games[:, 0, 0] == 0.5)
     text = small_tables.write(rows, tmp_path)
     assert "| IPO-MD | tau = 0.1 | 0.800 (0.000) |" in text
     assert "| GRPO | 0.250 (0.000) | 0.500 | 0.600 (0.000) |" in text
