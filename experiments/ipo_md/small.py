@@ -310,14 +310,12 @@ def prepare(options: Options) -> None:
     else:
         data = small_data.split(load_tokenizer(options.model), response=options.tokens)
         small_data.write(data, folder)
-        last = options.validation + options.test
-        own = {
-            "made": made,
-            "train": data.prompts,
-            "validation": data.unseen[: options.validation],
-            "test": data.unseen[options.validation : last],
-        }
-        if len(data.unseen) < last:
+        number = options.validation + options.test
+        unseen = data.unseen[:number]
+        own = {"made": made, "train": data.prompts}
+        mixed = [unseen[at] for at in np.random.default_rng(0).permutation(len(unseen))]
+        own["validation"], own["test"] = mixed[: options.validation], mixed[options.validation :]
+        if len(unseen) < number:
             sys.exit(f"--validation, --test: there are {len(data.unseen)} held-out prompts")
         write_json(file, own)
         print(*(f"{len(x)} {name}" for name, x in vars(data).items()), sep=", ", flush=True)

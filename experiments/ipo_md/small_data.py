@@ -19,7 +19,7 @@ from jaxalign.files import write_json_lines
 
 PREFERENCES = DATA / "preferences"
 SOURCES = ("ultrafeedback", "polite")
-LONGEST = {"pair": 600, "prompt": 200}
+LONGEST = {"pair": 600, "prompt": 240}
 """Most characters of the prompts of pairs, and of the prompts that policies answer."""
 HELD_OUT = 8
 """One in so many polite pairs is held out; UltraFeedback has held-out pairs of its own."""
