@@ -3,12 +3,12 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.checks import flip_probability, positive
+from jaxalign.losses.checks import Strength, flip_probability, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
 def dpo(
-    pairs: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0
+    pairs: PairLogProbs, *, beta: Strength = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " pairs"]:
     r"""Logistic loss on the margin between the implicit rewards of chosen and rejected.
 

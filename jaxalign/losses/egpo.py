@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.checks import positive
+from jaxalign.losses.checks import Strength, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
@@ -12,7 +12,7 @@ def egpo(
     chosen_wins: Float[Array, " pairs"],
     rejected_wins: Float[Array, " pairs"],
     *,
-    tau: float = 0.1,
+    tau: Strength = 0.1,
 ) -> Float[Array, " pairs"]:
     r"""Online IPO whose responses are compared with an opponent's instead of with each other.
 

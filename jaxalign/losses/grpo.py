@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
-from jaxalign.losses.checks import non_negative, positive
+from jaxalign.losses.checks import Strength, non_negative, positive
 from jaxalign.losses.ppo import Tokens, ppo_token_rewards, whiten
 from jaxalign.losses.samples import SampleLogProbs
 
@@ -74,7 +74,7 @@ def grpo(
     *,
     clip: float = 0.2,
     clip_high: float = 0.2,
-    beta: float = 0.04,
+    beta: Strength = 0.04,
 ) -> Rows:
     r"""Group relative policy optimisation: the mean over a response's tokens.
 
@@ -296,7 +296,7 @@ def _clipped_tokens(
     importance: Tokens | None,
     clip: float,
     clip_high: float,
-    beta: float,
+    beta: Strength,
 ) -> Tokens:
     """The loss of every token, 0 at padding."""
     _check(clip, clip_high, beta)
@@ -305,7 +305,7 @@ def _clipped_tokens(
     return beta * k3_divergence(samples) - _weights(samples, importance) * gain
 
 
-def _check(clip: float, clip_high: float, beta: float) -> None:
+def _check(clip: float, clip_high: float, beta: Strength) -> None:
     non_negative(clip=clip, beta=beta)
     positive(clip_high=clip_high)
     if clip >= 1:

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxalign.losses.checks import positive
+from jaxalign.losses.checks import Strength, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
-def ipo(pairs: PairLogProbs, *, tau: float = 0.1) -> Float[Array, " pairs"]:
+def ipo(pairs: PairLogProbs, *, tau: Strength = 0.1) -> Float[Array, " pairs"]:
     r"""Squared distance between the summed log-ratio margin and its target 1 / (2 tau).
 
     .. math:: \ell = \bigl(h - \tfrac{1}{2\tau}\bigr)^2, \quad
@@ -31,7 +31,7 @@ def ipo(pairs: PairLogProbs, *, tau: float = 0.1) -> Float[Array, " pairs"]:
     return jnp.square(pairs.margin - 1 / (2 * tau))
 
 
-def ipo_mean(pairs: PairLogProbs, *, tau: float = 0.1) -> Float[Array, " pairs"]:
+def ipo_mean(pairs: PairLogProbs, *, tau: Strength = 0.1) -> Float[Array, " pairs"]:
     r"""IPO with each log-ratio averaged over its response's tokens: other libraries' IPO.
 
     .. math:: \ell = \Bigl(\frac{r_w}{L_w} - \frac{r_l}{L_l} - \frac{1}{2\tau}\Bigr)^2, \quad

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
-from jaxalign.losses.checks import non_negative
+from jaxalign.losses.checks import Strength, non_negative
 from jaxalign.losses.samples import SampleLogProbs
 
 
@@ -14,7 +14,7 @@ def regularised_policy_gradient(
     reward: Float[Array, " rows"],
     baseline: Float[Array, " rows"],
     *,
-    tau: float = 0.05,
+    tau: Strength = 0.05,
 ) -> Float[Array, " rows"]:
     r"""Surrogate whose gradient is minus the gradient of reward less divergence.
 
@@ -54,7 +54,7 @@ def regularised_policy_gradient(
 
 
 def nash_md_pg(
-    samples: SampleLogProbs, preference: Float[Array, " rows"], *, tau: float = 0.008
+    samples: SampleLogProbs, preference: Float[Array, " rows"], *, tau: Strength = 0.008
 ) -> Float[Array, " rows"]:
     r"""Surrogate of Nash-MD-PG: a policy gradient on preferences over an opponent's responses.
 

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from jaxalign.losses.checks import non_negative, positive
+from jaxalign.losses.checks import Strength, non_negative, positive
 from jaxalign.losses.pairs import PairLogProbs
 
 
@@ -36,7 +36,7 @@ def slic(
 
 
 def slic_norm(
-    pairs: PairLogProbs, *, beta: float = 0.1, delta: float = 1.0
+    pairs: PairLogProbs, *, beta: Strength = 0.1, delta: float = 1.0
 ) -> Float[Array, " pairs"]:
     r"""Hinge on the margin between the implicit rewards: SLiC normalised by the reference.
 

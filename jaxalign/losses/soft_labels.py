@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
+from jaxalign.losses.checks import Strength
 from jaxalign.losses.pairs import PairLogProbs
 
 
@@ -11,7 +12,7 @@ def soft_label(
     loss: Callable[..., Float[Array, " pairs"]],
     pairs: PairLogProbs,
     preference: Float[Array, " pairs"],
-    **options: float,
+    **options: Strength,
 ) -> Float[Array, " pairs"]:
     r"""Expectation of a preference loss over a label drawn with a known probability.
 

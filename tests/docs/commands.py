@@ -345,6 +345,12 @@ STUDIES = {
             constants={"ipo_md.summarisation:METHODS": 2},
             products=("experiments/ipo_md/summarisation.png",),
         ),
+        "ipo_md.small": Study(
+            flags="--processes 1 --minutes 0 --methods ipo_md grpo --epochs 1 --sweep-updates 2 "
+            "--updates 2 --tokens 8 --longest 48 --validation 8 --test 8",
+            products=("experiments/ipo_md/small.png", "experiments/ipo_md/small_reliability.png"),
+        ),
+        "ipo_md.small_tables": Study(products=("experiments/ipo_md/small.png",)),
         "ipo_md.bandits": Study(
             constants={"ipo_md.bandits:SEEDS": 2, "ipo_md.bandits:STEPS": 400},
             products=("experiments/ipo_md/bandits.png",),

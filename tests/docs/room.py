@@ -137,6 +137,7 @@ def make_data(data: Path, model: Path) -> None:
     files: dict[str, object] = {
         "preferences/rasbt_instruction_preference.jsonl": rows,
         "preferences/ultrafeedback_train.jsonl": pairs(24, "Say {}"),
+        "preferences/ultrafeedback_eval.jsonl": pairs(24, "Ask {}"),
         "preferences/hh_harmless_base_test.jsonl": pairs(48, dialogue),
         "preferences/truthfulqa_pairs.jsonl": rows,
         "judging/llmbar_all.jsonl": [row | {"source": "llmbar/Natural"} for row in rows[:4]],

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
 from jaxalign.losses import dpo, ipo, slic_norm, soft_label
+from jaxalign.losses.checks import Strength
 from jaxalign.online.algorithm import Algorithm, Draw, mixture_with_reference
 from jaxalign.online.rollouts import Rollout
 
 
 def contrastive(
-    loss: Callable[..., Float[Array, " pairs"]], draw: Draw, samples: int, **options: float
+    loss: Callable[..., Float[Array, " pairs"]], draw: Draw, samples: int, **options: Strength
 ) -> Algorithm:
     r"""A preference loss under soft labels, averaged over all pairs of a prompt's responses.
 
@@ -49,7 +50,7 @@ def contrastive(
     )
 
 
-def online_ipo(*, tau: float = 1.0, samples: int = 2) -> Algorithm:
+def online_ipo(*, tau: Strength = 1.0, samples: int = 2) -> Algorithm:
     """IPO on the policy's own samples: its fixed point is the regularised Nash equilibrium.
 
     Args:
@@ -60,7 +61,7 @@ def online_ipo(*, tau: float = 1.0, samples: int = 2) -> Algorithm:
     return contrastive(ipo, Draw(), samples, tau=tau)
 
 
-def ipo_md(*, tau: float = 1.0, beta: float = 0.125, samples: int = 2) -> Algorithm:
+def ipo_md(*, tau: Strength = 1.0, beta: float = 0.125, samples: int = 2) -> Algorithm:
     """IPO on samples of the geometric mixture: the mixture, not the policy, is the equilibrium.
 
     Args:
@@ -72,7 +73,7 @@ def ipo_md(*, tau: float = 1.0, beta: float = 0.125, samples: int = 2) -> Algori
     return contrastive(ipo, mixture_with_reference(beta), samples, tau=tau)
 
 
-def online_dpo(*, beta: float = 5.0, samples: int = 2) -> Algorithm:
+def online_dpo(*, beta: Strength = 5.0, samples: int = 2) -> Algorithm:
     """DPO on the policy's own samples, with soft labels.
 
     Args:
@@ -82,7 +83,7 @@ def online_dpo(*, beta: float = 5.0, samples: int = 2) -> Algorithm:
     return contrastive(dpo, Draw(), samples, beta=beta)
 
 
-def online_slic(*, beta: float = 10.0, samples: int = 2) -> Algorithm:
+def online_slic(*, beta: Strength = 10.0, samples: int = 2) -> Algorithm:
     """SLiC's hinge, normalised by the reference, on the policy's own samples.
 
     Args:

@@ -3,11 +3,12 @@
 from jaxtyping import Array, Float
 
 from jaxalign.losses import egpo as loss
+from jaxalign.losses.checks import Strength
 from jaxalign.online.algorithm import Algorithm, Draw, mixture_with_reference
 from jaxalign.online.rollouts import Rollout
 
 
-def egpo(*, tau: float = 0.1, beta: float = 0.0) -> Algorithm:
+def egpo(*, tau: Strength = 0.1, beta: float = 0.0) -> Algorithm:
     r"""Two steps from the same policy: against itself, then against the first step's result.
 
     .. math:: \ell = \Bigl(h - \frac{P(y \succ y'') - P(y' \succ y'')}{\tau}\Bigr)^2, \quad

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxalign import losses
 from jaxalign.errors import UserError
 from jaxalign.losses import SampleLogProbs, group_advantages, ppo_policy, reinforce_pp_advantages
+from jaxalign.losses.checks import Strength
 from jaxalign.online.algorithm import Algorithm, Draw
 from jaxalign.online.rollouts import Rollout, by_row
 
@@ -79,7 +80,7 @@ def group_policy_gradient(
 
 def grpo(
     *,
-    beta: float = 0.04,
+    beta: Strength = 0.04,
     clip: float = 0.2,
     clip_high: float = 0.2,
     samples: int = 8,

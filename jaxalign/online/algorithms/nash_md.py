@@ -6,11 +6,12 @@ Munos et al., 2023, arXiv:2312.00886, section 7.
 from jaxtyping import Array, Float
 
 from jaxalign.losses import nash_md_pg as loss
+from jaxalign.losses.checks import Strength
 from jaxalign.online.algorithm import Algorithm, Draw, mixture_with_reference
 from jaxalign.online.rollouts import Rollout
 
 
-def against(opponent: Draw, tau: float, average_decay: float | None = None) -> Algorithm:
+def against(opponent: Draw, tau: Strength, average_decay: float | None = None) -> Algorithm:
     """A policy gradient on the probability of beating an opponent.
 
     Args:
@@ -31,7 +32,7 @@ def against(opponent: Draw, tau: float, average_decay: float | None = None) -> A
     )
 
 
-def nash_md_pg(*, tau: float = 0.008, beta: float = 0.125) -> Algorithm:
+def nash_md_pg(*, tau: Strength = 0.008, beta: float = 0.125) -> Algorithm:
     """Nash-MD-PG: the opponent is the geometric mixture of policy and reference.
 
     Args:
@@ -42,7 +43,7 @@ def nash_md_pg(*, tau: float = 0.008, beta: float = 0.125) -> Algorithm:
     return against(mixture_with_reference(beta), tau)
 
 
-def self_play_pg(*, tau: float = 0.008) -> Algorithm:
+def self_play_pg(*, tau: Strength = 0.008) -> Algorithm:
     """Self-play: the opponent is the policy itself; in expectation online IPO's gradient.
 
     Args:
@@ -51,7 +52,7 @@ def self_play_pg(*, tau: float = 0.008) -> Algorithm:
     return against(Draw(), tau)
 
 
-def nash_ema_pg(*, tau: float = 0.008, decay: float = 0.999) -> Algorithm:
+def nash_ema_pg(*, tau: Strength = 0.008, decay: float = 0.999) -> Algorithm:
     """Nash-EMA-PG: the opponent has the running average of the policy's parameters.
 
     Args:

@@ -5,11 +5,12 @@ from jaxtyping import Array, Float
 
 from jaxalign.errors import UserError
 from jaxalign.losses import regularised_policy_gradient as loss
+from jaxalign.losses.checks import Strength
 from jaxalign.online.algorithm import Algorithm, Draw
 from jaxalign.online.rollouts import Rollout
 
 
-def regularised_policy_gradient(*, tau: float = 0.05, samples: int = 1) -> Algorithm:
+def regularised_policy_gradient(*, tau: Strength = 0.05, samples: int = 1) -> Algorithm:
     """The reward-model baseline of the IPO-MD paper: a policy gradient without critic.
 
     The baseline of a reward is the mean over the batch's other responses; with two or more
@@ -33,7 +34,7 @@ def regularised_policy_gradient(*, tau: float = 0.05, samples: int = 1) -> Algor
     )
 
 
-def rloo(*, tau: float = 0.05, samples: int = 2) -> Algorithm:
+def rloo(*, tau: Strength = 0.05, samples: int = 2) -> Algorithm:
     """REINFORCE with a leave-one-out baseline (Ahmadian et al., 2024, arXiv:2402.14740).
 
     Args:

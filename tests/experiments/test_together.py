@@ -1,0 +1,207 @@
+"""Runs that advance in one program are the runs that the library makes one by one."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.ipo_md import small_tables
+from experiments.ipo_md.small_data import cut, in_turn
+from experiments.ipo_md.together import Method, Runs, annotations, order
+from jaxalign.generation import generate
+from jaxalign.losses import PairLogProbs, ipo
+from jaxalign.models.lora import merge
+from jaxalign.online import OnlineObjective
+from jaxalign.online.step import update_step
+from jaxalign.training.metrics import to_floats
+from jaxalign.training.objectives import Policy
+from tests.online.world import CONFIG, END, PROMPT, Tokenizer, World
+
+MOST, STRENGTHS, SEEDS, RATE = 2, (0.1, 1.0), (0, 5), 0.01
+OPTIONS = {
+    "ipo_md": ("tau", {"beta": 0.125}),
+    "egpo": ("tau", {}),
+    "grpo": ("beta", {"samples": 4}),
+}
+
+
+@functools.cache
+def runs_of(name):
+    parameter, options = OPTIONS[name]
+    world = World(MOST)
+    runs = Runs(
+        Method(name=name, parameter=parameter, options=options, rate=RATE),
+        world.params,
+        CONFIG,
+        Tokenizer(),
+        ends=[END],
+        prompts=4,
+        longest=3,
+        tokens=MOST,
+        rank=2,
+    )
+    return world, runs
+
+
+class Prompts:
+    """The same prompt, again and again, as tokenised rows."""
+
+    length = np.full(6, len(PROMPT))
+
+    def __getitem__(self, at):
+        return np.array(PROMPT)
+
+
+def one_update(name):
+    world, runs = runs_of(name)
+    state = runs.begin(SEEDS)
+    batches = [runs.batch(Prompts(), np.arange(4)), runs.batch(Prompts(), np.arange(2, 6))]
+    sampled = runs.draw(state, batches, SEEDS, 3)
+    verdicts = annotations(world, runs.plain, [["p"] * 4] * 2, sampled)
+    return world, runs, state, batches, sampled, runs.rollouts(batches, sampled, verdicts)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_update_together_is_the_updates_one_by_one(name):
+    world, runs, state, *_, rollouts = one_update(name)
+    alone = [jax.tree.map(lambda x, at=at: jnp.array(x[at]), (state, rollouts)) for at in range(2)]
+    after, metrics = runs.update(state, rollouts, STRENGTHS, RATE)
+    optimizer = runs._optimizer(RATE)
+    for at, (own, batch) in enumerate(alone):
+        objective = OnlineObjective(
+            policy=Policy(config=CONFIG, adapter_scale=2.0),
+            algorithm=runs.method.algorithm(STRENGTHS[at]),
+            max_tokens=MOST,
+        )
+        frozen = {"policy": world.params, "reference": world.params}
+        step = functools.partial(update_step, objective=objective, optimizer=optimizer)
+        expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, batch)
+        known = to_floats(known)
+        assert metrics[at]["loss"] == pytest.approx(known["loss"], rel=1e-5)
+        assert metrics[at]["grad_norm"] == pytest.approx(known["grad_norm"], rel=1e-4)
+        moved = jax.tree.map(lambda x, at=at: x[at], after)
+        gaps = jax.tree.map(lambda x, y: jnp.abs(x - y).mean(), moved.params, expected.params)
+        assert max(map(float, jax.tree.leaves(gaps))) < 1e-3 * RATE
+    if name != "grpo":  # whose divergence is 0 at the reference
+        assert metrics[0]["loss"] != metrics[1]["loss"]
+
+
+def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
+    world, runs, state, batches, sampled, _ = one_update("ipo_md")
+    for at, seed in enumerate(SEEDS):
+        adapters = jax.tree.map(lambda x, at=at: x[at], state.params)
+        alone = generate(
+            [merge(world.params, adapters, 2.0), world.params],
+            CONFIG,
+            jnp.asarray(batches[at].tokens),
+            jnp.asarray(batches[at].length),
+            jax.random.fold_in(jax.random.key(seed), 64 * 3),
+            sampling=runs._sampling,
+            weights=(0.875, 0.125),
+            samples=2,
+        )
+        assert np.array_equal(sampled[at].tokens.reshape(-1, MOST), alone.tokens)
+        assert np.array_equal(sampled[at].length.ravel(), alone.length)
+    assert not np.array_equal(sampled[0].tokens, sampled[1].tokens)
+
+
+def test_divergences_are_the_log_ratios_of_the_exact_policies():
+    world, runs, state, batches, sampled, rollouts = one_update("egpo")
+    assert np.abs(runs.divergences(state, batches, sampled)).max() < 1e-5
+    after, _ = runs.update(state, rollouts, STRENGTHS, 0.1)
+    found = runs.divergences(after, batches, sampled)  # of the two that the loss reads
+    before = world.log_probs(world.params).sum(-1)
+    for at in range(2):
+        adapters = jax.tree.map(lambda x, at=at: x[at], after.params)
+        ratio = world.log_probs(merge(world.params, adapters, 2.0)).sum(-1) - before
+        known = [[ratio[world.names.index(x)] for x in row[:2]] for row in sampled[at].texts]
+        assert found[at] == pytest.approx(np.array(known), abs=1e-4)
+
+
+def test_a_traced_strength_is_the_number_and_is_not_checked():
+    pairs = PairLogProbs(
+        **{
+            name: jnp.array([value])
+            for name, value in (
+                *(("chosen", -3.0), ("rejected", -4.0), ("reference_chosen", -3.5)),
+                *(("reference_rejected", -3.0), ("chosen_length", 3), ("rejected_length", 2)),
+            )
+        }
+    )
+    traced = jax.jit(lambda tau: ipo(pairs, tau=tau))
+    assert float(traced(0.2)[0]) == pytest.approx((1.5 - 2.5) ** 2)
+
+
+def test_prompts_come_once_in_an_epoch():
+    rows = order(0, 10, 4, 5)
+    assert rows.shape == (5, 4)
+    assert sorted(rows.ravel()[:10]) == list(range(10))
+    assert in_turn([[{"a": "1"}, {"a": "2"}], [{"a": "3"}]]) == [{"a": "1"}, {"a": "3"}, {"a": "2"}]
+
+
+def test_long_responses_are_cut_at_a_token():
+    class Words:
+        def encode(self, text, add_special_tokens):
+            return text.split(" ")
+
+        def decode(self, tokens, **options):
+            return " ".join(tokens)
+
+    assert cut("one two three", Words(), 2) == "one two"
+    assert cut(" one two ", Words(), 5) == "one two"
+
+
+def test_tables_from_rows_alone(tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+
+    def write(name, lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (rows / f"{name}.jsonl").write_text(text)
+
+    point = {f"wins/{x}": 0.6 for x in ("reward", "preference", "judge")}
+    curve = [{"update": at, "kl": at / 2, "length": 9.0, **point} for at in (0, 4)]
+    names = ("ipo_md", "grpo")
+    for name in names:
+        run = {"algorithm": name, "parameter": "tau", "seed": 0, "updates": 4, "curve": curve}
+        write(f"sweep_{name}", [run | {"strength": x} for x in (0.1, 1.0)])
+        write(f"final_{name}", [run | {"strength": 0.1, "seed": seed} for seed in range(2)])
+    for name in (*names, "reference"):
+        said = {"policy": name, "response": "yes", "tokens": 3, "finished": True, "log_ratio": 0.5}
+        lines = [said | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
+        write(f"responses_{name}", lines)
+    verdicts = [
+        {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": [p] * 4}
+        for annotator in small_tables.ANNOTATORS
+        for one, other, p in (
+            ("ipo_md", "grpo", 0.75),
+            ("ipo_md", "reference", 0.8),
+            ("grpo", "reference", 0.6),
+        )
+        for seed in range(2)
+        if annotator == "judge" or other == "reference"
+    ]
+    write("judge", verdicts)
+    bins = [{"from": 0.5, "to": 1.0, "pairs": 4, "confidence": 0.8, "accuracy": 0.7}]
+    for name in small_tables.ANNOTATORS:
+        one = {"pairs": 4, "accuracy": 0.7, "longer": 0.5, "error": 0.1, "bins": bins}
+        write(
+            f"annotator_{name}", [one | {"source": x} for x in ("ultrafeedback", "polite", "all")]
+        )
+    sections = ("small all against all", "small annotators", "small sweep")
+    page = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
+    (tmp_path / "README.md").write_text(page)
+    found, games = small_tables.games_of(verdicts)
+    assert found == ["ipo_md", "grpo", "reference"]
+    assert np.all(games[:, 0, 1] == 0.75)
+    assert np.all(games[:, 1, 0] == 0.25)
+    assert np.all(games[:, 0, 0] == 0.5)
+    text = small_tables.write(rows, tmp_path)
+    assert "| IPO-MD | tau = 0.1 | 0.800 (0.000) |" in text
+    assert "| GRPO | 0.250 (0.000) | 0.500 | 0.600 (0.000) |" in text
+    assert text.index("| IPO-MD | tau") < text.index("| GRPO | tau") < text.index("| reference | –")
+    assert "0.600 (0.000)" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "small.png").exists()
