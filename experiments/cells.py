@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.short_runs import Bench, Options, OutOfTime, Rows, write_splits
+from jaxalign.errors import UserError
+from jaxalign.files import read_json, write_json
 from jaxalign.models.devices import enable_compilation_cache
 
 LEAST = 10.0
@@ -95,6 +97,7 @@ def run(cells: Sequence[Cell], options: Options, module: str) -> int:
     Returns:
       The number of cells that are not done.
     """
+    check_same(options)
     write_splits(options)
     folder = options.output / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,26 @@ def run(cells: Sequence[Cell], options: Options, module: str) -> int:
     for path in sorted(folder.glob("*.failed")) if options.until is None else ():
         print(f"failed: {path.stem}: {path.read_text(encoding='utf-8').splitlines()[-1]}")
     return len(missing)
+
+
+def check_same(options: Options) -> None:
+    """Check that the folder's rows were made with the same sizes; a new folder keeps these.
+
+    Raises:
+      UserError: they were not.
+    """
+    names = ("steps", "pairs", "max_length", "held_out", "dtype")
+    own = {"model": Path(options.model).name} | {name: getattr(options, name) for name in names}
+    path = options.rows / "options.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, own)
+    known = read_json(path, "options of a study")
+    if changed := [name for name in own if known.get(name) != own[name]]:
+        raise UserError(
+            f"{options.rows}: holds rows made with another {', '.join(changed)}; set --rows to "
+            "another folder"
+        )
 
 
 def _start(options: Options, module: str, until: float | None) -> None:

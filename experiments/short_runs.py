@@ -93,7 +93,15 @@ class Options:
     """Computation of the losses' comparison; auto: bfloat16 on a GPU, else float32. Gradients are
     always measured in float32."""
     steps: int | None = None
-    """Updates of every run in place of the studies' own, for a try."""
+    """Updates of every run, in place of the studies' own."""
+    pairs: int | None = None
+    """Pairs in a batch, in place of the studies' own."""
+    max_length: int | None = None
+    """Most tokens of prompt and response, in place of the studies' own; longer ones are cut."""
+    rates: tuple[float, ...] = (2e-6, 1e-5, 4e-5)
+    """Learning rates of the comparison of losses; of several, each loss takes the best."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the comparison of losses, the first for the choice of the rate."""
     held_out: int = 128
     """Largest number of held-out pairs of each source."""
 
@@ -340,7 +348,22 @@ class Bench:
         """Of the comparison of losses."""
         if self.options.dtype != "auto":
             return self.options.dtype
-        return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+        return "bfloat16" if self.is_gpu else "float32"
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether few programs matter more than padding, and memory is shared."""
+        return jax.default_backend() == "gpu"
+
+    @property
+    def unpacked(self) -> dict[str, Any]:
+        """The fields of a stage whose batches have the same few shapes in every run, on a GPU."""
+        return {"packing": "never"} if self.is_gpu else {}
+
+    def preference(self, **settings: Any) -> PreferenceConfig:
+        """A preference stage; on a GPU its batches have the same few shapes in every run."""
+        alone = {"share_prompts": "never"} if self.is_gpu else {}
+        return PreferenceConfig(reference="live", **self.unpacked, **alone, **settings)
 
     def rows(self, study: str) -> Rows:
         """The rows of a study."""
@@ -376,7 +399,7 @@ class Bench:
           start: the model, in place of the config's.
           config: of the run; its stage has steps, not epochs.
           stage_name: sft, preference or feedback.
-          buckets: most lengths to pad to.
+          buckets: most lengths to pad to on a GPU; elsewhere batches are those of `train`.
           held_out: whether to evaluate on held-out data.
 
         Raises:
@@ -478,7 +501,7 @@ class Bench:
         if key not in self._data:
             inputs = Inputs(config, start.tokenizer, folder, start.config, (0, 1))
             data: Any = kind.load(config, inputs)
-            if isinstance(data, TokenizedData):
+            if self.is_gpu and isinstance(data, TokenizedData):
                 own = {x.name: getattr(data, x.name) for x in dataclasses.fields(data)}
                 data = FewLengths(**own, buckets=buckets)
             write_json(folder / "data.json", inputs.report)
@@ -560,9 +583,3 @@ def moved_tokens(path: Path) -> dict[str, Any]:
         }
         for pairs_of, sides in sums.items()
     }
-
-
-def preference_of(settings: Mapping[str, Any]) -> PreferenceConfig:
-    """A preference stage whose batches have the same few shapes in every run."""
-    common: dict[str, Any] = {"reference": "live", "share_prompts": "never", "packing": "never"}
-    return PreferenceConfig(**common, **settings)

@@ -15,6 +15,7 @@ from experiments import cells
 from experiments.gradient_entanglement import small as entanglement
 from experiments.offline import small as offline
 from experiments.short_runs import Options
+from jaxalign.errors import UserError
 
 
 def main(options: Options) -> int:
@@ -27,4 +28,7 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(bool(main(tyro.cli(Options))))
+    try:
+        raise SystemExit(bool(main(tyro.cli(Options))))
+    except UserError as error:
+        raise SystemExit(f"small: {error}") from None

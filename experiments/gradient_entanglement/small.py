@@ -23,7 +23,7 @@ import numpy as np
 from experiments.cells import Cell
 from experiments.gradient_entanglement.preference import LOSSES
 from experiments.page import put, table
-from experiments.short_runs import Bench, Options, Rows, preference_of
+from experiments.short_runs import Bench, Options, Rows
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
 from jaxalign.data import preference_records
 from jaxalign.entanglement.conditions import CASES, case_of_changes
@@ -97,27 +97,27 @@ def settings(
       seed: of the order of the pairs.
     """
     steps = bench.options.steps or STEPS[rule]
-    stage: dict[str, Any] = {
-        "loss": loss,
-        "loss_options": dict(options),
-        "batch_size": PAIRS,
-        "steps": steps,
-        "eval_every": max(1, steps // 6),
-        "optimizer": OptimizerConfig(
+    stage = bench.preference(
+        loss=loss,
+        loss_options=dict(options),
+        batch_size=bench.options.pairs or PAIRS,
+        steps=steps,
+        eval_every=max(1, steps // 6),
+        optimizer=OptimizerConfig(
             name=rule, learning_rate=RATES[rule], schedule="constant", warmup_fraction=0.1
         ),
-        "entanglement": watch,
-    }
+        entanglement=watch,
+    )
     return TrainConfig(
         name=f"entanglement_{name}",
         model=bench.options.model,
         data=train or bench.options.data(source, "train"),
         eval_data=bench.options.data(source, "test"),
-        max_length=LENGTH[source],
+        max_length=bench.options.max_length or LENGTH[source],
         max_eval_records=min(HELD_OUT, bench.options.held_out),
         bad_records="skip",
-        preference=preference_of(stage),
-        remat="full",
+        preference=stage,
+        remat="full" if bench.is_gpu else "dots",
         export=False,
         seed=seed,
     )
@@ -143,8 +143,8 @@ def filtered(bench: Bench, name: str, lowest: bool) -> None:
     source = "polite"
     start = bench.model(bench.options.model)
     records = list(preference_records(bench.options.data(source, "train")))
-    if bench.options.steps is not None:  # a try
-        records = records[: 8 * PAIRS]
+    if bench.options.steps is not None:  # half of them are used once or twice
+        records = records[: 4 * bench.options.steps * PAIRS]
     loaded = with_pairs(
         as_model(start.config, start.params),
         start.tokenizer,

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments.cells import Cell
 from experiments.page import half_width, put, table
-from experiments.short_runs import Bench, Finished, Rows, Start, preference_of
+from experiments.short_runs import Bench, Finished, Rows, Start
 from jaxalign.config import FeedbackConfig, OptimizerConfig, SupervisedConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.files import read_arrays, write_arrays
@@ -48,25 +48,22 @@ LABELS = {
     "dpo_sft": "DPO + 0.2 SFT",
     "kto_single": "KTO of single responses",
 }
-RATES = (2e-6, 1e-5, 4e-5)
-SEEDS = (0, 1, 2)
-STEPS, PAIRS = 64, 16
+STEPS, PAIRS, LENGTH = 64, 16, 512
 SFT_STEPS, SFT_RATE = 60, 2e-5
 ANSWER = 160
 """Most tokens of an answer."""
 
 
 def settings(bench: Bench, name: str, seed: int = 0) -> TrainConfig:
-    """The data of all runs: a mixture to train on, four sources to evaluate."""
+    """The data of all runs: a mixture to train on, held-out splits of each source."""
     options = bench.options
+    splits = ("test", "sweep") if len(options.rates) > 1 else ("test",)
     return TrainConfig(
         name=f"offline_{name}",
         model=options.model,
         data=(options.data("ultrafeedback", "train"), options.data("polite", "train") + ":0.5"),
-        eval_data=tuple(
-            options.data(source, split) for split in ("test", "sweep") for source in SOURCES
-        ),
-        max_length=min(512, bench.model(options.model).config.context_length or 512),
+        eval_data=tuple(options.data(source, split) for split in splits for source in SOURCES),
+        max_length=options.max_length or LENGTH,
         max_eval_records=options.held_out,
         bad_records="skip",
         dtype=bench.dtype,
@@ -84,14 +81,14 @@ def rule(rate: float) -> OptimizerConfig:
 def preferences(bench: Bench, name: str, rate: float, seed: int) -> TrainConfig:
     """A run of a loss of pairs."""
     loss, options = LOSSES[name]
-    stage: dict[str, Any] = {
-        "loss": loss,
-        "loss_options": options,
-        "batch_size": PAIRS,
-        "optimizer": rule(rate),
-    }
-    stage["steps"] = bench.options.steps or STEPS
-    return replace(settings(bench, name, seed), preference=preference_of(stage))
+    stage = bench.preference(
+        loss=loss,
+        loss_options=options,
+        steps=bench.options.steps or STEPS,
+        batch_size=bench.options.pairs or PAIRS,
+        optimizer=rule(rate),
+    )
+    return replace(settings(bench, name, seed), preference=stage)
 
 
 def labelled(bench: Bench, rate: float, seed: int) -> TrainConfig:
@@ -99,9 +96,9 @@ def labelled(bench: Bench, rate: float, seed: int) -> TrainConfig:
     stage = FeedbackConfig(
         loss_options={"beta": 0.1},
         steps=bench.options.steps or STEPS,
-        batch_size=2 * PAIRS,
+        batch_size=2 * (bench.options.pairs or PAIRS),
         optimizer=rule(rate),
-        packing="never",
+        **bench.unpacked,
     )
     return replace(settings(bench, "kto_single", seed), feedback=stage)
 
@@ -111,9 +108,9 @@ def sft(bench: Bench) -> None:
     rows, start = bench.rows(STUDY), bench.model(bench.options.model)
     stage = SupervisedConfig(
         steps=bench.options.steps or SFT_STEPS,
-        batch_size=2 * PAIRS,
+        batch_size=2 * (bench.options.pairs or PAIRS),
         optimizer=rule(SFT_RATE),
-        packing="never",
+        **bench.unpacked,
     )
     config = replace(settings(bench, "sft"), sft=stage)
     finished = bench.run(start, config, "sft")
@@ -162,16 +159,17 @@ def compare(bench: Bench, name: str) -> None:
             finished = bench.run(start, config, "preference")
             rows.write(label, finished.row(config, "preference", cell=name))
 
-    for rate in RATES:
-        run(rate, SEEDS[0])
+    first, *others = bench.options.seeds
+    for rate in bench.options.rates:
+        run(rate, first)
     best = best_rate(rows, name)
-    for seed in SEEDS[1:-1]:
+    for seed in others[:-1]:
         run(best, seed)
-    label = row_name(name, best, SEEDS[-1])
-    config = preferences(bench, name, best, SEEDS[-1])
-    last = bench.run(start, config, "preference")
-    rows.write(label, last.row(config, "preference", cell=name))
-    rows.write(f"answers_{name}", {"answers": bench.answers(start, last.params, ANSWER)})
+    last = bench.options.seeds[-1]
+    config = preferences(bench, name, best, last)
+    finished = bench.run(start, config, "preference")
+    rows.write(row_name(name, best, last), finished.row(config, "preference", cell=name))
+    rows.write(f"answers_{name}", {"answers": bench.answers(start, finished.params, ANSWER)})
 
 
 def single_responses(bench: Bench) -> None:
@@ -179,7 +177,7 @@ def single_responses(bench: Bench) -> None:
     rows, start = bench.rows(STUDY), sft_model(bench)
     rate = best_rate(rows, "kto")
     of_pairs: Finished | None = None
-    for seed in SEEDS:
+    for seed in bench.options.seeds:
         label = row_name("kto_single", rate, seed)
         if label in rows:
             continue
@@ -206,17 +204,28 @@ def row_name(name: str, rate: float, seed: int) -> str:
     return f"{name}_{rate:.0e}_{seed}"
 
 
+def runs_of(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """All runs of a loss, by seed and learning rate."""
+    names = [x for x in rows.names() if x.startswith(f"{name}_")]
+    runs = [row for row in (rows[x] for x in names) if row.get("cell") == name]
+    return sorted(runs, key=lambda row: (row["seed"], row["learning_rate"]))
+
+
 def best_rate(rows: Rows, name: str) -> float:
     """The rate of the first seed with the highest accuracy, a mean of the sweep splits.
 
     Of equal ones the lowest.
     """
+    runs = runs_of(rows, name)
+    first = [row for row in runs if row["seed"] == runs[0]["seed"]]
+    if len(first) == 1:
+        return first[0]["learning_rate"]
+    return max(first, key=lambda row: np.mean(swept(row)))["learning_rate"]
 
-    def accuracy(rate: float) -> float:
-        row = rows[row_name(name, rate, SEEDS[0])]
-        return float(np.mean([ends(row, x, "rewards/accuracies", "sweep")[1] for x in SOURCES]))
 
-    return max(sorted(RATES), key=accuracy)
+def swept(row: Mapping[str, Any]) -> list[float]:
+    """The accuracies on the sweep splits, by source."""
+    return [ends(row, source, "rewards/accuracies", "sweep")[1] for source in SOURCES]
 
 
 def cells() -> list[Cell]:
@@ -246,18 +255,13 @@ def ends(
     return values[0], values[-1]
 
 
-def is_run(rows: Rows, name: str) -> bool:
-    """Whether a loss has runs to show: its learning rate is chosen, and it was run at it."""
-    of_rate = "kto" if name == "kto_single" else name
-    swept = all(row_name(of_rate, rate, SEEDS[0]) in rows for rate in RATES)
-    return swept and row_name(name, best_rate(rows, of_rate), SEEDS[0]) in rows
-
-
 def seeds_of(rows: Rows, name: str) -> list[dict[str, Any]]:
-    """The runs of a loss with its best rate, one for every seed that has been run."""
-    rate = best_rate(rows, "kto" if name == "kto_single" else name)
-    labels = [row_name(name, rate, seed) for seed in SEEDS]
-    return [rows[label] for label in labels if label in rows]
+    """The runs of a loss with its best rate, one for every seed; empty: it was not run."""
+    runs = runs_of(rows, name)
+    if not runs:
+        return []
+    rate = best_rate(rows, name)
+    return [row for row in runs if row["learning_rate"] == rate]
 
 
 def with_interval(values: Sequence[float], form: str) -> str:
@@ -270,9 +274,8 @@ def comparison(rows: Rows, source: str) -> str:
     """The table of a source."""
     lines = []
     for name in (*LOSSES, "kto_single"):
-        if not is_run(rows, name):
+        if not (runs := seeds_of(rows, name)):
             continue
-        runs = seeds_of(rows, name)
 
         def changes(metric: str, runs: Sequence[dict[str, Any]] = runs) -> list[float]:
             return [after - before for before, after in (ends(r, source, metric) for r in runs)]
@@ -307,18 +310,28 @@ def comparison(rows: Rows, source: str) -> str:
 
 
 def sweep(rows: Rows) -> str:
-    """The table of learning rates: accuracies on the sweep splits, one seed."""
-    lines = []
+    """The table of learning rates: accuracies on the sweep splits, one seed; empty: one rate."""
+    lines, rates = [], set[float]()
     for name in LOSSES:
-        labels = [row_name(name, rate, SEEDS[0]) for rate in RATES]
-        if not is_run(rows, name):
-            continue
-        cells = []
-        for label in labels:
-            both = [ends(rows[label], x, "rewards/accuracies", "sweep")[1] for x in SOURCES]
-            cells.append(f"{np.mean(both):.3f} ({both[0]:.2f}, {both[1]:.2f})")
-        lines.append([LABELS[name], *cells])
-    return table(("loss", *(f"{rate:.0e}" for rate in RATES)), lines)
+        runs = runs_of(rows, name)
+        first = [row for row in runs if row["seed"] == runs[0]["seed"]]
+        rates |= {row["learning_rate"] for row in first}
+        lines.append((name, {row["learning_rate"]: row for row in first}))
+    if len(rates) < 2:
+        return ""
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        both = swept(row)
+        return f"{np.mean(both):.3f} ({both[0]:.2f}, {both[1]:.2f})"
+
+    cells = [
+        [LABELS[name], *(cell(found.get(rate)) for rate in sorted(rates))]
+        for name, found in lines
+        if found
+    ]
+    return table(("loss", *(f"{rate:.0e}" for rate in sorted(rates))), cells)
 
 
 def answers(rows: Rows) -> str:
@@ -365,9 +378,8 @@ def plot(rows: Rows) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
     for line, (source, label) in zip(axes, SOURCES.items(), strict=True):
         for number, name in enumerate((*LOSSES, "kto_single")):
-            if not is_run(rows, name):
+            if not (runs := seeds_of(rows, name)):
                 continue
-            runs = seeds_of(rows, name)
             look = {"color": f"C{number}", "label": LABELS[name]}
             moved = {
                 side: [b - a for a, b in (ends(run, source, f"logps/{side}") for run in runs)]

@@ -15,6 +15,7 @@ from experiments import cells
 from experiments.cells import Cell
 from experiments.offline import small as offline
 from experiments.short_runs import Bench, Options, Rows, with_peak, write_splits
+from jaxalign.errors import UserError
 from jaxalign.reporting import read_run
 from jaxalign.runs.train import train
 from jaxalign.training.optimizers import make_optimizer, make_schedule
@@ -69,6 +70,14 @@ def test_flags_give_the_same_options(tmp_path):
     assert tyro.cli(Options, args=cells.arguments_of(options)) == options
 
 
+def test_rows_of_other_sizes_are_not_resumed(tmp_path):
+    options = options_in(tmp_path, steps=3)
+    cells.check_same(options)
+    cells.check_same(dataclasses.replace(options, workers=2, minutes=1.0))
+    with pytest.raises(UserError, match="another steps"):
+        cells.check_same(dataclasses.replace(options, steps=4))
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_peak_in_the_state_is_the_learning_rate(name, rng):
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
@@ -101,13 +110,14 @@ def test_a_short_run_is_a_run_of_train(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     pairs = str(tmp_path / "pairs.jsonl")
     given = {"polite": pairs, "ultrafeedback": (pairs,), "steps": 3, "held_out": 16}
+    given |= {"max_length": 32}
     options = dataclasses.replace(
         options_in(tmp_path, **given), model=str(tmp_path / "model"), dtype="float32"
     )
     write_splits(options)
     bench = Bench(options)
     config = offline.preferences(bench, "dpo", 1e-3, 0)
-    config = dataclasses.replace(config, max_length=32, output=str(tmp_path / "runs"))
+    config = dataclasses.replace(config, output=str(tmp_path / "runs"))
     start = bench.model(options.model)
     for rate in (1e-2, 1e-3):  # the second is the compiled program of the first
         rule = dataclasses.replace(config.preference.optimizer, learning_rate=rate)
