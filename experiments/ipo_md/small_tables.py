@@ -180,7 +180,8 @@ def standings(rows: Path) -> str:
         [
             table(header, cells),
             table(["", *(LABELS[name] for name in ranked)], matrix),
-            note,
+            f"{note}\n",
+            "![wins over divergence, divergence and length over updates](small.png)",
         ]
     )
 
@@ -200,12 +201,12 @@ def annotators(rows: Path) -> str:
     counts = {source: row["pairs"] for source, row in own.items()}
     header = [
         "",
-        *(f"{x}: accuracy" for x in (f"UltraFeedback ({counts['ultrafeedback']} pairs)",)),
+        f"UltraFeedback ({counts['ultrafeedback']} pairs): accuracy",
         f"polite ({counts['polite']}): accuracy",
         f"all ({counts['all']}): accuracy",
         *("UltraFeedback: ECE", "polite: ECE", "all: ECE"),
     ]
-    return table(header, cells)
+    return table(header, cells) + "\n![reliability of the annotators](small_reliability.png)"
 
 
 def sweep(rows: Path) -> str:
