@@ -1,6 +1,5 @@
 """Any model as a GGUF file, which llama.cpp and what is built on it run."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,9 @@ def _of_model(source: str) -> _Source:
         general = {key: value for key, value in general.items() if key not in dropped}
     elif (found / GENERATION).is_file():
         generation = read_json(found / GENERATION, "the generation config")
-    name = source.rstrip(os.sep).rpartition("/")[2] or found.resolve().name
+    path = Path(source).expanduser().resolve()
     return _Source(
-        name=name,
+        name=path.stem if is_gguf(path) else path.name,
         model=load_pretrained(found),
         tokenizer=load_tokenizer(found),
         original=known,

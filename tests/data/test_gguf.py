@@ -373,7 +373,7 @@ def test_tokenizers_that_cannot_be_written_are_named():
 def test_other_tokens_are_noticed(capsys):
     tokenizer = fast(byte_level(use_regex=True))
     metadata = tokenizer_metadata(tokenizer, len(tokenizer))
-    with pytest.raises(UserError, match="in the form that GGUF has, .* has other tokens"):
+    with pytest.raises(UserError, match=r"in the form that GGUF has, .* has other tokens"):
         check_tokens(tokenizer, metadata | {"tokenizer.ggml.merges": []})
     kinds = [1 if kind == 3 else kind for kind in metadata["tokenizer.ggml.token_type"]]
     check_tokens(tokenizer, metadata | {"tokenizer.ggml.token_type": kinds})
