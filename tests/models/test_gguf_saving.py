@@ -48,7 +48,7 @@ def metadata_of(path):
 
 
 def on_host(case):
-    """The model of a fixture, its parameters as NumPy's arrays: slices of these are not compiled."""
+    """The model of a fixture, its parameters in NumPy: slices are not compiled."""
     model = load_pretrained(FOLDER / case)
     return SimpleNamespace(config=model.config, params=jax.tree.map(np.asarray, model.params))
 
@@ -70,9 +70,7 @@ def test_files_are_those_of_the_converter_and_read_back(case, tmp_path):
 
 
 def same_as_converter(ours, theirs):
-    """Compare with `write_gguf`, which takes names from the library and the rest from llama.cpp's
-    converter.
-    """
+    """Compare with `write_gguf`: names are the library's, the rest is llama.cpp's converter's."""
     expected, written = tensors_of(theirs), tensors_of(ours)
     assert written.keys() == expected.keys()
     for name, (kind, data) in expected.items():
