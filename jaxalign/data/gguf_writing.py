@@ -233,7 +233,9 @@ def check_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
                 f"tokenizer: in the form that GGUF has, {text!r} has other tokens; this tokenizer "
                 "cannot be written"
             )
-    for token in tokenizer.all_special_tokens:
+    template = str(tokenizer.chat_template)
+    special = (one for one in tokenizer.get_added_vocab() if one in template)
+    for token in (*tokenizer.all_special_tokens, *special):
         text = f"{token}user\nhi 1{token} there{token}\n"
         if again(text).input_ids != tokenizer(text).input_ids:
             notice(f"tokenizer: beside {token!r}, texts in GGUF's form can have other tokens")

@@ -1,5 +1,6 @@
 """GGUF files are as llama.cpp's converter writes them and read back; the rest is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxalign.errors import UserError
-from jaxalign.models import DecoderConfig, init_model, load_pretrained, save_gguf
+from jaxalign.models import DecoderConfig, Rope, init_model, load_pretrained, save_gguf
 from jaxalign.models.gguf import GGUFTensors, generation_fields, generation_metadata
 from jaxalign.models.score import ScoreModel
 from tests.gguf_files import CASES, write_gguf
@@ -27,7 +28,6 @@ REFUSED = {
     "llama_dynamic_grown": "rope: 'dynamic' has no key in GGUF",
     "llama_dynamic_short": "rope: 'dynamic' has no key in GGUF",
     "llama_longrope": "rope: 'longrope' cannot be written for llama.cpp's llama",
-    "llama_yarn_options": "rope: GGUF's llama has no keys for all settings of this 'yarn'",
     "qwen2_window": "window: 3 cannot be written; in GGUF's qwen2 it is None",
     "qwen3_yarn_window": "window: 5 cannot be written",
     "smollm3_window": "unrotated: ",
@@ -110,6 +110,19 @@ def wide():
     return init_model(config, jax.random.key(0))
 
 
+def test_rotary_settings_without_a_key_are_refused(wide, tmp_path):
+    """Yarn's dimensions are rounded in llama.cpp."""
+    yarn = Rope(kind="yarn", factor=4.0, original_context=16, beta_slow=0.1, truncate=False)
+    for rope in (yarn, dataclasses.replace(yarn, truncate=True)):
+        config = dataclasses.replace(wide.config, rope=rope)
+        model = SimpleNamespace(config=config, params=wide.params)
+        if rope.truncate:
+            save_gguf(model, tmp_path / "x.gguf", format="bf16", metadata={})
+        else:
+            with pytest.raises(UserError, match="rope: GGUF's llama has no keys for all settings"):
+                save_gguf(model, tmp_path / "x.gguf", format="bf16", metadata={})
+
+
 def test_rounding_is_that_of_the_format(wide, tmp_path, capsys):
     files = {
         name: GGUFTensors(save_gguf(wide, tmp_path / f"{name}.gguf", format=name, metadata={}))
@@ -146,11 +159,11 @@ def test_rounding_is_that_of_the_format(wide, tmp_path, capsys):
     ],
 )
 def test_numbers_that_a_format_does_not_have_are_named(value, format, message, wide, tmp_path):
-    wide.params["layers"]["q"]["kernel"] = (
-        wide.params["layers"]["q"]["kernel"].at[0, 0, 0].set(value)
-    )
+    params = jax.tree.map(np.array, wide.params)
+    params["layers"]["q"]["kernel"][0, 0, 0] = value
+    model = SimpleNamespace(config=wide.config, params=params)
     with pytest.raises(UserError, match=message):
-        save_gguf(wide, tmp_path / "x.gguf", format=format, metadata={})
+        save_gguf(model, tmp_path / "x.gguf", format=format, metadata={})
     assert list(tmp_path.iterdir()) == []
 
 
