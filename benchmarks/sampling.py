@@ -11,7 +11,7 @@ Expect:   one table, and the same tokens from jaxalign and transformers; on a CP
 Each way is a process of its own, in turn, round by round: the same folder of weights, random or
 real, the same prompts, each with its cache. A first call, which compiles, is not counted.
 CPU-seconds are those of all threads. jaxalign runs with weights in --dtype and in int8, and
-llama.cpp with each GGUF file of the same model (`benchmarks.gguf_files` writes f16 and q8_0 ones);
+llama.cpp with each GGUF file of the same model (`jaxalign convert FOLDER NAME.gguf` writes them);
 rounded weights may give other tokens.
 
 With equal lengths, prompts are random tokens and every response has the same number of tokens. With

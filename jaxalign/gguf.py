@@ -1,14 +1,17 @@
-"""GGUF files: the metadata and the tensors of a model that llama.cpp reads, in one file or several.
+"""GGUF files: the metadata and the tensors of a model that llama.cpp runs, in one file or several.
 
 The library `gguf` knows the quantisations; the header is read here, because a vocabulary of 262,144
 tokens takes the library's reader nine seconds, and it keeps the whole file mapped.
 """
 
+import contextlib
 import dataclasses
+import errno
 import math
+import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +31,10 @@ NO_MODEL = {
     "imatrix": "an importance matrix",
 }
 TRUNCATED = "it is truncated or damaged, download it again"
+FORMATS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""Formats of matrices that are written -> the library's name of such a file."""
+LARGEST = {"f32": 3.4028235e38, "f16": 65504.0, "bf16": 3.3895314e38, "q8_0": 127 * 65504.0}
+"""The largest number of each format; a block of 32 in q8_0 has a float16 factor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,3 +241,68 @@ def _decoder(library: Any, tensor: StoredTensor) -> Callable[[np.ndarray], np.nd
             ) from None
 
     return dequantise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewTensor:
+    """A tensor to write: its name, shape (rows first) and format, and a call for its numbers."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    values: Callable[[], np.ndarray]
+
+
+def write_gguf(
+    file: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]
+) -> None:
+    """Writes a GGUF file; one tensor is held at a time.
+
+    Args:
+      file: to write; an existing one is overwritten.
+      architecture: llama.cpp's name of it.
+      metadata: more keys and values. Numbers are written as uint32 (int32 if negative) and float32,
+        empty lists are left out.
+      tensors: in the order of the file.
+
+    Raises:
+      UserError: a tensor holds a number that its format cannot.
+    """
+    library = _library()
+    types = library.GGUFValueType
+    with contextlib.closing(library.GGUFWriter(file, architecture)) as writer:
+        for key, value in metadata.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if value != []:
+                kind = types.UINT32 if whole else types.get_type(value)
+                writer.add_key_value(key, value, kind)
+        for tensor in tensors:
+            kind = library.GGMLQuantizationType[tensor.format.upper()]
+            block, size = library.GGML_QUANT_SIZES[kind]
+            nbytes = math.prod(tensor.shape) // block * size
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            encoded = _encoded(library, tensor)
+            try:
+                writer.write_tensor_data(encoded)
+            except OSError as error:  # NumPy's, of a full disk, has no number
+                number = error.errno or errno.ENOSPC
+                raise OSError(number, os.strerror(number)) from error
+
+
+def _encoded(library: Any, tensor: NewTensor) -> np.ndarray:
+    """The numbers of a tensor in its format."""
+    x = np.ascontiguousarray(tensor.values(), np.float32)
+    largest = np.abs(x).max(initial=0)
+    if not np.isfinite(largest):
+        raise UserError(f"{tensor.name}: holds NaN or infinity; the training of it diverged")
+    if largest > LARGEST[tensor.format]:
+        raise UserError(
+            f"{tensor.name}: {largest:g} is too large for {tensor.format}; set --dtype bf16 or f32"
+        )
+    return library.quants.quantize(x, library.GGMLQuantizationType[tensor.format.upper()])

@@ -14,6 +14,41 @@ ARCHITECTURES = {
     "olmo3": "olmo2",
     "granitemoehybrid": "granite",  # where all its layers are attention and none has experts
 }
+"""Families of ours -> llama.cpp's architecture, where that has another name."""
+CASES = (
+    "cohere2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3_text_linear",
+    "glm4",
+    "glm4_no_biases",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_linear",
+    "gpt_neox_sequential",
+    "granite",
+    "granite_plain",
+    "granitemoehybrid",
+    "llama2",
+    "llama3",
+    "llama_linear",
+    "llama_tied_groups",
+    "llama_yarn",
+    "mistral",
+    "olmo2",
+    "olmo2_biases",
+    "olmo3",
+    "olmo3_yarn",
+    "phi3",
+    "phi3_long",
+    "phi3_short",
+    "phi3_window",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Folders of `fixtures/models` for which `write_gguf` knows the metadata."""
 
 
 def write_gguf(folder, path, *, quantise=None, metadata=None, drop=(), tensors=None):

@@ -7,7 +7,7 @@ from typing import Any
 from jaxalign.errors import UserError
 from jaxalign.gguf import read_gguf
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,9 +49,13 @@ def gguf_tokenizer(path: str | Path) -> Any:
     Raises:
       UserError: the file has none, or one that is not supported.
     """
+    return tokenizer_of(read_gguf(path).metadata, path)
+
+
+def tokenizer_of(known: Mapping[str, Any], path: str | Path) -> Any:
+    """The tokenizer in a GGUF file's metadata; the file is named in messages."""
     from transformers import PreTrainedTokenizerFast
 
-    known = read_gguf(path).metadata
     kind = known.get("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in makers:

@@ -6,6 +6,7 @@ Functions take parameters as nested dicts of arrays; the nnx modules hold them f
 from jaxalign.models.config import DecoderConfig, EncoderDecoderConfig, Rope, tempered
 from jaxalign.models.decoder import Decoder, init_model
 from jaxalign.models.encoder_decoder import EncoderDecoder
+from jaxalign.models.gguf_saving import save_gguf
 from jaxalign.models.saving import save_pretrained
 from jaxalign.models.weights import load_pretrained
 
@@ -17,6 +18,7 @@ __all__ = [
     "Rope",
     "init_model",
     "load_pretrained",
+    "save_gguf",
     "save_pretrained",
     "tempered",
 ]

@@ -15,6 +15,8 @@ from jaxalign.models.multimodal import TEXT_FAMILIES, text_fields
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 CONFIG_FILES = ("config.json",)
+QUANTISED = {"gptq": "GPTQ", "awq": "AWQ"}
+"""Names of methods as their authors write them, where config.json has another."""
 
 
 def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:
@@ -87,8 +89,8 @@ def _config(file: Path, text: str) -> ModelConfig:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file}: a JSON object is expected")
-    if fields.get("quantization_config"):
-        raise UserError(f"{file}: quantization_config: quantised weights are not supported")
+    if quantised := fields.get("quantization_config"):
+        raise UserError(f"{file}: quantization_config: {_quantised(quantised)}")
     outer = fields.get("model_type")
     try:
         fields = text_fields(fields)
@@ -105,6 +107,22 @@ def _config(file: Path, text: str) -> ModelConfig:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {type(error).__name__}: {error}") from None
     return dataclasses.replace(config, source=text if family == outer else json.dumps(fields))
+
+
+def _quantised(settings: object) -> str:
+    """Why quantised weights are not supported, and what to load in their place."""
+    fields = settings if isinstance(settings, dict) else {}
+    method = fields.get("quant_method")
+    if method is None and any(fields.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        method = "bitsandbytes"  # of older files, which do not name it
+    name = QUANTISED.get(str(method), str(method or "an unnamed method"))
+    advice = "name the model that was quantised, or a GGUF file of it"
+    if method == "bitsandbytes":
+        advice += (
+            ", or write its weights in full with transformers: "
+            "from_pretrained(FOLDER).dequantize().save_pretrained(NEW)"
+        )
+    return f"weights quantised by {name} are not supported; {advice}"
 
 
 def _unsupported(family: object) -> str:

@@ -17,6 +17,7 @@ from jaxalign.models.rope import rope_frequencies
 PATTERN = "attention.sliding_window_pattern"
 LAYER_NORM = "attention.layer_norm_epsilon"
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+PARTS = re.compile(r"\.(q|k)_proj\.|\.(query_key_value)\.")
 OUTER = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -138,6 +139,34 @@ class Architecture:
         if match[2] not in self.layers:
             return stored
         return f"{self.prefix.format(layer=match[1])}{self.layers[match[2]]}.{match[3]}"
+
+    def stored(self, name: str) -> str:
+        """The reverse of `name`, for names with "{layer}" in place of a layer's number."""
+        stem, _, kind = name.rpartition(".")
+        inner = stem.removeprefix(self.prefix)
+        lead, table = ("", self.outer) if inner == stem else ("blk.{layer}.", self.layers)
+        names = {ours: theirs for theirs, ours in table.items()}
+        return f"{lead}{names[inner]}.{kind}"
+
+    def arranged(self, name: str, x: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+        """A tensor as llama.cpp keeps it: the reverse of `GGUFTensors.read`.
+
+        Args:
+          name: its Hugging Face name.
+          x: the tensor.
+          heads: of queries.
+          kv_heads: of keys and values.
+        """
+        if self.transposed and name.endswith(self.transposed):
+            return x.T
+        if self.norm_offset and name.endswith("norm.weight"):
+            return x + np.float32(self.norm_offset)
+        part = PARTS.search(name)
+        if part is None or not (self.permuted or part[2]):
+            return x
+        if part[2]:
+            return _in_parts(x, heads)
+        return _in_pairs(x, heads if part[1] == "q" else kv_heads)
 
 
 def _shortest(value: Any) -> Any:
@@ -532,7 +561,7 @@ class GGUFTensors:
             return read_tensor(tensor, index[::-1]).T
         if kind.norm_offset and name.endswith("norm.weight"):
             return read_tensor(tensor, index).astype(np.float32) - np.float32(kind.norm_offset)
-        part = re.search(r"\.(q|k)_proj\.|\.(query_key_value)\.", name)
+        part = PARTS.search(name)
         if part is None or not (kind.permuted or part[2]):
             return read_tensor(tensor, index)
         if part[2]:
@@ -547,10 +576,22 @@ def _halved(x: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(x.shape)
 
 
+def _in_pairs(x: np.ndarray, heads: int) -> np.ndarray:
+    """The reverse of `_halved`."""
+    halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
+    return halves.swapaxes(1, 2).reshape(x.shape)
+
+
 def _interleaved(x: np.ndarray, heads: int) -> np.ndarray:
     """Rows (part, head, entry) -> (head, part, entry): GPT-NeoX's queries, keys and values."""
     parts = x.reshape(3, heads, x.shape[0] // heads // 3, *x.shape[1:])
     return parts.swapaxes(0, 1).reshape(x.shape)
+
+
+def _in_parts(x: np.ndarray, heads: int) -> np.ndarray:
+    """The reverse of `_interleaved`."""
+    own = x.reshape(heads, 3, x.shape[0] // heads // 3, *x.shape[1:])
+    return own.swapaxes(0, 1).reshape(x.shape)
 
 
 def generation_fields(path: Path) -> Fields:
@@ -574,3 +615,24 @@ def generation_fields(path: Path) -> Fields:
     }
     fields |= sampling | ({"do_sample": True} if sampling else {})
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def generation_metadata(fields: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Fields:
+    """The reverse of `generation_fields`: suggested sampling, and a second token that ends a turn.
+
+    Args:
+      fields: of generation_config.json; empty if there is none.
+      tokenizer: the tokenizer's metadata.
+    """
+    kept = SAMPLING.items() if fields.get("do_sample") else ()
+    found: Fields = {
+        f"general.sampling.{theirs}": (int if ours == "top_k" else float)(fields[ours])
+        for theirs, ours in kept
+        if fields.get(ours) is not None
+    }
+    tokens, ends = tokenizer["tokenizer.ggml.tokens"], fields.get("eos_token_id")
+    for number in ends if isinstance(ends, list) else []:
+        another = number != tokenizer.get("tokenizer.ggml.eos_token_id")
+        if another and number < len(tokens) and tokens[number] in TURN_ENDS:
+            found["tokenizer.ggml.eot_token_id"] = number
+    return found

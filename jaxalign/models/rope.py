@@ -45,7 +45,7 @@ def rope_frequencies(
         base = rope.theta * stretch ** (width / (width - 2))
         return 1.0 / jnp.power(base, jnp.asarray(exponents)), 1.0
     elif rope.kind == "llama3":
-        frequencies = _llama3(rope, frequencies)
+        frequencies = llama3_frequencies(rope, frequencies)
     elif rope.kind == "yarn":
         return _yarn(rope, width, context_length)
     elif rope.kind == "longrope":
@@ -53,7 +53,7 @@ def rope_frequencies(
     return jnp.asarray(frequencies, jnp.float32), 1.0
 
 
-def _llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+def llama3_frequencies(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     """Long wavelengths are stretched, short ones kept, those between are blended."""
     factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
     context = rope.original_context

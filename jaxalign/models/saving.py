@@ -46,10 +46,10 @@ def save_pretrained(
       The folder.
     """
     folder = Path(folder)
-    params = dict(_leaf_items(model.params))
+    params = dict(leaf_items(model.params))
     shapes = {path: leaf.shape for path, leaf in params.items()}
     scored = "score/kernel" in shapes
-    plan = _save_plan(weight_table(model.config, scored=scored), shapes)
+    plan = save_plan(weight_table(model.config, scored=scored), shapes)
     writer = jax.process_index() == 0
     target = np.dtype(dtype) if dtype is not None else np.dtype(next(iter(params.values())).dtype)
 
@@ -136,15 +136,18 @@ def score_architecture(family: ModuleType) -> str:
     return getattr(family, "SCORE_ARCHITECTURE", usual)
 
 
-def _leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaf_items(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Path ("layers/q/kernel") and array of every leaf."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaf_items(value, f"{prefix}{name}/")
+            yield from leaf_items(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
 
 
-def _save_plan(table, shapes) -> list[tuple[str, Weight, Place]]:
+def save_plan(
+    table: Iterable[Weight], shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, Weight, Place]]:
     """Every tensor to write, in the order of layers."""
     plan: list[tuple[str, Weight, Place]] = [
         (name, w, tuple(at.values()))

@@ -12,12 +12,15 @@ from transformers import AutoTokenizer
 from jaxalign.backends.local import LocalModel, end_tokens
 from jaxalign.cli import main
 from jaxalign.config import TrainConfig
+from jaxalign.data import load_tokenizer
 from jaxalign.evaluation.language_models import language_model
+from jaxalign.gguf import read_gguf
 from jaxalign.models import load_pretrained
 from jaxalign.stages.models import model_of
 from tests.gguf_files import bpe_metadata, write_gguf
 from tests.tiny_model import save_tiny_model
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 EXPERIMENT = """
 from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 
@@ -94,9 +97,44 @@ def test_a_plan_knows_its_architecture(models):
     assert config == load_pretrained("folder").config
 
 
-def test_training_starts_from_it(models, capsys):
-    data = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl"]
+def metadata_of(file):
+    return {key: x for key, x in read_gguf(file).metadata.items() if key.startswith("tokenizer")}
+
+
+def test_training_starts_from_it_and_is_written_as_it_was_read(models, capsys):
+    data = ["--data", "pairs.jsonl", "--eval-data", "pairs.jsonl", "--lora.rank", "2"]
     for name in models:
         flags = ["--model", name, "--name", name.split(".")[0]]
         assert main(["train", "small.py", *data, *flags]) == 0
-    same(load_pretrained("runs/folder/export"), load_pretrained("runs/model/export"))
+    trained = load_pretrained("runs/folder/export")
+    same(trained, load_pretrained("runs/model/export"))
+    for name in ("folder", "model"):
+        assert main(["convert", f"runs/{name}", f"{name}.out.gguf"]) == 0
+        same(trained, load_pretrained(f"{name}.out.gguf"))
+        assert read_gguf(f"{name}.out.gguf").metadata["general.name"] == name
+    assert metadata_of("model.out.gguf") == metadata_of(models[1])
+    capsys.readouterr()
+    assert main(["convert", "runs/model", "model.out.gguf"]) == 2
+    assert "model.out.gguf: exists already; name a file that does not" in capsys.readouterr().err
+    assert main(["convert", "runs/model", "other", "--dtype", "q8_0"]) == 2
+    assert "only GGUF files have q8_0; name a TARGET that ends in" in capsys.readouterr().err
+
+
+def test_convert_writes_it_from_a_folder_and_from_another_file(models, tmp_path, capsys):
+    folder, file = models
+    assert main(["convert", folder, "made.gguf"]) == 0
+    same(load_pretrained("made.gguf"), load_pretrained(folder))
+    before, after = AutoTokenizer.from_pretrained(folder), load_tokenizer("made.gguf")
+    text = "<|begin|>It's 12 caf\u00e9s,\n\n  here <|end|>"
+    assert after(text).input_ids == before(text).input_ids
+    assert after.chat_template == before.chat_template
+    assert end_tokens("made.gguf", len(before)) == [before.eos_token_id]
+    assert main(["convert", file, "half.gguf", "--dtype", "float16"]) == 0
+    assert metadata_of("half.gguf") == metadata_of(file)
+    assert load_pretrained("half.gguf", dtype=None).params["embed"]["embedding"].dtype == "float16"
+    assert main(["convert", folder, "orbax"]) == 0
+    assert main(["convert", "orbax", "other.gguf"]) == 2
+    assert "orbax: an Orbax folder has no tokenizer" in capsys.readouterr().err
+    assert main(["convert", str(FIXTURES / "models" / "glm"), "other.gguf"]) == 2
+    assert "model_type: 'glm' cannot be written as GGUF; cohere2, " in capsys.readouterr().err
+    assert not list(tmp_path.glob("other*"))

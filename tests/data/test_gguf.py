@@ -13,12 +13,16 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxalign.data import load_tokenizer
+from jaxalign.data import embedded_tokenizer, load_tokenizer
+from jaxalign.data.gguf import tokenizer_of
+from jaxalign.data.gguf_writing import check_tokens, tokenizer_metadata
 from jaxalign.errors import UserError
+from jaxalign.gguf import read_gguf
 from tests.gguf_files import add
 
 CORPUS = [
@@ -267,6 +271,111 @@ def test_older_files_of_one_splitting_need_no_name_of_it(tmp_path):
     del metadata["ggml.pre"]
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t.gguf", metadata, "qwen2"))
     assert tokenizer(TEXTS[0]).input_ids == original.encode(TEXTS[0]).ids
+
+
+def fast(backend, **special):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>", **special
+    )
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_a_byte_level_tokenizer_is_described_as_it_is(name):
+    tokenizer = fast(ORIGINALS[name]())
+    expected = vocabulary_of(tokenizer.backend_tokenizer, name)
+    tokenizer.chat_template = expected["chat_template"]
+    metadata = tokenizer_metadata(tokenizer, len(tokenizer) + 2)
+    check_tokens(tokenizer, metadata)
+    tokens = expected["ggml.tokens"]
+    unused = [f"[PAD{len(tokens) + i}]" for i in range(2)]
+    expected |= {"ggml.tokens": tokens + unused, "ggml.add_bos_token": False}
+    expected |= {"ggml.token_type": expected["ggml.token_type"] + [5, 5]}
+    expected |= {"ggml.add_eos_token": False}
+    assert metadata == {f"tokenizer.{key}": value for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_pieces_are_scored_in_the_order_of_their_merges(prefixed, tmp_path, capsys):
+    """Read from scores, saved as merges, described by scores again."""
+    tokens, kinds, scores = sentencepiece_vocabulary()
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": prefixed,
+    }
+    tokenizer_of(metadata, "x").save_pretrained(tmp_path)
+    original = load_tokenizer(tmp_path)
+    written = tokenizer_metadata(original, len(tokens))
+    check_tokens(original, written)
+    assert capsys.readouterr().err == ""
+    for key, value in metadata.items():
+        if not key.endswith("scores"):
+            assert written[key] == value, key
+    again = tokenizer_of(written, "x")
+    for text in (
+        "the cat",
+        "  hat there",
+        "zebra \u2603 cats",
+        "three  \u00e9",
+        "rest   the<keep>",
+    ):
+        assert again(text).input_ids == original(text).input_ids
+    assert tokenizer_metadata(original, len(tokens), original=metadata) == metadata
+
+
+def test_metadata_of_the_file_are_kept_and_made_as_long_as_the_embedding(tmp_path):
+    known = vocabulary_of(ORIGINALS["qwen2"](), "qwen2") | {"ggml.eot_token_id": 3}
+    path = write_tokenizer(tmp_path / "t.gguf", known)
+    original = read_gguf(path).metadata
+    load_tokenizer(path).save_pretrained(tmp_path / "folder")
+    tokenizer = load_tokenizer(tmp_path / "folder")
+    rows = len(known["ggml.tokens"])
+    expected = {key: value for key, value in original.items() if key.startswith("tokenizer")}
+    assert tokenizer_metadata(tokenizer, rows, original=original) == expected
+    tokenizer.chat_template = {"default": "a", "tools": "b"}
+    longer = tokenizer_metadata(tokenizer, rows + 1, original=original)
+    assert longer["tokenizer.ggml.tokens"][rows:] == [f"[PAD{rows}]"]
+    assert longer["tokenizer.ggml.token_type"][rows:] == [5]
+    assert longer["tokenizer.chat_template"] == "a"
+    assert longer["tokenizer.chat_template.tools"] == "b"
+    other = tokenizer_metadata(embedded_tokenizer(), rows, original=original)
+    assert "tokenizer.ggml.eot_token_id" not in other  # of another vocabulary
+
+
+def test_tokenizers_that_cannot_be_written_are_named():
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
+    prefixed = byte_level(use_regex=True)
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    twice = byte_level(use_regex=True)
+    twice.post_processor = processors.TemplateProcessing(
+        single="<|begin|> <|turn|> $A",
+        special_tokens=[(one, twice.token_to_id(one)) for one in ("<|begin|>", "<|turn|>")],
+    )
+    for backend, message in (
+        (unigram, "tokenizer: Unigram cannot be written as GGUF; byte-level BPE and"),
+        (byte_level(regex(r"\w+")), "tokenizer: it splits text in a way for which .* gpt-2, olmo"),
+        (prefixed, "tokenizer: it splits text in a way for which"),
+        (twice, "tokenizer: it adds tokens around a text that are not its beginning"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            tokenizer_metadata(fast(backend), 500)
+        assert "\n" not in str(error.value)
+
+
+def test_other_tokens_are_noticed(capsys):
+    tokenizer = fast(byte_level(use_regex=True))
+    tokenizer.chat_template = "<|turn|>"
+    metadata = tokenizer_metadata(tokenizer, len(tokenizer))
+    with pytest.raises(UserError, match=r"in the form that GGUF has, .* has other tokens"):
+        check_tokens(tokenizer, metadata | {"tokenizer.ggml.merges": []})
+    kinds = [1 if kind == 3 else kind for kind in metadata["tokenizer.ggml.token_type"]]
+    check_tokens(tokenizer, metadata | {"tokenizer.ggml.token_type": kinds})
+    assert "beside '<|turn|>', texts in GGUF's form can have other" in capsys.readouterr().err
 
 
 @pytest.mark.weights

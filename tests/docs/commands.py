@@ -27,6 +27,7 @@ PAGES = {
 NAMES = {
     "SmolLM2-135M-Instruct.Q4_1.gguf": "MINE/model.gguf",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "MINE/model",
+    "SmolLM2-135M-Instruct": "MINE/model",
     "babyllama105": "MINE/plain",
     "FOLDER": "MINE/model",
     "[FOLDER ...]": "MINE/plain",
@@ -127,7 +128,7 @@ NOT_RUN = {
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
     r"|python -m benchmarks\.(step_parts)": "fetches PyTorch and TRL to compare with",
-    r"python -m benchmarks\.(int8_weights|gguf_files) .*": "needs the weights of a real model",
+    r"python -m benchmarks\.int8_weights .*": "needs the weights of a real model",
     r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/test_gpu.py rehearses it",
     r"python -m venv .*": "needs the network",
     r"python tests/fixtures/make_\w+\.py .*": "needs PyTorch",

@@ -15,42 +15,9 @@ from jaxalign.errors import UserError
 from jaxalign.gguf import StoredTensor, read_gguf, read_tensor
 from jaxalign.models import DecoderConfig, init_model, load_pretrained, save_pretrained
 from jaxalign.models.gguf import GGUFTensors, config_fields, generation_fields
-from tests.gguf_files import write_gguf
+from tests.gguf_files import CASES, write_gguf
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
-CASES = (
-    "cohere2",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3_text_linear",
-    "glm4",
-    "glm4_no_biases",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox_linear",
-    "gpt_neox_sequential",
-    "granite",
-    "granite_plain",
-    "granitemoehybrid",
-    "llama2",
-    "llama3",
-    "llama_linear",
-    "llama_tied_groups",
-    "llama_yarn",
-    "mistral",
-    "olmo2",
-    "olmo2_biases",
-    "olmo3",
-    "olmo3_yarn",
-    "phi3",
-    "phi3_long",
-    "phi3_short",
-    "phi3_window",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
 TYPES = sorted(gguf.quants._type_traits, key=lambda kind: kind.value)  # the library has no list
 QUANTISABLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
 

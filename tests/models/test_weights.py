@@ -314,3 +314,24 @@ def test_adapters_that_are_not_finite_are_named(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=f"{name}: holds NaN or infinity"):
         load_adapters(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes .*dequantize"),
+        ({"load_in_8bit": True}, "bitsandbytes .*dequantize"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ .*name the model that was quantised"),
+        ({"quant_method": "awq", "bits": 4}, "AWQ .*name the model that was quantised"),
+        ({"quant_method": "fp8"}, "fp8 .*or a GGUF file of it"),
+        ({"bits": 4}, "an unnamed method .*or a GGUF file of it"),
+    ],
+)
+def test_quantised_folders_are_refused_by_the_name_of_the_method(settings, message, tmp_path):
+    fields = json.loads((FIXTURES / "models/llama2/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": settings}))
+    with pytest.raises(
+        UserError, match=rf"config\.json: quantization_config: .* {message}"
+    ) as error:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
