@@ -19,6 +19,7 @@ changes.
 
 import concurrent.futures
 import functools
+import itertools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ def main(options: Options) -> None:
         made = weights_of(options, policy, shapes)
         rows.append(measure(weights, compiled[weights], state, made, batch, options))
         del made
-        print(table(HEADER, [line(rows[-1], rows[0])[: len(HEADER)]]), flush=True)
+        cells = zip(HEADER[1:], line(rows[-1], rows[0])[1:], strict=False)
+        print(f"{weights}: " + ", ".join(f"{name} {x}" for name, x in cells), flush=True)
         content = {"machine": facts, "options": asdict(options), "rows": [asdict(x) for x in rows]}
         write_json(options.json, jax.tree.map(_plain, content))
     print()
@@ -168,7 +170,7 @@ def batch_of(options: Options, config: DecoderConfig) -> ReferencedBatch:
         return entanglement.random_batch(
             entanglement.Options(vocabulary=config.vocab_size, **sizes)
         )
-    records = preference_records(str(options.data))
+    records = itertools.islice(preference_records(str(options.data)), 2 * options.pairs)
     pairs, _ = tokenize_pairs(
         records, load_tokenizer(options.model), max_length=options.length, chat="always"
     )

@@ -39,31 +39,41 @@ def values(run):
     return [{key: x for key, x in line.items() if key not in TIMES} for line in lines]
 
 
-def test_a_run_of_two_stages_resumes_bit_by_bit_and_exports_onto_the_loaded_weights(folder, capfd):
-    """On a mesh, in micro-batches, with probes; the second stage starts from the merged model."""
+def test_a_run_resumes_bit_by_bit_and_exports_onto_the_loaded_weights(folder, capfd):
+    flags = [*NF4, "--sft.steps", "0", "--preference.steps", "2", "--preference.save-every", "1"]
+    check_resumed(folder, flags, capfd)
+
+
+@pytest.mark.slow
+def test_two_stages_on_a_mesh_in_micro_batches_with_probes_do_too(folder, capfd):
+    """The second stage starts from the merged model."""
     flags = [*NF4, "--mesh.fsdp", "2", "--mesh.tensor", "2", "--preference.micro-batches", "2"]
     flags += ["--entanglement.every", "2", "--preference.save-every", "2", "--dtype", "bfloat16"]
+    lines = check_resumed(folder, flags, capfd)
+    assert {line["stage"] for line in lines} == {"sft", "preference"}
+    assert any("entanglement" in key for line in lines for key in line)
+
+
+def check_resumed(folder, flags, capfd):
+    """Train, drop the last checkpoint and resume; the metrics of the run."""
     assert train(*flags) == 0
     assert "export: adapters trained over nf4 weights are merged" in capfd.readouterr().err
     run = folder / "runs" / "small"
     whole, exported = values(run), (run / "export" / "model.safetensors").read_bytes()
-    stages = {line["stage"] for line in whole}
-    assert stages == {"sft", "preference"}
-    assert any("entanglement" in key for line in whole for key in line)
-    shutil.rmtree(run / "checkpoints" / "preference" / "3")
+    model, step = run_model(run, None, None)
+    shutil.rmtree(run / "checkpoints" / "preference" / str(step))
     shutil.rmtree(run / "export")
     assert train(*flags) == 0
     assert values(run) == whole
     assert (run / "export" / "model.safetensors").read_bytes() == exported
 
-    model, step = run_model(run, None, None)
-    assert step == 3
     base = run_base(run, model.config)
     adapters, scale, _ = load_adapters(run / "adapter", model.config)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
     export = load_pretrained(run / "export").params
     jax.tree.map(close, export, merge(base, adapters, scale))
     jax.tree.map(close, export, model.params)
+    return whole
 
 
 @pytest.mark.slow
