@@ -60,11 +60,14 @@ def product(
       x: one row per token, so that the kernel's gradient is a product of two matrices, too.
       kernel: in any float dtype, or quantised, and then without a gradient.
     """
-    is_quantised, on_cpu = isinstance(kernel, QuantisedMatrix), _on_cpu(x.dtype)
-    if is_quantised or on_cpu:
-        y = _quantised_product(x, kernel) if is_quantised else _bfloat16_product(x, kernel)
-        return named(y, SAVED) if on_cpu else y
-    return multiply(x, kernel.astype(x.dtype))
+    on_cpu = _on_cpu(x.dtype)
+    if isinstance(kernel, QuantisedMatrix):
+        y = _quantised_product(x, kernel)
+    elif on_cpu:
+        y = _bfloat16_product(x, kernel)
+    else:
+        return multiply(x, kernel.astype(x.dtype))
+    return named(y, SAVED) if on_cpu else y
 
 
 def transposed_product(
