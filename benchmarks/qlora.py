@@ -171,9 +171,7 @@ def batch_of(options: Options, config: DecoderConfig) -> ReferencedBatch:
             entanglement.Options(vocabulary=config.vocab_size, **sizes)
         )
     records = itertools.islice(preference_records(str(options.data)), 2 * options.pairs)
-    pairs, _ = tokenize_pairs(
-        records, load_tokenizer(options.model), max_length=options.length, chat="always"
-    )
+    pairs, _ = tokenize_pairs(records, load_tokenizer(options.model), max_length=options.length)
     pair_batch = next(iter(pair_batches(pairs, buckets=1, batch_size=options.pairs, shuffle=False)))
     return ReferencedBatch(pairs=jax.tree.map(jnp.asarray, pair_batch), reference=None)
 
