@@ -60,7 +60,7 @@ def test_a_step_is_that_over_the_dequantised_weights(world, kind):
     jax.tree.map(close, found, expected)
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), found[0].params, adapters)
     assert min(jax.tree.leaves(moved)) > 1e-5
-    reference = objective.of_reference(batch.pairs, small)
+    reference = jax.jit(objective.of_reference)(batch.pairs, small)
     np.testing.assert_allclose(reference, dense_log_probs(plain, batch.pairs), rtol=1e-4)
     rounded = np.abs(reference - dense_log_probs(base, batch.pairs)).max()
     assert rounded > 1e-4  # the two kinds of weights are not the same
