@@ -43,6 +43,7 @@ TEST = [
     "hypothesis>=6",
     "openai>=2",
     "setuptools>=77",
+    "qwix>=0.1.8",  # what NF4 is compared with
 ]
 EXTRAS = {
     "cuda": ["jax[cuda13]"],

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from jaxalign.config.fields import AtLeastOne, BelowOne, Count, Parts, Positive, Range
 from jaxalign.errors import UserError
@@ -40,6 +40,11 @@ class LoraConfig:
     """Probability that an input feature of an adapter is dropped in training."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Names of the matrices that get an adapter; patterns with * are allowed."""
+    weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """How the devices store a decoder's frozen weights under the adapters. int8 and nf4 (QLoRA,
+    arXiv:2305.14314) quantise the matrices of its layers, which are dequantised in their products;
+    embeddings and head are stored in the `dtype` of the computation. The loaded weights stay in
+    host memory, where the adapters are merged into them."""
 
     @property
     def scale(self) -> float:
@@ -80,6 +85,23 @@ def check_architecture(shape: ArchitectureConfig) -> None:
         raise UserError(
             f"architecture.heads: {shape.heads} is not a multiple of architecture.kv_heads: "
             f"{shape.kv_heads}"
+        )
+
+
+def check_lora(name: str, lora: LoraConfig) -> None:
+    """Check that weights are stored in fewer bits only under adapters.
+
+    Args:
+      name: of the field, for messages.
+      lora: its value.
+
+    Raises:
+      UserError: names the field.
+    """
+    if lora.weights != "float32" and not lora.rank:
+        raise UserError(
+            f"{name}.weights: {lora.weights} is for frozen weights under adapters; set "
+            f"--{name}.rank, or float32"
         )
 
 

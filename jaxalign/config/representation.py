@@ -69,6 +69,11 @@ def check_representation(stage: RepresentationConfig) -> None:
     alignment = stage.alignment
     if alignment.lora.rank < 1:
         raise UserError("alignment.lora.rank: 0, but this stage trains adapters; use 8")
+    if alignment.lora.weights != "float32":
+        raise UserError(
+            f"alignment.lora.weights: {alignment.lora.weights} is not implemented for this stage; "
+            "set float32"
+        )
     if stage.runs and alignment.method == "dual" and alignment.negative_model is None:
         raise UserError(
             "alignment.negative_model: dual compares two models; name the folder of the one "

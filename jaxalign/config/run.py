@@ -21,6 +21,7 @@ from jaxalign.config.model import (
     LoraConfig,
     MeshConfig,
     check_architecture,
+    check_lora,
     check_mesh,
 )
 from jaxalign.config.online import OnlineConfig
@@ -137,6 +138,7 @@ class TrainConfig:
         check_feedback(self.feedback)
         check_representation(self.representation)
         check_architecture(self.architecture)
+        check_lora("lora", self.lora)
         check_mesh("mesh", vars(self.mesh))
         check_mesh("rollout.mesh", self.online.rollout.mesh)
         self._check_together()
@@ -158,6 +160,12 @@ class TrainConfig:
                 )
             if self.representation.runs:
                 raise UserError(f"representation.steps: {loss} trains no policy to align; set 0")
+        for name in ("online", "representation"):
+            if self.lora.weights != "float32" and getattr(self, name).runs:
+                raise UserError(
+                    f"lora.weights: {self.lora.weights} is not implemented for the {name} stage; "
+                    "set float32, or run that stage in a run of its own"
+                )
         if self.lora.rank and self.preference.reference_rate != 1.0:
             raise UserError(
                 "reference_rate: a mean of two sets of adapters has another rank; set 1, or "

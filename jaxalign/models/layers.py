@@ -29,10 +29,10 @@ def dense(x: Float[Array, "... inputs"], params: Mapping[str, Any]) -> Float[Arr
     Args:
       x: inputs, [..., inputs].
       params: {"kernel": [inputs, outputs], "bias"?: [outputs], "adapter"?} in any float dtype, or
-        the kernel as an `Int8Matrix`; with a "probe", the gradients of kernel and bias are watched
-        (`probes`). The adapter (`lora.with_adapters`) is {"a": [inputs, rank],
-        "b": [rank, outputs], "scale": s}; with "dropout_key" and "dropout_rate" its input is
-        dropped (`lora.with_dropout`), with a "probe" it is watched.
+        the kernel as an `Int8Matrix` or a `QuantisedMatrix`; with a "probe", the gradients of
+        kernel and bias are watched (`probes`). The adapter (`lora.with_adapters`) is {"a":
+        [inputs, rank], "b": [rank, outputs], "scale": s}; with "dropout_key" and "dropout_rate" its
+        input is dropped (`lora.with_dropout`), with a "probe" it is watched.
 
     Returns:
       [..., outputs] in the dtype of `x`.

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxalign.models import devices, gram_kernel, products
 from jaxalign.models.precision import precision
+from jaxalign.models.quantised import QuantisedMatrix
 from jaxalign.records import AnyArray, record, static
 
 # Operations that cost as much as one access to an element in memory.
@@ -78,14 +79,14 @@ class Probe:
 
 def matmul(
     x: Float[Array, "rows *length inputs"],
-    kernel: Float[Array, "inputs outputs"],
+    kernel: Float[Array, "inputs outputs"] | QuantisedMatrix,
     probe: Probe | None = None,
 ) -> Float[Array, "rows *length outputs"]:
     """Product x W in the dtype of `x`; with a probe, the pairs' Gram matrices of W's gradients."""
     return _product(x, kernel) if probe is None else _matmul(x, kernel, probe)
 
 
-def _product(x: Array, kernel: Array) -> Array:
+def _product(x: Array, kernel: Array | QuantisedMatrix) -> Array:
     # One row per token: the kernel's gradient is then a plain product, too, which is faster on a
     # CPU than a contraction over two axes.
     y = products.product(x.reshape(-1, x.shape[-1]), kernel)

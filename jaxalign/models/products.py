@@ -8,9 +8,9 @@ On accelerators and in float32 they are plain products. In bfloat16 on a CPU:
   rounded to bfloat16, and :math:`x^T` in :math:`dW = x^T dy` is written to memory first.
 - Without such units both operands are converted to float32.
 
-In both forms the gradients of W are summed and returned in float32. `python -m
-benchmarks.step_parts` measures these forms; `tests/models/test_products.py` finds them in the
-compiled program.
+In both forms the gradients of W are summed and returned in float32. A quantised W is dequantised in
+each product, and again for the gradient of x, the only one. `python -m benchmarks.step_parts`
+measures these forms; `tests/models/test_products.py` finds them in the compiled program.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jaxalign.models import devices
 from jaxalign.models.differentiation import with_reverse_rule
 from jaxalign.models.precision import multiply, precision
+from jaxalign.models.quantised import QuantisedMatrix, dequantise
 
 SAVED = "product"
 """Name of the results that rematerialisation saves where it saves matrix products."""
@@ -51,17 +52,22 @@ _as_integers = with_reverse_rule(_same, _keep, lambda name, _, dx: (dx,), (0,))
 
 
 def product(
-    x: Float[Array, "tokens inputs"], kernel: Float[Array, "inputs outputs"]
+    x: Float[Array, "tokens inputs"], kernel: Float[Array, "inputs outputs"] | QuantisedMatrix
 ) -> Float[Array, "tokens outputs"]:
     """The product x W, computed in the dtype of `x`.
 
     Args:
       x: one row per token, so that the kernel's gradient is a product of two matrices, too.
-      kernel: in any float dtype.
+      kernel: in any float dtype, or quantised, and then without a gradient.
     """
-    if _on_cpu(x.dtype):
-        return named(_bfloat16_product(x, kernel), SAVED)
-    return multiply(x, kernel.astype(x.dtype))
+    on_cpu = _on_cpu(x.dtype)
+    if isinstance(kernel, QuantisedMatrix):
+        y = _quantised_product(x, kernel)
+    elif on_cpu:
+        y = _bfloat16_product(x, kernel)
+    else:
+        return multiply(x, kernel.astype(x.dtype))
+    return named(y, SAVED) if on_cpu else y
 
 
 def transposed_product(
@@ -150,3 +156,19 @@ def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
 
 
 _bfloat16_product = with_reverse_rule(_rounded, _forward, _backward)
+
+
+def _dequantised(x: Array, matrix: QuantisedMatrix) -> Array:
+    kernel = dequantise(matrix, x.dtype)
+    return _rounded(x, kernel) if _on_cpu(x.dtype) else multiply(x, kernel)
+
+
+def _dequantised_forward(x: Array, matrix: QuantisedMatrix) -> tuple[Array, QuantisedMatrix]:
+    return _dequantised(x, matrix), matrix
+
+
+def _dequantised_backward(matrix: QuantisedMatrix, dy: Array) -> tuple[Array, None]:
+    return transposed_product(dy, dequantise(matrix, dy.dtype)), None
+
+
+_quantised_product = with_reverse_rule(_dequantised, _dequantised_forward, _dequantised_backward)

@@ -100,6 +100,8 @@ def _what(planned: UncompiledPlan) -> str:
     config, lora = planned.config, planned.kind.adapters(planned.config)
     model = "a model with random weights" if config.model == "embedded" else config.model
     adapters = "" if lora is None else f", adapters of rank {lora.rank}"
+    if lora is not None and lora.weights != "float32":
+        adapters += f" over {lora.weights} weights"
     return f"{planned.stage.method} on {model}{adapters}"
 
 

@@ -206,7 +206,7 @@ def draft(
     if shapes is None:
         shapes = shapes_of(kind.build(config, model_config), model_config)
     if config.remat == "auto":
-        used = bytes_on_device(placed_parameters(shapes.params, mesh))
+        used = bytes_on_device(placed_parameters(shapes.resident, mesh))
         free = None if chip.memory is None else chip.memory - used
         remat, _ = choose_remat(
             kind, config, model_config, shapes, mesh, platform=platform, free=free

@@ -32,7 +32,14 @@ from jaxalign.sharding import make_mesh, place, row_parts
 from jaxalign.sharding.processes import data_shard, in_turn
 from jaxalign.stages import KINDS, Kind, RunContext, kinds_of
 from jaxalign.stages.inputs import Inputs, check_tokens, load_tokenizer_for
-from jaxalign.stages.models import as_model, initial_model, stage_folder, write_model_config
+from jaxalign.stages.models import (
+    as_model,
+    home_of,
+    initial_model,
+    keep,
+    stage_folder,
+    write_model_config,
+)
 from jaxalign.stages.rematerialisation import with_remat
 from jaxalign.stages.run import run
 from jaxalign.stages.scores import check_start
@@ -99,8 +106,10 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
         for kind in kinds:
             params, trained = run(kind, with_remat(kind, context), params)
             if trained is not None:  # so the next stage's reference is this result
-                params = place(merge(params, trained, config.lora.scale), mesh)
+                params = merged(params, trained, config, mesh)
                 adapters.append(trained)
+            elif (home := home_of(config, mesh)) is not mesh:
+                params = keep(params, home)
     finally:
         for writer in context.writers:
             writer.close()
@@ -108,6 +117,14 @@ def _train(config: TrainConfig, kinds: Sequence[Kind], mesh: Mesh, folder: Path)
         export(context, params, adapters)
     if is_main:
         write_report([read_run(folder)], folder / "report")
+
+
+def merged(params: Any, trained: Any, config: TrainConfig, mesh: Mesh) -> Any:
+    """The result of a stage with adapters, where the run keeps its model."""
+    home = home_of(config, mesh)
+    if home is mesh:
+        return place(merge(params, trained, config.lora.scale), mesh)
+    return merge(keep(params, home), keep(trained, home), config.lora.scale)
 
 
 def warn_of_rates(config: TrainConfig, params: Any) -> None:
@@ -203,6 +220,11 @@ def export(context: RunContext, params: Any, adapters: Sequence[Any]) -> None:
             dropout=lora.dropout,
             base_model=None if changed else config.model,
             head=params.get(SCORE),
+        )
+    if adapters and lora.weights != "float32" and jax.process_index() == 0:
+        notice(
+            f"export: adapters trained over {lora.weights} weights are merged into the float32 "
+            "weights; its log-probs are not exactly those of the run"
         )
     folder = context.folder / "export"
     if jax.process_index() == 0 and folder.exists():

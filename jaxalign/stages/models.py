@@ -26,9 +26,9 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.folders import CONFIG_FILES, find_model, read_config
 from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
-from jaxalign.models.saving import hf_config
+from jaxalign.models.saving import hf_config, to_host
 from jaxalign.models.score import SCORE, ScoreModel
-from jaxalign.sharding import place
+from jaxalign.sharding import make_mesh, place
 
 if TYPE_CHECKING:
     from jaxalign.stages.kind import RunContext
@@ -123,20 +123,53 @@ def vocabulary_of(config: TrainConfig) -> int:
     return config.architecture.vocabulary if config.pretrain.text else len(embedded_tokenizer())
 
 
+def home_of(config: TrainConfig, mesh: Mesh) -> Mesh:
+    """Where a run keeps the model that its stages start from and leave.
+
+    This is the mesh; or the CPU, if the devices store frozen weights in fewer bits and have no
+    memory for them in float32.
+
+    Raises:
+      UserError: JAX has no CPU.
+    """
+    if config.lora.weights == "float32":
+        return mesh
+    try:
+        return make_mesh(devices=jax.local_devices(backend="cpu")[:1])
+    except RuntimeError:
+        raise UserError(
+            f"lora.weights: {config.lora.weights} needs JAX's CPU beside the accelerator for the "
+            "float32 weights; add ,cpu to JAX_PLATFORMS"
+        ) from None
+
+
+def keep(params: Any, home: Mesh) -> Any:
+    """Copy parameters to the place where a run keeps its model, from the devices of a mesh."""
+    local = set(home.devices.flat)
+
+    def kept(leaf: Any) -> Any:
+        is_there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == local
+        return leaf if is_there else place(to_host(leaf), home)
+
+    return jax.tree.map(kept, params)
+
+
 def initial_model(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Any, Any]:
-    """The architecture and the initial float32 parameters on the mesh.
+    """The architecture and the initial float32 parameters, where the run keeps them (`home_of`).
 
     Raises:
       UserError: there is no such model, or adapters without a model.
     """
     if config.adapter is not None and config.model == "embedded":
         raise UserError("adapter: needs the model on which it was trained; set --model")
+    home = home_of(config, mesh)
     if config.model != "embedded":
-        model = load_pretrained(config.model, dtype=jnp.float32, mesh=mesh)
-        return model.config, place(with_adapter(config, model.config, model.params), mesh)
+        model = load_pretrained(config.model, dtype=jnp.float32, mesh=home)
+        params = with_adapter(config, model.config, model.params)
+        return model.config, place(params, mesh) if home is mesh else keep(params, home)
     model_config = embedded_config(config.architecture, len(tokenizer))
     params = init_params(model_config, jax.random.key(config.seed))
-    return model_config, place(params, mesh)
+    return model_config, place(params, home)
 
 
 def load_like(context: "RunContext", field: str, folder: str) -> Any:

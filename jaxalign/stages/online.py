@@ -225,6 +225,7 @@ def build(config: TrainConfig, model_config: ModelConfig) -> Stage:
         probe_every=statistics.every,
         adapter_scale=policy.adapter_scale,
         trained=with_critic if has_critic else trained,
+        stored=functools.partial(parts.stored_weights, policy),
         frozen=parts.with_reference(adapters),
         kept=parts.without([SCORE] if has_critic else []),
         largest_batch=lambda platform, response: largest_rollout(config, objective),

@@ -14,6 +14,7 @@ from jaxalign.config import LoraConfig, StageConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.models.config import DecoderConfig, ModelConfig
 from jaxalign.models.lora import init_adapters
+from jaxalign.models.quantised import in_fewer_bits
 from jaxalign.sharding import shard_batch
 from jaxalign.stages.inputs import TokenizedData, count_computed, count_tokens
 from jaxalign.stages.kind import Outcome, RunContext
@@ -33,15 +34,33 @@ def run_adapters(config: TrainConfig) -> LoraConfig | None:
 def make_policy(
     config: TrainConfig, model_config: ModelConfig, adapters: LoraConfig | None
 ) -> Policy:
-    """The policy of a stage."""
+    """The policy of a stage.
+
+    Raises:
+      UserError: its config does not suit the architecture.
+    """
+    if adapters is not None and adapters.weights != "float32":
+        _check_quantised(adapters.weights, model_config)
     return Policy(
         config=_balanced(config, model_config),
         adapter_scale=None if adapters is None else adapters.scale,
         adapter_dropout=0.0 if adapters is None else adapters.dropout,
+        weights="float32" if adapters is None else adapters.weights,
         remat="none" if config.remat == "auto" else config.remat,  # decided before any step
         dtype=jnp.dtype(config.dtype),
         attention=config.attention,
     )
+
+
+def _check_quantised(weights: str, model_config: ModelConfig) -> None:
+    """Raise `UserError` if a model's weights cannot be stored in fewer bits."""
+    if not isinstance(model_config, DecoderConfig):
+        what = "encoder-decoders"
+    elif model_config.experts is not None:
+        what = "mixtures of experts"
+    else:
+        return
+    raise UserError(f"lora.weights: {weights} is not implemented for {what}; set float32")
 
 
 def _balanced(config: TrainConfig, model_config: ModelConfig) -> ModelConfig:
@@ -123,6 +142,7 @@ def plain_stage(
         "optimizer": optimizer,
         "schedule": schedule,
         "step": plain_step(settings, objective, optimizer, **options),
+        "stored": functools.partial(stored_weights, objective.policy),
         "adapter_scale": objective.policy.adapter_scale,
     }
 
@@ -159,6 +179,19 @@ def trained_parameters(adapters: LoraConfig | None, key: jax.Array) -> Callable[
         return init_adapters(params, key, rank=adapters.rank, targets=adapters.targets)
 
     return trained
+
+
+def stored_weights(policy: Policy, params: Params, place: Callable[[Params], Params]) -> Params:
+    """The frozen parameters under a policy's adapters as the devices store them.
+
+    Args:
+      policy: says how.
+      params: of the model, or their shapes.
+      place: copies new ones to the devices.
+    """
+    if policy.weights == "float32":
+        return params
+    return place(in_fewer_bits(params, policy.weights, policy.dtype))
 
 
 def no_reference(adapters: LoraConfig | None) -> Callable[..., dict[str, Params]]:

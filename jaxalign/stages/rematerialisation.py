@@ -116,10 +116,15 @@ def layers_of(model_config: ModelConfig) -> int:
 
 
 def _other_bytes(shapes: Shapes, mesh: Mesh) -> int:
-    """Bytes on a device of gradients, updates, optimiser state and reference."""
-    state, fixed = shapes.state, shapes.frozen["reference"]
-    trained, moments, moving, reference = (
+    """Bytes on a device of gradients, updates, optimiser state and frozen parameters.
+
+    A reference counts although it may be the parameters themselves.
+    """
+    state, fixed = shapes.state, shapes.frozen
+    if shapes.resident is not None:
+        fixed = fixed["reference"]
+    trained, moments, moving, frozen = (
         bytes_on_device(placed_parameters(tree, mesh))
         for tree in (state.params, state.opt_state, state.reference, fixed)
     )
-    return 2 * trained + moments + moving + reference
+    return 2 * trained + moments + moving + frozen

@@ -35,7 +35,7 @@ def run(kind: Kind, context: RunContext, params: Params) -> Outcome:
     put = functools.partial(place, mesh=mesh)
     params = stage.begin(params, put)
     trained = stage.trained(params)
-    frozen = stage.frozen(params, put, functools.partial(load_like, context))
+    frozen = stage.frozen(stage.stored(params, put), put, functools.partial(load_like, context))
     feed = kind.feed(context, stage, params, frozen)
     with Checkpoints(stage_folder(context.folder, stage.name)) as checkpoints:
         state = begin_or_resume(stage, trained, feed, checkpoints, mesh, seed=config.seed)

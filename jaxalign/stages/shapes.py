@@ -18,6 +18,8 @@ class Shapes:
 
     params: Structs
     """Initial parameters."""
+    resident: Structs
+    """Those of them that are on the devices before the stage begins."""
     state: TrainState
     frozen: dict[str, Structs]
 
@@ -43,8 +45,14 @@ def shapes_of(stage: Stage, model_config: ModelConfig) -> Shapes:
         )
 
     params = jax.eval_shape(begin, parameter_structs(model_config))
-    frozen = stage.frozen(params, _copy, lambda field, folder: _copy(params))
-    return Shapes(params=params, state=jax.eval_shape(state, params), frozen=frozen)
+    stored = stage.stored(params, _copy)
+    frozen = stage.frozen(stored, _copy, lambda field, folder: _copy(params))
+    return Shapes(
+        params=params,
+        resident=params if stored is params else None,
+        state=jax.eval_shape(state, params),
+        frozen=frozen,
+    )
 
 
 def _copy(tree: Structs) -> Structs:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,8 @@ class Policy:
     """alpha / rank of the adapters; None: all parameters are trained."""
     adapter_dropout: float = 0.0
     """Probability that an adapter's input feature is dropped in training."""
+    weights: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
+    """How the frozen weights below the adapters are stored."""
     remat: str = "none"
     dtype: Any = None
     """Computation dtype; None: that of the parameters."""

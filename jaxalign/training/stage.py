@@ -114,8 +114,10 @@ class Stage:
     """(parameters of the previous stage, function that places new ones) -> initial parameters."""
     trained: Callable[[Params], Params]
     """Initial parameters -> trained parameters."""
+    stored: Callable[[Params, Callable[[Params], Params]], Params] = lambda params, place: params
+    """(initial parameters, function that places new ones) -> the same as frozen ones are stored."""
     frozen: Callable[[Params, Callable[[Params], Params], Callable[[str, str], Params]], dict]
-    """(parameters, function that copies them, function that loads another model by field and
+    """(stored parameters, function that copies them, function that loads another model by field and
     folder) -> what a step reads and never changes."""
     kept: Callable[[Params], Params] = lambda trained: trained
     """Trained parameters -> those kept after the stage, without mask and critic."""

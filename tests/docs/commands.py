@@ -87,6 +87,7 @@ ADDED = {
     r"benchmarks\.entanglement": "--size 1M --length 16 --pairs 2 --rounds 1 --vocabulary 500",
     r"benchmarks\.group_entanglement": "--size 1M --length 16 --rounds 1 --vocabulary 500",
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
+    r"benchmarks\.qlora": "--size 1M --length 64 --pairs 1 --skip 1 --steps 1",
     r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
     r"benchmarks\.packed_probes": "--max-length 64 --batch-size 4 --steps 1",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "
