@@ -223,14 +223,16 @@ def padded_positions(
     return float(batches.batch_size * np.mean(each))
 
 
-def padded_fraction(
+def epoch_positions(
     pairs: TokenizedExamples,
     *,
     buckets: int | Sequence[int] = 4,
     joint_share: float = 0.0,
     **order: Any,
-) -> float:
-    """Fraction of the positions of an epoch that are padding, copies in its last batch included.
+) -> tuple[int, int]:
+    """Tokens of an epoch, and positions that the network computes for them.
+
+    The others are padding, or copies that fill the last batch.
 
     Args:
       pairs: as in `pair_batches`.
@@ -248,7 +250,7 @@ def padded_fraction(
         length, _, joint = shape_of(members)
         computed += batches.batch_size * (joint or pairs.sides * length)
         real += int((whole - common if joint else whole)[members].sum())
-    return 1 - real / computed
+    return real, computed
 
 
 def _pair_shapes(

@@ -289,19 +289,20 @@ def packer_of(examples: TokenizedExamples, packing: Packing, **options: Any) -> 
     return Packer(order, packing, lambda members: sizes[members], apart)
 
 
-def packed_fraction(examples: TokenizedExamples, packing: Packing, **options: Any) -> float:
-    """Fraction of the positions of `packed_batches` that are padding.
+def packed_positions(
+    examples: TokenizedExamples, packing: Packing, **options: Any
+) -> tuple[float, float]:
+    """Mean tokens of a batch of `packed_batches`, and positions that the network computes for it.
 
     Args:
       examples: pairs or single responses.
-      packing: number of rows.
-      **options: as in `packed_batches`; NaN where its rows cannot share a batch equally.
+      packing: number of rows, which share a batch equally.
+      **options: as in `packed_batches`.
     """
     packer = packer_of(examples, packing, **options)
-    if packer.room is None:
-        return float("nan")
+    assert packer.room is not None
     real = packer.order.batch_size * packed_sizes(examples)[:, 0].mean()
-    return float(1 - real / (packing.rows * packer.room[0]))
+    return float(real), float(packing.rows * packer.room[0])
 
 
 def packed_batches(
