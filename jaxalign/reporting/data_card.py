@@ -24,7 +24,7 @@ PALE = "#c8ccd2"
 """The colour of padding."""
 OPEN, CLOSE = "⟦", "⟧"
 """Around scored tokens in the terminal."""
-Numbers = Shaped[np.ndarray, " numbers"]
+Numbers = Shaped[np.ndarray, "..."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def _prompt_lengths(cards: Sequence[DataCard], sources: Sequence[str]) -> Chart:
         _histogram(own, edges, label=label if len(cards) > 1 else "", colour=colour(at))
         for at, (own, label) in enumerate(zip(every, sources, strict=True))
     ]
-    return _of_records("Prompts", series, log_x=edges[0] > 0)
+    return _of_records("Prompts", series, log_x=bool(edges[0] > 0))
 
 
 def _response_lengths(cards: Sequence[DataCard], sources: Sequence[str], alone: bool) -> Chart:
@@ -158,12 +158,12 @@ def _response_lengths(cards: Sequence[DataCard], sources: Sequence[str], alone: 
             series.append(_histogram(own, edges, label=label, colour=shade, dashed=side > 0))
     dashed = any(len(card.arrays.responses) > 1 for card in cards)
     title = "Responses" if alone or not dashed else "Responses (rejected dashed)"
-    return _of_records(title, series, log_x=edges[0] > 0)
+    return _of_records(title, series, log_x=bool(edges[0] > 0))
 
 
 def _of_records(title: str, series: Sequence[Series], *, log_x: bool) -> Chart:
     labels = {"x_label": "tokens", "y_label": "fraction of records"}
-    return Chart(title=title, series=series, log_x=bool(log_x), **labels)
+    return Chart(title=title, series=series, log_x=log_x, **labels)
 
 
 def _edges(every: Sequence[Numbers]) -> Numbers:
