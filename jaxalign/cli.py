@@ -15,7 +15,7 @@ COMMANDS = {
     name: f"jaxalign.commands.{name.replace('-', '_')}"
     for name in (
         *("train", "evaluate", "runs", "report", "losses", "convert", "plan", "entangle", "filter"),
-        *("steer", "generate", "judge", "collect", "optimize-prompt"),
+        *("steer", "generate", "judge", "collect", "optimize-prompt", "data"),
     )
 }
 """Command -> its module, which is imported when the command is given."""

@@ -62,11 +62,14 @@ class ResponseRows:
 
     Attributes:
       tokens: prompt, then response, padded on the right.
-      prompt_length: tokens of the prompt, at least 1 for a decoder.
-      response_tokens: the response with its end-of-sequence token, padded on the right.
-      response_length: tokens of the response.
+      prompt_length: tokens that are not scored, at least 1 for a decoder.
+      response_tokens: the scored tokens, padded on the right: the response with its
+        end-of-sequence token.
+      response_length: number of scored tokens.
       shared_prefix: rows 2 i and 2 i + 1 merged, for a decoder: the same numbers with less work.
       packed: the same rows packed, for a decoder: the same numbers with the least work.
+      scored_positions: where in its row each scored token is predicted, for a decoder; 0 at
+        padding. None: the scored tokens follow all others.
     """
 
     tokens: Int[AnyArray, "rows length"]
@@ -75,3 +78,4 @@ class ResponseRows:
     response_length: Int[AnyArray, " rows"]
     shared_prefix: SharedPrefixRows | None = None
     packed: PackedRows | None = None
+    scored_positions: Int[AnyArray, "rows response"] | None = None

@@ -35,6 +35,7 @@ BEGINNINGS = {
     "collect": ["best-of-n", "--model", "m", "--prompts", "p", "--output", "o", "--annotator", "a"],
     "optimize-prompt": ["--model", "m", "--seeds", "s"],
     "judge": ["--judge", "j"],
+    "data": ["d", "--tokenizer", "t"],
     "train": [QUICKSTART],
 }
 WRONG = {
@@ -52,6 +53,7 @@ WRONG = {
     "collect": ("--sampels", "--samples"),
     "optimize-prompt": ("--iteration", "--iterations"),
     "judge": ("--outptus", "--outputs"),
+    "data": ("--tokenzier", "--tokenizer"),
 }
 
 

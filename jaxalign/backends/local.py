@@ -431,7 +431,7 @@ class LocalModel:
         if not self._apart:
             for prompt, continuation, straddled in self._encoder.joint(texts):
                 begun = self._encoder.begun(prompt) or self._encoder.start
-                yield begun, continuation, straddled
+                yield begun, continuation.ids, straddled
             return
         for prompt, continuation in texts:
             sides = self._encoder.encode([prompt, continuation])

@@ -30,6 +30,9 @@ class SupervisedConfig(StageConfig):
     )
     """Which responses of the pairs SFT imitates; hindsight: both, each under the instruction that
     it follows (HIR, arXiv:2302.05206)."""
+    turns: Literal["last", "all"] = "last"
+    """Which turns of a conversation SFT imitates: the response alone (last), or all turns of the
+    assistant (all), the others being read and not scored."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Whether to pack responses with their prompts one after the other in long rows, instead of
     padding each to the longest of its batch (decoders; the numbers are the same, the responses of a
@@ -51,3 +54,5 @@ def check_supervised(stage: SupervisedConfig) -> None:
     """
     if stage.data and stage.responses != "chosen":
         raise UserError(f"sft_responses: {stage.responses} reads pairs; leave out sft_data")
+    if stage.turns == "all" and stage.responses == "hindsight":
+        raise UserError("sft.turns: an instruction of hindsight is of one response; set last")

@@ -27,8 +27,9 @@ class PairBatch:
     tokens: Int[AnyArray, "pairs sides length"]
     """Prompt and response, then zeros."""
     prompt_length: Int[AnyArray, "pairs sides"]
+    """Tokens that are not scored: the prompt, and turns of others in the response."""
     response_tokens: Int[AnyArray, "pairs sides response"]
-    """The response with its end-of-sequence token, then zeros."""
+    """The scored tokens: the response with its end-of-sequence token; then zeros."""
     response_length: Int[AnyArray, "pairs sides"]
     record_index: Int[AnyArray, " pairs"]
     """Number of the record in its source, from 0."""
@@ -42,6 +43,8 @@ class PairBatch:
     """The same rows packed; None: not made."""
     packed_apart: PackedRows | None = None
     """The same rows packed, each with a prompt of its own; None: not made."""
+    scored_positions: Int[AnyArray, "pairs sides response"] | None = None
+    """Where in its row each scored token is predicted, then zeros; None: they are the last ones."""
 
     def rows(self, *, shared_prefix: bool = False) -> ResponseRows:
         """A row per side, chosen first.
@@ -63,6 +66,9 @@ class PairBatch:
             response_length=self.response_length.reshape(-1),
             shared_prefix=joint,
             packed=self.packed if shared_prefix else None,
+            scored_positions=None
+            if self.scored_positions is None
+            else self.scored_positions.reshape(-1, self.scored_positions.shape[-1]),
         )
 
     def apart(self) -> "PairBatch":
@@ -217,6 +223,36 @@ def padded_positions(
     return float(batches.batch_size * np.mean(each))
 
 
+def epoch_positions(
+    pairs: TokenizedExamples,
+    *,
+    buckets: int | Sequence[int] = 4,
+    joint_share: float = 0.0,
+    **order: Any,
+) -> tuple[int, int]:
+    """Tokens of an epoch, and positions that the network computes for them.
+
+    The others are padding, or copies that fill the last batch.
+
+    Args:
+      pairs: as in `pair_batches`.
+      buckets: as in `pair_batches`.
+      joint_share: as in `pair_batches`; joint rows hold what a pair has in common once.
+      **order: of `batch_order`.
+    """
+    shape_of = _pair_shapes(pairs, buckets, joint_share)
+    order["epochs"] = 1
+    batches = batch_order(pairs.length.max(1), **order)
+    whole, common = pairs.length.sum(1), common_lengths(pairs)
+    computed = real = 0
+    for at in range(batches.num_batches or 0):
+        members = batches.batch(at)
+        length, _, joint = shape_of(members)
+        computed += batches.batch_size * (joint or pairs.sides * length)
+        real += int((whole - common if joint else whole)[members].sum())
+    return real, computed
+
+
 def _pair_shapes(
     pairs: TokenizedExamples, buckets: int | Sequence[int], joint_share: float
 ) -> Callable[[np.ndarray], tuple[int, int, int]]:
@@ -286,23 +322,24 @@ def padded_pairs(
     """The named pairs or single responses, padded to a length, beside the same packed."""
     size, sides = len(members), pairs.sides
     tokens = np.zeros((size, sides, length), np.int32)
-    responses = np.zeros((size, sides, response), np.int32)
-    prompt_length = pairs.prompt_length[members]
+    responses, positions = np.zeros((2, size, sides, response), np.int32)
     for row, member in enumerate(members):
         for side in range(sides):
-            ids = pairs.rows[sides * int(member) + side]
+            number = sides * int(member) + side
+            ids, scored = pairs.rows[number], pairs.rows.scored_in(number)
             tokens[row, side, : len(ids)] = ids
-            answer = ids[prompt_length[row, side] :]
-            responses[row, side, : len(answer)] = answer
+            responses[row, side, : len(scored)] = ids[scored]
+            positions[row, side, : len(scored)] = scored - 1
     return PairBatch(
         tokens=tokens,
-        prompt_length=prompt_length.astype(np.int32),
+        prompt_length=pairs.prompt_length[members].astype(np.int32),
         response_tokens=responses,
         response_length=pairs.response_length[members].astype(np.int32),
         record_index=pairs.record_index[members].astype(np.int32),
         weight=weight,
         packed=packed,
         packed_apart=packed_apart,
+        scored_positions=None if pairs.rows.scored is None else positions,
     )
 
 

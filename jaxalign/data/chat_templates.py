@@ -9,6 +9,7 @@ thread and without a separate process.
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import re
 import time
@@ -162,6 +163,52 @@ def render(
         kind = type(error).__name__
         raise UserError(f"{place}: {template.label} fails: {kind}: {_line(error)}") from None
     return text
+
+
+def marks_assistant(template: ChatTemplate) -> bool:
+    """Whether a template marks what the assistant writes, with {% generation %} blocks."""
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.text) is not None
+
+
+def render_marked(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    place: str,
+    *,
+    tools: Sequence[Any] | None = None,
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The text of a conversation, and its parts in the template's {% generation %} blocks.
+
+    They are what `return_assistant_tokens_mask` of transformers' `apply_chat_template` marks.
+
+    Args:
+      template: from `find_template`.
+      tokenizer: as in `render`.
+      messages: the turns.
+      place: file and line of the record, for messages.
+      tools: as in `render`.
+
+    Returns:
+      The text; of each part the number of its first character, and of the first after it.
+
+    Raises:
+      UserError: as in `render`, or the template changes what is in its blocks.
+    """
+    text = render(template, tokenizer, messages, place, tools=tools)
+    number = 0
+    while (mark := f"\ue000{number}\ue001") in text:
+        number += 1
+    token = _mark.set(mark)
+    try:
+        marked = render(template, tokenizer, messages, place, tools=tools)
+    finally:
+        _mark.reset(token)
+    pieces = marked.split(mark)
+    if "".join(pieces) != text:
+        raise UserError(f"{place}: {template.label} changes the text of its generation blocks")
+    ends = list(itertools.accumulate(map(len, pieces)))
+    return text, tuple(zip(ends[:-1:2], ends[1::2], strict=True))
 
 
 def written_arguments(turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,6 +427,9 @@ def _range(*args: int) -> range:
     return numbers
 
 
+_mark: ContextVar[str] = ContextVar("mark around what the assistant writes", default="")
+
+
 class _Generation(jinja2.ext.Extension):
     """{% generation %} marks the text of an assistant; the text is rendered unchanged."""
 
@@ -388,7 +438,15 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+
+        def mark() -> nodes.Node:
+            return nodes.Output([self.call_method("mark", lineno=line)], lineno=line)
+
+        return nodes.Scope([mark(), *body, mark()], lineno=line)
+
+    def mark(self) -> str:
+        """What surrounds the text: nothing, except for `render_marked`."""
+        return _mark.get()
 
 
 class _Namespace(jinja2.utils.Namespace):

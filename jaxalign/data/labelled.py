@@ -185,9 +185,9 @@ class _Others:
     """
 
     def __init__(self, rows: TokenizedRows, max_length: int, whose: Mismatched):
-        self._rows, self._whose = rows, whose
-        response = rows.length - rows.prompt_length
-        self.longest = min(max_length, int(rows.prompt_length.max() + response.max()))
+        self._rows, self._whose, self._begin = rows, whose, rows.begin
+        response = rows.length - self._begin
+        self.longest = min(max_length, int(self._begin.max() + response.max()))
         """Most tokens of a prompt with a response."""
         self.shape = _rounded(self.longest), _rounded(int(response.max()))
         """Tokens of a padded row, and of a response."""
@@ -195,18 +195,28 @@ class _Others:
     def of(self, members: np.ndarray) -> TokenizedResponses:
         """A row for each example of a batch: its prompt, and a response of another."""
         after = np.roll(members, -1) if self._whose == "batch" else (members + 1) % len(self._rows)
-        rows, prompts = self._rows, self._rows.prompt_length
+        rows, begin = self._rows, self._begin
         texts = [
-            _cut(rows[own][: prompts[own]], rows[other][prompts[other] :], self.longest)
+            _cut(rows[own][: begin[own]], rows[other][begin[other] :], self.longest)
             for own, other in zip(members.tolist(), after.tolist(), strict=True)
         ]
         joined = [np.concatenate(text) for text in texts]
+        prompt_length = np.array([len(prompt) for prompt, _ in texts], np.int32)
+        scored = None
+        if rows.scored is not None:
+            masks = [np.zeros(len(text), bool) for text in joined]
+            for mask, other, size in zip(masks, after.tolist(), prompt_length, strict=True):
+                at = rows.scored_in(other) - begin[other] + size
+                mask[at[at < len(mask)]] = True
+            scored = np.concatenate(masks)
+            prompt_length = np.array([(~mask).sum() for mask in masks], np.int32)
         return TokenizedResponses(
             rows=TokenizedRows(
                 flat=np.concatenate(joined),
                 offsets=np.cumsum([0, *map(len, joined)]),
-                prompt_length=np.array([len(prompt) for prompt, _ in texts], np.int32),
+                prompt_length=prompt_length,
                 record_index=rows.record_index[members],
+                scored=scored,
             )
         )
 

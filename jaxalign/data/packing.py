@@ -206,14 +206,14 @@ def pack(
             part = np.where(index >= first, 3, np.where(index < common, 1, 2))
             segment_ids[row, own] = 3 * number + part
             for side, whole in enumerate(wholes):
-                prompt = int(examples.prompt_length[member, side])
-                where = np.arange(prompt - 1, len(whole))
+                targets = examples.rows.scored_in(sides * member + side)
+                where = np.append(targets - 1, len(whole) - 1)
                 if side == 1:
                     where = np.where(where < common, where, where + first - common)
                 scored_start[place, side], last[place, side] = scored, at + where[-1]
                 own = slice(scored, scored + len(where) - 1)
                 scored_positions[row, own] = at + where[:-1]
-                scored_tokens[row, own] = whole[prompt:]
+                scored_tokens[row, own] = whole[targets]
                 scored += len(where) - 1
             kept[member] = scored_start[place], last[place]
             at += len(ids)
@@ -287,6 +287,22 @@ def packer_of(examples: TokenizedExamples, packing: Packing, **options: Any) -> 
     order = batch_order(examples.length.max(1), sizes=sizes, **options)
     apart = examples.length.sum(1) if packing.apart else None
     return Packer(order, packing, lambda members: sizes[members], apart)
+
+
+def packed_positions(
+    examples: TokenizedExamples, packing: Packing, **options: Any
+) -> tuple[float, float]:
+    """Mean tokens of a batch of `packed_batches`, and positions that the network computes for it.
+
+    Args:
+      examples: pairs or single responses.
+      packing: number of rows, which share a batch equally.
+      **options: as in `packed_batches`.
+    """
+    packer = packer_of(examples, packing, **options)
+    assert packer.room is not None
+    real = packer.order.batch_size * packed_sizes(examples)[:, 0].mean()
+    return float(real), float(packing.rows * packer.room[0])
 
 
 def packed_batches(

@@ -2,13 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
-from jaxalign.data.chat_templates import ChatTemplate, find_template, reads, render, unset_variables
+from jaxalign.data.chat_templates import (
+    ChatTemplate,
+    find_template,
+    marks_assistant,
+    reads,
+    render,
+    render_marked,
+    unset_variables,
+)
 from jaxalign.data.plain_prompts import Chat, PlainPrompts, plain_prompts
 from jaxalign.data.records import (
-    ASKING,
+    NOT_RESPONDING,
     Conversation,
     Message,
     Text,
@@ -21,6 +29,14 @@ from jaxalign.errors import UserError, notice_once
 
 PROBES = "Yes", "No"
 """Two responses without a common character: where their renderings differ, responses begin."""
+END_OF_TURN = frozenset(
+    {"<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>"}
+)
+"""Tokens that end a turn, besides the end-of-sequence token."""
+Turns = Literal["last", "all"]
+"""Which turns of a conversation are responses: the last, or all of the assistant."""
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+"""Parts of a text: of each, the number of its first character and of the first after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +48,8 @@ class RecordText:
     responses: tuple[str, ...]
     differs: bool
     """Whether the template renders the prompt differently when no response follows."""
-    asking: int = 0
-    """Number of responses with a turn of the user or the system."""
+    spans: tuple[Spans | None, ...]
+    """The parts of each response that the assistant wrote; None: all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +68,44 @@ class TextOf:
     plain_seen: Counter[bool] = field(default_factory=Counter)
     """Number of plain prompts so far that the template rendered (True), and of others (False)."""
 
-    def __call__(self, prompt: Text, responses: Sequence[Text], place: str) -> RecordText:
+    def __call__(
+        self, prompt: Text, responses: Sequence[Text], place: str, *, turns: Turns = "last"
+    ) -> RecordText:
         """The texts of a record.
 
         The boundary is the end of the rendered prompt, if the template renders it the same before
         any response. Otherwise (a generation prompt that opens <think>, earlier thoughts that are
         removed) it is the end of the common prefix of two renderings with different responses.
 
+        Of responses of several turns, those of the assistant are scored: what the template has in
+        {% generation %} blocks, or else what it adds for each of these turns. Of a pair, turns that
+        both sides begin with are not scored.
+
         Args:
           prompt: text or conversation.
           responses: texts or turns.
           place: file and line, for messages.
+          turns: "all": the assistant's turns in the prompt are part of the response, too.
 
         Raises:
-          UserError: there is no template for a conversation, the template fails, or it renders
-            the prompt differently before one of the responses.
+          UserError: there is no template for a conversation, the template fails, it renders
+            the prompt differently before one of the responses, or earlier turns differently
+            before later ones.
         """
         texts = [response for response in responses if isinstance(response, str)]
         if len(texts) == len(responses) and (plain := self._plain(prompt)) is not None:
             begun = self.prompt_format.replace("{prompt}", plain)
-            return RecordText(prompt=begun, responses=tuple(texts), differs=False)
+            whole = (None,) * len(texts)
+            return RecordText(prompt=begun, responses=tuple(texts), differs=False, spans=whole)
         before, tools = _turns(prompt, "user"), tools_of(prompt)
+        after = [_turns(response, "assistant") for response in responses]
+        if turns == "all":
+            first = next((at for at, turn in enumerate(before) if _responds(turn)), len(before))
+            after = [before[first:] + own for own in after]
+            before = before[:first]
         template = self._template(before, tools, place)
         begun = self._render(template, before, tools, place, add_generation_prompt=True)
-        sides = [
-            self._response(template, before, response, begun, tools, place)
-            for response in responses
-        ]
+        sides = [self._response(template, before, own, begun, tools, place) for own in after]
         prompts = {prompt for prompt, _ in sides}
         if len(prompts) > 1:
             raise UserError(
@@ -86,40 +113,29 @@ class TextOf:
                 "their first turns need the same role"
             )
         (own,) = prompts
-        asking = [any(turn["role"] in ASKING for turn in _turns(one, "")) for one in responses]
-        return RecordText(
+        found = RecordText(
             prompt=own,
             responses=tuple(text for _, text in sides),
             differs=own != begun,
-            asking=sum(asking),
+            spans=tuple(
+                self._spans(template, before, each, len(own), len(text), tools, place)
+                for each, (_, text) in zip(after, sides, strict=True)
+            ),
         )
+        return found if all(spans is None for spans in found.spans) else _from_first_scored(found)
 
     def _response(
         self,
         template: ChatTemplate,
         before: Sequence[Message],
-        response: Text,
+        after: Sequence[Message],
         begun: str,
         tools: Sequence[Any],
         place: str,
     ) -> tuple[str, str]:
         """The rendered prompt before a response of this role, and the rendered response."""
-        after = _turns(response, "assistant")
         self._note(template, after, ())
-        probes = (Message(role=after[0]["role"], content=content) for content in PROBES)
-        shown = (self._render(template, [*before, probe], tools, place) for probe in probes)
-        own, first = begun, next(shown)
-        if not first.startswith(begun):
-            second = next(shown)
-            own = first[: shared_length(first, second)]
-            if not all(
-                text[len(own) :].lower().startswith(content.lower())
-                for text, content in zip((first, second), PROBES, strict=True)
-            ):
-                raise UserError(
-                    f"{place}: {template.label} renders no common text before all responses; "
-                    "give another template"
-                )
+        own = self._before(template, before, after[0]["role"], begun, tools, place)
         whole = self._render(template, [*before, *after], tools, place)
         if not whole.startswith(own):
             raise UserError(
@@ -127,6 +143,102 @@ class TextOf:
                 "than before others; remove the record, or give another template"
             )
         return own, self._without_trailing_space(whole[len(own) :])
+
+    def _before(
+        self,
+        template: ChatTemplate,
+        before: Sequence[Message],
+        role: str,
+        begun: str,
+        tools: Sequence[Any],
+        place: str,
+    ) -> str:
+        """The rendered turns before any turn of a role; `begun`, if nothing contradicts it."""
+        probes = (Message(role=role, content=content) for content in PROBES)
+        shown = (self._render(template, [*before, probe], tools, place) for probe in probes)
+        first = next(shown)
+        if first.startswith(begun):
+            return begun
+        second = next(shown)
+        own = first[: shared_length(first, second)]
+        if not all(
+            text[len(own) :].lower().startswith(content.lower())
+            for text, content in zip((first, second), PROBES, strict=True)
+        ):
+            raise UserError(
+                f"{place}: {template.label} renders no common text before all responses; "
+                "give another template"
+            )
+        return own
+
+    def _spans(
+        self,
+        template: ChatTemplate,
+        before: Sequence[Message],
+        after: Sequence[Message],
+        begin: int,
+        length: int,
+        tools: Sequence[Any],
+        place: str,
+    ) -> Spans | None:
+        """Which parts of a rendered response of this length the assistant wrote; None: all.
+
+        Args:
+          template: of the conversation.
+          before: its turns before the response.
+          after: the turns of the response.
+          begin: where the response begins in the rendered conversation.
+          length: of the rendered response, in characters.
+          tools: of the conversation.
+          place: file and line, for messages.
+        """
+        if len(after) == 1:
+            return None
+        turns = [*before, *after]
+        if marks_assistant(template):
+            text, marked = render_marked(template, self.tokenizer, turns, place, tools=tools)
+            parts = [(start, self._with_end_of_turn(text, end)) for start, end in marked]
+        else:
+            parts = self._added_by_turns(template, turns, len(before), tools, place)
+        spans = [(max(start - begin, 0), min(end - begin, length)) for start, end in parts]
+        spans = tuple((start, end) for start, end in spans if start < end)
+        if not spans:
+            raise UserError(f"{place}: {template.label} marks nothing of the response")
+        return None if spans == ((0, length),) else spans
+
+    def _added_by_turns(
+        self,
+        template: ChatTemplate,
+        turns: Sequence[Message],
+        first: int,
+        tools: Sequence[Any],
+        place: str,
+    ) -> list[tuple[int, int]]:
+        """The parts of a rendered conversation that its assistant's turns add, from the first on.
+
+        Every conversation that ends with one of these turns must be a prefix of the whole.
+        """
+        whole, parts = self._render(template, turns, tools, place), []
+        for at in range(first, len(turns)):
+            if not _responds(turns[at]):
+                continue
+            earlier = turns[:at]
+            begun = self._render(template, earlier, tools, place, add_generation_prompt=True)
+            begun = self._before(template, earlier, turns[at]["role"], begun, tools, place)
+            ended = self._render(template, turns[: at + 1], tools, place)
+            if not whole.startswith(ended) or not ended.startswith(begun):
+                raise UserError(
+                    f"{place}: {template.label} renders turn {at + 1} differently once others "
+                    "follow, so that its tokens cannot be told; give a template with "
+                    "{% generation %} blocks, or train on the last turn alone"
+                )
+            parts.append((len(begun), len(self._without_trailing_space(ended))))
+        return parts
+
+    def _with_end_of_turn(self, text: str, end: int) -> int:
+        """The end of a part of the text, with the token after it that ends the turn."""
+        tokens = (*END_OF_TURN, str(self.tokenizer.eos_token))
+        return end + max(len(token) * text.startswith(token, end) for token in tokens)
 
     def prompt(self, prompt: Text, place: str) -> str:
         """The rendered prompt, which a response continues."""
@@ -212,6 +324,36 @@ class TextOf:
 
 def _turns(text: Text, role: str) -> list[Message]:
     return [Message(role=role, content=text)] if isinstance(text, str) else list(text)
+
+
+def _responds(turn: Message) -> bool:
+    return turn["role"] not in NOT_RESPONDING
+
+
+def _from_first_scored(text: RecordText) -> RecordText:
+    """The texts with all that is before the first scored character in the prompt.
+
+    What the assistant wrote before the first difference of a pair is not scored.
+    """
+    wholes, (first, *others) = [((0, len(one)),) for one in text.responses], text.responses
+    sides = [own or whole for own, whole in zip(text.spans, wholes, strict=True)]
+    same = min((shared_length(first, other) for other in others), default=len(first))
+    if others:
+        differing = [tuple(span for span in side if span[1] > same) for side in sides]
+        sides = differing if all(differing) else sides
+    cut = min(side[0][0] for side in sides)
+    cut = cut if cut <= same else 0
+    moved = [tuple((start - cut, end - cut) for start, end in side) for side in sides]
+    responses = tuple(response[cut:] for response in text.responses)
+    return replace(
+        text,
+        prompt=text.prompt + first[:cut],
+        responses=responses,
+        spans=tuple(
+            None if spans == ((0, len(response)),) else spans
+            for spans, response in zip(moved, responses, strict=True)
+        ),
+    )
 
 
 def text_of(

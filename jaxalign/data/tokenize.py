@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
 from jaxalign.data.plain_prompts import Chat
-from jaxalign.data.record_text import TextOf, text_of
+from jaxalign.data.record_text import RecordText, Spans, TextOf, Turns, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptRecord,
@@ -38,9 +38,12 @@ class TokenizedRows:
     offsets: np.ndarray
     """Int64 [rows + 1]."""
     prompt_length: np.ndarray
-    """Int32 [rows], at least 1."""
+    """Int32 [rows], at least 1: tokens that are not scored; they come first, if `scored` does not
+    say otherwise."""
     record_index: np.ndarray
     """Int64 [rows]: number of the record, from 0, in the order it was given."""
+    scored: np.ndarray | None = None
+    """Bool, of each token in `flat`: whether it is scored; None: all tokens after the prompts."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,6 +55,19 @@ class TokenizedRows:
     def length(self) -> np.ndarray:
         """Int64 [rows]: tokens of prompt and response."""
         return np.diff(self.offsets)
+
+    @property
+    def begin(self) -> np.ndarray:
+        """Int64 [rows]: tokens before the first that is scored."""
+        if self.scored is None:
+            return self.prompt_length.astype(np.int64)
+        return np.array([self.scored_in(row)[0] for row in range(len(self))], np.int64)
+
+    def scored_in(self, row: int) -> np.ndarray:
+        """Int64 [scored]: where in a row the scored tokens lie."""
+        if self.scored is None:
+            return np.arange(self.prompt_length[row], self.offsets[row + 1] - self.offsets[row])
+        return np.flatnonzero(self.scored[self.offsets[row] : self.offsets[row + 1]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +93,7 @@ class TokenizedExamples:
 
     @property
     def response_length(self) -> np.ndarray:
-        """Int64 [examples, sides]."""
+        """Int64 [examples, sides]: tokens that are scored."""
         return self.length - self.prompt_length
 
     @property
@@ -130,13 +146,15 @@ class TokenizeReport:
     """Rows whose chat template renders the prompt differently when no response follows: the prompt
     is the text before any response."""
     user_turns: int = 0
-    """Rows whose response has a turn of the user or the system, which is scored, too."""
+    """Rows whose response has turns of others between: these are read, but not scored."""
     truncated_prompts: int = 0
     """Rows whose prompt lost its beginning."""
     truncated_responses: int = 0
     """Rows whose response lost its end, and with it the end-of-sequence token."""
     identical: int = 0
     """Pairs left out because both responses have the same tokens (after truncation)."""
+    unscored: int = 0
+    """Pairs left out because truncation left nothing of a response that is scored."""
     tokens: int = 0
     """Tokens kept."""
     notes: list[str] = field(default_factory=list)
@@ -156,6 +174,7 @@ class TokenizeReport:
             "template_differs",
             "user_turns",
             "identical",
+            "unscored",
             "prompts_as_chat",
         ):
             if count := getattr(self, name):
@@ -197,6 +216,9 @@ def tokenize_pairs(
     and the row is counted. The end-of-sequence token follows every response that is not cut; a
     beginning token stands where the tokenizer puts one, once.
 
+    Of responses of several turns, the tokens that the assistant wrote are scored, and the turns
+    between are read; those that both sides of a pair begin with are part of the prompt.
+
     Both responses of a pair keep the same end of the prompt: with chosen and rejected of at most
     r tokens it keeps its last max(max_length - r, min_prompt_length); a response is cut at its
     end where the room left is not enough.
@@ -221,25 +243,25 @@ def tokenize_pairs(
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
-    def sides() -> Iterator[tuple[str, str]]:
+    def sides() -> Iterator[_Side]:
         for record in records:
             place = f"{record.source}:{record.line}"
             texts = in_text(record.prompt, (record.chosen, record.rejected), place)
-            report.template_differs += 2 * texts.differs
-            report.user_turns += texts.asking
-            for response in texts.responses:
-                yield texts.prompt, response
+            yield from _sides(texts, report, encoder_decoder, place)
 
     rows = _RowWriter()
     pairs = _encoded(sides(), encoder, report, encoder_decoder, alike=2)
     for index, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
         report.records += 1
         cut = _truncate([chosen, rejected], max_length, min_prompt_length, encoder, report)
-        if cut[0] == cut[1]:
+        if any(mask is not None and not response for _, response, mask in cut):
+            report.unscored += 1
+            continue
+        if cut[0][:2] == cut[1][:2]:
             report.identical += 1
             continue
-        for prompt, response in cut:
-            rows.add(prompt, response, index)
+        for row in cut:
+            rows.add(*row, index)
     report.tokens = rows.tokens
     report._note(in_text)
     if not len(rows):
@@ -258,6 +280,7 @@ def tokenize_responses(
     chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
+    turns: Turns = "last",
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
 
@@ -271,24 +294,24 @@ def tokenize_responses(
       chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: prompt and response are texts of their own.
+      turns: "last": the responses are scored; "all": all turns of the assistant are, those in the
+        prompt, too.
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
-    def texts() -> Iterator[tuple[str, str]]:
+    def texts() -> Iterator[_Side]:
         for record in records:
             place = f"{record.source}:{record.line}"
-            texts = in_text(record.prompt, (record.response,), place)
-            report.template_differs += texts.differs
-            report.user_turns += texts.asking
-            yield texts.prompt, texts.responses[0]
+            texts = in_text(record.prompt, (record.response,), place, turns=turns)
+            yield from _sides(texts, report, encoder_decoder, place)
 
     rows = _RowWriter()
     for index, encoded in enumerate(_encoded(texts(), encoder, report, encoder_decoder)):
         report.records += 1
-        [(prompt, response)] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
-        rows.add(prompt, response, index)
+        [row] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
+        rows.add(*row, index)
     report.tokens = rows.tokens
     report._note(in_text)
     if not len(rows):
@@ -335,7 +358,7 @@ def tokenize_prompts(
                 report.truncated_prompts += 1
                 begin = prompt[: len(encoder.prefix)]
                 prompt = begin + prompt[len(prompt) - max_length + len(begin) :]
-            rows.add(prompt, [], report.records)
+            rows.add(prompt, [], None, report.records)
             report.records += 1
     report.tokens = rows.tokens
     report._note(in_text)
@@ -373,7 +396,7 @@ def tokenize_conversations(
                 report.truncated_prompts += 1
                 begin = encoder.prefix if ids[: len(encoder.prefix)] == encoder.prefix else []
                 ids = begin + ids[len(ids) - max_length + len(begin) :]
-            rows.add(ids[:-1], ids[-1:], report.records)
+            rows.add(ids[:-1], ids[-1:], None, report.records)
             report.records += 1
     report.tokens = rows.tokens
     report._note(in_text)
@@ -453,44 +476,73 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
+_Side: TypeAlias = tuple[str, str, Spans | None]
+"""A prompt, a response, and the parts of the response that are scored; None: all of it."""
+_Row: TypeAlias = tuple[list[int], list[int], list[bool] | None]
+"""Tokens of a prompt and a response, and which of the response are scored; None: all of them."""
+
+
+def _sides(
+    texts: RecordText, report: TokenizeReport, encoder_decoder: bool, place: str
+) -> Iterator[_Side]:
+    """The prompt with each response of a record, which are counted."""
+    report.template_differs += len(texts.responses) * texts.differs
+    report.user_turns += sum(spans is not None for spans in texts.spans)
+    for response, spans in zip(texts.responses, texts.spans, strict=True):
+        if spans is not None and encoder_decoder:
+            raise UserError(
+                f"{place}: a response of several turns needs a decoder; for an encoder-decoder, "
+                "move all turns but the last into the prompt"
+            )
+        yield texts.prompt, response, spans
+
+
 def _encoded(
-    texts: Iterable[tuple[str, str]],
+    texts: Iterable[_Side],
     encoder: Encoder,
     report: TokenizeReport,
     apart: bool,
     alike: int = 1,
-) -> Iterator[tuple[list[int], list[int]]]:
+) -> Iterator[_Row]:
     """Prompt and response tokens with the tokens that begin and end a text."""
     for chunk in _chunks(texts, CHUNK):
         if apart:
-            prompts = encoder.encode([prompt for prompt, _ in chunk])
-            responses = encoder.encode([response for _, response in chunk])
+            prompts = encoder.encode([prompt for prompt, _, _ in chunk])
+            responses = encoder.encode([response for _, response, _ in chunk])
             for prompt, response in zip(prompts, responses, strict=True):
                 begun = encoder.begun(list(prompt.ids)) + encoder.suffix
-                yield begun or encoder.start, encoder.ended(list(response.ids))
+                yield begun or encoder.start, encoder.ended(list(response.ids)), None
         else:
-            for prompt, response, straddled in encoder.joint(chunk, alike=alike):
+            joint = encoder.joint([side[:2] for side in chunk], alike=alike)
+            for (_, _, spans), (prompt, response, straddled) in zip(chunk, joint, strict=True):
                 report.straddling += straddled
-                yield encoder.begun(prompt) or encoder.start, encoder.ended(response)
+                ids, mask = encoder.ended(response.ids), None
+                if spans is not None:
+                    mask = response.within(spans)
+                    mask += [True] * (len(ids) - len(mask))  # an end-of-sequence token
+                yield encoder.begun(prompt) or encoder.start, ids, mask
 
 
 def _truncate(
-    responses: Sequence[tuple[list[int], list[int]]],
+    responses: Sequence[_Row],
     max_length: int,
     min_prompt_length: int | None,
     encoder: Encoder,
     report: TokenizeReport,
-) -> list[tuple[list[int], list[int]]]:
-    """Cut prompts at their beginning and responses at their end until all fit."""
+) -> list[_Row]:
+    """Cut prompts at their beginning and responses at their end until all fit.
+
+    Tokens after the last that is scored are cut, too, which may leave nothing of a response.
+    """
     floor = max_length // 2 if min_prompt_length is None else min_prompt_length
     if max_length < 2 or not 0 < floor < max_length:
         raise UserError(
             f"max_length: {max_length} leaves no room for a prompt of {floor or 1} and a response"
         )
-    longest = max(len(response) for _, response in responses)
+    longest = max(len(response) for _, response, _ in responses)
     room = max(max_length - longest, floor)
-    cut = []
-    for whole, response in responses:
+    cut: list[_Row] = []
+    for whole, response, mask in responses:
         prompt = whole
         if len(whole) + longest > max_length and len(whole) > room:
             report.truncated_prompts += 1
@@ -499,7 +551,9 @@ def _truncate(
             prompt = begin + whole[len(whole) - room + len(begin) :]
         left = max_length - len(prompt)
         report.truncated_responses += len(response) > left
-        cut.append((prompt, response[:left]))
+        if mask is not None:
+            left = 1 + max(np.flatnonzero(mask[:left]), default=-1)
+        cut.append((prompt, response[:left], mask and mask[:left]))
     return cut
 
 
@@ -508,6 +562,7 @@ class _RowWriter:
 
     def __init__(self):
         self._tokens: list[np.ndarray] = []
+        self._scored: list[list[bool] | None] = []
         self._prompt: list[int] = []
         self._record: list[int] = []
         self.tokens = 0
@@ -515,17 +570,44 @@ class _RowWriter:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def add(self, prompt: list[int], response: list[int], record: int) -> None:
+    def add(
+        self, prompt: list[int], response: list[int], scored: list[bool] | None, record: int
+    ) -> None:
         self._tokens.append(np.asarray(prompt + response, np.int32))
-        self._prompt.append(len(prompt))
+        self._scored.append(None if scored is None or all(scored) else scored)
+        self._prompt.append(len(prompt) + (0 if scored is None else scored.count(False)))
         self._record.append(record)
         self.tokens += len(prompt) + len(response)
 
     def finish(self) -> TokenizedRows:
         lengths = [len(row) for row in self._tokens]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        mask = None
+        if any(scored is not None for scored in self._scored):
+            mask = np.zeros(offsets[-1], bool)
+            for end, length, prompt, scored in zip(
+                offsets[1:], lengths, self._prompt, self._scored, strict=True
+            ):
+                own = [True] * (length - prompt) if scored is None else scored
+                mask[end - len(own) : end] = own
         return TokenizedRows(
             flat=np.concatenate(self._tokens),
-            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            offsets=offsets,
             prompt_length=np.asarray(self._prompt, np.int32),
             record_index=np.asarray(self._record, np.int64),
+            scored=mask,
+        )
+
+
+def check_whole_responses(rows: TokenizedRows, what: str) -> None:
+    """Raise `UserError` if a response has turns of others between, for what reads single ones.
+
+    Args:
+      rows: prompts and responses.
+      what: reads them, for the message.
+    """
+    if rows.scored is not None:
+        raise UserError(
+            f"{what}: reads responses of a single turn, but some have turns of others between; "
+            "move all turns but the last into the prompt"
         )

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -152,6 +153,27 @@ def _sentencepiece_tokenizer(folder: Path) -> Any:
         ) from None
 
 
+@dataclass(frozen=True)
+class EncodedPart:
+    """The end of an encoded text, such as a response after its prompt."""
+
+    ids: list[int]
+    """Its tokens."""
+    encoding: Any
+    """Of the text."""
+    begin: int
+    """Its first character in the text."""
+
+    def within(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Whether each token has a character in one of these parts (first, after the last)."""
+        first = len(self.encoding) - len(self.ids)
+        offsets = np.array(self.encoding.offsets[first:], int).reshape(-1, 2) - self.begin
+        inside = np.zeros(len(offsets), bool)
+        for start, end in spans:
+            inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return inside.tolist()
+
+
 class Encoder:
     """A tokenizer backend with exact offsets, and the special tokens around a text."""
 
@@ -209,19 +231,20 @@ class Encoder:
                 return None
         return None
 
-    def alone(self, response: str) -> list[int]:
-        """Tokens of a response inside a text: the tokenizer adds no space before it."""
+    def alone(self, response: str) -> EncodedPart:
+        """A response as inside a text: the tokenizer adds no space before it."""
         for sentinel in SENTINELS:
             encoding = self.encode([sentinel + response])[0]
             cut = self.boundary(encoding, len(sentinel))
             if cut is not None:
-                return list(encoding.ids[cut:])
-        return list(self.encode([response])[0].ids)
+                return EncodedPart(list(encoding.ids[cut:]), encoding, len(sentinel))
+        encoding = self.encode([response])[0]
+        return EncodedPart(list(encoding.ids), encoding, 0)
 
     def joint(
         self, texts: Sequence[tuple[str, str]], *, alike: int = 1
-    ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """(prompt tokens, response tokens, straddled) of each (prompt, response).
+    ) -> Iterator[tuple[list[int], EncodedPart, bool]]:
+        """(prompt tokens, encoded response, straddled) of each (prompt, response).
 
         Args:
           texts: prompts and responses.
@@ -238,13 +261,14 @@ class Encoder:
                 if cut is None:
                     rows.append((*self.apart(prompt, response), True))
                 else:
-                    rows.append((ids[:cut], ids[cut:], False))
+                    part = EncodedPart(ids[cut:], encoding, len(prompt))
+                    rows.append((ids[:cut], part, False))
             if any(row[0] != rows[0][0] for row in rows):
                 rows = [(*self.apart(*text), True) for text in texts[begin : begin + alike]]
             yield from rows
 
-    def apart(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt and of a response, tokenised separately."""
+    def apart(self, prompt: str, response: str) -> tuple[list[int], EncodedPart]:
+        """Tokens of a prompt and a response, tokenised separately."""
         return list(self.encode([prompt])[0].ids), self.alone(response)
 
 

@@ -106,6 +106,7 @@ def group_geometry(
         response_length=twice(batch.response_length),
         record_index=batch.record_index,
         weight=batch.weight,
+        scored_positions=None if (at := batch.scored_positions) is None else twice(at),
     )
     parts = row_contributions(
         params,

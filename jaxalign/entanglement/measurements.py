@@ -253,15 +253,19 @@ def heat_maps(
         batch = one_by_one[at]
         length = np.minimum(batch.response_length[0], limit)
         size = min(batch.response_tokens.shape[-1], limit)
-        tokens = batch.tokens[0]
+        tokens, positions = batch.tokens[0], batch.scored_positions
+        if positions is not None:
+            positions = positions[0][:, :size]
         if isinstance(model.config, DecoderConfig):  # no token depends on later ones
             read = int(batch.prompt_length[0].max()) + size
+            read = read if positions is None else int(positions.max()) + 1
             tokens = tokens[:, : -(-read // STEP) * STEP]
         pair = ResponseRows(
             tokens=tokens,
             prompt_length=batch.prompt_length[0],
             response_tokens=batch.response_tokens[0][:, :size],
             response_length=length,
+            scored_positions=positions,
         )
         values = np.asarray(compiled(model.params, jax.tree.map(jnp.asarray, pair)).cosine)
         sides = [

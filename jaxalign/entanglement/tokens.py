@@ -13,7 +13,7 @@ from jaxalign.models.config import ModelConfig
 from jaxalign.models.layers import softcap
 from jaxalign.models.lora import with_adapters
 from jaxalign.models.precision import precision
-from jaxalign.models.responses import response_states
+from jaxalign.models.responses import predicting_positions, response_states
 from jaxalign.records import record
 from jaxalign.rows import ResponseRows
 
@@ -133,8 +133,7 @@ def _by_layers(params, config, pair, adapters, adapter_scale, chunk) -> TokenGeo
         return block(x, inputs)[0], x
 
     last, entered = jax.lax.scan(through, x, inputs)
-    positions = jnp.asarray(pair.prompt_length)[:, None] - 1 + jnp.arange(length)[None]
-    positions = jnp.clip(positions, 0, tokens.shape[1] - 1)
+    positions = predicting_positions(jax.tree.map(jnp.asarray, pair))
     hidden = decoder.norm(last, params["final_norm"], config)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
     output_gradient = _output_gradients(params, config, pair, hidden)

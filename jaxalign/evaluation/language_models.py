@@ -173,10 +173,10 @@ def question_tokens(
     # behind a turn of the assistant stands its end, which is not part of the label
     texts = [(in_text(question, [label], "a comparison").prompt, label) for question in questions]
     for tokens, answer, straddled in encoder.joint(texts):
-        if straddled or len(answer) != 1:
+        if straddled or len(answer.ids) != 1:
             found.append((None, -1))
         else:
-            found.append((encoder.begun(tokens) or encoder.start, answer[0]))
+            found.append((encoder.begun(tokens) or encoder.start, answer.ids[0]))
     return found
 
 

@@ -352,11 +352,12 @@ def response_states(
         return _by_response(_scored_states(params, config, rows, compute=compute)[0], rows)
     tokens, prompt_length, responses = rows.tokens, rows.prompt_length, rows.response_tokens
     if not isinstance(config, DecoderConfig):
+        if rows.scored_positions is not None:
+            raise ValueError(f"config: {config.family} is no decoder; it scores whole responses")
         return encoder_decoder.response_states(
             params, config, tokens, prompt_length, responses, compute=compute
         )
-    positions = prompt_length[:, None] - 1 + jnp.arange(responses.shape[1])[None]
-    positions = jnp.clip(positions, 0, tokens.shape[1] - 1)
+    positions = predicting_positions(rows)
     layout, ends = None, prompt_length + rows.response_length
     if config.experts is not None:
         layout = Layout(real=jnp.arange(tokens.shape[1])[None] < ends[:, None])
@@ -367,6 +368,15 @@ def response_states(
     hidden = decoder.hidden_states(params, config, tokens, layout, compute=compute)
     states = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
     return devices.by_rows(states.reshape(*responses.shape, -1))
+
+
+def predicting_positions(rows: ResponseRows) -> Int[Array, "batch response"]:
+    """Where in its row each scored token of padded rows is predicted; anything at padding."""
+    positions = rows.scored_positions
+    if positions is None:
+        positions = rows.prompt_length[:, None] - 1
+        positions = positions + jnp.arange(rows.response_tokens.shape[1])[None]
+    return jnp.clip(positions, 0, rows.tokens.shape[1] - 1)
 
 
 def _layout(merged: SharedPrefixRows, length: int, ends: Int[Array, "pairs 2"]) -> Layout:

@@ -102,24 +102,34 @@ def save_figure(figure: "PlotFigure", path: Path) -> None:
         figure.savefig(scratch, dpi=110, format="png")
 
 
-def draw(charts: Sequence[Chart], path: Path, *, size: tuple[float, float] = (4.0, 3.6)) -> None:
+def draw(
+    charts: Sequence[Chart],
+    path: Path,
+    *,
+    size: tuple[float, float] = (4.0, 3.6),
+    columns: int | None = None,
+) -> None:
     """Write charts side by side as one PNG.
 
     Args:
       charts: what is drawn.
       path: of the PNG.
       size: width and height of one chart, in inches.
+      columns: largest number of charts side by side; None: all.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    number = len(charts)
+    wide = min(columns or len(charts), len(charts))
+    high = -(-len(charts) // wide)
     figure, axes = plt.subplots(
-        1, number, figsize=(size[0] * number, size[1]), layout="constrained", squeeze=False
+        high, wide, figsize=(size[0] * wide, size[1] * high), layout="constrained", squeeze=False
     )
-    for axis, chart in zip(axes[0], charts, strict=True):
+    for axis in axes.flat[len(charts) :]:
+        axis.axis("off")
+    for axis, chart in zip(axes.flat, charts, strict=False):
         for one in chart.series:
             _draw_series(axis, one)
         if chart.rule is not None:

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Float64, Int
 
 from jaxalign.data import PairBatch, TokenizedPairs, pair_batches
-from jaxalign.data.tokenize import TokenizedExamples
+from jaxalign.data.tokenize import TokenizedExamples, check_whole_responses
 from jaxalign.errors import UserError
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig
@@ -38,7 +38,11 @@ def response_means(
       params: of the decoder.
       examples: pairs or single responses, in whose order the rows are.
       batch_size: number of examples in a batch.
+
+    Raises:
+      UserError: a response has turns of others between.
     """
+    check_whole_responses(examples.rows, "representations")
 
     @jax.jit
     def run(params: Params, batch: PairBatch) -> Float[Array, "rows layers width"]:

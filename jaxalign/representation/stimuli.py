@@ -102,6 +102,7 @@ def tokenize_stimuli(
         notice_once(line)
         report.chat.append(line)
     streams = [_stream(records, how, instruction) for instruction in instructions]
+    begins = [stream.begin for stream in streams]
     kept = []
     for number, record in enumerate(records):
         rows = [stream[number] for stream in streams]
@@ -111,6 +112,8 @@ def tokenize_stimuli(
         source = f"{record.source}:{record.line}"
         if not transcript(record.prompt).strip():
             report.skip("no query", source)
+        elif any(begin[number] != at for begin, at in zip(begins, lengths, strict=True)):
+            report.skip("turns of others in the response", source)
         elif longest > how.max_length:
             report.skip("stimulus too long", f"{source}: {longest} tokens")
         elif any(not np.array_equal(responses[0], other) for other in responses):

@@ -523,7 +523,7 @@ class PreferenceData:
         def rows(records: list[Any], name: str) -> Any:
             if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
-            return self.tokenized(tokenize_responses, records, name)
+            return self.tokenized(tokenize_responses, records, name, turns=config.sft.turns)
 
         tokens = rows(train, "train_responses")
         return TokenizedData(

@@ -27,6 +27,7 @@ from jaxalign.data import (
 from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing
 from jaxalign.data.record_text import text_of
+from jaxalign.data.tokenize import check_whole_responses
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
@@ -151,6 +152,7 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         shortest = {"max_length": longest, "min_prompt_length": settings.max_prompt_length}
         joint, counted = tokenize_responses(train, tokenizer, **shortest, **options)
         report["train_responses"] = dataclasses.asdict(counted)
+        check_whole_responses(joint, f"rollout.prompts: {settings.prompts}: the algorithm")
         responses = [joint[at][joint.prompt_length[at] :] for at in range(len(joint))]
 
     return PromptData(

@@ -71,6 +71,8 @@ def prompt_embeddings(
 ) -> Float[Array, "rows width"]:
     """Means of the last hidden states over the tokens of each prompt, in float32."""
     tokens, length = responses.tokens[:, 0], responses.prompt_length
+    if responses.scored_positions is not None:
+        length = responses.scored_positions[:, :, 0] + 1
     is_prompt = jnp.arange(tokens.shape[1])[None] < length
     if isinstance(policy.config, DecoderConfig):
         states = decoder.hidden_states(params, policy.config, tokens, compute=policy.compute)

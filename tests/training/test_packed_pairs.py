@@ -10,13 +10,14 @@ import optax
 import pytest
 
 from jaxalign.data import packing as rows
+from jaxalign.data import pair_batches
 from jaxalign.data.packing import Packing
 from jaxalign.entanglement.masks import initial_head
 from jaxalign.entanglement.reweighting import normalised
 from jaxalign.losses import PREFERENCE_LOSSES, TOKEN_LOSSES
 from jaxalign.models import devices, logprobs, probes
 from jaxalign.models.compute import Compute
-from jaxalign.models.decoder import init_params
+from jaxalign.models.decoder import init_params, logits
 from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import (
     compare_responses,
@@ -37,6 +38,7 @@ from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 from tests.data.test_packing import make_alike
+from tests.data.test_turns import masked
 from tests.models.test_shared_prefix import KINDS
 
 WORDS = 99
@@ -110,6 +112,38 @@ def test_every_token_has_its_log_prob_entropy_and_gradient(config, one_cpu, rng)
         close(out, expected)
         close(slopes, expected_slopes, atol=1e-5)
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(slopes)) > 0.1
+
+
+def test_tokens_of_turns_of_others_are_read_and_not_scored():
+    """Padded, joint and packed rows have the log-probs that whole rows have there."""
+    params, _ = world()
+    pairs = masked(PAIRS)
+
+    def loss(params, rows, weights):
+        out = response_log_probs(params, CONFIG, rows)
+        return jnp.sum(weights * out.log_prob), out
+
+    @jax.jit
+    def whole(params, tokens):
+        return jax.nn.log_softmax(logits(params, CONFIG, tokens), axis=-1)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    joint = pair_batches(pairs, batch_size=8, epochs=1, joint_share=1.0, buckets=1)
+    packed = packed_batches(pairs=pairs)
+    assert {batch.joint_tokens is None for batch in packed} == {True}
+    for batch in map(on_device, [next(joint), packed[0]]):
+        assert batch.scored_positions is not None
+        size = batch.response_tokens.shape[-1]
+        real = jnp.arange(size)[None] < batch.response_length.reshape(-1, 1)
+        weights = jnp.where(real, jnp.arange(16.0)[:, None] - 7.5, 0.0)
+        slopes, out = run(params, batch.rows(shared_prefix=True), weights)
+        expected_slopes, expected = run(params, batch.rows(), weights)
+        close(out, expected)
+        close(slopes, expected_slopes, atol=1e-5)
+        tokens = batch.tokens.reshape(16, -1)
+        at, scored = (x.reshape(16, size) for x in (batch.scored_positions, batch.response_tokens))
+        found = whole(params, tokens)[jnp.arange(16)[:, None], at, scored]
+        close(out.log_prob, jnp.where(real, found, 0.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
