@@ -36,9 +36,17 @@ def harness(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_results_are_those_of_transformers(folder, harness, run, variant):
+CASES = [
+    pytest.param(
+        variant, run, marks=[] if (variant, run) == ("begun", "zero") else pytest.mark.slow
+    )
+    for variant in VARIANTS
+    for run in RUNS
+]
+
+
+@pytest.mark.parametrize(("variant", "run"), CASES)
+def test_results_are_those_of_transformers(folder, harness, variant, run):
     model = LocalModel.load(folder / variant, batch_size=4, chat="never")
     expected = EXPECTED[variant]["tasks"][run]
     options = {OPTIONS[name]: value for name, value in RUNS[run].items() if name in OPTIONS}
@@ -95,5 +103,6 @@ def test_what_is_wrong_with_a_task_takes_one_line(folder, harness, tmp_path):
 
 def test_a_missing_harness_is_named(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    model = LocalModel.load(folder / "begun", chat="never")
     with pytest.raises(UserError, match=r'pip install "jaxalign\[lm-eval\]"'):
-        run_tasks(None, list(TASKS))
+        run_tasks(model, list(TASKS))
