@@ -121,8 +121,9 @@ def _joined(pairs: Sequence[tuple[Tokens, Tokens]], limit: int | None) -> list[_
         most = most if limit is None else min(most, limit)
         row = newest.get(key)
         if row is None or len(row.tokens) + len(continuation) - 1 > most:
-            begun = {"tokens": list(context), "segments": [1] * length}
-            row = newest[key] = _Row(**begun, positions=list(range(length)))
+            places = list(range(length))
+            row = _Row(tokens=list(context), segments=[1] * length, positions=places)
+            newest[key] = row
             rows.append(row)
         read = list(continuation[:-1])
         first = len(row.tokens)

@@ -5,6 +5,7 @@ for tasks on local files.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def run_tasks(
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"tasks_folder: {folder} is not a folder")
     loader = task_loader(tasks, None if folder is None else str(folder))
-    with _in_one_process():
+    with _subdued():
         return simple_evaluate(
             model=HarnessModel(model),
             tasks=loader.names(tasks),
@@ -92,15 +93,20 @@ def _installed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_one_process() -> Iterator[None]:
-    """Context in which the harness forks no processes, which the threads of JAX do not survive."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _subdued() -> Iterator[None]:
+    """Context in which the harness does not fork and does not list the defaults of tasks.
+
+    The threads of JAX do not survive a fork.
+    """
+    switch, log = "DISABLE_MULTIPROC", logging.getLogger("lm_eval.api.task")
+    before, level = os.environ.get(switch), log.level
+    os.environ[switch] = "1"
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        log.setLevel(level)
         if before is None:
-            del os.environ[name]
+            del os.environ[switch]
         else:
-            os.environ[name] = before
+            os.environ[switch] = before

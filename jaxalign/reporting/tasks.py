@@ -125,12 +125,10 @@ def outdated(report: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
 
 def _origin(score: Mapping[str, Any]) -> str:
     """The models of a score and how they read texts."""
-    parts = [
-        f"{name} {score[key]}"
-        for name, key in (("before", "reference"), ("after", "model"))
-        if score.get(key)
-    ]
-    return ", ".join([*parts, "with the chat template" if score.get("chat") else "plain text"])
+    models = str(score.get("model", ""))
+    if score.get("reference"):
+        models = f"before {score['reference']}, after {models}"
+    return f"{models}, {'with the chat template' if score.get('chat') else 'plain text'}"
 
 
 def _loss(score: Mapping[str, Any]) -> str:
