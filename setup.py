@@ -52,6 +52,7 @@ EXTRAS = {
     "hub": ["datasets>=4"],
     "openai": ["openai>=2"],
     "gguf": GGUF,
+    "lm-eval": ["lm-eval>=0.4.13,<0.5"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4"],
     "test": TEST,
     "docs": [

@@ -1,6 +1,7 @@
 """A local model as a backend."""
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from jaxalign.backends.interface import (
     WeightFormat,
     draw_number,
 )
+from jaxalign.backends.scoring import ContinuationScore, Tokens, row_length, score_continuations
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
@@ -36,22 +38,23 @@ from jaxalign.generation import (
     stop_table,
     token_bytes,
 )
-from jaxalign.generation.continuous import Programs, compile_programs, sample_continuously
+from jaxalign.generation.continuous import (
+    Programs,
+    Response,
+    compile_programs,
+    sample_continuously,
+)
 from jaxalign.generation.rows import Method, Source
 from jaxalign.generation.weights import DecodingWeights, prepare
 from jaxalign.gguf import is_gguf
 from jaxalign.models import DecoderConfig, decoder, load_pretrained
 from jaxalign.models.folders import exported, find_folder
 from jaxalign.models.gguf import generation_fields
-from jaxalign.models.responses import response_log_probs
 from jaxalign.models.score import ScoreModel
 from jaxalign.models.steering import parse_steering, steered
 from jaxalign.progress import saying
-from jaxalign.rows import ResponseRows
 from jaxalign.sharding import make_mesh
 
-SHORTEST = 32
-"""Length of the shortest compiled rows; the others are this times powers of two."""
 DRAFT = 4
 """Number of tokens in a draft."""
 
@@ -231,13 +234,29 @@ class LocalModel:
         ]
         if not rows:
             return []
-        way = self._in_batches if self._apart or self.mesh.size > 1 else self._continuously
         results: list[list[Any]] = [[None] * samples for _ in prompts]
-        for at, sample, generation in way(rows, numbers, decoding, samples):
-            results[at][sample] = generation
-            if keep is not None and None not in results[at]:
-                keep(at, results[at])
+        for one in self.sample(rows, numbers, decoding):
+            results[one.prompt][one.sample] = Generation(
+                text=self._decode(one.tokens.tolist(), decoding.stop),
+                finished=one.finished,
+                tokens=len(one.tokens),
+            )
+            if keep is not None and None not in results[one.prompt]:
+                keep(one.prompt, results[one.prompt])
         return results
+
+    def sample(
+        self, rows: Sequence[Tokens], numbers: Sequence[Sequence[int]], decoding: Decoding
+    ) -> Iterator[Response]:
+        """Responses to rows of tokens as they end, each with its last token.
+
+        Args:
+          rows: at least one, each with at least one token; they and the responses fit the context.
+          numbers: of each row, for each of its responses a number that identifies the draw.
+          decoding: settings.
+        """
+        way = self._in_batches if self._apart or self.mesh.size > 1 else self._continuously
+        return way(rows, numbers, decoding, len(numbers[0]))
 
     def _continuously(
         self,
@@ -245,7 +264,7 @@ class LocalModel:
         numbers: Sequence[Sequence[int]],
         decoding: Decoding,
         samples: int,
-    ) -> Iterator[tuple[int, int, Generation]]:
+    ) -> Iterator[Response]:
         """Responses as they end; each makes room for the next prompt."""
         method = Method(
             config=self.model.config, sampling=self._sampling(decoding), dtype=self.dtype
@@ -263,23 +282,15 @@ class LocalModel:
             stops=self._stops(decoding),
         )
         limit = None if self.context is None else self.context - decoding.max_tokens
-        responses = sample_continuously(
+        return sample_continuously(
             self._programs[program_key],
             source,
             method,
             rows,
             numbers,
             rows=count,
-            padded=functools.partial(_row_length, limit=limit),
+            padded=functools.partial(row_length, limit=limit),
         )
-        for one in responses:
-            text = self._decode(one.tokens.tolist(), decoding.stop)
-            length = len(one.tokens)
-            yield (
-                one.prompt,
-                one.sample,
-                Generation(text=text, finished=one.finished, tokens=length),
-            )
 
     def _in_batches(
         self,
@@ -287,7 +298,7 @@ class LocalModel:
         numbers: Sequence[Sequence[int]],
         decoding: Decoding,
         samples: int,
-    ) -> Iterator[tuple[int, int, Generation]]:
+    ) -> Iterator[Response]:
         """Responses to one batch of prompts after the other."""
         key, one = jax.random.key(decoding.seed), jnp.ones(1)
         program = self._program(decoding, samples)
@@ -302,8 +313,13 @@ class LocalModel:
             out = jax.device_get(program(*arguments))
             for at in range(len(mine)):
                 for sample in range(samples):
-                    generation = self._generation(out, at * samples + sample, decoding)
-                    yield begin + at, sample, generation
+                    row = at * samples + sample
+                    yield Response(
+                        prompt=begin + at,
+                        sample=sample,
+                        tokens=out.tokens[row, : out.length[row]],
+                        finished=bool(out.finished[row]),
+                    )
 
     def _decoding_weights(self) -> DecodingWeights:
         """The model's weights as the decoding loop reads them, kept between calls."""
@@ -356,11 +372,6 @@ class LocalModel:
     def _token_bytes(self) -> list[bytes]:
         return token_bytes(self.tokenizer, self.model.config.vocab_size)
 
-    def _generation(self, out: Any, row: int, decoding: Decoding) -> Generation:
-        length = int(out.length[row])
-        text = self._decode(out.tokens[row, :length].tolist(), decoding.stop)
-        return Generation(text=text, finished=bool(out.finished[row]), tokens=length)
-
     def _padded(
         self, rows: Sequence[Sequence[int]], *, left: bool, limit: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -368,7 +379,7 @@ class LocalModel:
         filled = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
         for row in rows:
             check_ids(row, self.tokenizer, self.model.config.vocab_size)
-        size = _row_length(max(map(len, filled)), limit)
+        size = row_length(max(map(len, filled)), limit)
         tokens = np.zeros((len(filled), size), np.int32)
         for at, row in enumerate(filled):
             tokens[at, size - len(row) :] = row if left else 0
@@ -379,53 +390,54 @@ class LocalModel:
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """As in `Backend`; tokens are those of the joint text, without an end token.
 
-        One-token continuations of the same prompt share a forward pass.
+        What the continuations of the same prompt share is computed once.
         """
         texts = [
             (self.text(prompt), continuation)
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
         pairs = [(prompt, continuation) for prompt, continuation, _ in self._joint(texts)]
-        results: list[Any] = [None] * len(pairs)
-        options: dict[tuple[int, ...], list[int]] = {}
-        for at, (prompt, continuation) in enumerate(pairs):
-            if self.context is not None and len(prompt) + len(continuation) > self.context:
-                results[at] = Score(log_prob=math.nan, tokens=len(continuation))
-            elif len(continuation) == 1 and not self._apart:
-                options.setdefault(tuple(prompt), []).append(at)
-        options = {prompt: at for prompt, at in options.items() if len(at) > 1}
-        prompts_of_options = sorted(options, key=len)  # similar lengths need little padding
-        for begin in range(0, len(prompts_of_options), self.batch_size):
-            mine = prompts_of_options[begin : begin + self.batch_size]
-            tokens, length = self._padded(mine, left=False, limit=self.context)
-            values = _next(self.model.params, self.model.config, tokens, length)
-            for prompt, row in zip(mine, np.asarray(values, np.float64), strict=False):
-                for at in options[prompt]:
-                    results[at] = Score(log_prob=float(row[pairs[at][1][0]]), tokens=1)
-        rest = [at for at, score in enumerate(results) if score is None]
-        rest.sort(key=lambda at: sum(map(len, pairs[at])))
-        for begin in range(0, len(rest), self.batch_size):
-            indices = rest[begin : begin + self.batch_size]
-            mine = [pairs[at] for at in indices]
-            whole = [p if self._apart else [*p, *c] for p, c in mine]
-            tokens, _ = self._padded(whole, left=False, limit=self.context)
-            responses, length = self._padded([c for _, c in mine], left=False, limit=self.context)
-            prompt_length = np.array([len(p) for p, _ in mine], np.int32)
-            prompt_length = np.pad(prompt_length, (0, len(tokens) - len(mine)), mode="edge")
-            sums = _summed(
-                self.model.params,
-                self.model.config,
-                ResponseRows(
-                    tokens=tokens,
-                    prompt_length=prompt_length,
-                    response_tokens=responses,
-                    response_length=length,
-                ),
-            )
-            values = np.asarray(sums, np.float64)[: len(mine)]
-            for at, value, (_, c) in zip(indices, values, mine, strict=True):
-                results[at] = Score(log_prob=float(value), tokens=len(c))
+        results = [Score(log_prob=math.nan, tokens=len(own)) for _, own in pairs]
+        fit = [
+            at
+            for at, (prompt, own) in enumerate(pairs)
+            if self.context is None or len(prompt) + len(own) <= self.context
+        ]
+        for at, score in self.score_tokens([pairs[at] for at in fit]):
+            results[fit[at]] = replace(results[fit[at]], log_prob=score.log_prob)
         return results
+
+    def score_tokens(
+        self, pairs: Sequence[tuple[Tokens, Tokens]]
+    ) -> Iterator[tuple[int, ContinuationScore]]:
+        """As `score_continuations`, with this model and its batch size.
+
+        Args:
+          pairs: tokens of context and continuation.
+        """
+        for ids in itertools.chain.from_iterable(pairs):
+            check_ids(ids, self.tokenizer, self.model.config.vocab_size)
+        return score_continuations(
+            self.model.params,
+            self.model.config,
+            pairs,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+        )
+
+    def tokens_of(self, texts: Sequence[str], *, begin: bool = True) -> list[list[int]]:
+        """Tokens of texts as they are, without a chat template; not checked.
+
+        Args:
+          texts: to encode.
+          begin: whether they begin with the beginning token, where the tokenizer adds one. For an
+            encoder-decoder also whether they have the tokens that it adds at the end.
+        """
+        rows = [list(encoding.ids) for encoding in self._encoder.encode(texts)]
+        if not begin:
+            return rows
+        suffix = self._encoder.suffix if self._apart else []
+        return [self._encoder.begun(row) + suffix for row in rows]
 
     def _joint(self, texts: Sequence[tuple[str, str]]):
         if not self._apart:
@@ -464,14 +476,6 @@ class LocalModel:
 _prepared = jax.jit(prepare, static_argnames=("config", "dtype", "in_int8"))
 
 
-def _row_length(tokens: int, limit: int | None) -> int:
-    """Length of the compiled rows for so many tokens."""
-    size = SHORTEST
-    while size < tokens:
-        size *= 2
-    return size if limit is None else min(size, limit)
-
-
 def _row_count(needed: int, most: int, compiled: set[int]) -> int:
     """Number of rows to decode together: a compiled one if it suffices, else a power of two."""
     if known := [count for count in compiled if count >= min(needed, most)]:
@@ -503,19 +507,6 @@ def _reporting(programs: Programs) -> Programs:
         run=saying(programs.run, running),
         run_drafted=saying(programs.run_drafted, running),
     )
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _summed(params, config, rows):
-    return response_log_probs(params, config, rows).log_prob.sum(-1)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _next(params, config, tokens, length):
-    """Log-probs of the next token after each row."""
-    states = decoder.hidden_states(params, config, tokens)
-    last = states[jnp.arange(len(tokens)), length - 1]
-    return jax.nn.log_softmax(decoder.unembed(last, config, *decoder.unembedding(params, config)))
 
 
 @functools.partial(jax.jit, static_argnames="config")

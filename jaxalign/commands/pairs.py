@@ -8,13 +8,19 @@ from jaxalign.flags import BadRecords, Chat
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """A model and preference pairs; the arguments of `load_pairs`."""
+class ModelAndData:
+    """What pairs are of."""
 
     model: str
     """Model: Hugging Face folder, Hub name, run folder or GGUF file."""
     data: str
     """Preference pairs, as --data of `jaxalign train`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairReading:
+    """How a model reads pairs."""
+
     tokenizer: str | None = None
     """Tokenizer: folder or Hub name; None: the model's own."""
     max_length: Annotated[int, Range("[2, inf)")] = 256
@@ -28,3 +34,8 @@ class PairOptions:
     """Response to a record that cannot be used: stop and name its line, or skip it."""
     batch_size: AtLeastOne = 8
     """Number of pairs in a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(PairReading, ModelAndData):
+    """A model and preference pairs; the arguments of `load_pairs`."""

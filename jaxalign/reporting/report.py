@@ -18,6 +18,7 @@ from jaxalign.reporting import (
     online,
     representation,
     sources,
+    tasks,
 )
 from jaxalign.reporting.charts import Chart, Figure, Series, colour, draw
 from jaxalign.reporting.page import Examples, Part, Table, Text, write_page
@@ -100,6 +101,7 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
         parts.append(
             Table(title="Held-out records by source", header=header, rows=rows, words=words)
         )
+    parts += _tasks(runs)
     if sampled := [run for run in runs if online.has_stage(run)]:
         header, rows = online.table(sampled)
         parts += [
@@ -152,6 +154,23 @@ def _parts(runs: Sequence[Run]) -> list[Part]:
                 parts.append(Text(title=name, lines=lines, bullets=True))
     parts += [_data(run) for run in runs if run.data]
     return parts
+
+
+def _tasks(runs: Sequence[Run]) -> list[Part]:
+    """Scores on tasks of the lm-evaluation-harness."""
+    found = [(run, report) for run in runs if (report := tasks.read_report(run.folder))]
+    if not found:
+        return []
+    reports = [(run.name if len(runs) > 1 else "", report) for run, report in found]
+    header, rows = tasks.table(reports)
+    lines = tasks.notes(reports)
+    for run, report in found:
+        if run.lines and (old := tasks.outdated(report, run.lines[-1])):
+            lines.append(f"{run.name} has been trained since it was evaluated: {', '.join(old)}")
+    words = tuple(range(header.index("metric") + 1))
+    title = "Tasks of the lm-evaluation-harness"
+    table = Table(title=title, header=header, rows=rows, words=words)
+    return [table, Text(lines=lines, bullets=True)]
 
 
 def _ledger(run: Run) -> list[Part]:

@@ -132,6 +132,7 @@ NOT_RUN = {
     r"python -m benchmarks\.int8_weights .*": "needs the weights of a real model",
     r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/test_gpu.py rehearses it",
     r"python -m venv .*": "needs the network",
+    r"jaxalign evaluate .*--tasks.*": "needs the extra lm-eval; tests/evaluation/test_harness.py",
     r"python tests/fixtures/make_\w+\.py .*": "needs PyTorch",
     r"python -m pytest .* -k seed_oss": "of a family that test_add_a_family.py adds",
     r"jaxalign plan .*qwen3-30b-a3b.*": "an expert axis of 16; the TPU's compiler needs minutes",
