@@ -1,5 +1,6 @@
 """Text to tokens: exact prompt/response boundaries, chat templates, and counted truncation."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class TokenizedRows:
     """Int32 [rows], at least 1."""
     record_index: np.ndarray
     """Int64 [rows]: number of the record, from 0, in the order it was given."""
+    largest: int | None = None
+    """Largest token, where it is stored; None: not known."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -48,7 +51,7 @@ class TokenizedRows:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
-    @property
+    @functools.cached_property
     def length(self) -> np.ndarray:
         """Int64 [rows]: tokens of prompt and response."""
         return np.diff(self.offsets)
@@ -91,6 +94,8 @@ class TokenizedPairs(TokenizedExamples):
     """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
 
     sides: ClassVar[int] = 2
+    common: np.ndarray | None = None
+    """Int64 [pairs]: tokens that both rows begin with, where they are stored; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +193,7 @@ def tokenize_pairs(
     chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
+    may_be_empty: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
     r"""Tokens of preference pairs, with the boundary between prompt and response exact.
 
@@ -213,6 +219,7 @@ def tokenize_pairs(
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
+      may_be_empty: whether no pair may be left.
 
     Returns:
       The pairs, those with the same tokens on both sides left out, and the counts.
@@ -242,7 +249,7 @@ def tokenize_pairs(
             rows.add(prompt, response, index)
     report.tokens = rows.tokens
     report._note(in_text)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
 
@@ -258,6 +265,7 @@ def tokenize_responses(
     chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
+    may_be_empty: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
 
@@ -271,6 +279,7 @@ def tokenize_responses(
       chat: whether plain prompts also go through the chat template; see `plain_prompts`.
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: prompt and response are texts of their own.
+      may_be_empty: whether there may be no record.
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
@@ -291,7 +300,7 @@ def tokenize_responses(
         rows.add(prompt, response, index)
     report.tokens = rows.tokens
     report._note(in_text)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise UserError("no records to tokenise")
     return rows.finish(), report
 
@@ -524,7 +533,7 @@ class _RowWriter:
     def finish(self) -> TokenizedRows:
         lengths = [len(row) for row in self._tokens]
         return TokenizedRows(
-            flat=np.concatenate(self._tokens),
+            flat=np.concatenate([np.empty(0, np.int32), *self._tokens]),
             offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
             prompt_length=np.asarray(self._prompt, np.int32),
             record_index=np.asarray(self._record, np.int64),
