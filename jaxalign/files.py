@@ -177,6 +177,12 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (a flag of savez)
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write one array to an .npy file, atomically."""
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.save(file, array)
+
+
 def read_arrays(
     path: Path, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray] | None:

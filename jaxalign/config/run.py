@@ -64,6 +64,9 @@ class TrainConfig:
     """Fraction of the prompts held out for evaluation where `eval_data` is not given."""
     bad_records: Literal["error", "skip"] = "error"
     """Response to a record that cannot be used: stop and name its line, or skip and count it."""
+    streaming: Literal["auto", "always", "never"] = "auto"
+    """Whether records and tokens stay on disk (in the output folder's .cache) instead of in memory;
+    batches are the same. auto: if the files of a stage's sources have 1 GiB or more together."""
     max_length: Annotated[int, Range("[2, inf)")] = 256
     """Largest number of tokens in prompt and response together; longer prompts lose their
     beginning."""

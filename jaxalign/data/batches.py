@@ -12,7 +12,7 @@ from jaxalign.data.order import (
     batch_order,
     ordered_batches,
 )
-from jaxalign.data.tokenize import TokenizedExamples, TokenizedTexts
+from jaxalign.data.tokenize import TokenizedExamples, TokenizedPairs, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
 from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows
@@ -286,6 +286,8 @@ def common_lengths(pairs: TokenizedExamples, members: np.ndarray | None = None) 
 
     0 for single responses.
     """
+    if isinstance(pairs, TokenizedPairs) and pairs.common is not None:
+        return pairs.common if members is None else pairs.common[members]
     numbers = np.arange(len(pairs)) if members is None else members
     common = np.zeros(len(numbers), np.int64)
     if pairs.sides == 1:
@@ -323,6 +325,8 @@ def padded_pairs(
     size, sides = len(members), pairs.sides
     tokens = np.zeros((size, sides, length), np.int32)
     responses, positions = np.zeros((2, size, sides, response), np.int32)
+    prompt_length = pairs.prompt_length[members]
+    response_length = pairs.length[members] - prompt_length
     for row, member in enumerate(members):
         for side in range(sides):
             number = sides * int(member) + side
@@ -332,9 +336,9 @@ def padded_pairs(
             positions[row, side, : len(scored)] = scored - 1
     return PairBatch(
         tokens=tokens,
-        prompt_length=pairs.prompt_length[members].astype(np.int32),
+        prompt_length=prompt_length.astype(np.int32),
         response_tokens=responses,
-        response_length=pairs.response_length[members].astype(np.int32),
+        response_length=response_length.astype(np.int32),
         record_index=pairs.record_index[members].astype(np.int32),
         weight=weight,
         packed=packed,
@@ -414,14 +418,11 @@ class _Stream:
     def __init__(self, data: TokenizedTexts, length: int, rng: np.random.Generator | None):
         if length < 2:
             raise UserError(f"length: {length} leaves nothing to predict; use 2 or more")
-        self._length = length
+        self._data, self._length = data, length
         self._order = np.arange(len(data)) if rng is None else rng.permutation(len(data))
         sizes = np.diff(data.offsets)[self._order]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._flat = (
-            data.flat if rng is None else np.concatenate([data[int(at)] for at in self._order])
-        )
-        total = len(self._flat)
+        total = int(self._offsets[-1])
         if total < 2:
             raise UserError("the text is a single token; there is nothing to predict")
         starts = np.arange(0, total - 1, length - 1)
@@ -435,7 +436,7 @@ class _Stream:
         document = np.searchsorted(self._offsets, place, side="right") - 1
         begin = np.maximum(self._offsets[document], start)
         positions = place - begin
-        values = np.stack(
-            [self._flat[start:stop], document - document[0] + 1, positions, positions > 0]
-        )
+        first = self._data.offsets[self._order[document]] - self._offsets[document]
+        tokens = self._data.flat[first + place]
+        values = np.stack([tokens, document - document[0] + 1, positions, positions > 0])
         return int(self._order[document[0]]), values

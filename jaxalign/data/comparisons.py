@@ -1,11 +1,13 @@
 """Input of a model with a scalar head: a prompt with one response, or with two."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.records import PreferenceRecord, Text
 from jaxalign.errors import UserError
 
@@ -78,20 +80,26 @@ def comparison(comparison_format: str, first: str, second: str) -> str:
 
 def compared(
     records: Iterable[PreferenceRecord], comparison_format: str
-) -> Iterator[PreferenceRecord]:
+) -> Iterable[PreferenceRecord]:
     """Pairs whose sides are the two orders of a comparison: the chosen response first, then last.
+
+    Those of records that stay on disk are made when they are read.
 
     Raises:
       UserError: a response is a conversation of several turns.
     """
-    for record in records:
-        place = f"{record.source}:{record.line}"
-        chosen, rejected = (_plain(text, place) for text in (record.chosen, record.rejected))
-        yield dataclasses.replace(
-            record,
-            chosen=comparison(comparison_format, chosen, rejected),
-            rejected=comparison(comparison_format, rejected, chosen),
-        )
+    make = functools.partial(_compared, comparison_format=comparison_format)
+    return records.map(make) if isinstance(records, IndexedRecords) else map(make, records)
+
+
+def _compared(record: PreferenceRecord, comparison_format: str) -> PreferenceRecord:
+    place = f"{record.source}:{record.line}"
+    chosen, rejected = (_plain(text, place) for text in (record.chosen, record.rejected))
+    return dataclasses.replace(
+        record,
+        chosen=comparison(comparison_format, chosen, rejected),
+        rejected=comparison(comparison_format, rejected, chosen),
+    )
 
 
 def _plain(response: Text, place: str) -> str:

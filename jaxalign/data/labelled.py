@@ -90,7 +90,7 @@ def labelled_batches(
       An iterator of `LabelledBatch` with `get_state` and `set_state`.
     """
     share = {"process_index": process_index, "process_count": process_count, "prefetch": prefetch}
-    own = TokenizedResponses(rows=data.rows)
+    own, reach = TokenizedResponses(rows=data.rows), int(data.rows.length.max())
     others = None if mismatched == "none" else _Others(data.rows, max_length, mismatched)
 
     def batch(
@@ -116,7 +116,7 @@ def labelled_batches(
             their_room = None if room is None else room[2:]
             other = one_side(others.of(members), theirs, others.shape, their_room, others.longest)
         return LabelledBatch(
-            responses=one_side(own, at, shape, room, int(data.rows.length.max())),
+            responses=one_side(own, at, shape, room, reach),
             mismatched=other,
             desirable=data.desirable[at.members],
         )

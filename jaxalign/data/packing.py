@@ -232,14 +232,18 @@ def pack(
 
 
 def pack_apart(
-    examples: TokenizedExamples, placement: Placement, room: Int[np.ndarray, " measures"]
+    examples: TokenizedExamples,
+    placement: Placement,
+    room: Int[np.ndarray, " measures"],
+    *,
+    reach: int,
 ) -> PackedRows | None:
     """`pack` without shared prefixes: every side has its prompt; None: the batch does not fit."""
     if not placement.fits_apart:
         return None
     sides, single = examples.sides, TokenizedResponses(rows=examples.rows)
     placement = placement.of_sides(sides)
-    packed = pack(single, placement, room, reach=int(examples.length.max()))
+    packed = pack(single, placement, room, reach=reach)
     return packed and dataclasses.replace(
         packed,
         row=packed.row[::sides],
@@ -332,7 +336,7 @@ def packed_batches(
       An iterator of `PairBatch` with `get_state` and `set_state`.
     """
     packer, padded = packer_of(examples, packing, **options), padded_shape(examples)
-    reach = int(packed_sizes(examples)[:, 0].max())
+    reach, longest = int(packed_sizes(examples)[:, 0].max()), int(examples.length.max())
 
     def make(at: Placement) -> PairBatch:
         packed, apart = None, None
@@ -340,7 +344,7 @@ def packed_batches(
             packed = pack(examples, at, packer.room, reach=reach)
         if packer.room is not None and packer.room_apart is not None:
             room = np.array([packer.room_apart, packer.room[1]])
-            apart = pack_apart(examples, at, room)
+            apart = pack_apart(examples, at, room, reach=longest)
         return padded_pairs(
             examples, at.members, at.weight, *padded, packed=packed, packed_apart=apart
         )

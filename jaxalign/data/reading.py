@@ -147,6 +147,27 @@ def path_rows(path: Path, split: str = "", columns: Collection[str] | None = Non
         raise unreadable(source, error) from None
 
 
+def source_files(source: str) -> tuple[list[Path], bool]:
+    """The files of a source, in their order, and whether all their rows are read.
+
+    Args:
+      source: as for `preference_records`.
+
+    Returns:
+      Files and True; or, of a split of their rows, False. No files: the source is none of files.
+    """
+    name, split = split_name(source)
+    if name.startswith("tfds:") or not exists(name):
+        return [], False
+    path = Path(name).expanduser()
+    base, window = _parse_split(source, split)
+    try:
+        files = list(_files_of_split(path, base)) if path.is_dir() else [path]
+    except OSError as error:
+        raise unreadable(source, error) from None
+    return files, window is None and (path.is_dir() or base in ("", "train", "all"))
+
+
 def unreadable(source: str, error: Exception) -> UserError:
     """The error of a source that the operating system cannot read."""
     return UserError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}")
@@ -224,8 +245,12 @@ def _file_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a text file, decompressed."""
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a text file, decompressed.
+
+    Raises:
+      UserError: it cannot be read, or its first bytes are those of another kind of file.
+    """
     try:
         with COMPRESSED.get(path.suffix, open)(path, "rb") as file:
             first = file.peek(8)
@@ -253,7 +278,7 @@ def read_text(path: Path) -> str:
 
 def _decoded(path: Path) -> tuple[str, int, str]:
     """The text of a file; or the first line that is not UTF-8, and why."""
-    with _opened(path) as file:
+    with opened(path) as file:
         raw = file.read()
     if (zero := raw.find(b"\0")) >= 0:
         return "", raw[:zero].count(b"\n") + 1, "a NUL byte"
@@ -340,23 +365,31 @@ def check_text(value: Any, name: str) -> str:
 
 def json_lines(path: Path) -> Iterator[Row]:
     """One JSON value per line; empty lines are skipped."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _json_row(str(path), number, line)
+                yield json_row(str(path), number, line)
 
 
-def _json_row(source: str, number: int, line: bytes) -> Row:
+def json_row(source: str, number: int, line: bytes, *, unit: str = "line") -> Row:
+    """The row of a line of JSON; the first one may begin with a byte order mark.
+
+    Args:
+      source: name of the file.
+      number: of the line, from 1.
+      line: its bytes.
+      unit: of the number, in messages.
+    """
     try:
-        encoding = "utf-8-sig" if number == 1 else "utf-8"  # a byte order mark may come first
-        return Row(source, number, parse_json(line.decode(encoding).rstrip()))
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        return Row(source, number, parse_json(line.decode(encoding).rstrip()), unit=unit)
     except UnicodeDecodeError as error:
         fault = BadRecordError(
             "invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}"
         )
     except BadRecordError as error:
         fault = error
-    return Row(source, number, None, fault)
+    return Row(source, number, None, fault, unit=unit)
 
 
 def _json_array(path: Path) -> Iterator[Row]:

@@ -5,8 +5,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jaxalign.data.embedded import embedded_preferences, embedded_responses, embedded_texts
 from jaxalign.data.forms import (
@@ -43,6 +44,45 @@ R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordKind(Generic[R]):
+    """A kind of record: how it is made of rows."""
+
+    of_row: Callable[[Row], list[R]]
+    """The records of a row; raises a `BadRecordError`. It can be pickled."""
+    embedded: Callable[[], Iterable[R]]
+    """Those of the source "embedded"."""
+
+    def read(
+        self, source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+    ) -> Iterator[R]:
+        """The records of a source, in order; see `preference_records`."""
+        if source == "embedded":
+            return iter(self.embedded())
+        return read_records(source, self.of_row, bad_records, report)
+
+
+def _single(of_row: Callable[[Row], R], row: Row) -> list[R]:
+    return [of_row(row)]
+
+
+PREFERENCES = RecordKind(
+    of_row=functools.partial(_single, preference_of_row), embedded=embedded_preferences
+)
+RESPONSES = RecordKind(
+    of_row=functools.partial(_single, response_of_row), embedded=embedded_responses
+)
+TEXTS = RecordKind(of_row=functools.partial(_single, text_of_row), embedded=embedded_texts)
+
+
+def unpaired_kind(threshold: float | None) -> RecordKind[UnpairedRecord]:
+    """Labelled responses, with the threshold of `unpaired_records`."""
+    return RecordKind(
+        of_row=functools.partial(unpaired_of_row, threshold=threshold),
+        embedded=lambda: as_unpaired(embedded_preferences()),
+    )
+
+
 def preference_records(
     source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
 ) -> Iterator[PreferenceRecord]:
@@ -62,9 +102,7 @@ def preference_records(
     Raises:
       UserError: names the file and line of the first bad record, or a missing source.
     """
-    if source == "embedded":
-        return iter(embedded_preferences())
-    return read_records(source, lambda row: [preference_of_row(row)], bad_records, report)
+    return PREFERENCES.read(source, bad_records=bad_records, report=report)
 
 
 def response_records(
@@ -78,9 +116,7 @@ def response_records(
       bad_records: "error" or "skip".
       report: filled while reading.
     """  # noqa: D205
-    if source == "embedded":
-        return iter(embedded_responses())
-    return read_records(source, lambda row: [response_of_row(row)], bad_records, report)
+    return RESPONSES.read(source, bad_records=bad_records, report=report)
 
 
 def prompt_records(
@@ -123,10 +159,7 @@ def unpaired_records(
       bad_records: "error" or "skip".
       report: filled while reading.
     """
-    if source == "embedded":
-        return as_unpaired(embedded_preferences())
-    of_row = functools.partial(unpaired_of_row, threshold=threshold)
-    return read_records(source, of_row, bad_records, report)
+    return unpaired_kind(threshold).read(source, bad_records=bad_records, report=report)
 
 
 def text_records(
@@ -139,9 +172,7 @@ def text_records(
       bad_records: "error" or "skip".
       report: filled while reading.
     """
-    if source == "embedded":
-        return iter(embedded_texts())
-    return read_records(source, lambda row: [text_of_row(row)], bad_records, report)
+    return TEXTS.read(source, bad_records=bad_records, report=report)
 
 
 def split_holdout(
@@ -164,11 +195,15 @@ def split_holdout(
         raise UserError(f"holdout: {fraction} is not in [0, 1)")
     sides: tuple[list[P], list[P]] = ([], [])
     for record in records:
-        prompt = record.text if isinstance(record, TextRecord) else record.prompt
-        content = json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False).encode("utf-8")
-        value = int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
-        sides[value < fraction].append(record)
+        sides[holdout_value(record, seed) < fraction].append(record)
     return sides
+
+
+def holdout_value(record: Any, seed: int) -> float:
+    """A number in [0, 1) that is determined by a record's prompt, or text, and the seed."""
+    prompt = record.text if isinstance(record, TextRecord) else record.prompt
+    content = json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False).encode("utf-8")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
 
 
 def read_records(

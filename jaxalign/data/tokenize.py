@@ -1,5 +1,6 @@
 """Text to tokens: exact prompt/response boundaries, chat templates, and counted truncation."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class TokenizedRows:
     """Int64 [rows]: number of the record, from 0, in the order it was given."""
     scored: np.ndarray | None = None
     """Bool, of each token in `flat`: whether it is scored; None: all tokens after the prompts."""
+    largest: int | None = None
+    """Largest token, where it is stored; None: not known."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,7 +54,7 @@ class TokenizedRows:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
-    @property
+    @functools.cached_property
     def length(self) -> np.ndarray:
         """Int64 [rows]: tokens of prompt and response."""
         return np.diff(self.offsets)
@@ -107,6 +110,8 @@ class TokenizedPairs(TokenizedExamples):
     """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
 
     sides: ClassVar[int] = 2
+    common: np.ndarray | None = None
+    """Int64 [pairs]: tokens that both rows begin with, where they are stored; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +212,7 @@ def tokenize_pairs(
     chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
+    may_be_empty: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
     r"""Tokens of preference pairs, with the boundary between prompt and response exact.
 
@@ -235,6 +241,7 @@ def tokenize_pairs(
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
+      may_be_empty: whether no pair may be left.
 
     Returns:
       The pairs, those with the same tokens on both sides left out, and the counts.
@@ -264,7 +271,7 @@ def tokenize_pairs(
             rows.add(*row, index)
     report.tokens = rows.tokens
     report._note(in_text)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
 
@@ -281,6 +288,7 @@ def tokenize_responses(
     end_token: bool = True,
     encoder_decoder: bool = False,
     turns: Turns = "last",
+    may_be_empty: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
 
@@ -296,6 +304,7 @@ def tokenize_responses(
       encoder_decoder: prompt and response are texts of their own.
       turns: "last": the responses are scored; "all": all turns of the assistant are, those in the
         prompt, too.
+      may_be_empty: whether there may be no record.
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
@@ -314,7 +323,7 @@ def tokenize_responses(
         rows.add(*row, index)
     report.tokens = rows.tokens
     report._note(in_text)
-    if not len(rows):
+    if not len(rows) and not may_be_empty:
         raise UserError("no records to tokenise")
     return rows.finish(), report
 
@@ -591,7 +600,7 @@ class _RowWriter:
                 own = [True] * (length - prompt) if scored is None else scored
                 mask[end - len(own) : end] = own
         return TokenizedRows(
-            flat=np.concatenate(self._tokens),
+            flat=np.concatenate([np.empty(0, np.int32), *self._tokens]),
             offsets=offsets,
             prompt_length=np.asarray(self._prompt, np.int32),
             record_index=np.asarray(self._record, np.int64),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,11 +15,13 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.plain_prompts import Chat, plain_prompts
+from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.records import Conversation, Message, Text, plain_text, tools_of, transcript
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError, notice_once
 from jaxalign.representation.instructions import Instructions
 
+Side = Literal["chosen", "rejected"]
 WHOLE = 2**30
 """A length above that of all rows: truncation would cut the instruction first."""
 
@@ -174,13 +177,25 @@ def joined_rows(
     )
 
 
+def response_of(record: PreferenceRecord, side: Side) -> PromptResponseRecord:
+    """The prompt of a pair with one of its responses."""
+    return PromptResponseRecord(
+        prompt=record.prompt,
+        response=record.chosen if side == "chosen" else record.rejected,
+        source=record.source,
+        line=record.line,
+    )
+
+
 def responses_of(
     records: Sequence[PreferenceRecord],
     which: Literal["chosen", "rejected", "both", "random"],
     *,
     seed: int = 0,
-) -> list[PromptResponseRecord]:
+) -> Sequence[PromptResponseRecord]:
     """Responses of pairs: one side, both (chosen before rejected), or one at random.
+
+    One side of records that stay on disk stays there, too.
 
     Args:
       records: pairs.
@@ -188,22 +203,17 @@ def responses_of(
         paper for Dual.
       seed: of "random".
     """
+    if isinstance(records, IndexedRecords) and which in ("chosen", "rejected"):
+        return records.map(partial(response_of, side=which))
     coin = np.random.default_rng([seed, 0x5C17]).random(len(records)) < 0.5
-    sides: dict[str, Callable[[int], tuple[str, ...]]] = {
+    sides: dict[str, Callable[[int], tuple[Side, ...]]] = {
         "chosen": lambda _: ("chosen",),
         "rejected": lambda _: ("rejected",),
         "both": lambda _: ("chosen", "rejected"),
         "random": lambda at: ("chosen",) if coin[at] else ("rejected",),
     }
     return [
-        PromptResponseRecord(
-            prompt=record.prompt,
-            response=getattr(record, side),
-            source=record.source,
-            line=record.line,
-        )
-        for at, record in enumerate(records)
-        for side in sides[which](at)
+        response_of(record, side) for at, record in enumerate(records) for side in sides[which](at)
     ]
 
 

@@ -33,7 +33,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
 )
-MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints")
+MAY_CHANGE = ("mesh", "output", "export", "wandb_project", "damaged_checkpoints", "streaming")
 """Fields that a resumed run may change: they do not affect its results."""
 MADE = (
     "config.json",

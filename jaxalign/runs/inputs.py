@@ -146,8 +146,9 @@ def _parts(value: Any) -> Iterator[bytes | memoryview]:
 
 
 UNREAD = ("sources", "shard", "joint_share", "packing", "mismatched")
-UNREAD += ("mixture", "held_out_by_source")
-"""Fields of a stage's data that are not hashed: its sources, and how batches are made of it."""
+UNREAD += ("mixture", "held_out_by_source", "largest", "common")
+"""Fields of a stage's data that are not hashed: its sources, how batches are made of it, and what
+follows from its tokens."""
 
 
 def check_inputs(folder: Path, now: Digests, fields: Sequence[str] | None = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import TrainConfig
-from jaxalign.data import tokenize_responses, unpaired_records
+from jaxalign.data import tokenize_responses
 from jaxalign.data.labelled import (
     LabelledBatch,
     LabelledRows,
@@ -21,7 +22,9 @@ from jaxalign.data.labelled import (
 from jaxalign.data.mixtures import BySource, Mixture
 from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing
+from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.records import PromptResponseRecord, UnpairedRecord
+from jaxalign.data.sources import unpaired_kind
 from jaxalign.errors import UserError
 from jaxalign.evaluation.logistic import fit_logistic
 from jaxalign.files import digest
@@ -30,7 +33,7 @@ from jaxalign.losses.lookup import find_labelled_loss
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import INPUTS, Inputs, counted_mixture, run_records, source_of
+from jaxalign.stages.inputs import INPUTS, Inputs, counted_mixture, run_records, sources_of
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import pair_batch, record_of, struct
@@ -88,7 +91,7 @@ class LabelledData:
 
     train: LabelledRows
     held_out: LabelledRows | None
-    sources: list[str]
+    sources: Sequence[str]
     """File and line of each training record, by its number."""
     max_length: int
     mismatched: bool = False
@@ -170,9 +173,8 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
     """Labelled responses, or both responses of the run's pairs."""
     inputs.check_length()
     settings = config.feedback
-    kind = functools.partial(unpaired_records, threshold=settings.threshold)
     records = run_records(
-        kind,
+        unpaired_kind(settings.threshold),
         settings.data or config.data,
         settings.eval_data or (() if settings.data else config.eval_data),
         config,
@@ -180,27 +182,33 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
         ("feedback.data", "feedback.eval_data"),
     )
 
-    def rows(records: list[UnpairedRecord], name: str) -> LabelledRows:
-        responses = [
-            PromptResponseRecord(
-                prompt=one.prompt, response=one.completion, source=one.source, line=one.line
-            )
-            for one in records
-        ]
+    def rows(records: Sequence[UnpairedRecord], name: str) -> LabelledRows:
+        if isinstance(records, IndexedRecords):
+            responses, desirable = records.map(response_of), records.labels
+        else:
+            responses = [response_of(one) for one in records]
+            desirable = np.array([one.label for one in records])
         tokens = inputs.tokenized(tokenize_responses, responses, name)
-        return LabelledRows(rows=tokens, desirable=np.array([one.label for one in records]))
+        return LabelledRows(rows=tokens, desirable=desirable)
 
     train = rows(records.train, "train_labelled")
     return LabelledData(
         train=train,
         held_out=rows(records.held_out, "held_out_labelled") if records.held_out else None,
-        sources=[source_of(record) for record in records.train],
+        sources=sources_of(records.train),
         max_length=config.max_length,
         mixture=counted_mixture(
             records, train.rows.record_index, inputs.report, "labelled responses"
         ),
         held_out_by_source=records.by_source(),
         shard=inputs.shard,
+    )
+
+
+def response_of(record: UnpairedRecord) -> PromptResponseRecord:
+    """A labelled response without its label."""
+    return PromptResponseRecord(
+        prompt=record.prompt, response=record.completion, source=record.source, line=record.line
     )
 
 

@@ -25,8 +25,6 @@ from jaxalign.data import (
     load_tokenizer,
     packed_rows,
     pair_batches,
-    preference_records,
-    response_records,
     split_holdout,
     text_batches,
     text_records,
@@ -35,8 +33,10 @@ from jaxalign.data import (
 )
 from jaxalign.data.batches import padded_positions
 from jaxalign.data.mixtures import BySource, Mixture, Part, WeightedSource, weighted_sources
-from jaxalign.data.order import WINDOW
+from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing, packed_batches, packer_of
+from jaxalign.data.record_index import IndexedRecords, joined
+from jaxalign.data.sources import PREFERENCES, RESPONSES, RecordKind
 from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
@@ -52,6 +52,7 @@ from jaxalign.representation import (
 )
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages.prompts import chat_of
+from jaxalign.stages.streaming import records_on_disk, streams, tokens_on_disk
 from jaxalign.training.objectives import ReferencedBatch
 
 INPUTS = "inputs.json"
@@ -128,7 +129,7 @@ class TokenizedData:
     def _mixed(self) -> dict[str, Any]:
         return {} if self.mixture is None else {"mixture": self.mixture}
 
-    def once(self, data: Any, batch_size: int, **mixture: Part) -> list[Any]:
+    def once(self, data: Any, batch_size: int, **mixture: Part) -> Iterations:
         """Every example once, in the training batches' form; weight 0 fills the last batch.
 
         Args:
@@ -142,7 +143,7 @@ class TokenizedData:
         fixed: dict[str, Any] = {"epochs": 1, "shuffle": False, **mixture}
         if not isinstance(data, TokenizedTexts):
             fixed["window"] = WINDOW
-        return list(self._batches(data, packing, batch_size=batch_size, **fixed))
+        return self._batches(data, packing, batch_size=batch_size, **fixed)
 
     def _batches(self, data: Any, packing: Packing | None, **order: Any) -> Any:
         options = order | self._shard_options
@@ -175,7 +176,7 @@ class TokenizedData:
         if self.held_out is None:
             return []
         if self.held_out_by_source is None or isinstance(self.held_out, TokenizedTexts):
-            return self.once(self.held_out, batch_size)
+            return list(self.once(self.held_out, batch_size))
         numbers = self.held_out.record_index
         parts = [Part(members=x) for x in self.held_out_by_source.members(numbers) if len(x)]
         batches = (self.once(self.held_out, batch_size, mixture=part) for part in parts)
@@ -284,7 +285,13 @@ class Inputs:
 
     def tokenized(self, tokenize: Any, records: Iterable[Any], name: str, **more: Any) -> Any:
         """Rows of records, counted in the report under a name; `more` overrides options."""
-        tokens, report = tokenize(records, self.tokenizer, **self.options | more)
+        options = self.options | more
+        if isinstance(records, IndexedRecords):
+            tokens, report = tokens_on_disk(
+                tokenize, records, self.tokenizer, self.config, name, **options
+            )
+        else:
+            tokens, report = tokenize(records, self.tokenizer, **options)
         self.report[name] = dataclasses.asdict(report)
         if jax.process_index() == 0:
             for note in report.notes:
@@ -307,7 +314,9 @@ def check_tokens(data: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
     Raises:
       UserError: one is not.
     """
-    if isinstance(data, TokenizedRows | TokenizedTexts):
+    if isinstance(data, TokenizedRows) and data.largest is not None:
+        check_ids([data.largest], tokenizer, vocabulary)
+    elif isinstance(data, TokenizedRows | TokenizedTexts):
         check_ids(data.flat, tokenizer, vocabulary)
     elif isinstance(data, list | tuple):
         for part in data:
@@ -322,12 +331,18 @@ def source_of(record: Any) -> str:
     return f"{record.source}:{record.line}"
 
 
+def sources_of(records: Sequence[Any]) -> Sequence[str]:
+    """File and line of each record."""
+    return records.places if isinstance(records, IndexedRecords) else list(map(source_of, records))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
     """Training and held-out records of a run's sources, source after source."""
 
-    train: list[Any]
-    held_out: list[Any]
+    train: Sequence[Any]
+    """A list, or `IndexedRecords`."""
+    held_out: Sequence[Any]
     train_source: np.ndarray
     """Number of each training record's source."""
     held_out_source: np.ndarray
@@ -354,7 +369,7 @@ class RunRecords:
 
 
 def run_records(
-    kind: Any,
+    kind: RecordKind[Any],
     sources: Sequence[str] | str | None,
     held_out_sources: Sequence[str] | str | None,
     config: TrainConfig,
@@ -364,7 +379,7 @@ def run_records(
     """Read the sources of a run, and hold records out where no source of these is given.
 
     Args:
-      kind: reader, such as `preference_records`.
+      kind: of the records.
       sources: as in `TrainConfig.data`.
       held_out_sources: of held-out records; none: a fraction of the prompts of every source.
       config: of the run.
@@ -377,17 +392,20 @@ def run_records(
     training = weighted_sources(sources, names[0])
     evaluation = weighted_sources(held_out_sources, names[1]) if held_out_sources else training
 
-    def read_all(which: list[WeightedSource], name: str) -> list[list[Any]]:
+    on_disk = streams(config, [one.source for one in (*training, *evaluation)])
+
+    def read_all(which: list[WeightedSource], name: str) -> list[Sequence[Any]]:
         each = [name] if len(which) == 1 else [f"{name} {one.label}" for one in which]
         return [
-            read(kind, one.source, config, report, at) for one, at in zip(which, each, strict=True)
+            read(kind, one.source, config, report, at, on_disk=on_disk)
+            for one, at in zip(which, each, strict=True)
         ]
 
     train = read_all(training, names[0])
     if held_out_sources:
         held_out = read_all(evaluation, names[1])
     else:
-        split = [split_holdout(one, config.holdout, seed=config.seed) for one in train]
+        split = [_split(one, config) for one in train]
         train, held_out = [kept for kept, _ in split], [held for _, held in split]
     train = [one[: config.max_records] for one in train]
     held_out = [one[: config.max_eval_records] for one in held_out]
@@ -397,8 +415,8 @@ def run_records(
                 f"{names[0]}: {source.source}: no records left to train on; lower --holdout"
             )
     return RunRecords(
-        train=list(itertools.chain.from_iterable(train)),
-        held_out=list(itertools.chain.from_iterable(held_out)),
+        train=_one_after_the_other(train),
+        held_out=_one_after_the_other(held_out),
         train_source=np.repeat(np.arange(len(train)), [len(x) for x in train]),
         held_out_source=np.repeat(np.arange(len(held_out)), [len(x) for x in held_out]),
         sources=training,
@@ -407,10 +425,45 @@ def run_records(
     )
 
 
-def read(kind: Any, source: str, config: TrainConfig, report: dict[str, Any], name: str) -> list:
-    """The records of a source, with their counts in the report under a name."""
+def _split(records: Sequence[Any], config: TrainConfig) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Training and held-out records."""
+    if isinstance(records, IndexedRecords):  # of the same seed
+        return records.split(config.holdout)
+    return split_holdout(records, config.holdout, seed=config.seed)
+
+
+def _one_after_the_other(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    indexed = [part for part in parts if isinstance(part, IndexedRecords)]
+    return joined(indexed) if indexed else list(itertools.chain.from_iterable(parts))
+
+
+def read(
+    kind: RecordKind[Any],
+    source: str,
+    config: TrainConfig,
+    report: dict[str, Any],
+    name: str,
+    *,
+    on_disk: bool,
+) -> Sequence[Any]:
+    """The records of a source, with their counts in the report under a name.
+
+    Args:
+      kind: of the records.
+      source: as for `preference_records`.
+      config: of the run.
+      report: of what was read.
+      name: in the report.
+      on_disk: whether they stay on disk: `IndexedRecords`.
+
+    Raises:
+      UserError: a record cannot be used, or there is none.
+    """
     counted = ReadReport()
-    records = list(kind(source, bad_records=config.bad_records, report=counted))
+    if on_disk:
+        records, counted = records_on_disk(kind, source, config, name)
+    else:
+        records = list(kind.read(source, bad_records=config.bad_records, report=counted))
     report[name] = {"source": source} | dataclasses.asdict(counted)
     if not records:
         raise UserError(f"{source}: no usable record")
@@ -468,7 +521,7 @@ class PreferenceData:
         self.tokenized, config, report = inputs.tokenized, inputs.config, inputs.report
         names = ("data", "eval_data")
         self._records = run_records(
-            preference_records, config.data, config.eval_data, config, report, names
+            PREFERENCES, config.data, config.eval_data, config, report, names
         )
         self.train, self.held_out = self._records.train, self._records.held_out
 
@@ -485,7 +538,7 @@ class PreferenceData:
         return tokens
 
     def preferences(
-        self, tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
+        self, tokenize: Callable[[Sequence[Any], str], TokenizedPairs] | None = None
     ) -> TokenizedData:
         """Pairs for a preference loss.
 
@@ -493,7 +546,7 @@ class PreferenceData:
           tokenize: (records, name in the report) -> pairs; None: prompts with two responses.
         """
 
-        def plain(records: list[Any], name: str) -> TokenizedPairs:
+        def plain(records: Sequence[Any], name: str) -> TokenizedPairs:
             return self.tokenized(tokenize_pairs, records, name)
 
         rows = tokenize or plain
@@ -501,7 +554,7 @@ class PreferenceData:
         return TokenizedData(
             train=train,
             held_out=rows(self.held_out, "held_out_pairs") if self.held_out else None,
-            sources=[source_of(record) for record in self.train],
+            sources=sources_of(self.train),
             length=self._config.max_length,
             mixture=counted_mixture(self._records, train.record_index, self._report, "pairs"),
             held_out_by_source=self._records.by_source(),
@@ -512,15 +565,13 @@ class PreferenceData:
         config, records = self._config, self._records
         if config.sft.data:
             names = ("sft_data", "sft_data")
-            records = run_records(
-                response_records, config.sft.data, (), config, self._report, names
-            )
+            records = run_records(RESPONSES, config.sft.data, (), config, self._report, names)
         train, held_out = records.train, records.held_out
         if not config.sft.data and config.sft.responses != "hindsight":
             sides = ((one, config.sft.responses) for one in (train, held_out))
             train, held_out = itertools.starmap(responses_of, sides)
 
-        def rows(records: list[Any], name: str) -> Any:
+        def rows(records: Sequence[Any], name: str) -> Any:
             if config.sft.responses == "hindsight":
                 return self.instructed(hindsight_rows, records, name)
             return self.tokenized(tokenize_responses, records, name, turns=config.sft.turns)
@@ -529,7 +580,7 @@ class PreferenceData:
         return TokenizedData(
             train=tokens,
             held_out=rows(held_out, "held_out_responses") if held_out else None,
-            sources=[source_of(record) for record in train],
+            sources=sources_of(train),
             length=config.max_length,
             mixture=counted_mixture(records, tokens.record_index, self._report, "responses"),
             held_out_by_source=records.by_source(),

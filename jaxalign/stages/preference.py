@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ def largest_pairs(
 
 def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     """Pairs of a prompt and two responses."""
-    tokenize: Callable[[list[Any], str], TokenizedPairs] | None = None
+    tokenize: Callable[[Sequence[Any], str], TokenizedPairs] | None = None
     settings = config.preference
     if find_loss(settings.loss, settings.loss_options).contrastive:
         tokenize = functools.partial(inputs.pairs.instructed, contrastive_pairs)
@@ -276,7 +276,7 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
 
 
 def load_pairs(
-    inputs: Inputs, tokenize: Callable[[list[Any], str], TokenizedPairs] | None
+    inputs: Inputs, tokenize: Callable[[Sequence[Any], str], TokenizedPairs] | None
 ) -> TokenizedData:
     """The pairs of a run, with shared prefixes where that saves work."""
     inputs.check_length()
@@ -304,6 +304,7 @@ def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Pa
             context.folder / "reference_log_probs.npz",
             mesh,
             fingerprint(config.preference, context.folder / INPUTS),
+            records=data.train.record_index,
         )
 
     def place(batch: PairBatch) -> ReferencedBatch:

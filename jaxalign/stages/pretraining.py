@@ -1,15 +1,20 @@
 """Pretraining: next-token prediction on packed text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxalign.config import TrainConfig
-from jaxalign.data import text_records, tokenize_texts
+from jaxalign.data import TokenizedTexts, tokenize_texts
+from jaxalign.data.record_index import IndexedRecords, joined
+from jaxalign.data.sources import TEXTS
+from jaxalign.data.token_store import texts_as_tokens
 from jaxalign.errors import UserError
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, TokenizedData, read
 from jaxalign.stages.kind import Kind, Outcome, RunContext
+from jaxalign.stages.streaming import streams, tokens_on_disk
 from jaxalign.stages.structs import text_batch
 from jaxalign.training.objectives import SupervisedObjective
 from jaxalign.training.stage import Feed, Params, Rows, Stage
@@ -50,19 +55,10 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     if not config.pretrain.text:
         raise UserError("text: the pretraining stage needs text files; set --text FILE [FILE ...]")
 
-    def texts(sources: Sequence[str], name: str) -> list[str]:
-        return [
-            record.text
-            for source in sources
-            for record in read(text_records, source, config, inputs.report, f"{name} {source}")
-        ]
-
-    documents = texts(config.pretrain.text, "text")
-    with in_turn("tokens"):
-        train = tokenize_texts(documents, inputs.tokenizer, cache=inputs.folder / "tokens")
+    train = _tokens(config.pretrain.text, "text", config, inputs, inputs.folder / "tokens")
     held_out = None
     if config.pretrain.eval_text:
-        held_out = tokenize_texts(texts(config.pretrain.eval_text, "eval_text"), inputs.tokenizer)
+        held_out = _tokens(config.pretrain.eval_text, "eval_text", config, inputs, None)
     inputs.report[NAME] = {"tokens": len(train.flat), "characters": train.characters}
     return TokenizedData(
         train=train,
@@ -71,6 +67,25 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
         length=config.max_length,
         shard=inputs.shard,
     )
+
+
+def _tokens(
+    sources: Sequence[str], name: str, config: TrainConfig, inputs: Inputs, cache: Path | None
+) -> TokenizedTexts:
+    """Documents as tokens, on disk if they are streamed."""
+    on_disk = streams(config, sources)
+    documents = [
+        read(TEXTS, source, config, inputs.report, f"{name} {source}", on_disk=on_disk)
+        for source in sources
+    ]
+    if on_disk:
+        indexed = joined([one for one in documents if isinstance(one, IndexedRecords)])
+        return tokens_on_disk(texts_as_tokens, indexed, inputs.tokenizer, config, name)[0]
+    texts = [record.text for one in documents for record in one]
+    if cache is None:
+        return tokenize_texts(texts, inputs.tokenizer)
+    with in_turn("tokens"):
+        return tokenize_texts(texts, inputs.tokenizer, cache=cache)
 
 
 def feed(context: RunContext, stage: Stage, params: Params, frozen: dict[str, Params]) -> Feed:

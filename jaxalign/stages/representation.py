@@ -32,7 +32,7 @@ from jaxalign.representation import (
 from jaxalign.sharding import place, shard_batch
 from jaxalign.sharding.processes import data_shard
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, instructions_of, source_of, tokenization
+from jaxalign.stages.inputs import Inputs, instructions_of, sources_of, tokenization
 from jaxalign.stages.kind import Kind, Outcome, RunContext
 from jaxalign.stages.packing import with_packing
 from jaxalign.stages.structs import record_of, struct
@@ -184,7 +184,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
         train=stimuli(train, "train_stimuli"),
         held_out=held_out,
         pairs=plain,
-        sources=[source_of(record) for record in train],
+        sources=sources_of(train),
     )
 
 

@@ -1,7 +1,7 @@
 """Reward models and preference models: the preference stage with a scalar head."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def load(config: TrainConfig, inputs: Inputs) -> TokenizedData:
     scored = score_format(config, inputs.tokenizer)
     pairwise = scored.kind == "preference"
 
-    def tokenize(records: list[Any], name: str) -> TokenizedPairs:
+    def tokenize(records: Sequence[Any], name: str) -> TokenizedPairs:
         rows = compared(records, scored.comparison_format) if pairwise else records
         options = scored.tokenize_options | {"chat": inputs.options["chat"]}
         return inputs.pairs.tokenized(tokenize_pairs, rows, name, **options)

@@ -12,6 +12,8 @@ import types
 import numpy as np
 import pytest
 
+from jaxalign.data import embedded_preferences
+
 EXPERIMENT = """
 from jaxalign.config import ArchitectureConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 
@@ -161,6 +163,27 @@ def test_processes_that_share_rows_feed_the_same_ones(runs):
     runs.finish("alone_tensor", 1, "--loss", "kto")
     runs.finish("four_tensor", 4, "--loss", "kto", "--mesh.data", "2", "--mesh.tensor", "2")
     assert_same_run(runs, "four_tensor", "alone_tensor")
+
+
+@pytest.mark.slow
+def test_processes_stream_their_data_and_train_as_one_in_memory(runs):
+    folder = runs.folder / "pairs"
+    folder.mkdir()
+    rows = [
+        json.dumps({"prompt": one.prompt, "chosen": one.chosen, "rejected": one.rejected})
+        for one in embedded_preferences(80)
+    ]
+    for number in range(2):  # a part of the index for each process
+        (folder / f"{number}.jsonl").write_text("\n".join(rows[number::2]))
+    flags = ("--data", "pairs", "--streaming")
+    runs.finish("in_memory", 1, *flags, "never")
+    runs.finish("streamed", 2, *flags, "always", "--mesh.fsdp", "2")
+    assert_same_run(runs, "streamed", "in_memory")
+    assert "data: 80 records of pairs stay on disk" in runs.output("streamed", 0)
+    assert "stay on disk" not in runs.output("streamed", 1)
+    runs.finish("streamed_again", 2, *flags, "always", "--mesh.fsdp", "2")
+    assert "indexing" not in runs.output("streamed_again", 0)
+    assert_same_run(runs, "streamed_again", "in_memory")
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_responses_of_sft_are_packed_likewise(rows, changes, packed, tmp_path, c
     assert batch.tokens.shape[:2] == (8, 1)
     assert (batch.packed is not None) == packed
     assert data.examples(0) == 400
-    epoch = data.once(rows, 8)
+    epoch = list(data.once(rows, 8))
     assert sorted(i for x in epoch for i in x.record_index[x.weight > 0]) == sorted(
         rows.record_index
     )

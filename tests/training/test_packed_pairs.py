@@ -405,6 +405,7 @@ def test_held_out_metrics_and_stored_log_probs(shards, tmp_path):
             tmp_path / f"{name}.npz",
             mesh,
             "",
+            records=PAIRS.record_index,
         )
         for name, batches in (("packed", packed), ("plain", plain))
     ]

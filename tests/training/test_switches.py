@@ -159,7 +159,10 @@ def test_adapters_precomputed_references_and_held_out_pairs_take_every_switch(wo
     mesh = make_mesh(devices=jax.devices()[:1])
     put = partial(jax.tree.map, jnp.asarray)
     path = tmp_path / "reference.npz"
-    table = precompute_reference(objective, base, [batch.pairs], put, path, mesh, "own")
+    records = np.asarray(batch.pairs.record_index[batch.pairs.weight > 0])
+    table = precompute_reference(
+        objective, base, [batch.pairs], put, path, mesh, "own", records=records
+    )
     table = np.vstack([table, np.zeros((1, 2), np.float32)])  # the filler pair is not in it
     stored = dataclasses.replace(batch, reference=jnp.asarray(table[batch.pairs.record_index]))
     for rows in (batch, stored):
