@@ -45,7 +45,7 @@ def test_experts_stacked_in_one_tensor_are_the_same_model(case, tmp_path):
     )
 
 
-@every_case
+@pytest.mark.parametrize("case", [*CASES, "gpt_oss"])
 @pytest.mark.parametrize("padding", ["full", "right", "left"])
 def test_the_balance_loss_of_each_layer_is_transformers_own(case, padding):
     expected = load_file(FIXTURES / "models" / case / "expected.safetensors")
@@ -170,7 +170,7 @@ def adapted(model, targets=("gate", "up", "down", "q", "router")):
     return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) / 3, adapters)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_adapters_of_each_expert_are_those_of_the_merged_matrices(case):
     model = load(case)
     adapters = adapted(model)
@@ -199,12 +199,23 @@ def test_what_adapters_of_experts_cannot_do_is_refused(tmp_path):
         ("qwen3_moe", {"num_experts_per_tok": 6}, "6 of 5 cannot be active"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0 is not supported"),
+        ("gpt_oss", {"swiglu_limit": -7.0}, "swiglu_limit: -7.0 is not a positive number"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"]}, "'chunked_attention' is not supported"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(case, fields, message):
     hf = json.loads((FIXTURES / "models" / case / "config.json").read_text()) | fields
     with pytest.raises(UserError, match=message):
         FAMILIES[hf["model_type"]].config(hf)
+
+
+def test_a_gpt_oss_config_without_rotary_positions_has_transformers_own():
+    fields = {"num_hidden_layers": 2, "sliding_window": 8}
+    config = FAMILIES["gpt_oss"].config(fields | {"rope_scaling": None, "rope_theta": 2e5})
+    rope = config.rope
+    assert (rope.kind, rope.factor, rope.truncate) == ("yarn", 32.0, False)
+    assert (rope.theta, rope.original_context) == (2e5, 4096)
+    assert config.windowed == (True, False)
 
 
 def test_a_changed_weight_of_the_balance_is_saved(tmp_path):
