@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from jaxalign.errors import UserError
 from jaxalign.models import devices
 from jaxalign.models.differentiation import in_forward_mode, with_reverse_rule
 from jaxalign.models.flash import LANES, OUTPUT, flash_attention, whole_rows
-from jaxalign.models.layers import softcap
+from jaxalign.models.layers import softcap, softmax
 from jaxalign.models.precision import precision
 from jaxalign.models.products import named
 from jaxalign.models.sequences import Sequences, attend_apart
@@ -34,6 +35,7 @@ def attention(
     sequences: Sequences | None = None,
     window: int | None = None,
     cap: float | None = None,
+    sinks: Float[Array, "batch length heads"] | None = None,
     implementation: str = "auto",
     query_block: int = 512,
 ) -> Float[Array, "batch length heads head_width"]:
@@ -53,8 +55,10 @@ def attention(
       sequences: the same as segments and prefixes say, for a fused kernel; None: unknown.
       window: a position sees itself and the `window - 1` positions before it; None sees all.
       cap: soft cap on scores (Gemma 2), or None.
+      sinks: each query's score of attending to no key, after scale and cap (gpt-oss), or None.
       implementation: one of `IMPLEMENTATIONS`: "auto", "blocked" (any device), "flash" (TPU; whole
-        rows on each device) or "cudnn" (GPU, 16 bit, no cap).
+        rows on each device) or "cudnn" (GPU, 16 bit, no cap; with sinks, windows in rows of up to
+        4096 positions).
       query_block: number of queries in a block of "blocked" and "flash".
 
     Returns:
@@ -64,7 +68,9 @@ def attention(
       UserError: there is no such implementation, or the arrays are not sharded as "flash" needs.
     """
     if implementation == "auto":
-        implementation = _fastest(q, k, plain=segment_ids is None or sequences is not None, cap=cap)
+        plain = segment_ids is None or sequences is not None
+        plain = plain and (sinks is None or window is None)
+        implementation = _fastest(q, k, plain=plain, cap=cap, sinks=sinks)
     if implementation not in IMPLEMENTATIONS:
         choices = ", ".join(IMPLEMENTATIONS)
         raise UserError(f"attention: {implementation!r} is not one of {choices}")
@@ -87,6 +93,7 @@ def attention(
             reach=reach,
             window=window,
             cap=cap,
+            sinks=sinks,
             block=query_block,
         )
     place = jnp.arange(q.shape[1])[None]
@@ -97,24 +104,35 @@ def attention(
         position=place if prefix_ids is None or positions is None else positions,
     )
     if implementation == "cudnn":
-        attend = functools.partial(_cudnn, scale=scale, window=window)
+        width, attend = q.shape[-1], functools.partial(_cudnn, scale=scale, window=window)
+        masked = _cudnn_masked
+        if sinks is not None:
+            q, k, v = _widened(q, k, v, sinks / scale)
+            attend = functools.partial(_cudnn_sinks, width=width, scale=scale, window=window)
+            masked = functools.partial(_cudnn_sinks, width=width)
         if segment_ids is None:
             mixed = attend(q, k, v)
         elif sequences is not None:
             mixed = attend_apart(attend, q, k, v, sequences)
         else:
-            mixed = _cudnn_masked(q, k, v, _sees(row, row, window), scale=scale)
-        return named(mixed, OUTPUT)
+            mixed = masked(q, k, v, seen=_sees(row, row, window), scale=scale)
+        return named(mixed[..., :width], OUTPUT)
     if prefix_ids is None or (reach is not None and reach >= q.shape[1]):
         reach = None
-    return named(_blocked_attention(q, k, v, row, scale, window, cap, reach, query_block), OUTPUT)
+    queries = _Queries(q, sinks)
+    mixed = _blocked_attention(queries, k, v, row, scale, window, cap, reach, query_block)
+    return named(mixed, OUTPUT)
 
 
 LONGEST_MASK = 4096
 """Length of rows for which cuDNN reads an array of what each position sees."""
+SINK_WIDTH = 8
+"""How much wider heads are for cuDNN where a sink is one more key."""
 
 
-def _fastest(q: Array, k: Array, *, plain: bool, cap: float | None) -> str:
+def _fastest(
+    q: Array, k: Array, *, plain: bool, cap: float | None, sinks: Array | None = None
+) -> str:
     """The implementation for these arrays; `plain`: rows that causality alone describes."""
     if in_forward_mode():
         return "blocked"
@@ -123,9 +141,52 @@ def _fastest(q: Array, k: Array, *, plain: bool, cap: float | None) -> str:
         known = devices.device_count() == 1 or devices.head_sharding() is not None
         return "flash" if known and whole_rows(q, k) and q.shape[1] >= LANES else "blocked"
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and cap is None
+    width = q.shape[-1] + (0 if sinks is None else SINK_WIDTH)
+    fits = half and width % 8 == 0 and width <= 128 and cap is None
     fits = fits and (plain or q.shape[1] <= LONGEST_MASK)
     return "cudnn" if devices.platform() == "gpu" and fits else "blocked"
+
+
+def _widened(q: Array, k: Array, v: Array, sinks: Array) -> tuple[Array, Array, Array]:
+    """Heads with more entries: queries have their sink there, in two parts of 16 bits, others 0."""
+
+    def wider(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, SINK_WIDTH),))
+
+    width = q.shape[-1]
+    coarse = sinks.astype(q.dtype)
+    fine = (sinks - coarse.astype(sinks.dtype)).astype(q.dtype)
+    q = wider(q).at[..., width].set(coarse).at[..., width + 1].set(fine)
+    return q, wider(k), wider(v)
+
+
+def _cudnn_sinks(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    width: int,
+    scale: float,
+    window: int | None = None,
+    seen: Array | None = None,
+) -> Array:
+    """`_cudnn` of `_widened` heads: a key of value 0 in front, which every position sees.
+
+    Its product with a query is the query's sink; all others are as they were.
+    """
+    length = q.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))) for x in (q, k, v))
+    k = k.at[:, 0, :, width : width + 2].set(1)
+    if seen is None and window is not None:
+        place = jnp.arange(length)
+        distance = place[:, None] - place[None]
+        seen = ((distance >= 0) & (distance < window))[None]
+    if seen is None:
+        odd = q.shape[1] % 2
+        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+        return _cudnn(q, k, v, scale=scale, window=None)[:, 1 : length + 1]
+    seen = jnp.pad(seen, ((0, 0), (1, 0), (1, 0)), constant_values=True)
+    return _cudnn_masked(q, k, v, seen, scale=scale)[:, 1:]
 
 
 def _cudnn_masked(q: Array, k: Array, v: Array, seen: Array, *, scale: float) -> Array:
@@ -171,24 +232,35 @@ class _Row(NamedTuple):
         return jax.tree.map(change, self)
 
 
+class _Queries(NamedTuple):
+    """Queries [..., heads, head_width], and their sinks [..., heads], if there are any."""
+
+    vectors: Array
+    sinks: Array | None
+
+    def map(self, change: Callable[[Array], Array]) -> "_Queries":
+        return jax.tree.map(change, self)
+
+
 def _blocked_attention(q, k, v, row, scale, window, cap, reach, block):
     """Exact attention, one block of queries at a time; windows read only the keys they see."""
     mix = functools.partial(_mix, scale=scale, cap=cap)
     if devices.is_single_cpu():
         # In bfloat16 every operand of these small products would be converted at each use.
-        dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
-        q, k, v = (x.astype(wide) for x in (q, k, v))
+        dtype, wide = k.dtype, jnp.promote_types(k.dtype, jnp.float32)
+        q, k, v = jax.tree.map(lambda x: x.astype(wide), (q, k, v))
         if reach is None:
             return _row_by_row(mix, q, k, v, row, window, block).astype(dtype)
         form = _Form(scale=scale, cap=cap, window=window, reach=reach)
         packed = functools.partial(_packed_row, form)
-        return jax.lax.map(lambda inputs: packed(*inputs), (q, k, v, _whole(row, q))).astype(dtype)
-    batch, length, heads, width = q.shape
+        rows = _whole(row, q.vectors)
+        return jax.lax.map(lambda inputs: packed(*inputs), (q, k, v, rows)).astype(dtype)
+    batch, length, heads, width = q.vectors.shape
     k, v = devices.whole_length(k), devices.whole_length(v)
 
     def attend(q, k, v, queries, keys):
         seen = _sees(queries, keys, window)
-        return jax.vmap(mix)(q, k, v, jnp.broadcast_to(seen, (q.shape[0], *seen.shape[1:])))
+        return jax.vmap(mix)(q, k, v, jnp.broadcast_to(seen, (len(k), *seen.shape[1:])))
 
     if length <= block:
         return attend(q, k, v, row, row)
@@ -220,7 +292,7 @@ def _blocked_attention(q, k, v, row, scale, window, cap, reach, block):
         return None, one_block(*inputs)
 
     starts = jnp.arange(blocks) * block
-    _, out = jax.lax.scan(step, None, (starts, split(q), row.map(split)))
+    _, out = jax.lax.scan(step, None, (starts, q.map(split), row.map(split)))
     out = jnp.moveaxis(out, 0, 2 if strided else 1)
     return out.reshape(batch, -1, heads, width)[:, :length]
 
@@ -230,7 +302,7 @@ def _row_by_row(mix, q, k, v, row, window, block):
 
     The arrays then stay in the cache, and a quarter reads no later key.
     """
-    length = q.shape[1]
+    length = k.shape[1]
     size = min(block, -(-length // 4))
     reach = length if window is None or row.prefix is not None else window
     seen = _sees(row, row, window)
@@ -241,7 +313,8 @@ def _row_by_row(mix, q, k, v, row, window, block):
         parts = []
         for first in range(0, length, size):
             own, keys = slice(first, first + size), slice(max(0, first - reach + 1), first + size)
-            parts.append(mix(q[own], k[keys], v[keys], seen[own, keys]))
+            queries = q.map(operator.itemgetter(own))
+            parts.append(mix(queries, k[keys], v[keys], seen[own, keys]))
         return jnp.concatenate(parts)
 
     if seen.shape[0] == 1:
@@ -268,7 +341,7 @@ class _Form(NamedTuple):
         sizes = (half * (2 + n % 2) << n // 2 for n in range(1, 64))  # 3, 4, 6, 8, 12, ... halves
         return [*itertools.takewhile(lambda size: size < largest, sizes), largest]
 
-    def mix(self, q: Array, k: Array, v: Array, queries: _Row, keys: _Row) -> Array:
+    def mix(self, q: _Queries, k: Array, v: Array, queries: _Row, keys: _Row) -> Array:
         """Attention of one block of queries to the keys that it reads."""
         queries, keys = (row.map(lambda x: x[None]) for row in (queries, keys))
         seen = _sees(queries, keys, self.window)[0]
@@ -283,7 +356,7 @@ def _whole(row: _Row, q: Array) -> _Row:
 class _Blocks(NamedTuple):
     """A packed row in blocks of queries, padded to whole ones, and its keys."""
 
-    q: Array
+    q: _Queries
     queries: _Row
     k: Array
     v: Array
@@ -294,8 +367,8 @@ class _Blocks(NamedTuple):
     """Number of keys that each block reads: from the first pair's first token to its own last."""
 
 
-def _blocks(q: Array, k: Array, v: Array, row: _Row) -> _Blocks:
-    length = q.shape[0]
+def _blocks(q: _Queries, k: Array, v: Array, row: _Row) -> _Blocks:
+    length = k.shape[0]
     padding = -length % PACKED_BLOCK
 
     def padded(x: Array) -> Array:
@@ -304,17 +377,17 @@ def _blocks(q: Array, k: Array, v: Array, row: _Row) -> _Blocks:
     def split(x: Array) -> Array:
         return x.reshape(-1, PACKED_BLOCK, *x.shape[1:])
 
-    q, k, v = padded(q), padded(k), padded(v)
+    q, k, v = q.map(padded), padded(k), padded(v)
     row = row.map(padded)._replace(place=jnp.arange(length + padding))
     assert row.prefix is not None
     before = jnp.pad(row.prefix, (1, 0), constant_values=-1)[:-1]
     first = jax.lax.cummax(jnp.where(row.prefix != before, row.place, 0))
     start = jnp.arange(0, length + padding, PACKED_BLOCK)
     needed = start + PACKED_BLOCK - first[start]
-    return _Blocks(split(q), row.map(split), k, v, row, start, needed)
+    return _Blocks(q.map(split), row.map(split), k, v, row, start, needed)
 
 
-def _packed_row_primal(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> Array:
+def _packed_row_primal(form: _Form, q: _Queries, k: Array, v: Array, row: _Row) -> Array:
     """Attention of one packed row: each block of queries reads the keys of its own pairs.
 
     Their number is rounded up to one of a few spans.
@@ -322,7 +395,7 @@ def _packed_row_primal(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> 
     blocks = _blocks(q, k, v, row)
     spans = form.spans(blocks.k.shape[0])
 
-    def of_block(inputs: tuple[Array, _Row, Array, Array]) -> Array:
+    def of_block(inputs: tuple[_Queries, _Row, Array, Array]) -> Array:
         q, queries, start, needed = inputs
 
         def reading(span: int) -> Array:
@@ -333,7 +406,7 @@ def _packed_row_primal(form: _Form, q: Array, k: Array, v: Array, row: _Row) -> 
         return jax.lax.switch(_branch(spans, needed), branches)
 
     out = jax.lax.map(of_block, (blocks.q, blocks.queries, blocks.start, blocks.needed))
-    return out.reshape(-1, *out.shape[2:])[: q.shape[0]]
+    return out.reshape(-1, *out.shape[2:])[: k.shape[0]]
 
 
 def _reader(blocks: _Blocks, start: Array, span: int) -> Callable[[Array], Array]:
@@ -359,8 +432,9 @@ def _packed_row_bwd(form, saved, d_out):
     q, k, v, row = saved
     blocks = _blocks(q, k, v, row)
     spans = form.spans(blocks.k.shape[0])
-    padding = -q.shape[0] % PACKED_BLOCK
-    d_out = jnp.pad(d_out, ((0, padding), (0, 0), (0, 0))).reshape(blocks.q.shape)
+    length = k.shape[0]
+    padding = -length % PACKED_BLOCK
+    d_out = jnp.pad(d_out, ((0, padding), (0, 0), (0, 0))).reshape(blocks.q.vectors.shape)
 
     def of_block(sums, inputs):
         q, queries, start, needed, d_out = inputs
@@ -381,8 +455,7 @@ def _packed_row_bwd(form, saved, d_out):
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (blocks.k, blocks.v)]
     inputs = blocks.q, blocks.queries, blocks.start, blocks.needed, d_out
     (d_k, d_v), d_q = jax.lax.scan(of_block, zeros, inputs)
-    length = q.shape[0]
-    d_q = d_q.reshape(-1, *d_q.shape[2:])[:length]
+    d_q = d_q.map(lambda x: x.reshape(-1, *x.shape[2:])[:length])
     return d_q, d_k[:length].astype(k.dtype), d_v[:length].astype(v.dtype), None
 
 
@@ -396,6 +469,7 @@ _packed_row = with_reverse_rule(_packed_row_primal, _packed_row_fwd, _packed_row
 
 def _mix(q, k, v, seen, *, scale, cap):
     """Scores, softmax and mixture for some queries of one row; softmax in float32."""
+    q, sinks = q
     number, heads, width = q.shape
     kv_heads, at = k.shape[1], precision(q.dtype)
     groups = heads // kv_heads
@@ -408,7 +482,10 @@ def _mix(q, k, v, seen, *, scale, cap):
     )
     scores = softcap(scores * scale, cap)
     seen = jnp.repeat(seen, groups, axis=0)[None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(q.dtype)
+    if sinks is not None:
+        sinks = jnp.moveaxis(sinks.reshape(number, kv_heads, groups), 0, 1)
+        sinks = sinks.reshape(kv_heads, number * groups, 1)
+    weights = softmax(jnp.where(seen, scores, -1e30), sinks).astype(q.dtype)
     mixed = jnp.einsum("hqs,hsd->hqd", weights, values, precision=at)
     mixed = jnp.moveaxis(mixed.reshape(kv_heads, number, groups, width), 0, 1)
     return mixed.reshape(number, heads, width)

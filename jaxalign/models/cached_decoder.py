@@ -21,7 +21,7 @@ from jaxalign.models.decoder_layer import (
     queries_keys_values,
     rotations,
 )
-from jaxalign.models.layers import dense, softcap
+from jaxalign.models.layers import dense, softcap, softmax
 from jaxalign.models.precision import precision
 from jaxalign.records import AnyArray, record
 
@@ -235,7 +235,8 @@ def advance_several(
             keys = write(cache.keys[number], k, cache.next_slot)
             values = write(cache.values[number], v, cache.next_slot)
             visible = near if kinds[number].is_windowed else seen
-            mixed = attend_slots(q.astype(keys.dtype), keys, values, visible, config)
+            sinks = layer["sinks"]["logits"] if config.sinks else None
+            mixed = attend_slots(q.astype(keys.dtype), keys, values, visible, config, sinks)
             return dense(mixed.astype(y.dtype), layer["o"]), (keys, values)
 
         def mlp(y: Array) -> Array:
@@ -275,8 +276,18 @@ def attend_slots(
     v: Float[Array, "*rows kv_heads slots head_width"],
     seen: Bool[Array, "rows new slots"],
     config: DecoderConfig,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "rows new width"]:
-    """New queries of every row over the slots that each sees; softmax in float32."""
+    """New queries of every row over the slots that each sees; softmax in float32.
+
+    Args:
+      q: queries of the new tokens.
+      k: keys in the slots.
+      v: values in the slots.
+      seen: the slots that each query sees.
+      config: the decoder.
+      sinks: each head's score of attending to no slot; None: there is none.
+    """
     rows, new, heads, width = q.shape
     kv_heads, at = k.shape[-3], precision(q.dtype)
     groups = heads // kv_heads
@@ -288,7 +299,10 @@ def attend_slots(
         "...kqd,...ksd->...kqs", q, k, precision=at, preferred_element_type=jnp.float32
     )
     scores = softcap(scores * config.scale, config.attention_softcap)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    if sinks is not None:
+        each = jnp.broadcast_to(sinks.reshape(kv_heads, 1, groups), (kv_heads, new, groups))
+        sinks = each.astype(jnp.float32).reshape(*[1] * (k.ndim - 3), kv_heads, new * groups, 1)
+    weights = softmax(jnp.where(seen, scores, -1e30), sinks)
     mixed = jnp.einsum("...kqs,...ksd->...kqd", weights.astype(q.dtype), v, precision=at)
     mixed = jnp.moveaxis(mixed.reshape(rows, kv_heads, new, groups, width), 2, 1)
     return mixed.reshape(rows, new, heads * width)

@@ -72,6 +72,27 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    r"""The gate of gpt-oss's experts.
+
+    .. math:: (u' + 1) \, g' \sigma(\alpha g'), \qquad
+              g' = \min(g, l), \quad u' = \max(-l, \min(u, l))
+
+    Attributes:
+      alpha: slope of the sigmoid.
+      limit: l, the largest gate, and the largest size of what it multiplies.
+    """
+
+    alpha: float
+    limit: float
+
+    def __post_init__(self):
+        for field in ("alpha", "limit"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"swiglu_{field}: {getattr(self, field)} is not a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experts:
     """A mixture of experts in place of every layer's MLP.
 
@@ -81,6 +102,8 @@ class Experts:
       width: inner width of an expert.
       renormalised: whether the probabilities of a token's experts are divided by their sum.
       balance_weight: of the load-balancing loss in training (`experts.balance_loss`).
+      bias: whether the router and the experts' matrices have biases.
+      clamped: the experts' gate where it is not that of the config's `activation`.
     """
 
     number: int
@@ -88,6 +111,8 @@ class Experts:
     width: int
     renormalised: bool
     balance_weight: float = 0.0
+    bias: bool = False
+    clamped: ClampedSwiGLU | None = None
 
     def __post_init__(self):
         if min(self.number, self.width) < 1:
@@ -112,6 +137,7 @@ class DecoderConfig:
       local_rope: rotary positions of sliding-window layers where they differ (Gemma 3).
       unrotated: per layer, whether it has no rotary positions; empty means all have them.
       qk_norm: None, "head" (per head: Qwen3, Gemma 3) or "width" (all heads at once: OLMo 2).
+      sinks: whether every head has a learned score of attending to nothing (gpt-oss).
       window: number of tokens a sliding-window layer sees, itself included.
       windowed: per layer, whether it is a sliding-window layer; empty means none is.
       residual_scale: factor on what each branch adds to the residual stream; None is 1.
@@ -144,6 +170,7 @@ class DecoderConfig:
     local_rope: Rope | None = None
     unrotated: tuple[bool, ...] = ()
     qk_norm: str | None = None
+    sinks: bool = False
     window: int | None = None
     windowed: tuple[bool, ...] = ()
     attention_softcap: float | None = None

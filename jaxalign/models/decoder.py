@@ -97,6 +97,8 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, Any]:
         sizes = (heads, kv) if config.qk_norm == "width" else (config.head_width,) * 2
         layers["q_norm"] = {"scale": (config.layers, sizes[0])}
         layers["k_norm"] = {"scale": (config.layers, sizes[1])}
+    if config.sinks:
+        layers["sinks"] = {"logits": (config.layers, config.heads)}
     shapes: dict[str, Any] = {
         "embed": {"embedding": (config.vocab_size, width)},
         "layers": layers,

@@ -12,6 +12,7 @@ from jaxalign.models.attention import attention
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.experts import experts_branch
 from jaxalign.models.layers import dense, layer_norm, mlp_branch, rms_norm
+from jaxalign.models.probes import spread
 from jaxalign.models.rope import rope_angles, rotate
 
 Rotations = list[tuple[Array, Array]]
@@ -117,15 +118,32 @@ def attention_branch(
         cap=config.attention_softcap,
         implementation=implementation,
     )
+    arrays = {"q": q, "k": k, "v": v, "sinks": _sinks(layer, q)}
+
+    def narrow(arrays: Mapping[str, Any]) -> Array:
+        return attend(**arrays, window=config.window)
+
+    def whole(arrays: Mapping[str, Any]) -> Array:
+        return attend(**arrays)
+
     if config.windowed and all(config.windowed):
-        mixed = attend(q, k, v, window=config.window)
+        mixed = narrow(arrays)
     elif any(config.windowed):
-        narrow = functools.partial(attend, window=config.window)
-        mixed = jax.lax.cond(kind.is_windowed, narrow, attend, q, k, v)
+        mixed = jax.lax.cond(kind.is_windowed, narrow, whole, arrays)
     else:
-        mixed = attend(q, k, v)
+        mixed = whole(arrays)
     mixed = mixed.reshape(*x.shape[:2], -1)
     return dense(mixed, layer["o"]), (k, v)
+
+
+def _sinks(
+    layer: Mapping[str, Any], q: Float[Array, "batch length heads head_width"]
+) -> Float[Array, "batch length heads"] | None:
+    """Each query's score of attending to no key, in float32; None: the layer has none."""
+    if "sinks" not in layer:
+        return None
+    params = layer["sinks"]
+    return spread(params["logits"], q.shape[:3], jnp.float32, params.get("probe"))
 
 
 def feed_forward(

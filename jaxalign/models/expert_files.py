@@ -7,7 +7,6 @@ import numpy as np
 
 from jaxalign.models.config import DecoderConfig
 from jaxalign.models.families import FAMILIES
-from jaxalign.models.tensor_files import TensorFiles
 
 STACKED = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
@@ -48,7 +47,7 @@ class SeparateExperts:
         return self._files.read(source, at)[0]
 
 
-def separate_experts(files: Any, config: DecoderConfig) -> TensorFiles | SeparateExperts:
+def separate_experts(files: Any, config: DecoderConfig) -> Any:
     """The files with a tensor for every expert, whichever way they are stored.
 
     Args:
@@ -56,6 +55,8 @@ def separate_experts(files: Any, config: DecoderConfig) -> TensorFiles | Separat
       config: of a family with experts.
     """
     family = FAMILIES[config.family]
+    if not hasattr(family, "EXPERT"):  # its own tensors are stacked
+        return files
     parts: dict[str, tuple[str, int, int, int]] = {}
     renamed: dict[str, str] = {}
     for name, shape in files.shapes.items():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models import devices, grouped
 from jaxalign.models.config import DecoderConfig, Experts
-from jaxalign.models.layers import ACTIVATIONS, activated, dense
+from jaxalign.models.layers import ACTIVATIONS, activated, clamped_swiglu, dense
 
 BALANCE = "balance"
 """Key of the balance's probe beside the router's kernel (`with_balance`)."""
@@ -31,11 +31,16 @@ STATISTICS = ("balance_loss", "entropy", "load")
 def expert_shapes(config: DecoderConfig, experts: Experts) -> dict[str, Any]:
     """The shapes of the router's and the experts' matrices, in the nested dict's own form."""
     lead = config.layers, experts.number
-    inner = {"kernel": (*lead, config.width, experts.width)}
-    matrices = {"up": inner, "down": {"kernel": (*lead, experts.width, config.width)}}
+
+    def matrix(*lead: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        kernel = {"kernel": (*lead, inputs, outputs)}
+        return kernel | ({"bias": (*lead, outputs)} if experts.bias else {})
+
+    inner = matrix(*lead, inputs=config.width, outputs=experts.width)
+    matrices = {"up": inner, "down": matrix(*lead, inputs=experts.width, outputs=config.width)}
     if config.gated:
         matrices["gate"] = inner
-    router = {"kernel": (config.layers, config.width, experts.number)}
+    router = matrix(config.layers, inputs=config.width, outputs=experts.number)
     return {"router": router, "experts": matrices}
 
 
@@ -56,7 +61,10 @@ def experts_branch(
     """
     assert config.experts is not None
     weights, chosen = route(x, layer["router"], config.experts, real)
-    mix = functools.partial(_mixed, activation=config.activation)
+    clamped = config.experts.clamped
+    plain = functools.partial(activated, ACTIVATIONS[config.activation])
+    activate = plain if clamped is None else functools.partial(clamped_swiglu, clamped)
+    mix = functools.partial(_mixed, activate=activate)
     return _over_devices(mix, x, weights, chosen, grouped.unspanned(layer["experts"]))
 
 
@@ -184,10 +192,15 @@ def _mixed(
     chosen: Array,
     matrices: Mapping[str, Any],
     *,
-    activation: str,
+    activate: Callable[..., Array],
     first: Array | None = None,
+    parts: int = 1,
 ) -> Array:
-    """The weighted sum of the experts' outputs; those from `first` on where not all are here."""
+    """The weighted sum of the experts' outputs; those from `first` on where not all are here.
+
+    Where each of several `parts` has some of an expert's inner width, their results add up, and so
+    each adds its part of the last bias.
+    """
     rows, length, active = chosen.shape
     number = matrices["up"]["kernel"].shape[0]
     slots = chosen.reshape(rows, -1)
@@ -202,7 +215,7 @@ def _mixed(
         tokens = jnp.where(here, tokens, 0)
     up = grouped.dense(tokens, matrices["up"], groups)
     gate = grouped.dense(tokens, matrices["gate"], groups) if "gate" in matrices else None
-    y = grouped.dense(activated(ACTIVATIONS[activation], up, gate), matrices["down"], groups)
+    y = grouped.dense(activate(up, gate), matrices["down"], groups, bias_share=1 / parts)
     if first is not None:
         y = jnp.where(here, y, 0)
     y = jnp.take(y, groups.inverse, axis=0).reshape(rows, length, active, -1)
@@ -245,6 +258,8 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
         if names[-1] == "kernel" and tensor is not None:
             split = (tensor, None) if names[0] == "down" else (None, tensor)
             return P(expert, *split)
+        if names[-1] == "bias" and names[0] != "down":
+            return P(expert, tensor)
         return P(expert)
 
     of_rows = P(rows, length)
@@ -259,7 +274,8 @@ def _over_devices(mix: Any, x: Array, weights: Array, chosen: Array, matrices: A
         first = None
         if expert is not None:
             first = jax.lax.axis_index(expert) * (number // size(expert))
-        y = mix(x, weights, chosen, matrices, first=first)
+        parts = 1 if tensor is None else size(tensor)
+        y = mix(x, weights, chosen, matrices, first=first, parts=parts)
         if tensor is not None:
             y = jax.lax.psum(y, tensor)
         if gathered:

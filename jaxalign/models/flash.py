@@ -84,6 +84,7 @@ def flash_attention(
     reach: int | None,
     window: int | None,
     cap: float | None,
+    sinks: Float[Array, "batch length heads"] | None = None,
     block: int,
 ) -> Float[Array, "batch length heads head_width"]:
     """Causal attention by the kernels, on each device for its own rows and heads.
@@ -101,6 +102,7 @@ def flash_attention(
       reach: no position sees one as many or more places before it; None: unknown.
       window: a position sees itself and the `window - 1` positions before it.
       cap: soft cap on scores.
+      sinks: each query's score of attending to no key.
       block: largest number of queries in a block; on a TPU a multiple of 128.
     """
     length = q.shape[1]
@@ -131,14 +133,15 @@ def flash_attention(
     if sharding is not None:
         spec = sharding.spec
         marked = P(spec[0] if rows > 1 else None)
+        of_sinks = () if sinks is None else (P(*spec[:3]),)
         run = jax.shard_map(
             run,
             mesh=sharding.mesh,
-            in_specs=(spec, spec, spec, marked),
+            in_specs=(spec, spec, spec, marked, *of_sinks),
             out_specs=spec,
             check_vma=False,
         )
-    return run(q, k, v, jnp.stack(marks, axis=1))
+    return run(q, k, v, jnp.stack(marks, axis=1), *(() if sinks is None else (sinks,)))
 
 
 def _size(length: int, block: int) -> int:
@@ -148,7 +151,9 @@ def _size(length: int, block: int) -> int:
     return -(-length // (blocks * tile)) * tile
 
 
-def _by_heads(form: Form, q: Array, k: Array, v: Array, marks: Array) -> Array:
+def _by_heads(
+    form: Form, q: Array, k: Array, v: Array, marks: Array, sinks: Array | None = None
+) -> Array:
     """Attention of arrays [batch, length, heads, width], padded to whole blocks."""
     length = q.shape[1]
     padding = -length % form.size
@@ -159,7 +164,9 @@ def _by_heads(form: Form, q: Array, k: Array, v: Array, marks: Array) -> Array:
     places = jnp.arange(length, length + padding)  # behind all others: no real query sees them
     marks = jnp.pad(marks, ((0, 0), (0, 0), (0, padding)))
     marks = marks.at[:, PLACE, length:].set(places).at[:, POSITION, length:].set(places)
-    out = _attention(form, prepared(q), prepared(k), prepared(v), marks)
+    if sinks is not None:
+        sinks = jnp.swapaxes(prepared(sinks[..., None]), 2, 3).astype(jnp.float32)
+    out = _attention(form, prepared(q), prepared(k), prepared(v), marks, sinks)
     return jnp.swapaxes(out[:, :, :length], 1, 2)
 
 
@@ -435,8 +442,14 @@ class _Call(NamedTuple):
         return tuple(run(*listed, *(x for x, *_ in reads)))
 
 
-def _forward(form: Form, q: Array, k: Array, v: Array, marks: Array) -> tuple[Array, Array]:
-    """Attention, and the log-sum-exp of each query's scores, [rows, heads, 1, length]."""
+def _forward(
+    form: Form, q: Array, k: Array, v: Array, marks: Array, sinks: Array | None
+) -> tuple[Array, Array]:
+    """Attention, and the log-sum-exp of each query's scores, [rows, heads, 1, length].
+
+    A sink is one more score, of a value of zero: it is in the log-sum-exp and shrinks the mixture.
+    The kernels of the backward pass need to know no more of it.
+    """
     call = _Call.of(form, q, k, marks)
     own, other = call.vectors(True), call.vectors(False, grouped=True)
     rows, heads, length, width = q.shape
@@ -457,24 +470,30 @@ def _forward(form: Form, q: Array, k: Array, v: Array, marks: Array) -> tuple[Ar
         ],
         [1, 1, width],
     )
-    return out, log_sum
+    if sinks is None:
+        return out, log_sum
+    whole = jnp.logaddexp(log_sum, sinks)
+    kept = jnp.swapaxes(jnp.exp(log_sum - whole), 2, 3)
+    return (out.astype(jnp.float32) * kept).astype(out.dtype), whole
 
 
-def _attention_primal(form: Form, q: Array, k: Array, v: Array, marks: Array) -> Array:
-    return _forward(form, q, k, v, marks)[0]
+def _attention_primal(
+    form: Form, q: Array, k: Array, v: Array, marks: Array, sinks: Array | None
+) -> Array:
+    return _forward(form, q, k, v, marks, sinks)[0]
 
 
 def _attention_fwd(
-    form: Form, q: Array, k: Array, v: Array, marks: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    out, log_sum = (checkpoint_name(x, OUTPUT) for x in _forward(form, q, k, v, marks))
-    return out, (q, k, v, marks, out, log_sum)
+    form: Form, q: Array, k: Array, v: Array, marks: Array, sinks: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
+    out, log_sum = (checkpoint_name(x, OUTPUT) for x in _forward(form, q, k, v, marks, sinks))
+    return out, (q, k, v, marks, sinks, out, log_sum)
 
 
 def _attention_bwd(
-    form: Form, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array, Array, Array, None]:
-    q, k, v, marks, out, log_sum = saved
+    form: Form, saved: tuple[Any, ...], d_out: Array
+) -> tuple[Array, Array, Array, None, Array | None]:
+    q, k, v, marks, sinks, out, log_sum = saved
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)[:, :, None]
     call, seen = _Call.of(form, q, k, marks), _visible(form, marks)
     marked = [(marks, call.marks(True), False), (marks, call.marks(False), False)]
@@ -514,7 +533,8 @@ def _attention_bwd(
         [(k.shape, k.dtype, own), (v.shape, v.dtype, own)],
         [call.head_width, call.head_width],
     )
-    return d_q, d_k, d_v, None
+    d_sinks = None if sinks is None else -jnp.exp(sinks - log_sum) * inner
+    return d_q, d_k, d_v, None, d_sinks
 
 
 _attention: Any = jax.custom_vjp(_attention_primal, nondiff_argnums=(0,))

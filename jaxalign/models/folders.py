@@ -89,9 +89,9 @@ def _config(file: Path, text: str) -> ModelConfig:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file}: a JSON object is expected")
-    if quantised := fields.get("quantization_config"):
-        raise UserError(f"{file}: quantization_config: {_quantised(quantised)}")
-    outer = fields.get("model_type")
+    outer, packed = fields.get("model_type"), fields.pop("quantization_config", None)
+    if packed and not _unpacks(outer, packed):
+        raise UserError(f"{file}: quantization_config: {_quantised(packed)}")
     try:
         fields = text_fields(fields)
     except UserError as error:
@@ -106,7 +106,14 @@ def _config(file: Path, text: str) -> ModelConfig:
         raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {type(error).__name__}: {error}") from None
-    return dataclasses.replace(config, source=text if family == outer else json.dumps(fields))
+    unchanged = family == outer and not packed
+    return dataclasses.replace(config, source=text if unchanged else json.dumps(fields))
+
+
+def _unpacks(family: object, quantization: object) -> bool:
+    """Whether the family's weights are also read in this packed form."""
+    readable = getattr(FAMILIES.get(str(family)), "PACKED", ())
+    return isinstance(quantization, dict) and quantization.get("quant_method") in readable
 
 
 def _quantised(settings: object) -> str:

@@ -71,7 +71,11 @@ def _sizes(groups: Int[Array, " all"], number: int) -> Int[Array, " groups"]:
 
 
 def dense(
-    x: Float[Array, "all inputs"], params: Mapping[str, Any], groups: Groups
+    x: Float[Array, "all inputs"],
+    params: Mapping[str, Any],
+    groups: Groups,
+    *,
+    bias_share: float = 1.0,
 ) -> Float[Array, "all outputs"]:
     """`layers.dense` with a matrix for each group.
 
@@ -80,8 +84,14 @@ def dense(
       params: {"kernel": [groups, inputs, outputs], "bias"?, "adapter"?, "probe"?}, as in
         `layers.dense`, but each probe is its zeros alone (`unspanned`).
       groups: of the slots.
+      bias_share: the part of the bias that is added, and of what its probe returns: less than 1
+        where the results of several devices add up.
     """
-    y = product(x, params["kernel"], groups, params.get("probe"))
+    probe = params.get("probe")
+    y = product(x, params["kernel"], groups, probe)
+    if "bias" in params:
+        of_bias = None if probe is None else probe * bias_share
+        y = y + spread(params["bias"] * bias_share, groups, x.dtype, of_bias)
     if "adapter" in params:
         adapter = params["adapter"]
         probe = adapter.get("probe")
@@ -182,6 +192,42 @@ def kernel_gradient(
     rows, back = (jnp.take(y, blocks.rows, axis=0, mode="fill", fill_value=0) for y in (x, dy))
     own = jnp.einsum("bri,bro->bio", rows, back, precision=at, preferred_element_type=jnp.float32)
     return jax.ops.segment_sum(own, blocks.group, num_segments=len(sizes))
+
+
+def spread(
+    vectors: Float[Array, "groups outputs"],
+    groups: Groups,
+    dtype: Any,
+    probe: Float[Array, "sets products"] | None = None,
+) -> Float[Array, "all outputs"]:
+    """Each row's own vector, that of its group; with a probe, as `product`; 0 for no group."""
+    if probe is None:
+        return jnp.take(vectors.astype(dtype), groups.owner, axis=0, mode="fill", fill_value=0)
+    return _watched_spread(dtype, vectors, probe, groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _watched_spread(dtype: Any, vectors: Array, probe: Array, groups: Groups) -> Array:
+    del probe
+    return spread(vectors, groups, dtype)
+
+
+def _watched_spread_forward(dtype, vectors, probe, groups):
+    return spread(vectors, groups, dtype), (vectors, probe, groups)
+
+
+def _watched_spread_backward(dtype, saved, dy):
+    vectors, probe, groups = saved
+    sides, dy = number_of_sides(probe), dy.astype(jnp.float32)
+    sums = functools.partial(jax.ops.segment_sum, num_segments=len(vectors))
+    total = sums(dy, groups.owner)
+    slots = groups.slots.reshape(probe.shape[0], sides, -1)
+    dys = by_groups(jnp.take(dy, groups.inverse, axis=0), probe)
+    geometry = jax.lax.map(lambda rows: gram(*map(sums, *rows)), (dys, slots))
+    return total.astype(vectors.dtype), geometry, None
+
+
+_watched_spread.defvjp(_watched_spread_forward, _watched_spread_backward)
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxalign.models import devices, int8
-from jaxalign.models.config import ModelConfig
+from jaxalign.models.config import ClampedSwiGLU, ModelConfig
 from jaxalign.models.int8 import Int8Matrix
 from jaxalign.models.probes import matmul, spread
 
@@ -69,6 +69,22 @@ def activated(activation: Callable[[Array], Array], up: Array, gate: Array | Non
     def plain(up: Array, gate: Array | None) -> Array:
         return activation(up) if gate is None else activation(gate) * up
 
+    return _in_float32(plain, up, gate)
+
+
+def clamped_swiglu(form: ClampedSwiGLU, up: Array, gate: Array) -> Array:
+    """`up` times the gate in a clamped form, computed as in `activated`."""
+
+    def plain(up: Array, gate: Array) -> Array:
+        gate = jnp.minimum(gate, form.limit)
+        up = jnp.clip(up, -form.limit, form.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(form.alpha * gate)
+
+    return _in_float32(plain, up, gate)
+
+
+def _in_float32(plain: Callable[..., Array], up: Array, gate: Array | None) -> Array:
+    """The function of both, in float32 where they have 16 bits, and recomputed."""
     if up.dtype.itemsize > 2:
         return plain(up, gate)
     wide = jax.checkpoint(
@@ -127,6 +143,25 @@ def layer_norm(
     if "bias" in params:
         y = y + spread(params["bias"], y.shape, jnp.float32, probe)
     return y.astype(x.dtype)
+
+
+def softmax(
+    scores: Float[Array, "... keys"], sinks: Float[Array, "... one"] | None
+) -> Float[Array, "... keys"]:
+    r"""Softmax over the last axis, with a score of its own for attending to no key.
+
+    .. math:: \frac{e^{z_s}}{e^{b} + \sum_{s'} e^{z_{s'}}}
+
+    Args:
+      scores: z.
+      sinks: b, with a last axis of 1; None: there is none.
+    """
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    top = jnp.maximum(scores.max(-1, keepdims=True), sinks)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(sinks - top))
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -104,6 +104,8 @@ def modules(config: ModelConfig) -> list[Module]:
         if not (weight.stacked == 1 and all(path.endswith("/kernel") for path in weight.paths)):
             continue
         sizes = [shapes[path] for path in weight.paths]
+        if len(sizes[0]) != 3:  # of experts
+            continue
         found.append(
             Module(
                 name=weight.name.removesuffix(".weight"),

@@ -17,6 +17,8 @@ HARMLESS = re.compile(
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 FLOATING = ("F64", "F32", "F16", "BF16")
+PACKED = re.compile(r"(.*)_(blocks|scales)$")
+"""Names of the bytes of packed weights (`mxfp4`)."""
 
 
 class TensorFiles:
@@ -47,7 +49,8 @@ class TensorFiles:
                             continue
                         part = opened.get_slice(name)
                         kind = part.get_dtype()
-                        if kind not in FLOATING and not HARMLESS.search(name):
+                        packed = kind == "U8" and PACKED.match(name)
+                        if kind not in FLOATING and not packed and not HARMLESS.search(name):
                             raise UserError(
                                 f"{file}: {name}: {kind} weights are not supported; save the "
                                 "model in float32, float16 or bfloat16"
@@ -65,12 +68,19 @@ class TensorFiles:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """One tensor, or the part of it that `index` names, without reading the rest.
 
+        Bytes of packed weights are returned as they are.
+
         Raises:
           UserError: if a value in it is not finite.
         """
         with self._open(self.files[name]) as opened:
-            tensor = opened.get_slice(name)[index] if index else opened.get_tensor(name)
-        if not _is_finite(tensor):
+            if index:
+                whole = tuple(slice(part.start, part.stop) for part in index)
+                strides = tuple(slice(None, None, part.step) for part in index)
+                tensor = opened.get_slice(name)[whole][strides]
+            else:
+                tensor = opened.get_tensor(name)
+        if tensor.dtype != np.uint8 and not _is_finite(tensor):
             raise UserError(
                 f"{self.files[name]}: {name}: holds NaN or infinity; the file is damaged or the "
                 "training that wrote it diverged"

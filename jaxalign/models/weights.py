@@ -20,11 +20,12 @@ from jaxalign.models.families.mapping import Weight, transposed
 from jaxalign.models.folders import find_model, read_config
 from jaxalign.models.gguf import GGUFTensors
 from jaxalign.models.multimodal import TextTensors, holds_language_model
+from jaxalign.models.mxfp4 import UnpackedTensors, holds_packed
 from jaxalign.models.tensor_files import HARMLESS, TensorFiles, tensor_files
 from jaxalign.progress import busy
 
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec]
-Files = TensorFiles | GGUFTensors | TextTensors | SeparateExperts
+Files = TensorFiles | GGUFTensors | TextTensors | SeparateExperts | UnpackedTensors
 SCORE_TENSOR = "score.weight"
 LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def load_pretrained(
     Args:
       path_or_hub_name: folder with config.json and safetensors, a GGUF file, or a name such as
         "org/model".
-      dtype: dtype of the parameters; None keeps the file's (float32 where it is quantised).
+      dtype: dtype of the parameters; None keeps the file's (float32 where it is quantised, bfloat16
+        where that is exact: MXFP4).
       mesh: devices to place the parameters on; None is the default device.
       rule: path ("layers/q/kernel") and shape -> PartitionSpec; by default the largest axis that
         the mesh's "fsdp" axis divides is split over it.
@@ -82,7 +84,9 @@ def _tensors(source: Path) -> Files:
     if is_gguf(source):
         return GGUFTensors(source)
     files = tensor_files(source)
-    return TextTensors(files, source) if holds_language_model(files) else files
+    if holds_language_model(files):
+        return TextTensors(files, source)
+    return UnpackedTensors(files) if holds_packed(files) else files
 
 
 def weight_table(config: ModelConfig, *, scored: bool) -> list[Weight]:
@@ -294,6 +298,11 @@ def _place(files, weight, number, names, shape, dtype, sharding) -> jax.Array:
     stored = files.read(names[0]).dtype if dtype is None else np.dtype(dtype)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if weight.interleaved:
+            *lead, last = index
+            count = len(weight.paths)
+            strided = slice(count * last.start + number, count * last.stop, count)
+            return files.read(name, (*lead, strided))
         if weight.transposed is None:
             return weight.split(files.read(name))[number][index]
         return files.read(name, index[::-1]).T if weight.transposed else files.read(name, index)

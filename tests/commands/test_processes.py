@@ -54,7 +54,8 @@ class Runs:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # half of the time is compilation
+            # half of the time is compilation
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0",
         }
         if processes > 1:
             environment |= {

@@ -1,5 +1,7 @@
 """What the responses to a prompt do to each other, against their gradients one by one."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from jaxalign.entanglement.groups import GroupGeometry
 from jaxalign.models import decoder, devices, logprobs, probes
 from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.models.responses import response_log_probs
-from tests.entanglement.test_probing import FORMS, small
+from tests.entanglement.test_probing import FORMS, TIED_FORMS, small
+from tests.slow import mostly_slow
 
 jitted = jax.jit(decoder.init_params, static_argnums=0)
 
@@ -67,8 +70,10 @@ def check(found, wanted, tolerance):
             )
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "tied"),
+    mostly_slow(itertools.product(FORMS, [True, False]), quick=TIED_FORMS.items()),
+)
 def test_every_form_and_every_part(form, tied, monkeypatch):
     formed, one = FORMS[form]
     for module in (probes, logprobs):

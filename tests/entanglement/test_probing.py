@@ -1,5 +1,6 @@
 """Geometry read off one backward pass, for every family, form and part, against dense gradients."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from jaxalign.models import DecoderConfig, decoder, devices, load_pretrained, lo
 from jaxalign.models.compute import Compute
 from jaxalign.models.responses import response_log_probs
 from jaxalign.rows import ResponseRows
+from tests.slow import mostly_slow
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -31,6 +33,7 @@ FAMILIES = [  # one of every way to use a parameter
     "glm4",
     "gpt2",
     "gpt_neox",
+    "gpt_oss",
     "granite",
     "granitemoehybrid",
     "llama3",
@@ -44,6 +47,10 @@ FAMILIES = [  # one of every way to use a parameter
     "smollm3_window",
     "t5",
     "t5_v1_1",
+]
+QUICK = [  # the others use their parameters as one of these does
+    *("cohere2_biases", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite"),
+    *("llama3", "olmo2", "qwen2", "t5"),
 ]
 FORMS = {
     "formed, one by one": (True, True),
@@ -118,7 +125,7 @@ def small(tied):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, quick=QUICK))
 def test_every_family(name):
     # In t5_v1_1 attention is not scaled down: moving its weights by one part in 10 million moves
     # either way's numbers by one in 100,000.
@@ -133,8 +140,14 @@ def test_every_family(name):
     np.testing.assert_allclose(found.inner / scale, wanted.inner / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("form", FORMS)
+# Each form with tied or untied embeddings, each of the two ways with both.
+TIED_FORMS = {name: name in ("formed, one by one", "products, at once") for name in FORMS}
+
+
+@pytest.mark.parametrize(
+    ("form", "tied"),
+    mostly_slow(itertools.product(FORMS, [True, False]), quick=TIED_FORMS.items()),
+)
 def test_every_form_and_every_part(form, tied, monkeypatch):
     formed, one_by_one = FORMS[form]
     for module in (probes, logprobs):

@@ -12,6 +12,7 @@ from jaxalign.models.lora import init_adapters
 from jaxalign.models.responses import response_log_probs
 from jaxalign.rows import ResponseRows
 from tests.entanglement.test_probing import folder_of, pairs_for, rows_of, small
+from tests.slow import mostly_slow
 
 
 def first_pair(batch):
@@ -23,18 +24,11 @@ def first_pair(batch):
     )
 
 
+QUICK = ["llama_tied_groups", "gemma2", "gpt2", "gpt_oss", "t5_v1_1"]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "llama_tied_groups",
-        "gemma2",
-        "granite",
-        "cohere2",
-        "gpt2",
-        "gpt_neox",
-        "olmoe",
-        "t5_v1_1",
-    ],
+    "name", mostly_slow([*QUICK, "granite", "cohere2", "gpt_neox", "olmoe"], quick=QUICK)
 )
 def test_the_matrix_is_that_of_dense_gradients_and_sums_to_the_pairs(name):
     model = load_pretrained(folder_of(name), dtype=jnp.float32)

@@ -1,5 +1,6 @@
 """The compiled decoding loop copies no weights and no caches; programs are kept between calls."""
 
+import itertools
 import re
 
 import jax
@@ -11,6 +12,7 @@ from jaxalign.generation import Sampling, compile_generate, generate
 from jaxalign.models import DecoderConfig, cached_decoder, decoder
 from jaxalign.models.lora import init_adapters, with_adapters
 from jaxalign.sharding import make_mesh
+from tests.slow import mostly_slow
 
 LIMIT = 23
 CONFIG = DecoderConfig(
@@ -63,9 +65,16 @@ def copies(text, rows, smallest):
     return found
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "adapted"),
+    mostly_slow(
+        itertools.product([1, 3], [F32, BF16], [False, True]),
+        quick=[(1, F32, False), (1, BF16, True), (3, F32, True), (3, BF16, False)],
+    ),
+)
 def test_the_loop_copies_no_weights_and_no_caches(rows, dtype, adapted):
     params = decoder.init_params(CONFIG, jax.random.key(0))
     if adapted:

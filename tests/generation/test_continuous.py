@@ -1,6 +1,7 @@
 """Continuous batching gives the responses that `generate` gives, whatever the schedule."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxalign.generation.rows import Method, Source
 from jaxalign.generation.weights import prepare
 from jaxalign.models import cached_decoder, decoder
 from tests.generation.test_generate import CONFIG as PLAIN
+from tests.slow import mostly_slow
 
 CONFIG = dataclasses.replace(PLAIN, windowed=(True, False), window=6)
 PROMPTS = [[3, 4, 5, 6, 7], [9], [2, 8, 2], [11, 12, 13, 14, 15, 16, 17], [5, 5], [18, 3, 9, 9]]
@@ -32,7 +34,7 @@ def padded(length):
     return 4 if length <= 4 else 8
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module")
 def case(request):
     """Policies, sampling, mixture and stops; and each prompt's responses from `generate` alone."""
     options = dict(CASES[request.param])
@@ -59,7 +61,14 @@ def case(request):
     return policies, sampling, weights, stops, expected
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    mostly_slow(
+        itertools.product(CASES, [1, 3]),
+        quick=[("greedy", 3), ("sampled", 1), ("penalised", 3), ("stopped", 3), ("mixture", 1)],
+    ),
+    indirect=["case"],
+)
 def test_responses_are_those_of_generate_for_any_number_of_rows(case, rows):
     policies, sampling, weights, stops, expected = case
     method = Method(config=CONFIG, sampling=sampling)
@@ -147,8 +156,10 @@ def given_prompts(config, *, short, prefix):
     return [draw(29), *[common + draw(size) for size in short], common[:-3] + draw(2), draw(3)]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("penalty", "rows"),
+    mostly_slow([(1.0, 1), (1.5, 2), (1.0, 2), (1.5, 1)], quick=[(1.0, 1), (1.5, 2)]),
+)
 def test_prompts_in_pieces_and_shared_beginnings_change_nothing(rows, penalty, monkeypatch):
     """Tokens and log-probs are those of `generate`, which reads each prompt at once."""
     monkeypatch.setattr(continuous, "PIECE", 8)

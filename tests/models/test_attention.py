@@ -1,6 +1,7 @@
 """Attention by blocks, row by row, over devices = attention written out."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxalign.models import devices
 from jaxalign.models.attention import attention
 from jaxalign.sharding import make_mesh, state_sharding
 from jaxalign.training.step import on_mesh
+from tests.slow import mostly_slow
 
 OPTIONS = {
     "plain": {},
@@ -41,12 +43,22 @@ def written_out(q, k, v, segments, *, scale, window=None, cap=None):
     return out
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("block", [7, 64])
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
-def test_attention_is_the_textbooks(options, block, segmented, one_cpu, rng, monkeypatch):
+ALL = (7, True)  # blocks and segments at once
+FORMS = [
+    *((name, *ALL, one_cpu) for name in OPTIONS for one_cpu in (False, True)),
+    *(("plain", 64, False, one_cpu) for one_cpu in (False, True)),
+    ("cap and window", 64, True, False),
+    ("window", 7, False, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "segmented", "one_cpu"),
+    mostly_slow(itertools.product(OPTIONS, (7, 64), (False, True), (False, True)), quick=FORMS),
+)
+def test_attention_is_the_textbooks(name, block, segmented, one_cpu, rng, monkeypatch):
     monkeypatch.setattr(devices, "is_single_cpu", lambda: one_cpu)
+    options = OPTIONS[name]
     q, k, v = draw(rng, 2, 19, 4, 8), draw(rng, 2, 19, 2, 8), draw(rng, 2, 19, 2, 8)
     segments = np.ones((2, 19), np.int32)
     if segmented:
@@ -80,8 +92,9 @@ def test_blocked_attention_never_holds_all_scores():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * heads * length * length * 4
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_positions_split_over_devices_change_nothing(options, rng):
+@pytest.mark.parametrize("name", mostly_slow(OPTIONS, quick=["plain", "cap and window"]))
+def test_positions_split_over_devices_change_nothing(name, rng):
+    options = OPTIONS[name]
     q, k, v = draw(rng, 2, 16, 4, 8), draw(rng, 2, 16, 2, 8), draw(rng, 2, 16, 2, 8)
     mesh = make_mesh(data=2, sequence=4)
     segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 8, axis=1))
@@ -113,10 +126,16 @@ def packed_pairs(rng, length, number, longest):
     return rows, reach
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("one_cpu", [False, True], ids=["at once", "row by row"])
-def test_packed_rows_read_no_more_keys_than_they_reach(options, one_cpu, rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "one_cpu"),
+    mostly_slow(
+        itertools.product(OPTIONS, (False, True)),
+        quick=[("plain", True), ("window", False), ("cap", False), ("cap and window", True)],
+    ),
+)
+def test_packed_rows_read_no_more_keys_than_they_reach(name, one_cpu, rng, monkeypatch):
     """Against the same attention with all keys, in numbers and gradients."""
+    options = OPTIONS[name]
     monkeypatch.setattr("jaxalign.models.attention.PACKED_BLOCK", 4)
     arrays = draw(rng, 2, 67, 4, 8), draw(rng, 2, 67, 2, 8), draw(rng, 2, 67, 2, 8)
     rows = [packed_pairs(rng, 67, 4, 6), packed_pairs(rng, 67, 6, 4)]

@@ -14,6 +14,7 @@ from jaxalign.models import Decoder, DecoderConfig, Rope, decoder, init_model
 from jaxalign.models.compute import REMAT_POLICIES, Compute
 from jaxalign.models.decoder import Layout, init_params, parameter_shapes, unembedding
 from jaxalign.models.lora import with_adapters
+from tests.slow import mostly_slow
 
 PLAIN = DecoderConfig(
     vocab_size=31,
@@ -69,7 +70,11 @@ CONFIGS = {
         activation="gelu",
     ),
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+every_config = pytest.mark.parametrize(
+    "config",
+    mostly_slow(CONFIGS.values(), [CONFIGS[x] for x in ("mixed", "post", "shared", "learned")]),
+    ids=CONFIGS.keys(),
+)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Logits are compared with transformers' in `test_parity`.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,17 +21,17 @@ from jaxalign.models.decoder import Layout, hidden_states, logits
 from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import init_adapters, merge, with_adapters, with_dropout
 from jaxalign.models.peft import save_adapters
+from tests.slow import mostly_slow
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "stacked_experts").iterdir())
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def load(case):
     return load_pretrained(FIXTURES / "models" / case)
 
 
-@every_case
+@pytest.mark.parametrize("case", mostly_slow(CASES, quick=["mixtral_window", "qwen3_moe"]))
 def test_experts_stacked_in_one_tensor_are_the_same_model(case, tmp_path):
     shutil.copy(FIXTURES / "models" / case / "config.json", tmp_path)
     shutil.copy(FIXTURES / "stacked_experts" / case / "model.safetensors", tmp_path)
@@ -45,25 +46,30 @@ def test_experts_stacked_in_one_tensor_are_the_same_model(case, tmp_path):
     )
 
 
-@every_case
-@pytest.mark.parametrize("padding", ["full", "right", "left"])
-def test_the_balance_loss_of_each_layer_is_transformers_own(case, padding):
+@pytest.mark.parametrize(
+    "case", mostly_slow([*CASES, "gpt_oss"], quick=["gpt_oss", "mixtral", "qwen3_moe_options"])
+)
+def test_the_balance_loss_of_each_layer_is_transformers_own(case):
     expected = load_file(FIXTURES / "models" / case / "expected.safetensors")
-    model, mask = load(case), jnp.asarray(expected[f"{padding}.mask"])
-    layout = Layout(attention_mask=mask)
-
-    def nothing(probe):
-        params = experts.with_balance(model.params, probe)
-        states = hidden_states(params, model.config, jnp.asarray(expected["tokens"]), layout)
-        return 0.0 * states.sum()
-
+    model, tokens = load(case), jnp.asarray(expected["tokens"])
     probe = experts.balance_probe(model.config, 1.0)
-    statistics = jax.grad(nothing)(probe)
-    np.testing.assert_allclose(statistics[:, 0], expected[f"{padding}.balance_losses"], rtol=1e-5)
+
+    @jax.jit
+    def statistics_of(mask):
+        def nothing(probe):
+            params = experts.with_balance(model.params, probe)
+            layout = Layout(attention_mask=mask)
+            return 0.0 * hidden_states(params, model.config, tokens, layout).sum()
+
+        return jax.grad(nothing)(probe)
+
     number, active = model.config.experts.number, model.config.experts.active
-    assert np.all(statistics[:, 1] < np.log(number))
-    assert np.all(statistics[:, 2] >= active / number)
-    assert np.all(statistics[:, 2] <= 1)
+    for padding in ("full", "right", "left"):
+        found = statistics_of(jnp.asarray(expected[f"{padding}.mask"]))
+        np.testing.assert_allclose(found[:, 0], expected[f"{padding}.balance_losses"], rtol=1e-5)
+        assert np.all(found[:, 1] < np.log(number))
+        assert np.all(found[:, 2] >= active / number)
+        assert np.all(found[:, 2] <= 1)
 
 
 def test_the_balance_adds_its_own_gradient_and_nothing_else():
@@ -118,8 +124,13 @@ def router_inputs(params, config, tokens):
 SIZES = [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [2, 3, 2, 2], [0, 2, 3, 0]]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+    ("sizes", "platform"),
+    mostly_slow(
+        itertools.product(SIZES, ["cpu", "tpu"]),
+        quick=[(SIZES[0], "cpu"), (SIZES[0], "tpu"), (SIZES[1], "cpu"), (SIZES[4], "cpu")],
+    ),
+)
 def test_a_grouped_product_is_each_rows_own_product(sizes, platform):
     keys = jax.random.split(jax.random.key(1), 3)
     x, dy = jax.random.normal(keys[0], (9, 4)), jax.random.normal(keys[1], (9, 3))
@@ -170,16 +181,19 @@ def adapted(model, targets=("gate", "up", "down", "q", "router")):
     return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape) / 3, adapters)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "case", mostly_slow(["qwen3_moe", "mixtral", "gpt_oss"], quick=["gpt_oss"])
+)
 def test_adapters_of_each_expert_are_those_of_the_merged_matrices(case):
     model = load(case)
     adapters = adapted(model)
     assert adapters["layers"]["experts"]["down"]["a"].shape[1] == model.config.experts.number
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
-    beside = logits(with_adapters(model.params, adapters, 0.5), model.config, tokens)
-    merged = logits(merge(model.params, adapters, 0.5), model.config, tokens)
+    run = jax.jit(lambda params: logits(params, model.config, tokens))
+    beside = run(with_adapters(model.params, adapters, 0.5))
+    merged = run(merge(model.params, adapters, 0.5))
     np.testing.assert_allclose(beside, merged, atol=2e-4)
-    assert np.abs(beside - logits(model.params, model.config, tokens)).max() > 0.1
+    assert np.abs(beside - run(model.params)).max() > 0.1
 
 
 def test_what_adapters_of_experts_cannot_do_is_refused(tmp_path):
@@ -199,12 +213,23 @@ def test_what_adapters_of_experts_cannot_do_is_refused(tmp_path):
         ("qwen3_moe", {"num_experts_per_tok": 6}, "6 of 5 cannot be active"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0 is not supported"),
+        ("gpt_oss", {"swiglu_limit": -7.0}, "swiglu_limit: -7.0 is not a positive number"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"]}, "'chunked_attention' is not supported"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(case, fields, message):
     hf = json.loads((FIXTURES / "models" / case / "config.json").read_text()) | fields
     with pytest.raises(UserError, match=message):
         FAMILIES[hf["model_type"]].config(hf)
+
+
+def test_a_gpt_oss_config_without_rotary_positions_has_transformers_own():
+    fields = {"num_hidden_layers": 2, "sliding_window": 8}
+    config = FAMILIES["gpt_oss"].config(fields | {"rope_scaling": None, "rope_theta": 2e5})
+    rope = config.rope
+    assert (rope.kind, rope.factor, rope.truncate) == ("yarn", 32.0, False)
+    assert (rope.theta, rope.original_context) == (2e5, 4096)
+    assert config.windowed == (True, False)
 
 
 def test_a_changed_weight_of_the_balance_is_saved(tmp_path):

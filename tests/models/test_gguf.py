@@ -16,13 +16,20 @@ from jaxalign.gguf import StoredTensor, read_gguf, read_tensor
 from jaxalign.models import DecoderConfig, init_model, load_pretrained, save_pretrained
 from jaxalign.models.gguf import GGUFTensors, config_fields, generation_fields
 from tests.gguf_files import CASES, write_gguf
+from tests.slow import mostly_slow
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
 TYPES = sorted(gguf.quants._type_traits, key=lambda kind: kind.value)  # the library has no list
 QUANTISABLE = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = [  # one of every architecture of llama.cpp, with the most settings
+    *("cohere2", "gemma2", "gemma3_text_linear", "glm4", "gpt2", "gpt_neox", "granite", "llama3"),
+    *("olmo3_yarn", "phi3_long", "qwen2", "qwen3", "smollm3"),
+]
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES, quick=QUICK))
 def test_logits_are_those_of_transformers(case, tmp_path):
     model = load_pretrained(write_gguf(FOLDER / case, tmp_path / "model.gguf"))
     expected = load_file(FOLDER / case / "expected.safetensors")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,11 @@ from jaxalign.models.decoder import init_params, logits
 from jaxalign.models.logprobs import token_kl, token_log_probs
 from jaxalign.models.responses import response_log_probs, text_log_probs
 from jaxalign.rows import ResponseRows
+from tests.slow import mostly_slow
 
 TOKENS, WIDTH = 13, 5
-vocabularies = pytest.mark.parametrize("vocabulary", [1000, 32000, 32003, 50257])
-blocks = pytest.mark.parametrize(
-    "sizes", [{}, {"token_block": 4, "vocab_block": 300}, {"token_block": 1, "vocab_block": 999}]
-)
+BLOCKS = [{}, {"token_block": 4, "vocab_block": 300}, {"token_block": 1, "vocab_block": 999}]
 FORMS = {"plain": {}, "scale": {"scale": 0.4}, "softcap": {"softcap": 3.0, "scale": 1.7}}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def draw(rng, vocabulary, tokens=TOKENS, width=WIDTH):
@@ -64,10 +62,16 @@ def assert_close(ours, expected, at=1e-5):
         np.testing.assert_allclose(ours[name] / size, value / size, atol=at, err_msg=name)
 
 
-@vocabularies
-@forms
-def test_values_and_gradients_are_the_dense_ones(rng, vocabulary, form):
+@pytest.mark.parametrize(
+    ("vocabulary", "name"),
+    mostly_slow(
+        itertools.product([1000, 32000, 32003, 50257], FORMS),
+        quick=[(1000, "plain"), (32000, "scale"), (32003, "softcap")],
+    ),
+)
+def test_values_and_gradients_are_the_dense_ones(rng, vocabulary, name):
     """By hand: d log p_t / d z = onehot - p, d H / d z = -p (log p + H)."""
+    form = FORMS[name]
     drawn = draw(rng, vocabulary)
     by_log_prob, by_entropy = rng.normal(size=(2, TOKENS))
     z, slope = dense_logits(drawn["hidden"], drawn["kernel"], drawn["bias"], **form)
@@ -91,8 +95,13 @@ def test_values_and_gradients_are_the_dense_ones(rng, vocabulary, form):
     assert_close(gradient, cotangents(drawn, d_z * slope))
 
 
-@blocks
-@pytest.mark.parametrize("tokens", [1, 13, 16])
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    mostly_slow(
+        itertools.product(BLOCKS, [1, 13, 16]),
+        quick=[(BLOCKS[0], 13), (BLOCKS[1], 13), (BLOCKS[1], 16), (BLOCKS[2], 1)],
+    ),
+)
 def test_blocks_change_nothing(rng, sizes, tokens):
     inputs = as_float32(draw(rng, 1003, tokens))
     weight = jnp.asarray(rng.normal(size=tokens), jnp.float32)
@@ -116,10 +125,13 @@ def test_probabilities_of_all_targets_sum_to_one(rng):
     np.testing.assert_allclose(np.exp(np.float64(out.log_prob)).sum(), 1.0, atol=1e-5)
 
 
-@forms
-@pytest.mark.parametrize("vocab_block", [None, 300])
-def test_the_log_probability_that_two_draws_agree(rng, form, vocab_block):
+@pytest.mark.parametrize(
+    ("name", "vocab_block"),
+    mostly_slow(itertools.product(FORMS, [None, 300]), quick=[("plain", None), ("softcap", 300)]),
+)
+def test_the_log_probability_that_two_draws_agree(rng, name, vocab_block):
     """Log sum_v p_v^2 in float64; it changes no other value and no gradient flows through it."""
+    form = FORMS[name]
     drawn = draw(rng, 1003)
     z, _ = dense_logits(drawn["hidden"], drawn["kernel"], drawn["bias"], **form)
     inputs = as_float32(drawn)
@@ -183,10 +195,15 @@ def test_bfloat16_products_accumulate_in_float32(rng):
     np.testing.assert_allclose(out.log_prob, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("vocabulary", [1000, 32003])
-@forms
-def test_divergence_is_scipys(rng, vocabulary, form, reverse):
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "reverse"),
+    mostly_slow(
+        itertools.product(FORMS, [1000, 32003], [False, True]),
+        quick=[("plain", 32003, False), ("scale", 1000, True), ("softcap", 1000, False)],
+    ),
+)
+def test_divergence_is_scipys(rng, name, vocabulary, reverse):
+    form = FORMS[name]
     policy, reference = draw(rng, vocabulary), draw(rng, vocabulary, width=3)
     weight = rng.normal(size=TOKENS)
     keys = ("hidden", "kernel", "bias")

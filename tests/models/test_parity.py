@@ -4,6 +4,7 @@ The fixtures come from tests/fixtures/make_models.py. Tolerance 1e-4 absolute on
 to 7; transformers' own details (a wrong base, window or cap) move them by more than 1e-2.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jaxalign.models import load_pretrained, save_pretrained
 from jaxalign.models.families import FAMILIES
+from tests.slow import mostly_slow
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
 CASES = sorted(folder.name for folder in FOLDER.iterdir() if folder.is_dir())
@@ -29,16 +31,31 @@ def read(fields):
     return FAMILIES[fields["model_type"]].config(fields)
 
 
+@functools.cache
+def loaded(case):
+    return load_pretrained(FOLDER / case)
+
+
+def logits_of(case, padding):
+    """One program for all paddings; that without a mask is another test's."""
+    expected = load_file(FOLDER / case / "expected.safetensors")
+    return np.asarray(loaded(case)(expected["tokens"], expected[f"{padding}.mask"]))
+
+
 @every_case
 @pytest.mark.parametrize("padding", ["full", "right", "left"])
 def test_logits_are_those_of_transformers(case, padding):
-    expected = load_file(FOLDER / case / "expected.safetensors")
-    model = load_pretrained(FOLDER / case)
-    mask = expected[f"{padding}.mask"]
-    logits = np.asarray(model(expected["tokens"], None if padding == "full" else mask))
+    expected, logits = load_file(FOLDER / case / "expected.safetensors"), logits_of(case, padding)
     assert logits.dtype == np.float32
-    real = mask == 1
+    real = expected[f"{padding}.mask"] == 1
     np.testing.assert_allclose(logits[real], expected[f"{padding}.logits"][real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES, ["gpt2", "llama_dynamic_grown", "gpt_oss"]))
+def test_rows_without_a_mask_are_full_rows(case):
+    expected = load_file(FOLDER / case / "expected.safetensors")
+    logits = loaded(case)(expected["tokens"])
+    np.testing.assert_allclose(logits, expected["full.logits"], atol=1e-4, rtol=0)
 
 
 @every_case
@@ -48,7 +65,7 @@ def test_old_and_new_form_of_a_config_say_the_same(case):
 
 @every_case
 def test_saved_folder_is_the_loaded_one_bit_for_bit(case, tmp_path):
-    save_pretrained(load_pretrained(FOLDER / case), tmp_path)
+    save_pretrained(loaded(case), tmp_path)
     before = load_file(FOLDER / case / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
@@ -102,8 +119,8 @@ def test_greedy_tokens_are_those_of_transformers():
     agree = []
     for case in CASES:
         expected = load_file(FOLDER / case / "expected.safetensors")
-        logits = load_pretrained(FOLDER / case)(expected["tokens"])
-        agree.append(np.argmax(logits, -1) == np.argmax(expected["full.logits"], -1))
+        likeliest = np.argmax(logits_of(case, "full"), -1)
+        agree.append(likeliest == np.argmax(expected["full.logits"], -1))
     assert np.mean(agree) == 1.0
 
 

@@ -24,6 +24,7 @@ from jaxalign.models.families import FAMILIES
 from jaxalign.models.lora import init_adapters, merge, with_adapters
 from jaxalign.models.score import ScoreModel, init_head, rewards, with_head
 from tests.models.test_shared_prefix import KINDS, PLAIN, make_rows
+from tests.slow import mostly_slow
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(folder.name for folder in (FIXTURES / "classifiers").iterdir())
@@ -116,8 +117,11 @@ def test_a_head_of_two_labels_is_refused(tmp_path):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("config", [*KINDS.values(), T5], ids=[*KINDS, "t5"])
-def test_padding_and_what_stands_in_it_change_nothing(config, rng):
+@pytest.mark.parametrize(
+    "kind", mostly_slow([*KINDS, "t5"], quick=["some windows", "learned positions", "t5"])
+)
+def test_padding_and_what_stands_in_it_change_nothing(kind, rng):
+    config = T5 if kind == "t5" else KINDS[kind]
     params = scored(config)
     tokens = rng.integers(1, 29, (3, 16)).astype(np.int32)
     lengths = np.array([16, 9, 1], np.int32)
@@ -133,7 +137,7 @@ def test_padding_and_what_stands_in_it_change_nothing(config, rng):
     assert np.ptp(scores) > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, quick=["plain", "some windows"]))
 def test_joint_rows_score_like_rows_apart(kind, rng):
     config = KINDS[kind]
     rows, joint = make_rows(rng)

@@ -37,6 +37,7 @@ KINDS = {
         local_rope=Rope(theta=100.0),
         attention_softcap=4.0,
         logit_softcap=5.0,
+        sinks=True,
     ),
     "some rotated": replace(
         PLAIN,

@@ -20,6 +20,7 @@ from jaxalign.training.objectives import Policy, PreferenceObjective, Referenced
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import PLAIN, compile_step, gradients, initial_state, train_step
 from tests.entanglement.test_groups import group_batch
+from tests.slow import mostly_slow, slow
 from tests.training.test_step import CONFIG, assert_trees_close
 
 PROMPTS, SAMPLES = 4, 4
@@ -64,7 +65,13 @@ def probed(objective, trained, frozen, batch, **options):
     return next(both), next(both)
 
 
-@pytest.mark.parametrize(("name", "parts"), [*((name, 1) for name in GROUPS), ("grpo", 2)])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    mostly_slow(
+        [*((name, 1) for name in GROUPS), ("grpo", 2)],
+        quick=[("grpo", 2), ("gspo", 1), ("reinforce_pp", 1)],
+    ),
+)
 def test_effects_add_up_to_the_change_along_the_prompts_own_gradient(models, name, parts):
     """By forward mode: the derivative of every log-prob along the gradient of one prompt's loss."""
     params, frozen = models
@@ -150,7 +157,7 @@ def test_adapters_are_watched_and_the_parts_add_up(models):
     np.testing.assert_allclose(whole, seen.geometry[""].effects, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [slow({"data": 4}), {"fsdp": 2, "tensor": 2}], ids=str)
 def test_on_a_mesh_with_updates_and_minibatches(models, sizes):
     params, frozen = jax.device_get(models)
     objective = objective_of("grpo", samples=SAMPLES, updates=2)

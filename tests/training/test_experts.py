@@ -1,6 +1,7 @@
 """Steps of mixtures of experts: balance, geometry of pairs, devices, micro-batches."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from jaxalign.entanglement import pair_geometry, two_pass_geometry
 from jaxalign.errors import UserError
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.models import DecoderConfig, grouped
-from jaxalign.models.config import Experts
+from jaxalign.models.config import ClampedSwiGLU, Experts
 from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import init_adapters
 from jaxalign.sharding import make_mesh, parameter_shardings, place
@@ -21,6 +22,7 @@ from jaxalign.training.objectives import Policy, PreferenceObjective, Referenced
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 from jaxalign.training.throughput import active_fraction, matrix_parameters
+from tests.slow import mostly_slow, slow
 from tests.training.test_step import LENGTH, make_batch, with_joint_rows
 
 MIXTURE = Experts(number=8, active=2, width=12, renormalised=True, balance_weight=0.3)
@@ -40,8 +42,9 @@ CONFIG = DecoderConfig(
 )
 
 
-@pytest.fixture
-def world(rng):
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
     params, reference = (init_params(CONFIG, jax.random.key(seed)) for seed in (1, 2))
     batch = jax.tree.map(jnp.asarray, make_batch(rng))
     return params, {"policy": None, "reference": reference}, batch
@@ -99,8 +102,10 @@ def test_micro_batches_have_a_balance_each(world):
     np.testing.assert_allclose(metrics["router/balance_loss"].value(), np.mean(losses), rtol=1e-5)
 
 
-@pytest.mark.parametrize("formed", [True, False], ids=["formed", "products"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["all", "adapters"])
+@pytest.mark.parametrize(
+    ("formed", "adapted"),
+    [(True, False), (False, True), slow((True, True)), slow((False, False))],
+)
 def test_the_geometry_of_pairs_is_that_of_two_passes(world, formed, adapted, monkeypatch):
     monkeypatch.setattr(grouped, "forms_gradients", lambda *_: formed)
     params, _, batch = world
@@ -135,9 +140,9 @@ def test_the_balance_is_in_the_update_and_not_in_the_geometry(world):
     PairProbe(objective=alone, ledger=True)
 
 
-def run(world, mesh, backward=None, steps=1):
+def run(world, mesh, backward=None, steps=1, objective=None):
     params, frozen, batch = jax.device_get(world)
-    optimizer, objective = optax.sgd(0.1), objective_of()
+    optimizer, objective = optax.sgd(0.1), objective or objective_of()
     options = {} if backward is None else {"backward": backward(objective=objective, parts=True)}
     state = place(initial_state(params, optimizer, seed=0), mesh)
     frozen = {"policy": None, "reference": place(frozen["reference"], mesh)}
@@ -151,6 +156,19 @@ def run(world, mesh, backward=None, steps=1):
     return jax.device_get(state.params), found
 
 
+@pytest.fixture(scope="module")
+def on_one_device(world):
+    """Whether rows are joint -> parameters and metrics of one device."""
+
+    @functools.cache
+    def found(joint):
+        params, frozen, batch = world
+        batch = with_joint_rows(batch) if joint else batch
+        return run((params, frozen, batch), make_mesh(devices=jax.devices()[:1]))
+
+    return found
+
+
 MESHES = [
     {"data": 1, "expert": 8},
     {"data": 2, "expert": 2, "fsdp": 2},
@@ -159,23 +177,52 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_eight_devices_give_what_one_gives(world, sizes):
+@pytest.mark.parametrize("sizes", mostly_slow(MESHES, quick=[MESHES[0], MESHES[2]]), ids=str)
+def test_eight_devices_give_what_one_gives(world, on_one_device, sizes):
     params, frozen, batch = world
     batch = batch if "tensor" in sizes else with_joint_rows(batch)
-    one, one_found = run((params, frozen, batch), make_mesh(devices=jax.devices()[:1]))
+    one, one_found = on_one_device("tensor" not in sizes)
     many, many_found = run((params, frozen, batch), make_mesh(**sizes))
     for ours, theirs in zip(many_found, one_found, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
     close(many, one, atol=1e-5)
 
 
+@pytest.mark.slow  # the next test has the same kinds of parameters and more
 @pytest.mark.parametrize("sizes", MESHES[1:3], ids=str)
 def test_the_geometry_is_the_same_on_eight_devices(world, sizes):
     _, one = run(world, make_mesh(devices=jax.devices()[:1]), PairProbe)
     _, many = run(world, make_mesh(**sizes), PairProbe)
     assert "entanglement/layers/experts/up/cosine/1" in one[0]
     assert many[0] == pytest.approx(one[0], rel=2e-4, abs=2e-5, nan_ok=True)
+
+
+def test_biases_a_clamped_gate_and_sinks_are_the_same_on_eight_devices(world, rng):
+    """gpt-oss: the update and the geometry of pairs, by experts, positions and heads."""
+    mixture = dataclasses.replace(MIXTURE, bias=True, clamped=ClampedSwiGLU(alpha=1.7, limit=0.4))
+    config = dataclasses.replace(
+        CONFIG,
+        family="gpt_oss",
+        qk_norm=None,
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        window=4,
+        windowed=(True, False),
+        experts=mixture,
+    )
+    params = init_params(config, jax.random.key(1))
+    params = jax.tree.map(
+        lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), jax.device_get(params)
+    )
+    other = params, {"policy": None, "reference": params}, world[2]
+    objective = objective_of(config)
+    one, found = run(other, make_mesh(devices=jax.devices()[:1]), PairProbe, objective=objective)
+    many, more = run(other, make_mesh(**MESHES[2]), PairProbe, objective=objective)
+    assert more[0] == pytest.approx(found[0], rel=2e-4, abs=2e-5, nan_ok=True)
+    close(many, one, atol=1e-5)
+    assert np.abs(one["layers"]["sinks"]["logits"] - params["layers"]["sinks"]["logits"]).max() > 0
+    assert "entanglement/layers/sinks/cosine/1" in found[0]
 
 
 def test_experts_are_split_over_their_axis(world):

@@ -1,6 +1,7 @@
 """Packed pairs have the numbers of padded pairs: log-probs, losses, gradients, metrics."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -40,6 +41,7 @@ from jaxalign.training.step import compile_step, gradients, initial_state, train
 from tests.data.test_packing import make_alike
 from tests.data.test_turns import masked
 from tests.models.test_shared_prefix import KINDS
+from tests.slow import mostly_slow, slow
 
 WORDS = 99
 MODELS = {
@@ -95,9 +97,24 @@ def world(config=CONFIG):
     return params, {"policy": None, "reference": reference}
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
-def test_every_token_has_its_log_prob_entropy_and_gradient(config, one_cpu, rng):
+@pytest.mark.parametrize(
+    ("name", "one_cpu"),
+    mostly_slow(
+        itertools.product(MODELS, [False, True]),
+        quick=[
+            ("plain", False),
+            ("learned positions", True),
+            ("window", False),
+            ("some windows", True),
+            ("some windows", False),
+            ("some rotated", True),
+        ],
+    ),
+    indirect=["one_cpu"],
+)
+def test_every_token_has_its_log_prob_entropy_and_gradient(name, one_cpu, rng):
     """All batches of an epoch: filler, equal prompts, none in common, one row within the other."""
+    config = MODELS[name]
     params, _ = world(config)
 
     def loss(params, rows, weights):
@@ -146,7 +163,7 @@ def test_tokens_of_turns_of_others_are_read_and_not_scored():
         close(out.log_prob, jnp.where(real, found, 0.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", mostly_slow(range(3), quick=[2]))
 def test_random_pairs_in_batches_of_any_size(seed, one_cpu):
     """Down to one pair of one-token responses, up to rows of the largest length."""
     rng = np.random.default_rng(seed)
@@ -187,7 +204,7 @@ def objectives():
 
 @pytest.mark.parametrize(
     ("name", "micro_batches"),
-    [("dpo", 1), ("dpo", 2), ("kto", 2), ("masked", 1), ("tdpo2", 1)],
+    [slow(("dpo", 1)), ("dpo", 2), ("kto", 2), ("masked", 1), ("tdpo2", 1)],
 )
 def test_losses_gradients_and_metrics(name, micro_batches):
     params, frozen = world()
@@ -222,7 +239,7 @@ def dpo():
     return PreferenceObjective(policy=policy, loss=PREFERENCE_LOSSES["dpo"], options={})
 
 
-@pytest.mark.parametrize(("shards", "micro_batches"), [(8, 1), (2, 2)])
+@pytest.mark.parametrize(("shards", "micro_batches"), [slow((8, 1)), (2, 2)])
 def test_devices_share_packed_rows(shards, micro_batches):
     """The update of one device with padded rows."""
     params, frozen = world()
@@ -285,12 +302,12 @@ def probed(objective, trained, frozen, batch, **options):
 @pytest.mark.parametrize(
     ("name", "formed", "one_by_one"),
     [
-        ("plain", True, True),
+        slow(("plain", True, True)),
         ("plain", True, False),
         ("plain", False, True),
-        ("plain", False, False),
+        slow(("plain", False, False)),
         ("learned positions", True, True),
-        ("window", True, True),
+        slow(("window", True, True)),
     ],
 )
 def test_a_probe_sees_the_gradients_of_packed_pairs(name, formed, one_by_one, monkeypatch):
@@ -311,7 +328,8 @@ def test_a_probe_sees_the_gradients_of_packed_pairs(name, formed, one_by_one, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "micro_batches"), [("kto", 2), ("masked", 1), ("reweighted", 1), ("reweighted", 2)]
+    ("name", "micro_batches"),
+    [slow(("kto", 2)), ("masked", 1), slow(("reweighted", 1)), ("reweighted", 2)],
 )
 def test_probes_of_packed_pairs_under_every_objective(name, micro_batches):
     params, frozen = world()
@@ -349,7 +367,7 @@ def test_probes_of_adapters_of_packed_pairs(dropout):
     same_statistics(seen, expected, np.asarray(batch.pairs.weight) > 0)
 
 
-@pytest.mark.parametrize(("shards", "micro_batches"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("shards", "micro_batches"), [slow((4, 1)), (2, 2)])
 def test_devices_share_the_packed_rows_of_a_probed_step(shards, micro_batches):
     """Update and metrics of one device with padded rows."""
     params, frozen = world()

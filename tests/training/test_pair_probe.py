@@ -1,5 +1,6 @@
 """A watched step makes the plain step's update and sees what two passes per pair would."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from jaxalign.training.objectives import Policy, PreferenceObjective, Referenced
 from jaxalign.training.optimizers import make_optimizer, preconditioner
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
+from tests.slow import mostly_slow
 from tests.training.test_step import CONFIG, assert_trees_close, make_batch, objective_of
 
 FIELDS = "chosen", "rejected", "inner"
@@ -43,8 +45,13 @@ def watched(objective, trained, frozen, batch, **options):
     return next(both), next(both)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("name", ["dpo", "simpo", "sppo", "kto"])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    mostly_slow(
+        itertools.product(["dpo", "simpo", "sppo", "kto"], [1, 4]),
+        quick=[("dpo", 1), ("simpo", 4), ("sppo", 1), ("kto", 4)],
+    ),
+)
 def test_geometry_and_coefficients_come_with_the_same_gradient(world, name, parts):
     params, frozen, batch = world
     objective = objective_of(name)
@@ -127,8 +134,10 @@ def test_a_saturated_pair_is_still_measured_and_a_resting_one_is_not_a_number(wo
     np.testing.assert_allclose(seen.geometry.chosen[:-1], expected.chosen[:-1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("name", ["simpo", "kto"])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    mostly_slow(itertools.product(["simpo", "kto"], [1, 2]), quick=[("simpo", 1), ("kto", 2)]),
+)
 def test_cures_change_the_gradient_as_they_say(world, name, parts):
     """The gradient of a reweighted step is that of the log-probs with the new weights."""
     params, frozen, batch = world
@@ -153,12 +162,16 @@ def test_cures_change_the_gradient_as_they_say(world, name, parts):
             assert (changes[1][:-1] < 0).all()
 
 
+MESHES = [{"data": 8}, {"fsdp": 8, "data": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [{"data": 8}, {"fsdp": 8, "data": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}],
+    ("sizes", "formed"),
+    mostly_slow(
+        itertools.product(MESHES, [True, False]), quick=[(MESHES[0], False), (MESHES[2], True)]
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("formed", [True, False], ids=["formed", "products"])
 def test_on_a_mesh_and_in_the_metrics(world, sizes, formed, monkeypatch):
     monkeypatch.setattr(probes, "forms_gradients", lambda *_: formed)
     params, frozen, batch = jax.device_get(world)

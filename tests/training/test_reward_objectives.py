@@ -39,8 +39,9 @@ def objective_of(name, policy=None, **options):
     return ScoreObjective(policy=policy, values=VALUES[name], options=options)
 
 
-@pytest.fixture
-def world(rng):
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
     params = with_head(init_params(CONFIG, jax.random.key(1)), init_head(16, jax.random.key(2)))
     return params, jax.tree.map(jnp.asarray, make_batch(rng))
 
@@ -119,11 +120,16 @@ def run(world, mesh, name, steps=3):
     return jax.device_get(state.params), history
 
 
+@pytest.fixture(scope="module")
+def on_one_device(world):
+    return run(world, make_mesh(devices=jax.devices()[:1]), "bradley_terry")
+
+
 @pytest.mark.parametrize("sizes", QUICK, ids=lambda x: "x".join(map(str, x)))
-def test_eight_devices_give_what_one_gives(world, sizes):
+def test_eight_devices_give_what_one_gives(world, on_one_device, sizes):
     """Joint rows on eight devices, rows apart on one."""
     params, batch = world
-    one, one_history = run(world, make_mesh(devices=jax.devices()[:1]), "bradley_terry")
+    one, one_history = on_one_device
     mesh = make_mesh(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
     many, many_history = run((params, with_joint_rows(batch)), mesh, "bradley_terry")
     np.testing.assert_allclose(one_history, many_history, rtol=1e-5)

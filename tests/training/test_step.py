@@ -26,6 +26,7 @@ from jaxalign.training.objectives import (
     TokenPreferenceObjective,
 )
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
+from tests.slow import mostly_slow
 
 CONFIG = DecoderConfig(
     vocab_size=29,
@@ -78,8 +79,9 @@ def with_joint_rows(batch):
     return dataclasses.replace(batch, joint_tokens=joint, common_length=common)
 
 
-@pytest.fixture
-def world(rng):
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
     params = init_params(CONFIG, jax.random.key(1))
     reference = init_params(CONFIG, jax.random.key(2))
     batch = jax.tree.map(jnp.asarray, make_batch(rng))
@@ -152,8 +154,13 @@ def test_dpo_gradient_is_that_of_the_formula(world):
     np.testing.assert_allclose(metrics["loss"].value(), plain(params), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "aot"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    mostly_slow(
+        itertools.product(["dpo", "simpo", "kto", "aot"], [2, 4]),
+        quick=[("dpo", 4), ("simpo", 2), ("kto", 2), ("aot", 4)],
+    ),
+)
 def test_micro_batches_give_the_full_batch_gradient(world, name, parts):
     params, frozen, batch = world
     whole = jax.jit(partial(gradients, objective_of(name)))(
@@ -199,6 +206,11 @@ def run(world, mesh, steps=3, micro_batches=1):
     return jax.device_get(state.params), history
 
 
+@pytest.fixture(scope="module")
+def on_one_device(world):
+    return run(world, make_mesh(devices=jax.devices()[:1]))
+
+
 QUICK = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 MESHES = [x for x in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(x) == 8]
 
@@ -208,11 +220,11 @@ MESHES = [x for x in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(x) =
     [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in MESHES],
     ids=lambda x: "x".join(map(str, x)),
 )
-def test_eight_devices_give_what_one_gives(world, sizes):
+def test_eight_devices_give_what_one_gives(world, on_one_device, sizes):
     """In every mesh of data x fsdp x sequence x tensor, joint rows and rows apart."""
     params, frozen, batch = world
     joined = dataclasses.replace(batch, pairs=with_joint_rows(batch.pairs))
-    one, one_history = run(world, make_mesh(devices=jax.devices()[:1]))
+    one, one_history = on_one_device
     mesh = make_mesh(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
     many, many_history = run((params, frozen, joined), mesh)
     np.testing.assert_allclose(one_history, many_history, rtol=1e-5)

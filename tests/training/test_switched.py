@@ -20,6 +20,7 @@ from jaxalign.training.masking import MaskedPreferenceObjective
 from jaxalign.training.objectives import Policy, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
+from tests.slow import slow
 from tests.training.test_step import (
     CONFIG,
     LENGTH,
@@ -115,9 +116,9 @@ def test_calibrated_log_probs_keep_their_values(rng):
     ("name", "of", "log_probs", "config"),
     [
         ("dpo", "head", "sum", TIED),
-        ("sppo", "all", "sum", UNTIED),
+        slow(("sppo", "all", "sum", UNTIED)),
         ("bco", "all", "mean", TIED),
-        ("ipo", "head", "mean", UNTIED),
+        slow(("ipo", "head", "mean", UNTIED)),
     ],
 )
 def test_calibration_is_that_of_the_formulas(rng, name, of, log_probs, config):
@@ -256,7 +257,7 @@ def test_a_mask_takes_both(rng):
     assert_trees_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [{"fsdp": 4}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("shape", [slow({"fsdp": 4}), {"data": 2, "tensor": 2}])
 def test_a_mesh_changes_nothing(rng, shape):
     """Two steps with all switches on simulated devices have the numbers of one device."""
     params, frozen, batch = world_of(TIED, rng)

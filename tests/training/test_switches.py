@@ -21,6 +21,7 @@ from jaxalign.training.objectives import Policy, ReferencedBatch
 from jaxalign.training.pair_probe import PairProbe
 from jaxalign.training.reference import precompute_reference
 from jaxalign.training.step import gradients, initial_state
+from tests.slow import mostly_slow
 from tests.training.test_packed_pairs import CONFIG as PACKED
 from tests.training.test_packed_pairs import packed_batches
 from tests.training.test_packed_pairs import world as packed_world
@@ -42,7 +43,9 @@ SWITCHES = {
         divergence=Divergence("alpha", 0.4), log_probs="mean", tail_weight=0.3, importance=True
     ),
 }
-every_switch = pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
+every_switch = pytest.mark.parametrize(
+    "switches", mostly_slow(SWITCHES.values(), quick=[SWITCHES["all"]]), ids=SWITCHES.keys()
+)
 
 
 @pytest.fixture
@@ -96,7 +99,13 @@ def by_hand(params, reference, batch, loss, switches, options):
     return values.mean()
 
 
-@pytest.mark.parametrize(("name", "switch"), [*(("dpo", x) for x in SWITCHES), ("bco", "all")])
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    mostly_slow(
+        [*(("dpo", x) for x in SWITCHES), ("bco", "all")],
+        quick=[("dpo", "all"), ("dpo", "mean"), ("bco", "all")],
+    ),
+)
 def test_loss_and_gradient_are_those_of_the_formulas(world, name, switch):
     params, frozen, batch = world
     switches = SWITCHES[switch]

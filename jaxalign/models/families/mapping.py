@@ -53,6 +53,7 @@ POSITIVE = (
     *("attn_logit_softcapping", "final_logit_softcapping"),
     *("factor", "attention_factor", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "short_factor", "long_factor"),
+    *("swiglu_alpha", "swiglu_limit"),
 )
 NOT_NEGATIVE = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
@@ -143,6 +144,7 @@ class Weight:
         axes).
       join: the reverse.
       transposed: whether the single leaf is the plain transpose; lets slices be read alone.
+      interleaved: whether the leaves' last axes alternate in the file's; lets slices be read, too.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Weight:
     split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     join: Callable[..., np.ndarray]
     transposed: bool | None = None
+    interleaved: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -202,6 +205,23 @@ def fused(name: str, paths: tuple[str, ...], sizes: tuple[int, ...], *, axis: in
         return np.concatenate([p.T for p in parts] if axis == 0 else list(parts), axis=axis)
 
     return Weight(name=name, paths=paths, split=split, join=join)
+
+
+def interleaved(name: str, paths: tuple[str, ...]) -> Weight:
+    """Several leaves whose last axes alternate: the first entry of each, then the second.
+
+    Args:
+      name: the tensor's name.
+      paths: our leaves, all of one shape.
+    """
+
+    def split(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(x[..., first :: len(paths)] for first in range(len(paths)))
+
+    def join(*parts: np.ndarray) -> np.ndarray:
+        return np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
+
+    return Weight(name=name, paths=paths, split=split, join=join, interleaved=True)
 
 
 def activation(hf: Mapping[str, Any], field: str) -> str:
