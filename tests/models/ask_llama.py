@@ -18,6 +18,7 @@ def main(file: str, job: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel, params.use_jinja = 1024, 1, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more wait on a busy machine
     # By default its cache is in float16, which moves log-probs by a thousandth of a nat.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
