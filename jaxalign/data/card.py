@@ -452,10 +452,11 @@ def marked_text(
     ids, scored = examples.rows[row], np.zeros(len(examples.rows[row]), bool)
     scored[examples.rows.scored_in(row)] = True
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(scored)) + 1)
-    return tuple(
-        (tokenizer.decode(ids[run], clean_up_tokenization_spaces=False), bool(scored[run[0]]))
-        for run in runs
-    )
+    parts = []
+    for run in runs:
+        text: Any = tokenizer.decode(ids[run], clean_up_tokenization_spaces=False)
+        parts.append((text, bool(scored[run[0]])))
+    return tuple(parts)
 
 
 def _scripts(records: Sequence[Record]) -> dict[str, float]:

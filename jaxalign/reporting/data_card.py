@@ -162,8 +162,8 @@ def _response_lengths(cards: Sequence[DataCard], sources: Sequence[str], alone: 
 
 
 def _of_records(title: str, series: Sequence[Series], *, log_x: bool) -> Chart:
-    labels = {"x_label": "tokens", "y_label": "fraction of records"}
-    return Chart(title=title, series=series, log_x=log_x, **labels)
+    name = "fraction of records"
+    return Chart(title=title, series=series, x_label="tokens", y_label=name, log_x=log_x)
 
 
 def _edges(every: Sequence[Numbers]) -> Numbers:
@@ -285,8 +285,8 @@ def write_card(
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / CARD, folder / IMAGE, folder / PAGE
     labels = [card.label for card in cards]
-    numbers = {"max_length": max_length, "batch_size": batch_size}
-    numbers["sources"] = [card.numbers() for card in cards]
+    sources = [card.numbers() for card in cards]
+    numbers = {"max_length": max_length, "batch_size": batch_size, "sources": sources}
     write_json(paths[0], json_value(numbers))
     charts = card_charts(cards, max_length, batch_size, labels)
     draw(charts, paths[1], columns=3)
