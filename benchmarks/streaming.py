@@ -134,7 +134,7 @@ def measure(options: Options) -> None:
     start, peak = time.perf_counter(), _Peak()
     with peak:
         inputs = Inputs(config, tokenizer, options.folder, shape, (0, 1))
-        data = kind_of(config, "preference").load(config, inputs)
+        data: Any = kind_of(config, "preference").load(config, inputs)
         batches = data.batches(16, seed=0)
         digest = _add(hashlib.sha256(), next(batches))
         first = time.perf_counter() - start
