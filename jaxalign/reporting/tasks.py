@@ -48,7 +48,7 @@ def _whole(score: Any) -> bool:
 
 
 def table(reports: Sequence[Named]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a line per task, metric and run.
+    """Header and rows: a line per task, metric and run, with the number n of documents.
 
     Args:
       reports: by run; an empty name has no column.
@@ -56,7 +56,7 @@ def table(reports: Sequence[Named]) -> tuple[list[str], list[list[str]]]:
     scores = [(name, score) for name, report in reports for score in report["scores"]]
     named = any(name for name, _ in scores)
     compared = any(score.get("before") for _, score in scores)
-    header = [*(["run"] if named else []), "task", "metric", "documents", "examples"]
+    header = [*(["run"] if named else []), "task", "metric", "n"]
     header += ["before", "after", "change"] if compared else ["score"]
     rows = []
     for name, score in scores:
@@ -68,16 +68,11 @@ def table(reports: Sequence[Named]) -> tuple[list[str], list[list[str]]]:
                 *([name] if named else []),
                 score["task"],
                 f"{score['metric']}{kind}{arrow}",
-                _count(score.get("documents")),
-                _count(score.get("few_shot")),
+                f"{score['documents']:,}" if score.get("documents") else "",
                 *(_cell(score.get(end), signed=end == "change") for end in ends),
             ]
         )
     return header, rows
-
-
-def _count(number: object) -> str:
-    return f"{number:,}" if isinstance(number, int) else ""
 
 
 def _cell(end: Mapping[str, Any] | None, *, signed: bool) -> str:
@@ -128,7 +123,10 @@ def _origin(score: Mapping[str, Any]) -> str:
     models = str(score.get("model", ""))
     if score.get("reference"):
         models = f"before {score['reference']}, after {models}"
-    return f"{models}, {'with the chat template' if score.get('chat') else 'plain text'}"
+    parts = [models, "with the chat template" if score.get("chat") else "plain text"]
+    if (examples := score.get("few_shot")) is not None:
+        parts.append(f"{examples} example{'s' * (examples != 1)}")
+    return ", ".join(parts)
 
 
 def _loss(score: Mapping[str, Any]) -> str:

@@ -57,9 +57,10 @@ def test_a_run_is_compared_with_its_start_and_keeps_its_scores(run):
 def test_the_report_shows_the_tasks_and_what_became_worse(run):
     evaluate_tasks(str(run), ["colours"])
     text = write_report([read_run(run)], run / "report").read_text()
-    assert "| task | metric | documents | examples | before | after | change |" in text
-    assert "| colours | acc ↑ | 20 | 0 | 0.800 ± 0.196 | 0.400 ± 0.196 | -0.400 ± 0.220 |" in text
+    assert "| task | metric | n | before | after | change |" in text
+    assert "| colours | acc ↑ | 20 | 0.800 ± 0.196 | 0.400 ± 0.196 | -0.400 ± 0.220 |" in text
     assert "- worse than before: colours, acc: -0.400 ± 0.220" in text
+    assert f"- before start, after {run}, plain text, 0 examples\n" in text
     assert "trained since" not in text
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"stage": "preference", "split": "train", "step": 8}) + "\n")
