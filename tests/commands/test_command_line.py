@@ -28,6 +28,7 @@ from jaxalign.models.lora import merge
 from jaxalign.models.peft import load_adapters
 from jaxalign.reporting import read_run
 from jaxalign.runs.experiment import SCALES, load_config
+from tests.slow import slow
 
 ROOT = Path(__file__).parents[2]
 MAKERS = r"^def (config|[a-z]\w*(?=\(scale: str(?:, \*\*how: Any)?\) -> TrainConfig))\("
@@ -233,7 +234,7 @@ def test_a_ledger_is_kept_and_resumed(folder):
     assert resumed == [json.loads(line) for line in whole.splitlines()]
 
 
-@pytest.mark.parametrize("cure", ["normalised", "centred"])
+@pytest.mark.parametrize("cure", ["normalised", slow("centred")])
 def test_a_cured_run_is_ideal_throughout(folder, cure):
     flags = ["--entanglement.every", "1", "--entanglement.cure", cure, "--no-export"]
     assert main(["train", "small.py", *flags, "--preference.micro-batches", "2"]) == 0

@@ -14,7 +14,7 @@ from jaxalign.generation.rows import Method, Source
 from jaxalign.generation.weights import prepare
 from jaxalign.models import cached_decoder, decoder
 from tests.generation.test_generate import CONFIG as PLAIN
-from tests.slow import mostly_slow
+from tests.slow import mostly_slow, slow
 
 CONFIG = dataclasses.replace(PLAIN, windowed=(True, False), window=6)
 PROMPTS = [[3, 4, 5, 6, 7], [9], [2, 8, 2], [11, 12, 13, 14, 15, 16, 17], [5, 5], [18, 3, 9, 9]]
@@ -132,7 +132,7 @@ def test_a_row_starts_anew_where_another_one_was():
         assert all(tokens == same[0] for tokens in same)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [slow(1), 3])
 def test_int8_weights_are_those_of_prompts_and_responses(rows):
     params = decoder.init_params(CONFIG, jax.random.key(0))
     weights = prepare(params, CONFIG, in_int8=True)
@@ -211,7 +211,7 @@ def test_prompts_in_pieces_and_shared_beginnings_change_nothing(rows, penalty, m
     assert sum(sizes) < sum(map(len, prompts)) / 2
 
 
-@pytest.mark.parametrize("slots", [40, 32])
+@pytest.mark.parametrize("slots", [40, slow(32)])
 def test_hidden_states_and_caches_are_those_of_one_pass(slots, monkeypatch):
     monkeypatch.setattr(continuous, "PIECE", 8)
     monkeypatch.setattr(continuous, "SHORTEST_PIECE", 2)

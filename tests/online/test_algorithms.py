@@ -21,6 +21,7 @@ from jaxalign.online.step import update_step, with_history
 from jaxalign.training.objectives import Policy
 from jaxalign.training.step import gradients, initial_state
 from tests.online.world import CONFIG, World
+from tests.slow import slow
 
 TAU, BETA = 0.2, 0.25
 
@@ -90,8 +91,8 @@ def learned(world, name, *, steps, rate, **options):
     ("name", "most", "options"),
     [
         ("online_ipo", 2, {}),
-        ("self_play_pg", 2, {}),
-        ("ipo_md", 1, {"beta": BETA}),
+        slow(("self_play_pg", 2, {})),
+        slow(("ipo_md", 1, {"beta": BETA})),
         ("nash_md_pg", 1, {"beta": BETA}),
         ("ipo_md", 2, {"beta": BETA}),
     ],
@@ -212,7 +213,7 @@ def test_spin_tilts_the_policy_to_the_data_and_stays_there(optimised):
         assert divergence(expected / expected.sum(), found) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["online_dpo", "online_slic"])
+@pytest.mark.parametrize("name", ["online_dpo", slow("online_slic")])
 def test_dpo_and_slic_do_not_find_the_equilibrium(optimised, name):
     world = World(1)
     target = equilibrium(world.win, world.policy(world.params), TAU)

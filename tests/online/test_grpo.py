@@ -22,6 +22,7 @@ from jaxalign.training.step import initial_state
 from tests.online.test_algorithms import gradient
 from tests.online.test_step import WORLD, online, prompts_of, run
 from tests.online.world import CONFIG, END, World
+from tests.slow import mostly_slow
 
 FAMILY = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp")
 
@@ -43,7 +44,7 @@ def test_dr_grpos_gradient_is_the_rewards():
     assert off > 0.02
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", mostly_slow(FAMILY, quick=["grpo", "reinforce_pp"]))
 def test_a_reward_is_climbed(name):
     options = {"samples": 4} if name != "reinforce_pp" else {"minibatches": 2, "updates": 2}
     step, state, frozen = online(name, **options)

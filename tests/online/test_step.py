@@ -37,6 +37,7 @@ from jaxalign.sharding import make_mesh, place
 from jaxalign.training.objectives import Policy
 from jaxalign.training.step import compile_step, initial_state
 from tests.online.world import CONFIG, END, PROMPT, Tokenizer, World
+from tests.slow import slow
 
 WORLD = World(2)
 
@@ -139,7 +140,7 @@ def test_sampled_log_probs_are_what_the_update_scores():
     np.testing.assert_allclose(outputs.reference, sampled.log_prob["reference"], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ppo", "rloo", "regularised_policy_gradient"])
+@pytest.mark.parametrize("name", ["ppo", slow("rloo"), slow("regularised_policy_gradient")])
 def test_a_reward_is_climbed(name):
     step, state, frozen = online(name)
     reward = WORLD.rewards(None, WORLD.names)
@@ -149,7 +150,7 @@ def test_a_reward_is_climbed(name):
     assert WORLD.policy(params) @ reward > before + 0.3
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("axes", [slow({"data": 8}), {"fsdp": 4, "tensor": 2}])
 def test_a_mesh_makes_the_same_updates(axes):
     mesh = make_mesh(**({"data": 1} | axes))
     rule = optax.sgd(0.1)
