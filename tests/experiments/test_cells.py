@@ -99,6 +99,7 @@ def test_a_peak_in_the_state_is_the_learning_rate(name, rng):
     )
 
 
+@pytest.mark.slow
 def test_a_short_run_is_a_run_of_train(tmp_path):
     save_tiny_model(tmp_path / "model")
     names = ("red", "blue", "green", "black", "white", "grey", "pink", "gold")
@@ -117,7 +118,8 @@ def test_a_short_run_is_a_run_of_train(tmp_path):
     write_splits(options)
     bench = Bench(options)
     config = offline.preferences(bench, "dpo", 1e-3, 0)
-    config = dataclasses.replace(config, output=str(tmp_path / "runs"))
+    padded = dataclasses.replace(config.preference, packing="never", share_prompts="never")
+    config = dataclasses.replace(config, preference=padded, output=str(tmp_path / "runs"))
     start = bench.model(options.model)
     for rate in (1e-2, 1e-3):  # the second is the compiled program of the first
         rule = dataclasses.replace(config.preference.optimizer, learning_rate=rate)
