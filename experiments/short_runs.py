@@ -191,6 +191,7 @@ class Finished:
     tokens: Mapping[str, Any]
     """Sums of the ledger over the run by pairs, side and token; empty without a ledger."""
     seconds: float
+    cpu_seconds: float
     evaluation: Callable[[TrainState, Any], dict[str, float]] | None
     frozen: Any
 
@@ -209,6 +210,7 @@ class Finished:
             "dtype": config.dtype,
             "device": jax.devices()[0].device_kind,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             **more,
             "held_out": curves(self.lines, "eval", held_out_metric),
             "training": curves(self.lines, "train", training_metric),
@@ -405,7 +407,7 @@ class Bench:
         Raises:
           OutOfTime: the time is over.
         """
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         kind, unit, peak = with_unit_rate(config, stage_name)
         folder = self.options.output / "work" / config.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -453,6 +455,7 @@ class Bench:
             lines=lines.lines,
             tokens=moved_tokens(folder / LEDGER),
             seconds=time.perf_counter() - began,
+            cpu_seconds=time.process_time() - cpu,
             evaluation=programs.evaluation,
             frozen=frozen,
         )

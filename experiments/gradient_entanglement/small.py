@@ -502,8 +502,6 @@ def main() -> None:
     draw(explaining(shown), FOLDER / "small.png", size=(3.6, 3.4))
     plot_losses(rows)
     parts = ["![DPO, step by step](small.png)\n", ledger(shown)]
-    if (FOLDER / "small_heat_map.png").exists():
-        parts.insert(1, "![tokens](small_heat_map.png)\n")
     if "dpo_sgd_polite" in rows:
         parts.append(ledger(rows["dpo_sgd_polite"]))
     for rule, source in (("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")):

@@ -151,25 +151,29 @@ def _sft_weights(bench: Bench) -> Path:
 def compare(bench: Bench, name: str) -> None:
     """A loss: its learning rates on one seed, the best one on the others, and its answers."""
     rows, start = bench.rows(STUDY), sft_model(bench)
+    newest: dict[str, Any] = {}  # the parameters of the run before, by its row's name
 
     def run(rate: float, seed: int) -> None:
         label = row_name(name, rate, seed)
-        if label not in rows:
-            config = preferences(bench, name, rate, seed)
-            finished = bench.run(start, config, "preference")
-            rows.write(label, finished.row(config, "preference", cell=name))
+        config = preferences(bench, name, rate, seed)
+        newest.clear()
+        finished = bench.run(start, config, "preference")
+        newest[label] = finished.params
+        rows.write(label, finished.row(config, "preference", cell=name))
 
     first, *others = bench.options.seeds
     for rate in bench.options.rates:
-        run(rate, first)
+        if row_name(name, rate, first) not in rows:
+            run(rate, first)
     best = best_rate(rows, name)
-    for seed in others[:-1]:
-        run(best, seed)
+    for seed in others:
+        if row_name(name, best, seed) not in rows:
+            run(best, seed)
     last = bench.options.seeds[-1]
-    config = preferences(bench, name, best, last)
-    finished = bench.run(start, config, "preference")
-    rows.write(row_name(name, best, last), finished.row(config, "preference", cell=name))
-    rows.write(f"answers_{name}", {"answers": bench.answers(start, finished.params, ANSWER)})
+    label = row_name(name, best, last)
+    if label not in newest:  # another rate was run after it, or an interrupted command ran it
+        run(best, last)
+    rows.write(f"answers_{name}", {"answers": bench.answers(start, newest[label], ANSWER)})
 
 
 def single_responses(bench: Bench) -> None:

@@ -13,6 +13,7 @@ import tyro
 
 from experiments import cells
 from experiments.cells import Cell
+from experiments.gradient_entanglement import small as entanglement
 from experiments.offline import small as offline
 from experiments.short_runs import Bench, Options, Rows, with_peak, write_splits
 from jaxalign.errors import UserError
@@ -99,6 +100,39 @@ def test_a_peak_in_the_state_is_the_learning_rate(name, rng):
     )
 
 
+def row_of(rate, seed, *, sweep=0.5, **curves):
+    held_out = {
+        f"by_source/{source}_sweep/rewards/accuracies": {"step": [0, 4], "value": [0.5, sweep]}
+        for source in offline.SOURCES
+    }
+    held_out |= {name: {"step": [0, 2, 4], "value": list(x)} for name, x in curves.items()}
+    return {"cell": "dpo", "learning_rate": rate, "seed": seed, "held_out": held_out}
+
+
+def test_a_loss_goes_on_with_the_rate_of_the_best_first_seed_and_the_lower_of_equal_ones(tmp_path):
+    rows = Rows(folder=tmp_path)
+    for rate, seed, sweep in ((1e-6, 0, 0.6), (1e-5, 0, 0.7), (1e-4, 0, 0.7), (1e-4, 1, 0.9)):
+        rows.write(offline.row_name("dpo", rate, seed), row_of(rate, seed, sweep=sweep))
+    rows.write("dpo_sft_2e-06_0", row_of(2e-6, 0, sweep=1.0) | {"cell": "dpo_sft"})
+    assert offline.best_rate(rows, "dpo") == 1e-5
+    assert [row["seed"] for row in offline.seeds_of(rows, "dpo")] == [0]
+    assert offline.seeds_of(rows, "kto") == []
+
+
+def test_runs_are_compared_where_they_first_reach_an_accuracy():
+    curves = {
+        "rewards/accuracies": (0.5, 0.7, 0.9),
+        "logps/chosen": (-20.0, -21.0, -24.0),
+        "logps/rejected": (-30.0, -33.0, -41.0),
+    }
+    row = row_of(1e-5, 0, **curves)
+    at = entanglement.at_accuracy(row, 0.8)
+    assert at == pytest.approx({"step": 3.0, "chosen": -2.5, "rejected": -7.0})
+    assert entanglement.at_accuracy(row, 0.95) is None
+    assert entanglement.outcome(row) == "both down"
+
+
+@pytest.mark.slow
 def test_a_short_run_is_a_run_of_train(tmp_path):
     save_tiny_model(tmp_path / "model")
     names = ("red", "blue", "green", "black", "white", "grey", "pink", "gold")
@@ -117,7 +151,8 @@ def test_a_short_run_is_a_run_of_train(tmp_path):
     write_splits(options)
     bench = Bench(options)
     config = offline.preferences(bench, "dpo", 1e-3, 0)
-    config = dataclasses.replace(config, output=str(tmp_path / "runs"))
+    padded = dataclasses.replace(config.preference, packing="never", share_prompts="never")
+    config = dataclasses.replace(config, preference=padded, output=str(tmp_path / "runs"))
     start = bench.model(options.model)
     for rate in (1e-2, 1e-3):  # the second is the compiled program of the first
         rule = dataclasses.replace(config.preference.optimizer, learning_rate=rate)
