@@ -106,9 +106,7 @@ def test_other_forms_and_damaged_files_are_refused(folders):
     _, packed = folders
     for other in ({"quant_method": "gptq"}, {"load_in_4bit": True}, "mxfp4"):
         change(packed, {"quantization_config": other})
-        with pytest.raises(UserError, match=r"quantization_config: weights quantised by .* are not"):
-            UserError, match="quantization_config: weights quantised by .* are not supported"
-        ):
+        with pytest.raises(UserError, match="quantization_config: weights quantised by"):
             load_pretrained(packed)
     change(packed, {"quantization_config": None})
     file, name = packed / "model.safetensors", "model.layers.1.mlp.experts.down_proj"
