@@ -100,12 +100,12 @@ def test_a_peak_in_the_state_is_the_learning_rate(name, rng):
     )
 
 
-def row_of(rate, seed, *, sweep=0.5, **curves):
+def row_of(rate, seed, *, sweep=0.5, curves=None):
     held_out = {
         f"by_source/{source}_sweep/rewards/accuracies": {"step": [0, 4], "value": [0.5, sweep]}
         for source in offline.SOURCES
     }
-    held_out |= {name: {"step": [0, 2, 4], "value": list(x)} for name, x in curves.items()}
+    held_out |= {name: {"step": [0, 2, 4], "value": list(x)} for name, x in (curves or {}).items()}
     return {"cell": "dpo", "learning_rate": rate, "seed": seed, "held_out": held_out}
 
 
@@ -125,7 +125,7 @@ def test_runs_are_compared_where_they_first_reach_an_accuracy():
         "logps/chosen": (-20.0, -21.0, -24.0),
         "logps/rejected": (-30.0, -33.0, -41.0),
     }
-    row = row_of(1e-5, 0, **curves)
+    row = row_of(1e-5, 0, curves=curves)
     at = entanglement.at_accuracy(row, 0.8)
     assert at == pytest.approx({"step": 3.0, "chosen": -2.5, "rejected": -7.0})
     assert entanglement.at_accuracy(row, 0.95) is None
