@@ -64,7 +64,10 @@ def one_update(name):
     return world, runs, state, batches, sampled, runs.rollouts(batches, sampled, verdicts)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    ["ipo_md", *(pytest.param(name, marks=pytest.mark.slow) for name in ("egpo", "grpo"))],
+)
 def test_an_update_together_is_the_updates_one_by_one(name):
     world, runs, state, *_, rollouts = one_update(name)
     alone = [jax.tree.map(lambda x, at=at: jnp.array(x[at]), (state, rollouts)) for at in range(2)]
@@ -108,6 +111,7 @@ def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
     assert not np.array_equal(sampled[0].tokens, sampled[1].tokens)
 
 
+@pytest.mark.slow
 def test_divergences_are_the_log_ratios_of_the_exact_policies():
     world, runs, state, batches, sampled, rollouts = one_update("egpo")
     assert np.abs(runs.divergences(state, batches, sampled)).max() < 1e-5
