@@ -106,8 +106,8 @@ def cut(text: str, tokenizer: Tokenizer, tokens: int) -> str:
     own = tokenizer.encode(text, add_special_tokens=False)
     if len(own) <= tokens:
         return text.strip()
-    kept = tokenizer.decode(
-        own[:tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    kept = str(
+        tokenizer.decode(own[:tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
     return kept.replace("\ufffd", "").strip()
 

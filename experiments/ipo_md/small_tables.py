@@ -113,7 +113,7 @@ def standings(rows: Path) -> str:
             over[row["annotator"], row["one"], row["seed"]] = row["preference"]
 
     def mean(name: str, field: str) -> str:
-        return spread([np.mean(x) for x in by_seed(written[name], field).values()], "{:.1f}")
+        return spread([float(np.mean(x)) for x in by_seed(written[name], field).values()], "{:.1f}")
 
     def wins(annotator: str, name: str) -> str:
         own = [np.mean(x) for (a, n, _), x in over.items() if (a, n) == (annotator, name)]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,12 @@ OPTIONS = {
 def runs_of(name):
     parameter, options = OPTIONS[name]
     world = World(MOST)
+    letters: Any = Tokenizer()
     runs = Runs(
         Method(name=name, parameter=parameter, options=options, rate=RATE),
         world.params,
         CONFIG,
-        Tokenizer(),
+        letters,
         ends=[END],
         prompts=4,
         longest=3,
@@ -58,7 +60,8 @@ class Prompts:
 def one_update(name):
     world, runs = runs_of(name)
     state = runs.begin(SEEDS)
-    batches = [runs.batch(Prompts(), np.arange(4)), runs.batch(Prompts(), np.arange(2, 6))]
+    prompts: Any = Prompts()
+    batches = [runs.batch(prompts, np.arange(4)), runs.batch(prompts, np.arange(2, 6))]
     sampled = runs.draw(state, batches, SEEDS, 3)
     verdicts = annotations(world, runs.plain, [["p"] * 4] * 2, sampled)
     return world, runs, state, batches, sampled, runs.rollouts(batches, sampled, verdicts)
@@ -126,15 +129,14 @@ def test_divergences_are_the_log_ratios_of_the_exact_policies():
 
 
 def test_a_traced_strength_is_the_number_and_is_not_checked():
-    pairs = PairLogProbs(
-        **{
-            name: jnp.array([value])
-            for name, value in (
-                *(("chosen", -3.0), ("rejected", -4.0), ("reference_chosen", -3.5)),
-                *(("reference_rejected", -3.0), ("chosen_length", 3), ("rejected_length", 2)),
-            )
-        }
-    )
+    numbers: dict[str, Any] = {
+        name: jnp.array([value])
+        for name, value in (
+            *(("chosen", -3.0), ("rejected", -4.0), ("reference_chosen", -3.5)),
+            *(("reference_rejected", -3.0), ("chosen_length", 3), ("rejected_length", 2)),
+        )
+    }
+    pairs = PairLogProbs(**numbers)
     traced = jax.jit(lambda tau: ipo(pairs, tau=tau))
     assert float(traced(0.2)[0]) == pytest.approx((1.5 - 2.5) ** 2)
 
@@ -154,8 +156,9 @@ def test_long_responses_are_cut_at_a_token():
         def decode(self, tokens, **options):
             return " ".join(tokens)
 
-    assert cut("one two three", Words(), 2) == "one two"
-    assert cut(" one two ", Words(), 5) == "one two"
+    words: Any = Words()
+    assert cut("one two three", words, 2) == "one two"
+    assert cut(" one two ", words, 5) == "one two"
 
 
 def test_tables_from_rows_alone(tmp_path):
