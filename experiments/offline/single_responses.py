@@ -148,7 +148,7 @@ def singles(pair: Mapping[str, str]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------ runs
 
 
-def config(
+def run_config(
     options: Options, texts: Mapping[str, Path], name: str, rate: float, seed: int
 ) -> TrainConfig:
     """The run of a method."""
@@ -198,7 +198,7 @@ def row(
     if any(key.items() <= one.items() for one in rows(options)):
         return base
     base = base or jaxalign.load(options.model)
-    folder = finished(config(options, texts, name, rate, seed))
+    folder = finished(run_config(options, texts, name, rate, seed))
     model = jaxalign.load(folder)
     found = {
         split: measure(model, base, texts[f"{split}_pairs"]) for split in ("validation", "test")
