@@ -62,11 +62,10 @@ CASES = ("parted", "both down", "both up", "crossed")
 """Of the log-probs of chosen and rejected: chosen up and rejected down, ..., chosen down alone."""
 
 
-def configs(
-    seed: int, steps: int | None, output: str, scale: str, model: str
-) -> dict[str, TrainConfig]:
+def configs(seed: int, given: argparse.Namespace) -> dict[str, TrainConfig]:
     """Every run of a seed, in an order in which each finds what it needs."""
-    how = {"output": f"{output}/seed_{seed}", "model": model}
+    how = {"output": f"{given.output}/seed_{seed}", "model": given.model}
+    scale, steps = given.scale, given.steps
     made = {
         "judge": methods.judge(scale, **how),
         "reward": methods.reward(scale, **how),
@@ -169,7 +168,7 @@ def measure(
     seed: int, given: argparse.Namespace
 ) -> tuple[dict[str, dict[str, float]], list[list[float]]]:
     """Train what is not there; every method's measures, and all against all before the judge."""
-    made = configs(seed, given.steps, given.output, given.scale, given.model)
+    made = configs(seed, given)
     runs = {name: finished(one) for name, one in made.items()}
     records = list(preference_records(methods.TEST))[: given.prompts]
     questions = list(prompt_records(methods.TEST))[: given.prompts]

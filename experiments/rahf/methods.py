@@ -28,7 +28,6 @@ from jaxalign.config import (
     SupervisedConfig,
     TrainConfig,
 )
-from jaxalign.errors import UserError
 
 PAIRS = f"{DATA}/preferences/rasbt_instruction_preference.jsonl"
 TRAIN, JUDGED, TEST = (f"{PAIRS}#train[{part}]" for part in (":60%", "60%:85%", "85%:"))
@@ -113,14 +112,16 @@ def fit(scale: str, what: str, **paper: Any) -> dict[str, Any]:
 
 
 def instruction_sft(scale: str, **how: Any) -> TrainConfig:
-    """The model that all others begin with: SFT on instructions that are not of these pairs."""
+    """The model that all others begin with: SFT on instructions that are not of these pairs.
+
+    At `small` they begin with the chat model itself, which has learned from instructions.
+    """
     config = common(scale, "base", **how)
     if scale == "paper":
         model, data = "meta-llama/Llama-2-7b-hf", "Dahoas/full-hh-rlhf"
-    elif scale == "small":
-        raise UserError("--scale: small has no instruction_sft; it begins with the chat model")
     else:
-        model, data = TINY, f"{DATA}/sft/sft_alpaca_en_demo.jsonl"
+        model = config.model if scale == "small" else TINY
+        data = f"{DATA}/sft/sft_alpaca_en_demo.jsonl"
     size = {} if scale == "paper" else {"batch_size": 64}
     sft = SupervisedConfig(data=data, **stage(scale, "sft", steps=4_700) | size)
     return dataclasses.replace(config, model=model, sft=sft)
