@@ -168,7 +168,7 @@ def standings(rows: Path) -> str:
     ]
     found = cycles(np.nanmean(games, axis=3))
     updates = sorted({run["updates"] for own in runs.values() for run in own})
-    pairings = over_seeds(np.nanmean(games[:, 0, 1], axis=0)).number
+    pairings = over_seeds(np.nanmean(games[:, 0, 1], axis=0).tolist()).number
     note = (
         f"Means of {pairings} seeds, standard deviations in brackets; {games.shape[0]} test "
         f"prompts, final runs of {' or '.join(map(str, updates))} updates. \\* the annotator that "

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "models"
 FAMILY = "model_type: '.*' cannot be written as GGUF; cohere2, gemma, .* can"
 REFUSED = {
     **dict.fromkeys(("glm", "mixtral", "mixtral_window", "olmoe", "olmoe_renormalised"), FAMILY),
-    **dict.fromkeys(("qwen3_moe", "qwen3_moe_options"), FAMILY),
+    **dict.fromkeys(("qwen3_moe", "qwen3_moe_options", "gpt_oss", "gpt_oss_options"), FAMILY),
     "gpt2_unscaled": "activation: 'gelu' cannot be written; in GGUF's gpt2 it is 'gelu_tanh'",
     "gpt2_untied": "activation: 'relu' cannot be written",
     "llama_biases": "activation: 'gelu' cannot be written; in GGUF's llama it is 'silu'",
