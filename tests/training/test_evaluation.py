@@ -194,4 +194,5 @@ def test_a_loss_without_a_reference_runs_none(rng):
     assert set(numbers) - set(fewer) == left_out
     for name, value in fewer.items():
         np.testing.assert_allclose(value, numbers[name], rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, same.params, after.params)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)  # two programs' rounding
+    jax.tree.map(close, same.params, after.params)
