@@ -428,25 +428,29 @@ def plot_losses(rows: Rows) -> None:
     import matplotlib.pyplot as plt
 
     kinds = [("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")]
-    kinds = [x for x in kinds if any(f"{loss}_{x[0]}_{x[1]}" in rows for loss in ORDER)]
-    lines = 2 * len(kinds)
+    found = [
+        (rule, source, loss)
+        for rule, source in kinds
+        for loss in ORDER
+        if f"{loss}_{rule}_{source}" in rows
+    ]
+    columns = min(6, len(found))
+    lines = -(-len(found) // columns)
     figure, axes = plt.subplots(
-        lines, 6, figsize=(13, 1.9 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(2.2 * columns, 1.9 * lines), layout="constrained", squeeze=False
     )
-    for block, (rule, source) in enumerate(kinds):
-        for number, loss in enumerate(ORDER):
-            axis, name = axes[2 * block + number // 6, number % 6], f"{loss}_{rule}_{source}"
-            if name not in rows:
-                axis.set_axis_off()
-                continue
-            row = rows[name]
-            for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
-                steps = row["held_out"][f"logps/{side}"]["step"]
-                axis.plot(steps, change(row, side), color=colour, label=side)
-            axis.axhline(0, color="grey", linewidth=0.8)
-            axis.set_title(f"{loss}, {rule}, {SOURCES[source]}", fontsize=7)
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.3)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (rule, source, loss) in zip(axes.flat, found, strict=False):
+        row = rows[f"{loss}_{rule}_{source}"]
+        axis.set_axis_on()
+        for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
+            steps = row["held_out"][f"logps/{side}"]["step"]
+            axis.plot(steps, change(row, side), color=colour, label=side)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_title(f"{loss}, {rule}, {SOURCES[source]}", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     for axis in axes[:, 0]:
         axis.set_ylabel("nats", fontsize=7)
