@@ -234,7 +234,9 @@ def smaller(config: TrainConfig) -> TrainConfig:
         if stage.runs:
             rule = replace(stage.optimizer, warmup_steps=0)
             every = {"eval_every": min(stage.eval_every, 2), "save_every": 0}
-            changes[name] = replace(stage, steps=4, batch_size=8, optimizer=rule, **every)
+            changes[name] = replace(
+                stage, steps=4, epochs=0.0, batch_size=8, optimizer=rule, **every
+            )
     return replace(config, **changes)
 
 

@@ -140,6 +140,11 @@ def make_data(data: Path, model: Path) -> None:
         "preferences/ultrafeedback_eval.jsonl": pairs(24, "Ask {}"),
         "preferences/hh_harmless_base_test.jsonl": pairs(48, dialogue),
         "preferences/truthfulqa_pairs.jsonl": rows,
+        "preferences/kto_truthfulqa.jsonl": [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ],
         "judging/llmbar_all.jsonl": [row | {"source": "llmbar/Natural"} for row in rows[:4]],
         "judging/pandalm_human.jsonl": [row | {"source": "pandalm/v1"} for row in rows[4:8]],
         "just_eval/judgments_gpt4turbo/gpt.json": judgements,
