@@ -5,6 +5,7 @@ for tasks on local files.
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,13 @@ def run_tasks(
             fewshot_as_multiturn=few_shot_turns and chat,
             bootstrap_iters=BOOTSTRAP,
         )
+
+
+def check_installed() -> None:
+    """Raise `UserError` if the harness is not installed; it is not imported."""
+    with _installed():
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ModuleNotFoundError("No module named 'lm_eval'")
 
 
 @contextlib.contextmanager

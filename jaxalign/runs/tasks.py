@@ -7,7 +7,7 @@ from typing import Any
 from jaxalign.backends.local import LocalModel
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.errors import UserError, notice
-from jaxalign.evaluation.harness import run_tasks
+from jaxalign.evaluation.harness import check_installed, run_tasks
 from jaxalign.evaluation.task_scores import TaskScore, compared, scores_of
 from jaxalign.files import check_output, json_value, read_json, write_json
 from jaxalign.reporting import read_run
@@ -58,6 +58,7 @@ def evaluate_tasks(
     for name in filter(None, (model, reference)):
         if name.startswith("openai:"):
             raise UserError(f"tasks: {name}: an endpoint has no log-probs of texts; give a folder")
+    check_installed()
     run = Path(model) if (Path(model) / "metrics.jsonl").is_file() else None
     if run is not None:
         check_output(run / FILE, "--model")

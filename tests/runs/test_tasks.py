@@ -24,6 +24,7 @@ def run(tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(tasks.LocalModel, "load", lambda name, **options: (name, options))
     monkeypatch.setattr(tasks, "run_tasks", harness)
+    monkeypatch.setattr(tasks, "check_installed", lambda: None)
     return folder
 
 
