@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cells import Cell
-from experiments.gradient_entanglement.preference import LOSSES
+from experiments.gradient_entanglement.preference import HEADER, LOSSES
 from experiments.page import put, table
 from experiments.short_runs import Bench, Options, Rows
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
@@ -267,17 +267,8 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
                 ),
             ]
         )
-    header = (
-        "loss",
-        "accuracy",
-        "Δ chosen (nats)",
-        "Δ rejected",
-        "held-out outcome",
-        "cosine",
-        "d_w / d_l",
-        *("pairs' own case: ideal", "both down", "both up"),
-        *("held-out chosen per step: other pairs", "optimiser", "curvature"),
-    )
+    parts = ("held-out chosen per step: other pairs", "optimiser", "curvature")
+    header = (*HEADER[: HEADER.index("both up") + 1], *parts)
     return table(header, lines)
 
 
