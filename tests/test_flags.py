@@ -69,7 +69,10 @@ def parser_of(command):
     """The argument parser that tyro makes of a command's `Options`."""
     module = importlib.import_module(COMMANDS[command])
     plain = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.extras.get_parser(module.Options, config=plain)
+    with (
+        flags.joined_lines()
+    ):  # as commands do: tyro keeps help texts, and compares some with new ones
+        return tyro.extras.get_parser(module.Options, config=plain)
 
 
 def flags_of(command):
