@@ -1,4 +1,4 @@
-"""The door: commands by name, and one-line errors for users."""
+"""The command line: commands by name, and one-line errors for users."""
 
 import ast
 import difflib

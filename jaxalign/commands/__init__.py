@@ -1,1 +1,1 @@
-"""What each command of the door does: configs are read here and nowhere below."""
+"""What each command does: configs are read here and nowhere below."""
