@@ -131,7 +131,7 @@ def check_same(options: Options) -> None:
     Raises:
       UserError: they were not.
     """
-    names = ("steps", "pairs", "max_length", "held_out", "dtype")
+    names = ("steps", "pairs", "max_length", "longest", "held_out", "dtype")
     own = {"model": Path(options.model).name} | {name: getattr(options, name) for name in names}
     path = options.rows / "options.json"
     if not path.exists():

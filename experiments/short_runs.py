@@ -48,8 +48,6 @@ MEASURED = tuple(
     )
 )
 """Statistics of gradients that a row keeps, beside the ledger."""
-LONGEST = {"polite": None, "ultrafeedback": 1900}
-"""Most characters of a prompt and its longer response, by source; None: all pairs are used."""
 HELD_OUT = {"polite": 0.2, "ultrafeedback": 0.25}
 """Fraction of the prompts in the test split, by source."""
 SWEEP = 0.12
@@ -98,6 +96,9 @@ class Options:
     """Pairs in a batch, in place of the studies' own."""
     max_length: int | None = None
     """Most tokens of prompt and response, in place of the studies' own; longer ones are cut."""
+    longest: int = 1900
+    """Most characters of a prompt of UltraFeedback and its longer response; longer pairs are left
+    out."""
     rates: tuple[float, ...] = (2e-6, 1e-5, 4e-5)
     """Learning rates of the comparison of losses; of several, each loss takes the best."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -151,7 +152,7 @@ def write_splits(options: Options) -> None:
     for source, paths in files.items():
         if Path(options.data(source, "train")).is_file():
             continue
-        most = LONGEST[source]
+        most = options.longest if source == "ultrafeedback" else None
         read = [r for path in paths for r in preference_records(path, bad_records="skip")]
         used = [
             r

@@ -67,7 +67,7 @@ def settings(bench: Bench, name: str, seed: int = 0) -> TrainConfig:
         max_eval_records=options.held_out,
         bad_records="skip",
         dtype=bench.dtype,
-        remat="full",
+        remat="full" if bench.is_gpu else "none",
         export=False,
         seed=seed,
     )
