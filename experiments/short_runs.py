@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -212,11 +213,20 @@ class Finished:
             "device": jax.devices()[0].device_kind,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            "trained_tokens": sum(x["tokens"] for x in self.lines if x["split"] == "train"),
+            "peak_memory": peak_memory(),
             **more,
             "held_out": curves(self.lines, "eval", held_out_metric),
             "training": curves(self.lines, "train", training_metric),
             "tokens": dict(self.tokens),
         }
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held, of the device or else of the host."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(statistics.get("peak_bytes_in_use", most))
 
 
 def held_out_metric(name: str) -> bool:
