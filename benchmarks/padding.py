@@ -29,7 +29,7 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.packing import Packing, packed_batches
-from jaxalign.data.tokenize import TokenizedExamples
+from jaxalign.data.tokenized import TokenizedExamples
 from jaxalign.representation import responses_of
 
 

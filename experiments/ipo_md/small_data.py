@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.gradient_entanglement.runs import DATA
 from jaxalign.data import PromptRecord, preference_records, tokenize_prompts
-from jaxalign.data.tokenize import TokenizedRows
+from jaxalign.data.tokenized import TokenizedRows
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.files import write_json_lines
 

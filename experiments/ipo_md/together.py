@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.data.tokenize import TokenizedRows
+from jaxalign.data.tokenized import TokenizedRows
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.generation import ResponseText, Samples, Sampling, generate
 from jaxalign.models.config import DecoderConfig

@@ -30,16 +30,18 @@ from jaxalign.data.sources import (
     unpaired_records,
 )
 from jaxalign.data.tokenize import (
-    TokenizedPairs,
-    TokenizedResponses,
-    TokenizedRows,
-    TokenizedTexts,
-    TokenizeReport,
     tokenize_conversations,
     tokenize_pairs,
     tokenize_prompts,
     tokenize_responses,
     tokenize_texts,
+)
+from jaxalign.data.tokenized import (
+    TokenizedPairs,
+    TokenizedResponses,
+    TokenizedRows,
+    TokenizedTexts,
+    TokenizeReport,
 )
 from jaxalign.data.tokenizers import check_ids, check_vocabulary, load_tokenizer
 

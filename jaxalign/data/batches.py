@@ -12,7 +12,7 @@ from jaxalign.data.order import (
     batch_order,
     ordered_batches,
 )
-from jaxalign.data.tokenize import TokenizedExamples, TokenizedPairs, TokenizedTexts
+from jaxalign.data.tokenized import TokenizedExamples, TokenizedPairs, TokenizedTexts
 from jaxalign.errors import UserError
 from jaxalign.records import AnyArray, record
 from jaxalign.rows import PackedRows, ResponseRows, SharedPrefixRows

@@ -34,13 +34,8 @@ from jaxalign.data.sources import (
     response_records,
     unpaired_records,
 )
-from jaxalign.data.tokenize import (
-    TokenizedExamples,
-    TokenizedResponses,
-    TokenizeReport,
-    tokenize_pairs,
-    tokenize_responses,
-)
+from jaxalign.data.tokenize import tokenize_pairs, tokenize_responses
+from jaxalign.data.tokenized import TokenizedExamples, TokenizedResponses, TokenizeReport
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 

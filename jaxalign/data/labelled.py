@@ -19,7 +19,7 @@ from jaxalign.data.packing import (
     padded_shape,
     placed_batches,
 )
-from jaxalign.data.tokenize import TokenizedResponses, TokenizedRows
+from jaxalign.data.tokenized import TokenizedResponses, TokenizedRows
 from jaxalign.records import AnyArray, record
 
 Mismatched = Literal["none", "batch", "all"]

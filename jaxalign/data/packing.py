@@ -19,7 +19,7 @@ from jaxalign.data.order import (
     iterate,
     share_of,
 )
-from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
+from jaxalign.data.tokenized import TokenizedExamples, TokenizedResponses
 from jaxalign.rows import PackedRows
 
 SLACK = 1.25 * TOLERANCE

@@ -14,13 +14,8 @@ from jaxalign.data.batches import common_lengths
 from jaxalign.data.building import ALONE, Processes, built, key_of, name_of
 from jaxalign.data.plain_prompts import KEPT
 from jaxalign.data.record_index import IndexedRecords
-from jaxalign.data.tokenize import (
-    TokenizedPairs,
-    TokenizedRows,
-    TokenizedTexts,
-    TokenizeReport,
-    tokenize_texts,
-)
+from jaxalign.data.tokenize import tokenize_texts
+from jaxalign.data.tokenized import TokenizedPairs, TokenizedRows, TokenizedTexts, TokenizeReport
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError, notice_once
 from jaxalign.files import read_json, replacing, write_array, write_arrays, write_json

@@ -1,22 +1,27 @@
 """Text to tokens: exact prompt/response boundaries, chat templates, and counted truncation."""
 
-import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from jaxalign.data.plain_prompts import Chat
-from jaxalign.data.record_text import RecordText, Spans, TextOf, Turns, text_of
+from jaxalign.data.record_text import RecordText, Spans, Turns, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
     PromptRecord,
     PromptResponseRecord,
     TextRecord,
+)
+from jaxalign.data.tokenized import (
+    RowWriter,
+    TokenizedPairs,
+    TokenizedRows,
+    TokenizedTexts,
+    TokenizeReport,
 )
 from jaxalign.data.tokenizers import Encoder, Tokenizer
 from jaxalign.errors import UserError
@@ -25,180 +30,6 @@ from jaxalign.files import read_arrays, write_arrays
 T = TypeVar("T")
 
 CHUNK = 2048  # texts per call of the tokenizer: bounds the memory of offsets
-
-
-# ------------------------------------------------------------------------ tokenized records
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedRows:
-    """Prompts and responses as tokens: row i is `flat[offsets[i]:offsets[i + 1]]`, prompt first."""
-
-    flat: np.ndarray
-    """Int32, all rows one after the other."""
-    offsets: np.ndarray
-    """Int64 [rows + 1]."""
-    prompt_length: np.ndarray
-    """Int32 [rows], at least 1: tokens that are not scored; they come first, if `scored` does not
-    say otherwise."""
-    record_index: np.ndarray
-    """Int64 [rows]: number of the record, from 0, in the order it was given."""
-    scored: np.ndarray | None = None
-    """Bool, of each token in `flat`: whether it is scored; None: all tokens after the prompts."""
-    largest: int | None = None
-    """Largest token, where it is stored; None: not known."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
-
-    @functools.cached_property
-    def length(self) -> np.ndarray:
-        """Int64 [rows]: tokens of prompt and response."""
-        return np.diff(self.offsets)
-
-    @property
-    def begin(self) -> np.ndarray:
-        """Int64 [rows]: tokens before the first that is scored."""
-        if self.scored is None:
-            return self.prompt_length.astype(np.int64)
-        return np.array([self.scored_in(row)[0] for row in range(len(self))], np.int64)
-
-    def scored_in(self, row: int) -> np.ndarray:
-        """Int64 [scored]: where in a row the scored tokens lie."""
-        if self.scored is None:
-            return np.arange(self.prompt_length[row], self.offsets[row + 1] - self.offsets[row])
-        return np.flatnonzero(self.scored[self.offsets[row] : self.offsets[row + 1]])
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedExamples:
-    """Examples of a number of sides each, as tokens: row `sides` i + s is side s of example i."""
-
-    rows: TokenizedRows
-    sides: ClassVar[int]
-    """Prompts with a response in an example."""
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.sides
-
-    @property
-    def length(self) -> np.ndarray:
-        """Int64 [examples, sides]."""
-        return self.rows.length.reshape(-1, self.sides)
-
-    @property
-    def prompt_length(self) -> np.ndarray:
-        """Int32 [examples, sides]."""
-        return self.rows.prompt_length.reshape(-1, self.sides)
-
-    @property
-    def response_length(self) -> np.ndarray:
-        """Int64 [examples, sides]: tokens that are scored."""
-        return self.length - self.prompt_length
-
-    @property
-    def record_index(self) -> np.ndarray:
-        """Int64 [examples]."""
-        return self.rows.record_index[:: self.sides]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedPairs(TokenizedExamples):
-    """Pairs as tokens; rows 2 i and 2 i + 1 are chosen and rejected of pair i."""
-
-    sides: ClassVar[int] = 2
-    common: np.ndarray | None = None
-    """Int64 [pairs]: tokens that both rows begin with, where they are stored; None: not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedResponses(TokenizedExamples):
-    """Single responses as tokens, each an example of one side."""
-
-    sides: ClassVar[int] = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedTexts:
-    """Documents as tokens, each with its beginning and end token."""
-
-    flat: np.ndarray
-    """Int32, all documents one after the other."""
-    offsets: np.ndarray
-    """Int64 [documents + 1]."""
-    characters: int
-    """Characters of all documents: for bits per character."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
-
-
-@dataclass(kw_only=True)
-class TokenizeReport:
-    """Counts of what tokenisation changed."""
-
-    records: int = 0
-    straddling: int = 0
-    """Rows in which a token of the joint text spans the boundary: prompt and response were
-    tokenised separately."""
-    template_differs: int = 0
-    """Rows whose chat template renders the prompt differently when no response follows: the prompt
-    is the text before any response."""
-    user_turns: int = 0
-    """Rows whose response has turns of others between: these are read, but not scored."""
-    truncated_prompts: int = 0
-    """Rows whose prompt lost its beginning."""
-    truncated_responses: int = 0
-    """Rows whose response lost its end, and with it the end-of-sequence token."""
-    identical: int = 0
-    """Pairs left out because both responses have the same tokens (after truncation)."""
-    unscored: int = 0
-    """Pairs left out because truncation left nothing of a response that is scored."""
-    tokens: int = 0
-    """Tokens kept."""
-    notes: list[str] = field(default_factory=list)
-    """Fields that the chat template ignores, and variables that it reads but nothing sets."""
-    chat: list[str] = field(default_factory=list)
-    """How plain prompts were rendered, if a rule decided it."""
-    prompts_as_chat: int = 0
-    """Plain prompts that went through the chat template, as a user's turn."""
-
-    def summary(self) -> str:
-        """One line for the log."""
-        parts = [f"{self.records} records, {self.tokens} tokens"]
-        for name in (
-            "truncated_prompts",
-            "truncated_responses",
-            "straddling",
-            "template_differs",
-            "user_turns",
-            "identical",
-            "unscored",
-            "prompts_as_chat",
-        ):
-            if count := getattr(self, name):
-                parts.append(f"{name.replace('_', ' ')}: {count}")
-        return "; ".join(parts + self.notes)
-
-    def add(self, other: "TokenizeReport") -> None:
-        """Add the counts and notes of more records."""
-        for name, found in vars(other).items():
-            own = getattr(self, name)
-            joined = sorted({*own, *found}) if isinstance(found, list) else own + found
-            setattr(self, name, joined)
-
-    def _note(self, in_text: TextOf) -> None:
-        self.notes, self.chat = in_text.notes(), in_text.plain_prompt_notes()
-        self.prompts_as_chat = in_text.plain_seen[True]
-
-
-# ------------------------------------------------------------------------------ tokenisation
 
 
 def tokenize_pairs(
@@ -256,7 +87,7 @@ def tokenize_pairs(
             texts = in_text(record.prompt, (record.chosen, record.rejected), place)
             yield from _sides(texts, report, encoder_decoder, place)
 
-    rows = _RowWriter()
+    rows = RowWriter()
     pairs = _encoded(sides(), encoder, report, encoder_decoder, alike=2)
     for index, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
         report.records += 1
@@ -270,7 +101,7 @@ def tokenize_pairs(
         for row in cut:
             rows.add(*row, index)
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.note(in_text)
     if not len(rows) and not may_be_empty:
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     return TokenizedPairs(rows=rows.finish()), report
@@ -316,13 +147,13 @@ def tokenize_responses(
             texts = in_text(record.prompt, (record.response,), place, turns=turns)
             yield from _sides(texts, report, encoder_decoder, place)
 
-    rows = _RowWriter()
+    rows = RowWriter()
     for index, encoded in enumerate(_encoded(texts(), encoder, report, encoder_decoder)):
         report.records += 1
         [row] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
         rows.add(*row, index)
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.note(in_text)
     if not len(rows) and not may_be_empty:
         raise UserError("no records to tokenise")
     return rows.finish(), report
@@ -357,7 +188,7 @@ def tokenize_prompts(
     encoder = Encoder(tokenizer)
     if max_length < 1 + len(encoder.start) + len(encoder.suffix):
         raise UserError(f"max_prompt_length: {max_length} leaves no room for a prompt")
-    rows = _RowWriter()
+    rows = RowWriter()
     texts = (in_text.prompt(record.prompt, f"{record.source}:{record.line}") for record in records)
     for chunk in _chunks(texts, CHUNK):
         for encoding in encoder.encode(chunk):
@@ -370,7 +201,7 @@ def tokenize_prompts(
             rows.add(prompt, [], None, report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.note(in_text)
     if not len(rows):
         raise UserError("no prompts to tokenise")
     return rows.finish(), report
@@ -391,7 +222,7 @@ def tokenize_conversations(
     Returns:
       Rows whose prompt is all but the last token, and the counts.
     """
-    report, rows = TokenizeReport(), _RowWriter()
+    report, rows = TokenizeReport(), RowWriter()
     in_text = text_of(tokenizer, "{prompt}", None, "always")
     encoder = Encoder(tokenizer)
     texts = (
@@ -408,7 +239,7 @@ def tokenize_conversations(
             rows.add(ids[:-1], ids[-1:], None, report.records)
             report.records += 1
     report.tokens = rows.tokens
-    report._note(in_text)
+    report.note(in_text)
     if not len(rows):
         raise UserError("no records to tokenise")
     return rows.finish(), report
@@ -564,59 +395,3 @@ def _truncate(
             left = 1 + max(np.flatnonzero(mask[:left]), default=-1)
         cut.append((prompt, response[:left], mask and mask[:left]))
     return cut
-
-
-class _RowWriter:
-    """Collects rows into flat arrays."""
-
-    def __init__(self):
-        self._tokens: list[np.ndarray] = []
-        self._scored: list[list[bool] | None] = []
-        self._prompt: list[int] = []
-        self._record: list[int] = []
-        self.tokens = 0
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def add(
-        self, prompt: list[int], response: list[int], scored: list[bool] | None, record: int
-    ) -> None:
-        self._tokens.append(np.asarray(prompt + response, np.int32))
-        self._scored.append(None if scored is None or all(scored) else scored)
-        self._prompt.append(len(prompt) + (0 if scored is None else scored.count(False)))
-        self._record.append(record)
-        self.tokens += len(prompt) + len(response)
-
-    def finish(self) -> TokenizedRows:
-        lengths = [len(row) for row in self._tokens]
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        mask = None
-        if any(scored is not None for scored in self._scored):
-            mask = np.zeros(offsets[-1], bool)
-            for end, length, prompt, scored in zip(
-                offsets[1:], lengths, self._prompt, self._scored, strict=True
-            ):
-                own = [True] * (length - prompt) if scored is None else scored
-                mask[end - len(own) : end] = own
-        return TokenizedRows(
-            flat=np.concatenate([np.empty(0, np.int32), *self._tokens]),
-            offsets=offsets,
-            prompt_length=np.asarray(self._prompt, np.int32),
-            record_index=np.asarray(self._record, np.int64),
-            scored=mask,
-        )
-
-
-def check_whole_responses(rows: TokenizedRows, what: str) -> None:
-    """Raise `UserError` if a response has turns of others between, for what reads single ones.
-
-    Args:
-      rows: prompts and responses.
-      what: reads them, for the message.
-    """
-    if rows.scored is not None:
-        raise UserError(
-            f"{what}: reads responses of a single turn, but some have turns of others between; "
-            "move all turns but the last into the prompt"
-        )

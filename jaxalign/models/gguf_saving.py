@@ -15,7 +15,8 @@ from jaxalign.gguf import FORMATS, NewTensor, write_gguf
 from jaxalign.models.config import DecoderConfig, ModelConfig, Rope
 from jaxalign.models.families import FAMILIES, granite
 from jaxalign.models.families.mapping import Weight
-from jaxalign.models.gguf import ARCHITECTURES, LAYER_NORM, PATTERN, Architecture, config_fields
+from jaxalign.models.gguf import config_fields
+from jaxalign.models.gguf_architectures import ARCHITECTURES, LAYER_NORM, PATTERN, Architecture
 from jaxalign.models.rope import llama3_frequencies, rope_frequencies
 from jaxalign.models.saving import Place, leaf_items, save_plan, to_host
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxalign.data.batches import bucket_edges
 from jaxalign.data.order import Iterations, ordered_batches
-from jaxalign.data.tokenize import TokenizedRows
+from jaxalign.data.tokenized import TokenizedRows
 from jaxalign.online.rollouts import PromptBatch
 
 

@@ -11,7 +11,7 @@ from jaxalign.data import TokenizedRows
 from jaxalign.data.batches import ROUNDING, bucket_edges, padded_positions
 from jaxalign.data.order import Iterations, batch_order, ordered_batches
 from jaxalign.data.packing import Packer, Packing, Placement, pack, packed_sizes, placed_batches
-from jaxalign.data.tokenize import TokenizedResponses
+from jaxalign.data.tokenized import TokenizedResponses
 from jaxalign.records import AnyArray, record
 from jaxalign.rows import PackedRows
 

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Float64, Int
 
 from jaxalign.data import PairBatch, TokenizedPairs, pair_batches
-from jaxalign.data.tokenize import TokenizedExamples, check_whole_responses
+from jaxalign.data.tokenized import TokenizedExamples, check_whole_responses
 from jaxalign.errors import UserError
 from jaxalign.models.compute import Compute
 from jaxalign.models.config import DecoderConfig

@@ -37,7 +37,7 @@ from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing, packed_batches, packer_of
 from jaxalign.data.record_index import IndexedRecords, joined
 from jaxalign.data.sources import PREFERENCES, RESPONSES, RecordKind
-from jaxalign.data.tokenize import TokenizedExamples, TokenizedResponses
+from jaxalign.data.tokenized import TokenizedExamples, TokenizedResponses
 from jaxalign.data.tokenizers import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.files import replacing

@@ -27,7 +27,7 @@ from jaxalign.data import (
 from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing
 from jaxalign.data.record_text import text_of
-from jaxalign.data.tokenize import check_whole_responses
+from jaxalign.data.tokenized import check_whole_responses
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator

@@ -10,7 +10,7 @@ from jaxalign.data.batches import epoch_positions
 from jaxalign.data.card import Reading, data_cards, kind_of, marked_text, script_of
 from jaxalign.data.mixtures import weighted_sources
 from jaxalign.data.packing import Packing, packed_batches, packed_positions
-from jaxalign.data.tokenize import TokenizedResponses
+from jaxalign.data.tokenized import TokenizedResponses
 from jaxalign.errors import UserError
 from tests.data.test_packing import make_alike
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.data.labelled import LabelledRows, labelled_batches
-from jaxalign.data.tokenize import TokenizedRows
+from jaxalign.data.tokenized import TokenizedRows
 
 
 def data_of(rng, number):

@@ -25,7 +25,7 @@ from jaxalign.data.packing import Packing, packed_batches
 from jaxalign.data.record_index import index_records
 from jaxalign.data.sources import PREFERENCES, RESPONSES, TEXTS
 from jaxalign.data.token_store import stored_tokens, texts_as_tokens
-from jaxalign.data.tokenize import TokenizedResponses
+from jaxalign.data.tokenized import TokenizedResponses
 from jaxalign.errors import UserError
 from tests.data.test_record_index import Group
 from tests.data.test_tokenize import CHATML, byte_level

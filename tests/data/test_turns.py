@@ -11,7 +11,7 @@ from jaxalign.data import load_tokenizer, pair_batches, tokenize_pairs, tokenize
 from jaxalign.data.labelled import LabelledRows, labelled_batches
 from jaxalign.data.packing import Packing, packed_batches
 from jaxalign.data.records import Conversation, PreferenceRecord, PromptResponseRecord
-from jaxalign.data.tokenize import TokenizedPairs, TokenizedResponses, check_whole_responses
+from jaxalign.data.tokenized import TokenizedPairs, TokenizedResponses, check_whole_responses
 from jaxalign.errors import UserError
 from tests.data.test_packing import make_alike
 from tests.data.test_tokenize import CHATML, HEADERS, INSTRUCTIONS, byte_level, metaspace
