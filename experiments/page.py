@@ -1,4 +1,4 @@
-"""The README of an experiment's folder: each study writes its own section, and no other."""
+"""Pages with results: each study writes its own section of a page, and no other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +7,15 @@ import numpy as np
 from scipy.stats import t as student
 
 
-def put(folder: Path, name: str, text: str) -> None:
-    """Replace the section between `<!-- name -->` and `<!-- /name -->` of a folder's README."""
-    path = folder / "README.md"
+def put(path: Path, name: str, text: str) -> None:
+    """Replace the section between `<!-- name -->` and `<!-- /name -->` of a page.
+
+    Args:
+      path: Markdown file, or a folder with a README.md.
+      name: of the section.
+      text: its Markdown.
+    """
+    path = path / "README.md" if path.is_dir() else path
     whole = path.read_text(encoding="utf-8")
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     head, rest = whole.split(first)

@@ -347,7 +347,7 @@ def answers(rows: Rows) -> str:
         given = rows[f"answers_{name}"]["answers"]
         words = [len(one["answer"].split()) for one in given]
         same = ""
-        if name not in ("base", "sft"):
+        if name not in ("base", "sft") and "answers_sft" in rows:
             before = rows["answers_sft"]["answers"]
             same = f"{np.mean([_same_words(a, b) for a, b in zip(given, before, strict=True)]):.0%}"
         lines.append(
@@ -401,7 +401,6 @@ def plot(rows: Rows) -> None:
         line[0].set(title=label, xlabel="change of rejected (nats)")
         line[0].set_ylabel("change of chosen (nats)")
         line[1].set(title=label, xlabel="KL to the SFT model (nats/token)", ylabel="accuracy")
-        line[1].set_xscale("log")
         for axis in line:
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
