@@ -26,6 +26,7 @@ from experiments.page import half_width, put, table
 from experiments.short_runs import Bench, Finished, Rows, Start
 from jaxalign.config import FeedbackConfig, OptimizerConfig, SupervisedConfig, TrainConfig
 from jaxalign.errors import UserError
+from jaxalign.evaluation import win_rate
 from jaxalign.files import read_arrays, write_arrays
 
 FOLDER = Path(__file__).parent
@@ -357,10 +358,21 @@ def answers(rows: Rows) -> str:
                 f"{np.mean(words):.0f}",
                 f"{sum(one['finished'] for one in given)} of {len(given)}",
                 same,
+                judged(rows, name),
             ]
         )
-    header = ("model", "tokens", "words", "ended by itself", "first words as SFT's")
+    header = ("model", "tokens", "words", "ended by itself", "first words as SFT's", "beats SFT")
     return table(header, lines)
+
+
+def judged(rows: Rows, name: str) -> str:
+    """The mean preference of the judge over the SFT model's answers; empty: it was not asked."""
+    if f"judged_{name}" not in rows:
+        return ""
+    values = np.array(rows[f"judged_{name}"]["preference"], float)
+    found = win_rate(values)
+    low, high = found.bootstrap
+    return f"{found.rate:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _same_words(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:

@@ -168,3 +168,10 @@ def test_a_short_run_is_a_run_of_train(tmp_path):
             found = row["held_out"][name]
             assert found["step"] == expected[0] == [0, 3]
             np.testing.assert_allclose(found["value"], expected[1], rtol=1e-4, atol=1e-7)
+
+
+def test_the_judge_s_verdicts_are_shown_and_answers_without_one_are_left_out(tmp_path):
+    rows = Rows(folder=tmp_path)
+    rows.write("judged_dpo", {"preference": [0.6, None, 0.4]})
+    assert offline.judged(rows, "dpo") == "0.50 (0.40 to 0.60)"
+    assert offline.judged(rows, "kto") == ""
