@@ -21,8 +21,8 @@ from jaxalign.config import (
     SupervisedConfig,
     TrainConfig,
 )
-from jaxalign.planning.plans import draft
 from jaxalign.planning.cost_model import bound
+from jaxalign.planning.plans import draft
 
 ROOT = Path(__file__).parents[1]
 STUDIES = {
