@@ -522,7 +522,6 @@ def plot(rows: Rows, names: Sequence[str], most: int | None, path: Path) -> None
     axes[1].axvline(0, color="grey", linewidth=0.8)
     axes[1].set(xlabel="words of the better less the other (means of quarters)")
     axes[1].set(ylabel="agreement with people", ylim=(-0.02, 1.02))
-    axes[1].legend(fontsize=8)
     for name, colour in (("lm", "C2"), ("server", "C3")):
         if name not in names:
             continue
@@ -532,7 +531,9 @@ def plot(rows: Rows, names: Sequence[str], most: int | None, path: Path) -> None
     axes[2].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes[2].set(xlabel="P(better) when it is shown first", ylabel="when it is shown second")
     axes[2].set(xlim=(0, 1), ylim=(0, 1))
-    axes[2].legend(fontsize=8)
+    for axis in axes[1:]:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
