@@ -203,7 +203,7 @@ def agreed(options: Options, pairs: Sequence[Pair]) -> list[float]:
 
 def training(name: str, options: Options) -> TrainConfig:
     """DPO by adapters on the pairs of a method."""
-    rule = OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_steps=3)
+    rule = OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_fraction=0.1)
     return TrainConfig(
         name=f"dpo_{slug(name)}",
         output=str(options.output),
@@ -281,7 +281,7 @@ def pairs_table(rows: Rows, names: Sequence[str]) -> str:
         minutes = f"{row['cpu_seconds'] / 60:.1f}"
         lines.append([name, str(row["pairs"]), *cells, reasons(row), minutes])
     header = ["way", "pairs", "words of chosen", "words of rejected", "chosen longer"]
-    return table([*header, "reward model agrees", "left out", "CPU minutes"], lines)
+    return table([*header, "reward model agrees", "left out, or at fault", "CPU minutes"], lines)
 
 
 def reasons(row: Mapping[str, Any]) -> str:
@@ -341,7 +341,8 @@ def examples(rows: Rows, names: Sequence[str]) -> str:
         if shown:
             sides = ["prompt", "chosen", "rejected"]
             lines = [[one_line(pair[side]) for side in sides] for pair in shown]
-            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{table(sides, lines)}")
+            left = table(sides, lines).replace("---:", "---")
+            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{left}")
     return "\n".join(parts)
 
 
