@@ -32,7 +32,7 @@ from jaxalign.backends.local import LocalModel
 from jaxalign.config import LoraConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.data import preference_records
 from jaxalign.errors import UserError
-from jaxalign.evaluation import AnnotatorOptions, Verdicts, agreement, make_annotator
+from jaxalign.evaluation import AnnotatorOptions, Verdicts, agreement, make_annotator, win_rate
 from jaxalign.evaluation.endpoints import Endpoint
 from jaxalign.evaluation.templates import CHAT, read_template
 from jaxalign.evaluation.verdicts import JudgeAnnotator
@@ -516,8 +516,9 @@ def plot(rows: Rows, names: Sequence[str], most: int | None, path: Path) -> None
         groups = np.clip(np.searchsorted(edges, gap, side="right") - 1, 0, 3)
         means = [interval(values[(groups == x) & np.isfinite(values)]) for x in range(4)]
         places = [float(np.mean(gap[groups == x])) for x in range(4)]
-        middle = [one[1] for one in means]
-        axes[1].plot(places, middle, "o-", label=LABELS[name])
+        low, middle, high = np.array(means).T
+        error = np.array([middle - low, high - middle])
+        axes[1].errorbar(places, middle, yerr=error, fmt="o-", elinewidth=0.8, label=LABELS[name])
     axes[1].axhline(0.5, color="grey", linewidth=0.8)
     axes[1].axvline(0, color="grey", linewidth=0.8)
     axes[1].set(xlabel="words of the better less the other (means of quarters)")
@@ -540,10 +541,9 @@ def plot(rows: Rows, names: Sequence[str], most: int | None, path: Path) -> None
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Low end, mean and high end of agreement; each comparison is of a request of its own."""
-    from jaxalign.evaluation import win_rate
-
     found = win_rate(values)
-    return found.bootstrap[0], found.rate, found.bootstrap[1]
+    low, high = found.bootstrap
+    return min(low, found.rate), found.rate, max(high, found.rate)
 
 
 def section(rows: Rows) -> str:
