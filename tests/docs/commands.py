@@ -126,6 +126,8 @@ NOT_RUN = {
     r"python -m experiments\.data_collection\.compare": "a mention; its tasks are beside it",
     r"python -m experiments\.(offline\.|gradient_entanglement\.)?small .*": "an hour or a GPU; "
     "tests/experiments/test_cells.py has a tiny run",
+    r"python -m experiments\.(judging|data_collection)\.small .*": "hours and real weights; "
+    "tests/experiments/test_judging_small.py has the tables",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
