@@ -75,6 +75,8 @@ class Options:
     """Largest number of tokens of a text."""
     steps: int = 30
     """Updates of DPO, of 8 pairs."""
+    train: bool = True
+    """Whether to train on the pairs; otherwise they are only collected."""
     prompt_longest: int = 240
     """Most characters of a prompt."""
     longest: int = 400
@@ -181,7 +183,7 @@ def gathered(name: str, options: Options, data: Data, rows: Rows) -> Sequence[Pa
             "words": {x: [len(p[x].split()) for p in pairs] for x in ("chosen", "rejected")},
             "reward_prefers_chosen": agreed(options, pairs),
             "statistics": {x: statistics[x] for x in kept if x in statistics},
-            "shown": pairs[:SHOWN],
+            "shown": [] if name == PEOPLE else pairs[:SHOWN],
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - cpu,
         },
@@ -247,7 +249,7 @@ def measured(options: Options, data: Data, folder: str | Path) -> dict[str, Any]
 def trained(name: str, options: Options, data: Data, rows: Rows) -> None:
     """Collect the pairs of a method, train on them, and measure the model."""
     pairs = gathered(name, options, data, rows)
-    if f"dpo_{slug(name)}" in rows:
+    if f"dpo_{slug(name)}" in rows or not options.train:
         return
     if len(pairs) < FEWEST:
         print(f"{name}: {len(pairs)} pairs are too few to train on")
