@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data_collection import small as collected
-from experiments.judging import small
+from experiments.judging import small, small_tables
 from experiments.judging.compare import Comparisons
 from experiments.short_runs import Rows
 from jaxalign.errors import UserError
@@ -33,7 +33,7 @@ def written(tmp_path, **judges: list[list[float | None]]) -> Rows:
 def test_a_biased_judge_is_shown_with_its_bias(tmp_path):
     # always prefers what is shown first, but more so where people agree
     rows = written(tmp_path, lm=[[0.9, 0.4], [0.7, 0.2]], first=[[1.0, 0.0], [1.0, 0.0]])
-    head, _, first, lm = small.main_table(rows, ["first", "lm"], None).splitlines()
+    head, _, first, lm = small_tables.main_table(rows, ["first", "lm"], None).splitlines()
     assert "all (4)" in head
     assert "better one is longer (2)" in head
     assert "| always the first | 0.500 (0.500 to 0.500) | 0.00 |" in first
@@ -45,13 +45,13 @@ def test_a_biased_judge_is_shown_with_its_bias(tmp_path):
 
 def test_missing_verdicts_are_counted_and_survive_the_file(tmp_path):
     rows = written(tmp_path, lm=[[0.9, 0.8], [None, None]])
-    verdicts, columns = small.together(rows, "lm")
+    verdicts, columns = small_tables.together(rows, "lm")
     assert np.isnan(verdicts.preference).tolist() == [False, True, False, True]
-    assert small.lead(columns).tolist() == [6, -3, 6, -3]
-    assert small.main_table(rows, ["lm"], None).rstrip().endswith("| 2 |")
-    assert "CaseStudy | 1 | –" in small.parts_table(rows, ["lm"], None)
-    small.plot(rows, ["lm"], None, tmp_path / "small.png")
-    assert "small.png" in small.section(rows)
+    assert small_tables.lead(columns).tolist() == [6, -3, 6, -3]
+    assert small_tables.main_table(rows, ["lm"], None).rstrip().endswith("| 2 |")
+    assert "CaseStudy | 1 | –" in small_tables.parts_table(rows, ["lm"], None)
+    small_tables.plot(rows, ["lm"], None, tmp_path / "small.png")
+    assert "small.png" in small_tables.section(rows)
 
 
 def test_the_question_is_chosen_by_agreement_and_an_unreadable_one_counts_a_half(tmp_path):
@@ -62,10 +62,10 @@ def test_the_question_is_chosen_by_agreement_and_an_unreadable_one_counts_a_half
         by_order = np.array(own)
         verdicts = Verdicts(preference=by_order.mean(1), reasons=("",), by_order=by_order)
         sets = dict.fromkeys(small.SETS, small.in_table(verdicts))
-        rows.write(small.question_row("lm", name), {"sets": sets})
+        rows.write(small_tables.question_row("lm", name), {"sets": sets})
     # the default one agrees as well, but gives two winners in two orders
-    assert small.chosen_question(rows, "lm") == "short, for chat"
-    table = small.questions_table(rows)
+    assert small_tables.chosen_question(rows, "lm") == "short, for chat"
+    table = small_tables.questions_table(rows)
     assert "| short |  |  |  | 2 |" in table
 
 
