@@ -11,7 +11,7 @@ learning rate are arguments of the program: no value of them compiles it again.
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign.data.batches import PairBatch
 from jaxalign.data.tokenize import TokenizedRows
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.generation import ResponseText, Samples, Sampling, generate
@@ -89,6 +90,7 @@ class Runs:
         at_once: bool = True,
     ):
         self.method, self.params, self.prompts = method, params, prompts
+        self._at_once = at_once
         self._rank, self._longest = rank, longest
         self._scale = 2.0  # alpha / rank
         self._dtype, self._config = dtype, config
@@ -250,6 +252,8 @@ class Runs:
             rollout_batch(batch, one, verdicts, whole=True)
             for batch, one, verdicts in zip(batches, sampled, annotated, strict=True)
         ]
+        if not self._at_once and self.plain.trained == 2:
+            own = [replace(one, responses=_with_joint_rows(one.responses)) for one in own]
         return jax.tree.map(lambda *xs: np.stack(xs), *own)
 
     def update(
@@ -314,6 +318,18 @@ def _in_turn(
         return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
 
     return each
+
+
+def _with_joint_rows(responses: PairBatch) -> PairBatch:
+    """The first two responses to each prompt also in one row, where their prompt is read once."""
+    length = responses.prompt_length[:, 0]
+    width, response = responses.tokens.shape[-1], responses.response_tokens.shape[-1]
+    tokens = np.zeros((len(length), width + response), np.int32)
+    for row, prompt in enumerate(length):
+        first, second = (prompt + size for size in responses.response_length[row, :2])
+        tokens[row, :first] = responses.tokens[row, 0, :first]
+        tokens[row, first : first + second - prompt] = responses.tokens[row, 1, prompt:second]
+    return replace(responses, joint_tokens=tokens, common_length=length)
 
 
 def _repeated(sampled: Sampled, wanted: int) -> Sampled:

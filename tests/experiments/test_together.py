@@ -1,5 +1,6 @@
 """Runs that advance in one program are the runs that the library makes one by one."""
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -78,6 +79,7 @@ def one_update(name, at_once=False):
 )
 def test_an_update_together_is_the_updates_one_by_one(name, at_once):
     world, runs, state, *_, rollouts = one_update(name, at_once)
+    assert (rollouts.responses.joint_tokens is None) == at_once
     alone = [jax.tree.map(lambda x, at=at: jnp.array(x[at]), (state, rollouts)) for at in range(2)]
     after, metrics = runs.update(state, rollouts, STRENGTHS, RATE)
     optimizer = runs._optimizer(RATE)
@@ -88,6 +90,7 @@ def test_an_update_together_is_the_updates_one_by_one(name, at_once):
             max_tokens=MOST,
         )
         frozen = {"policy": world.params, "reference": world.params}
+        batch = dataclasses.replace(batch, responses=batch.responses.apart())
         step = functools.partial(update_step, objective=objective, optimizer=optimizer)
         expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, batch)
         known = to_floats(known)
