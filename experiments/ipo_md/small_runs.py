@@ -70,6 +70,8 @@ class Bench:
 
     def _annotator(self, name: str) -> Any:
         while not is_done(self._options, f"annotator:{name}"):
+            if self._options.processes == 1:
+                sys.exit(f"annotator:{name}: not trained; run --step annotators first")
             time.sleep(0.5)
         return load_annotator(self._options, name)
 

@@ -90,9 +90,9 @@ def test_an_update_together_is_the_updates_one_by_one(name, at_once):
             max_tokens=MOST,
         )
         frozen = {"policy": world.params, "reference": world.params}
-        batch = dataclasses.replace(batch, responses=batch.responses.apart())
+        apart = dataclasses.replace(batch, responses=batch.responses.apart())
         step = functools.partial(update_step, objective=objective, optimizer=optimizer)
-        expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, batch)
+        expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, apart)
         known = to_floats(known)
         assert metrics[at]["loss"] == pytest.approx(known["loss"], rel=1e-5)
         assert metrics[at]["grad_norm"] == pytest.approx(known["grad_norm"], rel=1e-4)
@@ -178,7 +178,7 @@ def test_tables_from_rows_alone(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (rows / f"{name}.jsonl").write_text(text)
 
-    point = {f"wins/{x}": 0.6 for x in ("reward", "preference", "judge")}
+    point = {"reward": 1.0, **{f"wins/{x}": 0.6 for x in ("reward", "preference", "judge")}}
     curve = [{"update": at, "kl": at / 2, "length": 9.0, **point} for at in (0, 4)]
     names = ("ipo_md", "grpo")
     for name in names:
@@ -186,38 +186,47 @@ def test_tables_from_rows_alone(tmp_path):
         write(f"sweep_{name}", [run | {"strength": x} for x in (0.1, 1.0)])
         write(f"final_{name}", [run | {"strength": 0.1, "seed": seed} for seed in range(2)])
     for name in (*names, "reference"):
-        said = {"policy": name, "response": "yes", "tokens": 3, "finished": True, "log_ratio": 0.5}
-        lines = [said | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
+        own = {"policy": name, "response": "yes", "tokens": 3, "finished": True, "log_ratio": 0.5}
+        lines = [own | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
         write(f"responses_{name}", lines)
     verdicts = [
         {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": [p] * 4}
         for annotator in small_tables.ANNOTATORS
         for one, other, p in (
             ("ipo_md", "grpo", 0.75),
-            ("ipo_md", "reference", 0.8),
+            ("ipo_md", "reference", 0.8 if annotator == "judge" else 0.9),
             ("grpo", "reference", 0.6),
         )
         for seed in range(2)
         if annotator == "judge" or other == "reference"
     ]
-    write("judge", verdicts)
-    bins = [{"from": 0.5, "to": 1.0, "pairs": 4, "confidence": 0.8, "accuracy": 0.7}]
-    for name in small_tables.ANNOTATORS:
-        one = {"pairs": 4, "accuracy": 0.7, "longer": 0.5, "error": 0.1, "bins": bins}
-        write(
-            f"annotator_{name}", [one | {"source": x} for x in ("ultrafeedback", "polite", "all")]
-        )
     sections = ("small all against all", "small annotators", "small sweep")
     page = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
     (tmp_path / "README.md").write_text(page)
+    assert "wins over" in small_tables.write(rows, tmp_path)  # the sweep's rows alone
+    write("judge", verdicts)
+    one = {"pairs": 4, "accuracy": 0.75, "longer": 0.5, "error": 0.1}
+    one["preference"] = [0.9, 0.8, 0.7, 0.4]
+    for name in small_tables.ANNOTATORS:
+        write(f"annotator_{name}", [one | {"source": x} for x in small_tables.SOURCES])
     found, games = small_tables.games_of(verdicts)
     assert found == ["ipo_md", "grpo", "reference"]
     assert np.all(games[:, 0, 1] == 0.75)
     assert np.all(games[:, 1, 0] == 0.25)
     assert np.all(games[:, 0, 0] == 0.5)
     text = small_tables.write(rows, tmp_path)
-    assert "| IPO-MD | tau = 0.1 | 0.800 (0.000) |" in text
-    assert "| GRPO | 0.250 (0.000) | 0.500 | 0.600 (0.000) |" in text
+    assert "| IPO-MD | tau = 0.1 | 0.80 ± 0.00 |" in text
+    assert "| +0.10 ± 0.00 | 0.5 | 3.0 |" in text
+    assert "| GRPO | 0.25 ± 0.00 | 0.50 | 0.60 ± 0.00 |" in text
     assert text.index("| IPO-MD | tau") < text.index("| GRPO | tau") < text.index("| reference | –")
-    assert "0.600 (0.000)" in (tmp_path / "README.md").read_text()
+    assert "0.60 ± 0.00" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "small.png").exists()
+
+
+def test_a_factor_on_log_odds_makes_verdicts_frequencies():
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=20_000)
+    right = rng.uniform(size=odds.size) < 1 / (1 + np.exp(-odds))
+    bold = 1 / (1 + np.exp(-4 * np.where(right, odds, -odds)))  # of the preferred response
+    assert small_tables.temperature(bold) == pytest.approx(0.25, rel=0.1)
+    assert small_tables.calibrated_error(bold) < 0.02
