@@ -1,18 +1,20 @@
 """The paper's comparison on a real chat model: eight online methods, a sweep, all against all.
 
 Command:  python -m experiments.ipo_md.small --model FOLDER [--processes 8] [--minutes 6]
-Time:     minutes on an accelerator, a day on two CPU cores; what is finished is not done again
+Needs:    weights of a small chat model; JAXALIGN_SHARED with UltraFeedback, polite pairs, PandaLM
+Time:     minutes on an accelerator; with the README's sizes, a good hour on one CPU core
 Expect:   the sections "small ..." of this folder's README, small.png, small_reliability.png
 
 The policy is a chat model of 135M parameters with LoRA adapters. A reward model and a preference
 model of its size learn from half of the pairs of `small_data.py`, a judge from the other half with
-another seed; no policy learns from the judge. Each method's strength is chosen by the win rate over
-the reference in the eyes of its own annotator; then three seeds of each write responses to test
-prompts, which are judged all against all. The runs of a method advance together (`together.py`).
+another seed (`small_annotators.py`); no policy learns from the judge. Each method's strength is
+chosen by the win rate over the reference in the eyes of its own annotator; then several seeds of
+each write responses to test prompts, which are judged all against all (`small_runs.py`). The runs
+of a method advance together (`together.py`).
 
 The work is done in cells: an annotator, a method's sweep, a method's runs; `--processes` of them
-run at a time. Rows of numbers and the responses to the test prompts are kept in `--rows`, so any
-other judge can read them later.
+run at a time. What is finished is not done again. Rows of numbers and the responses to the test
+prompts are kept in `--rows`, so any other judge can read them later.
 """
 
 import dataclasses
