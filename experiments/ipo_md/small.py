@@ -67,12 +67,19 @@ def main(options: Options) -> None:
     for name in [name for name in ORDER if name in steps]:
         if name == "final":
             options = dataclasses.replace(options, updates=affordable(options, end - time.time()))
-        pool(options, [x for x in steps[name] if not is_done(options, x)], end)
+        pool(options, [x for x in steps[name] if is_missing(options, x)], end)
         print(f"{name}: ended after {time.time() - started:.0f} s", flush=True)
         if options.step == name:
             return None
     print(small_tables.write(Path(options.rows), Path(__file__).parent))
     return None
+
+
+def is_missing(options: Options, cell: str) -> bool:
+    """Whether a cell has no rows made with these options, or the judge none of some policy."""
+    if cell == "judge:" and small_runs.unjudged(options):
+        return True
+    return not is_done(options, cell)
 
 
 # ------------------------------------------------------------------------------ processes

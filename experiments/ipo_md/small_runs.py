@@ -307,42 +307,51 @@ def write_responses(options: Options, bench: Bench, state: Any, name: str) -> No
 # ------------------------------------------------------------------------------ judging
 
 
-def judged(options: Options) -> list[dict[str, Any]]:
-    """All policies against all, seed by seed, before the judge; and the annotators' own view.
+Comparison = tuple[str, str, str, int]
+"""Annotator, one policy, the other, seed."""
 
-    The annotators compare each policy with the reference alone.
-    """
+
+def unjudged(options: Options) -> list[Comparison]:
+    """Comparisons without a row: of all policies by the judge, with the reference by the others."""
+    names = [x for x in (*options.methods, "reference") if responses_of(options, x).exists()]
+    rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
+    known = {(row["annotator"], row["one"], row["other"], row["seed"]) for row in rows}
+    wanted = [
+        (annotator, one, other, seed)
+        for annotator in ANNOTATORS
+        for at, one in enumerate(names)
+        for other in names[at + 1 :]
+        if annotator == "judge" or other == "reference"
+        for seed in options.seeds
+    ]
+    exchanged = {(annotator, other, one, seed) for annotator, one, other, seed in known}
+    return [x for x in wanted if x not in known | exchanged]
+
+
+def judged(options: Options) -> list[dict[str, Any]]:
+    """All policies against all, seed by seed, before the judge; and the annotators' own view."""
     prompts = [row["prompt"] for row in read(Path(options.rows) / "prompts.jsonl")]
-    said = {
+    asked = unjudged(options)
+    texts = {
         name: small_tables.by_seed(read(responses_of(options, name)), "response")
-        for name in (*options.methods, "reference")
-        if responses_of(options, name).exists()
+        for name in {x for _, *both, _ in asked for x in both}
     }
-    names, rows = list(said), []
-    pairs = [(one, other) for at, one in enumerate(names) for other in names[at + 1 :]]
-    for annotator in ANNOTATORS:
-        asked = [
-            (one, other, seed)
-            for one, other in pairs
-            if annotator == "judge" or other == "reference"
-            for seed in options.seeds
-        ]
+    rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
+    for annotator in dict.fromkeys(x for x, *_ in asked):
+        own = [x for x in asked if x[0] == annotator]
         model: RewardModel | PreferenceModel = load_annotator(options, annotator)
-        sides = (
-            [text for one, other, seed in asked for text in said[(one, other)[side]][seed]]
-            for side in (0, 1)
-        )
+        sides = ([text for x in own for text in texts[x[1 + side]][x[3]]] for side in (0, 1))
         with forward_mode():
-            verdicts = model.preferences(prompts * len(asked), *sides)
-        by_pair = np.asarray(verdicts.preference).reshape(len(asked), len(prompts))
-        for (one, other, seed), own in zip(asked, by_pair, strict=True):
+            verdicts = model.preferences(prompts * len(own), *sides)
+        by_pair = np.asarray(verdicts.preference).reshape(len(own), len(prompts))
+        for (_, one, other, seed), preference in zip(own, by_pair, strict=True):
             rows.append(
                 {
                     "annotator": annotator,
                     "one": one,
                     "other": other,
                     "seed": seed,
-                    "preference": np.round(own, 4).tolist(),
+                    "preference": np.round(preference, 4).tolist(),
                 }
             )
     return rows

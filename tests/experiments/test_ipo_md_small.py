@@ -24,11 +24,11 @@ def test_cells_with_rows_of_the_same_sizes_are_not_done_again(tmp_path, monkeypa
     options = options_in(tmp_path, methods=("online_dpo", "grpo"), step="judge")
     write_rows(options, "annotator:reward", [{}])
     write_rows(options, "sweep:grpo", [{"seconds_per_update": 1.0}])
-    ran = []
+    ran, names = [], ("annotator", "one", "other", "seed")
 
     def run_cell(one):
         ran.append(one.cell)
-        write_rows(one, one.cell, [{"seconds_per_update": 1.0}])
+        write_rows(one, one.cell, [{"seconds_per_update": 1.0} | dict.fromkeys(names, 0)])
 
     monkeypatch.setattr(small, "run_cell", run_cell)
     monkeypatch.setattr(small_data, "prepare", lambda options: None)
@@ -54,6 +54,24 @@ def test_the_strength_with_most_wins_before_its_own_annotator_is_chosen(tmp_path
     write_rows(options, "sweep:online_ipo", rows)
     assert small_runs.chosen(options, "online_ipo") == 0.1
     assert set(STRENGTHS) == set(METHODS)
+
+
+def test_the_judge_reads_what_it_has_not_read(tmp_path):
+    options = options_in(tmp_path, methods=("online_dpo", "grpo"), seeds=(0,))
+    write_rows(options, "responses_online_dpo", [{}])
+    write_rows(options, "responses_reference", [{}])
+    first = small_runs.unjudged(options)
+    assert first == [
+        (name, "online_dpo", "reference", 0) for name in ("reward", "preference", "judge")
+    ]
+    names = ("annotator", "one", "other", "seed")
+    write_rows(options, "judge:", [dict(zip(names, x, strict=True)) for x in first])
+    assert not small.is_missing(options, "judge:")
+    write_rows(options, "responses_grpo", [{}])
+    assert small.is_missing(options, "judge:")
+    later = replace(options, methods=("grpo", "online_dpo"))  # the same pairs the other way round
+    assert len(small_runs.unjudged(later)) == 4
+    assert ("judge", "grpo", "online_dpo", 0) in small_runs.unjudged(later)
 
 
 def test_methods_learn_from_as_many_responses_in_an_update(tmp_path):
