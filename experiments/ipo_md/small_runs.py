@@ -340,9 +340,10 @@ def judged(options: Options) -> list[dict[str, Any]]:
     for annotator in dict.fromkeys(x for x, *_ in asked):
         own = [x for x in asked if x[0] == annotator]
         model: RewardModel | PreferenceModel = load_annotator(options, annotator)
-        sides = ([text for x in own for text in texts[x[1 + side]][x[3]]] for side in (0, 1))
+        first = [text for _, one, _, seed in own for text in texts[one][seed]]
+        second = [text for _, _, other, seed in own for text in texts[other][seed]]
         with forward_mode():
-            verdicts = model.preferences(prompts * len(own), *sides)
+            verdicts = model.preferences(prompts * len(own), first, second)
         by_pair = np.asarray(verdicts.preference).reshape(len(own), len(prompts))
         for (_, one, other, seed), preference in zip(own, by_pair, strict=True):
             rows.append(

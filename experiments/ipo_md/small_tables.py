@@ -6,11 +6,12 @@ Expect:   the sections "small ..." of this folder's README, small.png, small_rel
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from experiments.page import half_width, put, table
 from jaxalign.evaluation.bradley_terry import cycles, ratings
@@ -77,10 +78,20 @@ def by_seed(rows: Sequence[Row], field: str) -> dict[int, list[Any]]:
     return found
 
 
-def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
-    """Names of the judged policies, and the judge's verdicts [prompts, policies, policies, seeds].
+def won(preference: Sequence[float]) -> np.ndarray:
+    """1 where the first is preferred, 0 where the second is, 1/2 at a tie.
 
-    NaN where two were not compared, 1/2 for a policy against itself.
+    Annotators differ in how certain they are, so that their mean preferences cannot be compared.
+    """
+    return (1 + np.sign(np.asarray(preference) - 0.5)) / 2
+
+
+def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
+    """Names of the judged policies, and who won before the judge.
+
+    Returns:
+      The names, and [prompts, policies, policies, seeds]: 1, 1/2 or 0; NaN where two were not
+      compared, 1/2 for a policy against itself.
     """
     own = [row for row in verdicts if row["annotator"] == "judge"]
     names = [name for name in LABELS if any(name in (row["one"], row["other"]) for row in own)]
@@ -89,8 +100,8 @@ def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
     games[:, range(len(names)), range(len(names))] = 0.5
     for row in own:
         i, j, seed = names.index(row["one"]), names.index(row["other"]), seeds.index(row["seed"])
-        games[:, i, j, seed] = row["preference"]
-        games[:, j, i, seed] = 1 - np.asarray(row["preference"])
+        games[:, i, j, seed] = won(row["preference"])
+        games[:, j, i, seed] = 1 - won(row["preference"])
     return names, games
 
 
@@ -110,25 +121,25 @@ def standings(rows: Path) -> str:
     ranked = [names[at] for at in np.argsort(-scale.elo)]
     written = {name: read(rows / f"responses_{name}.jsonl") for name in names}
     said = {name: by_seed(own, "response") for name, own in written.items()}
-    over: dict[tuple[str, str], dict[int, list[float]]] = {}
+    over: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     for row in verdicts:
         if row["other"] == "reference":
             own = over.setdefault((row["annotator"], row["one"]), {})
-            own[row["seed"]] = row["preference"]
+            own[row["seed"]] = won(row["preference"])
 
-    def wins(annotator: str, name: str) -> np.ndarray:
+    def wins_of(annotator: str, name: str) -> np.ndarray:
         """Over the reference, a mean over seeds for each prompt."""
         return np.mean(list(over[annotator, name].values()), axis=0)
 
     def at_equal_length(name: str) -> str:
         controlled = [
             length_controlled(
-                np.asarray(preference),
+                wins,
                 np.array([len(x) for x in said[name][seed]]),
                 np.array([len(x) for x in said["reference"][seed]]),
                 resamples=0,
             ).rate
-            for seed, preference in over["judge", name].items()
+            for seed, wins in over["judge", name].items()
         ]
         return f"{np.mean(controlled):.2f}"
 
@@ -138,24 +149,24 @@ def standings(rows: Path) -> str:
     cells = []
     for name in ranked:
         at = names.index(name)
-        tokens = f"{mean(name, 'tokens'):.1f}"
+        tokens, ended = f"{mean(name, 'tokens'):.1f}", f"{mean(name, 'finished'):.2f}"
         elo = f"{scale.elo[at]:.0f} ({scale.low[at]:.0f} to {scale.high[at]:.0f})"
         if name == "reference":
-            cells.append([LABELS[name], "–", *["0.50"] * 4, "–", "0", tokens, elo])
+            cells.append([LABELS[name], "–", *["0.50"] * 4, "–", "0", tokens, ended, elo])
             continue
-        run, judge = runs[name][0], wins("judge", name)
-        views = [with_interval(wins(annotator, name)) for annotator in ("preference", "reward")]
+        run, judge = runs[name][0], wins_of("judge", name)
+        views = [with_interval(wins_of(annotator, name)) for annotator in ("preference", "reward")]
         own = "reward" if name in REWARDED else "preference"
         views[own == "reward"] += " \\*"
-        gap = with_interval(wins(own, name) - judge, "+.2f").replace("± +", "± ")
+        gap = with_interval(wins_of(own, name) - judge, "+.2f").replace("± +", "± ")
         strength = f"{run['parameter']} = {run['strength']:g}"
         before = with_interval(judge), at_equal_length(name)
         kl = f"{mean(name, 'log_ratio'):.1f}"
-        cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, elo])
+        cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
         *("method", "strength", "wins over the reference: judge", "judge, at equal length"),
         *("preference model", "reward model", "own annotator less judge"),
-        *("KL, nats", "tokens", "Elo of all against all"),
+        *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
     ]
     by_prompt = np.nanmean(games, axis=3)
     matrix = [
@@ -173,10 +184,11 @@ def standings(rows: Path) -> str:
     circles = cycles(by_prompt)
     updates = sorted({run["updates"] for own in runs.values() for run in own})
     note = (
+        "Wins are the fraction of comparisons in which the policy's response is preferred. "
         f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
         "95 % interval over prompts, seeds averaged. Final runs of "
         f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
-        "from. In the matrix, the judge's mean preference of the row over the column. The judge's "
+        "from. In the matrix, the row's wins over the column before the judge. The judge's "
         f"majority is a circle on {100 * circles.rate:.1f} % of {circles.triples:,} triples of "
         "policies on a prompt."
     )
@@ -185,9 +197,48 @@ def standings(rows: Path) -> str:
             table(header, cells),
             table(["", *(LABELS[name] for name in ranked)], matrix),
             f"{note}\n",
-            "![wins over divergence; reward, divergence and length over updates](small.png)",
+            "![preferences over divergence; reward, divergence, length over updates](small.png)\n",
+            agreement(verdicts, said),
         ]
     )
+
+
+def agreement(verdicts: Sequence[Row], said: Mapping[str, Mapping[int, Sequence[str]]]) -> str:
+    """How the annotators' verdicts on the policies and the reference are related.
+
+    Args:
+      verdicts: of all annotators.
+      said: policy -> seed -> its responses.
+    """
+    of: dict[str, list[float]] = {}
+    longer: dict[str, list[int]] = {}
+    for row in verdicts:
+        if row["other"] == "reference":
+            both = (said[name][row["seed"]] for name in (row["one"], "reference"))
+            of.setdefault(row["annotator"], []).extend(row["preference"])
+            longer.setdefault(row["annotator"], []).extend(
+                len(x) - len(y) for x, y in zip(*both, strict=True)
+            )
+
+    def related(one: Sequence[float], other: Sequence[float]) -> str:
+        return f"{spearmanr(one, other)[0]:+.2f}"
+
+    cells = [
+        [
+            label,
+            f"{np.mean(np.abs(np.asarray(of[name]) - 0.5)):.3f}",
+            related(of[name], longer[name]),
+            related(of[name], of["judge"]),
+            f"{np.mean(won(of[name]) == won(of['judge'])):.2f}",
+        ]
+        for name, label in ANNOTATORS.items()
+    ]
+    header = [
+        f"of {len(of['judge'])} comparisons with the reference",
+        *("mean distance from 1/2", "correlation with the difference of lengths"),
+        *("correlation with the judge", "agreement with the judge"),
+    ]
+    return table(header, cells) + "\nCorrelations of ranks (Spearman); lengths in characters."
 
 
 def temperature(preference: np.ndarray) -> float:
@@ -255,7 +306,8 @@ def sweep(rows: Path) -> str:
             numbers = [wins, f"{end['kl']:.2f}", f"{end['length']:.1f}"]
             strength = f"{row['parameter']} = {row['strength']:g}"
             cells.append([f"{LABELS[name]}{mark}", strength, *numbers])
-    header = ["method", "strength", "wins over the reference: own annotator", "KL, nats", "tokens"]
+    header = ["method", "strength", "own annotator: mean preference over the reference"]
+    header += ["KL, nats", "tokens"]
     return table(header, cells)
 
 
@@ -269,6 +321,7 @@ def draw(rows: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    preference = "mean preference over the reference"
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.9), layout="constrained")
     for name, runs in of_methods(rows, "final").items():
         own = "reward" if name in REWARDED else "preference"
@@ -283,8 +336,8 @@ def draw(rows: Path, path: Path) -> None:
         axes[2].plot(steps, mean("reward"), **style)
         axes[3].plot(steps, kl, **style)
         axes[4].plot(steps, mean("length"), **style)
-    axes[0].set(xlabel="KL, nats", ylabel="wins over the reference", title="Its own annotator")
-    axes[1].set(xlabel="KL, nats", ylabel="wins over the reference", title="The held-out judge")
+    axes[0].set(xlabel="KL, nats", ylabel=preference, title="Its own annotator")
+    axes[1].set(xlabel="KL, nats", ylabel=preference, title="The held-out judge")
     axes[2].set(xlabel="update", ylabel="reward", title="Reward model")
     axes[3].set(xlabel="update", ylabel="KL, nats", title="Divergence from the reference")
     axes[4].set(xlabel="update", ylabel="tokens", title="Length")

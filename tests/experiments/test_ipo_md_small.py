@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,11 +94,11 @@ def test_people_are_asked_about_whole_answers_alone(tmp_path):
     pairs = [("yes", "no"), ("one two three", "no"), ("same same x", "same same y")]
     lines = [{"prompt": "q", "chosen": x, "rejected": y} for x, y in pairs]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = SimpleNamespace(encode=Words().encode, decode=Words().decode)
+    words: Any = Words()
     found = {
         source: [
             (row["chosen"], row["rejected"]) for row in small_data._pairs(file, source, words, 2)
-        ]  # pyright: ignore
+        ]
         for source in ("people", "polite")
     }
     assert found == {"people": [("yes", "no")], "polite": [("yes", "no"), ("one two", "no")]}

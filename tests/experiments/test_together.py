@@ -190,12 +190,12 @@ def test_tables_from_rows_alone(tmp_path):
         lines = [own | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
         write(f"responses_{name}", lines)
     verdicts = [
-        {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": [p] * 4}
+        {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": p}
         for annotator in small_tables.ANNOTATORS
         for one, other, p in (
-            ("ipo_md", "grpo", 0.75),
-            ("ipo_md", "reference", 0.8 if annotator == "judge" else 0.9),
-            ("grpo", "reference", 0.6),
+            ("ipo_md", "grpo", [0.9, 0.6, 0.51, 0.4]),
+            ("ipo_md", "reference", [0.9 if annotator == "judge" else 0.51] * 4),
+            ("grpo", "reference", [0.6, 0.4, 0.5, 0.5]),
         )
         for seed in range(2)
         if annotator == "judge" or other == "reference"
@@ -203,7 +203,7 @@ def test_tables_from_rows_alone(tmp_path):
     sections = ("small all against all", "small annotators", "small sweep")
     page = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
     (tmp_path / "README.md").write_text(page)
-    assert "wins over" in small_tables.write(rows, tmp_path)  # the sweep's rows alone
+    assert "own annotator" in small_tables.write(rows, tmp_path)  # the sweep's rows alone
     write("judge", verdicts)
     one = {"pairs": 4, "accuracy": 0.75, "longer": 0.5, "error": 0.1}
     one["preference"] = [0.9, 0.8, 0.7, 0.4]
@@ -211,15 +211,15 @@ def test_tables_from_rows_alone(tmp_path):
         write(f"annotator_{name}", [one | {"source": x} for x in small_tables.SOURCES])
     found, games = small_tables.games_of(verdicts)
     assert found == ["ipo_md", "grpo", "reference"]
-    assert np.all(games[:, 0, 1] == 0.75)
-    assert np.all(games[:, 1, 0] == 0.25)
+    assert games[:, 0, 1].T.tolist() == [[1, 1, 1, 0]] * 2
+    assert games[:, 1, 0].T.tolist() == [[0, 0, 0, 1]] * 2
     assert np.all(games[:, 0, 0] == 0.5)
     text = small_tables.write(rows, tmp_path)
-    assert "| IPO-MD | tau = 0.1 | 0.80 ± 0.00 |" in text
-    assert "| +0.10 ± 0.00 | 0.5 | 3.0 |" in text
-    assert "| GRPO | 0.25 ± 0.00 | 0.50 | 0.60 ± 0.00 |" in text
+    assert "| IPO-MD | tau = 0.1 | 1.00 ± 0.00 |" in text
+    assert "| +0.00 ± 0.00 | 0.5 | 3.0 | 1.00 |" in text
+    assert "| GRPO | 0.25 ± 0.80 | 0.50 | 0.50 ± 0.65 |" in text
     assert text.index("| IPO-MD | tau") < text.index("| GRPO | tau") < text.index("| reference | –")
-    assert "0.60 ± 0.00" in (tmp_path / "README.md").read_text()
+    assert "1.00 ± 0.00" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "small.png").exists()
 
 
