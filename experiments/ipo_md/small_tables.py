@@ -221,6 +221,8 @@ def agreement(verdicts: Sequence[Row], said: Mapping[str, Mapping[int, Sequence[
             )
 
     def related(one: Sequence[float], other: Sequence[float]) -> str:
+        if np.ptp(one) == 0 or np.ptp(other) == 0:
+            return "–"
         return f"{spearmanr(one, other)[0]:+.2f}"
 
     cells = [

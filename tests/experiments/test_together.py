@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 @functools.cache
-def runs_of(name, at_once=False):
+def runs_of(name, at_once):
     parameter, options = OPTIONS[name]
     world = World(MOST)
     letters: Any = Tokenizer()
@@ -59,7 +59,7 @@ class Prompts:
         return np.array(PROMPT)
 
 
-def one_update(name, at_once=False):
+def one_update(name, at_once=True):
     world, runs = runs_of(name, at_once)
     state = runs.begin(SEEDS)
     prompts: Any = Prompts()
@@ -123,8 +123,9 @@ def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
 
 
 @pytest.mark.slow
-def test_divergences_are_the_log_ratios_of_the_exact_policies():
-    world, runs, state, batches, sampled, rollouts = one_update("egpo")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_divergences_are_the_log_ratios_of_the_exact_policies(at_once):
+    world, runs, state, batches, sampled, rollouts = one_update("egpo", at_once)
     assert np.abs(runs.divergences(batches, sampled)).max() < 1e-5
     after, _ = runs.update(state, rollouts, STRENGTHS, 0.1)
     sampled = runs.of_policy(after, batches, SEEDS, 4)
