@@ -6,15 +6,17 @@ Expect:   the sections "small ..." of this folder's README, small.png, small_rel
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
-from experiments.page import put, table
-from jaxalign.evaluation.bradley_terry import cycles, over_seeds, ratings
+from experiments.page import half_width, put, table
+from jaxalign.evaluation.bradley_terry import cycles, ratings
 from jaxalign.evaluation.win_rates import length_controlled
+from jaxalign.training.calibration import reliability
 
 LABELS = {
     "ipo_md": "IPO-MD",
@@ -29,22 +31,26 @@ LABELS = {
 }
 """Algorithm -> the name in the tables, the paper's where it has one."""
 REWARDED = ("regularised_policy_gradient", "grpo")
+SOURCES = {"ultrafeedback": "UltraFeedback", "polite": "polite", "people": "people"}
+"""Source of held-out pairs -> its name in the tables."""
 ANNOTATORS = {"reward": "reward model", "preference": "preference model", "judge": "judge"}
 
 Row = dict[str, Any]
 
 
 def write(rows: Path, here: Path) -> str:
-    """Write the README's sections and the figures of a folder; returns the tables as text."""
-    sections = {
-        "small all against all": standings(rows),
-        "small annotators": annotators(rows),
-        "small sweep": sweep(rows),
-    }
+    """Write the README's sections and the figures of a folder, of those rows that are there."""
+    sections = {}
+    if read(rows / "judge.jsonl"):
+        sections["small all against all"] = standings(rows)
+        draw(rows, here / "small.png")
+    if all(read(rows / f"annotator_{name}.jsonl") for name in ANNOTATORS):
+        sections["small annotators"] = annotators(rows)
+        draw_reliability(rows, here / "small_reliability.png")
+    if of_methods(rows, "sweep"):
+        sections["small sweep"] = sweep(rows)
     for name, text in sections.items():
         put(here, name, text)
-    draw(rows, here / "small.png")
-    draw_reliability(rows, here / "small_reliability.png")
     return "\n".join(sections.values())
 
 
@@ -72,10 +78,20 @@ def by_seed(rows: Sequence[Row], field: str) -> dict[int, list[Any]]:
     return found
 
 
-def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
-    """Names of the judged policies, and the judge's verdicts [prompts, policies, policies, seeds].
+def won(preference: Sequence[float]) -> np.ndarray:
+    """1 where the first is preferred, 0 where the second is, 1/2 at a tie.
 
-    NaN where two were not compared, 1/2 for a policy against itself.
+    Annotators differ in how certain they are, so that their mean preferences cannot be compared.
+    """
+    return (1 + np.sign(np.asarray(preference) - 0.5)) / 2
+
+
+def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
+    """Names of the judged policies, and who won before the judge.
+
+    Returns:
+      The names, and [prompts, policies, policies, seeds]: 1, 1/2 or 0; NaN where two were not
+      compared, 1/2 for a policy against itself.
     """
     own = [row for row in verdicts if row["annotator"] == "judge"]
     names = [name for name in LABELS if any(name in (row["one"], row["other"]) for row in own)]
@@ -84,16 +100,14 @@ def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
     games[:, range(len(names)), range(len(names))] = 0.5
     for row in own:
         i, j, seed = names.index(row["one"]), names.index(row["other"]), seeds.index(row["seed"])
-        games[:, i, j, seed] = row["preference"]
-        games[:, j, i, seed] = 1 - np.asarray(row["preference"])
+        games[:, i, j, seed] = won(row["preference"])
+        games[:, j, i, seed] = 1 - won(row["preference"])
     return names, games
 
 
-def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """The mean of a few numbers, and their standard deviation in brackets."""
-    if len(values) < 2:
-        return form.format(np.mean(values))
-    return f"{form.format(np.mean(values))} ({form.format(np.std(values, ddof=1))})"
+def with_interval(values: Sequence[float] | np.ndarray, form: str = ".2f") -> str:
+    """A mean over prompts with the half-width of its 95 % interval."""
+    return f"{np.mean(values):{form}} ± {half_width(list(values)):{form}}"
 
 
 # ------------------------------------------------------------------------------ tables
@@ -107,110 +121,182 @@ def standings(rows: Path) -> str:
     ranked = [names[at] for at in np.argsort(-scale.elo)]
     written = {name: read(rows / f"responses_{name}.jsonl") for name in names}
     said = {name: by_seed(own, "response") for name, own in written.items()}
-    over = {}
+    over: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     for row in verdicts:
         if row["other"] == "reference":
-            over[row["annotator"], row["one"], row["seed"]] = row["preference"]
+            own = over.setdefault((row["annotator"], row["one"]), {})
+            own[row["seed"]] = won(row["preference"])
 
-    def mean(name: str, field: str) -> str:
-        return spread([float(np.mean(x)) for x in by_seed(written[name], field).values()], "{:.1f}")
-
-    def wins(annotator: str, name: str) -> str:
-        own = [np.mean(x) for (a, n, _), x in over.items() if (a, n) == (annotator, name)]
-        return spread(own, "{:.3f}")
+    def wins_of(annotator: str, name: str) -> np.ndarray:
+        """Over the reference, a mean over seeds for each prompt."""
+        return np.mean(list(over[annotator, name].values()), axis=0)
 
     def at_equal_length(name: str) -> str:
-        seeds = [seed for a, n, seed in over if (a, n) == ("judge", name)]
         controlled = [
             length_controlled(
-                np.asarray(over["judge", name, seed]),
+                wins,
                 np.array([len(x) for x in said[name][seed]]),
                 np.array([len(x) for x in said["reference"][seed]]),
                 resamples=0,
             ).rate
-            for seed in seeds
+            for seed, wins in over["judge", name].items()
         ]
-        return spread(controlled, "{:.3f}")
+        return f"{np.mean(controlled):.2f}"
+
+    def mean(name: str, field: str) -> float:
+        return float(np.mean([row[field] for row in written[name]]))
 
     cells = []
     for name in ranked:
         at = names.index(name)
-        tokens = mean(name, "tokens")
+        tokens, ended = f"{mean(name, 'tokens'):.1f}", f"{mean(name, 'finished'):.2f}"
         elo = f"{scale.elo[at]:.0f} ({scale.low[at]:.0f} to {scale.high[at]:.0f})"
         if name == "reference":
-            cells.append([LABELS[name], "–", "0.500", "0.500", "0.500", "0.500", "0", tokens, elo])
+            cells.append([LABELS[name], "–", *["0.50"] * 4, "–", "0", tokens, ended, elo])
             continue
-        run = runs[name][0]
-        views = [wins(annotator, name) for annotator in ("preference", "reward")]
+        run, judge = runs[name][0], wins_of("judge", name)
+        views = [with_interval(wins_of(annotator, name)) for annotator in ("preference", "reward")]
         own = "reward" if name in REWARDED else "preference"
         views[own == "reward"] += " \\*"
-        kl = mean(name, "log_ratio")
+        gap = with_interval(wins_of(own, name) - judge, "+.2f").replace("± +", "± ")
         strength = f"{run['parameter']} = {run['strength']:g}"
-        judge = wins("judge", name), at_equal_length(name)
-        cells.append([LABELS[name], strength, *judge, *views, kl, tokens, elo])
+        before = with_interval(judge), at_equal_length(name)
+        kl = f"{mean(name, 'log_ratio'):.1f}"
+        cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
-        *("method", "strength", "wins over the reference: judge", "at equal length"),
-        *("preference model", "reward model", "KL, nats", "tokens", "Elo of all against all"),
+        *("method", "strength", "wins over the reference: judge", "judge, at equal length"),
+        *("preference model", "reward model", "own annotator less judge"),
+        *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
     ]
+    by_prompt = np.nanmean(games, axis=3)
     matrix = [
         [
             LABELS[one],
             *(
-                "0.500"
+                "0.50"
                 if one == other
-                else spread(
-                    np.nanmean(games[:, names.index(one), names.index(other)], axis=0), "{:.3f}"
-                )
+                else with_interval(by_prompt[:, names.index(one), names.index(other)])
                 for other in ranked
             ),
         ]
         for one in ranked
     ]
-    found = cycles(np.nanmean(games, axis=3))
+    circles = cycles(by_prompt)
     updates = sorted({run["updates"] for own in runs.values() for run in own})
-    pairings = over_seeds(np.nanmean(games[:, 0, 1], axis=0).tolist()).number
     note = (
-        f"Means of {pairings} seeds, standard deviations in brackets; {games.shape[0]} test "
-        f"prompts, final runs of {' or '.join(map(str, updates))} updates. \\* the annotator that "
-        "the method learned from. In the matrix, the judge's mean preference of the row over the "
-        f"column. The judge's majority is a circle on {100 * found.rate:.1f} % of "
-        f"{found.triples:,} triples of policies on a prompt."
+        "Wins are the fraction of comparisons in which the policy's response is preferred. "
+        f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
+        "95 % interval over prompts, seeds averaged. Final runs of "
+        f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
+        "from. In the matrix, the row's wins over the column before the judge. The judge's "
+        f"majority is a circle on {100 * circles.rate:.1f} % of {circles.triples:,} triples of "
+        "policies on a prompt."
     )
     return "\n".join(
         [
             table(header, cells),
             table(["", *(LABELS[name] for name in ranked)], matrix),
             f"{note}\n",
-            "![wins over divergence, divergence and length over updates](small.png)",
+            "![preferences over divergence; reward, divergence, length over updates](small.png)\n",
+            agreement(verdicts, said),
         ]
     )
+
+
+def agreement(verdicts: Sequence[Row], said: Mapping[str, Mapping[int, Sequence[str]]]) -> str:
+    """How the annotators' verdicts on the policies and the reference are related.
+
+    Args:
+      verdicts: of all annotators.
+      said: policy -> seed -> its responses.
+    """
+    of: dict[str, list[float]] = {}
+    longer: dict[str, list[int]] = {}
+    for row in verdicts:
+        if row["other"] == "reference":
+            both = (said[name][row["seed"]] for name in (row["one"], "reference"))
+            of.setdefault(row["annotator"], []).extend(row["preference"])
+            longer.setdefault(row["annotator"], []).extend(
+                len(x) - len(y) for x, y in zip(*both, strict=True)
+            )
+
+    def related(one: Sequence[float], other: Sequence[float]) -> str:
+        if np.ptp(one) == 0 or np.ptp(other) == 0:
+            return "–"
+        return f"{spearmanr(one, other)[0]:+.2f}"
+
+    cells = [
+        [
+            label,
+            f"{np.mean(np.abs(np.asarray(of[name]) - 0.5)):.3f}",
+            related(of[name], longer[name]),
+            related(of[name], of["judge"]),
+            f"{np.mean(won(of[name]) == won(of['judge'])):.2f}",
+        ]
+        for name, label in ANNOTATORS.items()
+    ]
+    header = [
+        f"of {len(of['judge'])} comparisons with the reference",
+        *("mean distance from 1/2", "correlation with the difference of lengths"),
+        *("correlation with the judge", "agreement with the judge"),
+    ]
+    return table(header, cells) + "\nCorrelations of ranks (Spearman); lengths in characters."
+
+
+def temperature(preference: np.ndarray) -> float:
+    """The factor on log-odds under which the verdicts of pairs are likeliest (a grid of factors).
+
+    Args:
+      preference: probability of the preferred response of each pair.
+    """
+    clipped = np.clip(preference, 1e-4, 1 - 1e-4)
+    odds = np.log(clipped) - np.log1p(-clipped)
+    factors = np.geomspace(0.02, 5, 200)
+    return float(factors[np.argmin([np.logaddexp(0, -f * odds).mean() for f in factors])])
+
+
+def calibrated_error(preference: np.ndarray) -> float:
+    """Calibration error of pairs whose log-odds have a factor that the other half of them chose."""
+    clipped = np.clip(preference, 1e-4, 1 - 1e-4)
+    odds = np.log(clipped) - np.log1p(-clipped)
+    halves = np.arange(len(odds)) % 2
+    factors = np.where(halves, *(temperature(preference[halves == x]) for x in (0, 1)))
+    return reliability(1 / (1 + np.exp(-factors * odds))).error
 
 
 def annotators(rows: Path) -> str:
     """Accuracy and calibration of the annotators and the judge on held-out pairs."""
     cells = []
+    found = {name: read(rows / f"annotator_{name}.jsonl") for name in ANNOTATORS}
     for name, label in ANNOTATORS.items():
-        own = {row["source"]: row for row in read(rows / f"annotator_{name}.jsonl")}
+        own = {row["source"]: row for row in found[name]}
         if own:
-            accuracies = [f"{own[x]['accuracy']:.3f}" for x in ("ultrafeedback", "polite", "all")]
-            errors = [f"{own[x]['error']:.3f}" for x in ("ultrafeedback", "polite", "all")]
-            cells.append([label, *accuracies, *errors])
-    own = {row["source"]: row for row in read(rows / "annotator_reward.jsonl")}
-    longer = [f"{own[x]['longer']:.3f}" for x in ("ultrafeedback", "polite", "all")]
-    cells.append(["the longer response", *longer, "–", "–", "–"])
-    counts = {source: row["pairs"] for source, row in own.items()}
+            interval = [
+                1.96 * (row["accuracy"] * (1 - row["accuracy"]) / row["pairs"]) ** 0.5
+                for row in (own[x] for x in SOURCES)
+            ]
+            accuracies = [
+                f"{own[x]['accuracy']:.2f} ± {half:.2f}"
+                for x, half in zip(SOURCES, interval, strict=True)
+            ]
+            errors = [f"{own[x]['error']:.2f}" for x in SOURCES]
+            people = np.asarray(own["people"]["preference"])
+            scaled = f"{calibrated_error(people):.2f} ({temperature(people):.2f})"
+            cells.append([label, *accuracies, *errors, scaled])
+    own = {row["source"]: row for row in next(x for x in found.values() if x)}
+    longer = [f"{own[x]['longer']:.2f}" for x in SOURCES]
+    cells.append(["the longer response", *longer, *["–"] * 4])
     header = [
         "",
-        f"UltraFeedback ({counts['ultrafeedback']} pairs): accuracy",
-        f"polite ({counts['polite']}): accuracy",
-        f"all ({counts['all']}): accuracy",
-        *("UltraFeedback: ECE", "polite: ECE", "all: ECE"),
+        *(f"{SOURCES[x]} ({own[x]['pairs']} pairs): accuracy" for x in SOURCES),
+        *(f"{label}: ECE" for label in SOURCES.values()),
+        "people: ECE with a factor on the log-odds (factor)",
     ]
     return table(header, cells) + "\n![reliability of the annotators](small_reliability.png)"
 
 
 def sweep(rows: Path) -> str:
-    """Each method's strengths: wins in the eyes of its own annotator and of the judge, KL."""
+    """Each method's strengths: wins in the eyes of its own annotator, divergence, length."""
     cells = []
     for name, own in of_methods(rows, "sweep").items():
         annotator = "reward" if name in REWARDED else "preference"
@@ -218,11 +304,12 @@ def sweep(rows: Path) -> str:
         best = int(np.argmax([end[f"wins/{annotator}"] for end in ends]))
         for at, (row, end) in enumerate(zip(own, ends, strict=True)):
             mark = " (chosen)" if at == best else ""
-            wins = [f"{end[f'wins/{x}']:.3f}" for x in (annotator, "judge")]
-            numbers = [*wins, f"{end['kl']:.2f}", f"{end['length']:.1f}"]
+            wins = f"{end[f'wins/{annotator}']:.3f}"
+            numbers = [wins, f"{end['kl']:.2f}", f"{end['length']:.1f}"]
             strength = f"{row['parameter']} = {row['strength']:g}"
             cells.append([f"{LABELS[name]}{mark}", strength, *numbers])
-    header = ["method", "strength", "wins: own annotator", "wins: judge", "KL, nats", "tokens"]
+    header = ["method", "strength", "own annotator: mean preference over the reference"]
+    header += ["KL, nats", "tokens"]
     return table(header, cells)
 
 
@@ -230,13 +317,14 @@ def sweep(rows: Path) -> str:
 
 
 def draw(rows: Path, path: Path) -> None:
-    """Wins over divergence before own annotator and judge, divergence and length over updates."""
+    """Wins over divergence before both kinds of judges; reward, divergence, length over updates."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
+    preference = "mean preference over the reference"
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.9), layout="constrained")
     for name, runs in of_methods(rows, "final").items():
         own = "reward" if name in REWARDED else "preference"
 
@@ -247,12 +335,14 @@ def draw(rows: Path, path: Path) -> None:
         line = axes[0].plot(kl, mean(f"wins/{own}"), marker=".", label=LABELS[name])[0]
         style = {"marker": ".", "color": line.get_color()}
         axes[1].plot(kl, mean("wins/judge"), **style)
-        axes[2].plot(steps, kl, **style)
-        axes[3].plot(steps, mean("length"), **style)
-    axes[0].set(xlabel="KL, nats", ylabel="wins over the reference", title="Its own annotator")
-    axes[1].set(xlabel="KL, nats", ylabel="wins over the reference", title="The held-out judge")
-    axes[2].set(xlabel="update", ylabel="KL, nats", title="Divergence from the reference")
-    axes[3].set(xlabel="update", ylabel="tokens", title="Length")
+        axes[2].plot(steps, mean("reward"), **style)
+        axes[3].plot(steps, kl, **style)
+        axes[4].plot(steps, mean("length"), **style)
+    axes[0].set(xlabel="KL, nats", ylabel=preference, title="Its own annotator")
+    axes[1].set(xlabel="KL, nats", ylabel=preference, title="The held-out judge")
+    axes[2].set(xlabel="update", ylabel="reward", title="Reward model")
+    axes[3].set(xlabel="update", ylabel="KL, nats", title="Divergence from the reference")
+    axes[4].set(xlabel="update", ylabel="tokens", title="Length")
     for axis in axes:
         axis.grid(alpha=0.3)
     low, high = zip(*(axis.get_ylim() for axis in axes[:2]), strict=True)
@@ -273,15 +363,16 @@ def draw_reliability(rows: Path, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained", sharey=True)
     for axis, (name, label) in zip(axes, ANNOTATORS.items(), strict=True):
-        own = {row["source"]: row for row in read(rows / f"annotator_{name}.jsonl")}
         axis.plot([0.5, 1], [0.5, 1], color="grey", linewidth=0.8)
-        for source, row in own.items():
-            if source == "all":
-                continue
-            bins = row["bins"]
-            sizes = [4 * one["pairs"] for one in bins]
-            place = [one["confidence"] for one in bins], [one["accuracy"] for one in bins]
-            axis.scatter(*place, s=sizes, alpha=0.6, label=f"{source}, ECE {row['error']:.2f}")
+        for row in read(rows / f"annotator_{name}.jsonl"):
+            bins = reliability(np.asarray(row["preference"]), bins=5)
+            axis.scatter(
+                bins.confidence,
+                bins.accuracy,
+                s=2 * bins.count,
+                alpha=0.6,
+                label=f"{SOURCES[row['source']]}, ECE {row['error']:.2f}",
+            )
         axis.set(xlabel="confidence", title=label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")

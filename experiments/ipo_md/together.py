@@ -2,15 +2,16 @@
 
 A small model's step leaves an accelerator idle most of the time, and compiling it takes longer than
 running it. So the runs are a leading axis of the adapters and of the batches, and `jax.vmap` turns
-the library's sampling and its `update_step` into programs that advance all runs at once. The
-strength of the regularisation and the learning rate are arguments of the program: no value of them
-compiles it again.
+the library's sampling and its `update_step` into programs that advance all runs at once. A CPU has
+no idle units, so there the program of one run takes one after the other: any number of runs shares
+it, and activations are kept for one of them at a time. The strength of the regularisation and the
+learning rate are arguments of the program: no value of them compiles it again.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign.data.batches import PairBatch
 from jaxalign.data.tokenized import TokenizedRows
 from jaxalign.data.tokenizers import Tokenizer, end_id
 from jaxalign.generation import ResponseText, Samples, Sampling, generate
@@ -69,6 +71,7 @@ class Runs:
       tokens: most tokens of a response.
       rank: of the adapters, on all matrices.
       dtype: of the computation.
+      at_once: whether all runs advance in one program; else one after the other.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class Runs:
         tokens: int,
         rank: int = 16,
         dtype: Any = jnp.float32,
+        at_once: bool = True,
     ):
         self.method, self.params, self.prompts = method, params, prompts
+        self._at_once = at_once
         self._rank, self._longest = rank, longest
         self._scale = 2.0  # alpha / rank
         self._dtype, self._config = dtype, config
@@ -98,13 +103,16 @@ class Runs:
         self._sampling = Sampling(max_tokens=tokens, end_tokens=ends)
         self._text = ResponseText(tokenizer, frozenset(ends))
         self._policy = Policy(
-            config=config, adapter_scale=self._scale, remat="full", dtype=dtype, attention="blocked"
+            config=config,
+            adapter_scale=self._scale,
+            remat="full" if at_once else "none",
+            dtype=dtype,
+            attention="blocked",
         )
-        self._sample = jax.jit(jax.vmap(self._sampled, in_axes=(0, None, 0, 0, 0, None)))
-        self._update = jax.jit(
-            jax.vmap(self._updated, in_axes=(0, None, 0, 0, None)), donate_argnums=0
-        )
-        self._log_probs = jax.jit(jax.vmap(self._scored, in_axes=(0, None, 0)))
+        each = _at_once if at_once else _in_turn
+        self._sample = each(self._sampled, (0, None, 0, 0, 0, None))
+        self._update = each(self._updated, (0, None, 0, 0, None), donate_argnums=0)
+        self._log_probs = each(self._scored, (None, 0))
 
     # -------------------------------------------------------------------- of one run, then mapped
 
@@ -152,10 +160,10 @@ class Runs:
             micro_batches=1,
         )
 
-    def _scored(self, adapters: Any, params: Any, batch: RolloutBatch) -> Any:
-        frozen = {"policy": params, "reference": params}
-        out = self._objective(1.0).forward(adapters, frozen, batch, None)
-        return (out.log_prob - out.reference).sum(-1)
+    def _scored(self, params: Any, batch: RolloutBatch) -> jax.Array:
+        objective = self._objective(1.0)
+        own = objective.first(batch.responses)
+        return objective.log_probs_and_values(None, own, params)[0].log_prob
 
     # -------------------------------------------------------------------- of all runs
 
@@ -244,6 +252,8 @@ class Runs:
             rollout_batch(batch, one, verdicts, whole=True)
             for batch, one, verdicts in zip(batches, sampled, annotated, strict=True)
         ]
+        if not self._at_once and self.plain.trained == 2:
+            own = [replace(one, responses=_with_joint_rows(one.responses)) for one in own]
         return jax.tree.map(lambda *xs: np.stack(xs), *own)
 
     def update(
@@ -265,19 +275,61 @@ class Runs:
         rollouts = self.rollouts(batches, sampled, [Annotated()] * len(batches))
         self.update(jax.tree.map(jnp.copy, state), rollouts, strengths, 0.0)
 
-    def divergences(
-        self, state: TrainState, batches: Sequence[PromptBatch], sampled: Sequence[Sampled]
-    ) -> np.ndarray:
-        """Log-ratios of policy to reference of sampled responses, [runs, prompts, samples].
+    def divergences(self, batches: Sequence[PromptBatch], sampled: Sequence[Sampled]) -> np.ndarray:
+        """Log-ratios to the reference of the policies' own samples, [runs, prompts, samples].
 
-        Their mean over the policy's own samples is the divergence from the reference in nats. Of an
-        algorithm that trains on fewer responses than it draws, those it trains on are scored.
+        Their mean is the divergence from the reference in nats. The policies' log-probs are those
+        of sampling; the reference alone reads the responses again. Of an algorithm that trains on
+        fewer responses than it draws, those it trains on are scored.
         """
         wanted = len(draws_of(self.plain)) * self.samples
         padded = [_repeated(one, wanted) for one in sampled]
         rollouts = self.rollouts(batches, padded, [Annotated()] * len(padded))
-        ratios = np.asarray(self._log_probs(state.params, self.params, rollouts))
-        return ratios[:, :, : self.samples]
+        reference = np.asarray(self._log_probs(self.params, rollouts))[:, :, : self.samples]
+        number = reference.shape[2]
+        own = np.stack([one.log_prob["policy"][:, :number] for one in sampled])
+        length = np.stack([one.length[:, :number] for one in sampled])
+        mask = np.arange(own.shape[-1]) < length[..., None]
+        return np.where(mask, own - reference, 0.0).sum(-1)
+
+
+def _at_once(
+    function: Callable[..., Any], axes: Sequence[int | None], **options: Any
+) -> Callable[..., Any]:
+    """The compiled function of all runs, given that of one; the axes are `jax.vmap`'s."""
+    return jax.jit(jax.vmap(function, in_axes=tuple(axes)), **options)
+
+
+def _in_turn(
+    function: Callable[..., Any], axes: Sequence[int | None], **options: Any
+) -> Callable[..., Any]:
+    """The same numbers as `_at_once`, by a compiled function of one run."""
+    one = jax.jit(function, **options)
+
+    def each(*arguments: Any) -> Any:
+        mapped = [x for x, axis in zip(arguments, axes, strict=True) if axis is not None]
+        results = []
+        for at in range(len(jax.tree.leaves(mapped)[0])):
+            own = (
+                x if axis is None else jax.tree.map(lambda leaf, at=at: leaf[at], x)
+                for x, axis in zip(arguments, axes, strict=True)
+            )
+            results.append(one(*own))
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
+
+    return each
+
+
+def _with_joint_rows(responses: PairBatch) -> PairBatch:
+    """The first two responses to each prompt also in one row, where their prompt is read once."""
+    length = responses.prompt_length[:, 0]
+    width, response = responses.tokens.shape[-1], responses.response_tokens.shape[-1]
+    tokens = np.zeros((len(length), width + response), np.int32)
+    for row, prompt in enumerate(length):
+        first, second = (prompt + size for size in responses.response_length[row, :2])
+        tokens[row, :first] = responses.tokens[row, 0, :first]
+        tokens[row, first : first + second - prompt] = responses.tokens[row, 1, prompt:second]
+    return replace(responses, joint_tokens=tokens, common_length=length)
 
 
 def _repeated(sampled: Sampled, wanted: int) -> Sampled:

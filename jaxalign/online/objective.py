@@ -82,7 +82,9 @@ class OnlineObjective:
             response_length=responses.response_length[:, :number],
             record_index=responses.record_index,
             weight=responses.weight,
-            packed=responses.packed,  # of these responses alone
+            joint_tokens=responses.joint_tokens,  # of these responses alone, as the next two
+            common_length=responses.common_length,
+            packed=responses.packed,
         )
 
     def log_probs_and_values(

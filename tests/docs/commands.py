@@ -128,6 +128,7 @@ NOT_RUN = {
     "tests/experiments/test_cells.py has a tiny run",
     r"python -m experiments\.(judging|data_collection)\.small .*": "hours and real weights; "
     "tests/experiments/test_judging_small.py has the tables",
+    r"python -m experiments\.ipo_md\.small .*": "an hour; tests/experiments/test_together.py",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
@@ -352,11 +353,6 @@ STUDIES = {
             flags="--seeds 2 --steps 4 --sweep-steps 4 --pairs 24",
             constants={"ipo_md.summarisation:METHODS": 2},
             products=("experiments/ipo_md/summarisation.png",),
-        ),
-        "ipo_md.small": Study(
-            flags="--processes 1 --minutes 0 --methods ipo_md grpo --epochs 1 --sweep-updates 2 "
-            "--updates 2 --tokens 8 --longest 48 --validation 8 --test 8",
-            products=("experiments/ipo_md/small.png", "experiments/ipo_md/small_reliability.png"),
         ),
         "ipo_md.small_tables": Study(products=("experiments/ipo_md/small.png",)),
         "ipo_md.bandits": Study(

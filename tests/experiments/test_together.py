@@ -1,5 +1,6 @@
 """Runs that advance in one program are the runs that the library makes one by one."""
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -30,7 +31,7 @@ OPTIONS = {
 
 
 @functools.cache
-def runs_of(name):
+def runs_of(name, at_once):
     parameter, options = OPTIONS[name]
     world = World(MOST)
     letters: Any = Tokenizer()
@@ -44,6 +45,7 @@ def runs_of(name):
         longest=3,
         tokens=MOST,
         rank=2,
+        at_once=at_once,
     )
     return world, runs
 
@@ -57,8 +59,8 @@ class Prompts:
         return np.array(PROMPT)
 
 
-def one_update(name):
-    world, runs = runs_of(name)
+def one_update(name, at_once=True):
+    world, runs = runs_of(name, at_once)
     state = runs.begin(SEEDS)
     prompts: Any = Prompts()
     batches = [runs.batch(prompts, np.arange(4)), runs.batch(prompts, np.arange(2, 6))]
@@ -68,11 +70,16 @@ def one_update(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["ipo_md", *(pytest.param(name, marks=pytest.mark.slow) for name in ("egpo", "grpo"))],
+    ("name", "at_once"),
+    [
+        ("ipo_md", True),
+        ("ipo_md", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("egpo", "grpo")),
+    ],
 )
-def test_an_update_together_is_the_updates_one_by_one(name):
-    world, runs, state, *_, rollouts = one_update(name)
+def test_an_update_together_is_the_updates_one_by_one(name, at_once):
+    world, runs, state, *_, rollouts = one_update(name, at_once)
+    assert (rollouts.responses.joint_tokens is None) == at_once
     alone = [jax.tree.map(lambda x, at=at: jnp.array(x[at]), (state, rollouts)) for at in range(2)]
     after, metrics = runs.update(state, rollouts, STRENGTHS, RATE)
     optimizer = runs._optimizer(RATE)
@@ -83,8 +90,9 @@ def test_an_update_together_is_the_updates_one_by_one(name):
             max_tokens=MOST,
         )
         frozen = {"policy": world.params, "reference": world.params}
+        apart = dataclasses.replace(batch, responses=batch.responses.apart())
         step = functools.partial(update_step, objective=objective, optimizer=optimizer)
-        expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, batch)
+        expected, known = jax.jit(functools.partial(step, micro_batches=1))(own, frozen, apart)
         known = to_floats(known)
         assert metrics[at]["loss"] == pytest.approx(known["loss"], rel=1e-5)
         assert metrics[at]["grad_norm"] == pytest.approx(known["grad_norm"], rel=1e-4)
@@ -115,11 +123,13 @@ def test_a_runs_samples_are_its_own_whatever_the_other_runs_are():
 
 
 @pytest.mark.slow
-def test_divergences_are_the_log_ratios_of_the_exact_policies():
-    world, runs, state, batches, sampled, rollouts = one_update("egpo")
-    assert np.abs(runs.divergences(state, batches, sampled)).max() < 1e-5
+@pytest.mark.parametrize("at_once", [True, False])
+def test_divergences_are_the_log_ratios_of_the_exact_policies(at_once):
+    world, runs, state, batches, sampled, rollouts = one_update("egpo", at_once)
+    assert np.abs(runs.divergences(batches, sampled)).max() < 1e-5
     after, _ = runs.update(state, rollouts, STRENGTHS, 0.1)
-    found = runs.divergences(after, batches, sampled)  # of the two that the loss reads
+    sampled = runs.of_policy(after, batches, SEEDS, 4)
+    found = runs.divergences(batches, sampled)  # of the two that the loss reads
     before = world.log_probs(world.params).sum(-1)
     for at in range(2):
         adapters = jax.tree.map(lambda x, at=at: x[at], after.params)
@@ -169,7 +179,7 @@ def test_tables_from_rows_alone(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (rows / f"{name}.jsonl").write_text(text)
 
-    point = {f"wins/{x}": 0.6 for x in ("reward", "preference", "judge")}
+    point = {"reward": 1.0, **{f"wins/{x}": 0.6 for x in ("reward", "preference", "judge")}}
     curve = [{"update": at, "kl": at / 2, "length": 9.0, **point} for at in (0, 4)]
     names = ("ipo_md", "grpo")
     for name in names:
@@ -177,38 +187,47 @@ def test_tables_from_rows_alone(tmp_path):
         write(f"sweep_{name}", [run | {"strength": x} for x in (0.1, 1.0)])
         write(f"final_{name}", [run | {"strength": 0.1, "seed": seed} for seed in range(2)])
     for name in (*names, "reference"):
-        said = {"policy": name, "response": "yes", "tokens": 3, "finished": True, "log_ratio": 0.5}
-        lines = [said | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
+        own = {"policy": name, "response": "yes", "tokens": 3, "finished": True, "log_ratio": 0.5}
+        lines = [own | {"seed": seed, "prompt": at} for seed in range(2) for at in range(4)]
         write(f"responses_{name}", lines)
     verdicts = [
-        {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": [p] * 4}
+        {"annotator": annotator, "one": one, "other": other, "seed": seed, "preference": p}
         for annotator in small_tables.ANNOTATORS
         for one, other, p in (
-            ("ipo_md", "grpo", 0.75),
-            ("ipo_md", "reference", 0.8),
-            ("grpo", "reference", 0.6),
+            ("ipo_md", "grpo", [0.9, 0.6, 0.51, 0.4]),
+            ("ipo_md", "reference", [0.9 if annotator == "judge" else 0.51] * 4),
+            ("grpo", "reference", [0.6, 0.4, 0.5, 0.5]),
         )
         for seed in range(2)
         if annotator == "judge" or other == "reference"
     ]
-    write("judge", verdicts)
-    bins = [{"from": 0.5, "to": 1.0, "pairs": 4, "confidence": 0.8, "accuracy": 0.7}]
-    for name in small_tables.ANNOTATORS:
-        one = {"pairs": 4, "accuracy": 0.7, "longer": 0.5, "error": 0.1, "bins": bins}
-        write(
-            f"annotator_{name}", [one | {"source": x} for x in ("ultrafeedback", "polite", "all")]
-        )
     sections = ("small all against all", "small annotators", "small sweep")
     page = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
     (tmp_path / "README.md").write_text(page)
+    assert "own annotator" in small_tables.write(rows, tmp_path)  # the sweep's rows alone
+    write("judge", verdicts)
+    one = {"pairs": 4, "accuracy": 0.75, "longer": 0.5, "error": 0.1}
+    one["preference"] = [0.9, 0.8, 0.7, 0.4]
+    for name in small_tables.ANNOTATORS:
+        write(f"annotator_{name}", [one | {"source": x} for x in small_tables.SOURCES])
     found, games = small_tables.games_of(verdicts)
     assert found == ["ipo_md", "grpo", "reference"]
-    assert np.all(games[:, 0, 1] == 0.75)
-    assert np.all(games[:, 1, 0] == 0.25)
+    assert games[:, 0, 1].T.tolist() == [[1, 1, 1, 0]] * 2
+    assert games[:, 1, 0].T.tolist() == [[0, 0, 0, 1]] * 2
     assert np.all(games[:, 0, 0] == 0.5)
     text = small_tables.write(rows, tmp_path)
-    assert "| IPO-MD | tau = 0.1 | 0.800 (0.000) |" in text
-    assert "| GRPO | 0.250 (0.000) | 0.500 | 0.600 (0.000) |" in text
+    assert "| IPO-MD | tau = 0.1 | 1.00 ± 0.00 |" in text
+    assert "| +0.00 ± 0.00 | 0.5 | 3.0 | 1.00 |" in text
+    assert "| GRPO | 0.25 ± 0.80 | 0.50 | 0.50 ± 0.65 |" in text
     assert text.index("| IPO-MD | tau") < text.index("| GRPO | tau") < text.index("| reference | –")
-    assert "0.600 (0.000)" in (tmp_path / "README.md").read_text()
+    assert "1.00 ± 0.00" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "small.png").exists()
+
+
+def test_a_factor_on_log_odds_makes_verdicts_frequencies():
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=20_000)
+    right = rng.uniform(size=odds.size) < 1 / (1 + np.exp(-odds))
+    bold = 1 / (1 + np.exp(-4 * np.where(right, odds, -odds)))  # of the preferred response
+    assert small_tables.temperature(bold) == pytest.approx(0.25, rel=0.1)
+    assert small_tables.calibrated_error(bold) < 0.02

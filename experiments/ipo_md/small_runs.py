@@ -1,0 +1,358 @@
+"""Runs of the study on a real chat model: sweeps, final runs, responses, and their judging."""
+
+import functools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.ipo_md import small_data, small_tables
+from experiments.ipo_md.small_annotators import load_annotator
+from experiments.ipo_md.small_options import (
+    ANNOTATORS,
+    METHODS,
+    REWARDED,
+    STRENGTHS,
+    Options,
+    is_done,
+    on_accelerator,
+    path_of,
+    prompts_of,
+    read,
+    responses_of,
+)
+from experiments.ipo_md.together import Runs, annotations, order
+from jaxalign.backends.local import end_tokens
+from jaxalign.data import load_tokenizer
+from jaxalign.evaluation.reward_models import PreferenceModel, RewardModel
+from jaxalign.files import write_json_lines
+from jaxalign.models import load_pretrained
+from jaxalign.models.differentiation import forward_mode
+from jaxalign.online import PromptBatch
+from jaxalign.online.sampler import Sampled
+
+
+class Bench:
+    """Model, prompts and annotators of a cell."""
+
+    def __init__(self, options: Options, name: str):
+        method = replace(METHODS[name], rate=METHODS[name].rate * options.rate)
+        dtype = jnp.bfloat16 if on_accelerator() else jnp.float32
+        model = load_pretrained(options.model, dtype=dtype)
+        tokenizer = load_tokenizer(options.model)
+        self.prompts = prompts_of(options)
+        self.rows = {
+            part: small_data.tokenized(own, tokenizer, longest=options.longest)
+            for part, own in self.prompts.items()
+        }
+        self.runs = Runs(
+            method,
+            model.params,
+            model.config,
+            tokenizer,
+            ends=end_tokens(options.model, model.config.vocab_size),
+            prompts=options.prompts_of(name),
+            longest=max(int(rows.length.max()) for rows in self.rows.values()),
+            tokens=options.tokens,
+            dtype=dtype,
+            at_once=on_accelerator(),
+        )
+        self.own = "reward" if name in REWARDED else "preference"
+        self._options = options
+        self.annotator = functools.cache(self._annotator)
+        """Name -> the annotator; waits for one that another process still trains."""
+
+    def _annotator(self, name: str) -> Any:
+        while not is_done(self._options, f"annotator:{name}"):
+            if self._options.processes == 1:
+                sys.exit(f"annotator:{name}: not trained; run --step annotators first")
+            time.sleep(0.5)
+        return load_annotator(self._options, name)
+
+    def texts(self, part: str, batch: PromptBatch) -> list[str]:
+        """The prompts of a batch."""
+        return [self.prompts[part][int(at)]["prompt"] for at in batch.record_index]
+
+    def batches(self, part: str, number: int) -> Iterator[PromptBatch]:
+        """The first prompts of a part, batch by batch; the last ones fill the last batch again."""
+        number, size = min(number, len(self.rows[part])), self.runs.prompts
+        for first in range(0, number, size):
+            yield self.runs.batch(self.rows[part], np.arange(first, first + size) % number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the policies of all runs answer to some prompts.
+
+    Attributes:
+      texts: one answer to each prompt, [runs][prompts].
+      kl: log-ratios of all samples, [runs, prompts, samples].
+      length: tokens of all samples, likewise.
+      finished: whether they ended by themselves, likewise.
+    """
+
+    texts: list[list[str]]
+    kl: np.ndarray
+    length: np.ndarray
+    finished: np.ndarray
+
+
+def answers(
+    bench: Bench, state: Any, part: str, number: int, seeds: Sequence[int], draw: int
+) -> Answers:
+    """Responses of all runs' policies to the first prompts of a part, and their divergences."""
+    samples: list[list[Sampled]] = []
+    ratios: list[np.ndarray] = []
+    for at, batch in enumerate(bench.batches(part, number)):
+        batches = [batch] * len(seeds)
+        samples.append(bench.runs.of_policy(state, batches, seeds, draw + at))
+        ratios.append(bench.runs.divergences(batches, samples[-1]))
+    every = range(len(seeds))
+    number = min(number, len(bench.rows[part]))
+
+    def joined(name: str) -> np.ndarray:
+        own = [np.concatenate([getattr(x[run], name) for x in samples]) for run in every]
+        return np.stack(own)[:, :number]
+
+    return Answers(
+        texts=[[row[0] for one in samples for row in one[run].texts][:number] for run in every],
+        kl=np.concatenate(ratios, axis=1)[:, :number],
+        length=joined("length"),
+        finished=joined("finished"),
+    )
+
+
+def of_reference(bench: Bench, number: int, seeds: Sequence[int]) -> Answers:
+    """The reference's responses to validation prompts, for each run; those of a seed are equal."""
+    own = list(dict.fromkeys(seeds))
+    found = answers(bench, bench.runs.begin(own), "validation", number, own, 1_000)
+    places = [own.index(seed) for seed in seeds]
+    return Answers(
+        texts=[found.texts[at] for at in places],
+        kl=found.kl[places],
+        length=found.length[places],
+        finished=found.finished[places],
+    )
+
+
+def measured(
+    bench: Bench, ours: Answers, theirs: Answers, judges: Sequence[str]
+) -> list[dict[str, float]]:
+    """Numbers of each run's policy on validation prompts, beside the reference's own responses."""
+    runs = len(ours.texts)
+    prompts = [row["prompt"] for row in bench.prompts["validation"][: len(ours.texts[0])]] * runs
+    flat, other = ([text for own in x.texts for text in own] for x in (ours, theirs))
+
+    def by_run(x: Any) -> np.ndarray:
+        return np.nanmean(np.asarray(x).reshape(runs, -1), axis=1)
+
+    numbers = {name: by_run(getattr(ours, name)) for name in ("kl", "length", "finished")}
+    with forward_mode():
+        for name in judges:
+            if ours is theirs:
+                wins = np.full(len(flat), 0.5)
+            else:
+                wins = bench.annotator(name).preferences(prompts, flat, other).preference
+            numbers[f"wins/{name}"] = by_run(wins)
+        if "judge" in judges:
+            numbers["reward"] = by_run(bench.annotator("reward").rewards(prompts, flat))
+    return [{name: float(x[run]) for name, x in numbers.items()} for run in range(runs)]
+
+
+def trained(
+    bench: Bench,
+    strengths: Sequence[float],
+    seeds: Sequence[int],
+    updates: int,
+    validation: int,
+    *,
+    evaluations: int,
+    judges: Sequence[str],
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train runs together.
+
+    Args:
+      bench: of the method.
+      strengths: of each run.
+      seeds: of each run.
+      updates: of all.
+      validation: number of prompts of an evaluation.
+      evaluations: number of them after the first one, at equal distances.
+      judges: annotators that compare with the reference in an evaluation.
+
+    Returns:
+      The last state, and a row of numbers for each run.
+    """
+    runs, method = bench.runs, bench.runs.method
+    state = runs.begin(seeds)
+    if on_accelerator():  # another process may still train the annotator
+        first = [next(bench.batches("validation", runs.prompts))] * len(seeds)
+        runs.compile_update(state, first, strengths)
+    theirs = of_reference(bench, validation, seeds)
+    curves = [[{"update": 0, **one}] for one in measured(bench, theirs, theirs, judges)]
+    history: list[list[dict[str, float]]] = [[] for _ in seeds]
+    seconds = []
+    orders = [order(seed, len(bench.rows["train"]), runs.prompts, updates) for seed in seeds]
+    at = {round(updates * (x + 1) / evaluations / 2) * 2 for x in range(evaluations)} | {updates}
+    annotator = bench.annotator(bench.own)
+    for update in range(updates):
+        begun = time.perf_counter()
+        batches = [runs.batch(bench.rows["train"], own[update]) for own in orders]
+        sampled = runs.draw(state, batches, seeds, update)
+        texts = [bench.texts("train", batch) for batch in batches]
+        with forward_mode():
+            verdicts = annotations(annotator, runs.plain, texts, sampled)
+        rollouts = runs.rollouts(batches, sampled, verdicts)
+        # an extragradient's two steps share a rate
+        past = update // 2 * 2 if runs.plain.extragradient else update
+        rate = method.rate * (1 - past / updates)
+        state, metrics = runs.update(state, rollouts, strengths, rate)
+        for own, one, drawn in zip(history, metrics, sampled, strict=True):
+            own.append(one | {"length": float(drawn.length.mean())})
+        seconds.append(time.perf_counter() - begun)
+        if update + 1 in at:
+            ours = answers(bench, state, "validation", validation, seeds, 2_000 + 50 * update)
+            for own, one in zip(curves, measured(bench, ours, theirs, judges), strict=True):
+                own.append({"update": update + 1, **one})
+            last = [own[-1] for own in curves]
+            wins, kl = ([f"{one[x]:.2f}" for one in last] for x in (f"wins/{bench.own}", "kl"))
+            print(f"update {update + 1}: wins {wins}, KL {kl}, {seconds[-1]:.2f} s", flush=True)
+    kept = ("loss", "log_ratio", "entropy", "length", "grad_norm", "finite")
+    rows = [
+        {
+            "algorithm": method.name,
+            "parameter": method.parameter,
+            "strength": strength,
+            "seed": seed,
+            "updates": updates,
+            "rate": method.rate,
+            "seconds_per_update": float(np.median(seconds[1:] or seconds)),
+            "first_update_seconds": seconds[0],
+            "device": jax.devices()[0].device_kind,
+            "curve": curve,
+            "train": {x: [round(one[x], 5) for one in own] for x in kept if x in own[0]},
+        }
+        for strength, seed, curve, own in zip(strengths, seeds, curves, history, strict=True)
+    ]
+    return state, rows
+
+
+def sweep(options: Options, name: str) -> list[dict[str, Any]]:
+    """Short runs of a method, one for each strength."""
+    bench, strengths = Bench(options, name), STRENGTHS[name]
+    updates, prompts = options.sweep_updates, options.validation
+    seeds, judges = [0] * len(strengths), (bench.own,)
+    return trained(bench, strengths, seeds, updates, prompts, evaluations=1, judges=judges)[1]
+
+
+def chosen(options: Options, name: str) -> float:
+    """The strength whose run wins most over the reference, in its own annotator's eyes."""
+    own = "reward" if name in REWARDED else "preference"
+    rows = read(path_of(options, f"sweep:{name}"))
+    if not rows:
+        sys.exit(f"{name}: no sweep; run --step sweep first")
+    return max(rows, key=lambda row: row["curve"][-1][f"wins/{own}"])["strength"]
+
+
+def final(options: Options, name: str) -> list[dict[str, Any]]:
+    """Runs of a method with its chosen strength, one for each seed, and what they say."""
+    bench, strength = Bench(options, name), chosen(options, name)
+    strengths, prompts = [strength] * len(options.seeds), options.validation // 2
+    judges = tuple(dict.fromkeys((bench.own, "judge")))
+    state, rows = trained(
+        bench,
+        strengths,
+        options.seeds,
+        options.updates,
+        prompts,
+        evaluations=options.evaluations,
+        judges=judges,
+    )
+    write_responses(options, bench, state, name)
+    return rows
+
+
+def respond(options: Options) -> list[dict[str, Any]]:
+    """What the reference says to the test prompts, with three seeds."""
+    bench = Bench(options, "online_dpo")
+    write_responses(options, bench, bench.runs.begin(options.seeds), "reference")
+    return [{"algorithm": "reference", "seed": seed} for seed in options.seeds]
+
+
+def write_responses(options: Options, bench: Bench, state: Any, name: str) -> None:
+    """One response to each test prompt of each run."""
+    own = answers(bench, state, "test", options.test, options.seeds, 900_000)
+    rows = [
+        {
+            "policy": name,
+            "seed": seed,
+            "prompt": at,
+            "response": own.texts[run][at],
+            "tokens": int(own.length[run, at, 0]),
+            "finished": bool(own.finished[run, at, 0]),
+            "log_ratio": round(float(own.kl[run, at, 0]), 4),
+        }
+        for run, seed in enumerate(options.seeds)
+        for at in range(len(own.texts[run]))
+    ]
+    write_json_lines(responses_of(options, name), rows)
+
+
+# ------------------------------------------------------------------------------ judging
+
+
+Comparison = tuple[str, str, str, int]
+"""Annotator, one policy, the other, seed."""
+
+
+def unjudged(options: Options) -> list[Comparison]:
+    """Comparisons without a row: of all policies by the judge, with the reference by the others."""
+    names = [x for x in (*options.methods, "reference") if responses_of(options, x).exists()]
+    rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
+    known = {(row["annotator"], row["one"], row["other"], row["seed"]) for row in rows}
+    wanted = [
+        (annotator, one, other, seed)
+        for annotator in ANNOTATORS
+        for at, one in enumerate(names)
+        for other in names[at + 1 :]
+        if annotator == "judge" or other == "reference"
+        for seed in options.seeds
+    ]
+    exchanged = {(annotator, other, one, seed) for annotator, one, other, seed in known}
+    return [x for x in wanted if x not in known | exchanged]
+
+
+def judged(options: Options) -> list[dict[str, Any]]:
+    """All policies against all, seed by seed, before the judge; and the annotators' own view."""
+    prompts = [row["prompt"] for row in read(Path(options.rows) / "prompts.jsonl")]
+    asked = unjudged(options)
+    texts = {
+        name: small_tables.by_seed(read(responses_of(options, name)), "response")
+        for name in {x for _, *both, _ in asked for x in both}
+    }
+    rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
+    for annotator in dict.fromkeys(x for x, *_ in asked):
+        own = [x for x in asked if x[0] == annotator]
+        model: RewardModel | PreferenceModel = load_annotator(options, annotator)
+        first = [text for _, one, _, seed in own for text in texts[one][seed]]
+        second = [text for _, _, other, seed in own for text in texts[other][seed]]
+        with forward_mode():
+            verdicts = model.preferences(prompts * len(own), first, second)
+        by_pair = np.asarray(verdicts.preference).reshape(len(own), len(prompts))
+        for (_, one, other, seed), preference in zip(own, by_pair, strict=True):
+            rows.append(
+                {
+                    "annotator": annotator,
+                    "one": one,
+                    "other": other,
+                    "seed": seed,
+                    "preference": np.round(preference, 4).tolist(),
+                }
+            )
+    return rows

@@ -1,0 +1,104 @@
+"""The study of online methods on a chat model, without weights: what resumes, what is chosen."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from experiments.ipo_md import small, small_data, small_runs
+from experiments.ipo_md.small_options import METHODS, STRENGTHS, Options, is_done, path_of
+
+
+def options_in(folder, **fields):
+    return Options(folder=str(folder / "runs"), rows=str(folder / "rows"), **fields)
+
+
+def write_rows(options, cell, rows):
+    path = path_of(options, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row | {"sizes": options.sizes}) + "\n" for row in rows))
+
+
+def test_cells_with_rows_of_the_same_sizes_are_not_done_again(tmp_path, monkeypatch):
+    options = options_in(tmp_path, methods=("online_dpo", "grpo"), step="judge")
+    write_rows(options, "annotator:reward", [{}])
+    write_rows(options, "sweep:grpo", [{"seconds_per_update": 1.0}])
+    ran, names = [], ("annotator", "one", "other", "seed")
+
+    def run_cell(one):
+        ran.append(one.cell)
+        write_rows(one, one.cell, [{"seconds_per_update": 1.0} | dict.fromkeys(names, 0)])
+
+    monkeypatch.setattr(small, "run_cell", run_cell)
+    monkeypatch.setattr(small_data, "prepare", lambda options: None)
+    small.main(options)
+    assert ran == [
+        *("annotator:preference", "annotator:judge", "reference:", "sweep:online_dpo"),
+        *("final:online_dpo", "final:grpo", "judge:"),
+    ]
+    ran.clear()
+    small.main(options)
+    assert not ran
+    assert not is_done(replace(options, tokens=8), "sweep:grpo")
+    with pytest.raises(SystemExit, match="not one of"):
+        small.main(replace(options, methods=("dpo",)))
+
+
+def test_the_strength_with_most_wins_before_its_own_annotator_is_chosen(tmp_path):
+    options = options_in(tmp_path)
+    wins = {0.01: 0.5, 0.1: 0.7, 1.0: 0.6}
+    rows = [{"strength": x, "curve": [{"wins/preference": y}]} for x, y in wins.items()]
+    with pytest.raises(SystemExit, match="no sweep"):
+        small_runs.chosen(options, "online_ipo")
+    write_rows(options, "sweep:online_ipo", rows)
+    assert small_runs.chosen(options, "online_ipo") == 0.1
+    assert set(STRENGTHS) == set(METHODS)
+
+
+def test_the_judge_reads_what_it_has_not_read(tmp_path):
+    options = options_in(tmp_path, methods=("online_dpo", "grpo"), seeds=(0,))
+    write_rows(options, "responses_online_dpo", [{}])
+    write_rows(options, "responses_reference", [{}])
+    first = small_runs.unjudged(options)
+    assert first == [
+        (name, "online_dpo", "reference", 0) for name in ("reward", "preference", "judge")
+    ]
+    names = ("annotator", "one", "other", "seed")
+    write_rows(options, "judge:", [dict(zip(names, x, strict=True)) for x in first])
+    assert not small.is_missing(options, "judge:")
+    write_rows(options, "responses_grpo", [{}])
+    assert small.is_missing(options, "judge:")
+    later = replace(options, methods=("grpo", "online_dpo"))  # the same pairs the other way round
+    assert len(small_runs.unjudged(later)) == 4
+    assert ("judge", "grpo", "online_dpo", 0) in small_runs.unjudged(later)
+
+
+def test_methods_learn_from_as_many_responses_in_an_update(tmp_path):
+    options = options_in(tmp_path, prompts=8)
+    assert {name: options.prompts_of(name) for name in ("ipo_md", "egpo", "grpo")} == {
+        **dict.fromkeys(("ipo_md", "egpo"), 8),
+        "grpo": 4,
+    }
+
+
+def test_people_are_asked_about_whole_answers_alone(tmp_path):
+    class Words:
+        def encode(self, text, add_special_tokens):
+            return text.split(" ")
+
+        def decode(self, tokens, **options):
+            return " ".join(tokens)
+
+    file = tmp_path / "pairs.jsonl"
+    pairs = [("yes", "no"), ("one two three", "no"), ("same same x", "same same y")]
+    lines = [{"prompt": "q", "chosen": x, "rejected": y} for x, y in pairs]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words: Any = Words()
+    found = {
+        source: [
+            (row["chosen"], row["rejected"]) for row in small_data._pairs(file, source, words, 2)
+        ]
+        for source in ("people", "polite")
+    }
+    assert found == {"people": [("yes", "no")], "polite": [("yes", "no"), ("one two", "no")]}
