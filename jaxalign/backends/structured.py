@@ -67,6 +67,8 @@ class StructuredClient:
 
     def __init__(self, backend: Backend, decoding: Decoding, *, attempts: int = 2):
         self.backend, self.decoding, self.attempts = backend, decoding, attempts
+        self.asked: Counter[str] = Counter()
+        """Number of answers that were wanted, by role, without repeated attempts."""
         self.malformed: Counter[str] = Counter()
         """Number of answers that could not be parsed, by role, including those requested again."""
         self.failed: Counter[str] = Counter()
@@ -92,6 +94,7 @@ class StructuredClient:
           UserError: the model cannot generate; the message names the role.
         """
         results: list[list[T]] = [[] for _ in questions]
+        self.asked[role] += len(questions) * samples
         pending: list[tuple[int, Prompt]] = [
             (at, [{"role": "user", "content": question}]) for at, question in enumerate(questions)
         ]

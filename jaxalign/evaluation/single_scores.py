@@ -56,8 +56,9 @@ from {fewest} to {most} of them.
 {pool}
 
 Think of the request's topic, of what its author wants, of what is ambiguous, of the form that an
-answer should have, and of what makes it hard. Reply with one JSON object and nothing else:
-{{"reasoning": "why these criteria", "criteria": ["Name", ...]}}
+answer should have, and of what makes it hard. Leave out the criteria that matter less: name no more
+than {most}. Reply with one JSON object and nothing else:
+{{"reasoning": "one sentence: why these criteria", "criteria": ["Name", "Name", "Name"]}}
 """
 EVALUATE = """\
 You judge a response and owe nothing to its author. Give every criterion below a whole number from
@@ -256,7 +257,7 @@ class ScoredReward:
             found.append(
                 Evaluation(scores=scores, why_these="log-odds")
                 if fits
-                else Evaluation(failure="the text is longer than the model's context")
+                else Evaluation(failure="no log-probs of the scores: is it too long for the context?")
             )
         return found
 

@@ -13,6 +13,8 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation.single_scores import Evaluation
 
 MOST_BULLETS = 8
+MOST_WORDS = 150
+"""Length of a prompt that is asked for; a longer one is not refused."""
 ADDED_BULLETS = 2
 """Largest number of bullet points added in a step."""
 BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", re.M)
@@ -47,12 +49,13 @@ def bullets(prompt: str) -> list[str]:
 
 
 def judgement(attempt: Attempt) -> str:
-    """The scores and reasons of an attempt, as JSON; or why there are none."""
+    """The scores, to two digits, and reasons of an attempt, as JSON; or why there are none."""
     evaluation = attempt.evaluation
-    known = {
-        name: {"score": score, "reason": evaluation.reasons.get(name, "")}
-        for name, score in evaluation.scores.items()
-    }
+    known: dict[str, dict[str, float | str]] = {}
+    for name, score in evaluation.scores.items():
+        known[name] = {"score": round(score, 2)}
+        if reason := evaluation.reasons.get(name):
+            known[name]["reason"] = reason
     return json.dumps(known or {"failure": evaluation.failure}, indent=1, ensure_ascii=False)
 
 
@@ -83,8 +86,10 @@ Write a better system prompt.
 - It says how to be engaging and human.
 - At most {most} short bullet points, at most {added} more than now; merge points rather than drop
   them.
+- It has at most {words} words, and no example requests.
 Reply with one JSON object and nothing else:
-{{"analysis": "what went wrong", "thought": "what to change", "new_system_prompt": "..."}}
+{{"analysis": "one sentence: what went wrong", "thought": "one sentence: what to change",
+"new_system_prompt": "..."}}
 """
 
 
@@ -124,6 +129,7 @@ class AskedOptimizer:
             judgement=judgement(last),
             most=MOST_BULLETS,
             added=ADDED_BULLETS,
+            words=MOST_WORDS,
         )
 
     def _reader(self, current: str) -> Callable[[Mapping[str, Any]], str]:
