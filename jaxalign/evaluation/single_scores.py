@@ -257,7 +257,7 @@ class ScoredReward:
             found.append(
                 Evaluation(scores=scores, why_these="log-odds")
                 if fits
-                else Evaluation(failure="no log-probs of the scores: is it too long for the context?")
+                else Evaluation(failure="no log-probs: is it longer than the context?")
             )
         return found
 

@@ -43,6 +43,8 @@ from jaxalign.prompting.system_prompts import PromptCandidates, SystemPromptWorl
 
 FULL_MARKS = 5.0
 """The best mean of scores from 1 to 5."""
+TOKENS_A_WORD = 4
+"""Tokens of an answer for each word of the prompt in it, with analysis and thought before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +343,8 @@ def _make_optimizer(
         return BankOptimizer(bank, seed=search.seed, all_queries=search.search == "gepa"), None
     proposing = models.structured(name, temperature=0.2, top_p=0.95, seed=search.seed)
     asked = AskedReflector if search.search == "gepa" else AskedOptimizer
-    return asked(proposing), AskedRewriter(models.structured(name))
+    words = max(1, search.judge_tokens // TOKENS_A_WORD)
+    return asked(proposing, words=words), AskedRewriter(models.structured(name))
 
 
 def _improve(
