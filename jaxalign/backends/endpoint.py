@@ -59,7 +59,7 @@ class ChatEndpoint:
         url, self.model = split_address(address, "model")
         self.client = Client(url, **options)
         self.completions, self.embedding_model = completions, embedding_model or self.model
-        self._echoes = True
+        self._echoes: bool | None = None  # whether prompts have log-probs, once it is known
 
     @property
     def identity(self) -> str:
@@ -151,15 +151,19 @@ class ChatEndpoint:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError("score: endpoints only score texts, not conversations")
         texts = [str(prompt) for prompt in prompts]
-        reason: Exception | None = None
-        if self._echoes:
-            try:
-                return self._echoed(texts, continuations)
-            except RefusedError as error:
-                reason = error
+        done: list[Score] = []
+        reason: RefusedError | None = None
         try:
-            if isinstance(reason, RefusedError) and reason.final:
-                raise reason
+            if self._echoes is None and texts:
+                try:
+                    done = self._echoed(texts[:1], continuations[:1])
+                    self._echoes = True
+                except RefusedError as error:
+                    reason = error
+                    if error.final:
+                        raise
+            if self._echoes:
+                return done + self._echoed(texts[len(done) :], continuations[len(done) :])
             scores = self._next_tokens(texts, continuations)
         except RefusedError as error:
             raise UserError(

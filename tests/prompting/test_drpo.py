@@ -13,6 +13,7 @@ from jaxalign.backends.words import WordVectors
 from jaxalign.errors import UserError
 from jaxalign.prompting import (
     AskedOptimizer,
+    AskedReflector,
     AskedReward,
     BankOptimizer,
     Composer,
@@ -34,7 +35,7 @@ from jaxalign.prompting import (
 )
 from jaxalign.prompting.cost import most_calls
 from jaxalign.prompting.examples import AskedRewriter
-from jaxalign.prompting.optimizers import bullets
+from jaxalign.prompting.optimizers import bullets, judgement
 from jaxalign.prompting.system_prompts import PromptState
 from tests.backends.scripted import Scripted
 
@@ -211,6 +212,22 @@ def test_the_optimizer_is_shown_what_it_needs_and_held_to_its_rules():
     assert "attempt 7" in text
     assert "attempt 2" not in text  # the last five alone
     assert client.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
+
+
+def test_a_small_model_reads_what_fits_its_answer_and_short_scores():
+    evaluation = Evaluation(scores={"Depth": 3.98214, "Safety": 4.0}, reasons={"Safety": "mild"})
+    state = PromptState(prompt="p", query="q", output="y", evaluation=evaluation)
+    assert json.loads(judgement(state)) == {
+        "Depth": {"score": 3.98},
+        "Safety": {"score": 4.0, "reason": "mild"},
+    }
+    for asked in (AskedOptimizer, AskedReflector):
+        client = client_of(lambda *_: json.dumps({"new_system_prompt": "n"}))
+        assert asked(client, words=70)([[state]], 1) == [["n"]]
+        assert "at most 70 words" in client.backend.asked[0]
+    selector = client_of(lambda *_: "{}", attempts=1)
+    AskedReward(selector)(["q"], ["y"])
+    assert "name no more\nthan 5" in selector.backend.asked[0]
 
 
 def test_edits_of_a_bank_are_one_step_away():
@@ -415,6 +432,9 @@ def test_from_seeds_to_a_prompt_and_nothing_is_requested_twice(tmp_path, monkeyp
     again = optimize_prompt(search, EXAMPLES, queries, tmp_path)
     assert "new requests: 0 of m" in again.facts
     assert again.artefact == first.artefact
+    assert first.counts["rewarded"] == len(first.search.nodes)
+    assert first.counts["validation"] == 2 * len(first.validation)
+    assert again.counts == first.counts  # stored answers are counted
 
 
 def test_costs_are_counted_for_the_models_that_play_each_role():
