@@ -151,10 +151,12 @@ class ChatEndpoint:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError("score: endpoints only score texts, not conversations")
         texts = [str(prompt) for prompt in prompts]
+        if not texts:
+            return []
         done: list[Score] = []
         reason: RefusedError | None = None
         try:
-            if self._echoes is None and texts:
+            if self._echoes is None:
                 try:
                     done = self._echoed(texts[:1], continuations[:1])
                     self._echoes = True

@@ -126,6 +126,8 @@ NOT_RUN = {
     r"python -m experiments\.data_collection\.compare": "a mention; its tasks are beside it",
     r"python -m experiments\.(offline\.|gradient_entanglement\.)?small .*": "an hour or a GPU; "
     "tests/experiments/test_cells.py has a tiny run",
+    r"python -m experiments\.drpo\.small .*": "an hour and two real models; "
+    "tests/experiments/test_drpo_small.py has scripted ones",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
