@@ -7,8 +7,8 @@ Needs:    two GGUF files, and llama.cpp's server for both (pip install xllamacpp
 Time:     an hour on one CPU core; a finished cell is a row, and the same command does the others
 Expect:   the section "A real chat model" of this folder's README, small.png, found/
 
-Four searches reward the same number of answers to DRPO's released queries, and none sees the
-held-out prompts of just-eval. The judge's scores are the means over its log-probs of 1 to 5 under
+Four searches use the same number of the larger model's answers, proposals and rewards together,
+on DRPO's released queries; none sees the held-out prompts of just-eval. The judge's scores are the means over its log-probs of 1 to 5 under
 each criterion. Its written scores are looked at in a cell of their own.
 """
 
@@ -57,15 +57,16 @@ WRITTEN = 320
 """Most tokens of a proposal, and of a written judgement."""
 VALIDATE = 3
 """Fresh queries on which a search's last prompts and its first one are compared."""
-REWARDED = 16
-"""Answers that a search may reward before."""
+BUDGET = 21
+"""Answers of the larger model that a search may use: proposals, and rewards before `VALIDATE`."""
 SEARCHES: dict[str, dict[str, Any]] = {
-    "beam": {"width": 2, "actions": 3, "depth": 3},
-    "gepa": {"budget": REWARDED, "pareto_queries": 3, "minibatch": 2, "depth": 6},
-    "greedy": {"actions": 3, "depth": 5},
-    "monte-carlo": {"width": 5, "actions": 1, "depth": 3},
+    "beam": {"width": 2, "actions": 2, "depth": 3},
+    "gepa": {"budget": 18, "pareto_queries": 3, "minibatch": 2, "depth": 6},
+    "greedy": {"actions": 2, "depth": 5},
+    "monte-carlo": {"width": 5, "actions": 1, "depth": 2},
 }
-"""Search -> sizes: 1 + 3 + 6 + 6 rewarded answers, at most 16, 1 + 5 x 3, 1 + 3 x 5."""
+"""Search -> sizes: 1 + 2 + 4 + 4 rewards and 10 proposals; at most 18 and 3; 1 + 5 x 2 and 10;
+1 + 2 x 5 and 10."""
 LABELS = {
     "none": "no prompt",
     "one_line": "one line",
@@ -507,7 +508,9 @@ def searches_table(rows: Rows, model: str) -> str:
                 f"{'at least ' * row['resumed']}{row['minutes']:.1f}",
                 f"{path[0]['reward']:.2f} → {path[-1]['reward']:.2f}",
                 f"{chosen[FIRST]:.2f} → {chosen[row['prompt']]:.2f}",
-                "first" if row["prompt"] == FIRST else f"{len(row['prompt'].split())} words",
+                "the first prompt"
+                if row["prompt"] == FIRST
+                else f"{len(row['prompt'].split())} words",
             ]
         )
     header = ["search", "rewarded", "proposals", "unreadable", "prompts", "new requests"]
