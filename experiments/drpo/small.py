@@ -8,8 +8,8 @@ Time:     an hour on one CPU core; a finished cell is a row, and the same comman
 Expect:   the section "A real chat model" of this folder's README, small.png, found/
 
 Four searches use the same number of the larger model's answers, proposals and rewards together,
-on DRPO's released queries; none sees the held-out prompts of just-eval. The judge's scores are the means over its log-probs of 1 to 5 under
-each criterion. Its written scores are looked at in a cell of their own.
+on DRPO's released queries; none sees the held-out prompts of just-eval. The judge's scores are the
+means over its log-probs of 1 to 5 under each criterion; its written scores have their own cell.
 """
 
 import argparse
