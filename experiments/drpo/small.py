@@ -55,18 +55,18 @@ ANSWER = 64
 """Most tokens of an answer."""
 WRITTEN = 320
 """Most tokens of a proposal, and of a written judgement."""
-VALIDATE = 3
+VALIDATE = 5
 """Fresh queries on which a search's last prompts and its first one are compared."""
-BUDGET = 21
+BUDGET = 31
 """Answers of the larger model that a search may use: proposals, and rewards before `VALIDATE`."""
 SEARCHES: dict[str, dict[str, Any]] = {
-    "beam": {"width": 2, "actions": 2, "depth": 3},
-    "gepa": {"budget": 18, "pareto_queries": 3, "minibatch": 2, "depth": 6},
-    "greedy": {"actions": 2, "depth": 5},
-    "monte-carlo": {"width": 5, "actions": 1, "depth": 2},
+    "beam": {"width": 2, "actions": 3, "depth": 3},
+    "gepa": {"budget": 27, "pareto_queries": 3, "minibatch": 2, "depth": 6},
+    "greedy": {"actions": 3, "depth": 5},
+    "monte-carlo": {"width": 5, "actions": 1, "depth": 3},
 }
-"""Search -> sizes: 1 + 2 + 4 + 4 rewards and 10 proposals; at most 18 and 3; 1 + 5 x 2 and 10;
-1 + 2 x 5 and 10."""
+"""Search -> sizes: 1 + 3 + 6 + 6 rewards and 15 proposals; at most 27 and 5; 1 + 3 x 5 and 15;
+1 + 5 x 3 and 15."""
 LABELS = {
     "none": "no prompt",
     "one_line": "one line",
@@ -215,7 +215,6 @@ def search(bench: Bench, name: str) -> None:
         layout=study.layout,
         max_tokens=ANSWER,
         judge_tokens=WRITTEN,
-        attempts=1,
         **SEARCHES[name],
     )
     begin = time.monotonic()

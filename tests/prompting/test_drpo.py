@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,25 @@ def test_a_reply_without_text_is_not_shown_to_the_model_as_its_own():
     assert math.isnan(found.mean)
     assert len(client.backend.asked) == 1  # the backend has tried again where that may help
     assert client.failed["evaluator"] == 1
+
+
+def test_an_answer_that_was_cut_is_not_shown_to_the_model_again():
+    class Cut(Scripted):
+        def generate(self, prompts, decoding, *, samples=1, keep=None):
+            rows = super().generate(prompts, decoding, samples=samples)
+            cut = [["much shorter" not in prompt[-1]["content"]] * samples for prompt in prompts]
+            return [
+                [replace(one, finished=not was) for one, was in zip(row, some, strict=True)]
+                for row, some in zip(rows, cut, strict=True)
+            ]
+
+    backend = Cut(lambda text, _: '{"a": 1}' if "much shorter" in text else '{"a": "on and on')
+    client = StructuredClient(backend, GREEDY)
+    assert client("writer", ["q"], [lambda fields: fields["a"]], samples=2) == [[1, 1]]
+    assert [text.split("\n")[0] for text in backend.asked] == ["q"] * 3
+    assert "on and on" not in "".join(backend.asked)
+    assert len(set(backend.asked)) == 3  # so that stored answers are not used for both
+    assert (client.asked["writer"], client.malformed["writer"]) == (2, 2)
 
 
 @pytest.mark.parametrize("names", [["Depth"], ["Depth", "Charm"], "Depth", list("abcdef")])
