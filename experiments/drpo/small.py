@@ -95,7 +95,7 @@ class Study:
     """Folder of the searches and of all models' answers."""
     found: Path = FOLDER / "found"
     """Folder of the prompts and their pages."""
-    held_out: int = 16
+    held_out: int = 24
     """Number of held-out prompts."""
     port: int = 18470
     """Of the model's server; the judge's is the next."""
@@ -611,7 +611,7 @@ def main() -> None:
     flags.add_argument("--name", default="smollm2", choices=list(MODELS), help="of the rows")
     flags.add_argument("--layout", default="chat", choices=["chat", "continue"])
     flags.add_argument("--cells", nargs="+", default=(), help="beginnings of cells (default: all)")
-    flags.add_argument("--held-out", type=int, default=16, help="held-out prompts")
+    flags.add_argument("--held-out", type=int, default=24, help="held-out prompts")
     flags.add_argument("--output", type=Path, default=Path("runs/drpo_small"))
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     flags.add_argument("--port", type=int, default=18470, help="of two servers: it and the next")

@@ -185,6 +185,18 @@ def test_a_text_too_long_to_be_scored_is_a_failure(criteria):
     assert short.mean == 3.0
 
 
+def test_a_criterion_whose_odds_are_unknown_is_not_chosen():
+    def likes(prompt, continuation):
+        if continuation in (" Yes", " No"):
+            known = any(word in prompt for word in ("does no harm", "goes into", "wastes no words"))
+            return (-1.0 if continuation == " Yes" else -2.0) if known else math.nan
+        return -1.0
+
+    [found] = ScoredReward(Scripted(likes=likes))(["q"], ["y"])
+    assert set(found.scores) <= {"Safety", "Depth", "Conciseness"}
+    assert len(found.scores) == 2
+
+
 def test_scores_are_kept_and_failures_are_not(tmp_path):
     asked = []
 
