@@ -55,18 +55,18 @@ ANSWER = 64
 """Most tokens of an answer."""
 WRITTEN = 320
 """Most tokens of a proposal, and of a written judgement."""
-VALIDATE = 5
+VALIDATE = 4
 """Fresh queries on which a search's last prompts and its first one are compared."""
-BUDGET = 31
+BUDGET = 21
 """Answers of the larger model that a search may use: proposals, and rewards before `VALIDATE`."""
 SEARCHES: dict[str, dict[str, Any]] = {
-    "beam": {"width": 2, "actions": 3, "depth": 3},
-    "gepa": {"budget": 27, "pareto_queries": 3, "minibatch": 2, "depth": 6},
-    "greedy": {"actions": 3, "depth": 5},
-    "monte-carlo": {"width": 5, "actions": 1, "depth": 3},
+    "beam": {"width": 2, "actions": 2, "depth": 3},
+    "gepa": {"budget": 18, "pareto_queries": 3, "minibatch": 2, "depth": 6},
+    "greedy": {"actions": 2, "depth": 5},
+    "monte-carlo": {"width": 5, "actions": 1, "depth": 2},
 }
-"""Search -> sizes: 1 + 3 + 6 + 6 rewards and 15 proposals; at most 27 and 5; 1 + 3 x 5 and 15;
-1 + 5 x 3 and 15."""
+"""Search -> sizes: 1 + 2 + 4 + 4 rewards and 10 proposals; at most 18 and 3; 1 + 2 x 5 and 10;
+1 + 5 x 2 and 10."""
 LABELS = {
     "none": "no prompt",
     "one_line": "one line",
@@ -95,7 +95,7 @@ class Study:
     """Folder of the searches and of all models' answers."""
     found: Path = FOLDER / "found"
     """Folder of the prompts and their pages."""
-    held_out: int = 24
+    held_out: int = 16
     """Number of held-out prompts."""
     port: int = 18470
     """Of the model's server; the judge's is the next."""
@@ -611,7 +611,7 @@ def main() -> None:
     flags.add_argument("--name", default="smollm2", choices=list(MODELS), help="of the rows")
     flags.add_argument("--layout", default="chat", choices=["chat", "continue"])
     flags.add_argument("--cells", nargs="+", default=(), help="beginnings of cells (default: all)")
-    flags.add_argument("--held-out", type=int, default=24, help="held-out prompts")
+    flags.add_argument("--held-out", type=int, default=16, help="held-out prompts")
     flags.add_argument("--output", type=Path, default=Path("runs/drpo_small"))
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     flags.add_argument("--port", type=int, default=18470, help="of two servers: it and the next")
