@@ -548,7 +548,7 @@ def prompts_text(rows: Rows, model: str) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def plot(rows: Rows, models: Sequence[str]) -> None:
+def plot(rows: Rows, models: Sequence[str], here: Path = FOLDER) -> None:
     """Differences from no prompt with their intervals, by judge and by GPT-4's words."""
     import matplotlib
 
@@ -577,7 +577,7 @@ def plot(rows: Rows, models: Sequence[str]) -> None:
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set(title=MODELS.get(model, model), xlabel=f"{label}, over no prompt")
             axis.grid(axis="x", alpha=0.3)
-    figure.savefig(FOLDER / "small.png", dpi=100)
+    figure.savefig(here / "small.png", dpi=100)
     plt.close(figure)
 
 

@@ -89,6 +89,8 @@ def test_all_cells_and_the_page_and_nothing_is_run_twice(study, tmp_path):
     assert beam[3].startswith(f"+{float(beam[2]) - 2:.3f}")
     assert "unreadable scores 0; scores 4: 8" in text
     assert "nats a token" in (tmp_path / "README.md").read_text()
+    small.plot(study.rows, ["smollm2"], tmp_path)
+    assert (tmp_path / "small.png").exists()
 
 
 def test_an_unknown_cell_and_a_prompt_that_was_not_searched_for(study):
