@@ -29,7 +29,12 @@ WAIT = 300.0
 
 @contextlib.contextmanager
 def served(
-    model: str | Path, *, threads: int | None = None, slots: int = 1, context: int = 4096
+    model: str | Path,
+    *,
+    threads: int | None = None,
+    slots: int = 1,
+    context: int = 4096,
+    port: int = 0,
 ) -> Iterator[str]:
     """Context in which a model answers; its server is stopped at the end, whatever happens.
 
@@ -38,6 +43,7 @@ def served(
       threads: of the computation; None: one for every core.
       slots: requests that are answered at a time; each keeps the prefix of its last prompt.
       context: most tokens of a prompt and its answer.
+      port: of the server; 0: any that is free. Stored answers are found again at the same port.
 
     Yields:
       Its name for jaxalign, "openai:URL#MODEL".
@@ -51,7 +57,7 @@ def served(
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError("xllamacpp: llama.cpp's server needs it; pip install xllamacpp")
     command = [sys.executable, "-m", "experiments.served", str(path), "--slots", str(slots)]
-    command += ["--context", str(context)]
+    command += ["--context", str(context), "--port", str(port)]
     command += ["--threads", str(threads)] if threads else []
     log = path.with_suffix(".log") if os.access(path.parent, os.W_OK) else Path(os.devnull)
     with log.open("w", encoding="utf-8") as errors:

@@ -1,5 +1,6 @@
 """A model behind an OpenAI-compatible endpoint."""
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from jaxalign.errors import UserError
 
 EXTRAS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling parameters of vLLM and others that OpenAI's interface lacks, with their defaults."""
+NEXT_TOKENS = 20
+"""Number of most likely next tokens that are requested where prompts have no log-probs."""
 
 
 class ChatEndpoint:
@@ -56,6 +59,7 @@ class ChatEndpoint:
         url, self.model = split_address(address, "model")
         self.client = Client(url, **options)
         self.completions, self.embedding_model = completions, embedding_model or self.model
+        self._echoes: bool | None = None  # whether prompts have log-probs, once it is known
 
     @property
     def identity(self) -> str:
@@ -136,14 +140,46 @@ class ChatEndpoint:
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """As in `Backend`, if the server returns log-probs of prompts, as vLLM does.
 
+        If it only returns those of next tokens, as llama.cpp's does, a continuation is one token:
+        its log-prob is read off the most likely next tokens, after the space that all continuations
+        of a prompt begin with where that is a token by itself. A continuation that is not among
+        them has the least of theirs, an upper bound; NaN if no continuation of its prompt is.
+
         Raises:
-          UserError: it does not, or a prompt is a conversation.
+          UserError: it returns neither, or a prompt is a conversation.
         """
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError("score: endpoints only score texts, not conversations")
+        texts = [str(prompt) for prompt in prompts]
+        if not texts:
+            return []
+        done: list[Score] = []
+        reason: RefusedError | None = None
+        try:
+            if self._echoes is None:
+                try:
+                    done = self._echoed(texts[:1], continuations[:1])
+                    self._echoes = True
+                except RefusedError as error:
+                    reason = error
+                    if error.final:
+                        raise
+            if self._echoes:
+                return done + self._echoed(texts[len(done) :], continuations[len(done) :])
+            scores = self._next_tokens(texts, continuations)
+        except RefusedError as error:
+            raise UserError(
+                f"{self.client.url}: does not return log-probs of texts ({reason or error}); use a "
+                "local model"
+            ) from None
+        self._echoes = False
+        return scores
+
+    def _echoed(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        """Log-probs of continuations as parts of prompts."""
 
         def ask(at: int, stopped: threading.Event) -> Score:
-            prompt = str(prompts[at])
+            prompt = prompts[at]
             body = {
                 "model": self.model,
                 "prompt": prompt + continuations[at],
@@ -162,16 +198,52 @@ class ChatEndpoint:
                     raise UnusableError("no token begins where the prompt ends", final=True)
                 return Score(log_prob=sum(float(x) for x, _ in mine), tokens=len(mine))
 
-            try:
-                return self.client.ask("completions", body, read, stopped)
-            except RefusedError as error:
-                raise UserError(
-                    f"{self.client.url}: does not return log-probs of texts ({error}); use a local "
-                    "model"
-                ) from None
+            return self.client.ask("completions", body, read, stopped)
 
         scores = dict(self.client.together(len(prompts), ask))
         return [scores[at] for at in range(len(prompts))]
+
+    def _next_tokens(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        """Log-probs of continuations of one token; each prompt is requested once."""
+        options: dict[str, list[str]] = {}
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            options.setdefault(prompt, []).append(continuation)
+        texts = list(options)
+
+        def ask(at: int, stopped: threading.Event) -> dict[str, float]:
+            text, own = texts[at], options[texts[at]]
+            found = self._likely(text, stopped)
+            if not any(one in found for one in own) and all(one.startswith(" ") for one in own):
+                following = self._likely(text + " ", stopped)
+                found = {f" {token}": value for token, value in following.items()}
+            rest = min(found.values()) if any(one in found for one in own) else math.nan
+            return {one: found.get(one, rest) for one in own}
+
+        known = dict(self.client.together(len(texts), ask))
+        by_text = {text: known[at] for at, text in enumerate(texts)}
+        return [
+            Score(log_prob=by_text[prompt][continuation], tokens=1)
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+
+    def _likely(self, text: str, stopped: threading.Event) -> dict[str, float]:
+        """The most likely next tokens of a text, with their log-probs."""
+        body = {
+            "model": self.model,
+            "prompt": text,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": NEXT_TOKENS,
+        }
+
+        def read(reply: Any) -> dict[str, float]:
+            scores = reply["choices"][0]["logprobs"]
+            if scores.get("content"):  # in the form of chat completions
+                rows = scores["content"][0]["top_logprobs"]
+                return {row["token"]: float(row["logprob"]) for row in rows}
+            return {token: float(value) for token, value in scores["top_logprobs"][0].items()}
+
+        return self.client.ask("completions", body, read, stopped)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
         """As in `Backend`, by /embeddings.

@@ -58,6 +58,7 @@ class StructuredClient:
     """Requests JSON objects from a model.
 
     An answer that cannot be parsed is requested again; the model is shown the answer and the error.
+    One that was cut at the token limit is not shown: small models would repeat it.
 
     Args:
       backend: the model.
@@ -67,6 +68,8 @@ class StructuredClient:
 
     def __init__(self, backend: Backend, decoding: Decoding, *, attempts: int = 2):
         self.backend, self.decoding, self.attempts = backend, decoding, attempts
+        self.asked: Counter[str] = Counter()
+        """Number of answers that were wanted, by role, without repeated attempts."""
         self.malformed: Counter[str] = Counter()
         """Number of answers that could not be parsed, by role, including those requested again."""
         self.failed: Counter[str] = Counter()
@@ -92,6 +95,7 @@ class StructuredClient:
           UserError: the model cannot generate; the message names the role.
         """
         results: list[list[T]] = [[] for _ in questions]
+        self.asked[role] += len(questions) * samples
         pending: list[tuple[int, Prompt]] = [
             (at, [{"role": "user", "content": question}]) for at, question in enumerate(questions)
         ]
@@ -106,7 +110,7 @@ class StructuredClient:
                 raise UserError(f"{role}: {error}") from None
             again: list[tuple[int, Prompt]] = []
             for (at, prompt), row in zip(pending, answers, strict=True):
-                for answer in row:
+                for sample, answer in enumerate(row, start=1):
                     try:
                         if answer.failure:  # the backend has tried again where that may help
                             self.malformed[role] += 1
@@ -114,10 +118,22 @@ class StructuredClient:
                         results[at].append(read[at](read_object(answer.text)))
                     except MalformedError as fault:
                         self.malformed[role] += 1
-                        again.append((at, [*cast(Any, prompt), *_correction(answer.text, fault)]))
+                        asked: list[Any] = list(cast(Any, prompt))
+                        if answer.finished:
+                            again.append((at, [*asked, *_correction(answer.text, fault)]))
+                        else:
+                            again.append((at, [*asked[:-1], _shorter(asked[-1], sample)]))
             pending = again
         self.failed[role] += sum(samples - len(row) for row in results)
         return results
+
+
+def _shorter(turn: Any, sample: int) -> Any:
+    request = (
+        f"Your answer {sample} was cut off, since it was too long. Write a much shorter one that "
+        "repeats nothing."
+    )
+    return {**turn, "content": f"{turn['content']}\n{request}"}
 
 
 def _correction(answer: str, fault: MalformedError) -> list[Any]:

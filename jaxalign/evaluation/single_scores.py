@@ -56,8 +56,9 @@ from {fewest} to {most} of them.
 {pool}
 
 Think of the request's topic, of what its author wants, of what is ambiguous, of the form that an
-answer should have, and of what makes it hard. Reply with one JSON object and nothing else:
-{{"reasoning": "why these criteria", "criteria": ["Name", ...]}}
+answer should have, and of what makes it hard. Leave out the criteria that matter less: name no more
+than {most}. Reply with one JSON object and nothing else:
+{{"reasoning": "one sentence: why these criteria", "criteria": ["Name", "Name", "Name"]}}
 """
 EVALUATE = """\
 You judge a response and owe nothing to its author. Give every criterion below a whole number from
@@ -221,7 +222,8 @@ class ScoredReward:
     """An evaluator that writes nothing: its scores are `expected_scores`.
 
     For models too small to write what is asked for; there are no reasons. A query's criteria are
-    those whose log-odds of yes over no are the largest: all above the mean, from 2 to 5.
+    those whose log-odds of yes over no are the largest: all above the mean, from 2 to 5. Where a
+    model has no log-prob of either, as an endpoint with few next tokens, it is not chosen.
 
     Args:
       backend: it has to score texts.
@@ -256,7 +258,7 @@ class ScoredReward:
             found.append(
                 Evaluation(scores=scores, why_these="log-odds")
                 if fits
-                else Evaluation(failure="the text is longer than the model's context")
+                else Evaluation(failure="no log-probs: is it longer than the context?")
             )
         return found
 
@@ -272,11 +274,13 @@ class ScoredReward:
             odds = [
                 yes.log_prob - no.log_prob for yes, no in zip(found[::2], found[1::2], strict=True)
             ]
-            mean = math.fsum(odds) / len(odds)
-            if not math.isfinite(mean):
+            known = [value for value in odds if math.isfinite(value)]
+            if len(known) < FEWEST:
                 return ()
-            number = min(max(sum(value > mean for value in odds), FEWEST), MOST)
-            order = sorted(range(len(odds)), key=lambda at: (-odds[at], at))[:number]
+            mean = math.fsum(known) / len(known)
+            number = min(max(sum(value > mean for value in known), FEWEST), MOST)
+            rank = [-value if math.isfinite(value) else math.inf for value in odds]
+            order = sorted(range(len(odds)), key=lambda at: (rank[at], at))[:number]
             self._chosen[query] = tuple(self.pool[at] for at in sorted(order))
         return self._chosen[query]
 

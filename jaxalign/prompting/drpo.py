@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from jaxalign.backends import BackendOptions, Cached, Decoding, make_backend, make_embedder
 from jaxalign.backends.cached import AnswerFile
+from jaxalign.backends.client import Usage
 from jaxalign.backends.structured import StructuredClient
 from jaxalign.config import AtLeastOne, Count, Seed
 from jaxalign.data.reading import read_text
@@ -41,6 +43,8 @@ from jaxalign.prompting.system_prompts import PromptCandidates, SystemPromptWorl
 
 FULL_MARKS = 5.0
 """The best mean of scores from 1 to 5."""
+TOKENS_A_WORD = 4
+"""Tokens of an answer for each word of the prompt in it, with analysis and thought before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,12 @@ class OptimizedPrompt:
     """(prompt, mean reward, number of rewards) on the fresh queries, the best first."""
     facts: Sequence[str]
     """Lines about the search: its size, its requests, and what could not be read."""
+    counts: Mapping[str, int]
+    """Answers that were used, stored ones included: "rewarded" by the search, "validation" on fresh
+    queries, "optimizer", "evaluator", "selector" and "rewriter", and of these the "... unreadable"
+    ones."""
+    usage: Mapping[str, Usage]
+    """Requests and tokens of each endpoint, by the model's name; stored answers cost none."""
 
 
 def optimize_prompt(
@@ -198,15 +208,16 @@ def optimize_prompt(
     world = SystemPromptWorld(
         model, composer, reward, optimizer, pool, decoding, first=search.first_prompt
     )
-    result, validation, chosen = None, [], search.first_prompt
+    result, validation, chosen, rewarded = None, [], search.first_prompt, 0
     if search.search != "none":
         result = _search(search, world, folder)
+        rewarded = world.rewarded
         prompts = [result.nodes[number].state["prompt"] for number in result.candidates]
         with busy(f"rewarding {len(prompts) + 1} prompts on {len(fresh)} fresh queries"):
             tried = [*prompts, search.first_prompt]
             validation = validate(world, tried, fresh) if fresh else []
-        rewarded = validation and math.isfinite(validation[0][1])
-        chosen = validation[0][0] if rewarded else prompts[0]
+        comparable = validation and math.isfinite(validation[0][1])
+        chosen = validation[0][0] if comparable else prompts[0]
     shown = search.examples_at_inference
     artefact = PromptArtefact(
         system_prompt=chosen,
@@ -238,6 +249,12 @@ def optimize_prompt(
         search=result,
         validation=validation,
         facts=facts,
+        counts={
+            "rewarded": rewarded,
+            "validation": world.rewarded - rewarded,
+            **models.counts(),
+        },
+        usage=models.usage(),
     )
 
 
@@ -278,13 +295,26 @@ class _Models:
         for name, model in self._open.items():
             for reason, number in model.failures.most_common(3):
                 facts.append(f"{name}: {number:,} responses without text: {reason}")
-        for model in self._open.values():
-            if (usage := getattr(model.backend, "usage", None)) is not None:
-                facts.append(
-                    f"{model.identity}: {usage.requests:,} requests, {usage.prompt_tokens:,} + "
-                    f"{usage.completion_tokens:,} tokens, cost {usage.cost(prices):.4f}"
-                )
+        for name, usage in self.usage().items():
+            facts.append(
+                f"{self._open[name].identity}: {usage.requests:,} requests, "
+                f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens, "
+                f"cost {usage.cost(prices):.4f}"
+            )
         return facts
+
+    def counts(self) -> dict[str, int]:
+        """Answers by role, and how many of them could not be read."""
+        counts: Counter[str] = Counter()
+        for client in self._clients:
+            counts.update(client.asked)
+            counts.update({f"{role} unreadable": n for role, n in client.malformed.items()})
+        return dict(counts)
+
+    def usage(self) -> dict[str, Usage]:
+        """Requests and tokens of the endpoints."""
+        found = {name: getattr(one.backend, "usage", None) for name, one in self._open.items()}
+        return {name: usage for name, usage in found.items() if usage is not None}
 
 
 def _make_reward(search: PromptSearch, models: _Models) -> Reward:
@@ -313,7 +343,8 @@ def _make_optimizer(
         return BankOptimizer(bank, seed=search.seed, all_queries=search.search == "gepa"), None
     proposing = models.structured(name, temperature=0.2, top_p=0.95, seed=search.seed)
     asked = AskedReflector if search.search == "gepa" else AskedOptimizer
-    return asked(proposing), AskedRewriter(models.structured(name))
+    words = max(1, search.judge_tokens // TOKENS_A_WORD)
+    return asked(proposing, words=words), AskedRewriter(models.structured(name))
 
 
 def _improve(

@@ -13,6 +13,8 @@ from jaxalign.errors import UserError
 from jaxalign.evaluation.single_scores import Evaluation
 
 MOST_BULLETS = 8
+MOST_WORDS = 500
+"""Words of a prompt, as the model is asked; a longer one is not refused."""
 ADDED_BULLETS = 2
 """Largest number of bullet points added in a step."""
 BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", re.M)
@@ -47,12 +49,13 @@ def bullets(prompt: str) -> list[str]:
 
 
 def judgement(attempt: Attempt) -> str:
-    """The scores and reasons of an attempt, as JSON; or why there are none."""
+    """The scores, to two digits, and reasons of an attempt, as JSON; or why there are none."""
     evaluation = attempt.evaluation
-    known = {
-        name: {"score": score, "reason": evaluation.reasons.get(name, "")}
-        for name, score in evaluation.scores.items()
-    }
+    known: dict[str, dict[str, float | str]] = {}
+    for name, score in evaluation.scores.items():
+        known[name] = {"score": round(score, 2)}
+        if reason := evaluation.reasons.get(name):
+            known[name]["reason"] = reason
     return json.dumps(known or {"failure": evaluation.failure}, indent=1, ensure_ascii=False)
 
 
@@ -83,8 +86,10 @@ Write a better system prompt.
 - It says how to be engaging and human.
 - At most {most} short bullet points, at most {added} more than now; merge points rather than drop
   them.
+- It has at most {words} words, and no example requests.
 Reply with one JSON object and nothing else:
-{{"analysis": "what went wrong", "thought": "what to change", "new_system_prompt": "..."}}
+{{"analysis": "one sentence: what went wrong", "thought": "one sentence: what to change",
+"new_system_prompt": "..."}}
 """
 
 
@@ -96,13 +101,14 @@ class AskedOptimizer:
     Args:
       client: the model; the paper's temperature is 0.2 with top-p 0.95.
       remembered: number of earlier prompts that it is shown; the paper's 5.
+      words: largest number of words that it is asked for; what fits the client's answers.
 
     References:
       Singla et al. 2024, arXiv:2411.08733, section 3; the limits of the released prompts.
     """
 
-    def __init__(self, client: StructuredClient, *, remembered: int = 5):
-        self.client, self.remembered = client, remembered
+    def __init__(self, client: StructuredClient, *, remembered: int = 5, words: int = MOST_WORDS):
+        self.client, self.remembered, self.words = client, remembered, words
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
         """As in `PromptOptimizer`; equal proposals are returned once."""
@@ -124,6 +130,7 @@ class AskedOptimizer:
             judgement=judgement(last),
             most=MOST_BULLETS,
             added=ADDED_BULLETS,
+            words=self.words,
         )
 
     def _reader(self, current: str) -> Callable[[Mapping[str, Any]], str]:
@@ -156,8 +163,10 @@ Write a new system prompt for the assistant.
 - Write down facts and ways of working that the assistant will need again: it sees neither these
   requests nor their judgements.
 - Nothing in it is about one request alone.
+- It has at most {words} words.
 Reply with one JSON object and nothing else:
-{{"analysis": "what went wrong", "thought": "what to change", "new_system_prompt": "..."}}
+{{"analysis": "one sentence: what went wrong", "thought": "one sentence: what to change",
+"new_system_prompt": "..."}}
 """
 ATTEMPT = """\
 [Request {number}]
@@ -175,13 +184,14 @@ class AskedReflector:
 
     Args:
       client: the model.
+      words: largest number of words that it is asked for; what fits the client's answers.
 
     References:
       Agrawal et al., 2025, arXiv:2507.19457, section 3.2, in our own wording.
     """
 
-    def __init__(self, client: StructuredClient):
-        self.client = client
+    def __init__(self, client: StructuredClient, *, words: int = MOST_WORDS):
+        self.client, self.words = client, words
 
     def __call__(self, histories: Sequence[Sequence[Attempt]], number: int) -> list[list[str]]:
         """As in `PromptOptimizer`, where a history has the attempts of one prompt."""
@@ -201,7 +211,9 @@ class AskedReflector:
             )
             for number, one in enumerate(history, 1)
         ]
-        return REFLECT.format(prompt=history[-1].prompt, attempts="\n\n".join(attempts))
+        return REFLECT.format(
+            prompt=history[-1].prompt, attempts="\n\n".join(attempts), words=self.words
+        )
 
 
 class BankOptimizer:

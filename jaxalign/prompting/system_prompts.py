@@ -69,6 +69,8 @@ class SystemPromptWorld:
         self.optimizer, self.queries, self.first = optimizer, list(queries), first
         stops = tuple(dict.fromkeys((*decoding.stop, *composer.stops)))
         self.decoding = replace(decoding, stop=stops)
+        self.rewarded = 0
+        """Number of answers so far, from the model or stored."""
 
     def root(self) -> tuple[Any, float]:
         """As in `World`."""
@@ -103,6 +105,7 @@ class SystemPromptWorld:
     def tried(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Any, float]]:
         """States and rewards of each (prompt, query)."""
         prompts = [self.composer.prompt(*pair) for pair in pairs]
+        self.rewarded += len(pairs)
         answers = [answer for [answer] in self.model.generate(prompts, self.decoding)]
         outputs = [without_marks(answer.text) for answer in answers]
         evaluations = [Evaluation(failure=answer.failure) for answer in answers]

@@ -1,6 +1,7 @@
 """The endpoint backend against a server of a real model here, and against unwilling ones."""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -312,3 +313,35 @@ def test_vectors_that_are_not_one_for_each_text_are_refused(unwilling, data):
     backend, _ = unwilling((200, {"data": data}))
     with pytest.raises(UserError, match="gives no embeddings"):
         backend.embed(["a", "b"])
+
+
+def next_token(**log_probs):
+    """A reply of llama.cpp's server: the most likely tokens after a prompt, which has no scores."""
+    rows = [{"token": token, "logprob": value} for token, value in log_probs.items()]
+    return 200, {"choices": [{"logprobs": {"content": [{"top_logprobs": rows}]}}]}
+
+
+def test_without_log_probs_of_prompts_a_continuation_is_the_next_token(unwilling):
+    digits = next_token(**{"3": -0.5, "4": -1.5, "a": -7.0})
+    tries = [next_token(x=0.0)] * 3  # to score the prompt
+    backend, asked = unwilling(*tries, next_token(**{" ": -0.1, " so": -3.0}), digits)
+    options = [" 3", " 4", " 5"]
+    found = [one.log_prob for one in backend.score(["p"] * 3, options)]
+    assert found == [-0.5, -1.5, -7.0]  # the last one is an upper bound
+    assert [body["prompt"] for body in asked] == ["p 3"] * 3 + ["p", "p "]
+    assert [one.log_prob for one in backend.score(["q"], [" 3"])] == [-0.5]
+    assert "echo" not in asked[5]  # which is not tried again
+
+
+def test_words_that_begin_with_their_space_are_next_tokens_as_they_are(unwilling):
+    legacy = (200, {"choices": [{"logprobs": {"top_logprobs": [{" Yes": -0.2, " No": -2.0}]}}]})
+    backend, asked = unwilling((400, {}), legacy)
+    assert [x.log_prob for x in backend.score(["p", "p"], [" Yes", " No"])] == [-0.2, -2.0]
+    assert [body["prompt"] for body in asked[1:]] == ["p"]
+    assert all(math.isnan(x.log_prob) for x in backend.score(["p", "p"], [" Maybe", "so"]))
+
+
+def test_a_server_without_log_probs_says_so(unwilling):
+    backend, _ = unwilling((200, {"choices": [{"text": "x"}]}))
+    with pytest.raises(UserError, match="does not return log-probs of texts"):
+        backend.score(["p"], [" 3"])

@@ -129,6 +129,8 @@ NOT_RUN = {
     r"python -m experiments\.(judging|data_collection)\.small .*": "hours and real weights; "
     "tests/experiments/test_judging_small.py has the tables",
     r"python -m experiments\.ipo_md\.small .*": "an hour; tests/experiments/test_together.py",
+    r"python -m experiments\.drpo\.small .*": "an hour and two real models; "
+    "tests/experiments/test_drpo_small.py has scripted ones",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jaxalign.backends.words import WordVectors
 from jaxalign.errors import UserError
 from jaxalign.prompting import (
     AskedOptimizer,
+    AskedReflector,
     AskedReward,
     BankOptimizer,
     Composer,
@@ -34,7 +36,7 @@ from jaxalign.prompting import (
 )
 from jaxalign.prompting.cost import most_calls
 from jaxalign.prompting.examples import AskedRewriter
-from jaxalign.prompting.optimizers import bullets
+from jaxalign.prompting.optimizers import bullets, judgement
 from jaxalign.prompting.system_prompts import PromptState
 from tests.backends.scripted import Scripted
 
@@ -131,6 +133,25 @@ def test_a_reply_without_text_is_not_shown_to_the_model_as_its_own():
     assert client.failed["evaluator"] == 1
 
 
+def test_an_answer_that_was_cut_is_not_shown_to_the_model_again():
+    class Cut(Scripted):
+        def generate(self, prompts, decoding, *, samples=1, keep=None):
+            rows = super().generate(prompts, decoding, samples=samples)
+            cut = [["much shorter" not in prompt[-1]["content"]] * samples for prompt in prompts]
+            return [
+                [replace(one, finished=not was) for one, was in zip(row, some, strict=True)]
+                for row, some in zip(rows, cut, strict=True)
+            ]
+
+    backend = Cut(lambda text, _: '{"a": 1}' if "much shorter" in text else '{"a": "on and on')
+    client = StructuredClient(backend, GREEDY)
+    assert client("writer", ["q"], [lambda fields: fields["a"]], samples=2) == [[1, 1]]
+    assert [text.split("\n")[0] for text in backend.asked] == ["q"] * 3
+    assert "on and on" not in "".join(backend.asked)
+    assert len(set(backend.asked)) == 3  # so that stored answers are not used for both
+    assert (client.asked["writer"], client.malformed["writer"]) == (2, 2)
+
+
 @pytest.mark.parametrize("names", [["Depth"], ["Depth", "Charm"], "Depth", list("abcdef")])
 def test_criteria_come_from_the_pool(names):
     client = client_of(lambda *_: json.dumps({"reasoning": "r", "criteria": names}))
@@ -162,6 +183,18 @@ def test_a_text_too_long_to_be_scored_is_a_failure(criteria):
     long, short = reward(["a long query", "q"], ["y", "y"])
     assert (long.scores, bool(long.failure)) == ({}, True)
     assert short.mean == 3.0
+
+
+def test_a_criterion_whose_odds_are_unknown_is_not_chosen():
+    def likes(prompt, continuation):
+        if continuation in (" Yes", " No"):
+            known = any(word in prompt for word in ("does no harm", "goes into", "wastes no words"))
+            return (-1.0 if continuation == " Yes" else -2.0) if known else math.nan
+        return -1.0
+
+    [found] = ScoredReward(Scripted(likes=likes))(["q"], ["y"])
+    assert set(found.scores) <= {"Safety", "Depth", "Conciseness"}
+    assert len(found.scores) == 2
 
 
 def test_scores_are_kept_and_failures_are_not(tmp_path):
@@ -211,6 +244,22 @@ def test_the_optimizer_is_shown_what_it_needs_and_held_to_its_rules():
     assert "attempt 7" in text
     assert "attempt 2" not in text  # the last five alone
     assert client.malformed["optimizer"] == 1  # and the mended answer is `fine`, too
+
+
+def test_a_small_model_reads_what_fits_its_answer_and_short_scores():
+    evaluation = Evaluation(scores={"Depth": 3.98214, "Safety": 4.0}, reasons={"Safety": "mild"})
+    state = PromptState(prompt="p", query="q", output="y", evaluation=evaluation)
+    assert json.loads(judgement(state)) == {
+        "Depth": {"score": 3.98},
+        "Safety": {"score": 4.0, "reason": "mild"},
+    }
+    for asked in (AskedOptimizer, AskedReflector):
+        client = client_of(lambda *_: json.dumps({"new_system_prompt": "n"}))
+        assert asked(client, words=70)([[state]], 1) == [["n"]]
+        assert "at most 70 words" in client.backend.asked[0]
+    selector = client_of(lambda *_: "{}", attempts=1)
+    AskedReward(selector)(["q"], ["y"])
+    assert "name no more\nthan 5" in selector.backend.asked[0]
 
 
 def test_edits_of_a_bank_are_one_step_away():
@@ -415,6 +464,9 @@ def test_from_seeds_to_a_prompt_and_nothing_is_requested_twice(tmp_path, monkeyp
     again = optimize_prompt(search, EXAMPLES, queries, tmp_path)
     assert "new requests: 0 of m" in again.facts
     assert again.artefact == first.artefact
+    assert first.counts["rewarded"] == len(first.search.nodes)
+    assert first.counts["validation"] == 2 * len(first.validation)
+    assert again.counts == first.counts  # stored answers are counted
 
 
 def test_costs_are_counted_for_the_models_that_play_each_role():
