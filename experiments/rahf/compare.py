@@ -458,6 +458,7 @@ def main() -> None:
     given = flags.parse_args()
     folder = given.rows / f"{given.scale}_comparison"
     options = {x: getattr(given, x) for x in ("steps", "batch", "prompts", "tokens")}
+    options["model"] = Path(given.model).name if given.scale == "small" else "base_lm"
     same_options(Rows(folder=folder), options)
     of_seeds = [Rows(folder=folder / f"seed_{seed}") for seed in given.seeds]
     for seed, rows in zip(given.seeds, of_seeds, strict=True):

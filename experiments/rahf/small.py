@@ -564,10 +564,8 @@ def write_page(rows: Rows) -> None:
 def main(options: Options) -> None:
     """Run what is missing, and write the sections of the README."""
     rows = Rows(folder=options.rows)
-    own = asdict(options)
-    same_options(
-        rows, {k: v for k, v in own.items() if k not in ("model", "minutes", "output", "rows")}
-    )
+    sizes = {k: v for k, v in asdict(options).items() if k not in ("minutes", "output", "rows")}
+    same_options(rows, sizes | {"model": Path(options.model).name})
     run(options, rows)
     write_page(rows)
 
