@@ -124,8 +124,10 @@ NOT_RUN = {
     r"(gcloud|tpu/slice|tpu/gke|export|sbatch) .*": "a cloud; tests/tpu runs it with --dry-run",
     r"JAXALIGN_COORDINATOR=.*": "two hosts; tests/commands/test_processes.py runs two processes",
     r"python -m experiments\.data_collection\.compare": "a mention; its tasks are beside it",
-    r"python -m experiments\.(offline\.|gradient_entanglement\.|rahf\.)?small .*": "an hour or a GPU; "
+    r"python -m experiments\.(offline\.|gradient_entanglement\.)?small .*": "an hour or a GPU; "
     "tests/experiments/test_cells.py has a tiny run",
+    r"python -m experiments\.rahf\.small .*": "minutes of a real chat model; its numbers and its "
+    "tables are in tests/experiments/test_rahf.py",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
