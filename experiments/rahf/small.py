@@ -82,6 +82,9 @@ VECTORS = {
 }
 LENGTHS = (0.05, 0.1, 0.2, 0.4)
 """Of the added vectors, in norms of the states they are added to."""
+CURVES = ("probe", "explained", "components", "pair_explained", "pair_first", "pair_mean")
+"""Of each layer: accuracy of a probe; variance and a probe of two components; the variance of two
+components of pairs' differences, and pairs told apart by the first and by the mean difference."""
 SHOWN = 5
 """Layers whose principal components are drawn."""
 
@@ -189,24 +192,49 @@ def in_two_components(
     return float(found.explained.sum()), accuracy, [found(side).tolist() for side in test]
 
 
+def in_differences(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float, float, list[Any]]:
+    """Of the states of a layer less the mean of each pair's two: what the response adds is gone.
+
+    The variance that the first two components of the training states explain; the fraction of test
+    pairs whose two states are told apart by the first, and by the mean difference; and the test
+    states' coordinates.
+    """
+    halves = [(a - b) / 2 for a, b in (train, test)]
+    found = principal_components(np.concatenate([halves[0], -halves[0]]))
+    sign = np.sign((halves[0] @ found.axes[0]).mean())
+    first = sign * (halves[1] @ found.axes[0])
+    mean = halves[1] @ halves[0].mean(0)
+    points = [found(side).tolist() for side in (halves[1], -halves[1])]
+    return float(found.explained.sum()), _above_zero(first), _above_zero(mean), points
+
+
+def _above_zero(values: np.ndarray) -> float:
+    return float(np.mean((values > 0) + 0.5 * (values == 0)))
+
+
 def layer_row(
-    bench: Bench, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     """Probes and components of every layer, from states [n, layers, width] of both sides."""
     fitted = np.repeat([True, False], [len(train[0]), len(test[0])])
     sides = [np.concatenate([a, b]) for a, b in zip(train, test, strict=True)]
-    drawn = drawn_layers(bench.depth)
-    row: dict[str, Any] = {"held_out": 2 * len(test[0]), "drawn": {}}
-    probe, explained, components = [], [], []
-    for at in range(bench.depth):
-        probe.append(probe_accuracy(sides[0][:, at], sides[1][:, at], fitted))
+    depth = train[0].shape[1]
+    drawn = drawn_layers(depth)
+    curves: dict[str, list[float]] = {x: [] for x in CURVES}
+    points: dict[str, Any] = {}
+    for at in range(depth):
         states = [(one[0][:, at], one[1][:, at]) for one in (train, test)]
-        variance, accuracy, points = in_two_components(*states)
-        explained.append(variance)
-        components.append(accuracy)
+        variance, accuracy, plain = in_two_components(*states)
+        of_pairs, first, mean, apart = in_differences(*states)
+        probe = probe_accuracy(sides[0][:, at], sides[1][:, at], fitted)
+        values = probe, variance, accuracy, of_pairs, first, mean
+        for curve, value in zip(curves.values(), values, strict=True):
+            curve.append(value)
         if at + 1 in drawn:
-            row["drawn"][str(at + 1)] = points
-    return row | {"probe": probe, "explained": explained, "components": components}
+            points[str(at + 1)] = {"states": plain, "pairs": apart}
+    return {"held_out": len(test[0]), "drawn": points} | curves
 
 
 def drawn_layers(depth: int) -> list[int]:
@@ -220,7 +248,7 @@ def of_responses(bench: Bench) -> dict[str, Any]:
     sides = [(x[:, 0], x[:, 1]) for x in (train, test)]
     gap = train[:, 0] - train[:, 1]
     mean = gap.mean(0)
-    return layer_row(bench, *sides) | {
+    return layer_row(*sides) | {
         "norm": np.linalg.norm(mean, axis=-1).tolist(),
         "state_norm": np.linalg.norm(train, axis=-1).mean((0, 1)).tolist(),
         "coherence": (np.square(mean).sum(-1) / np.square(gap).sum(-1).mean(0)).tolist(),
@@ -237,7 +265,7 @@ def of_instructions(bench: Bench, name: str) -> dict[str, Any]:
     apart = (plain[:, 0] - plain[:, 1]).mean(0)
     cosine = (summary.direction * apart).sum(-1)
     cosine /= np.linalg.norm(summary.direction, axis=-1) * np.linalg.norm(apart, axis=-1)
-    return layer_row(bench, train, test) | {
+    return layer_row(train, test) | {
         "norm": np.linalg.norm(summary.direction, axis=-1).tolist(),
         "state_norm": summary.state_norm.tolist(),
         "coherence": summary.coherence.tolist(),
@@ -377,32 +405,45 @@ def run(options: Options, rows: Rows) -> None:
 
 
 def layers_table(rows: Rows) -> str:
-    """Probes by contrast: at some layers, and the best one."""
+    """Every contrast: a probe at some layers, and what else there is at the steered layer."""
     known = {name: rows[f"layers_{name}"] for name in LABELS if f"layers_{name}" in rows}
     depth = len(next(iter(known.values()))["probe"])
-    drawn = drawn_layers(depth)
+    drawn, middle = drawn_layers(depth), max(1, depth // 2) - 1
+    header = ["", *(LABELS[name] for name in known)]
     lines = []
-    for name, row in known.items():
-        middle = depth // 2 - 1
-        lines.append(
-            [
-                LABELS[name],
-                *(f"{row['probe'][layer - 1]:.2f}" for layer in drawn),
-                f"{row['components'][middle]:.2f}",
-                f"{row['coherence'][middle]:.2f}",
-                f"{row['norm'][middle] / row['state_norm'][middle]:.3f}",
-                f"{row['along'][middle]:.2f}",
-            ]
-        )
-    header = (
-        "contrast",
-        *(f"probe, layer {layer}" for layer in drawn),
-        "two components",
-        "coherence",
-        "norm",
-        "chosen farther along",
-    )
+
+    def add(label: str, form: str, values: Sequence[float]) -> None:
+        lines.append([label, *(form.format(value) for value in values)])
+
+    for layer in drawn:
+        add(f"probe, layer {layer}", "{:.2f}", [x["probe"][layer - 1] for x in known.values()])
+    best = [int(np.argmax(x["probe"])) for x in known.values()]
+    values = [x["probe"][at] for x, at in zip(known.values(), best, strict=True)]
+    cells = [f"{value:.2f} ({at + 1})" for value, at in zip(values, best, strict=True)]
+    lines.append(["best probe (its layer)", *cells])
+    for key, label in {
+        "components": "probe of two components",
+        "pair_first": "pairs told apart, first component of differences",
+        "pair_mean": "pairs told apart, mean difference",
+        "coherence": "coherence of differences",
+        "along": "chosen response farther along the mean difference than rejected",
+    }.items():
+        add(f"{label}, layer {middle + 1}", "{:.2f}", [x[key][middle] for x in known.values()])
+    sizes = [x["norm"][middle] / x["state_norm"][middle] for x in known.values()]
+    add(f"norm of the mean difference, of states, layer {middle + 1}", "{:.3f}", sizes)
+    best = [int(np.argmax(x["along"])) for x in known.values()]
+    values = [x["along"][at] for x, at in zip(known.values(), best, strict=True)]
+    cells = [f"{value:.2f} ({at + 1})" for value, at in zip(values, best, strict=True)]
+    lines.append(["chosen response farther along, at best (its layer)", *cells])
     return table(header, lines)
+
+
+ROWS_DRAWN = (
+    ("short", "states", "states under two\ninstructions"),
+    ("short", "pairs", "the same, less the\nmean of both"),
+    ("responses", "pairs", "two responses, less\nthe mean of both"),
+)
+"""Contrast, points and label of the lines of the figure."""
 
 
 def layers_figure(rows: Rows) -> None:
@@ -415,38 +456,37 @@ def layers_figure(rows: Rows) -> None:
     known = {name: rows[f"layers_{name}"] for name in LABELS if f"layers_{name}" in rows}
     depth = len(next(iter(known.values()))["probe"])
     drawn = drawn_layers(depth)
-    figure, axes = plt.subplots(3, len(drawn), figsize=(2.6 * len(drawn), 7.6))
-    for line, name in zip(axes, ("short", "responses"), strict=False):
+    figure = plt.figure(figsize=(11, 10.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+    axes = upper.subplots(len(ROWS_DRAWN), len(drawn))
+    for line, (name, points, label) in zip(axes, ROWS_DRAWN, strict=True):
         if name not in known:
             continue
         sides = ("chosen", "rejected") if name == "responses" else ("good", "bad")
         for axis, layer in zip(line, drawn, strict=True):
-            points = known[name]["drawn"][str(layer)]
-            for side, label, colour in zip(points, sides, ("C0", "C3"), strict=True):
-                axis.scatter(*np.array(side).T, s=5, color=colour, label=label)
-            explained = known[name]["explained"][layer - 1]
-            axis.set_title(f"layer {layer} ({explained:.0%} of variance)", fontsize=9)
+            both = known[name]["drawn"][str(layer)][points]
+            for side, of_side, colour in zip(both, sides, ("C0", "C3"), strict=True):
+                axis.scatter(*np.array(side).T, s=5, color=colour, label=of_side)
+            key = "explained" if points == "states" else "pair_explained"
+            axis.set_title(f"layer {layer}: {known[name][key][layer - 1]:.0%}", fontsize=9)
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel("instruction (short)" if name == "short" else "response", fontsize=9)
+        line[0].set_ylabel(label, fontsize=9)
         line[0].legend(fontsize=7)
-    grid = axes[2, 0].get_gridspec()
-    for axis in axes[2]:
-        axis.remove()
-    half = len(drawn) // 2
-    left, right = figure.add_subplot(grid[2, :half]), figure.add_subplot(grid[2, half:])
+    left, right = lower.subplots(1, 2)
     layers = np.arange(1, depth + 1)
     for number, (name, row) in enumerate(known.items()):
-        left.plot(layers, row["probe"], color=f"C{number}", label=LABELS[name])
-        right.plot(layers, row["along"], color=f"C{number}", label=LABELS[name])
-    left.set_title("held-out accuracy of a linear probe", fontsize=9)
-    right.set_title("chosen farther along the mean difference than rejected", fontsize=9)
+        look = {"color": f"C{number}", "label": LABELS[name]}
+        left.plot(layers, row["probe"], **look)
+        left.plot(layers, row["components"], color=f"C{number}", linestyle=":")
+        right.plot(layers, row["along"], **look)
+    left.set_title("held-out accuracy of a probe (dotted: of two components)", fontsize=9)
+    right.set_title("chosen response farther along the mean difference", fontsize=9)
     for axis in (left, right):
         axis.axhline(0.5, color="grey", linewidth=0.8)
-        axis.set(xlabel="layer", ylim=(0.2, 1.03))
+        axis.set(xlabel="layer", ylim=(0.3, 1.02))
         axis.grid(alpha=0.3)
-    right.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(FOLDER / "layers.png", dpi=80)
+    left.legend(fontsize=7)
+    figure.savefig(FOLDER / "layers.png", dpi=70)
     plt.close(figure)
 
 

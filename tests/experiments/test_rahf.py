@@ -142,3 +142,15 @@ def test_the_table_of_steering_has_the_gain_by_prompt(tmp_path):
     assert [line[0], line[2], *line[4:]] == ["0.1", "1.00 ± 0.00", "1.5", "6"]
     assert cells(text, "none")[2] == ""
     assert "random" not in text
+
+
+def test_pairs_are_told_apart_by_what_their_responses_do_not_share(rng):
+    shift = np.zeros(6)
+    shift[2] = 1.0
+    response = {n: 20.0 * rng.normal(size=(n, 6)) for n in (40, 15)}
+    train, test = ((x + shift, x - shift) for x in response.values())
+    assert small.in_two_components(train, test)[1] < 0.8  # the response hides it
+    explained, first, mean, points = small.in_differences(train, test)
+    assert [explained, first, mean] == pytest.approx([1.0] * 3)
+    np.testing.assert_allclose(np.abs(points)[:, :, 0], 1.0)
+    assert small.in_differences(train, test[::-1])[1:3] == (0.0, 0.0)
