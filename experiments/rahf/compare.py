@@ -273,7 +273,7 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
 
 def run_seed(seed: int, given: argparse.Namespace, rows: Rows) -> None:
     """Everything of a seed that is not there yet."""
-    names = [name for name in COMPARED if name in given.methods and name not in rows]
+    names = [name for name in given.methods if name not in rows]
     if not names:
         return
     setting = make_setting(seed, given)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from scipy.special import expit
 
 from experiments.page import half_width, put, table
 from experiments.rahf import methods, words
@@ -33,6 +34,7 @@ from jaxalign.data import (
     tokenize_prompts,
 )
 from jaxalign.errors import UserError
+from jaxalign.evaluation import length_controlled
 from jaxalign.files import read_arrays, write_arrays
 from jaxalign.models import load_pretrained
 from jaxalign.models.devices import enable_compilation_cache
@@ -79,8 +81,10 @@ VECTORS = {
     "instructions": "mean of good less bad instruction",
     "reps": "RePS (trained)",
     "random": "random direction",
+    "responses_late": "mean of chosen less rejected, later layer",
+    "instructions_late": "mean of good less bad instruction, later layer",
 }
-LENGTHS = (0.05, 0.1, 0.2, 0.4)
+LENGTHS = (0.1, 0.2, 0.4, 0.6)
 """Of the added vectors, in norms of the states they are added to."""
 CURVES = ("probe", "explained", "components", "pair_explained", "pair_first", "pair_mean")
 """Of each layer: accuracy of a probe; variance and a probe of two components; the variance of two
@@ -99,7 +103,7 @@ class Options:
     """Training pairs whose responses are read under the plain prompt, and that train RePS."""
     instructed: int = 64
     """Training pairs, and as many test pairs, that are read under each instruction."""
-    prompts: int = 32
+    prompts: int = 64
     """Test prompts that are answered."""
     tokens: int = 40
     """Most tokens of an answer."""
@@ -133,15 +137,25 @@ class Bench:
         """Number of blocks."""
         return self.model.config.layers
 
-    @property
-    def layer(self) -> int:
-        """The layer that is steered: the middle one."""
-        return max(1, self.depth // 2)
+    def layer(self, vector: str) -> int:
+        """The layer that a vector steers: the middle one, or that at two thirds of the depth."""
+        return steered_layers(self.depth)[vector.endswith("_late")]
 
     def pairs(self, records: Sequence[Any]) -> Any:
         """Their tokens under the plain prompt."""
         found, _ = tokenize_pairs(records, self.tokenizer, chat="always", max_length=256)
         return found
+
+
+def steered_layers(depth: int) -> tuple[int, int]:
+    """The middle layer, and the one at two thirds of the depth."""
+    return max(1, depth // 2), max(1, 2 * depth // 3)
+
+
+def by_layer(directions: np.ndarray) -> dict[str, list[float]]:
+    """Those of the steered layers, from the directions of all."""
+    layers = steered_layers(len(directions))
+    return {str(layer): directions[layer - 1].tolist() for layer in layers}
 
 
 def plain_states(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +267,7 @@ def of_responses(bench: Bench) -> dict[str, Any]:
         "state_norm": np.linalg.norm(train, axis=-1).mean((0, 1)).tolist(),
         "coherence": (np.square(mean).sum(-1) / np.square(gap).sum(-1).mean(0)).tolist(),
         "along": along(mean, test),
-        "vector": mean[bench.layer - 1].tolist(),
+        "vectors": by_layer(mean),
     }
 
 
@@ -271,7 +285,7 @@ def of_instructions(bench: Bench, name: str) -> dict[str, Any]:
         "coherence": summary.coherence.tolist(),
         "along": along(summary.direction, held_out),
         "cosine": cosine.tolist(),
-        "vector": summary.direction[bench.layer - 1].tolist(),
+        "vectors": by_layer(summary.direction),
     }
 
 
@@ -284,7 +298,8 @@ def along(direction: np.ndarray, means: np.ndarray) -> list[float]:
 def trained_vector(bench: Bench) -> dict[str, Any]:
     """RePS, from the difference of means."""
     train, _ = plain_states(bench)
-    first = means_difference(train[:, :, bench.layer - 1], bench.layer)
+    layer = bench.layer("reps")
+    first = means_difference(train[:, :, layer - 1], layer)
     chosen = RepsOptions(
         steps=bench.options.steps, batch_size=bench.options.batch, start="means", seed=0
     )
@@ -312,12 +327,9 @@ def vector_of(bench: Bench, name: str) -> np.ndarray:
     elif name == "reps":
         vector = np.array(bench.rows["reps"]["vector"])
     else:
-        vector = np.array(bench.rows[f"layers_{_states_of(name)}"]["vector"])
+        states = "short" if name.startswith("instructions") else "responses"
+        vector = np.array(bench.rows[f"layers_{states}"]["vectors"][str(bench.layer(name))])
     return vector / np.linalg.norm(vector)
-
-
-def _states_of(vector: str) -> str:
-    return "short" if vector == "instructions" else vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,14 +339,14 @@ class Answerer:
     bench: Bench
     prompts: Any
     sampler: Any
-    norm: float
-    """Of the states of the steered layer."""
+    norms: Sequence[float]
+    """Of the states of every layer."""
 
-    def __call__(self, unit: np.ndarray, length: float) -> Said:
+    def __call__(self, unit: np.ndarray, layer: int, length: float) -> Said:
         """The answers under a vector of some length, in norms of the states."""
         params, config = self.bench.model.params, self.bench.model.config
-        vector = (length * self.norm * unit).astype(np.float32)
-        added = SteeringVector(layer=self.bench.layer, vector=vector)
+        vector = (length * self.norms[layer - 1] * unit).astype(np.float32)
+        added = SteeringVector(layer=layer, vector=vector)
         return answers(steered(params, config, added), params, self.prompts, self.sampler)
 
 
@@ -348,7 +360,7 @@ def answerer(bench: Bench) -> Answerer:
         bench=bench,
         prompts=prompts,
         sampler=make_sampler(bench.model.config, bench.tokenizer, bench.options.tokens),
-        norm=bench.rows["layers_responses"]["state_norm"][bench.layer - 1],
+        norms=bench.rows["layers_responses"]["state_norm"],
     )
     bench.made.append(found)
     return found
@@ -356,7 +368,7 @@ def answerer(bench: Bench) -> Answerer:
 
 def steering_row(bench: Bench, vector: str, length: float) -> dict[str, Any]:
     """Reward and fluency of every answer under a vector."""
-    said = answerer(bench)(vector_of(bench, vector), length)
+    said = answerer(bench)(vector_of(bench, vector), bench.layer(vector), length)
     return {
         "reward": words.of(methods.JUDGED)(said.responses).tolist(),
         "fluency": (said.base_log_prob / said.length).tolist(),
@@ -408,7 +420,7 @@ def layers_table(rows: Rows) -> str:
     """Every contrast: a probe at some layers, and what else there is at the steered layer."""
     known = {name: rows[f"layers_{name}"] for name in LABELS if f"layers_{name}" in rows}
     depth = len(next(iter(known.values()))["probe"])
-    drawn, middle = drawn_layers(depth), max(1, depth // 2) - 1
+    drawn, middle = drawn_layers(depth), steered_layers(depth)[0] - 1
     header = ["", *(LABELS[name] for name in known)]
     lines = []
 
@@ -457,7 +469,9 @@ def layers_figure(rows: Rows) -> None:
     depth = len(next(iter(known.values()))["probe"])
     drawn = drawn_layers(depth)
     figure = plt.figure(figsize=(11, 10.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+    upper: Any
+    lower: Any
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.7, 1), squeeze=False)[:, 0]
     axes = upper.subplots(len(ROWS_DRAWN), len(drawn))
     for line, (name, points, label) in zip(axes, ROWS_DRAWN, strict=True):
         if name not in known:
@@ -501,6 +515,13 @@ def gain(rows: Rows, name: str, key: str) -> list[float]:
     return [after - before for after, before in pairs]
 
 
+def at_equal_length(rows: Rows, name: str) -> float:
+    """The judge's preference for the steered answer, as it would be for answers of equal length."""
+    preference = expit(np.array(gain(rows, name, "reward")))
+    both = ([float(len(x)) for x in rows[one]["answers"]] for one in (name, "steer_none"))
+    return length_controlled(preference, *(np.array(one) for one in both)).rate
+
+
 def steering_table(rows: Rows) -> str:
     """Reward and fluency by vector and length."""
     lines = []
@@ -515,6 +536,7 @@ def steering_table(rows: Rows) -> str:
                 f"{length:g}",
                 with_half_width(row["reward"]),
                 "" if is_base else with_half_width(gain(rows, name, "reward")),
+                "" if is_base else f"{at_equal_length(rows, name):.2f}",
                 with_half_width(row["fluency"]),
                 f"{np.mean(row['KL']):.1f}",
                 f"{np.mean(row['tokens']):.0f}",
@@ -525,6 +547,7 @@ def steering_table(rows: Rows) -> str:
         "length",
         "reward",
         "less the model's",
+        "wins at equal length",
         "fluency (nats/token)",
         "KL (nats an answer)",
         "tokens",

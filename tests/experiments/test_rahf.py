@@ -135,12 +135,14 @@ def test_pairs_are_counted_along_a_direction_by_layer():
 def test_the_table_of_steering_has_the_gain_by_prompt(tmp_path):
     rows = Rows(folder=tmp_path)
     base = {"reward": [0.0, 2.0], "fluency": [-1.0, -2.0], "KL": [0.0, 0.0], "tokens": [5, 7]}
+    base["answers"] = ["one", "two"]
     rows.write("steer_none", base)
     rows.write("steer_reps_0.1", base | {"reward": [1.0, 3.0], "KL": [1.0, 2.0]})
     text = small.steering_table(rows)
     line = cells(text, "RePS (trained)")
-    assert [line[0], line[2], *line[4:]] == ["0.1", "1.00 ± 0.00", "1.5", "6"]
-    assert cells(text, "none")[2] == ""
+    assert 0.7 < float(line[3]) < 0.75  # the sigmoid of 1: the answers are equally long
+    assert [line[0], line[2], *line[5:]] == ["0.1", "1.00 ± 0.00", "1.5", "6"]
+    assert cells(text, "none")[2:4] == ["", ""]
     assert "random" not in text
 
 
