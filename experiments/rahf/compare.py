@@ -1,15 +1,19 @@
-"""The README's table: every method on the same pairs and base, scored by a held-out reward model.
+"""Every method on the same pairs and base, scored by a held-out judge.
 
-Command:  python -m experiments.rahf.compare --scale small --model FOLDER [--seeds 0 1 2]
+Command:  python -m experiments.rahf.compare --scale small --model FOLDER --steps 40 --batch 4
           python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     a seed of `small` takes minutes on a GPU; three seeds of `tiny` take an hour and a half on
-          two CPU cores; what is there is not run again
-Needs:    at `tiny` the base model of experiments/base_lm
+Time:     a seed of `small` takes half an hour on one CPU core at these sizes; three seeds of `tiny`
+          take an hour and a half on two CPU cores
+Needs:    at `small` a chat model, at `tiny` the base model of experiments/base_lm
+Expect:   a file under rows/ for every method of every seed as it ends, and this folder's README
+
+The same command resumes: neither runs nor rows that are there are made again. The judge of `small`
+reads words (`words.py`); that of `tiny` is a reward model.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ from scipy.special import expit
 
 from experiments.gradient_entanglement.runs import finished
 from experiments.page import half_width, put, table
-from experiments.rahf import methods
+from experiments.rahf import methods, words
+from experiments.short_runs import Rows
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     load_tokenizer,
@@ -32,7 +37,8 @@ from jaxalign.data import (
     tokenize_prompts,
 )
 from jaxalign.data.plain_prompts import plain_prompts
-from jaxalign.evaluation import length_controlled, win_rate
+from jaxalign.errors import UserError
+from jaxalign.evaluation import length_controlled
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.files import read_json, write_json
 from jaxalign.generation import Sampling
@@ -46,8 +52,8 @@ from jaxalign.sharding import make_mesh
 from jaxalign.stages.inputs import instructions_of
 
 FOLDER = Path(__file__).parent
-BATCH = 32
-MAX_TOKENS = 64
+BATCH, TOKENS = 32, 64
+"""Prompts in a batch, and most tokens of an answer."""
 COMPARED = {
     "base": "base",
     "preferred_sft": "preferred SFT",
@@ -57,41 +63,58 @@ COMPARED = {
     "scit": "RAHF-SCIT",
     "dual": "RAHF-Dual",
 }
-ORDER = ("base", "judge", "reward", "preferred_sft", "rejected_sft", *list(COMPARED)[2:])
+NEEDS = {
+    "policy_gradient": ("reward", "policy_gradient"),
+    "dual": ("preferred_sft", "rejected_sft", "dual"),
+}
+"""Runs behind a method, in their order, where there is more than its own."""
 CASES = ("parted", "both down", "both up", "crossed")
 """Of the log-probs of chosen and rejected: chosen up and rejected down, ..., chosen down alone."""
+Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+"""Prompts and responses -> rewards."""
 
 
 def configs(seed: int, given: argparse.Namespace) -> dict[str, TrainConfig]:
-    """Every run of a seed, in an order in which each finds what it needs."""
+    """Every run of a seed."""
     how = {"output": f"{given.output}/seed_{seed}", "model": given.model}
-    scale, steps = given.scale, given.steps
+    scale = given.scale
     made = {
-        "judge": methods.judge(scale, **how),
-        "reward": methods.reward(scale, **how),
-        "preferred_sft": methods.preferred_sft(scale, **how),
-        "rejected_sft": methods.rejected_sft(scale, **how),
-        "hir": methods.hir(scale, **how),
-        "dpo": methods.dpo(scale, **how),
-        "policy_gradient": methods.policy_gradient(scale, **how),
-        "scit": methods.scit(scale, **how),
-        "dual": methods.dual(scale, **how),
+        name: getattr(methods, name)(scale, **how)
+        for name in ("preferred_sft", "rejected_sft", *list(COMPARED)[2:])
     }
     if scale == "tiny":
+        made |= {name: getattr(methods, name)(scale, **how) for name in ("judge", "reward")}
         made["base"] = methods.instruction_sft(scale, **how)
-    return {name: shortened(made[name], steps, seed) for name in ORDER if name in made}
+    return {name: shortened(one, given.steps, seed, given.batch) for name, one in made.items()}
 
 
-def shortened(config: TrainConfig, steps: int | None, seed: int) -> TrainConfig:
-    """The config with another seed, and with that many steps in each of its stages."""
-    stages = {}
+def shortened(
+    config: TrainConfig, steps: int | None, seed: int, batch: int | None = None
+) -> TrainConfig:
+    """The config with another seed, and with that many steps in each of its stages.
+
+    With a batch, of so many pairs or prompts, or of the responses of so many pairs, and without
+    evaluations in the runs themselves.
+    """
+    stages: dict[str, Any] = {}
     for name in ("sft", "preference", "online", "representation"):
         stage = getattr(config, name)
-        if stage.steps and steps is not None:
+        if not stage.runs:
+            continue
+        if steps is not None:
             rule = dataclasses.replace(stage.optimizer, warmup_steps=steps // 10)
             if stage.optimizer.warmup_steps == 0:
                 rule = stage.optimizer
-            stages[name] = dataclasses.replace(stage, steps=steps, optimizer=rule)
+            stage = dataclasses.replace(stage, steps=steps, optimizer=rule)
+        if batch is not None:
+            rows = batch * (2 if name in ("sft", "representation") else 1)
+            stage = dataclasses.replace(stage, batch_size=rows)
+            if name == "online":
+                rollout = dataclasses.replace(stage.rollout, max_eval_prompts=0)
+                stage = dataclasses.replace(stage, rollout=rollout)
+        stages[name] = stage
+    if batch is not None:
+        stages["max_eval_records"] = 0
     return dataclasses.replace(config, seed=seed, **stages)
 
 
@@ -104,16 +127,27 @@ class Said:
     """Tokens of each."""
     log_ratio: np.ndarray
     """To the base, in nats, of the policy's own samples: their mean is the divergence."""
+    base_log_prob: np.ndarray
+    """Of the same samples under the base, in nats."""
+
+
+def make_sampler(model: Any, tokenizer: Any, max_tokens: int) -> Sampler:
+    """A sampler at temperature 1 until the tokenizer's end token."""
+    sampling = Sampling(max_tokens=max_tokens, end_tokens=(int(tokenizer.eos_token_id),))
+    return Sampler(config=model, tokenizer=tokenizer, sampling=sampling, mesh=make_mesh())
 
 
 def answers(
-    policy: Mapping[str, Any], base: Mapping[str, Any], prompts: Any, model: Any, tokenizer: Any
+    policy: Mapping[str, Any],
+    base: Mapping[str, Any],
+    prompts: Any,
+    sampler: Sampler,
+    batch_size: int = BATCH,
 ) -> Said:
-    """A response to each prompt, sampled at temperature 1 until the tokenizer's end token."""
-    sampling = Sampling(max_tokens=MAX_TOKENS, end_tokens=(int(tokenizer.eos_token_id),))
-    sampler = Sampler(config=model, tokenizer=tokenizer, sampling=sampling, mesh=make_mesh())
-    texts, lengths, ratios = [], [], []
-    for at, batch in enumerate(prompt_batches(prompts, batch_size=BATCH, epochs=1, shuffle=False)):
+    """A response to each prompt, with the same random numbers for every policy."""
+    columns: tuple[list[Any], ...] = ([], [], [], [])
+    size = min(batch_size, len(prompts))
+    for at, batch in enumerate(prompt_batches(prompts, batch_size=size, epochs=1, shuffle=False)):
         found = sampler(
             {"policy": policy, "base": base},
             {"policy": 1.0, "base": 0.0},
@@ -121,16 +155,19 @@ def answers(
             jax.random.fold_in(jax.random.key(7), at),
             samples=1,
         )
-        real = batch.weight > 0
-        order = np.asarray(batch.record_index)[real]
-        ratio = (found.log_prob["policy"] - found.log_prob["base"]).sum(-1)[real, 0]
-        kept = [row[0] for row, counts in zip(found.texts, real, strict=True) if counts]
-        texts += list(zip(order.tolist(), kept, strict=True))
-        lengths += list(zip(order.tolist(), found.length[real, 0].tolist(), strict=True))
-        ratios += list(zip(order.tolist(), ratio.tolist(), strict=True))
-    in_order = [[value for _, value in sorted(column)] for column in (texts, lengths, ratios)]
+        real = np.asarray(batch.weight) > 0
+        order = np.asarray(batch.record_index)[real].tolist()
+        own, of_base = (found.log_prob[x].sum(-1)[real, 0] for x in ("policy", "base"))
+        texts = [row[0] for row, counts in zip(found.texts, real, strict=True) if counts]
+        values = texts, found.length[real, 0].tolist(), (own - of_base).tolist(), of_base.tolist()
+        for column, new in zip(columns, values, strict=True):
+            column += list(zip(order, new, strict=True))
+    texts, length, ratio, of_base = ([x for _, x in sorted(column)] for column in columns)
     return Said(
-        responses=in_order[0], length=np.array(in_order[1]), log_ratio=np.array(in_order[2])
+        responses=texts,
+        length=np.array(length),
+        log_ratio=np.array(ratio),
+        base_log_prob=np.array(of_base),
     )
 
 
@@ -164,77 +201,127 @@ def with_instruction(records: Sequence[Any], instruction: str) -> list[Any]:
     ]
 
 
-def measure(
-    seed: int, given: argparse.Namespace
-) -> tuple[dict[str, dict[str, float]], list[list[float]]]:
-    """Train what is not there; every method's measures, and all against all before the judge."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the methods of a seed share."""
+
+    given: argparse.Namespace
+    made: Mapping[str, TrainConfig]
+    start: Path | str
+    """Folder of the base."""
+    tokenizer: Any
+    base: Any
+    judge: Judge
+    sampler: Sampler
+
+
+def make_setting(seed: int, given: argparse.Namespace) -> Setting:
+    """The base and the judge, trained where they are not there."""
     made = configs(seed, given)
-    runs = {name: finished(one) for name, one in made.items()}
+    start = finished(made["base"]) / "export" if "base" in made else given.model
+    tokenizer, base = load_tokenizer(start), load_pretrained(start, mesh=make_mesh())
+    if "judge" in made:
+        judge: Judge = RewardModel.load(finished(made["judge"]) / "export").rewards
+    else:
+        judge = lambda prompts, responses: words.of(methods.JUDGED)(responses)  # noqa: E731
+    sampler = make_sampler(base.config, tokenizer, given.tokens)
+    return Setting(
+        given=given,
+        made=made,
+        start=start,
+        tokenizer=tokenizer,
+        base=base,
+        judge=judge,
+        sampler=sampler,
+    )
+
+
+def measure(name: str, setting: Setting) -> dict[str, Any]:
+    """Train a method where it is not there, and measure it."""
+    given, made = setting.given, setting.made
+    folder = setting.start
+    if name != "base":
+        runs = [finished(made[x]) for x in NEEDS.get(name, (name,)) if x in made]
+        folder = runs[-1] / "export"
+    config = made.get(name, made["hir"])
     records = list(preference_records(methods.TEST))[: given.prompts]
     questions = list(prompt_records(methods.TEST))[: given.prompts]
-    judge = RewardModel.load(runs["judge"] / "export")
-    start = runs["base"] / "export" if "base" in runs else given.model
-    tokenizer = load_tokenizer(start)
     asked = [str(record.prompt) for record in records]
-    mesh = make_mesh()
-    base = load_pretrained(start, mesh=mesh)
-    found: dict[str, dict[str, float]] = {}
-    kept: dict[str, tuple[Any, Any]] = {}
-    rewards: dict[str, np.ndarray] = {}
-    for name in COMPARED:
-        config = made.get(name, made["hir"])
-        told = instructions_of(config).positive if name == "hir" else None  # it was taught that
-        layout, rows, asking = config.prompt_format, records, questions
-        in_chat = plain_prompts(tokenizer, config.chat, prompt_format=layout).as_turns
-        if told is not None and in_chat:
-            rows, asking = (with_instruction(x, told) for x in (records, questions))
-        elif told is not None:
-            layout = f"{told}\n\n{layout}"
-        options: dict[str, Any] = {"prompt_format": layout, "max_length": config.max_length}
-        options["chat"] = "always" if in_chat else "never"
-        prompts, _ = tokenize_prompts(asking, tokenizer, **options)
-        pairs, _ = tokenize_pairs(rows, tokenizer, **options)
-        model = load_pretrained(start if name == "base" else runs[name] / "export", mesh=mesh)
-        said = answers(model.params, base.params, prompts, base.config, tokenizer)
-        log_probs = pair_log_probs(model.params, pairs, base.config)
-        kept[name] = said, log_probs
-        rewards[name] = judge.rewards(asked, said.responses)
-        first, before = kept["base"]
-        better = judge.preferences(asked, said.responses, first.responses).preference
-        rates = [0.5, 0.5]
-        if name != "base":
-            same = length_controlled(better, *(map_lengths(x) for x in (said, first)))
-            rates = [win_rate(better).rate, same.rate]
-        change = log_probs - before
-        found[name] = {
-            "reward": float(rewards[name].mean()),
-            "win rate": rates[0],
-            "win rate at equal length": rates[1],
-            "accuracy": float(np.mean(change[:, 0] > change[:, 1])) if name != "base" else 0.5,
-            "KL": float(said.log_ratio.mean()),
-            "tokens": float(said.length.mean()),
-        } | dict(zip(CASES, cases(before, log_probs), strict=True))
-    scores = np.array(list(rewards.values()))  # Bradley and Terry's preference, prompt by prompt
-    return found, expit(scores[:, None] - scores[None]).mean(-1).tolist()
+    told = instructions_of(config).positive if name == "hir" else None  # it was taught that
+    layout = config.prompt_format
+    in_chat = plain_prompts(setting.tokenizer, config.chat, prompt_format=layout).as_turns
+    if told is not None and in_chat:
+        records, questions = (with_instruction(x, told) for x in (records, questions))
+    elif told is not None:
+        layout = f"{told}\n\n{layout}"
+    options: dict[str, Any] = {"prompt_format": layout, "max_length": config.max_length}
+    options["chat"] = "always" if in_chat else "never"
+    prompts, _ = tokenize_prompts(questions, setting.tokenizer, **options)
+    pairs, _ = tokenize_pairs(records, setting.tokenizer, **options)
+    model = setting.base if name == "base" else load_pretrained(folder, mesh=make_mesh())
+    said = answers(model.params, setting.base.params, prompts, setting.sampler)
+    return {
+        "reward": setting.judge(asked, said.responses).tolist(),
+        "characters": [len(text) for text in said.responses],
+        "tokens": said.length.tolist(),
+        "KL": said.log_ratio.tolist(),
+        "fluency": (said.base_log_prob / said.length).tolist(),
+        "log_probs": pair_log_probs(model.params, pairs, setting.base.config).tolist(),
+        "answers": list(said.responses),
+    }
 
 
-def measured(
-    seed: int, given: argparse.Namespace
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """What `measure` found, from its file where that is of the same options."""
-    path = given.rows / f"{given.scale}_{seed}.json"
-    world = {"model": Path(given.model).name, "steps": given.steps, "prompts": given.prompts}
-    kept = read_json(path, "rows") if path.is_file() else {}
-    if kept.get("options") != world:
-        found, against = measure(seed, given)
-        kept = {"options": world, "methods": found, "against": against}
-        write_json(path, kept)
-    return kept["methods"], np.array(kept["against"])
+def run_seed(seed: int, given: argparse.Namespace, rows: Rows) -> None:
+    """Everything of a seed that is not there yet."""
+    names = [name for name in given.methods if name not in rows]
+    if not names:
+        return
+    setting = make_setting(seed, given)
+    for name in names:
+        rows.write(name, measure(name, setting))
 
 
-def map_lengths(said: Said) -> np.ndarray:
-    """Characters of each response."""
-    return np.array([float(len(text)) for text in said.responses])
+def same_options(rows: Rows, options: Mapping[str, Any]) -> None:
+    """Check that the folder's rows were made with the same options; a new folder keeps these.
+
+    Raises:
+      UserError: they were not.
+    """
+    path = rows.folder.with_name(f"{rows.folder.name}_options.json")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(options))
+    known = read_json(path, "options of a study")
+    if changed := [name for name, value in options.items() if known.get(name) != value]:
+        raise UserError(
+            f"{rows.folder}: holds rows made with another {', '.join(changed)}; set --rows to "
+            "another folder"
+        )
+
+
+def by_prompt(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The measures of a method, prompt by prompt."""
+    rewards = np.array(row["reward"])
+    change = np.array(row["log_probs"]) - np.array(base["log_probs"])
+    is_base = row is base
+    return {
+        "reward": rewards,
+        "win rate": expit(rewards - np.array(base["reward"])),
+        "accuracy": np.full(len(rewards), 0.5) if is_base else 1.0 * (change[:, 0] > change[:, 1]),
+        "KL": np.array(row["KL"]),
+        "fluency": np.array(row["fluency"]),
+        "tokens": np.array(row["tokens"], np.float64),
+    }
+
+
+def measures(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    """The measures of a method of a seed that are not means over prompts."""
+    same = 0.5
+    if row is not base:
+        lengths = (np.array(x["characters"], np.float64) for x in (row, base))
+        same = length_controlled(by_prompt(row, base)["win rate"], *lengths).rate
+    shares = cases(np.array(base["log_probs"]), np.array(row["log_probs"]))
+    return {"win rate at equal length": same} | dict(zip(CASES, shares, strict=True))
 
 
 def cell(values: Sequence[float], digits: int) -> str:
@@ -245,15 +332,112 @@ def cell(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {half_width(values):.{digits}f}"
 
 
-def side_by_side(matrices: Sequence[np.ndarray]) -> str:
+def side_by_side(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
     """The judge's mean preference of each row over each column, over seeds."""
-    labels = list(COMPARED.values())
+    names = [name for name in COMPARED if all(name in one for one in seeds)]
 
-    def at(i: int, j: int) -> str:
-        return "" if i == j else cell([matrix[i, j] for matrix in matrices], 3)
+    def at(row: str, column: str) -> str:
+        if row == column:
+            return ""
+        gaps = [np.array(one[row]["reward"]) - np.array(one[column]["reward"]) for one in seeds]
+        return across([expit(gap) for gap in gaps], 3)
 
-    rows = [[name, *(at(i, j) for j in range(len(labels)))] for i, name in enumerate(labels)]
-    return table(["the row over the column", *labels], rows)
+    lines = [[COMPARED[row], *(at(row, column) for column in names)] for row in names]
+    return table(["the row over the column", *(COMPARED[x] for x in names)], lines)
+
+
+def across(values: Sequence[np.ndarray], digits: int) -> str:
+    """Mean of a measure, its interval over seeds, or over the prompts of a single one."""
+    if len(values) == 1:
+        return f"{np.mean(values[0]):.{digits}f} ± {half_width(values[0].tolist()):.{digits}f}"
+    return cell([float(np.mean(one)) for one in values], digits)
+
+
+SHOWN = {
+    "reward": ("reward", 3),
+    "win rate": ("beats the base", 3),
+    "win rate at equal length": ("at equal length", 3),
+    "accuracy": ("accuracy", 3),
+    "KL": ("KL (nats a response)", 2),
+    "fluency": ("fluency (nats/token)", 2),
+    "tokens": ("tokens", 1),
+}
+"""Measure -> its column and digits."""
+
+
+def tables(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """The three tables, of the rows of every seed by method."""
+    names = [name for name in COMPARED if all(name in one for one in seeds)]
+
+    def value(name: str, key: str, digits: int) -> str:
+        each = [by_prompt(one[name], one["base"]).get(key) for one in seeds]
+        if any(one is None for one in each):
+            return cell([measures(one[name], one["base"])[key] for one in seeds], digits)
+        return across([one for one in each if one is not None], digits)
+
+    lines = [
+        [COMPARED[name], *(value(name, key, digits) for key, (_, digits) in SHOWN.items())]
+        for name in names
+    ]
+    text = table(["method", *(label for label, _ in SHOWN.values())], lines)
+    moved = [
+        [COMPARED[name], *(value(name, key, 3) for key in CASES)]
+        for name in names
+        if name != "base"
+    ]
+    return "\n".join([text, table(["method", *CASES], moved), side_by_side(seeds)])
+
+
+def plot(seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """The judge's preference against the divergence, and the change of the pairs' log-probs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    names = [name for name in COMPARED if all(name in one for one in seeds)]
+    for number, name in enumerate(names):
+        for one in seeds:
+            values = by_prompt(one[name], one["base"])
+            first = one is seeds[0]
+            look = {"color": f"C{number}", "label": COMPARED[name] if first else None}
+            width = {
+                key: 0.0 if name == "base" else half_width(values[key].tolist())
+                for key in ("KL", "win rate")
+            }
+            left.errorbar(
+                values["KL"].mean(),
+                values["win rate"].mean(),
+                xerr=width["KL"],
+                yerr=width["win rate"],
+                marker="o",
+                capsize=2,
+                **look,
+            )
+            change = np.array(one[name]["log_probs"]) - np.array(one["base"]["log_probs"])
+            if name != "base":
+                right.scatter(change[:, 1], change[:, 0], s=10, **look)
+    left.axhline(0.5, color="grey", linewidth=0.8)
+    left.set(xlabel="KL to the base (nats a response)", ylabel="beats the base")
+    right.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set(xlabel="change of rejected (nats)", ylabel="change of chosen (nats)")
+    left.legend(fontsize=7)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def command_of(given: argparse.Namespace) -> str:
+    """The flags that made the rows."""
+    parts = ["--scale small --model FOLDER"] if given.scale == "small" else []
+    parts.append(f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}")
+    parts += [f"--{x} {getattr(given, x)}" for x in ("steps", "batch") if getattr(given, x)]
+    parts += [f"--tokens {given.tokens}"] if given.tokens != TOKENS else []
+    return f"python -m experiments.rahf.compare {' '.join(parts)}"
 
 
 def main() -> None:
@@ -261,42 +445,37 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--steps", type=int, help="of every stage; default: those of the configs")
+    flags.add_argument(
+        "--batch", type=int, help="pairs or prompts of an update; default: those of the configs"
+    )
     flags.add_argument("--prompts", type=int, default=164, help="test prompts")
+    flags.add_argument("--tokens", type=int, default=TOKENS, help="most of an answer")
+    flags.add_argument("--methods", nargs="+", default=list(COMPARED), choices=list(COMPARED))
     flags.add_argument("--output", default="runs/rahf")
     flags.add_argument("--scale", default="tiny", choices=("tiny", "small"))
     flags.add_argument("--model", default=methods.SMALL, help="the chat model of `small`")
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of results")
     given = flags.parse_args()
-    given.rows.mkdir(parents=True, exist_ok=True)
-    both = [measured(seed, given) for seed in given.seeds]
-    each, against = [found for found, _ in both], [matrix for _, matrix in both]
-    columns = {
-        "reward": 3,
-        "win rate": 3,
-        "win rate at equal length": 3,
-        "accuracy": 3,
-        "KL": 2,
-        "tokens": 1,
-    }
-
-    def rows(shown: Mapping[str, int]) -> list[list[str]]:
-        return [
-            [label, *(cell([one[name][key] for one in each], at) for key, at in shown.items())]
-            for name, label in COMPARED.items()
-        ]
-
-    header = ["method", "reward", "beats the base", "at equal length", "accuracy",
-              "KL (nats a response)", "tokens"]  # fmt: skip
-    text = table(header, rows(columns))
-    text += "\n" + table(["method", *CASES], rows(dict.fromkeys(CASES, 3))[1:])  # not the base
-    text += "\n" + side_by_side(against)
+    folder = given.rows / f"{given.scale}_comparison"
+    options = {x: getattr(given, x) for x in ("steps", "batch", "prompts", "tokens")}
+    options["model"] = Path(given.model).name if given.scale == "small" else "base_lm"
+    same_options(Rows(folder=folder), options)
+    of_seeds = [Rows(folder=folder / f"seed_{seed}") for seed in given.seeds]
+    for seed, rows in zip(given.seeds, of_seeds, strict=True):
+        run_seed(seed, given, rows)
+    seeds = [{name: rows[name] for name in rows.names()} for rows in of_seeds]
+    text = tables(seeds)
     print(text)
-    command = "--scale small --model FOLDER " if given.scale == "small" else ""
-    command += f"--seeds {' '.join(map(str, given.seeds))} --prompts {given.prompts}"
-    command += f" --steps {given.steps}" if given.steps else ""
     section = "comparison" if given.scale == "tiny" else f"{given.scale} comparison"
-    put(FOLDER, section, f"`python -m experiments.rahf.compare {command}` printed:\n\n{text}")
+    shown = f"`{command_of(given)}` printed:\n\n{text}"
+    if given.scale == "small":
+        plot(seeds, FOLDER / "comparison.png")
+        shown += "\n![preference against divergence, and pairs](comparison.png)\n"
+    put(FOLDER, section, shown)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"compare: {error}") from None

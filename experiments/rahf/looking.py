@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.page import put, table
 from experiments.rahf import methods
-from experiments.rahf.compare import answers
+from experiments.rahf.compare import TOKENS, answers, make_sampler
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     load_tokenizer,
@@ -129,6 +129,7 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
     }
     learning = list(preference_records(config.data[0]))[:200]
     rows, plain = [], tuned.params
+    sampler = make_sampler(tuned.config, tokenizer, TOKENS)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for name, layers in bands.items():
         if not layers:  # a model of few layers
@@ -138,7 +139,7 @@ def steer(run: Path, judge: Path, tuned: Any, prompts: int) -> str:
         for strength in STRENGTHS:
             vectors = steering(direction, layers, strength=strength, depth=depth)
             steered = with_steering(plain, vectors)
-            said = answers(steered, plain, asked, tuned.config, tokenizer)
+            said = answers(steered, plain, asked, sampler)
             texts = [str(record.prompt) for record in records]
             rewards.append(float(scored.rewards(texts, said.responses).mean()))
             divergences.append(float(said.log_ratio.mean()))

@@ -6,13 +6,14 @@ Command:  jaxalign train experiments/rahf/methods.py:scit [--scale small], or an
 Time:     a few minutes each on two CPU cores (`tiny`)
 
 `small` makes the short answers of SmolLM2-135M-Instruct polite (1,094 pairs: the first 60 % to
-train on, then 25 % for the held-out reward model, the last 15 % to be tested on); it begins with
-the chat model itself. `tiny` is the same with the base model of `experiments/base_lm` after SFT;
-`paper` is Llama-2-7B on UltraFeedback with the settings of arXiv:2312.15997's released scripts,
-halves of the data as there.
+train on, then 25 % for the held-out judge, the last 15 % to be tested on); it begins with the chat
+model itself, trains adapters, and its policy gradient is rewarded by `words.polite`. `tiny` is the
+same with the base model of `experiments/base_lm` after SFT; `paper` is Llama-2-7B on UltraFeedback
+with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from experiments.gradient_entanglement.runs import DATA, TINY
@@ -36,16 +37,17 @@ PAPER = f"{ULTRA}#train[:49%]", f"{ULTRA}#train[49%:98%]", f"{ULTRA}#train[98%:]
 SCALES = ("tiny", "small", "paper")
 SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RATES = {
-    "sft": {"tiny": 3e-4, "small": 1e-5, "paper": 2e-5},
-    "dpo": {"tiny": 1e-4, "small": 2e-6, "paper": 5e-7},
-    "reward": {"tiny": 3e-4, "small": 1e-5, "paper": 1e-5},
-    "policy gradient": {"tiny": 1e-4, "small": 2e-6, "paper": 1e-6},
-    "scit": {"tiny": 3e-4, "small": 1e-5, "paper": 2e-5},
+    "sft": {"tiny": 3e-4, "small": 5e-4, "paper": 2e-5},
+    "dpo": {"tiny": 1e-4, "small": 2e-4, "paper": 5e-7},
+    "reward": {"tiny": 3e-4, "small": 2e-4, "paper": 1e-5},
+    "policy gradient": {"tiny": 1e-4, "small": 2e-4, "paper": 1e-6},
+    "scit": {"tiny": 3e-4, "small": 5e-4, "paper": 2e-5},
     "scit fit": {"tiny": 3e-3, "small": 1e-3, "paper": 3e-4},
     "dual fit": {"tiny": 3e-3, "small": 1e-3, "paper": 9e-6},
 }
 """Stage -> scale -> learning rate; at `paper` the released scripts', and DPO's authors' for DPO."""
 FORMAT = "Human: {prompt}\n\nAssistant: "
+WORDS = Path(__file__).with_name("words.py")
 STEPS = 120
 """Updates of each stage in `tiny` and `small`: of 16 pairs, three epochs."""
 
@@ -80,6 +82,8 @@ def common(scale: str, name: str, output: str = "runs", model: str = SMALL) -> T
             eval_data=TEST,
             max_length=320,
             max_eval_records=None,
+            lora=LoraConfig(rank=16),
+            representation=RepresentationConfig(alignment=AlignmentConfig(instructions="short")),
         )
     return TrainConfig(
         name=run_name(scale, name),
@@ -177,11 +181,13 @@ def reward_model(scale: str, which: str, **how: Any) -> TrainConfig:
 def policy_gradient(scale: str, **how: Any) -> TrainConfig:
     """The regularised policy gradient (in place of PPO), rewarded by "reward"."""
     config = common(scale, "policy_gradient", **how)
+    annotator = f"reward:{config.output}/{run_name(scale, 'reward')}/export"
     rollout = RolloutConfig(
         algorithm="regularised_policy_gradient",
         prompts=PAPER[1] if scale == "paper" else TRAIN,
         eval_prompts=config.eval_data[0] if config.eval_data else None,
-        annotator=f"reward:{config.output}/{run_name(scale, 'reward')}/export",
+        annotator=None if scale == "small" else annotator,
+        reward=(f"{WORDS}:polite",) if scale == "small" else (),
         max_prompt_length=256 if scale == "paper" else 128,
         max_tokens=512 if scale == "paper" else 32,
     )

@@ -131,6 +131,8 @@ NOT_RUN = {
     r"python -m experiments\.ipo_md\.small .*": "an hour; tests/experiments/test_together.py",
     r"python -m experiments\.drpo\.small .*": "an hour and two real models; "
     "tests/experiments/test_drpo_small.py has scripted ones",
+    r"python -m experiments\.rahf\.small .*": "minutes of a real chat model; its numbers and its "
+    "tables are in tests/experiments/test_rahf.py",
     r"python -m build": "needs the network",
     r"jaxalign (collect METHOD|train EXPERIMENT)": "a placeholder, with commands beside it",
     r"python -m benchmarks\.(real_pairs|step_parts|dpo_step|sampling|loading|start_up) .*"
