@@ -183,7 +183,7 @@ def gathered(name: str, options: Options, data: Data, rows: Rows) -> Sequence[Pa
             "words": {x: [len(p[x].split()) for p in pairs] for x in ("chosen", "rejected")},
             "reward_prefers_chosen": agreed(options, pairs),
             "statistics": {x: statistics[x] for x in kept if x in statistics},
-            "shown": pairs[:SHOWN],
+            "shown": [] if name == PEOPLE else pairs[:SHOWN],
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - cpu,
         },
