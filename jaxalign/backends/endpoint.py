@@ -143,7 +143,8 @@ class ChatEndpoint:
         If it only returns those of next tokens, as llama.cpp's does, a continuation is one token:
         its log-prob is read off the most likely next tokens, after the space that all continuations
         of a prompt begin with where that is a token by itself. A continuation that is not among
-        them has the least of theirs, an upper bound; NaN if no continuation of its prompt is.
+        them has the least of theirs, an upper bound; NaN if no continuation of its prompt is, or if
+        one of them begins it, so that it is several tokens.
 
         Raises:
           UserError: it returns neither, or a prompt is a conversation.
@@ -217,7 +218,8 @@ class ChatEndpoint:
                 following = self._likely(text + " ", stopped)
                 found = {f" {token}": value for token, value in following.items()}
             rest = min(found.values()) if any(one in found for one in own) else math.nan
-            return {one: found.get(one, rest) for one in own}
+            longer = {one for one in own if any(x and x != one and one.startswith(x) for x in found)}
+            return {one: found.get(one, math.nan if one in longer else rest) for one in own}
 
         known = dict(self.client.together(len(texts), ask))
         by_text = {text: known[at] for at, text in enumerate(texts)}

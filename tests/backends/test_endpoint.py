@@ -341,6 +341,12 @@ def test_words_that_begin_with_their_space_are_next_tokens_as_they_are(unwilling
     assert all(math.isnan(x.log_prob) for x in backend.score(["p", "p"], [" Maybe", "so"]))
 
 
+def test_a_continuation_of_several_tokens_has_no_log_prob(unwilling):
+    backend, _ = unwilling((400, {}), next_token(**{" Yes": -2.0, " Not": -0.2}))
+    yes, several = backend.score(["p", "p"], [" Yes", " Not at all"])
+    assert yes.log_prob == -2.0 and math.isnan(several.log_prob)
+
+
 def test_a_server_without_log_probs_says_so(unwilling):
     backend, _ = unwilling((200, {"choices": [{"text": "x"}]}))
     with pytest.raises(UserError, match="does not return log-probs of texts"):
