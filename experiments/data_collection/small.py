@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.data_collection.small --model FOLDER --reward REWARD_FOLDER
 Needs:    a chat model of 135M parameters (FOLDER), the reward model of experiments/judging/small
-Time:     about half an hour on one CPU core
+Time:     about three quarters of an hour on one CPU core
 Expect:   a file under rows/ for every part; the section "A real chat model" of this folder's README
 
 Prompts and people's labels are PandaLM's: of some prompts the model collects pairs (or people's are
