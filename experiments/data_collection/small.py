@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.data_collection.small --model FOLDER --reward REWARD_FOLDER
 Needs:    a chat model of 135M parameters (FOLDER), the reward model of experiments/judging/small
-Time:     about half an hour on one CPU core
+Time:     about three quarters of an hour on one CPU core
 Expect:   a file under rows/ for every part; the section "A real chat model" of this folder's README
 
 Prompts and people's labels are PandaLM's: of some prompts the model collects pairs (or people's are
@@ -300,7 +300,8 @@ def learnt_table(rows: Rows, names: Sequence[str]) -> str:
     """What was learnt: people's held-out pairs, and answers to held-out prompts."""
     base, held_out = rows["base"], rows["data"]["pair_prompts"]
     own = answer_cells(base, base)
-    lines = [["base model", "", "", "", "", own[0], "", *own[2:]]]
+    longer = np.array(rows["data"]["pair_words"]) @ [1, -1]
+    lines = [["base model", *[""] * 6, own[0], "", *own[2:]]]
     for name in names:
         if f"dpo_{slug(name)}" not in rows:
             continue
@@ -308,10 +309,13 @@ def learnt_table(rows: Rows, names: Sequence[str]) -> str:
         change = np.array(row["log_probs"]) - np.array(base["log_probs"])
         gap = change[:, 0] - change[:, 1]
         right = np.where(gap == 0, 0.5, gap > 0)
-        cells = [with_interval(right, held_out, "{:.3f}"), with_interval(gap, held_out, "{:+.2f}")]
-        cells.append(f"{change[:, 0].mean():+.1f}")
+        cells = [with_interval(right, held_out, "{:.3f}")]
+        cells += [f"{right[mask].mean():.2f}" for mask in (longer > 0, longer < 0)]
+        cells += [with_interval(gap, held_out, "{:+.2f}"), f"{change[:, 0].mean():+.1f}"]
         lines.append([name, str(row["pairs"]), *cells, *answer_cells(row, base)])
-    header = ["trained on", "pairs", "accuracy", "Δ margin (nats)", "Δ chosen (nats)"]
+    header = ["trained on", "pairs", f"accuracy ({len(longer)})"]
+    header += [f"preferred is longer ({(longer > 0).sum()})", f"shorter ({(longer < 0).sum()})"]
+    header += ["Δ margin (nats)", "Δ chosen (nats)"]
     header += ["mean reward", "reward above the base's", "words", "ended", "distinct word pairs"]
     return table(header, lines)
 
@@ -378,6 +382,9 @@ def main(options: Options) -> None:
             "prompts": len(data.prompts),
             "held_out_prompts": len(data.fresh),
             "pair_prompts": [numbers[pair["prompt"]] for pair in data.pairs],
+            "pair_words": [
+                [len(pair[side].split()) for side in ("chosen", "rejected")] for pair in data.pairs
+            ],
         }
         if "data" not in rows:
             rows.write("data", own)

@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.judging.small --model FOLDER --judge MODEL.gguf [--number 80]
 Needs:    a chat model of 135M parameters (FOLDER), a larger one as a GGUF file, xllamacpp
-Time:     about forty minutes on one CPU core
+Time:     about half an hour on one CPU core
 Expect:   a file under rows/ for every judge; the section "Judges that can read" and small.png
 
 All judges of the main table see the same comparisons, at most one of a request. The question to

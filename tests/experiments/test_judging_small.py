@@ -118,7 +118,7 @@ def test_tables_of_collected_data_come_from_rows(tmp_path):
         "cpu_seconds": 60.0,
     }
     rows.write("pairs_society", pairs)
-    rows.write("data", {"pair_prompts": [0, 1]})
+    rows.write("data", {"pair_prompts": [0, 1], "pair_words": [[5, 3], [2, 4]]})
     answers = {"answers": ["a b c", "d e"], "finished": [True, False]}
     base = answers | {"log_probs": [[-5.0, -5.0], [-4.0, -6.0]], "rewards": [0.0, 1.0]}
     rows.write("base", base)
@@ -128,7 +128,8 @@ def test_tables_of_collected_data_come_from_rows(tmp_path):
     assert (
         "| society | 2 | 5.0 | 4.0 | 0.75 | 0.50 | 3 duplicate; 1 critique: empty | 1.0 |" in text
     )
-    assert "| society | 2 | 0.500 (0.000 to 1.000) | +1.00 (-1.00 to +3.00) | +0.0 |" in text
+    cells = "0.500 (0.000 to 1.000) | 1.00 | 0.00 | +1.00 (-1.00 to +3.00) | +0.0"
+    assert f"| society | 2 | {cells} |" in text
     assert r"Say yes \| no" in text
     assert "&lt;b>" in text
     assert text.count("…") == 1
