@@ -424,7 +424,7 @@ def plot(seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
     right.axhline(0, color="grey", linewidth=0.8)
     right.axvline(0, color="grey", linewidth=0.8)
     right.set(xlabel="change of rejected (nats)", ylabel="change of chosen (nats)")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="lower right")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
