@@ -41,35 +41,53 @@ LENGTH = 256
 """Tokens of the padded rows that are planned for."""
 
 
+MEASURED = ("cpu_seconds", "training_cpu_seconds", "server_cpu_seconds")
+"""CPU seconds of a row's parts; a row without them has the seconds or minutes that it took."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
     """The sums over the rows of a study."""
 
     runs: int
     tokens: int
-    cpu_minutes: float
+    """Trained on; 0: not counted."""
+    minutes: float
+    """Of one core."""
     gigabytes: float
     """The most that one process held; 0: not measured."""
 
 
 def costs(folder: Path) -> Cost | None:
     """The cost of the rows of a folder; None: there are none that say it."""
-    rows = list(_rows(folder))
-    if not rows:
+    files = [list(_rows(path)) for path in sorted(folder.glob("rows/**/*.json*"))]
+    # the runs in one file advance together, so each has the time of all
+    times = [max(seconds(row) for row in rows) for rows in files if rows]
+    rows = [row for file in files for row in file]
+    if not any(times):
         return None
     return Cost(
-        runs=len(rows),
+        runs=sum(1 for row in rows if seconds(row)),
         tokens=sum(int(row.get("trained_tokens", 0)) for row in rows),
-        cpu_minutes=sum(row["cpu_seconds"] for row in rows) / 60,
+        minutes=sum(times) / 60,
         gigabytes=max(row.get("peak_memory", 0) for row in rows) / 1e9,
     )
 
 
-def _rows(folder: Path) -> Iterator[Mapping[str, Any]]:
-    for path in sorted(folder.glob("rows/**/*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(row, dict) and "cpu_seconds" in row:
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    for row in map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text]):
+        if isinstance(row, dict):
             yield row
+
+
+def seconds(row: Mapping[str, Any]) -> float:
+    """Seconds of a core that a row took; 0: it does not say."""
+    if any(name in row for name in MEASURED):
+        return float(sum(row.get(name, 0) for name in MEASURED))
+    if "seconds_per_update" in row:
+        return float(row["seconds_per_update"] * row["updates"])
+    return float(row.get("seconds", 60 * row.get("minutes", 0)))
 
 
 def measured() -> str:
@@ -83,11 +101,13 @@ def measured() -> str:
                 f"[{label}](../experiments/{name}/README.md)",
                 f"{cost.runs}",
                 f"{cost.tokens:,}" if cost.tokens else "",
-                f"{cost.cpu_minutes:.0f}",
+                f"{cost.minutes:.0f}",
                 f"{cost.gigabytes:.1f}" if cost.gigabytes else "",
             ]
         )
-    return table(("study", "rows", "trained tokens", "CPU minutes", "peak memory (GB)"), lines)
+    return table(
+        ("study", "runs", "trained tokens", "minutes of a core", "peak memory (GB)"), lines
+    )
 
 
 def planned(model: str) -> dict[str, tuple[TrainConfig, str]]:

@@ -218,7 +218,9 @@ class ChatEndpoint:
                 following = self._likely(text + " ", stopped)
                 found = {f" {token}": value for token, value in following.items()}
             rest = min(found.values()) if any(one in found for one in own) else math.nan
-            longer = {one for one in own if any(x and x != one and one.startswith(x) for x in found)}
+            longer = {
+                one for one in own if any(x and x != one and one.startswith(x) for x in found)
+            }
             return {one: found.get(one, math.nan if one in longer else rest) for one in own}
 
         known = dict(self.client.together(len(texts), ask))
