@@ -344,7 +344,8 @@ def test_words_that_begin_with_their_space_are_next_tokens_as_they_are(unwilling
 def test_a_continuation_of_several_tokens_has_no_log_prob(unwilling):
     backend, _ = unwilling((400, {}), next_token(**{" Yes": -2.0, " Not": -0.2}))
     yes, several = backend.score(["p", "p"], [" Yes", " Not at all"])
-    assert yes.log_prob == -2.0 and math.isnan(several.log_prob)
+    assert yes.log_prob == -2.0
+    assert math.isnan(several.log_prob)
 
 
 def test_a_server_without_log_probs_says_so(unwilling):
