@@ -585,7 +585,7 @@ def steering_figure(rows: Rows) -> None:
     axes[0].set(title="reward of the answers", xlabel=along)
     axes[1].set(title="their log-prob under the model itself", xlabel=along, ylabel="nats/token")
     axes[2].set(title="reward against fluency", xlabel="nats/token", ylabel="reward")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=7, loc="lower left")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(FOLDER / "chat_steering.png", dpi=80)
