@@ -1,8 +1,9 @@
 """Every method on the same pairs and base, scored by a held-out judge.
 
-Command:  python -m experiments.rahf.compare --scale small --model FOLDER --steps 40 --batch 4
+Command:  python -m experiments.rahf.compare --scale small --model FOLDER --steps 36 --batch 4
+              --prompts 48 --tokens 48 --seeds 0
           python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     a seed of `small` takes half an hour on one CPU core at these sizes; three seeds of `tiny`
+Time:     a seed of `small` takes 21 minutes on one CPU core at these sizes; three seeds of `tiny`
           take an hour and a half on two CPU cores
 Needs:    at `small` a chat model, at `tiny` the base model of experiments/base_lm
 Expect:   a file under rows/ for every method of every seed as it ends, and this folder's README
