@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments.drpo import small
+from experiments.drpo import small, small_tables
 from experiments.short_runs import Rows
 from jaxalign.backends.client import Usage
 from jaxalign.errors import UserError
@@ -74,13 +74,13 @@ def test_all_cells_and_the_page_and_nothing_is_run_twice(study, tmp_path):
     asked = len(model.asked), len(judge.asked)
     small.run(study, [*CELLS, "written"])
     assert (len(model.asked), len(judge.asked)) == asked
-    for name in small.SEARCHES:
+    for name in small_tables.SEARCHES:
         row = study.rows[f"smollm2_search_{name}"]
         assert row["counts"]["rewarded"] + row["counts"]["optimizer"] <= small.BUDGET
         assert row["prompt"].count("Well.") >= 1
         assert (tmp_path / "found" / f"smollm2_{name}.html").exists()
     (tmp_path / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
-    text = small.write_page(study.rows, tmp_path)
+    text = small_tables.write_page(study.rows, tmp_path)
     lines = [[x.strip() for x in line.split("|")] for line in text.splitlines()]
     [none] = [line for line in lines if line[1:2] == ["no prompt"]]
     [beam] = [line for line in lines if line[1:2] == ["beam"] and "[" in line[3]]
@@ -89,7 +89,7 @@ def test_all_cells_and_the_page_and_nothing_is_run_twice(study, tmp_path):
     assert beam[3].startswith(f"+{float(beam[2]) - 2:.3f}")
     assert "unreadable scores 0; scores 4: 8" in text
     assert "nats a token" in (tmp_path / "README.md").read_text()
-    small.plot(study.rows, ["smollm2"], tmp_path)
+    small_tables.plot(study.rows, ["smollm2"], tmp_path)
     assert (tmp_path / "small.png").exists()
 
 
@@ -108,9 +108,9 @@ def test_words_of_a_reference_as_many_as_the_answer_has():
 
 
 def test_the_interval_of_a_paired_difference():
-    mean, low, high = small.paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    mean, low, high = small_tables.paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
     assert (mean, low, high) == (1.0, 1.0, 1.0)
-    mean, low, high = small.paired([2.0, 1.0], [1.0, 2.0])
+    mean, low, high = small_tables.paired([2.0, 1.0], [1.0, 2.0])
     assert (mean, low, high) == (0.0, -1.0, 1.0)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.page import half_width
-from experiments.rahf import compare, methods, small, words
+from experiments.rahf import compare, methods, small, small_tables, words
 from experiments.short_runs import Rows
 from jaxalign.data import PreferenceRecord
 from jaxalign.errors import UserError
@@ -138,7 +138,7 @@ def test_the_table_of_steering_has_the_gain_by_prompt(tmp_path):
     base["answers"] = ["one", "two"]
     rows.write("steer_none", base)
     rows.write("steer_reps_0.1", base | {"reward": [1.0, 3.0], "KL": [1.0, 2.0]})
-    text = small.steering_table(rows)
+    text = small_tables.steering_table(rows)
     line = cells(text, "RePS (trained)")
     assert 0.7 < float(line[3]) < 0.75  # the sigmoid of 1: the answers are equally long
     assert [line[0], line[2], *line[5:]] == ["0.1", "1.00 ± 0.00", "1.5", "6"]
