@@ -49,6 +49,9 @@ LABELS = {
     "dpo_sft": "DPO + 0.2 SFT",
     "kto_single": "KTO of single responses",
 }
+BASE = "SmolLM2-135M-Instruct"
+SHOWN = (5, 8)
+"""Numbers of the questions whose answers are shown."""
 STEPS, PAIRS, LENGTH = 64, 16, 512
 SFT_STEPS, SFT_RATE = 60, 2e-5
 ANSWER = 160
@@ -353,7 +356,7 @@ def answers(rows: Rows) -> str:
             same = f"{np.mean([_same_words(a, b) for a, b in zip(given, before, strict=True)]):.0%}"
         lines.append(
             [
-                {"base": "SmolLM2-135M-Instruct"}.get(name) or LABELS[name],
+                BASE if name == "base" else LABELS[name],
                 f"{np.mean([one['tokens'] for one in given]):.0f}",
                 f"{np.mean(words):.0f}",
                 f"{sum(one['finished'] for one in given)} of {len(given)}",
@@ -363,6 +366,26 @@ def answers(rows: Rows) -> str:
         )
     header = ("model", "tokens", "words", "ended by itself", "first words as SFT's", "beats SFT")
     return table(header, lines)
+
+
+def excerpts(rows: Rows) -> str:
+    """The table of how some answers begin; empty: there are none."""
+    names = [name for name in ("base", "sft", *LOSSES) if f"answers_{name}" in rows]
+    if not names:
+        return ""
+    given = {name: rows[f"answers_{name}"]["answers"] for name in names}
+
+    def beginning(text: str, words: int) -> str:
+        every = text.replace("|", "\\|").split()
+        return " ".join(every[:words]) + (" ..." if len(every) > words else "")
+
+    questions = [beginning(given[names[0]][at]["question"], 14) for at in SHOWN]
+    lines = [
+        [BASE if name == "base" else LABELS[name]]
+        + [beginning(given[name][at]["answer"], 36) for at in SHOWN]
+        for name in names
+    ]
+    return table(("model", *questions), lines)
 
 
 def judged(rows: Rows, name: str) -> str:
@@ -426,7 +449,7 @@ def main() -> None:
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     rows = Rows(folder=flags.parse_args().rows)
     parts = [f"Held-out {SOURCES[x]}:\n\n{comparison(rows, x)}" for x in SOURCES]
-    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows)]
+    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows), excerpts(rows)]
     text = "\n".join(parts)
     print(text)
     plot(rows)
