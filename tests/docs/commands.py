@@ -128,6 +128,7 @@ NOT_RUN = {
     "tests/experiments/test_cells.py has a tiny run",
     r"python -m experiments\.(judging|data_collection)\.small .*": "hours and real weights; "
     "tests/experiments/test_judging_small.py has the tables",
+    r"python -m experiments\.offline\.judged .*": "needs a judge behind a server",
     r"python -m experiments\.costs .*": "needs a real model and the TPU's compiler",
     r"python -m experiments\.ipo_md\.small .*": "an hour; tests/experiments/test_together.py",
     r"python -m experiments\.drpo\.small .*": "an hour and two real models; "
