@@ -282,7 +282,7 @@ def pairs_table(rows: Rows, names: Sequence[str]) -> str:
             cells += [f"{longer:.2f}", f"{found.rate:.2f}"]
         minutes = f"{row['cpu_seconds'] / 60:.1f}"
         lines.append([name, str(row["pairs"]), *cells, reasons(row), minutes])
-    header = ["way", "pairs", "words of chosen", "words of rejected", "chosen longer"]
+    header = ["method", "pairs", "words of chosen", "words of rejected", "chosen longer"]
     return table([*header, "reward model agrees", "left out, or at fault", "CPU minutes"], lines)
 
 

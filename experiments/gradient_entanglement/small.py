@@ -260,7 +260,7 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
                 outcome(row),
                 f"{mean(row, 'cosine'):.2f}",
                 f"{weights[0] / weights[1]:.3g}" if weights[1] else "∞",
-                *(f"{mean(row, x):.0%}" for x in ("ideal", "both_down", "both_up")),
+                *(f"{mean(row, x):.0%}" for x in ("ideal", "both_down", "both_up", "reversed")),
                 *(
                     f"{per_step(row, part, 'chosen', 'held_out/'):+.3f}"
                     for part in ("others", "optimiser", "curvature")
@@ -268,7 +268,7 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
             ]
         )
     parts = ("held-out chosen per step: other pairs", "optimiser", "curvature")
-    header = (*HEADER[: HEADER.index("both up") + 1], *parts)
+    header = (*HEADER[: HEADER.index("both up") + 1], "reversed", *parts)
     return table(header, lines)
 
 

@@ -9,7 +9,7 @@ Needs:    at `small` a chat model, at `tiny` the base model of experiments/base_
 Expect:   a file under rows/ for every method of every seed as it ends, and this folder's README
 
 The same command resumes: neither runs nor rows that are there are made again. The judge of `small`
-reads words (`words.py`); that of `tiny` is a reward model.
+reads words (`word_reward.py`); that of `tiny` is a reward model.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from scipy.special import expit
 
 from experiments.gradient_entanglement.runs import finished
 from experiments.page import half_width, put, table
-from experiments.rahf import methods, words
+from experiments.rahf import methods, word_reward
 from experiments.short_runs import Rows
-from jaxalign.config import TrainConfig
+from jaxalign.config import OnlineConfig, RepresentationConfig, SupervisedConfig, TrainConfig
 from jaxalign.data import (
     load_tokenizer,
     pair_batches,
@@ -108,9 +108,9 @@ def shortened(
                 rule = stage.optimizer
             stage = dataclasses.replace(stage, steps=steps, optimizer=rule)
         if batch is not None:
-            rows = batch * (2 if name in ("sft", "representation") else 1)
-            stage = dataclasses.replace(stage, batch_size=rows)
-            if name == "online":
+            responses = isinstance(stage, SupervisedConfig | RepresentationConfig)
+            stage = dataclasses.replace(stage, batch_size=2 * batch if responses else batch)
+            if isinstance(stage, OnlineConfig):
                 rollout = dataclasses.replace(stage.rollout, max_eval_prompts=0)
                 stage = dataclasses.replace(stage, rollout=rollout)
         stages[name] = stage
@@ -216,6 +216,12 @@ class Setting:
     sampler: Sampler
 
 
+def by_words(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """The judge of a chat model's answers, which reads the responses alone."""
+    del prompts
+    return word_reward.of(methods.JUDGED)(responses)
+
+
 def make_setting(seed: int, given: argparse.Namespace) -> Setting:
     """The base and the judge, trained where they are not there."""
     made = configs(seed, given)
@@ -224,7 +230,7 @@ def make_setting(seed: int, given: argparse.Namespace) -> Setting:
     if "judge" in made:
         judge: Judge = RewardModel.load(finished(made["judge"]) / "export").rewards
     else:
-        judge = lambda prompts, responses: words.of(methods.JUDGED)(responses)  # noqa: E731
+        judge = by_words
     sampler = make_sampler(base.config, tokenizer, given.tokens)
     return Setting(
         given=given,

@@ -7,8 +7,8 @@ Time:     a few minutes each on two CPU cores (`tiny`)
 
 `small` makes the short answers of SmolLM2-135M-Instruct polite (1,094 pairs: the first 60 % to
 train on, then 25 % for the held-out judge, the last 15 % to be tested on); it begins with the chat
-model itself, trains adapters, and its policy gradient is rewarded by `words.polite`. `tiny` is the
-same with the base model of `experiments/base_lm` after SFT; `paper` is Llama-2-7B on UltraFeedback
+model itself, trains adapters, and its policy gradient is rewarded by `word_reward.polite`. `tiny` is
+the same with the base model of `experiments/base_lm` after SFT; `paper` is Llama-2-7B on UltraFeedback
 with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
 """
 
@@ -47,7 +47,7 @@ RATES = {
 }
 """Stage -> scale -> learning rate; at `paper` the released scripts', and DPO's authors' for DPO."""
 FORMAT = "Human: {prompt}\n\nAssistant: "
-WORDS = Path(__file__).with_name("words.py")
+WORD_REWARD = Path(__file__).with_name("word_reward.py")
 STEPS = 120
 """Updates of each stage in `tiny` and `small`: of 16 pairs, three epochs."""
 
@@ -187,7 +187,7 @@ def policy_gradient(scale: str, **how: Any) -> TrainConfig:
         prompts=PAPER[1] if scale == "paper" else TRAIN,
         eval_prompts=config.eval_data[0] if config.eval_data else None,
         annotator=None if scale == "small" else annotator,
-        reward=(f"{WORDS}:polite",) if scale == "small" else (),
+        reward=(f"{WORD_REWARD}:polite",) if scale == "small" else (),
         max_prompt_length=256 if scale == "paper" else 128,
         max_tokens=512 if scale == "paper" else 32,
     )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.rahf import methods, words
+from experiments.rahf import methods, word_reward
 from experiments.rahf.compare import Said, answers, make_sampler, same_options
 from experiments.rahf.small_tables import drawn_layers, settings, steered_layers, write_page
 from experiments.short_runs import Rows
@@ -340,7 +340,7 @@ def steering_row(bench: Bench, vector: str, length: float) -> dict[str, Any]:
     """Reward and fluency of every answer under a vector."""
     said = answerer(bench)(vector_of(bench, vector), bench.layer(vector), length)
     return {
-        "reward": words.of(methods.JUDGED)(said.responses).tolist(),
+        "reward": word_reward.of(methods.JUDGED)(said.responses).tolist(),
         "fluency": (said.base_log_prob / said.length).tolist(),
         "KL": said.log_ratio.tolist(),
         "tokens": said.length.tolist(),

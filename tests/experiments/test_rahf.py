@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.page import half_width
-from experiments.rahf import compare, methods, small, small_tables, words
+from experiments.rahf import compare, methods, small, small_tables, word_reward
 from experiments.short_runs import Rows
 from jaxalign.data import PreferenceRecord
 from jaxalign.errors import UserError
@@ -91,7 +91,7 @@ def test_a_batch_is_of_pairs_and_nothing_is_evaluated_in_the_runs():
     assert made["scit"].representation.batch_size == 8
     assert made["scit"].seed == 3
     assert {one.max_eval_records for one in made.values()} == {0}
-    assert made["policy_gradient"].online.rollout.reward[0].endswith("words.py:polite")
+    assert made["policy_gradient"].online.rollout.reward[0].endswith("word_reward.py:polite")
     assert methods.policy_gradient("tiny").online.rollout.annotator is not None
 
 
@@ -100,12 +100,12 @@ def test_the_judge_learns_which_words_are_chosen_and_knows_nothing_of_others():
         return PreferenceRecord(prompt="?", chosen=chosen, rejected=rejected, source="test", line=1)
 
     pairs = [pair(f"kindly {x}", f"obviously {x}") for x in ("red", "blue", "green", "grey")]
-    judge = words.fitted(pairs)
+    judge = word_reward.fitted(pairs)
     assert set(judge.weights) == {"kindly", "obviously", "<begin> kindly", "<begin> obviously"}
     rewards = judge(["Kindly, sit.", "Obviously sit!", "sit"])
     assert rewards[0] == -rewards[1] > 0 == rewards[2]
     assert judge.accuracy([*pairs, pair("one", "two")]) == pytest.approx(0.9)
-    assert words.features("No way!") == {"no", "way", "!", "<begin> no", "no way", "way !"}
+    assert word_reward.features("No way!") == {"no", "way", "!", "<begin> no", "no way", "way !"}
 
 
 def test_components_and_probes_are_fitted_on_training_states_alone(rng):
