@@ -7,9 +7,9 @@ Time:     a few minutes each on two CPU cores (`tiny`)
 
 `small` makes the short answers of SmolLM2-135M-Instruct polite (1,094 pairs: the first 60 % to
 train on, then 25 % for the held-out judge, the last 15 % to be tested on); it begins with the chat
-model itself, trains adapters, and its policy gradient is rewarded by `word_reward.polite`. `tiny` is
-the same with the base model of `experiments/base_lm` after SFT; `paper` is Llama-2-7B on UltraFeedback
-with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
+model itself, trains adapters, and its policy gradient is rewarded by `word_reward.polite`. `tiny`
+is the same with the base model of `experiments/base_lm` after SFT; `paper` is Llama-2-7B on
+UltraFeedback with the settings of arXiv:2312.15997's released scripts, halves of the data as there.
 """
 
 import dataclasses
