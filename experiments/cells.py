@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.short_runs import Bench, Options, OutOfTime, Rows, write_splits
-from jaxalign.errors import UserError
-from jaxalign.files import read_json, write_json
+from experiments.short_runs import (
+    Bench,
+    Options,
+    OutOfTime,
+    Rows,
+    models_of,
+    same_options,
+    write_splits,
+)
 from jaxalign.models.devices import enable_compilation_cache
 
 LEAST = 10.0
@@ -132,17 +138,8 @@ def check_same(options: Options) -> None:
       UserError: they were not.
     """
     names = ("steps", "pairs", "max_length", "longest", "held_out", "dtype")
-    own = {"model": Path(options.model).name} | {name: getattr(options, name) for name in names}
-    path = options.rows / "options.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, own)
-    known = read_json(path, "options of a study")
-    if changed := [name for name in own if known.get(name) != own[name]]:
-        raise UserError(
-            f"{options.rows}: holds rows made with another {', '.join(changed)}; set --rows to "
-            "another folder"
-        )
+    own = models_of(model=options.model) | {name: getattr(options, name) for name in names}
+    same_options(options.rows / "options.json", own)
 
 
 def _start(options: Options, module: str, until: float | None) -> None:

@@ -51,11 +51,7 @@ def served(
     Raises:
       UserError: there is no such file, xllamacpp is not installed, or the server does not start.
     """
-    path = Path(model)
-    if not path.is_file():
-        raise UserError(f"{model}: there is no such GGUF file")
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise UserError("xllamacpp: llama.cpp's server needs it; pip install xllamacpp")
+    path = checked(model)
     command = [sys.executable, "-m", "experiments.served", str(path), "--slots", str(slots)]
     command += ["--context", str(context), "--port", str(port)]
     command += ["--threads", str(threads)] if threads else []
@@ -71,6 +67,20 @@ def served(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def checked(model: str | Path) -> Path:
+    """The path of a file that can be served.
+
+    Raises:
+      UserError: there is no such file, or xllamacpp is not installed.
+    """
+    path = Path(model)
+    if not path.is_file():
+        raise UserError(f"{model}: there is no such GGUF file")
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise UserError("xllamacpp: llama.cpp's server needs it; pip install xllamacpp")
+    return path
 
 
 def _url(process: subprocess.Popen[str], log: Path) -> str:
@@ -93,8 +103,6 @@ def _url(process: subprocess.Popen[str], log: Path) -> str:
 
 def main() -> None:
     """Serve until the process is interrupted or the one that started it is gone."""
-    import xllamacpp
-
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("model", help="GGUF file")
     flags.add_argument("--threads", type=int, help="of the computation (default: one a core)")
@@ -102,8 +110,11 @@ def main() -> None:
     flags.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
     flags.add_argument("--port", type=int, default=0, help="0: any that is free")
     given = flags.parse_args()
+    path = checked(given.model)
+    import xllamacpp
+
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = given.model
+    parameters.model.path = str(path)
     parameters.n_ctx = given.context * given.slots
     parameters.n_parallel = given.slots
     parameters.hostnames = ["127.0.0.1"]
@@ -120,4 +131,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"served: {error}") from None

@@ -26,6 +26,7 @@ from jaxalign.config import PreferenceConfig, TrainConfig, to_json
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, split_holdout
 from jaxalign.data.packing import Packing
 from jaxalign.data.tokenizers import Tokenizer
+from jaxalign.errors import UserError
 from jaxalign.files import read_json, write_json, write_json_lines
 from jaxalign.models import DecoderConfig
 from jaxalign.sharding import make_mesh, place
@@ -136,6 +137,32 @@ class Rows:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def same_options(path: Path, own: Mapping[str, Any]) -> None:
+    """Check that rows were made with the same models and sizes; what is new is kept.
+
+    Args:
+      path: file that keeps them, beside the rows.
+      own: those of this command.
+
+    Raises:
+      UserError: the rows were made with others.
+    """
+    known = read_json(path, "options of a study") if path.is_file() else {}
+    if changed := [name for name in own if name in known and known[name] != own[name]]:
+        raise UserError(
+            f"{path}: its rows were made with another {', '.join(changed)}; set --rows to another "
+            "folder"
+        )
+    if own.keys() - known.keys():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**known, **own})
+
+
+def models_of(**paths: str | Path | None) -> dict[str, str]:
+    """The names of the models that are given, for `same_options`."""
+    return {name: Path(path).name for name, path in paths.items() if path is not None}
 
 
 def shortened(value: Any) -> Any:

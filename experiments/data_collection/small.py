@@ -25,7 +25,7 @@ from experiments.data_collection.compare import slug
 from experiments.data_collection.tasks import Pair, rows_of, write_rows
 from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.page import put, table
-from experiments.short_runs import Rows
+from experiments.short_runs import Rows, models_of, same_options
 from jaxalign.backends import BackendOptions, Decoding
 from jaxalign.backends.local import LocalModel
 from jaxalign.collection import (
@@ -376,6 +376,8 @@ def main(options: Options) -> None:
         raise UserError(f"methods: {', '.join(sorted(unknown))}: not one of {known}")
     if options.model is not None:
         enable_compilation_cache()
+        path = options.rows.with_name(f"{options.rows.name}_options.json")
+        same_options(path, models_of(model=options.model))
         data = split(rows_of(PANDALM), options)
         numbers = {prompt: at for at, prompt in enumerate(data.fresh)}
         own = {

@@ -35,7 +35,7 @@ from experiments.drpo.small_tables import (
     write_page,
 )
 from experiments.served import served
-from experiments.short_runs import DATA, Rows
+from experiments.short_runs import DATA, Rows, models_of, same_options
 from jaxalign.backends import Backend, BackendOptions, Cached, Decoding, make_backend
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel
@@ -381,6 +381,8 @@ def run(study: Study, chosen: Sequence[str]) -> None:
     plan = [one for one in cells() if not chosen or one.startswith(tuple(chosen))]
     if not plan:
         raise UserError(f"--cells: none begins so; there are {', '.join(cells())}")
+    path = study.rows.folder.with_name(f"{study.rows.folder.name}_options.json")
+    same_options(path, models_of(**{f"model {study.name}": study.model, "judge": study.judge}))
     asking = [one for one in plan if one != "likelihood" and not is_done(study, one)]
     if asking:
         with running(study) as bench:

@@ -39,6 +39,7 @@ from experiments.ipo_md.small_options import (
     path_of,
     rows_of,
 )
+from experiments.short_runs import models_of, same_options
 from jaxalign.files import write_json_lines
 from jaxalign.models.devices import enable_compilation_cache
 
@@ -62,7 +63,9 @@ def main(options: Options) -> None:
     }
     if options.step != "annotators":  # the sweep's programs are compiled meanwhile
         steps["sweep"] = steps.pop("annotators") + steps["sweep"]
-    Path(options.rows).mkdir(parents=True, exist_ok=True)
+    rows = Path(options.rows)
+    same_options(rows.with_name(f"{rows.name}_options.json"), models_of(model=options.model))
+    rows.mkdir(parents=True, exist_ok=True)
     small_data.prepare(options)
     for name in [name for name in ORDER if name in steps]:
         if name == "final":

@@ -34,7 +34,7 @@ from experiments.judging.small_tables import (
 )
 from experiments.page import put
 from experiments.served import served
-from experiments.short_runs import Rows
+from experiments.short_runs import Rows, models_of, same_options
 from jaxalign.backends.client import Client, split_address
 from jaxalign.backends.local import LocalModel
 from jaxalign.config import LoraConfig, OptimizerConfig, PreferenceConfig, TrainConfig
@@ -337,6 +337,8 @@ def main(options: Options) -> None:
 def ask_missing(options: Options, rows: Rows) -> None:
     """Ask the judges whose rows are missing, cheap ones first."""
     enable_compilation_cache()
+    known_by = models_of(model=options.model, judge=options.judge)
+    same_options(options.rows.with_name(f"{options.rows.name}_options.json"), known_by)
     splits = {label: drawn(label, options) for label in SETS}
     choice = {label: own[0] for label, own in splits.items()}
     every = {label: own[1] for label, own in splits.items()}

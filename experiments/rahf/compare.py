@@ -27,7 +27,7 @@ from scipy.special import expit
 from experiments.gradient_entanglement.runs import finished
 from experiments.page import half_width, put, table
 from experiments.rahf import methods, word_reward
-from experiments.short_runs import Rows
+from experiments.short_runs import Rows, same_options
 from jaxalign.config import OnlineConfig, RepresentationConfig, SupervisedConfig, TrainConfig
 from jaxalign.data import (
     load_tokenizer,
@@ -41,7 +41,6 @@ from jaxalign.data.plain_prompts import plain_prompts
 from jaxalign.errors import UserError
 from jaxalign.evaluation import length_controlled
 from jaxalign.evaluation.reward_models import RewardModel
-from jaxalign.files import read_json, write_json
 from jaxalign.generation import Sampling
 from jaxalign.models import load_pretrained
 from jaxalign.models.responses import response_log_probs
@@ -288,24 +287,6 @@ def run_seed(seed: int, given: argparse.Namespace, rows: Rows) -> None:
         rows.write(name, measure(name, setting))
 
 
-def same_options(rows: Rows, options: Mapping[str, Any]) -> None:
-    """Check that the folder's rows were made with the same options; a new folder keeps these.
-
-    Raises:
-      UserError: they were not.
-    """
-    path = rows.folder.with_name(f"{rows.folder.name}_options.json")
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(options))
-    known = read_json(path, "options of a study")
-    if changed := [name for name, value in options.items() if known.get(name) != value]:
-        raise UserError(
-            f"{rows.folder}: holds rows made with another {', '.join(changed)}; set --rows to "
-            "another folder"
-        )
-
-
 def by_prompt(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The measures of a method, prompt by prompt."""
     rewards = np.array(row["reward"])
@@ -466,7 +447,7 @@ def main() -> None:
     folder = given.rows / f"{given.scale}_comparison"
     options = {x: getattr(given, x) for x in ("steps", "batch", "prompts", "tokens")}
     options["model"] = Path(given.model).name if given.scale == "small" else "base_lm"
-    same_options(Rows(folder=folder), options)
+    same_options(folder.with_name(f"{folder.name}_options.json"), options)
     of_seeds = [Rows(folder=folder / f"seed_{seed}") for seed in given.seeds]
     for seed, rows in zip(given.seeds, of_seeds, strict=True):
         run_seed(seed, given, rows)

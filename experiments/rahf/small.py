@@ -22,9 +22,9 @@ import numpy as np
 import tyro
 
 from experiments.rahf import methods, word_reward
-from experiments.rahf.compare import Said, answers, make_sampler, same_options
+from experiments.rahf.compare import Said, answers, make_sampler
 from experiments.rahf.small_tables import drawn_layers, settings, steered_layers, write_page
-from experiments.short_runs import Rows
+from experiments.short_runs import Rows, models_of, same_options
 from jaxalign.data import (
     load_tokenizer,
     preference_records,
@@ -381,7 +381,8 @@ def main(options: Options) -> None:
     """Run what is missing, and write the sections of the README."""
     rows = Rows(folder=options.rows)
     sizes = {k: v for k, v in asdict(options).items() if k not in ("minutes", "output", "rows")}
-    same_options(rows, sizes | {"model": Path(options.model).name})
+    path = rows.folder.with_name(f"{rows.folder.name}_options.json")
+    same_options(path, sizes | models_of(model=options.model))
     run(options, rows)
     write_page(rows)
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.page import half_width
 from experiments.rahf import compare, methods, small, small_tables, word_reward
-from experiments.short_runs import Rows
+from experiments.short_runs import Rows, models_of, same_options
 from jaxalign.data import PreferenceRecord
 from jaxalign.errors import UserError
 
@@ -76,11 +76,13 @@ def test_a_seed_whose_rows_are_there_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_rows_of_other_sizes_are_refused(tmp_path):
-    rows = Rows(folder=tmp_path / "rows")
-    compare.same_options(rows, {"steps": 3, "batch": None})
-    compare.same_options(rows, {"steps": 3, "batch": None})
+    path = tmp_path / "rows" / "options.json"
+    same_options(path, {"steps": 3, "batch": None})
+    same_options(path, {"steps": 3, "batch": None} | models_of(judge="a/b.gguf", model=None))
     with pytest.raises(UserError, match="another steps"):
-        compare.same_options(rows, {"steps": 4, "batch": None})
+        same_options(path, {"steps": 4, "batch": None})
+    with pytest.raises(UserError, match="another judge"):
+        same_options(path, models_of(judge="c.gguf"))
 
 
 def test_a_batch_is_of_pairs_and_nothing_is_evaluated_in_the_runs():
