@@ -40,6 +40,7 @@ from experiments.ipo_md.small_options import (
     rows_of,
 )
 from experiments.short_runs import models_of, same_options
+from jaxalign.errors import UserError
 from jaxalign.files import write_json_lines
 from jaxalign.models.devices import enable_compilation_cache
 
@@ -179,4 +180,7 @@ def run_cell(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Annotated[Options, tyro.conf.arg(name="")]))
+    try:
+        main(tyro.cli(Annotated[Options, tyro.conf.arg(name="")]))
+    except UserError as error:
+        raise SystemExit(f"small: {error}") from None
