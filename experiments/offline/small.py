@@ -388,6 +388,22 @@ def excerpts(rows: Rows) -> str:
     return table(("model", *questions), lines)
 
 
+def readers(rows: Rows) -> str:
+    """The table of what others say of the exported SFT model; empty: they were not asked."""
+    if "exported" not in rows:
+        return ""
+    row = rows["exported"]
+    lines = []
+    for name, file in (("transformers", "folder"), ("llama.cpp", "GGUF file, float32")):
+        one, apart = row[name], ""
+        if name == "transformers":
+            apart = f"{row['largest_difference']:.1e} nats of {row['tokens']:,} tokens"
+        same = f"{one['same']} of {row['answers']}"
+        lines.append([f"{name}, {file}", same, f"{one['same_beginning']:.0%}", apart])
+    header = ("reader", "same answers", "same beginning", "largest difference of a log-prob")
+    return table(header, lines)
+
+
 def judged(rows: Rows, name: str) -> str:
     """The mean preference of the judge over the SFT model's answers; empty: it was not asked."""
     if f"judged_{name}" not in rows:
@@ -449,7 +465,8 @@ def main() -> None:
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     rows = Rows(folder=flags.parse_args().rows)
     parts = [f"Held-out {SOURCES[x]}:\n\n{comparison(rows, x)}" for x in SOURCES]
-    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows), excerpts(rows)]
+    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows), readers(rows)]
+    parts += [excerpts(rows)]
     text = "\n".join(parts)
     print(text)
     plot(rows)
