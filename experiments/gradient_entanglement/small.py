@@ -7,7 +7,7 @@ Expect:   the section "A real chat model" of this folder's README, and its figur
 
 All parameters, in float32, of a chat model as it was published; batches of 8 pairs. Polite and
 impolite answers share most of their tokens, those of UltraFeedback few. Every step has the exact
-geometry of its pairs; every fourth has a ledger, every one in the two runs of DPO that are shown.
+geometry of its pairs; every fourth has a ledger, every one in the two runs that are shown.
 """
 
 import argparse
@@ -62,13 +62,15 @@ CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
     "cal": ("cal_dpo", {}, EntanglementConfig(every=1)),
 }
 """Mitigation -> loss, its hyperparameters, and what is done to its gradients or tokens."""
+SHOWN = ("dpo_adamw_polite", "dpo_sgd_polite")
+"""Runs whose ledgers are shown, step by step."""
 KEPT = 0.5
 """Fraction of the pairs that the filter by similarity keeps."""
 
 
-def watched(loss: str) -> EntanglementConfig:
-    """The statistics of a run of a loss."""
-    return EntanglementConfig(every=1, ledger=1 if loss == "dpo" else 4)
+def watched(*, always: bool) -> EntanglementConfig:
+    """The statistics of a run, with a ledger of every step or of every fourth."""
+    return EntanglementConfig(every=1, ledger=1 if always else 4)
 
 
 def settings(
@@ -162,7 +164,7 @@ def filtered(bench: Bench, name: str, lowest: bool) -> None:
     used = [loaded.records[int(loaded.pairs.record_index[at])] for at in kept]
     fields = ("prompt", "chosen", "rejected")
     write_json_lines(path, [{x: getattr(r, x) for x in fields} for r in used])
-    train(bench, name, loss="dpo", options=LOSSES["dpo"], watch=watched("cures"), train=str(path))
+    train(bench, name, loss="dpo", options=LOSSES["dpo"], watch=watched(always=False), train=str(path))
 
 
 def cells(second: str | None) -> list[Cell]:
@@ -173,7 +175,7 @@ def cells(second: str | None) -> list[Cell]:
     """
 
     def cell(name: str, loss: str, **options: Any) -> Cell:
-        given = {"loss": loss, "options": LOSSES[loss], "watch": watched(loss), **options}
+        given = {"loss": loss, "options": LOSSES[loss], "watch": watched(always=name in SHOWN), **options}
         run = functools.partial(train, name=name, **given)
         return Cell(study=STUDY, name=name, run=run)
 
