@@ -164,7 +164,9 @@ def filtered(bench: Bench, name: str, lowest: bool) -> None:
     used = [loaded.records[int(loaded.pairs.record_index[at])] for at in kept]
     fields = ("prompt", "chosen", "rejected")
     write_json_lines(path, [{x: getattr(r, x) for x in fields} for r in used])
-    train(bench, name, loss="dpo", options=LOSSES["dpo"], watch=watched(always=False), train=str(path))
+    train(
+        bench, name, loss="dpo", options=LOSSES["dpo"], watch=watched(always=False), train=str(path)
+    )
 
 
 def cells(second: str | None) -> list[Cell]:
@@ -175,7 +177,12 @@ def cells(second: str | None) -> list[Cell]:
     """
 
     def cell(name: str, loss: str, **options: Any) -> Cell:
-        given = {"loss": loss, "options": LOSSES[loss], "watch": watched(always=name in SHOWN), **options}
+        given = {
+            "loss": loss,
+            "options": LOSSES[loss],
+            "watch": watched(always=name in SHOWN),
+            **options,
+        }
         run = functools.partial(train, name=name, **given)
         return Cell(study=STUDY, name=name, run=run)
 

@@ -11,8 +11,8 @@ All three answer the questions of MT-bench greedily in float32, from the questio
 template, tokens and weights must be the same.
 """
 
+import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,8 @@ def log_probs(start: Start, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
 
 def same_beginning(ours: str, theirs: str) -> float:
     """The fraction of the longer answer before the first character that differs."""
-    equal = len(os.path.commonprefix([ours, theirs]))
+    pairs = zip(ours, theirs, strict=False)
+    equal = sum(itertools.takewhile(bool, (a == b for a, b in pairs)))
     return 1.0 if ours == theirs else equal / max(len(ours), len(theirs))
 
 
