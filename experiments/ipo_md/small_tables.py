@@ -199,8 +199,52 @@ def standings(rows: Path) -> str:
             f"{note}\n",
             "![preferences over divergence; reward, divergence, length over updates](small.png)\n",
             agreement(verdicts, said),
+            reader(read(rows / "read.jsonl"), verdicts, said),
         ]
     )
+
+
+def reader(
+    verdicts: Sequence[Row], others: Sequence[Row], said: Mapping[str, Mapping[int, Sequence[str]]]
+) -> str:
+    """The table of a judge that can read; empty: it was not asked.
+
+    Args:
+      verdicts: on policies beside the reference.
+      others: of the study's own annotators.
+      said: policy -> seed -> its responses.
+    """
+    if not verdicts:
+        return ""
+    cells = []
+    for name in [x for x in said if any(row["policy"] == x for row in verdicts)]:
+        own = [row for row in verdicts if row["policy"] == name]
+        preference = np.array([row["preference"] for row in own], float)  # [seeds, prompts]
+        wins = np.where(np.isfinite(preference), won(preference), np.nan)
+        lengths = [
+            np.array([[len(x) for x in said[policy][row["seed"]]] for row in own])
+            for policy in (name, "reference")
+        ]
+        heard = np.isfinite(wins)
+        equal = length_controlled(wins[heard], *(x[heard] for x in lengths), resamples=0).rate
+        agreed = []
+        for annotator in ANNOTATORS:
+            theirs = {
+                row["seed"]: won(row["preference"])
+                for row in others
+                if (row["annotator"], row["one"], row["other"]) == (annotator, name, "reference")
+            }
+            same = np.stack([theirs[row["seed"]] for row in own]) == wins
+            agreed.append(f"{np.mean(same[heard]):.2f}")
+        order = np.mean([row["same_in_both_orders"] for row in own])
+        interval = with_interval([one[~np.isnan(one)].mean() for one in wins.T[heard.any(0)]])
+        cells.append([LABELS[name], interval, f"{equal:.2f}", f"{order:.2f}", *agreed])
+    header = [
+        f"{verdicts[0]['judge']}, {len({row['seed'] for row in verdicts})} seeds",
+        *("wins over the reference", "at equal length", "same in both orders"),
+        *(f"agrees with the {label}" for label in ANNOTATORS.values()),
+    ]
+    return "\n" + table(header, cells)
 
 
 def agreement(verdicts: Sequence[Row], said: Mapping[str, Mapping[int, Sequence[str]]]) -> str:

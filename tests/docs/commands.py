@@ -130,6 +130,8 @@ NOT_RUN = {
     "tests/experiments/test_judging_small.py has the tables",
     r"python -m experiments\.offline\.judged .*": "needs a judge behind a server",
     r"python -m experiments\.costs .*": "needs a real model and the TPU's compiler",
+    r"python -m experiments\.ipo_md\.small_read .*": "needs a judge behind a server",
+    r"python -m experiments\.offline\.exported .*": "needs PyTorch and llama.cpp",
     r"python -m experiments\.ipo_md\.small .*": "an hour; tests/experiments/test_together.py",
     r"python -m experiments\.drpo\.small .*": "an hour and two real models; "
     "tests/experiments/test_drpo_small.py has scripted ones",

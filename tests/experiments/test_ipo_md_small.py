@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments.ipo_md import small, small_data, small_runs
+from experiments.ipo_md import small, small_data, small_read, small_runs, small_tables
 from experiments.ipo_md.small_options import METHODS, STRENGTHS, Options, is_done, path_of
 
 
@@ -102,3 +102,52 @@ def test_people_are_asked_about_whole_answers_alone(tmp_path):
         for source in ("people", "polite")
     }
     assert found == {"people": [("yes", "no")], "polite": [("yes", "no"), ("one two", "no")]}
+
+
+def test_a_judge_that_reads_is_shown_beside_the_others_and_reads_only_what_is_new(tmp_path):
+    def responses(policy, *texts):
+        rows = [
+            {"policy": policy, "seed": 0, "prompt": at, "response": text}
+            for at, text in enumerate(texts)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"responses_{policy}.jsonl").write_text(lines)
+
+    responses("reference", "a", "bb", "c", "dd")
+    responses("online_dpo", "aa", "b", "cc", "d")
+    responses("grpo", "a", "b", "c", "d")
+    row = {
+        "judge": "qwen",
+        "policy": "online_dpo",
+        "seed": 0,
+        "preference": [0.9, 0.6, 0.2, None],
+        "same_in_both_orders": 0.5,
+    }
+    (tmp_path / small_read.FILE).write_text(json.dumps(row) + "\n")
+    assert small_read.missing(tmp_path) == [("grpo", 0)]
+    others = [
+        {
+            "annotator": name,
+            "one": "online_dpo",
+            "other": "reference",
+            "seed": 0,
+            "preference": preference,
+        }
+        for name, preference in (
+            ("reward", [0.9, 0.9, 0.9, 0.9]),
+            ("preference", [0.9, 0.9, 0.1, 0.9]),
+            ("judge", [0.1, 0.1, 0.9, 0.9]),
+        )
+    ]
+    said = {
+        name: small_tables.by_seed(
+            small_tables.read(tmp_path / f"responses_{name}.jsonl"), "response"
+        )
+        for name in ("reference", "online_dpo", "grpo")
+    }
+    text = small_tables.reader([row], others, said)
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == "DPO"
+    assert cells[1].startswith("0.67 ±")  # two of the three verdicts that can be read
+    assert cells[3:] == ["0.50", "0.67", "1.00", "0.00"]
+    assert small_tables.reader([], others, said) == ""
