@@ -1,7 +1,7 @@
 """The paper's experiment behind endpoints: what it would ask for, and the commands that ask it.
 
 Command:  python -m experiments.drpo.paper --model MODEL --judge openai:URL#MODEL [--prices 10 30]
-          [--only drpo urial ...] [--seeds FILE] [--most 1000] [--output FOLDER]; --run to spend
+          [--only drpo urial ...] [--seeds FILE] [--limit 1000] [--output FOLDER]; --run to spend
 Needs:    the key in OPENAI_API_KEY; MODEL: a folder, or openai:URL#MODEL with --completions
 Expect:   a plan with its cost; with --run, one folder for each row and a table of six aspects
 
@@ -190,7 +190,7 @@ def cost(given: argparse.Namespace, seeds: int) -> list[list[str]]:
         calls = search_of(name, given).most_calls(seeds)
         lines.append([f"search: {name}", *_cells(calls, given)])
         total += priced(calls, given)
-    judged = {"model": given.most, "evaluator": given.most}
+    judged = {"model": given.limit, "evaluator": given.limit}
     for name in rows(given):
         lines.append([f"table: {name}", *_cells(judged, given)])
         total += priced(judged, given)
@@ -242,7 +242,7 @@ def judged(name: str, given: argparse.Namespace) -> AspectTable:
     """Answers to the just-eval prompts with a row's prompt, and their scores."""
     prompt, folder = read_artefact(artefact(name, given)), given.output / name
     records = prompt_records(str(given.output / "prompts.jsonl"))
-    records = list(itertools.islice(records, given.most))
+    records = list(itertools.islice(records, given.limit))
     answers, options = folder / "responses.jsonl", BackendOptions(completions=given.completions)
     model = make_responder(given.model, options, answers)
     prompts, decoding = compose(prompt, model, records, Decoding(max_tokens=2048))
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--prices", type=float, nargs=2, default=(10.0, 30.0), help="of 1e6 tokens")
     flags.add_argument("--only", nargs="+", help="rows (default: all)")
     flags.add_argument("--seeds", help="{prompt, response} rows to rewrite (default: released)")
-    flags.add_argument("--most", type=int, default=1000, help="just-eval prompts")
+    flags.add_argument("--limit", type=int, default=1000, help="just-eval prompts")
     flags.add_argument("--embedder", default="words", help="words, model, or a backend's name")
     flags.add_argument("--workers", type=int, default=8)
     flags.add_argument("--completions", action="store_true", help="--model is a base model")
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds, number = write_inputs(given.output)
     if given.seeds:
         seeds = len(read_outputs(given.seeds))
-    print(f"{seeds} examples, {number} queries, {given.most:,} prompts for the table")
+    print(f"{seeds} examples, {number} queries, {given.limit:,} prompts for the table")
     for name in dict.fromkeys(filter(None, rows(given).values())):
         print("jaxalign optimize-prompt", shlex.join(search_flags(name, given)))
     header = ["what", "answers", "prompt tokens", "completion tokens", "price"]

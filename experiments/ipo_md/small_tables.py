@@ -165,7 +165,7 @@ def standings(rows: Path) -> str:
         cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
         *("method", "strength", "wins over the reference: judge", "judge, at equal length"),
-        *("preference model", "reward model", "own annotator less judge"),
+        *("preference model", "reward model", "own annotator minus judge"),
         *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
     ]
     by_prompt = np.nanmean(games, axis=3)
@@ -181,15 +181,16 @@ def standings(rows: Path) -> str:
         ]
         for one in ranked
     ]
-    circles = cycles(by_prompt)
+    found = cycles(by_prompt)
     updates = sorted({run["updates"] for own in runs.values() for run in own})
     note = (
         "Wins are the fraction of comparisons in which the policy's response is preferred. "
         f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
-        "95 % interval over prompts, seeds averaged. Final runs of "
+        "95 % interval over prompts, seeds averaged: it has no part of the variation between "
+        "training seeds. KL is in nats a response. Final runs of "
         f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
         "from. In the matrix, the row's wins over the column before the judge. The judge's "
-        f"majority is a circle on {100 * circles.rate:.1f} % of {circles.triples:,} triples of "
+        f"majority is a cycle on {100 * found.rate:.1f} % of {found.triples:,} triples of "
         "policies on a prompt."
     )
     return "\n".join(

@@ -1,6 +1,6 @@
 """Judges beside people: on LLMBar by subset, and on PandaLM.
 
-Command:  python -m experiments.judging.compare [--model FOLDER] [--most 100] [--aspects 300]
+Command:  python -m experiments.judging.compare [--model FOLDER] [--limit 100] [--aspects 300]
 Needs:    the base model of experiments/base_lm
 Time:     about an hour on two CPU cores; answers and the reward model are kept
 """
@@ -162,11 +162,11 @@ def main() -> None:
     """Train the reward model, ask all judges, and write the section of the README."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--model", default=TINY, help="folder of the base model")
-    flags.add_argument("--most", type=int, help="comparisons of each set (default: all)")
+    flags.add_argument("--limit", type=int, help="comparisons of each set (default: all)")
     flags.add_argument("--aspects", type=int, default=300, help="for the judge of six aspects")
     given = flags.parse_args()
     read_sets = {label: read(name) for label, name in SETS.items()}
-    sets = {label: own.some(given.most) for label, (own, _) in read_sets.items()}
+    sets = {label: own.some(given.limit) for label, (own, _) in read_sets.items()}
     judged = [prompt for own, _ in read_sets.values() for prompt in own.prompts]
     written, left_out = reward_model.write_pairs(judged)
     finished(reward_model.config(model=given.model))
@@ -188,7 +188,7 @@ def main() -> None:
             verdicts[name][label] = turned(found, flip)
             print(name, label, cell(right(verdicts[name][label]), own.prompts), flush=True)
     again = ", ".join(f"{number} of {label}" for label, (_, number) in read_sets.items())
-    command = f"--aspects {given.aspects}" + (f" --most {given.most}" if given.most else "")
+    command = f"--aspects {given.aspects}" + (f" --limit {given.limit}" if given.limit else "")
     text = (
         f"`python -m experiments.judging.compare {command}` printed, from comparisons each taken "
         f"once (rows that came again: {again}); the reward model learnt from {written:,} pairs "

@@ -1,6 +1,6 @@
 """Scores by aspects: GPT-4-turbo's, by both conventions, and how near a local model's come.
 
-Command:  python -m experiments.judging.just_eval [--model FOLDER] [--most 300]
+Command:  python -m experiments.judging.just_eval [--model FOLDER] [--limit 300]
 Needs:    the base model of experiments/base_lm
 Time:     about twenty minutes on two CPU cores; answers are kept
 """
@@ -61,7 +61,7 @@ def main() -> None:
     """Compute, and write the section of the README."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--model", default=TINY, help="folder of the base model")
-    flags.add_argument("--most", type=int, default=300, help="responses for the local model")
+    flags.add_argument("--limit", type=int, default=300, help="responses for the local model")
     given = flags.parse_args()
     rows = published()
     averages = ["mean of five", "mean of six", "words"]
@@ -72,7 +72,7 @@ def main() -> None:
             line("counts 5 (just-eval)", aspect_table(rows, inapplicable=5.0)),
         ],
     )
-    places = np.random.default_rng(0).permutation(len(rows))[: given.most]
+    places = np.random.default_rng(0).permutation(len(rows))[: given.limit]
     some = [rows[at] for at in np.sort(places)]
     model = LocalModel.load(given.model, batch_size=16)
     backend = Cached(model, AnswerFile(Path("runs/judging/just_eval.jsonl")))
@@ -90,7 +90,7 @@ def main() -> None:
         lines.append([name.lower(), str(len(fits)), spread, *both])
     header = ["aspect", "responses", "local scores", "local with GPT-4's", "length with GPT-4's"]
     text += "\n" + table(header, lines)
-    command = f"python -m experiments.judging.just_eval --most {given.most}"
+    command = f"python -m experiments.judging.just_eval --limit {given.limit}"
     print(text)
     put(FOLDER, "just_eval", f"`{command}` printed:\n\n{text}")
 

@@ -70,7 +70,7 @@ SETS = {
 """Pairs of opposite instructions; those of the control say nothing of the answers."""
 CURVES = ("probe", "explained", "components", "pair_explained", "pair_first", "pair_mean")
 """Of each layer: accuracy of a probe; variance and a probe of two components; the variance of two
-components of pairs' differences, and pairs told apart by the first and by the mean difference."""
+components of pairs' differences, and pairs separated by the first and by the mean difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def in_differences(
     """Of the states of a layer less the mean of each pair's two: what the response adds is gone.
 
     The variance that the first two components of the training states explain; the fraction of test
-    pairs whose two states are told apart by the first, and by the mean difference; and the test
+    pairs whose two states are separated by the first, and by the mean difference; and the test
     states' coordinates.
     """
     halves = [(a - b) / 2 for a, b in (train, test)]
@@ -260,7 +260,7 @@ def of_instructions(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def along(direction: np.ndarray, means: np.ndarray) -> list[float]:
-    """Of each layer, the fraction of pairs whose chosen response is farther along a direction."""
+    """Of each layer, how often chosen has the larger projection on a direction."""
     gap = ((means[:, 0] - means[:, 1]) * direction).sum(-1)
     return np.mean((gap > 0) + 0.5 * (gap == 0), axis=0).tolist()
 

@@ -19,12 +19,12 @@ LABELS = {
     "responses": "chosen against rejected response",
 }
 VECTORS = {
-    "responses": "mean of chosen less rejected",
-    "instructions": "mean of good less bad instruction",
+    "responses": "mean of chosen minus rejected",
+    "instructions": "mean of good minus bad instruction",
     "reps": "RePS (trained)",
     "random": "random direction",
-    "responses_late": "mean of chosen less rejected, later layer",
-    "instructions_late": "mean of good less bad instruction, later layer",
+    "responses_late": "mean of chosen minus rejected, later layer",
+    "instructions_late": "mean of good minus bad instruction, later layer",
 }
 LENGTHS = (0.1, 0.2, 0.4, 0.6)
 """Of the added vectors, in norms of the states they are added to."""
@@ -67,10 +67,10 @@ def layers_table(rows: Rows) -> str:
     lines.append(["best probe (its layer)", *cells])
     for key, label in {
         "components": "probe of two components",
-        "pair_first": "pairs told apart, first component of differences",
-        "pair_mean": "pairs told apart, mean difference",
+        "pair_first": "pairs separated, first component of differences",
+        "pair_mean": "pairs separated, mean difference",
         "coherence": "coherence of differences",
-        "along": "chosen response farther along the mean difference than rejected",
+        "along": "chosen has the larger projection on the mean difference",
     }.items():
         add(f"{label}, layer {middle + 1}", "{:.2f}", [x[key][middle] for x in known.values()])
     sizes = [x["norm"][middle] / x["state_norm"][middle] for x in known.values()]
@@ -78,7 +78,7 @@ def layers_table(rows: Rows) -> str:
     best = [int(np.argmax(x["along"])) for x in known.values()]
     values = [x["along"][at] for x, at in zip(known.values(), best, strict=True)]
     cells = [f"{value:.2f} ({at + 1})" for value, at in zip(values, best, strict=True)]
-    lines.append(["chosen response farther along, at best (its layer)", *cells])
+    lines.append(["larger projection of chosen, at best (its layer)", *cells])
     return table(header, lines)
 
 
@@ -126,7 +126,7 @@ def layers_figure(rows: Rows) -> None:
         left.plot(layers, row["components"], color=f"C{number}", linestyle=":")
         right.plot(layers, row["along"], **look)
     left.set_title("held-out accuracy of a probe (dotted: of two components)", fontsize=9)
-    right.set_title("chosen response farther along the mean difference", fontsize=9)
+    right.set_title("chosen has the larger projection on the mean difference", fontsize=9)
     for axis in (left, right):
         axis.axhline(0.5, color="grey", linewidth=0.8)
         axis.set(xlabel="layer", ylim=(0.3, 1.02))
@@ -178,7 +178,7 @@ def steering_table(rows: Rows) -> str:
         "vector",
         "length",
         "reward",
-        "less the model's",
+        "minus the model's",
         "wins at equal length",
         "fluency (nats/token)",
         "KL (nats an answer)",

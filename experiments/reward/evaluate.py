@@ -1,4 +1,4 @@
-"""The README's table: held-out accuracy, calibration, order, and circles of trained models.
+"""The README's table: held-out accuracy, calibration, order, and cycles of trained models.
 
 Command:  python -m experiments.reward.evaluate RUN [RUN ...]
 Time:     about a minute for each run on two CPU cores
@@ -16,7 +16,7 @@ from jaxalign.stages.models import read_run_config
 from jaxalign.stages.scores import MODELS
 from jaxalign.training.calibration import reliability
 
-HEADER = ("run", "pairs", "accuracy", "ECE", "orders agree", "P(shown first)", "circles of triples")
+HEADER = ("run", "pairs", "accuracy", "ECE", "orders agree", "P(shown first)", "cycles of triples")
 
 
 def row(run: Path, triples: int = 1000) -> list[str]:
@@ -30,7 +30,7 @@ def row(run: Path, triples: int = 1000) -> list[str]:
     answers: dict[str, list[str]] = {}
     for prompt, *both in texts:
         answers.setdefault(prompt, []).extend(both)
-    circles = sampled_cycles(annotator, list(answers), list(answers.values()), triples=triples)
+    found = sampled_cycles(annotator, list(answers), list(answers.values()), triples=triples)
     p = verdicts.preference
     accuracy = float(np.mean((p > 0.5) + 0.5 * (p == 0.5)))
     error = 1.96 * (accuracy * (1 - accuracy) / len(p)) ** 0.5
@@ -42,7 +42,7 @@ def row(run: Path, triples: int = 1000) -> list[str]:
         f"{reliability(p).error:.3f}",
         "" if agree is None else f"{agree:.3f}",
         "" if first is None else f"{first:.3f}",
-        f"{circles.cyclic} of {circles.triples}",
+        f"{found.cyclic} of {found.triples}",
     ]
 
 

@@ -65,7 +65,7 @@ def test_all_of_it_against_a_server(here, capsys):
     server = Server(Scripted(answer))
     address = f"openai:{server.address}"
     flags = ["--model", address, "--judge", address, "--completions", "--output", "out"]
-    flags += ["--only", "bare", "drpo", "drpo_1_examples", "--most", "2"]
+    flags += ["--only", "bare", "drpo", "drpo_1_examples", "--limit", "2"]
     try:
         paper.main([*flags, "--estimate"])
         assert not server.asked
