@@ -110,7 +110,8 @@ def run(cells: Sequence[Cell], options: Options, module: str) -> int:
     until = options.until
     if until is None:  # not a process of another one
         for path in (*folder.glob("*.failed"), *folder.glob("*.begun")):
-            path.unlink()
+            if not _is_claimed(path.with_suffix(".lock")):  # of another command that runs now
+                path.unlink()
         if options.minutes is not None:
             until = time.time() + 60 * options.minutes
     chosen = [

@@ -66,6 +66,17 @@ def test_a_cell_of_another_process_is_left_to_it_and_one_that_ended_is_not_tried
     assert "ended" in (tmp_path / "out/cells/a_one.failed").read_text()
 
 
+def test_a_second_command_leaves_the_cells_of_one_that_runs_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "write_splits", lambda options: None)
+    options, folder = options_in(tmp_path), tmp_path / "out/cells"
+    folder.mkdir(parents=True)
+    for name in ("running", "gone"):
+        (folder / f"a_{name}.begun").touch()
+    with cells.claimed(folder / "a_running.lock"):
+        assert cells.run([writing("new")], options, "none") == 0
+        assert [path.stem for path in folder.glob("*.begun")] == ["a_running"]
+
+
 def test_flags_give_the_same_options(tmp_path):
     options = options_in(tmp_path, minutes=2.5, cells=("a", "b/c"), workers=3)
     assert tyro.cli(Options, args=cells.arguments_of(options)) == options
