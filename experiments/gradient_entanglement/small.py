@@ -292,10 +292,12 @@ def ledger(row: Mapping[str, Any]) -> str:
                 sums.append(f"{np.sum(one['value']):+.2f}" if one else "")
         lines.append([label, *sums])
     columns = [
-        f"{side}, {pairs}" for pairs in ("own", "held-out") for side in ("chosen", "rejected")
+        f"{side}, {pairs}"
+        for pairs in ("pairs of the batch", "held-out pairs")
+        for side in ("chosen", "rejected")
     ]
     title = f"{row['loss']}, {row['optimizer']}, sum over {row['steps']} steps"
-    return table((title, *(f"{x} pairs" for x in columns)), lines)
+    return table((title, *columns), lines)
 
 
 def at_accuracy(row: Mapping[str, Any], accuracy: float) -> dict[str, float] | None:
