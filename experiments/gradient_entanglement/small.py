@@ -7,7 +7,7 @@ Expect:   the section "A real chat model" of this folder's README, and its figur
 
 All parameters, in float32, of a chat model as it was published; batches of 8 pairs. Polite and
 impolite answers share most of their tokens, those of UltraFeedback few. Every step has the exact
-geometry of its pairs; every fourth has a ledger, every one in the two runs that are shown.
+geometry of its pairs; every fourth has a ledger, every one in the run that is shown.
 """
 
 import argparse
@@ -62,8 +62,8 @@ CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
     "cal": ("cal_dpo", {}, EntanglementConfig(every=1)),
 }
 """Mitigation -> loss, its hyperparameters, and what is done to its gradients or tokens."""
-SHOWN = ("dpo_adamw_polite", "dpo_sgd_polite")
-"""Runs whose ledgers are shown, step by step."""
+SHOWN = "dpo_adamw_polite"
+"""The run whose ledger is shown, step by step."""
 KEPT = 0.5
 """Fraction of the pairs that the filter by similarity keeps."""
 
@@ -180,7 +180,7 @@ def cells(second: str | None) -> list[Cell]:
         given = {
             "loss": loss,
             "options": LOSSES[loss],
-            "watch": watched(always=name in SHOWN),
+            "watch": watched(always=name == SHOWN),
             **options,
         }
         run = functools.partial(train, name=name, **given)
@@ -504,12 +504,10 @@ def main() -> None:
     rows = Rows(folder=given.rows)
     if given.model:
         draw_pair(given.model, given.data, given.pair)
-    shown = rows["dpo_adamw_polite"]
+    shown = rows[SHOWN]
     draw(explaining(shown), FOLDER / "small.png", size=(3.6, 3.4))
     plot_losses(rows)
     parts = ["![DPO, step by step](small.png)\n", ledger(shown)]
-    if "dpo_sgd_polite" in rows:
-        parts.append(ledger(rows["dpo_sgd_polite"]))
     for rule, source in (("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")):
         if any(f"{loss}_{rule}_{source}" in rows for loss in ORDER):
             name = {"adamw": "AdamW", "sgd": "SGD"}[rule]
