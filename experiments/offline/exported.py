@@ -50,9 +50,12 @@ class Exported(Options):
 
 def log_probs(start: Start, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The log-probs of every token of some rows after the first, by our own model."""
-    model, found = as_model(start.config, start.params), []
+    model = jax.jit(as_model(start.config, start.params).__call__)
+    longest, found = max(map(len, rows)), []
     for row in rows:
-        after = jax.nn.log_softmax(model(np.array([row], np.int32))[0, :-1], axis=-1)
+        padded = np.zeros((1, longest), np.int32)  # what follows is not seen
+        padded[0, : len(row)] = row
+        after = jax.nn.log_softmax(model(padded)[0, : len(row) - 1], axis=-1)
         found.append(np.asarray(after)[np.arange(len(row) - 1), row[1:]])
     return found
 

@@ -39,7 +39,7 @@ def test_log_probs_are_those_of_the_tokens_after_the_first(tmp_path):
     loaded = load_pretrained(tmp_path / "model")
     start = Start(name="tiny", path="", config=loaded.config, params=loaded.params, tokenizer=None)
     row = [3, 1, 4, 1, 5]
-    [found] = exported.log_probs(start, [row])
+    _, found = exported.log_probs(start, [[*row, 2, 6], row])
     for at in range(1, len(row)):  # from the beginning alone
         logits = loaded(np.array([row[:at]], np.int32))[0, -1]
         expected = jax.nn.log_softmax(logits)[row[at]]
