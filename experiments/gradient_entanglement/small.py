@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cells import Cell
-from experiments.gradient_entanglement.preference import HEADER, LOSSES
+from experiments.gradient_entanglement.preference import LOSSES
 from experiments.page import put, table
 from experiments.short_runs import Bench, Options, Rows
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
@@ -260,24 +260,30 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
             continue
         row = rows[name]
         weights = mean(row, "d_w"), mean(row, "d_l")
+        shares = [mean(row, x) for x in ("ideal", "both_down", "both_up", "reversed")]
         lines.append(
             [
                 loss,
                 f"{held_out(row, 'rewards/accuracies')[-1]:.3f}",
+                f"{held_out(row, 'logps/accuracies')[-1]:.3f}",
                 f"{change(row, 'chosen')[-1]:+.2f}",
                 f"{change(row, 'rejected')[-1]:+.2f}",
                 outcome(row),
                 f"{mean(row, 'cosine'):.2f}",
                 f"{weights[0] / weights[1]:.3g}" if weights[1] else "∞",
-                *(f"{mean(row, x):.0%}" for x in ("ideal", "both_down", "both_up", "reversed")),
+                *(f"{share:.0%}" for share in (*shares, max(0.0, 1 - sum(shares)))),
                 *(
                     f"{per_step(row, part, 'chosen', 'held_out/'):+.3f}"
                     for part in ("others", "optimiser", "curvature")
                 ),
             ]
         )
-    parts = ("held-out chosen per step: other pairs", "optimiser", "curvature")
-    header = (*HEADER[: HEADER.index("both up") + 1], "reversed", *parts)
+    header = (
+        *("loss", "accuracy", "P(chosen) > P(rejected)", "Δ chosen (nats)", "Δ rejected"),
+        *("held-out outcome", "cosine", "d_w / d_l", "pairs' own case: ideal", "both down"),
+        *("both up", "reversed", "no gradient", "held-out chosen per step: other pairs"),
+        *("optimiser", "curvature"),
+    )
     return table(header, lines)
 
 
