@@ -429,19 +429,20 @@ def explaining(row: Mapping[str, Any]) -> list[Chart]:
 
 
 def plot_losses(rows: Rows) -> None:
-    """Held-out log-probs of every loss, a line of charts for each optimiser and source."""
+    """Held-out log-probs of every loss, by optimiser, source and model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     kinds = [("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")]
-    found = [
-        (rule, source, loss)
+    runs = {
+        f"{loss}_{rule}_{source}": f"{loss}, {rule}, {SOURCES[source]}"
         for rule, source in kinds
         for loss in ORDER
-        if f"{loss}_{rule}_{source}" in rows
-    ]
+    }
+    runs |= {f"second_{loss}": f"{loss}, adamw, polite pairs,\nGemma 3 270M" for loss in FEW}
+    found = {name: title for name, title in runs.items() if name in rows}
     columns = min(6, len(found))
     lines = -(-len(found) // columns)
     figure, axes = plt.subplots(
@@ -449,14 +450,14 @@ def plot_losses(rows: Rows) -> None:
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, (rule, source, loss) in zip(axes.flat, found, strict=False):
-        row = rows[f"{loss}_{rule}_{source}"]
+    for axis, (name, title) in zip(axes.flat, found.items(), strict=False):
+        row = rows[name]
         axis.set_axis_on()
         for side, colour in (("chosen", "#4c9f70"), ("rejected", "#c44e52")):
             steps = row["held_out"][f"logps/{side}"]["step"]
             axis.plot(steps, change(row, side), color=colour, label=side)
         axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set_title(f"{loss}, {rule}, {SOURCES[source]}", fontsize=7)
+        axis.set_title(title, fontsize=7)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
