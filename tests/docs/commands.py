@@ -119,7 +119,7 @@ NEEDS = {
 """Page -> what it takes for granted: runs, and models that another page made."""
 STAGES = "pretrain", "sft", "preference", "feedback", "online", "representation"
 NOT_RUN = {
-    r"pip (install|download) .*": "needs the network",
+    r"pip (install|download) .*|for (i|part) in .*|cat \$\(ls part.*": "needs the network",
     r"make (test|test-slow|lint|docs)": "makes an environment; .ci/run runs it",
     r"(gcloud|tpu/slice|tpu/gke|export|sbatch) .*": "a cloud; tests/tpu runs it with --dry-run",
     r"JAXALIGN_COORDINATOR=.*": "two hosts; tests/commands/test_processes.py runs two processes",
