@@ -39,6 +39,17 @@ def missing(rows: Path) -> list[tuple[str, int]]:
     return sorted(todo, key=lambda one: (one[1], order.index(one[0])))
 
 
+def check_judge(path: Path, judge: str) -> None:
+    """Check that verdicts are of this judge.
+
+    Raises:
+      UserError: they are of another one.
+    """
+    for row in read(path):
+        if row["judge"] != judge:
+            raise UserError(f"{path}: has verdicts of {row['judge']}; move the file away first")
+
+
 def main() -> None:
     """Judge what has not been judged."""
     flags = argparse.ArgumentParser(description=__doc__)
@@ -50,6 +61,8 @@ def main() -> None:
     rows: Path = given.rows
     if not read(rows / "responses_reference.jsonl"):
         raise UserError(f"{rows}: has no responses; run experiments.ipo_md.small first")
+    own_name = Path(given.judge).stem
+    check_judge(rows / FILE, own_name)
     prompts = [row["prompt"] for row in read(rows / "prompts.jsonl")]
     others = by_seed(read(rows / "responses_reference.jsonl"), "response")
     with served(given.judge, threads=given.threads) as name:
@@ -59,7 +72,7 @@ def main() -> None:
             said = by_seed(read(rows / f"responses_{policy}.jsonl"), "response")[seed]
             verdicts = judge.preferences(prompts, said, others[seed])
             row: Row = {
-                "judge": Path(given.judge).stem,
+                "judge": own_name,
                 "policy": policy,
                 "seed": seed,
                 "preference": [

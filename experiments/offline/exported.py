@@ -50,12 +50,12 @@ class Exported(Options):
 
 def log_probs(start: Start, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The log-probs of every token of some rows after the first, by our own model."""
-    model = jax.jit(as_model(start.config, start.params).__call__)
+    model = jax.jit(lambda params, tokens: as_model(start.config, params)(tokens))
     longest, found = max(map(len, rows)), []
     for row in rows:
         padded = np.zeros((1, longest), np.int32)  # what follows is not seen
         padded[0, : len(row)] = row
-        after = jax.nn.log_softmax(model(padded)[0, : len(row) - 1], axis=-1)
+        after = jax.nn.log_softmax(model(start.params, padded)[0, : len(row) - 1], axis=-1)
         found.append(np.asarray(after)[np.arange(len(row) - 1), row[1:]])
     return found
 
@@ -143,7 +143,8 @@ def _transformers(
     except OSError as error:
         raise UserError(f"--python {python}: {error.strerror}") from None
     if done.returncode:
-        raise UserError(f"--python {python}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"--python {python}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

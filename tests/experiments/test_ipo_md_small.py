@@ -8,6 +8,7 @@ import pytest
 
 from experiments.ipo_md import small, small_data, small_read, small_runs, small_tables
 from experiments.ipo_md.small_options import METHODS, STRENGTHS, Options, is_done, path_of
+from jaxalign.errors import UserError
 
 
 def options_in(folder, **fields):
@@ -125,6 +126,9 @@ def test_a_judge_that_reads_is_shown_beside_the_others_and_reads_only_what_is_ne
     }
     (tmp_path / small_read.FILE).write_text(json.dumps(row) + "\n")
     assert small_read.missing(tmp_path) == [("grpo", 0)]
+    small_read.check_judge(tmp_path / small_read.FILE, "qwen")
+    with pytest.raises(UserError, match=r"read\.jsonl: has verdicts of qwen"):
+        small_read.check_judge(tmp_path / small_read.FILE, "another")
     others = [
         {
             "annotator": name,

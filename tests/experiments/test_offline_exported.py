@@ -56,3 +56,6 @@ def test_an_interpreter_without_pytorch_is_named_in_one_line(tmp_path):
     script.chmod(0o755)
     with pytest.raises(UserError, match=r"--python .*No module named 'torch'"):
         exported._transformers(str(script), tmp_path, [], [])
+    script.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(UserError, match="exit status 9"):
+        exported._transformers(str(script), tmp_path, [], [])
