@@ -241,7 +241,7 @@ def reader(
         interval = with_interval([one[~np.isnan(one)].mean() for one in wins.T[heard.any(0)]])
         cells.append([LABELS[name], interval, f"{equal:.2f}", f"{order:.2f}", *agreed])
     header = [
-        f"{verdicts[0]['judge']}, {len({row['seed'] for row in verdicts})} seeds",
+        f"{verdicts[0]['judge']}, seeds: {len({row['seed'] for row in verdicts})}",
         *("wins over the reference", "at equal length", "same in both orders"),
         *(f"agrees with the {label}" for label in ANNOTATORS.values()),
     ]
