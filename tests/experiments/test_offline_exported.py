@@ -35,9 +35,11 @@ def test_the_row_tells_equal_answers_and_the_largest_difference_of_a_log_prob(tm
 
 
 def test_log_probs_are_those_of_the_tokens_after_the_first(tmp_path):
-    save_tiny_model(tmp_path / "model")
+    tokenizer, _ = save_tiny_model(tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model")
-    start = Start(name="tiny", path="", config=loaded.config, params=loaded.params, tokenizer=None)
+    start = Start(
+        name="tiny", path="", config=loaded.config, params=loaded.params, tokenizer=tokenizer
+    )
     row = [3, 1, 4, 1, 5]
     _, found = exported.log_probs(start, [[*row, 2, 6], row])
     for at in range(1, len(row)):  # from the beginning alone
