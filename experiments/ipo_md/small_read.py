@@ -57,20 +57,20 @@ def main() -> None:
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     flags.add_argument("--template", type=Path, default=TEMPLATE, help="question to the judge")
     flags.add_argument("--threads", type=int, help="of the judge; default: one for every core")
-    given = flags.parse_args()
-    rows: Path = given.rows
+    args = flags.parse_args()
+    rows: Path = args.rows
     if not read(rows / "responses_reference.jsonl"):
         raise UserError(f"{rows}: has no responses; run experiments.ipo_md.small first")
-    own_name = Path(given.judge).stem
+    own_name = Path(args.judge).stem
     check_judge(rows / FILE, own_name)
     prompts = [row["prompt"] for row in read(rows / "prompts.jsonl")]
     others = by_seed(read(rows / "responses_reference.jsonl"), "response")
-    with served(given.judge, threads=given.threads) as name:
-        options = AnnotatorOptions(template=given.template, workers=1, timeout=900.0)
+    with served(args.judge, threads=args.threads) as name:
+        options = AnnotatorOptions(template=args.template, workers=1, timeout=900.0)
         judge = make_annotator(name, options)
         for policy, seed in missing(rows):
-            said = by_seed(read(rows / f"responses_{policy}.jsonl"), "response")[seed]
-            verdicts = judge.preferences(prompts, said, others[seed])
+            responses = by_seed(read(rows / f"responses_{policy}.jsonl"), "response")[seed]
+            verdicts = judge.preferences(prompts, responses, others[seed])
             row: Row = {
                 "judge": own_name,
                 "policy": policy,

@@ -18,28 +18,28 @@ def main(folder: str, questions: str, rows: str, tokens: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found: dict[str, list] = {"answers": [], "prompts": [], "log_probs": []}
+    result: dict[str, list] = {"answers": [], "prompts": [], "log_probs": []}
     with torch.inference_mode():
         for question in json.loads(questions):
             turns = [{"role": "user", "content": question}]
             prompt = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, return_dict=False
             )
-            given = torch.tensor([prompt])
-            whole = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            inputs = torch.tensor([prompt])
+            outputs = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 do_sample=False,
                 max_new_tokens=int(tokens),
             )
-            answer = tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
-            found["answers"].append(answer)
-            found["prompts"].append(prompt)
+            answer = tokenizer.decode(outputs[0, len(prompt) :], skip_special_tokens=True)
+            result["answers"].append(answer)
+            result["prompts"].append(prompt)
         for row in json.loads(rows):
             logits = model(torch.tensor([row])).logits[0, :-1]
             after = torch.tensor(row[1:])[:, None]
-            found["log_probs"].append(logits.log_softmax(-1).gather(1, after)[:, 0].tolist())
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+            result["log_probs"].append(logits.log_softmax(-1).gather(1, after)[:, 0].tolist())
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ class Exported(Options):
 def log_probs(start: Start, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The log-probs of every token of some rows after the first, by our own model."""
     model = jax.jit(lambda params, tokens: as_model(start.config, params)(tokens))
-    longest, found = max(map(len, rows)), []
+    longest, result = max(map(len, rows)), []
     for row in rows:
         padded = np.zeros((1, longest), np.int32)  # what follows is not seen
         padded[0, : len(row)] = row
         after = jax.nn.log_softmax(model(start.params, padded)[0, : len(row) - 1], axis=-1)
-        found.append(np.asarray(after)[np.arange(len(row) - 1), row[1:]])
-    return found
+        result.append(np.asarray(after)[np.arange(len(row) - 1), row[1:]])
+    return result
 
 
 def same_beginning(ours: str, theirs: str) -> float:
@@ -123,8 +123,8 @@ def compared(
         ),
         "largest_difference": float(np.max(off)),
     }
-    for reader, said in {"transformers": theirs["answers"], "llama.cpp": others}.items():
-        equal = [same_beginning(a, b) for a, b in zip(ours["answers"], said, strict=True)]
+    for reader, answers in {"transformers": theirs["answers"], "llama.cpp": others}.items():
+        equal = [same_beginning(a, b) for a, b in zip(ours["answers"], answers, strict=True)]
         row[reader] = {"same": sum(x == 1 for x in equal), "same_beginning": float(np.mean(equal))}
     return row
 
@@ -143,8 +143,8 @@ def _transformers(
     except OSError as error:
         raise UserError(f"--python {python}: {error.strerror}") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"--python {python}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"--python {python}: {errors[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
