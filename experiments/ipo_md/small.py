@@ -37,6 +37,7 @@ from experiments.ipo_md.small_options import (
     Options,
     is_done,
     path_of,
+    read,
     rows_of,
 )
 from experiments.short_runs import models_of, same_options
@@ -80,9 +81,15 @@ def main(options: Options) -> None:
 
 
 def is_missing(options: Options, cell: str) -> bool:
-    """Whether a cell has no rows made with these options, or the judge none of some policy."""
-    if cell == "judge:" and small_runs.unjudged(options):
+    """Whether a cell has no rows, or not all, made with these options."""
+    kind, _, name = cell.partition(":")
+    if kind == "judge" and small_runs.unjudged(options):
         return True
+    if kind == "sweep":
+        return bool(small_runs.untried(small_runs.swept(options, name), name))
+    if kind == "final" and is_done(options, cell) and (rows := small_runs.swept(options, name)):
+        best = small_runs.strongest(rows, name)
+        return any(row["strength"] != best for row in read(path_of(options, cell)))
     return not is_done(options, cell)
 
 

@@ -42,7 +42,8 @@ STRENGTHS: dict[str, tuple[float, float, float]] = {
     "grpo": (0.004, 0.04, 0.4),
     "egpo": (0.01, 0.1, 1.0),
 }
-"""The strengths tried, ten times apart."""
+"""The strengths tried first, ten times apart; the sweep goes on while the best one is an end."""
+MOST_STRENGTHS = 5
 REWARDED = ("regularised_policy_gradient", "grpo")
 ANNOTATORS = {
     "reward": ("reward", "bradley_terry", "annotators", 0),

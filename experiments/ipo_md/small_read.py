@@ -16,19 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.ipo_md.small_tables import LABELS, Row, by_seed, of_methods, read
+from experiments.ipo_md.small_tables import LABELS, READ, Row, by_seed, of_methods, read
 from experiments.served import served
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 
 FOLDER = Path(__file__).parent
 TEMPLATE = FOLDER.parent / "judging" / "short_chat.txt"
-FILE = "read.jsonl"
 
 
 def missing(rows: Path) -> list[tuple[str, int]]:
     """Policies and seeds that have responses and no verdicts yet, seed by seed."""
-    known = {(row["policy"], row["seed"]) for row in read(rows / FILE)}
+    known = {(row["policy"], row["seed"]) for row in read(rows / READ)}
     written = of_methods(rows, "responses")
     seeds = {
         name: {row["seed"] for row in own} for name, own in written.items() if name != "reference"
@@ -62,7 +61,7 @@ def main() -> None:
     if not read(rows / "responses_reference.jsonl"):
         raise UserError(f"{rows}: has no responses; run experiments.ipo_md.small first")
     own_name = Path(args.judge).stem
-    check_judge(rows / FILE, own_name)
+    check_judge(rows / READ, own_name)
     prompts = [row["prompt"] for row in read(rows / "prompts.jsonl")]
     others = by_seed(read(rows / "responses_reference.jsonl"), "response")
     with served(args.judge, threads=args.threads) as name:
@@ -80,7 +79,7 @@ def main() -> None:
                 ],
                 "same_in_both_orders": verdicts.order_consistency,
             }
-            with (rows / FILE).open("a", encoding="utf-8") as file:
+            with (rows / READ).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             mean = np.nanmean(verdicts.preference)
             print(f"{policy}, seed {seed}: {mean:.3f} over the reference", flush=True)

@@ -17,6 +17,7 @@ from experiments.ipo_md.small_annotators import load_annotator
 from experiments.ipo_md.small_options import (
     ANNOTATORS,
     METHODS,
+    MOST_STRENGTHS,
     REWARDED,
     STRENGTHS,
     Options,
@@ -244,20 +245,44 @@ def trained(
 
 
 def sweep(options: Options, name: str) -> list[dict[str, Any]]:
-    """Short runs of a method, one for each strength."""
-    bench, strengths = Bench(options, name), STRENGTHS[name]
-    updates, prompts = options.sweep_updates, options.validation
-    seeds, judges = [0] * len(strengths), (bench.own,)
-    return trained(bench, strengths, seeds, updates, prompts, evaluations=1, judges=judges)[1]
+    """Short runs of a method, one for each strength; further ones while the best is an end."""
+    bench, rows = Bench(options, name), swept(options, name)
+    while strengths := untried(rows, name):
+        seeds, judges = [0] * len(strengths), (bench.own,)
+        updates, prompts = options.sweep_updates, options.validation
+        rows += trained(bench, strengths, seeds, updates, prompts, evaluations=1, judges=judges)[1]
+    return sorted(rows, key=lambda row: row["strength"])
+
+
+def swept(options: Options, name: str) -> list[dict[str, Any]]:
+    """The rows of a method's sweep that were made with these options."""
+    cell = f"sweep:{name}"
+    return read(path_of(options, cell)) if is_done(options, cell) else []
+
+
+def untried(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """The strengths that a method's sweep still has to try."""
+    if not rows:
+        return list(STRENGTHS[name])
+    tried = sorted(row["strength"] for row in rows)
+    best = strongest(rows, name)
+    if len(tried) >= MOST_STRENGTHS or best not in (tried[0], tried[-1]):
+        return []
+    return [float(f"{best / 10 if best == tried[0] else best * 10:.6g}")]
+
+
+def strongest(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """The strength whose run wins most over the reference, in its own annotator's eyes."""
+    own = "reward" if name in REWARDED else "preference"
+    return max(rows, key=lambda row: row["curve"][-1][f"wins/{own}"])["strength"]
 
 
 def chosen(options: Options, name: str) -> float:
-    """The strength whose run wins most over the reference, in its own annotator's eyes."""
-    own = "reward" if name in REWARDED else "preference"
+    """The strength of a method's final runs."""
     rows = read(path_of(options, f"sweep:{name}"))
     if not rows:
         sys.exit(f"{name}: no sweep; run --step sweep first")
-    return max(rows, key=lambda row: row["curve"][-1][f"wins/{own}"])["strength"]
+    return strongest(rows, name)
 
 
 def final(options: Options, name: str) -> list[dict[str, Any]]:
@@ -274,8 +299,18 @@ def final(options: Options, name: str) -> list[dict[str, Any]]:
         evaluations=options.evaluations,
         judges=judges,
     )
+    forget(options, name)
     write_responses(options, bench, state, name)
     return rows
+
+
+def forget(options: Options, name: str) -> None:
+    """Take away the verdicts on what a policy said before."""
+    for path in (path_of(options, "judge:"), Path(options.rows) / small_tables.READ):
+        rows = read(path)
+        kept = [row for row in rows if name not in map(row.get, ("one", "other", "policy"))]
+        if len(kept) < len(rows):
+            write_json_lines(path, kept)
 
 
 def respond(options: Options) -> list[dict[str, Any]]:

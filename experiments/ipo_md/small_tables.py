@@ -33,6 +33,8 @@ LABELS = {
 REWARDED = ("regularised_policy_gradient", "grpo")
 SOURCES = {"ultrafeedback": "UltraFeedback", "polite": "polite", "people": "people"}
 """Source of held-out pairs -> its name in the tables."""
+READ = "read.jsonl"
+"""File of a larger judge's verdicts."""
 ANNOTATORS = {"reward": "reward model", "preference": "preference model", "judge": "judge"}
 
 Row = dict[str, Any]
@@ -200,7 +202,7 @@ def standings(rows: Path) -> str:
             f"{note}\n",
             "![preferences over divergence; reward, divergence, length over updates](small.png)\n",
             agreement(verdicts, said),
-            reader(read(rows / "read.jsonl"), verdicts, said),
+            reader(read(rows / READ), verdicts, said),
         ]
     )
 

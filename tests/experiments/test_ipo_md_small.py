@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from experiments.ipo_md import small, small_data, small_read, small_runs, small_tables
-from experiments.ipo_md.small_options import METHODS, STRENGTHS, Options, is_done, path_of
+from experiments.ipo_md.small_options import METHODS, STRENGTHS, Options, is_done, path_of, read
 from jaxalign.errors import UserError
 
 
@@ -21,15 +22,23 @@ def write_rows(options, cell, rows):
     path.write_text("".join(json.dumps(row | {"sizes": options.sizes}) + "\n" for row in rows))
 
 
+def sweep_of(annotator, wins=(0.5, 0.7, 0.6), strengths=(0.01, 0.1, 1.0)):
+    return [
+        {"strength": x, "seconds_per_update": 1.0, "curve": [{f"wins/{annotator}": y}]}
+        for x, y in zip(strengths, wins, strict=True)
+    ]
+
+
 def test_cells_with_rows_of_the_same_sizes_are_not_done_again(tmp_path, monkeypatch):
     options = options_in(tmp_path, methods=("online_dpo", "grpo"), step="judge")
     write_rows(options, "annotator:reward", [{}])
-    write_rows(options, "sweep:grpo", [{"seconds_per_update": 1.0}])
+    write_rows(options, "sweep:grpo", sweep_of("reward"))
     ran, names = [], ("annotator", "one", "other", "seed")
 
     def run_cell(one):
         ran.append(one.cell)
-        write_rows(one, one.cell, [{"seconds_per_update": 1.0} | dict.fromkeys(names, 0)])
+        rows = sweep_of("preference") if "sweep" in one.cell else [{"strength": 0.1}]
+        write_rows(one, one.cell, [row | dict.fromkeys(names, 0) for row in rows])
 
     monkeypatch.setattr(small, "run_cell", run_cell)
     monkeypatch.setattr(small_data, "prepare", lambda options: None)
@@ -48,13 +57,58 @@ def test_cells_with_rows_of_the_same_sizes_are_not_done_again(tmp_path, monkeypa
 
 def test_the_strength_with_most_wins_before_its_own_annotator_is_chosen(tmp_path):
     options = options_in(tmp_path)
-    wins = {0.01: 0.5, 0.1: 0.7, 1.0: 0.6}
-    rows = [{"strength": x, "curve": [{"wins/preference": y}]} for x, y in wins.items()]
+    rows = sweep_of("preference")
     with pytest.raises(SystemExit, match="no sweep"):
         small_runs.chosen(options, "online_ipo")
     write_rows(options, "sweep:online_ipo", rows)
     assert small_runs.chosen(options, "online_ipo") == 0.1
     assert set(STRENGTHS) == set(METHODS)
+
+
+def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch):
+    options = options_in(tmp_path)
+    # wins rise as the strength falls, but for the weakest one
+    wins = {1.0: 0.5, 0.1: 0.6, 0.01: 0.7, 0.001: 0.8, 0.0001: 0.75}
+    tried = []
+
+    def trained(bench, strengths, seeds, *sizes, **others):
+        tried.append(list(strengths))
+        return None, sweep_of("preference", [wins[x] for x in strengths], strengths)
+
+    def run_cell(one):
+        name = one.cell.partition(":")[2]
+        write_rows(one, one.cell, small_runs.sweep(one, name))
+
+    monkeypatch.setattr(small_runs, "Bench", lambda *_: SimpleNamespace(own="preference"))
+    monkeypatch.setattr(small_runs, "trained", trained)
+    cell = "sweep:online_ipo"
+    # three strengths of an earlier version, and final runs of the best of them
+    write_rows(options, cell, sweep_of("preference", (0.7, 0.6, 0.5)))
+    write_rows(options, "final:online_ipo", [{"strength": 0.01}])
+    assert small.is_missing(options, cell)
+    assert not small.is_missing(options, "final:online_ipo")
+    run_cell(replace(options, cell=cell))
+    assert tried == [[0.001], [0.0001]]
+    assert not small.is_missing(options, cell)
+    assert small_runs.chosen(options, "online_ipo") == 0.001
+    assert small.is_missing(options, "final:online_ipo")  # of another strength
+    wins |= {10.0: 0.9, 100.0: 0.95}
+    upward = sweep_of("preference", (0.5, 0.6, 0.7))
+    assert small_runs.untried([], "online_ipo") == [0.01, 0.1, 1.0]
+    assert small_runs.untried(upward, "online_ipo") == [10.0]
+    upward += sweep_of("preference", (0.8, 0.9), (10.0, 100.0))
+    assert small_runs.untried(upward, "online_ipo") == []  # enough is enough
+
+
+def test_verdicts_on_what_a_policy_said_before_go(tmp_path):
+    options = options_in(tmp_path)
+    both = [{"one": "grpo", "other": "reference"}, {"one": "egpo", "other": "grpo"}]
+    write_rows(options, "judge:", [*both, {"one": "egpo", "other": "reference"}])
+    path = tmp_path / "rows" / small_tables.READ
+    path.write_text('{"policy": "grpo"}\n{"policy": "egpo"}\n')
+    small_runs.forget(options, "grpo")
+    assert [row["one"] for row in read(path_of(options, "judge:"))] == ["egpo"]
+    assert read(path) == [{"policy": "egpo"}]
 
 
 def test_the_judge_reads_what_it_has_not_read(tmp_path):
@@ -124,11 +178,11 @@ def test_a_judge_that_reads_is_shown_beside_the_others_and_reads_only_what_is_ne
         "preference": [0.9, 0.6, 0.2, None],
         "same_in_both_orders": 0.5,
     }
-    (tmp_path / small_read.FILE).write_text(json.dumps(row) + "\n")
+    (tmp_path / small_tables.READ).write_text(json.dumps(row) + "\n")
     assert small_read.missing(tmp_path) == [("grpo", 0)]
-    small_read.check_judge(tmp_path / small_read.FILE, "qwen")
+    small_read.check_judge(tmp_path / small_tables.READ, "qwen")
     with pytest.raises(UserError, match=r"read\.jsonl: has verdicts of qwen"):
-        small_read.check_judge(tmp_path / small_read.FILE, "another")
+        small_read.check_judge(tmp_path / small_tables.READ, "another")
     others = [
         {
             "annotator": name,
