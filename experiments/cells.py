@@ -12,15 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.short_runs import (
-    Bench,
-    Options,
-    OutOfTime,
-    Rows,
-    models_of,
-    same_options,
-    write_splits,
-)
+from experiments.rows import Rows, models_of, same_options
+from experiments.short_runs import Bench, Options, OutOfTime, write_splits
 from jaxalign.models.devices import enable_compilation_cache
 
 LEAST = 10.0

@@ -7,7 +7,6 @@ config, and no checkpoints are written: what a run leaves is its metrics and its
 import dataclasses
 import functools
 import json
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.rows import Rows
+from experiments.runs import DATA
 from jaxalign.backends import Decoding
 from jaxalign.backends.local import LocalModel, end_tokens
 from jaxalign.config import PreferenceConfig, TrainConfig, to_json
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, split_holdout
 from jaxalign.data.packing import Packing
 from jaxalign.data.tokenizers import Tokenizer
-from jaxalign.errors import UserError
-from jaxalign.files import read_json, write_json, write_json_lines
+from jaxalign.files import write_json, write_json_lines
 from jaxalign.models import DecoderConfig
 from jaxalign.sharding import make_mesh, place
 from jaxalign.stages import Kind, RunContext, kind_of
@@ -39,7 +39,6 @@ from jaxalign.training.loop import run_stage
 from jaxalign.training.stage import Feed, Stage, Step
 from jaxalign.training.step import TrainState, compile_step, initial_state
 
-DATA = Path(os.environ.get("JAXALIGN_SHARED", "../shared")) / "data"
 KEPT = ("rewards/accuracies", "logps/chosen", "logps/rejected", "logps/accuracies", "kl", "loss")
 """Held-out metrics that a row keeps, of every source."""
 MEASURED = tuple(
@@ -111,67 +110,6 @@ class Options:
     def data(self, source: str, split: str) -> str:
         """The file of a split."""
         return str(self.output / "data" / f"{source}_{split}.jsonl")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The finished runs of a study, by name."""
-
-    folder: Path
-
-    def __contains__(self, name: str) -> bool:
-        return self._path(name).is_file()
-
-    def __getitem__(self, name: str) -> dict[str, Any]:
-        return read_json(self._path(name), "row of a study")
-
-    def names(self) -> list[str]:
-        """Names of all rows."""
-        return sorted(path.stem for path in self.folder.glob("*.json"))
-
-    def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Write a row, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path(name), shortened(dict(row)))
-        print(f"row {self.folder.name}/{name}", flush=True)
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-
-def same_options(path: Path, own: Mapping[str, Any]) -> None:
-    """Check that rows were made with the same models and sizes; what is new is kept.
-
-    Args:
-      path: file that keeps them, beside the rows.
-      own: those of this command.
-
-    Raises:
-      UserError: the rows were made with others.
-    """
-    known = read_json(path, "options of a study") if path.is_file() else {}
-    if changed := [name for name in own if name in known and known[name] != own[name]]:
-        raise UserError(
-            f"{path}: its rows were made with another {', '.join(changed)}; set --rows to another "
-            "folder"
-        )
-    if own.keys() - known.keys():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**known, **own})
-
-
-def models_of(**paths: str | Path | None) -> dict[str, str]:
-    """The names of the models that are given, for `same_options`."""
-    return {name: Path(path).name for name, path in paths.items() if path is not None}
-
-
-def shortened(value: Any) -> Any:
-    """The same JSON value, its numbers with five digits."""
-    if isinstance(value, dict):
-        return {name: shortened(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [shortened(one) for one in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write_splits(options: Options) -> None:

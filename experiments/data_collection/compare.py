@@ -18,8 +18,8 @@ import numpy as np
 
 from experiments.data_collection.dpo import config
 from experiments.data_collection.tasks import TASKS, Pair, Task, collected, rows_of, write_rows
-from experiments.gradient_entanglement.runs import finished
 from experiments.page import put, table
+from experiments.runs import finished
 from jaxalign.backends import Decoding
 from jaxalign.backends.local import LocalModel
 from jaxalign.collection import BestOfN

@@ -23,9 +23,9 @@ import tyro
 
 from experiments.data_collection.compare import slug
 from experiments.data_collection.tasks import Pair, rows_of, write_rows
-from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.page import put, table
-from experiments.short_runs import Rows, models_of, same_options
+from experiments.rows import Rows, models_of, same_options
+from experiments.runs import DATA, finished
 from jaxalign.backends import BackendOptions, Decoding
 from jaxalign.backends.local import LocalModel
 from jaxalign.collection import (

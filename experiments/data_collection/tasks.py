@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data_collection import rules
-from experiments.gradient_entanglement.runs import DATA, TINY, finished
+from experiments.runs import DATA, TINY, finished
 from jaxalign.backends import BackendOptions, Decoding
 from jaxalign.collection import (
     BestOfN,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from experiments.drpo.stories import SEARCHES, interval
-from experiments.gradient_entanglement.runs import DATA, TINY
 from experiments.page import put, table
+from experiments.runs import DATA, TINY
 from jaxalign.backends import Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.gradient_entanglement.runs import DATA
 from experiments.page import table
+from experiments.runs import DATA
 from jaxalign.backends import BackendOptions, Decoding
 from jaxalign.data import prompt_records
 from jaxalign.data.records import transcript

@@ -34,8 +34,9 @@ from experiments.drpo.small_tables import (
     plot,
     write_page,
 )
+from experiments.rows import Rows, models_of, same_options
+from experiments.runs import DATA
 from experiments.served import served
-from experiments.short_runs import DATA, Rows, models_of, same_options
 from jaxalign.backends import Backend, BackendOptions, Cached, Decoding, make_backend
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel

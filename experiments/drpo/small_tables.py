@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.page import put, table
-from experiments.short_runs import Rows
+from experiments.rows import Rows
 from jaxalign.evaluation.just_eval import QUALITY
 
 FOLDER = Path(__file__).parent

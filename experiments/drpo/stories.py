@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gradient_entanglement.runs import DATA
 from experiments.page import half_width, put, table
+from experiments.runs import DATA
 from jaxalign.backends import Backend, Cached, Decoding
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel

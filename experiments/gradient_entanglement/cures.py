@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.gradient_entanglement.pairs import arguments, settings
-from experiments.gradient_entanglement.runs import finished, mean
 from experiments.page import put, table
+from experiments.runs import finished, mean
 from jaxalign.config import EntanglementConfig
 from jaxalign.reporting import read_run
 

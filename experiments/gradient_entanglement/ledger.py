@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments import finetune
-from experiments.gradient_entanglement.runs import finished
 from experiments.page import put, table
+from experiments.runs import finished
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
 from jaxalign.reporting import ledger, read_run
 from jaxalign.reporting.charts import draw

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.gradient_entanglement.runs import DATA, TINY, finished
+from experiments.runs import DATA, TINY, finished
 from jaxalign.config import (
     EntanglementConfig,
     MeshConfig,

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.gradient_entanglement.pairs import arguments, settings
-from experiments.gradient_entanglement.runs import DATA, change, curve, finished, mean
 from experiments.page import put, table
+from experiments.runs import DATA, change, curve, finished, mean
 from jaxalign.config import EntanglementConfig
 from jaxalign.data import load_tokenizer, pair_batches, preference_records, tokenize_pairs
 from jaxalign.entanglement import CASES, PairGeometry, case, coefficients

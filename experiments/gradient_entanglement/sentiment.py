@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.gradient_entanglement.runs import (
+from experiments.page import put, table
+from experiments.runs import (
     DATA,
     PAPER,
     TINY,
@@ -32,7 +33,6 @@ from experiments.gradient_entanglement.runs import (
     seeds,
     spread,
 )
-from experiments.page import put, table
 from jaxalign.config import (
     EntanglementConfig,
     OptimizerConfig,

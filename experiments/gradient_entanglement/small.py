@@ -23,7 +23,8 @@ import numpy as np
 from experiments.cells import Cell
 from experiments.gradient_entanglement.preference import LOSSES
 from experiments.page import put, table
-from experiments.short_runs import Bench, Options, Rows
+from experiments.rows import Rows
+from experiments.short_runs import Bench, Options
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
 from jaxalign.data import preference_records
 from jaxalign.entanglement.conditions import CASES, case_of_changes

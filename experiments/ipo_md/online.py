@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.gradient_entanglement.runs import DATA
+from experiments.runs import DATA
 from jaxalign.config import MeshConfig, OnlineConfig, OptimizerConfig, RolloutConfig, TrainConfig
 
 FOLDER = Path("runs/ipo_md")

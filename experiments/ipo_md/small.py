@@ -40,7 +40,7 @@ from experiments.ipo_md.small_options import (
     read,
     rows_of,
 )
-from experiments.short_runs import models_of, same_options
+from experiments.rows import models_of, same_options
 from jaxalign.errors import UserError
 from jaxalign.files import write_json_lines
 from jaxalign.models.devices import enable_compilation_cache

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gradient_entanglement.runs import finished
 from experiments.ipo_md.small_options import ANNOTATORS, Options, on_accelerator, read
+from experiments.runs import finished
 from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.models.differentiation import forward_mode

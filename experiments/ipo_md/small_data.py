@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gradient_entanglement.runs import DATA
 from experiments.ipo_md.small_options import Options
+from experiments.runs import DATA
 from jaxalign.data import PromptRecord, load_tokenizer, preference_records, tokenize_prompts
 from jaxalign.data.tokenized import TokenizedRows
 from jaxalign.data.tokenizers import Tokenizer

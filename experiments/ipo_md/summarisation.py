@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.ipo_md.online import FOLDER, PROMPTS, STORIES, TEST_PROMPTS, online
 from experiments.ipo_md.sentiment import Classifier, two_classifiers
 from experiments.page import put, table
+from experiments.runs import DATA, finished
 from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.data import load_tokenizer, prompt_records, tokenize_prompts
 from jaxalign.evaluation.bradley_terry import over_seeds, ratings

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gradient_entanglement.runs import DATA, TINY, finished
 from experiments.judging import reward_model
 from experiments.judging.likelihood import Likelihood
 from experiments.page import put, table
+from experiments.runs import DATA, TINY, finished
 from jaxalign.backends import Cached
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel

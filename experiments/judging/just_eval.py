@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.gradient_entanglement.runs import DATA, TINY
 from experiments.page import put, table
+from experiments.runs import DATA, TINY
 from jaxalign.backends import Cached
 from jaxalign.backends.cached import AnswerFile
 from jaxalign.backends.local import LocalModel

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.gradient_entanglement.runs import DATA, TINY
+from experiments.runs import DATA, TINY
 from jaxalign.config import MeshConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.files import write_json_lines
 

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.judging.compare import SETS, Comparisons, read
 from experiments.judging.small_tables import (
     LABELS,
@@ -33,8 +32,9 @@ from experiments.judging.small_tables import (
     section,
 )
 from experiments.page import put
+from experiments.rows import Rows, models_of, same_options
+from experiments.runs import DATA, finished
 from experiments.served import served
-from experiments.short_runs import Rows, models_of, same_options
 from jaxalign.backends.client import Client, split_address
 from jaxalign.backends.local import LocalModel
 from jaxalign.config import LoraConfig, OptimizerConfig, PreferenceConfig, TrainConfig

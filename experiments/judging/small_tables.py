@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.judging.compare import SETS, SHORT, cell, right, share
 from experiments.page import table
-from experiments.short_runs import Rows
+from experiments.rows import Rows
 from jaxalign.evaluation import Verdicts, agreement, win_rate
 
 FOLDER = Path(__file__).parent

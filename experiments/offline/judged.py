@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.offline.small import FOLDER, LOSSES
+from experiments.rows import Rows
 from experiments.served import served
-from experiments.short_runs import Rows
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 

@@ -25,8 +25,8 @@ import tyro
 from scipy.stats import rankdata
 
 import jaxalign
-from experiments.gradient_entanglement.runs import DATA, finished
 from experiments.page import half_width, put, table
+from experiments.runs import DATA, finished
 from jaxalign.config import FeedbackConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from jaxalign.files import open_text, write_json_lines
 

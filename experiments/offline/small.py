@@ -23,7 +23,8 @@ import numpy as np
 
 from experiments.cells import Cell
 from experiments.page import half_width, put, table
-from experiments.short_runs import Bench, Finished, Rows, Start
+from experiments.rows import Rows
+from experiments.short_runs import Bench, Finished, Start
 from jaxalign.config import FeedbackConfig, OptimizerConfig, SupervisedConfig, TrainConfig
 from jaxalign.errors import UserError
 from jaxalign.evaluation import win_rate

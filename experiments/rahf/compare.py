@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
 
-from experiments.gradient_entanglement.runs import finished
 from experiments.page import half_width, put, table
 from experiments.rahf import methods, word_reward
-from experiments.short_runs import Rows, same_options
+from experiments.rows import Rows, same_options
+from experiments.runs import finished
 from jaxalign.config import OnlineConfig, RepresentationConfig, SupervisedConfig, TrainConfig
 from jaxalign.data import (
     load_tokenizer,

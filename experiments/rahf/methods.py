@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.gradient_entanglement.runs import DATA, TINY
+from experiments.runs import DATA, TINY
 from jaxalign.config import (
     AlignmentConfig,
     LoraConfig,

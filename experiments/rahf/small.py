@@ -24,7 +24,7 @@ import tyro
 from experiments.rahf import methods, word_reward
 from experiments.rahf.compare import Said, answers, make_sampler
 from experiments.rahf.small_tables import drawn_layers, settings, steered_layers, write_page
-from experiments.short_runs import Rows, models_of, same_options
+from experiments.rows import Rows, models_of, same_options
 from jaxalign.data import (
     load_tokenizer,
     preference_records,

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import expit
 
 from experiments.page import half_width, put, table
-from experiments.short_runs import Rows
+from experiments.rows import Rows
 from jaxalign.evaluation import length_controlled
 
 FOLDER = Path(__file__).parent

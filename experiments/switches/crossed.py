@@ -27,8 +27,8 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.gradient_entanglement.runs import DATA
 from experiments.page import put, table
+from experiments.runs import DATA
 from jaxalign.config import PreferenceConfig, TrainConfig
 from jaxalign.entanglement import Coefficients, PairGeometry
 from jaxalign.entanglement.conditions import band

@@ -171,7 +171,7 @@ def run_study(words: list[str], capsys, monkeypatch) -> None:
         where, _, constant = target.partition(":")
         owner = importlib.import_module(f"experiments.{where}")
         monkeypatch.setattr(owner, constant, limited(getattr(owner, constant), value))
-    runs = importlib.import_module("experiments.gradient_entanglement.runs")
+    runs = importlib.import_module("experiments.runs")
     train = importlib.import_module("jaxalign.runs.train").train
     monkeypatch.setattr(runs, "train", lambda config: train(smaller(config)))
     monkeypatch.setattr(sys, "argv", [name, *rest, *study.flags.split()])

@@ -15,7 +15,8 @@ from experiments import cells
 from experiments.cells import Cell
 from experiments.gradient_entanglement import small as entanglement
 from experiments.offline import small as offline
-from experiments.short_runs import Bench, Options, Rows, with_peak, write_splits
+from experiments.rows import Rows
+from experiments.short_runs import Bench, Options, with_peak, write_splits
 from jaxalign.errors import UserError
 from jaxalign.reporting import read_run
 from jaxalign.runs.train import train

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from experiments.drpo import small, small_tables
-from experiments.short_runs import Rows
+from experiments.rows import Rows
 from jaxalign.backends.client import Usage
 from jaxalign.errors import UserError
 from jaxalign.evaluation.just_eval import QUALITY

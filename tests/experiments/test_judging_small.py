@@ -8,7 +8,7 @@ import pytest
 from experiments.data_collection import small as collected
 from experiments.judging import small, small_tables
 from experiments.judging.compare import Comparisons
-from experiments.short_runs import Rows
+from experiments.rows import Rows
 from jaxalign.errors import UserError
 from jaxalign.evaluation import Verdicts
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from experiments.offline import exported, small
-from experiments.short_runs import Rows, Start
+from experiments.rows import Rows
+from experiments.short_runs import Start
 from jaxalign.errors import UserError
 from jaxalign.models import load_pretrained
 from tests.tiny_model import save_tiny_model

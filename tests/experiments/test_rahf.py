@@ -7,7 +7,7 @@ import pytest
 
 from experiments.page import half_width
 from experiments.rahf import compare, methods, small, small_tables, word_reward
-from experiments.short_runs import Rows, models_of, same_options
+from experiments.rows import Rows, models_of, same_options
 from jaxalign.data import PreferenceRecord
 from jaxalign.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What the studies on real text share: a base model, runs of it, and means over seeds."""
+"""What the studies share: the folder of data, runs that are made once, and means over seeds."""
 
 import os
 from collections.abc import Sequence
