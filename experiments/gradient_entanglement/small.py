@@ -282,7 +282,7 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
     header = (
         *("loss", "accuracy", "P(chosen) > P(rejected)", "Δ chosen (nats)", "Δ rejected"),
         *("held-out outcome", "cosine", "d_w / d_l", "pairs' own case: ideal", "both down"),
-        *("both up", "reversed", "no gradient", "held-out chosen per step: other pairs"),
+        *("both up", "reversed", "at rest", "held-out chosen per step: other pairs"),
         *("optimiser", "curvature"),
     )
     return table(header, lines)
