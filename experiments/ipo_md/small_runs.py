@@ -143,7 +143,7 @@ def of_reference(bench: Bench, number: int, seeds: Sequence[int]) -> Answers:
 
 
 def measured(
-    bench: Bench, ours: Answers, theirs: Answers, judges: Sequence[str]
+    bench: Bench, ours: Answers, theirs: Answers, *, rewards: bool
 ) -> list[dict[str, float]]:
     """Numbers of each run's policy on validation prompts, beside the reference's own responses."""
     runs = len(ours.texts)
@@ -155,13 +155,12 @@ def measured(
 
     numbers = {name: by_run(getattr(ours, name)) for name in ("kl", "length", "finished")}
     with forward_mode():
-        for name in judges:
-            if ours is theirs:
-                wins = np.full(len(flat), 0.5)
-            else:
-                wins = bench.annotator(name).preferences(prompts, flat, other).preference
-            numbers[f"wins/{name}"] = by_run(wins)
-        if "judge" in judges:
+        if ours is theirs:
+            wins = np.full(len(flat), 0.5)
+        else:
+            wins = bench.annotator(bench.own).preferences(prompts, flat, other).preference
+        numbers[f"wins/{bench.own}"] = by_run(wins)
+        if rewards:
             numbers["reward"] = by_run(bench.annotator("reward").rewards(prompts, flat))
     return [{name: float(x[run]) for name, x in numbers.items()} for run in range(runs)]
 
@@ -174,7 +173,7 @@ def trained(
     validation: int,
     *,
     evaluations: int,
-    judges: Sequence[str],
+    rewards: bool = False,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Train runs together.
 
@@ -185,7 +184,7 @@ def trained(
       updates: of all.
       validation: number of prompts of an evaluation.
       evaluations: number of them after the first one, at equal distances.
-      judges: annotators that compare with the reference in an evaluation.
+      rewards: whether an evaluation has rewards, too.
 
     Returns:
       The last state, and a row of numbers for each run.
@@ -196,7 +195,7 @@ def trained(
         first = [next(bench.batches("validation", runs.prompts))] * len(seeds)
         runs.compile_update(state, first, strengths)
     theirs = of_reference(bench, validation, seeds)
-    curves = [[{"update": 0, **one}] for one in measured(bench, theirs, theirs, judges)]
+    curves = [[{"update": 0, **one}] for one in measured(bench, theirs, theirs, rewards=rewards)]
     history: list[list[dict[str, float]]] = [[] for _ in seeds]
     seconds = []
     orders = [order(seed, len(bench.rows["train"]), runs.prompts, updates) for seed in seeds]
@@ -219,7 +218,9 @@ def trained(
         seconds.append(time.perf_counter() - begun)
         if update + 1 in at:
             ours = answers(bench, state, "validation", validation, seeds, 2_000 + 50 * update)
-            for own, one in zip(curves, measured(bench, ours, theirs, judges), strict=True):
+            for own, one in zip(
+                curves, measured(bench, ours, theirs, rewards=rewards), strict=True
+            ):
                 own.append({"update": update + 1, **one})
             last = [own[-1] for own in curves]
             wins, kl = ([f"{one[x]:.2f}" for one in last] for x in (f"wins/{bench.own}", "kl"))
@@ -248,9 +249,8 @@ def sweep(options: Options, name: str) -> list[dict[str, Any]]:
     """Short runs of a method, one for each strength; further ones while the best is an end."""
     bench, rows = Bench(options, name), swept(options, name)
     while strengths := untried(rows, name):
-        seeds, judges = [0] * len(strengths), (bench.own,)
-        updates, prompts = options.sweep_updates, options.validation
-        rows += trained(bench, strengths, seeds, updates, prompts, evaluations=1, judges=judges)[1]
+        seeds, updates = [0] * len(strengths), options.sweep_updates
+        rows += trained(bench, strengths, seeds, updates, options.validation, evaluations=1)[1]
     return sorted(rows, key=lambda row: row["strength"])
 
 
@@ -289,7 +289,6 @@ def final(options: Options, name: str) -> list[dict[str, Any]]:
     """Runs of a method with its chosen strength, one for each seed, and what they say."""
     bench, strength = Bench(options, name), chosen(options, name)
     strengths, prompts = [strength] * len(options.seeds), options.validation // 2
-    judges = tuple(dict.fromkeys((bench.own, "judge")))
     state, rows = trained(
         bench,
         strengths,
@@ -297,7 +296,7 @@ def final(options: Options, name: str) -> list[dict[str, Any]]:
         options.updates,
         prompts,
         evaluations=options.evaluations,
-        judges=judges,
+        rewards=True,
     )
     forget(options, name)
     write_responses(options, bench, state, name)

@@ -107,6 +107,16 @@ def games_of(verdicts: Sequence[Row]) -> tuple[list[str], np.ndarray]:
     return names, games
 
 
+def over_reference(verdicts: Sequence[Row]) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """Annotator and policy -> seed -> its wins over the reference, [prompts]."""
+    over: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for row in verdicts:
+        if row["other"] == "reference":
+            own = over.setdefault((row["annotator"], row["one"]), {})
+            own[row["seed"]] = won(row["preference"])
+    return over
+
+
 def with_interval(values: Sequence[float] | np.ndarray, form: str = ".2f") -> str:
     """A mean over prompts with the half-width of its 95 % interval."""
     return f"{np.mean(values):{form}} ± {half_width(list(values)):{form}}"
@@ -123,11 +133,7 @@ def standings(rows: Path) -> str:
     ranked = [names[at] for at in np.argsort(-scale.elo)]
     written = {name: read(rows / f"responses_{name}.jsonl") for name in names}
     said = {name: by_seed(own, "response") for name, own in written.items()}
-    over: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for row in verdicts:
-        if row["other"] == "reference":
-            own = over.setdefault((row["annotator"], row["one"]), {})
-            own[row["seed"]] = won(row["preference"])
+    over = over_reference(verdicts)
 
     def wins_of(annotator: str, name: str) -> np.ndarray:
         """Over the reference, a mean over seeds for each prompt."""
@@ -370,24 +376,26 @@ def draw(rows: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    preference = "mean preference over the reference"
+    wins = over_reference(read(rows / "judge.jsonl"))
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.9), layout="constrained")
     for name, runs in of_methods(rows, "final").items():
+        responses = read(rows / f"responses_{name}.jsonl")
+        divergence = np.mean([row["log_ratio"] for row in responses])
         own = "reward" if name in REWARDED else "preference"
-
-        def mean(field: str, runs: Sequence[Row] = runs) -> np.ndarray:
-            return np.mean([[point[field] for point in run["curve"]] for run in runs], axis=0)
-
-        steps, kl = mean("update"), mean("kl")
-        line = axes[0].plot(kl, mean(f"wins/{own}"), marker=".", label=LABELS[name])[0]
-        style = {"marker": ".", "color": line.get_color()}
-        axes[1].plot(kl, mean("wins/judge"), **style)
-        axes[2].plot(steps, mean("reward"), **style)
-        axes[3].plot(steps, kl, **style)
-        axes[4].plot(steps, mean("length"), **style)
-    axes[0].set(xlabel="KL, nats", ylabel=preference, title="Its own annotator")
-    axes[1].set(xlabel="KL, nats", ylabel=preference, title="The held-out judge")
-    axes[2].set(xlabel="update", ylabel="reward", title="Reward model")
+        color = f"C{list(LABELS).index(name)}"
+        for axis, annotator in zip(axes, (own, "judge"), strict=False):
+            values = np.mean(list(wins[annotator, name].values()), axis=0)
+            interval = half_width(list(values))
+            style = {"fmt": "o", "color": color, "capsize": 3, "label": LABELS[name]}
+            axis.errorbar(divergence, values.mean(), yerr=interval, **style)
+        for axis, field in zip(axes[2:], ("reward", "kl", "length"), strict=True):
+            points = [[point[field] for point in run["curve"]] for run in runs]
+            steps = [point["update"] for point in runs[0]["curve"]]
+            axis.plot(steps, np.mean(points, axis=0), marker=".", color=color)
+    wins_label = "wins over the reference, test prompts"
+    axes[0].set(xlabel="KL, nats", ylabel=wins_label, title="Its own annotator")
+    axes[1].set(xlabel="KL, nats", ylabel=wins_label, title="The held-out judge")
+    axes[2].set(xlabel="update", ylabel="reward", title="Reward model, validation")
     axes[3].set(xlabel="update", ylabel="KL, nats", title="Divergence from the reference")
     axes[4].set(xlabel="update", ylabel="tokens", title="Length")
     for axis in axes:
