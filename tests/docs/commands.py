@@ -89,6 +89,7 @@ ADDED = {
     r"benchmarks\.padding": "--max-length 64 --batch-sizes 8",
     r"benchmarks\.qlora": "--size 1M --length 64 --pairs 1 --skip 1 --steps 1",
     r"benchmarks\.packed_sft": "--max-length 64 --batch-size 4 --steps 2",
+    r"benchmarks\.allocator": "--max-length 64 --batch-size 4 --steps 1 --rounds 1",
     r"benchmarks\.packed_probes": "--max-length 64 --batch-size 4 --steps 1",
     r"benchmarks\.streaming": "--megabytes 1 --max-length 64",
     "base_lm/pretrain.py": "--architecture.width 32 --architecture.layers 2 --architecture.heads 2 "
