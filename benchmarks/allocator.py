@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +56,7 @@ class Options:
     batch_size: int = 16
     """Responses in a batch."""
     steps: int = 5
-    """Updates that are measured, after one that is not."""
+    """Updates on one batch that are measured, after one that is not."""
     rounds: int = 2
     """Processes of each kind."""
     child: bool = False
@@ -102,13 +101,12 @@ def main(options: Options) -> None:
 
 
 def steps_of(options: Options) -> None:
-    """Train a few steps and print what one took."""
+    """Train a few steps on one batch and print what one took."""
     records = responses_of(list(preference_records(options.data)), "chosen")
     tokenizer, model = load_tokenizer(options.model), load_pretrained(options.model)
     rows, _ = tokenize_responses(records, tokenizer, max_length=options.max_length)
     examples = TokenizedResponses(rows=rows)
-    packed = packed_batches(examples, Packing(), batch_size=options.batch_size, seed=0)
-    batches = list(islice(packed, options.steps + 1))
+    batch = next(packed_batches(examples, Packing(), batch_size=options.batch_size, seed=0))
     policy = Policy(config=model.config, remat="dots")
     optimizer = make_optimizer("adamw", 2e-5)
     objective: Any = SupervisedObjective(policy=policy)
@@ -118,7 +116,7 @@ def steps_of(options: Options) -> None:
     frozen = {"policy": None, "reference": None}
     state = initial_state(model.params, optimizer, seed=0)
     measured = []
-    for batch in batches:
+    for _ in range(options.steps + 1):
         before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         state, _ = jax.block_until_ready(step(state, frozen, batch))
         after = resource.getrusage(resource.RUSAGE_SELF)

@@ -83,6 +83,7 @@ def _numbers(
     """The metrics of one geometry."""
     lower, upper = band(geometry)
     ratio = weights.chosen / weights.rejected
+    boundless = jnp.isposinf(ratio) & jnp.isposinf(upper)  # d_l = 0, and no upper end
     cases = case(geometry, weights)
     predicted = first_order_changes(geometry, weights)
     values = {
@@ -92,7 +93,7 @@ def _numbers(
         "norm_ratio": norm_ratio(geometry),
         "c_w": geometry.inner / geometry.chosen,
         "c_l": geometry.inner / geometry.rejected,
-        "in_band": _defined((lower < ratio) & (ratio < upper), lower + ratio),
+        "in_band": _defined((lower < ratio) & ((ratio < upper) | boundless), lower + ratio),
         "predicted_chosen": predicted[0],
         "predicted_rejected": predicted[1],
     }

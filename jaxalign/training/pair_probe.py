@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxalign.entanglement import Coefficients, PairGeometry
@@ -15,6 +16,7 @@ from jaxalign.entanglement.observation import Observation, summary
 from jaxalign.entanglement.probing import contributions, total, unweighted, zero_probes
 from jaxalign.entanglement.reweighting import Reweighting
 from jaxalign.errors import UserError
+from jaxalign.losses import PairLogProbs
 from jaxalign.models.probes import Spans, with_probes
 from jaxalign.models.responses import pair_spans
 from jaxalign.rows import ResponseRows
@@ -28,12 +30,43 @@ from jaxalign.training.objectives import PairOutputs, PreferenceObjective, Refer
 Params = Any
 
 
+def can_rest(objective: PreferenceObjective, pairs: int = 64) -> bool:
+    """Whether a loss has pairs of which a coefficient is 0, as those of a hinge at rest.
+
+    Args:
+      objective: its loss is differentiated at pairs of all kinds.
+      pairs: number of them; their log-probs are between -60 and -1 nats.
+    """
+    rng = np.random.default_rng(0)
+    log_probs = -rng.uniform(1.0, 60.0, (4, pairs)).astype(np.float32)
+    lengths = rng.integers(1, 33, (2, pairs))
+
+    def total(own: Float[Array, "sides pairs"]) -> Float[Array, ""]:
+        seen = objective.switches.seen(
+            PairLogProbs(
+                chosen=own[0],
+                rejected=own[1],
+                reference_chosen=jnp.asarray(log_probs[2]),
+                reference_rejected=jnp.asarray(log_probs[3]),
+                chosen_length=jnp.asarray(lengths[0]),
+                rejected_length=jnp.asarray(lengths[1]),
+            )
+        )
+        weight, running = jnp.ones(pairs), objective.running_start()
+        taken = objective.statistics.of(seen, weight, running)
+        return objective.loss(seen, **{**taken, **objective.options}).sum()
+
+    with jax.ensure_compile_time_eval():  # while a step is traced
+        return bool(jnp.any(jax.jit(jax.grad(total))(jnp.asarray(log_probs[:2])) == 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairProbe:
     """Per-pair gradient statistics of a step: `backward` of `train_step`.
 
     The statistics come from the same backward pass as the update. The update is that of a step
-    without a probe, up to float error.
+    without a probe, up to float error. A coefficient of 0 would hide a pair's gradients, so a loss
+    that has such pairs (`can_rest`) takes a backward pass of its own for them.
     """
 
     objective: PreferenceObjective
@@ -80,17 +113,20 @@ class PairProbe:
         metrics: dict[str, Mean] = {}
         if output_gradients is None:
             output_gradients, metrics = jax.grad(reduce, has_aux=True)(outputs, part)
-        if self.reweighting is None:
+        if self.reweighting is None and not can_rest(self.objective):
             grads, cotangents = backward(output_gradients)
             pulled = output_gradients
             observation = self.read(cotangents, pulled, output_gradients, outputs, part, count)
             return grads, metrics, observation
         real = part.pairs.weight > 0  # a copy has no tokens of its own in packed rows
-        units = jax.tree.map(
-            lambda x: jnp.ones_like(x) * real.reshape(-1, *[1] * (x.ndim - 1)), output_gradients
+        units = dataclasses.replace(
+            jax.tree.map(jnp.zeros_like, output_gradients),
+            policy_log_probs=jnp.ones_like(outputs.policy_log_probs) * real[:, None],
         )
         observation = self.read(backward(units)[1], units, output_gradients, outputs, part, count)
-        pulled = self.reweighted(output_gradients, observation, part, count)
+        pulled = output_gradients
+        if self.reweighting is not None:
+            pulled = self.reweighted(output_gradients, observation, part, count)
         return backward(pulled)[0], metrics, observation
 
     def after_update(

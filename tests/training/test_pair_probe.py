@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxalign.entanglement import coefficients, first_order_changes, two_pass_geometry
+from jaxalign.entanglement.observation import summary
 from jaxalign.entanglement.reweighting import centred, normalised
 from jaxalign.losses import PREFERENCE_LOSSES
 from jaxalign.models import probes
@@ -19,7 +20,7 @@ from jaxalign.sharding import make_mesh, place
 from jaxalign.training.gradients import PLAIN
 from jaxalign.training.objectives import Policy, PreferenceObjective, ReferencedBatch, as_pairs
 from jaxalign.training.optimizers import make_optimizer, preconditioner
-from jaxalign.training.pair_probe import PairProbe
+from jaxalign.training.pair_probe import PairProbe, can_rest
 from jaxalign.training.step import compile_step, gradients, initial_state, train_step
 from tests.slow import mostly_slow
 from tests.training.test_step import CONFIG, assert_trees_close, make_batch, objective_of
@@ -77,6 +78,43 @@ def test_geometry_and_coefficients_come_with_the_same_gradient(world, name, part
     np.testing.assert_allclose(seen.log_probs, outputs.policy_log_probs, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["slic", "slic_norm", "rrhf"])
+def test_pairs_whose_hinge_is_at_rest_are_seen(world, name):
+    params, frozen, batch = world
+    # deltas between the pairs' gaps, so that some rest
+    objective = objective_of(name, **({} if name == "rrhf" else {"delta": 1e-3}))
+    (grads, _, seen), (plain, _, _) = watched(objective, params, frozen, batch)
+    assert_trees_close(grads, plain, rtol=1e-4, atol=5e-5)
+    rejected = np.asarray(seen.weights.rejected[:-1])
+    assert 0 < np.sum(rejected == 0) < len(rejected)
+    expected = jax.jit(lambda p: two_pass_geometry(p, CONFIG, batch.pairs))(params)
+    for field in FIELDS:
+        found, wanted = getattr(seen.geometry, field), getattr(expected, field)
+        np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=1e-4)
+        assert jnp.isnan(found[-1])
+    numbers = {x: np.asarray(y)[:-1] for x, y in summary(seen).items()}
+    rests = (rejected == 0) & (np.asarray(seen.weights.chosen)[:-1] == 0)
+    assert (numbers["entanglement/undefined"] == rests).all()
+    assert (numbers["entanglement/in_band"] == numbers["entanglement/ideal"])[~rests].all()
+    parted = ~rests & (np.asarray(seen.geometry.inner)[:-1] < 0)
+    assert (numbers["entanglement/ideal"][parted & (rejected == 0)] == 1).all()
+
+
+def test_losses_that_can_rest_are_known():
+    resting = {
+        name
+        for name in ("dpo", "ipo", "simpo", "dpop", "slic", "rrhf", "slic_norm", "sft")
+        if can_rest(objective_of(name))
+    }
+    assert resting == {"slic", "rrhf", "slic_norm", "sft"}
+
+    @jax.jit
+    def traced(x):
+        return x if can_rest(objective_of("slic")) else -x
+
+    assert traced(2.0) == 2.0
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_adapters_are_watched(world, dropout):
     base, _, batch = world
@@ -119,7 +157,7 @@ def test_the_preconditioned_geometry_predicts_what_adamw_does_to_a_pair_alone(wo
     assert "entanglement/adamw/cosine" in metrics
 
 
-def test_a_saturated_pair_is_still_measured_and_a_resting_one_is_not_a_number(world):
+def test_a_saturated_pair_and_a_resting_one_are_measured(world):
     params, frozen, batch = world
     expected = jax.jit(lambda p: two_pass_geometry(p, CONFIG, batch.pairs))(params)
     reference = jnp.zeros((8, 2)).at[0, 1].set(180.0)  # d_w = d_l = 0.1 sigmoid(-18)
@@ -130,7 +168,8 @@ def test_a_saturated_pair_is_still_measured_and_a_resting_one_is_not_a_number(wo
 
     resting = ReferencedBatch(pairs=batch.pairs, reference=jnp.zeros((8, 2)))
     (_, _, seen), _ = watched(objective_of("minor_dpo"), params, frozen, resting)
-    assert jnp.isnan(seen.geometry.rejected).all()  # rejected is below the reference: d_l = 0
+    assert not seen.weights.rejected[:-1].any()  # rejected is below the reference: d_l = 0
+    np.testing.assert_allclose(seen.geometry.rejected[:-1], expected.rejected[:-1], rtol=1e-4)
     np.testing.assert_allclose(seen.geometry.chosen[:-1], expected.chosen[:-1], rtol=1e-4)
 
 
