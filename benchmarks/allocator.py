@@ -2,7 +2,7 @@
 
 Command:  python -m benchmarks.allocator --model FOLDER --data pairs.jsonl
 Time:     about ten minutes for a model of 135 million parameters on one CPU core
-Expect:   fewer page faults and fewer CPU-seconds with huge pages or tcmalloc
+Expect:   fewer page faults with huge pages, none with tcmalloc, and less time in the system
 
 Every execution of a compiled step asks the C library for its temporary memory and gives it back.
 glibc takes blocks of this size from the system and returns them at once, so each step touches new
