@@ -181,6 +181,8 @@ def run_cell(options: Options) -> None:
         "judge": lambda: small_runs.judged(options),
     }
     rows = cells[kind]()
+    if kind == "annotator":
+        small_runs.forget(options, name)
     write_json_lines(
         path_of(options, options.cell), [row | {"sizes": options.sizes} for row in rows]
     )

@@ -218,9 +218,8 @@ def trained(
         seconds.append(time.perf_counter() - begun)
         if update + 1 in at:
             ours = answers(bench, state, "validation", validation, seeds, 2_000 + 50 * update)
-            for own, one in zip(
-                curves, measured(bench, ours, theirs, rewards=rewards), strict=True
-            ):
+            numbers = measured(bench, ours, theirs, rewards=rewards)
+            for own, one in zip(curves, numbers, strict=True):
                 own.append({"update": update + 1, **one})
             last = [own[-1] for own in curves]
             wins, kl = ([f"{one[x]:.2f}" for one in last] for x in (f"wins/{bench.own}", "kl"))
@@ -304,10 +303,11 @@ def final(options: Options, name: str) -> list[dict[str, Any]]:
 
 
 def forget(options: Options, name: str) -> None:
-    """Take away the verdicts on what a policy said before."""
+    """Take away the verdicts of an annotator, or on a policy, that is made anew."""
     for path in (path_of(options, "judge:"), Path(options.rows) / small_tables.READ):
         rows = read(path)
-        kept = [row for row in rows if name not in map(row.get, ("one", "other", "policy"))]
+        of = "annotator", "one", "other", "policy"
+        kept = [row for row in rows if name not in map(row.get, of)]
         if len(kept) < len(rows):
             write_json_lines(path, kept)
 

@@ -100,15 +100,22 @@ def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch
     assert small_runs.untried(upward, "online_ipo") == []  # enough is enough
 
 
-def test_verdicts_on_what_a_policy_said_before_go(tmp_path):
+def test_verdicts_on_what_a_policy_said_before_go(tmp_path, monkeypatch):
     options = options_in(tmp_path)
     both = [{"one": "grpo", "other": "reference"}, {"one": "egpo", "other": "grpo"}]
-    write_rows(options, "judge:", [*both, {"one": "egpo", "other": "reference"}])
+    last = {"annotator": "judge", "one": "egpo", "other": "reference"}
+    write_rows(options, "judge:", [*both, last])
     path = tmp_path / "rows" / small_tables.READ
     path.write_text('{"policy": "grpo"}\n{"policy": "egpo"}\n')
     small_runs.forget(options, "grpo")
     assert [row["one"] for row in read(path_of(options, "judge:"))] == ["egpo"]
     assert read(path) == [{"policy": "egpo"}]
+    monkeypatch.setattr(small, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(small, "train_annotator", lambda options, name: [{}])
+    small.run_cell(replace(options, cell="annotator:reward"))
+    assert read(path_of(options, "judge:"))
+    small.run_cell(replace(options, cell="annotator:judge"))
+    assert not read(path_of(options, "judge:"))
 
 
 def test_the_judge_reads_what_it_has_not_read(tmp_path):
