@@ -272,7 +272,7 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
                 outcome(row),
                 f"{mean(row, 'cosine'):.2f}",
                 f"{weights[0] / weights[1]:.3g}" if weights[1] else "∞",
-                *(f"{share:.0%}" for share in (*shares, max(0.0, 1 - sum(shares)))),
+                *(f"{share:.0%}" for share in shares),
                 *(
                     f"{per_step(row, part, 'chosen', 'held_out/'):+.3f}"
                     for part in ("others", "optimiser", "curvature")
@@ -282,7 +282,7 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
     header = (
         *("loss", "accuracy", "P(chosen) > P(rejected)", "Δ chosen (nats)", "Δ rejected"),
         *("held-out outcome", "cosine", "d_w / d_l", "pairs' own case: ideal", "both down"),
-        *("both up", "reversed", "at rest", "held-out chosen per step: other pairs"),
+        *("both up", "reversed", "held-out chosen per step: other pairs"),
         *("optimiser", "curvature"),
     )
     return table(header, lines)
