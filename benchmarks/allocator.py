@@ -76,16 +76,16 @@ def main(options: Options) -> None:
     sizes = ("model", "data", "max_length", "batch_size", "steps")
     flags = [x for name in sizes for x in (f"--{name}", str(getattr(options, name)))]
     command = [sys.executable, "-m", "benchmarks.allocator", *flags, "--child"]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in environments}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in environments}
     for _ in range(options.rounds):
         for name, environment in environments.items():
             done = run(command, environment)
             if done.error or done.recorded is None:
                 sys.exit(f"{name}: {done.error}")
-            found[name].append(done.recorded)
-    first = [one["cpu"] for one in found["as it is"]]
+            measured[name].append(done.recorded)
+    first = [one["cpu"] for one in measured["as it is"]]
     rows = []
-    for name, own in found.items():
+    for name, own in measured.items():
         names = ("seconds", "cpu", "system", "faults", "peak_gb")
         each = {key: median([one[key] for one in own]) for key in names}
         ratio = round_ratio([one["cpu"] for one in own], first)

@@ -2,7 +2,7 @@
 
 Command:  python -m experiments.ipo_md.small --model FOLDER [--processes 8] [--minutes 6]
 Needs:    weights of a small chat model; JAXALIGN_SHARED with UltraFeedback, polite pairs, PandaLM
-Time:     minutes on an accelerator; with the README's sizes, a good hour on one CPU core
+Time:     minutes on an accelerator; with the README's sizes, a few hours on one CPU core
 Expect:   the sections "small ..." of this folder's README, small.png, small_reliability.png
 
 The policy is a chat model of 135M parameters with LoRA adapters. A reward model and a preference
@@ -39,10 +39,10 @@ from experiments.ipo_md.small_options import (
     path_of,
     read,
     rows_of,
+    write_rows,
 )
 from experiments.rows import models_of, same_options
 from jaxalign.errors import UserError
-from jaxalign.files import write_json_lines
 from jaxalign.models.devices import enable_compilation_cache
 
 ORDER = ("annotators", "sweep", "final", "judge")
@@ -183,9 +183,7 @@ def run_cell(options: Options) -> None:
     rows = cells[kind]()
     if kind == "annotator":
         small_runs.forget(options, name)
-    write_json_lines(
-        path_of(options, options.cell), [row | {"sizes": options.sizes} for row in rows]
-    )
+    write_rows(options, options.cell, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Options, methods and rows of the study on a real chat model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.ipo_md.together import Method
-from jaxalign.files import read_json
+from jaxalign.files import read_json, write_json_lines
 
 BETA = 0.125  # of IPO-MD and Nash-MD-PG: the paper's choice
 CONTRASTIVE, GRADIENT = 5e-4, 2.5e-4
@@ -42,7 +43,7 @@ STRENGTHS: dict[str, tuple[float, float, float]] = {
     "grpo": (0.004, 0.04, 0.4),
     "egpo": (0.01, 0.1, 1.0),
 }
-"""The strengths tried first, ten times apart; the sweep goes on while the best one is an end."""
+"""The strengths tried first, ten times apart; the sweep continues while the best is an end."""
 MOST_STRENGTHS = 5
 REWARDED = ("regularised_policy_gradient", "grpo")
 ANNOTATORS = {
@@ -137,6 +138,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(options: Options, cell: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a cell's rows, with the options that made them."""
+    write_json_lines(path_of(options, cell), [row | {"sizes": options.sizes} for row in rows])
 
 
 def rows_of(options: Options, kind: str) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from experiments.ipo_md.small_options import (
     prompts_of,
     read,
     responses_of,
+    write_rows,
 )
 from experiments.ipo_md.together import Runs, annotations, order
 from jaxalign.backends.local import end_tokens
@@ -250,6 +251,7 @@ def sweep(options: Options, name: str) -> list[dict[str, Any]]:
     while strengths := untried(rows, name):
         seeds, updates = [0] * len(strengths), options.sweep_updates
         rows += trained(bench, strengths, seeds, updates, options.validation, evaluations=1)[1]
+        write_rows(options, f"sweep:{name}", rows)
     return sorted(rows, key=lambda row: row["strength"])
 
 
@@ -303,7 +305,7 @@ def final(options: Options, name: str) -> list[dict[str, Any]]:
 
 
 def forget(options: Options, name: str) -> None:
-    """Take away the verdicts of an annotator, or on a policy, that is made anew."""
+    """Remove the verdicts of an annotator, or on a policy, that was retrained."""
     for path in (path_of(options, "judge:"), Path(options.rows) / small_tables.READ):
         rows = read(path)
         of = "annotator", "one", "other", "policy"

@@ -379,6 +379,8 @@ def draw(rows: Path, path: Path) -> None:
     wins = over_reference(read(rows / "judge.jsonl"))
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.9), layout="constrained")
     for name, runs in of_methods(rows, "final").items():
+        if ("judge", name) not in wins:  # not yet judged
+            continue
         responses = read(rows / f"responses_{name}.jsonl")
         divergence = np.mean([row["log_ratio"] for row in responses])
         own = "reward" if name in REWARDED else "preference"

@@ -30,19 +30,19 @@ from jaxalign.training.objectives import PairOutputs, PreferenceObjective, Refer
 Params = Any
 
 
-def can_rest(objective: PreferenceObjective, pairs: int = 64) -> bool:
+def can_rest(objective: PreferenceObjective) -> bool:
     """Whether a loss has pairs of which a coefficient is 0, as those of a hinge at rest.
 
     Args:
-      objective: its loss is differentiated at pairs of all kinds.
-      pairs: number of them; their log-probs are between -60 and -1 nats.
+      objective: its loss is differentiated at 64 random pairs, whose log-probs are between -60
+        and -1 nats.
     """
     rng = np.random.default_rng(0)
-    log_probs = -rng.uniform(1.0, 60.0, (4, pairs)).astype(np.float32)
-    lengths = rng.integers(1, 33, (2, pairs))
+    log_probs = -rng.uniform(1.0, 60.0, (4, 64)).astype(np.float32)
+    lengths = rng.integers(1, 33, (2, 64))
 
-    def total(own: Float[Array, "sides pairs"]) -> Float[Array, ""]:
-        seen = objective.switches.seen(
+    def total(own: Float[Array, "2 pairs"]) -> Float[Array, ""]:
+        pairs = objective.switches.seen(
             PairLogProbs(
                 chosen=own[0],
                 rejected=own[1],
@@ -52,9 +52,9 @@ def can_rest(objective: PreferenceObjective, pairs: int = 64) -> bool:
                 rejected_length=jnp.asarray(lengths[1]),
             )
         )
-        weight, running = jnp.ones(pairs), objective.running_start()
-        taken = objective.statistics.of(seen, weight, running)
-        return objective.loss(seen, **{**taken, **objective.options}).sum()
+        weight, running = jnp.ones(64), objective.running_start()
+        taken = objective.statistics.of(pairs, weight, running)
+        return objective.loss(pairs, **{**taken, **objective.options}).sum()
 
     with jax.ensure_compile_time_eval():  # while a step is traced
         return bool(jnp.any(jax.jit(jax.grad(total))(jnp.asarray(log_probs[:2])) == 0))

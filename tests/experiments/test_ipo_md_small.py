@@ -75,10 +75,6 @@ def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch
         tried.append(list(strengths))
         return None, sweep_of("preference", [wins[x] for x in strengths], strengths)
 
-    def run_cell(one):
-        name = one.cell.partition(":")[2]
-        write_rows(one, one.cell, small_runs.sweep(one, name))
-
     monkeypatch.setattr(small_runs, "Bench", lambda *_: SimpleNamespace(own="preference"))
     monkeypatch.setattr(small_runs, "trained", trained)
     cell = "sweep:online_ipo"
@@ -87,12 +83,12 @@ def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch
     write_rows(options, "final:online_ipo", [{"strength": 0.01}])
     assert small.is_missing(options, cell)
     assert not small.is_missing(options, "final:online_ipo")
-    run_cell(replace(options, cell=cell))
+    assert len(small_runs.sweep(options, "online_ipo")) == 5
+    assert len(read(path_of(options, cell))) == 5  # written as they come
     assert tried == [[0.001], [0.0001]]
     assert not small.is_missing(options, cell)
     assert small_runs.chosen(options, "online_ipo") == 0.001
     assert small.is_missing(options, "final:online_ipo")  # of another strength
-    wins |= {10.0: 0.9, 100.0: 0.95}
     upward = sweep_of("preference", (0.5, 0.6, 0.7))
     assert small_runs.untried([], "online_ipo") == [0.01, 0.1, 1.0]
     assert small_runs.untried(upward, "online_ipo") == [10.0]
@@ -216,3 +212,16 @@ def test_a_judge_that_reads_is_shown_beside_the_others_and_reads_only_what_is_ne
     assert cells[1].startswith("0.67 ±")  # two of the three verdicts that can be read
     assert cells[3:] == ["0.50", "0.67", "1.00", "0.00"]
     assert small_tables.reader([], others, said) == ""
+
+
+def test_a_policy_that_is_not_judged_yet_is_left_out_of_the_figure(tmp_path):
+    options = options_in(tmp_path)
+    curve = [{"update": at, "reward": 0.0, "kl": 0.1 * at, "length": 9} for at in (0, 4)]
+    for name in ("online_dpo", "grpo"):
+        write_rows(options, f"final:{name}", [{"curve": curve}])
+        write_rows(options, f"responses_{name}", [{"log_ratio": 0.5}])
+    judged = {"one": "online_dpo", "other": "reference", "seed": 0, "preference": [0.6, 0.4, 0.7]}
+    rows = [judged | {"annotator": annotator} for annotator in ("preference", "judge")]
+    write_rows(options, "judge:", rows)
+    small_tables.draw(tmp_path / "rows", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
