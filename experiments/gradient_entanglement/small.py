@@ -21,13 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cells import Cell
+from experiments.gradient_entanglement import findings
 from experiments.gradient_entanglement.preference import LOSSES
-from experiments.page import put, table
+from experiments.gradient_entanglement.small_rows import (
+    at_accuracy,
+    change,
+    held_out,
+    mean,
+    outcome,
+    per_step,
+)
+from experiments.page import half_width, put, table
 from experiments.rows import Rows
 from experiments.short_runs import Bench, Options
 from jaxalign.config import EntanglementConfig, OptimizerConfig, TrainConfig
 from jaxalign.data import preference_records
-from jaxalign.entanglement.conditions import CASES, case_of_changes
 from jaxalign.entanglement.pairs import load_pairs, with_pairs
 from jaxalign.entanglement.similarity import least_similar, similarities
 from jaxalign.entanglement.tokens import token_geometry
@@ -65,6 +73,8 @@ CURES: dict[str, tuple[str, dict[str, float], EntanglementConfig]] = {
 """Mitigation -> loss, its hyperparameters, and what is done to its gradients or tokens."""
 SHOWN = "dpo_adamw_polite"
 """The run whose ledger is shown, step by step."""
+SEEDS = (1, 2)
+"""Other orders of the pairs, in which the run that is shown is made again."""
 KEPT = 0.5
 """Fraction of the pairs that the filter by similarity keeps."""
 
@@ -205,7 +215,7 @@ def cells(second: str | None) -> list[Cell]:
         for name, lowest in (("ches_lowest", True), ("ches_drawn", False))
     ]
     other = [cell(f"second_{x}", x, model=second, rule="adamw") for x in FEW] if second else []
-    seeds = [cell(f"dpo_adamw_polite_{seed}", "dpo", seed=seed) for seed in (1, 2)]
+    seeds = [cell(f"{SHOWN}_{seed}", "dpo", seed=seed) for seed in SEEDS]
     half = ORDER[:6]
     return [
         *of_source(ORDER, "adamw", "polite"),
@@ -222,34 +232,6 @@ def cells(second: str | None) -> list[Cell]:
 
 
 # ------------------------------------------------------------------------------ the page
-
-
-def held_out(row: Mapping[str, Any], metric: str) -> np.ndarray:
-    """A held-out metric at the evaluations of a run."""
-    return np.array(row["held_out"][metric]["value"])
-
-
-def change(row: Mapping[str, Any], side: str) -> np.ndarray:
-    """The changes of a held-out log-prob from the start."""
-    values = held_out(row, f"logps/{side}")
-    return values - values[0]
-
-
-def mean(row: Mapping[str, Any], metric: str) -> float:
-    """The mean over the watched steps; NaN if the metric is never defined."""
-    one = row["training"].get(f"entanglement/{metric}")
-    return float(np.mean(one["value"])) if one else float("nan")
-
-
-def per_step(row: Mapping[str, Any], part: str, side: str, pairs_of: str = "") -> float:
-    """The mean part of a change in the steps with a ledger."""
-    return mean(row, f"ledger/{pairs_of}{part}_{side}")
-
-
-def outcome(row: Mapping[str, Any]) -> str:
-    """Where the held-out log-probs went, as one of the cases."""
-    ends = [jnp.array([change(row, side)[-1]]) for side in ("chosen", "rejected")]
-    return CASES[int(case_of_changes(*ends)[0])]
 
 
 def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
@@ -288,6 +270,38 @@ def losses(rows: Rows, rule: str, source: str, prefix: str = "") -> str:
     return table(header, lines)
 
 
+def orders(rows: Rows) -> str:
+    """The table of the run that is shown, in every order of the pairs that was run."""
+    names = [name for name in (SHOWN, *(f"{SHOWN}_{seed}" for seed in SEEDS)) if name in rows]
+    found = [rows[name] for name in names]
+    measured = {
+        "accuracy": [held_out(row, "rewards/accuracies")[-1] for row in found],
+        "Δ chosen (nats)": [change(row, "chosen")[-1] for row in found],
+        "Δ rejected": [change(row, "rejected")[-1] for row in found],
+        "cosine": [mean(row, "cosine") for row in found],
+        "pairs' own case: ideal": [mean(row, "ideal") for row in found],
+    } | {
+        f"held-out chosen per step: {label}": [
+            per_step(row, part, "chosen", "held_out/") for row in found
+        ]
+        for part, label in (
+            ("others", "other pairs"),
+            ("optimiser", "optimiser"),
+            ("curvature", "curvature"),
+        )
+    }
+    lines = [
+        [
+            name,
+            *(f"{value:.3f}" for value in values),
+            f"{np.mean(values):.3f} ± {half_width(values):.3f}",
+        ]
+        for name, values in measured.items()
+    ]
+    columns = [f"order {number}" for number in range(1, len(found) + 1)]
+    return table(("dpo, adamw, polite pairs", *columns, "mean"), lines)
+
+
 def ledger(row: Mapping[str, Any]) -> str:
     """The table of the parts of a run's changes, summed over its steps."""
     lines = []
@@ -305,26 +319,6 @@ def ledger(row: Mapping[str, Any]) -> str:
     ]
     title = f"{row['loss']}, {row['optimizer']}, sum over {row['steps']} steps"
     return table((title, *columns), lines)
-
-
-def at_accuracy(row: Mapping[str, Any], accuracy: float) -> dict[str, float] | None:
-    """Step and changes where the held-out accuracy first reaches a value; None: nowhere."""
-    values = held_out(row, "rewards/accuracies")
-    steps = row["held_out"]["rewards/accuracies"]["step"]
-    reached = np.flatnonzero(values >= accuracy)
-    if not len(reached):
-        return None
-    last = max(1, int(reached[0]))
-    fraction = (accuracy - values[last - 1]) / max(values[last] - values[last - 1], 1e-9)
-
-    def between(curve: Sequence[float] | np.ndarray) -> float:
-        return float(curve[last - 1] + fraction * (curve[last] - curve[last - 1]))
-
-    return {
-        "step": between(steps),
-        "chosen": between(change(row, "chosen")),
-        "rejected": between(change(row, "rejected")),
-    }
 
 
 MITIGATIONS = {
@@ -515,7 +509,13 @@ def main() -> None:
     shown = rows[SHOWN]
     draw(explaining(shown), FOLDER / "small.png", size=(3.6, 3.4))
     plot_losses(rows)
-    parts = ["![DPO, step by step](small.png)\n", ledger(shown)]
+    parts = [
+        findings.page(rows, given.accuracy),
+        "![DPO, step by step](small.png)\n",
+        ledger(shown),
+    ]
+    if any(f"{SHOWN}_{seed}" in rows for seed in SEEDS):
+        parts.append(orders(rows))
     for rule, source in (("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")):
         if any(f"{loss}_{rule}_{source}" in rows for loss in ORDER):
             name = {"adamw": "AdamW", "sgd": "SGD"}[rule]
