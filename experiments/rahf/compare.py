@@ -3,7 +3,7 @@
 Command:  python -m experiments.rahf.compare --scale small --model FOLDER --steps 36 --batch 4
               --prompts 48 --tokens 48 --seeds 0
           python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     a seed of `small` takes 21 minutes on one CPU core at these sizes; three seeds of `tiny`
+Time:     a seed of `small` takes 21 to 40 minutes of one CPU core at these sizes; three seeds of `tiny`
           take an hour and a half on two CPU cores
 Needs:    at `small` a chat model, at `tiny` the base model of experiments/base_lm
 Expect:   a file under rows/ for every method of every seed as it ends, and this folder's README
@@ -14,6 +14,7 @@ reads words (`word_reward.py`); that of `tiny` is a reward model.
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +285,9 @@ def run_seed(seed: int, given: argparse.Namespace, rows: Rows) -> None:
         return
     setting = make_setting(seed, given)
     for name in names:
-        rows.write(name, measure(name, setting))
+        began = time.process_time()
+        row = measure(name, setting)
+        rows.write(name, {**row, "cpu_seconds": time.process_time() - began})
 
 
 def by_prompt(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, np.ndarray]:
