@@ -3,8 +3,8 @@
 Command:  python -m experiments.rahf.compare --scale small --model FOLDER --steps 36 --batch 4
               --prompts 48 --tokens 48 --seeds 0
           python -m experiments.rahf.compare [--seeds 0 1 2] [--steps 120] [--prompts 164]
-Time:     a seed of `small` takes 21 to 40 minutes of one CPU core at these sizes; three seeds of `tiny`
-          take an hour and a half on two CPU cores
+Time:     a seed of `small` takes 21 to 40 minutes of one CPU core at these sizes; three seeds of
+          `tiny` take an hour and a half on two CPU cores
 Needs:    at `small` a chat model, at `tiny` the base model of experiments/base_lm
 Expect:   a file under rows/ for every method of every seed as it ends, and this folder's README
 
