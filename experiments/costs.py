@@ -43,6 +43,8 @@ LENGTH = 256
 
 MEASURED = ("cpu_seconds", "training_cpu_seconds", "server_cpu_seconds")
 """CPU seconds of a row's parts; a row without them has the seconds or minutes that it took."""
+INCLUDED = "question_server"
+"""Beginning of the names of rows whose time is in that of the whole server."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,13 @@ class Cost:
 
 def costs(folder: Path) -> Cost | None:
     """The cost of the rows of a folder; None: there are none that say it."""
-    files = [list(_rows(path)) for path in sorted(folder.glob("rows/**/*.json*"))]
-    # the runs in one file advance together, so each has the time of all
-    times = [max(seconds(row) for row in rows) for rows in files if rows]
+    files = [
+        list(_rows(path))
+        for path in sorted(folder.glob("rows/**/*.json*"))
+        if not path.name.startswith(INCLUDED)
+    ]
+    # runs of a file that advance together have the same time, which is that of all
+    times = [sum({seconds(row) for row in rows}) for rows in files]
     rows = [row for file in files for row in file]
     if not any(times):
         return None
