@@ -323,14 +323,29 @@ def cell(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {half_width(values):.{digits}f}"
 
 
-def side_by_side(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    """The judge's mean preference of each row over each column, over seeds."""
-    names = [name for name in COMPARED if all(name in one for one in seeds)]
+Seeds = Sequence[Mapping[str, Mapping[str, Any]]]
+"""The rows of every seed, by method."""
+
+
+def having(seeds: Seeds, *names: str) -> Seeds:
+    """The seeds that have rows of these methods."""
+    return [one for one in seeds if all(name in one for name in names)]
+
+
+def compared(seeds: Seeds) -> list[str]:
+    """The methods that any seed has, in the order of the tables."""
+    return [name for name in COMPARED if having(seeds, "base", name)]
+
+
+def side_by_side(seeds: Seeds) -> str:
+    """The judge's mean preference of each row over each column, over the seeds that have both."""
+    names = compared(seeds)
 
     def at(row: str, column: str) -> str:
-        if row == column:
+        both = having(seeds, row, column)
+        if row == column or not both:
             return ""
-        gaps = [np.array(one[row]["reward"]) - np.array(one[column]["reward"]) for one in seeds]
+        gaps = [np.array(one[row]["reward"]) - np.array(one[column]["reward"]) for one in both]
         return across([expit(gap) for gap in gaps], 3)
 
     lines = [[COMPARED[row], *(at(row, column) for column in names)] for row in names]
@@ -338,8 +353,11 @@ def side_by_side(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def across(values: Sequence[np.ndarray], digits: int) -> str:
-    """Mean of a measure, its interval over seeds, or over the prompts of a single one."""
-    if len(values) == 1:
+    """Mean of a measure, with its interval over seeds.
+
+    Over prompts, where seeds do not differ: a single one, or the base where it is not trained.
+    """
+    if all(np.array_equal(values[0], one) for one in values):
         return f"{np.mean(values[0]):.{digits}f} ± {half_width(values[0].tolist()):.{digits}f}"
     return cell([float(np.mean(one)) for one in values], digits)
 
@@ -356,21 +374,29 @@ SHOWN = {
 """Measure -> its column and digits."""
 
 
-def tables(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    """The three tables, of the rows of every seed by method."""
-    names = [name for name in COMPARED if all(name in one for one in seeds)]
+def tables(seeds: Seeds) -> str:
+    """The three tables, each method of the seeds that have it."""
+    names = compared(seeds)
 
     def value(name: str, key: str, digits: int) -> str:
-        each = [by_prompt(one[name], one["base"]).get(key) for one in seeds]
+        own = having(seeds, "base", name)
+        each = [by_prompt(one[name], one["base"]).get(key) for one in own]
         if any(one is None for one in each):
-            return cell([measures(one[name], one["base"])[key] for one in seeds], digits)
+            return cell([measures(one[name], one["base"])[key] for one in own], digits)
         return across([one for one in each if one is not None], digits)
 
+    numbers = {name: len(having(seeds, "base", name)) for name in names}
+    differ = len(set(numbers.values())) > 1
     lines = [
-        [COMPARED[name], *(value(name, key, digits) for key, (_, digits) in SHOWN.items())]
+        [
+            COMPARED[name],
+            *([str(numbers[name])] if differ else []),
+            *(value(name, key, digits) for key, (_, digits) in SHOWN.items()),
+        ]
         for name in names
     ]
-    text = table(["method", *(label for label, _ in SHOWN.values())], lines)
+    header = ["method", *(["seeds"] if differ else []), *(label for label, _ in SHOWN.values())]
+    text = table(header, lines)
     moved = [
         [COMPARED[name], *(value(name, key, 3) for key in CASES)]
         for name in names
@@ -379,7 +405,7 @@ def tables(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join([text, table(["method", *CASES], moved), side_by_side(seeds)])
 
 
-def plot(seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+def plot(seeds: Seeds, path: Path) -> None:
     """The judge's preference against the divergence, and the change of the pairs' log-probs."""
     import matplotlib
 
@@ -387,11 +413,11 @@ def plot(seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    names = [name for name in COMPARED if all(name in one for one in seeds)]
-    for number, name in enumerate(names):
-        for one in seeds:
+    for number, name in enumerate(compared(seeds)):
+        own = having(seeds, "base", name)
+        for one in own:
             values = by_prompt(one[name], one["base"])
-            first = one is seeds[0]
+            first = one is own[0]
             look = {"color": f"C{number}", "label": COMPARED[name] if first else None}
             width = {
                 key: 0.0 if name == "base" else half_width(values[key].tolist())

@@ -56,6 +56,23 @@ def test_a_table_of_several_seeds_has_intervals_over_seeds():
     assert cells(text, "DPO")[0] == f"3.000 ± {half_width([2.0, 4.0]):.3f}"
 
 
+def test_a_method_is_shown_with_the_seeds_that_have_it():
+    other = MOVED | {"reward": [3.0, 4.0, 5.0]}
+    seeds = [{"base": PLAIN, "dpo": MOVED, "hir": MOVED}, {"base": PLAIN, "dpo": other}]
+    text = compare.tables(seeds)
+    assert cells(text, "DPO")[:2] == ["2", f"3.000 ± {half_width([2.0, 4.0]):.3f}"]
+    assert cells(text, "HIR")[:2] == ["1", f"2.000 ± {half_width([1.0, 2.0, 3.0]):.3f}"]
+    over = text.split("\n\n")[2]
+    assert cells(over, "HIR")[2] == "0.500 ± 0.000"  # over DPO, in the seed that has both
+    assert cells(text, "base")[3].startswith("0.500")
+
+
+def test_the_same_answers_of_the_base_in_every_seed_have_an_interval_over_prompts():
+    base = PLAIN | {"reward": [1.0, 2.0, 3.0]}
+    text = compare.tables([{"base": base, "dpo": MOVED}, {"base": base, "dpo": MOVED}])
+    assert cells(text, "base")[0] == f"2.000 ± {half_width([1.0, 2.0, 3.0]):.3f}"
+
+
 def test_a_seed_whose_rows_are_there_is_not_run_again(tmp_path, monkeypatch):
     rows, given = Rows(folder=tmp_path), argparse.Namespace(methods=["base", "dpo"])
     measured = []
