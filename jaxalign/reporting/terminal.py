@@ -11,13 +11,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     for columns in fitting(header, rows, console.width):
         table = Table()
-        for at in columns:  # folded: a name cut off at "llmbar/Adve…" says little
-            table.add_column(
-                header[at],
-                justify="right" if at else "left",
-                overflow="fold",
-                min_width=_width(header, rows, at),
-            )
+        for at, width in widths(header, rows, columns, console.width).items():
+            # folded: a name cut off at "llmbar/Adve…" says little
+            justify = "right" if at else "left"
+            table.add_column(header[at], justify=justify, overflow="fold", width=width)
         for row in rows:
             table.add_row(*(row[at] for at in columns))
         console.print(table)
@@ -46,6 +43,28 @@ def fitting(
         parts[-1] += (at,)
         used += needed(at)
     return parts or [(0,)]
+
+
+def widths(
+    header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int], width: int
+) -> dict[int, int]:
+    """Column -> its characters: what it needs, and the rest of the line for the tallest cells.
+
+    Args:
+      header: names of the columns.
+      rows: cells.
+      columns: those of one table, as `fitting` gives them.
+      width: characters of a line.
+    """
+    found = {at: _width(header, rows, at) for at in columns}
+    whole = {at: max(len(row[at]) for row in (header, *rows)) for at in columns}
+    for _ in range(width - 1 - sum(3 + one for one in found.values())):
+        lines = {at: whole[at] / found[at] for at in columns}
+        tallest = max(lines, key=lines.__getitem__)
+        if lines[tallest] <= 1:
+            break
+        found[tallest] += 1
+    return found
 
 
 def _width(header: Sequence[str], rows: Sequence[Sequence[str]], at: int) -> int:

@@ -21,6 +21,35 @@ def test_every_number_in_one_piece_and_every_run_somewhere(width, monkeypatch, c
     assert printed.count("chosen") == len(fitting(["", *NAMES], [["chosen", *values]], width))
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        (
+            ["loss", "undefined", "ideal", "both down", "both up", "reversed", "d_w/d_l"],
+            ["stable_alignment", "0%", "100%", "0%", "0%", "0%", "127"],
+        ),
+        (
+            ["Win rates", "win rate", "95% interval", "Wilson's", "won/tied/lost", "equal length"],
+            [
+                "A over B",
+                "0.667",
+                "0.000 – 1.000",
+                "0.208 – 0.939",
+                "2/0/1",
+                "0.862 (0.015 – 0.997)",
+            ],
+        ),
+    ],
+)
+def test_a_table_whose_columns_need_the_whole_line_loses_no_digit(header, row, monkeypatch, capsys):
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(header, [row])
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= width
+        assert all(word in printed for cell in row for word in cell.split())
+
+
 def test_a_table_that_fits_is_one_table():
     assert fitting(["loss", "a", "b"], [["dpo", "1", "2"]], 80) == [(0, 1, 2)]
     assert fitting(["loss"], [["dpo"]], 80) == [(0,)]
