@@ -30,7 +30,14 @@ OS_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :=]+'?(\d+)", re.IGNORECASE)
 """Form in which libraries in other languages report errors of the operating system."""
 
 
-def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+def check_output(
+    path: Path,
+    option: str,
+    *,
+    folder: bool = False,
+    files: Iterable[str] = (),
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
     """Create the folder of an output, and check that the output can be written there.
 
     Call it before any expensive work. An existing file is not changed.
@@ -39,11 +46,20 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
       path: of the file, or of a folder for several files.
       option: that sets it, for the message, e.g. "--output".
       folder: whether `path` is a folder.
+      files: names of the files that are written in the folder, or beside the file.
+      inputs: names of what the command reads; only those of files count.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or a file to write is an input.
     """
     inside = path if folder else path.parent
+    outputs = [inside / name for name in files] + ([] if folder else [path])
+    inputs = [one for one in inputs if one is not None]
+    for output in outputs:
+        if any(_is_same_file(output, Path(one)) for one in inputs):
+            raise UserError(
+                f"{output}: is an input, and would be overwritten; set another {option}"
+            )
     try:
         inside.mkdir(parents=True, exist_ok=True)
         if not folder and path.exists():
@@ -57,6 +73,14 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be written: {reason}; set {option}") from None
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Whether both are one file, also by links; devices are none."""
+    try:
+        return path.is_file() and path.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -104,14 +128,34 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             remove(scratch)
             yield scratch
-            if scratch.is_file():
-                with scratch.open("rb") as file:
-                    os.fsync(file.fileno())
-            scratch.replace(path)
+            _put_in_place(scratch, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 remove(scratch)
             raise
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    if scratch.is_file():
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+@contextlib.contextmanager
+def rewriting(path: Path) -> Iterator[io.TextIOWrapper]:
+    """As `replacing`, with an open text file, for long work: its own errors pass unchanged."""
+    path = path.resolve() if path.is_symlink() else path
+    scratch = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        with open_text(scratch, "w") as file:
+            yield file
+        with writing(path):
+            _put_in_place(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(scratch)
+        raise
 
 
 def remove(path: Path) -> None:

@@ -20,6 +20,7 @@ from jaxalign.files import (
     read_arrays,
     read_json,
     replacing,
+    rewriting,
     write_arrays,
     write_json_lines,
     write_text,
@@ -65,6 +66,24 @@ def test_checking_makes_the_folder_and_leaves_files_alone(tmp_path):
     check_output(Path("/dev/null"), "--output")
 
 
+def test_an_input_is_not_taken_for_an_output(tmp_path):
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    mine.write_text("mine")
+    other.symlink_to(mine)
+    said = "is an input, and would be overwritten; set another --output$"
+    for path in (mine, other, tmp_path / "none" / ".." / "mine.jsonl"):
+        (tmp_path / "none").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"{path.name}: {said}"):
+            check_output(path, "--output", inputs=[None, "hub/name", "a\0b", str(mine)])
+    with pytest.raises(UserError, match=f"^{mine}: {said}"):
+        check_output(tmp_path, "--output", folder=True, files=["x", "mine.jsonl"], inputs=[mine])
+    with pytest.raises(UserError, match=f"^{mine}: {said}"):
+        check_output(tmp_path / "mine", "--output", files=["mine.jsonl"], inputs=[mine])
+    check_output(tmp_path / "new.jsonl", "--output", inputs=[mine, tmp_path / "new.jsonl"])
+    check_output(Path("/dev/null"), "--output", inputs=["/dev/null"])
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -104,6 +123,25 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]  # nor is the half left to fill the disk
     write_text(path, "after")
     assert path.read_text() == "after"
+
+
+def stopped_halfway(path):
+    with rewriting(path) as file:
+        file.write("half")
+        file.flush()
+        assert path.read_text() == "before"
+        raise ConnectionError("refused")
+
+
+def test_long_work_replaces_a_file_in_the_end_and_keeps_its_own_errors(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("before")
+    with pytest.raises(ConnectionError, match="refused"):
+        stopped_halfway(path)
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["before"]
+    with rewriting(path) as file:
+        file.write("after")
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["after"]
 
 
 def test_a_folder_is_replaced_whole_or_stays_away(tmp_path):

@@ -23,6 +23,7 @@ from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches, open_files, write_row
 from jaxalign.config import AtLeastOne, Fraction, Positive
 from jaxalign.data.records import Text, transcript
+from jaxalign.data.written import prompt_fields
 from jaxalign.errors import UserError
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.progress import track
@@ -150,7 +151,8 @@ class BestOfN:
                     faults[reason] += 1
                     continue
                 reward = float(rewards[at, sample])
-                write_row(files["sft"], {"prompt": prompt, "response": response, "reward": reward})
+                row = prompt_fields(prompt) | {"response": response, "reward": reward}
+                write_row(files["sft"], row)
         return {"sft": len(chosen) - faults.total(), "faults": dict(faults)}
 
 

@@ -15,6 +15,13 @@ from jaxalign.data.reading import BadRecords
 from jaxalign.data.records import transcript
 from jaxalign.files import write_text
 
+FILES = (
+    *("pairs.jsonl", "statistics.json", "answers.jsonl", "verdicts.jsonl", "sft.jsonl"),
+    *("traces.jsonl", "encounters.jsonl", "imitation.jsonl", "self_critic.jsonl"),
+    *("realignment.jsonl", "comparisons.jsonl"),
+)
+"""Files that the methods write."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:

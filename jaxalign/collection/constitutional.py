@@ -14,6 +14,7 @@ from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches, open_files, write_row
 from jaxalign.config import AtLeastOne
 from jaxalign.data.reading import BadRecordError, read_json, text_fields
+from jaxalign.data.written import prompt_fields
 from jaxalign.errors import UserError
 from jaxalign.progress import track
 
@@ -92,7 +93,7 @@ class Constitutional:
                 rows = sft_rows(trace)
                 write_row(files["traces"], {**vars(trace), "final": trace.last})
                 for row in rows:
-                    write_row(files["sft"], row)
+                    write_row(files["sft"], row | prompt_fields(record.prompt))
                 counts["traces"] += 1
                 counts["steps"] += len(trace.steps)
                 counts["sft"] += len(rows)

@@ -13,6 +13,7 @@ from jaxalign.collection.constitutional import ASSISTANT, HUMAN, opened
 from jaxalign.collection.validity import fault
 from jaxalign.collection.writing import batches, open_files, write_row
 from jaxalign.data.reading import BadRecordError, read_json, text_fields
+from jaxalign.data.written import prompt_fields
 from jaxalign.errors import UserError
 from jaxalign.progress import track
 
@@ -123,7 +124,7 @@ class SelfAlignment:
                     faults[one.fault] += 1
                     continue
                 named.update(one.rules)
-                write_row(files["sft"], aligned_row(one))
+                write_row(files["sft"], aligned_row(one) | prompt_fields(record.prompt))
                 provenance = collection.provenance("self-align", record, rules=list(one.rules))
                 collection.pairs.write(record.prompt, one.response, one.plain, provenance)
         counts = {"prompts": len(records), "sft": len(records) - faults.total()}

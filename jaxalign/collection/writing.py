@@ -11,8 +11,9 @@ from typing import Any
 
 from jaxalign.collection.validity import fault, similarity
 from jaxalign.data.records import Text, transcript
+from jaxalign.data.written import prompt_fields
 from jaxalign.errors import UserError
-from jaxalign.files import json_value, open_text
+from jaxalign.files import json_value, rewriting
 
 
 @dataclass(kw_only=True)
@@ -57,8 +58,8 @@ class PairWriter:
     """Writes preference pairs with their provenance, one line each, as they arrive.
 
     Args:
-      path: JSON Lines file, rewritten from the start; a resumed command makes the same pairs again
-        from the answers that are kept.
+      path: JSON Lines file, replaced once all pairs are written; a resumed command makes the same
+        pairs again from the answers that are kept.
       most_similar: largest similarity of the two responses (`similarity`). More similar pairs are
         left out, and so are pairs whose chosen response cannot be used (`fault`).
 
@@ -74,11 +75,12 @@ class PairWriter:
 
     def __enter__(self) -> "PairWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_text(self.path, "w")
+        self._open = contextlib.ExitStack()
+        self._file = self._open.enter_context(rewriting(self.path))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def write(
         self, prompt: Text, chosen: str, rejected: str, provenance: Mapping[str, Any]
@@ -99,19 +101,17 @@ class PairWriter:
             self.statistics.left_out[reason] += 1
             return False
         self._seen.add(key)
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "provenance": provenance}
-        write_row(self._file, row)
+        row = {"chosen": chosen, "rejected": rejected, "provenance": provenance}
+        write_row(self._file, prompt_fields(prompt) | row)
         self.statistics.add(*key)
         return True
 
 
 @contextlib.contextmanager
 def open_files(folder: Path, *names: str) -> Iterator[dict[str, Any]]:
-    """Open the files FOLDER/NAME.jsonl to write, by their names."""
+    """The files FOLDER/NAME.jsonl to write, by their names; they are replaced in the end."""
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(open_text(folder / f"{name}.jsonl", "w")) for name in names
-        }
+        yield {name: stack.enter_context(rewriting(folder / f"{name}.jsonl")) for name in names}
 
 
 def write_row(file: Any, row: Mapping[str, Any]) -> None:

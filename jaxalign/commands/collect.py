@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxalign import collection
+from jaxalign.collection.collecting import FILES
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Share
+from jaxalign.data.written import input_files
 from jaxalign.files import check_output, locked
 from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
@@ -77,7 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     """Collect, or resume; print the pairs and their statistics."""
     options = parse(Options, "collect", arguments)
     common = options.common
-    check_output(common.output, "--output", folder=True)
+    read = input_files(common.prompts, getattr(options.method, "memories", None))
+    read += [value for value in vars(options.method).values() if isinstance(value, Path)]
+    check_output(common.output, "--output", folder=True, files=FILES, inputs=read)
     enable_compilation_cache()
     with locked(common.output, "--output", folder=True):
         collected = collection.collect(

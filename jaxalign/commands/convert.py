@@ -54,6 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--dtype: only GGUF files have q8_0; name a TARGET that ends in .gguf")
     check_output(options.target, "TARGET")
     source = Path(options.source)
+    if not (source / "checkpoints").is_dir():
+        for name in ("stage", "step"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name}: {source} is no run folder with checkpoints; leave it out"
+                )
     if to_gguf:
         export_gguf(
             options.source,

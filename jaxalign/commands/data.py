@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("the following arguments are required: SOURCE; see jaxalign data --help")
     if options.output is not None:
         check_output(options.output, "--output", folder=True)
+    sources = weighted_sources(options.sources, "SOURCE")
     reading = Reading(
         tokenizer=load_tokenizer(options.tokenizer),
         max_length=options.max_length,
@@ -73,7 +74,6 @@ def main(arguments: Sequence[str]) -> int:
         max_records=options.limit,
         examples=options.examples,
     )
-    sources = weighted_sources(options.sources, "SOURCE")
     cards = data_cards(sources, reading, None if options.kind == "auto" else options.kind)
     size = {"max_length": options.max_length, "batch_size": options.batch_size}
     print_table(["", *(card.label for card in cards)], card_rows(cards, **size))

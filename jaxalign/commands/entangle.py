@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Count, NonNegative, Words
+from jaxalign.data.written import input_files
 from jaxalign.entanglement import CASES
 from jaxalign.entanglement.measurements import (
     HeatMapParameters,
@@ -96,7 +97,13 @@ def main(arguments: Sequence[str]) -> int:
     loss = find_loss(options.loss, {})
     if loss.reads == "tokens":
         raise UserError(f"loss: {options.loss} reads whole distributions; set another")
-    check_output(options.output, "--output", folder=True)
+    check_output(
+        options.output,
+        "--output",
+        folder=True,
+        files=["pairs.jsonl"],
+        inputs=input_files(options.source.data),
+    )
     enable_compilation_cache()
     loaded = load_pairs(**vars(options.source), limit=options.pairs)
     reference = load_reference(options.reference, loaded)

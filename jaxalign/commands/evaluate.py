@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxalign.commands.pairs import PairReading
 from jaxalign.config import AtLeastOne, Count, Finite, Words
+from jaxalign.data.written import input_files
 from jaxalign.errors import UserError
 from jaxalign.files import check_output, json_value, write_json
 from jaxalign.flags import parse
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "evaluate", arguments)
     _check(options)
     if options.json is not None:
-        check_output(options.json, "--json")
+        read = [*input_files(options.data), options.model, options.reference, options.steer]
+        check_output(options.json, "--json", inputs=[*read, *options.on_tasks.tasks])
     enable_compilation_cache()
     shared = {name: getattr(options, name) for name in ("reference", "limit", "dtype", "steer")}
     if options.on_tasks.tasks:

@@ -7,10 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from jaxalign.config import TrainConfig, fields_of, with_fields
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice
 from jaxalign.flags import check_names, joined_lines, renamed
 from jaxalign.runs.experiment import fitted, load_config
 from jaxalign.runs.rates import high_rates, is_large
+
+STAGE_OF = {
+    **{name: name for name in ("pretrain", "sft", "preference", "feedback", "online")},
+    **{"representation": "representation", "alignment": "representation"},
+    **{"sft_data": "sft", "text": "pretrain", "rollout": "online"},
+}
+"""First part of a flag's name -> the stage that reads it."""
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -80,11 +87,15 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
                 )
     # the experiment's options belong to its own loss or algorithm, and to no other one
     loss, own = given.preference, config.preference
-    if not loss.loss_options and loss.loss == own.loss:
-        given = with_fields(given, loss_options=own.loss_options)
+    if loss.loss == own.loss:
+        given = with_fields(given, loss_options={**own.loss_options, **loss.loss_options})
     rollout, own = given.online.rollout, config.online.rollout
-    if not rollout.options and rollout.algorithm == own.algorithm:
-        given = with_fields(given, **{"rollout.options": own.options})
+    if rollout.algorithm == own.algorithm:
+        given = with_fields(given, **{"rollout.options": {**own.options, **rollout.options}})
+    for name in typed:
+        stage = STAGE_OF.get(name.partition(".")[0])
+        if stage and not getattr(given, stage).runs and not name.endswith((".steps", ".epochs")):
+            notice(f"{name}: has no effect, since the {stage} stage does not run; set its epochs")
     return given
 
 

@@ -14,6 +14,7 @@ from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Fraction
 from jaxalign.data import PromptRecord, PromptResponseRecord, TokenizedRows, tokenize_responses
 from jaxalign.data.records import transcript
+from jaxalign.data.written import input_files, prompt_fields
 from jaxalign.entanglement.pairs import load_pairs
 from jaxalign.entanglement.similarity import least_similar, similarities, write_scored_pairs
 from jaxalign.errors import UserError
@@ -34,6 +35,8 @@ from jaxalign.representation import (
 )
 
 PERSONA = ("persona", "persona_pair")
+BESIDE = (".own.jsonl", ".scores.jsonl", ".png")
+"""Endings of the files beside OUTPUT with --persona."""
 SHOWN = 5
 """Number of the strongest records that are printed."""
 
@@ -73,7 +76,13 @@ def main(arguments: Sequence[str]) -> int:
     if (options.persona is None) == (by in PERSONA):
         needs = "needs" if by in PERSONA else "does not go with"
         raise UserError(f"--by: {by} {needs} --persona")
-    check_output(options.output, "--output")
+    beside = () if options.persona is None else BESIDE
+    check_output(
+        options.output,
+        "--output",
+        files=[f"{options.output.name}{ending}" for ending in beside],
+        inputs=[*input_files(options.source.data), options.source.model, options.persona],
+    )
     enable_compilation_cache()
     if options.persona is not None:
         with locked(options.output, "--output"):
@@ -162,12 +171,13 @@ def _own_responses(
     decoding = Decoding(max_tokens=options.own_tokens)
     size = options.source.batch_size
     respond(path, model, prompts, decoding, batch_size=size, say=print)
-    return [json.loads(line)["response"] for line in path.read_text("utf-8").splitlines()]
+    with path.open("rb") as file:
+        return [json.loads(line)["response"] for line in file]
 
 
 def _row(record: TrainingRecord, own: str, scores: PersonaScores, at: int) -> dict[str, Any]:
     """A record as it was, with its scores; a pair has both."""
-    row: dict[str, Any] = {"prompt": record.prompt}
+    row = prompt_fields(record.prompt)
     if record.rejected is None:
         row["response"] = record.response
     else:

@@ -73,8 +73,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "generate", arguments)
     sampled = {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
     decoding = options.sampling.decoding(**sampled)
-    if options.samples > 1 and decoding.temperature == 0:
-        raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
+    if decoding.temperature == 0:
+        if options.samples > 1:
+            raise UserError("samples: at temperature 0 all of them are the same; set --temperature")
+        for name in ("top_p", "top_k", "min_p", "seed"):
+            if getattr(decoding, name) != getattr(Decoding(), name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: has no effect at temperature 0; set --temperature, too")
     check_output(options.output, "--output")
     enable_compilation_cache()
     with locked(options.output, "--output"):

@@ -8,6 +8,7 @@ from typing import Annotated
 from tyro.conf import UseAppendAction, arg
 
 from jaxalign.config import AtLeastOne
+from jaxalign.data.written import input_files
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator
 from jaxalign.evaluation.annotators import KINDS
@@ -30,6 +31,7 @@ from jaxalign.progress import track
 from jaxalign.reporting import print_table
 from jaxalign.reporting.judging_page import Table
 
+WRITTEN = ("answers.jsonl", "verdicts.jsonl", "human.jsonl", "results.json")
 JUDGES = "Judge: " + ", ".join(f"{name}:{form}" for name, (_, form) in KINDS.items()) + "."
 
 
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     files = policy_files(options.a, options.b, outputs, options.summary.baseline)
     if not files and options.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
-    check_output(options.output, "--output", folder=True)
+    read = input_files(*(file for seeds in files.values() for file in seeds), options.human)
+    check_output(options.output, "--output", folder=True, files=WRITTEN, inputs=read)
     enable_compilation_cache()
     with locked(options.output, "--output", folder=True):
         facts, findings = _judge(options, files)

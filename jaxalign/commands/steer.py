@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Positive, Seed
+from jaxalign.data.written import input_files
 from jaxalign.entanglement.pairs import ModelAndPairs, load_pairs
 from jaxalign.errors import UserError
 from jaxalign.files import check_output
@@ -63,7 +64,9 @@ class Options:
 def main(arguments: Sequence[str]) -> int:
     """Make the vector, write it, and print its norm."""
     options = parse(Options, "steer", arguments)
-    check_output(options.output, "--output")
+    model = options.source.model
+    weights = [model, *Path(model).glob("model*.safetensors")]
+    check_output(options.output, "--output", inputs=[*input_files(options.source.data), *weights])
     enable_compilation_cache()
     loaded = load_pairs(**vars(options.source), limit=options.limit)
     for line in loaded.left_out:

@@ -13,11 +13,11 @@ from jaxtyping import Float64, Int
 
 from jaxalign.data.batches import common_lengths, epoch_positions
 from jaxalign.data.duplicates import near_duplicates, token_overlap
-from jaxalign.data.forms import fields_of
+from jaxalign.data.forms import COLUMNS, fields_of
 from jaxalign.data.mixtures import Mixture, WeightedSource
 from jaxalign.data.packing import Packing, packed_positions
 from jaxalign.data.plain_prompts import Chat
-from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport
+from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, nothing_usable, refuse
 from jaxalign.data.record_text import Turns
 from jaxalign.data.records import (
     NOT_RESPONDING,
@@ -242,14 +242,17 @@ def kind_of(source: str) -> Kind:
     """The kind of records of a source, by its first row with known fields.
 
     Raises:
-      UserError: no row has them.
+      UserError: no row has them; the first fault if all rows have one.
     """
     if source == "embedded":
         return "pairs"
-    for row in read_rows(source):
+    report = ReadReport()
+    for row in read_rows(source, COLUMNS):
+        report.read += 1
         try:
             present = {name for name, value in fields_of(row).items() if value is not None}
-        except BadRecordError:
+        except BadRecordError as fault:
+            refuse(row, fault, "skip", report)
             continue
         if {"chosen", "rejected"} <= present:
             return "pairs"
@@ -257,6 +260,8 @@ def kind_of(source: str) -> Kind:
             return "labelled"
         if present & {"response", "completion", "messages"}:
             return "responses"
+    if not report.kept:
+        raise nothing_usable(source, report)
     raise UserError(
         f"{source}: no row with chosen and rejected, with a response, or with messages; see the "
         "guide on data formats"

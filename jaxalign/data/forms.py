@@ -1,14 +1,16 @@
 """From a row to a record: every supported form of pairs, responses, prompts, labels and texts."""
 
 import json
-import math
 import re
+import reprlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxalign.data.reading import BadRecordError, Row, check_text, parse_json
 from jaxalign.data.records import (
     NOT_RESPONDING,
+    RESPONDING,
     Conversation,
     Message,
     PreferenceRecord,
@@ -22,7 +24,7 @@ from jaxalign.data.records import (
 
 COLUMNS = (
     *("form", "prompt", "chosen", "rejected", "response", "completion"),
-    *("messages", "tools", "system", "label", "text"),
+    *("messages", "tools", "system", "label", "score", "text"),
 )
 """Fields of a row that are read; other columns of a Parquet file are not."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # HH-RLHF's marks of turns
@@ -68,8 +70,12 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _messages(value: Sequence[Any], name: str) -> list[Message]:
+def _messages(value: Any, name: str) -> list[Message]:
     """Turns of a conversation, without fields that templates do not read (scores, identifiers)."""
+    if not isinstance(value, list | tuple):
+        raise BadRecordError(
+            "wrong type", f"{name} is a {type(value).__name__}, not a list of turns"
+        )
     turns = []
     for number, turn in enumerate(value, start=1):
         where = f"turn {number} of {name}"
@@ -79,8 +85,12 @@ def _messages(value: Sequence[Any], name: str) -> list[Message]:
         for key in ("role", "content"):
             if turn.get(key) is None and not (key == "content" and calls):
                 raise BadRecordError("missing field", f"{where} has no {key}")
+        role = check_text(turn["role"], f"role of {where}")
+        if role not in NOT_RESPONDING | RESPONDING:
+            known = ", ".join(sorted(NOT_RESPONDING | RESPONDING))
+            raise BadRecordError("unknown role", f"{where} is of role {role!r}; known are {known}")
         message = Message(
-            role=check_text(turn["role"], f"role of {where}"),
+            role=role,
             content=check_text("" if content is None else content, f"content of {where}"),
         )
         if calls:
@@ -303,8 +313,8 @@ def response_of_row(row: Row) -> PromptResponseRecord:
     """A prompt and the response to imitate; of a pair, the chosen one."""
     fields = fields_of(row)
     if fields.get("messages") is not None:
-        turns = text_or_turns(fields["messages"], "messages")
-        if isinstance(turns, str) or len(turns) < 2:
+        turns = _messages(fields["messages"], "messages")
+        if len(turns) < 2:
             raise BadRecordError("wrong type", "messages is not a list of two turns or more")
         prompt, response = turns[:-1], turns[-1:]
     elif _is_pair(fields):
@@ -376,14 +386,13 @@ def unpaired_of_row(row: Row, *, threshold: float | None = None) -> list[Unpaire
     if _is_pair(fields):
         return list(as_unpaired([preference_of_row(row)]))
     label = _required(fields, "label", "score")
+    said = f"{'score' if fields.get('label') is None else 'label'} is {reprlib.repr(label)}"
     if not isinstance(label, bool) and threshold is not None:
-        if not isinstance(label, int | float) or not math.isfinite(label):
-            raise BadRecordError("wrong type", f"label is {label!r}, not a number")
+        if not isinstance(label, int | float) or not abs(label) <= sys.float_info.max:
+            raise BadRecordError("wrong type", f"{said}, not a finite number")
         label = label >= threshold
     elif label not in (True, False):
-        raise BadRecordError(
-            "wrong type", f"label is {label!r}, not true or false; numbers need a threshold"
-        )
+        raise BadRecordError("wrong type", f"{said}, not true or false; numbers need a threshold")
     completion = text_or_turns(_required(fields, "completion", "response"), "completion")
     prompt, completion = _alone(_prompt_text(_required(fields, "prompt")), completion)
     return [

@@ -1,7 +1,7 @@
 """Mixtures: several sources of records, and how often the records of each are used."""
 
 import functools
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxalign.data.reading import exists, split_name
-from jaxalign.errors import UserError
-
-_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
+from jaxalign.errors import UserError, notice_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +46,11 @@ def weighted_sources(
     found: list[WeightedSource] = []
     for text in texts:
         name, split = split_name(text)
-        parts = None if exists(name) else _WEIGHT.fullmatch(name)
-        name, weight = (parts[1], float(parts[2])) if parts else (name, 1.0)
-        if weight <= 0:
+        name, weight = _split_weight(name)
+        if not 0 < weight < math.inf:
             raise UserError(f"{field}: {text}: a weight is a positive number")
+        if weight != 1 and len(texts) == 1:
+            notice_once(f"{text}: the weight has no effect: there is no other source")
         label = base = _label(name)
         taken, number = {one.label for one in found}, 1
         while label in taken:
@@ -60,6 +59,17 @@ def weighted_sources(
         source = f"{name}#{split}" if split else name
         found.append(WeightedSource(source=source, weight=weight, label=label))
     return found
+
+
+def _split_weight(name: str) -> tuple[str, float]:
+    """Source and weight of "SOURCE[:WEIGHT]"; the weight is NaN where it is no number."""
+    source, _, weight = name.rpartition(":")
+    if not source or exists(name):
+        return name, 1.0
+    try:
+        return source, float(weight)
+    except ValueError:
+        return (name, 1.0) if source == "tfds" or not exists(source) else (source, math.nan)
 
 
 def _label(name: str) -> str:

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -96,6 +97,12 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
         raise UserError(f"bad_records: {policy!r} is neither 'error' nor 'skip'")
     report.skipped[fault.kind] = report.skipped.get(fault.kind, 0) + 1
     report.first.setdefault(fault.kind, message)
+
+
+def nothing_usable(source: str, report: ReadReport) -> UserError:
+    """The error of a source without records, or without one that can be used."""
+    what = f"no usable record; {report.summary()}" if report.read else "no records in it"
+    return UserError(f"{source}: {what}")
 
 
 def split_name(source: str) -> tuple[str, str]:
@@ -211,7 +218,7 @@ def _slice(rows: Iterator[Row], window: tuple[str, str] | None, source: str) -> 
     if window is None:
         return rows
     if all(not part.startswith("-") and not part.endswith("%") for part in window):
-        start, stop = (int(part) if part else None for part in window)
+        start, stop = (min(int(part), sys.maxsize) if part else None for part in window)
         return islice(rows, start, stop)
     everything = list(rows)
 

@@ -23,6 +23,7 @@ from jaxalign.data.reading import (
     ReadReport,
     Row,
     json_row,
+    nothing_usable,
     opened,
     refuse,
     source_files,
@@ -301,7 +302,9 @@ def index_records(
       UserError: names the file and line of a bad record, or a source without records.
     """
     files, whole = source_files(source)
-    key = key_of("index", source, _identity(files), name_of(kind.of_row), seed, bad_records)
+    key = key_of(
+        "index", source, _identity(files), name_of(kind.of_row), seed, bad_records, COLUMNS
+    )
     plain = files if whole and all(file.suffix == ".jsonl" for file in files) else []
     folder = built(
         cache,
@@ -320,8 +323,7 @@ def index_records(
     index = read_json(folder / INDEX, "index")
     report, number = ReadReport(**index["report"]), sum(x["records"] for x in index["files"])
     if not number:
-        what = f"no usable record; {report.summary()}" if report.read else "no records in it"
-        raise UserError(f"{source}: {what}")
+        raise nothing_usable(source, report)
     every = Selection(folder=folder, numbers=np.arange(number))
     return IndexedRecords([every], kind.of_row), report
 

@@ -5,8 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 ASKING = frozenset({"user", "human", "system", "developer"})
-NOT_RESPONDING = ASKING | {"tool"}
-"""Roles of turns with which a response may not begin or end."""
+RETURNING = frozenset(
+    {"tool", "tool_response", "function", "ipython", "observation", "environment"}
+)
+"""Roles of turns with what a tool returned."""
+NOT_RESPONDING = ASKING | RETURNING
+"""Roles of turns with which a response may not begin or end; no loss is on their tokens."""
+RESPONDING = frozenset({"assistant", "model", "gpt"})
+"""Roles of turns that a model writes."""
 
 
 class Message(TypedDict):

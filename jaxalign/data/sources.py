@@ -25,6 +25,7 @@ from jaxalign.data.reading import (
     BadRecords,
     ReadReport,
     Row,
+    nothing_usable,
     path_rows,
     refuse,
     split_name,
@@ -141,7 +142,8 @@ def prompt_records(
             for record in embedded_responses()
         )
     of_row = functools.partial(prompt_of_row, keep_fields=keep_fields)
-    return read_records(source, lambda row: [of_row(row)], bad_records, report)
+    columns = None if keep_fields else COLUMNS
+    return read_records(source, lambda row: [of_row(row)], bad_records, report, columns)
 
 
 def unpaired_records(
@@ -211,7 +213,7 @@ def read_records(
     make: Callable[[Row], list[R]],
     bad_records: BadRecords = "error",
     report: ReadReport | None = None,
-    columns: Collection[str] = COLUMNS,
+    columns: Collection[str] | None = COLUMNS,
 ) -> Iterator[R]:
     """The records of a source; a fault raises an error or is counted.
 
@@ -220,7 +222,7 @@ def read_records(
       make: the records of a row; raises a `BadRecordError`.
       bad_records: "error" or "skip".
       report: filled while reading.
-      columns: fields that `make` reads.
+      columns: fields that `make` reads; None: all.
 
     Raises:
       UserError: names the file and line of the first bad record, or a source without records.
@@ -237,8 +239,7 @@ def read_records(
             continue
         yield from made
     if not report.kept:
-        what = f"no usable record; {report.summary()}" if report.read else "no records in it"
-        raise UserError(f"{source}: {what}")
+        raise nothing_usable(source, report)
 
 
 def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[Row]:
@@ -246,7 +247,7 @@ def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[R
 
     Args:
       source: what is read.
-      columns: fields that the caller reads; in Parquet files all others are None.
+      columns: fields that the caller reads; in Parquet files all others are None. None: all.
 
     Raises:
       UserError: there is no such source, it cannot be read, or its split does not exist.

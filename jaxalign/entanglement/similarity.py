@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from rapidfuzz.distance import Levenshtein
 
 from jaxalign.data.batches import PairBatch
+from jaxalign.data.written import prompt_fields
 from jaxalign.entanglement.pairs import ModelAndPairs
 from jaxalign.files import write_json_lines
 from jaxalign.models.responses import response_states
@@ -156,6 +157,7 @@ def write_scored_pairs(
     rows = []
     for at in kept:
         record = loaded.records[int(numbers[at])]
-        row = {name: getattr(record, name) for name in ("prompt", "chosen", "rejected")}
+        row = {"chosen": record.chosen, "rejected": record.rejected}
+        row = prompt_fields(record.prompt) | row
         rows.append(row | {name: float(values[at]) for name, values in scores.items()})
     write_json_lines(path, rows)

@@ -17,6 +17,7 @@ from jaxalign.backends import (
 )
 from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.data import PromptRecord
+from jaxalign.data.records import tools_of
 from jaxalign.errors import UserError
 from jaxalign.files import open_text, read_json, write_json, writing
 from jaxalign.progress import Progress
@@ -64,8 +65,9 @@ def respond(
       say: is given a line on what is there, and on what was written.
 
     Raises:
-      UserError: the file was made with other settings or from other prompts, a prompt does not
-        fit, or some responses are missing in the end.
+      UserError: the file was made with other settings or from other prompts, or holds more
+        responses than are asked for, a prompt does not fit, or some responses are missing in the
+        end.
     """
     prompts = [record.prompt for record in records] if prompts is None else prompts
     encode = getattr(model, "encode", None)  # a model on this machine counts the tokens first
@@ -98,6 +100,8 @@ def respond(
                         continue
                     written, cut = written + 1, cut + (not one.finished)
                     row = {"id": _id(record, sample, samples), "prompt": record.prompt}
+                    if tools := tools_of(record.prompt):
+                        row["tools"] = tools
                     row["response"] = text_of(one.text)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 following += 1
@@ -129,7 +133,8 @@ def _resume(
     in the file of its answers.
 
     Raises:
-      UserError: the file was made with other settings or from other prompts.
+      UserError: the file was made with other settings or from other prompts, or holds more
+        responses than are asked for.
     """
     beside = path.with_name(path.name + ".settings.json")
     settings = json.loads(json.dumps(settings))
@@ -162,6 +167,11 @@ def _resume(
                 f"{path}:{number}: another prompt than in {records[0].source}; set another "
                 "--output, or delete it"
             )
+    if len(whole) > len(slots):
+        raise UserError(
+            f"{path}: holds {len(whole):,} responses, {len(slots):,} were asked for; set another "
+            "--output"
+        )
     same = (row == slot for row, slot in zip(rows, slots, strict=False))
     done = sum(itertools.takewhile(bool, same)) // samples
     if done < len(records):

@@ -1,5 +1,6 @@
 """Held-out metrics of any model on preference pairs, without training."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign.data import preference_records
+from jaxalign.data import ReadReport, preference_records
 from jaxalign.data.records import transcript
 from jaxalign.entanglement.pairs import load_pairs, load_reference
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice
 from jaxalign.evaluation.annotators import AnnotatorOptions, make_annotator
 from jaxalign.files import read_json
 from jaxalign.gguf import is_gguf
@@ -59,10 +60,13 @@ def evaluate(
     if kind := kind_of_scores(exported(model)):
         if steer is not None:
             raise UserError(f"steer: {model} is a {kind} model; only language models are steered")
-        return _of_scores(model, data, kind, reading)
-    if reference is None:
-        reference = start_of_run(Path(model))
+        _check_of_scores(model, kind, reading, reference=reference, loss=loss, options=loss_options)
+        return _of_scores(model, data, kind, dtype, reading)
     loaded = load_pairs(model, data, **reading)
+    for line in loaded.left_out:
+        notice(f"{data}: {line}")
+    if reference is None and (reference := start_of_run(Path(model))):
+        notice(f"{model}: compared with {reference}, from which the run was started")
     other = None if reference is None else load_reference(reference, loaded)
     params = loaded.model.params
     if steer is not None:
@@ -120,21 +124,48 @@ def _no_loss(pairs: Any) -> Any:
 
 
 def start_of_run(folder: Path) -> str | None:
-    """The initial model of a run; None: random weights, or not a run folder."""
+    """The model from which a run was started; None: it cannot be loaded, or this is no run."""
     path = folder / "config.json"
     if not (folder / "metrics.jsonl").is_file() or not path.is_file():
         return None
-    model = read_json(path, "config of a run").get("model")
-    return model if isinstance(model, str) and model != "embedded" else None
+    config = read_json(path, "config of a run")
+    model = config.get("model")
+    if not isinstance(model, str) or model == "embedded":
+        return None
+    if config.get("adapter"):
+        notice(f"{folder}: began with adapters on {model}; set --reference to compare it with them")
+        return None
+    return model
 
 
-def _of_scores(model: str, data: str, kind: str, reading: Mapping[str, Any]) -> dict[str, float]:
+def _check_of_scores(model: str, kind: str, reading: Mapping[str, Any], **given: Any) -> None:
+    """Refuse what has no meaning for a scored model, which reads pairs as it was trained."""
+    usual = {"reference": None, "loss": "dpo", "options": None} | {
+        name: parameter.default
+        for name, parameter in inspect.signature(load_pairs).parameters.items()
+        if name in ("tokenizer", "max_length", "prompt_format")
+    }
+    for name, value in {**given, **reading}.items():
+        if name in usual and value and value != usual[name]:
+            flag = {"options": "loss-options"}.get(name, name.replace("_", "-"))
+            raise UserError(
+                f"--{flag}: has no effect, since {model} is a {kind} model; leave it out"
+            )
+
+
+def _of_scores(
+    model: str, data: str, kind: str, dtype: str, reading: Mapping[str, Any]
+) -> dict[str, float]:
     """Accuracy and calibration of a reward model or preference model."""
     limit, bad_records = reading.get("limit"), reading.get("bad_records", "error")
-    records = list(preference_records(data, bad_records=bad_records))[:limit]
+    read = ReadReport()
+    records = list(preference_records(data, bad_records=bad_records, report=read))[:limit]
     if not records:
         raise UserError(f"{data}: no usable record")
-    options = AnnotatorOptions(batch_size=reading.get("batch_size", 8))
+    notice(f"{data}: {read.summary()}")
+    given: dict[str, Any] = {"dtype": dtype}
+    given |= {name: reading[name] for name in ("batch_size", "chat") if name in reading}
+    options = AnnotatorOptions(**given)
     annotator = make_annotator(f"{kind}:{model}", options)
     texts = [[x.prompt, transcript(x.chosen), transcript(x.rejected)] for x in records]
     p = annotator.preferences(*map(list, zip(*texts, strict=True))).preference

@@ -6,10 +6,10 @@ from typing import Any
 
 from jaxalign.backends.local import LocalModel
 from jaxalign.data.plain_prompts import Chat
-from jaxalign.errors import UserError, notice
+from jaxalign.errors import UserError
 from jaxalign.evaluation.harness import check_installed, run_tasks
 from jaxalign.evaluation.task_scores import TaskScore, compared, scores_of
-from jaxalign.files import check_output, json_value, read_json, write_json
+from jaxalign.files import check_output, json_value, write_json
 from jaxalign.reporting import read_run
 from jaxalign.reporting.tasks import FILE, read_report
 from jaxalign.runs.held_out import start_of_run
@@ -63,7 +63,7 @@ def evaluate_tasks(
     if run is not None:
         check_output(run / FILE, "--model")
         read_report(run)  # broken ones are found now
-    reference = reference or _start(Path(model))
+    reference = reference or start_of_run(Path(model))
 
     def scores(name: str, steer: str | None) -> list[TaskScore]:
         options = {"tokenizer": tokenizer, "batch_size": batch_size, "dtype": dtype}
@@ -89,17 +89,6 @@ def evaluate_tasks(
     if run is not None:
         _keep(run, report)
     return report
-
-
-def _start(folder: Path) -> str | None:
-    """The model from which a run was started; None: it cannot be loaded, or this is no run."""
-    start = start_of_run(folder)
-    if start is None:
-        return None
-    if read_json(folder / "config.json", "config of a run").get("adapter"):
-        notice(f"{folder}: began with adapters on {start}; set --reference to compare it with them")
-        return None
-    return start
 
 
 def _keep(folder: Path, report: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jaxalign.backends import Decoding
-from jaxalign.collection import BestOfN, SelfAlignment, collect
+from jaxalign.collection import BestOfN, SelfAlignment, SimulatedSociety, collect
+from jaxalign.collection.collecting import FILES
 from jaxalign.errors import UserError
 from tests.backends.scripted import Scripted
 
@@ -47,6 +48,41 @@ def test_the_same_call_requests_nothing_twice(run):
     assert (again.requests, again.path.read_bytes()) == (0, pairs)
     file = json.loads((first.path.parent / "statistics.json").read_text())
     assert file["pairs"] == 3
+
+
+def test_older_files_stay_until_all_is_made(run, monkeypatch):
+    first = run(SelfAlignment(), most_similar=1.0)
+    folder = first.path.parent
+    (folder / "pairs.jsonl").write_text("older pairs\n")
+    (folder / "sft.jsonl").write_text("older responses\n")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxalign.collection.self_alignment.aligned_row", stopped)
+    monkeypatch.setattr("jaxalign.collection.self_alignment._fault", lambda *_: "")
+    with pytest.raises(KeyboardInterrupt):
+        run(SelfAlignment())
+    assert (folder / "pairs.jsonl").read_text() == "older pairs\n"
+    assert (folder / "sft.jsonl").read_text() == "older responses\n"
+
+
+@pytest.mark.parametrize("select", ["best-worst", "raft"])
+def test_tools_and_system_turns_stay_with_their_prompt(run, tmp_path, select):
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    fields = {"prompt": "The time?", "system": "Be brief.", "tools": tools}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(fields))
+    found = run(BestOfN(annotator=run.annotator, samples=3, select=select))
+    file = found.path if select == "best-worst" else found.path.with_name("sft.jsonl")
+    row = json.loads(file.read_text().splitlines()[0])
+    assert {name: row[name] for name in fields} == fields
+
+
+def test_every_file_of_a_method_is_known(run):
+    for method in (BestOfN(annotator=run.annotator, select="raft"), SelfAlignment()):
+        folder = run(method).path.parent
+    run(SimulatedSociety(side=2, rounds=1))
+    assert {path.name for path in folder.iterdir()} <= set(FILES)
 
 
 def test_a_limit_counts_prompts_from_the_first(run):

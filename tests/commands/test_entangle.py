@@ -96,6 +96,44 @@ def test_the_least_alike_are_kept_in_their_order(world, by, capsys):
     assert "--keep: 0.0 is not in (0, 1]" in capsys.readouterr().err
 
 
+def test_tools_stay_with_their_pair(world):
+    folder, flags = world
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    (folder / "pairs.jsonl").write_text(json.dumps({**ROWS[0], "tools": tools}))
+    output = folder / "out.jsonl"
+    assert main(["filter", *flags, "--keep", "1", "--output", str(output)]) == 0
+    row = json.loads(output.read_text())
+    assert (row["prompt"], row["tools"]) == (ROWS[0]["prompt"], tools)
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["filter", "--output"], "pairs.jsonl"),
+        (["evaluate", "--json"], "pairs.jsonl"),
+        (["steer", "--output"], "pairs.jsonl"),
+        (["steer", "--output"], "model/model.safetensors"),
+        (["entangle", "--output"], "."),
+        (["collect", "best-of-n", "--annotator", "rule:r.py:f", "--output"], "."),
+        (["judge", "--judge", "rule:r.py:f", "--output"], "."),
+    ],
+)
+def test_no_command_overwrites_its_input(world, command, output, capsys, monkeypatch):
+    folder, flags = world
+    monkeypatch.chdir(folder)
+    mine = folder / ("pairs.jsonl" if output == "." else output)
+    if command[0] == "judge":
+        mine = (folder / "pairs.jsonl").rename("human.jsonl")
+        flags = ["--human", "human.jsonl#[:2]"]
+    elif command[0] == "collect":
+        flags = [*flags[:2], "--prompts", flags[3]]
+    before = mine.read_bytes()
+    assert main([*command, output, *flags]) == 2
+    line = capsys.readouterr().err
+    assert f"{mine.name}: is an input, and would be overwritten; set another --" in line
+    assert mine.read_bytes() == before
+
+
 def test_what_is_measured_is_kept_when_the_heat_maps_are_stopped(world, monkeypatch, capsys):
     folder, flags = world
 

@@ -109,6 +109,30 @@ def test_two_epochs_of_a_file_and_a_failure_before_the_first_step(tmp_path, monk
     assert metrics.read_text() == before
 
 
+def test_flags_of_a_stage_that_does_not_run_are_told(capsys):
+    parse([FINETUNE, "--sft-data", "a.jsonl", "--rollout.prompts", "p.jsonl", "--lora.rank", "4"])
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if "has no effect" in line]
+    assert [line.split(": ")[1] for line in told] == ["sft_data", "rollout.prompts"]
+    assert "the sft stage does not run" in told[0]
+    parse([FINETUNE, "--sft-data", "a.jsonl", "--sft.epochs", "1", "--preference.steps", "0"])
+    assert "has no effect" not in capsys.readouterr().err
+
+
+def test_typed_options_of_a_loss_are_put_beside_those_of_the_experiment(tmp_path):
+    experiment = tmp_path / "mine.py"
+    experiment.write_text(
+        "from jaxalign.config import PreferenceConfig, TrainConfig\n\n\n"
+        "def config():\n"
+        "    stage = PreferenceConfig(steps=1, loss='dpo', loss_options={'beta': 0.5})\n"
+        "    return TrainConfig(preference=stage)\n"
+    )
+    one = parse([str(experiment), "--loss-options", "label_smoothing", "0.1"])
+    assert one.preference.loss_options == {"beta": 0.5, "label_smoothing": 0.1}
+    other = parse([str(experiment), "--loss", "ipo", "--loss-options", "tau", "0.3"])
+    assert other.preference.loss_options == {"tau": 0.3}
+
+
 # ------------------------------------------------------------------------ files
 
 

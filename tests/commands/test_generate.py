@@ -122,6 +122,9 @@ def test_an_endpoint_is_asked_for_nothing_twice(tmp_path, capsys, filtered):
         ("word " * 600, (), "more than the model's context of 512"),
         ("a", ("--max-tokens", "512"), "more than the model's context of 512"),
         ("a", ("--samples", "2"), "at temperature 0 all of them are the same"),
+        ("a", ("--top-p", "0.9"), "--top-p: has no effect at temperature 0"),
+        ("a", ("--top-k", "3"), "--top-k: has no effect at temperature 0"),
+        ("a", ("--seed", "5"), "--seed: has no effect at temperature 0"),
         ("a", ("--temperature", "-1"), "--temperature: -1.0 is not in [0, inf)"),
     ],
 )

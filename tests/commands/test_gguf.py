@@ -66,6 +66,8 @@ def test_convert_writes_the_folder_it_was_made_from(models, tmp_path, capsys):
     assert ends == [before.eos_token_id] == end_tokens(file, len(before))
     assert main(["convert", file, "half", "--dtype", "bfloat16"]) == 0
     assert load_pretrained("half", dtype=None).params["embed"]["embedding"].dtype == "bfloat16"
+    assert main(["convert", file, "other", "--step", "3"]) == 2
+    assert "--step: " in capsys.readouterr().err
     assert main(["convert", "absent.gguf", "other"]) == 2
     assert "absent.gguf: no such file" in capsys.readouterr().err
 

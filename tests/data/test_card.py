@@ -147,6 +147,21 @@ def test_what_is_no_record_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lines", "split", "said"),
+    [
+        ("{\n3\n", "", r"x\.jsonl: no usable record; .*x\.jsonl:1: invalid JSON"),
+        ("", "", r"x\.jsonl: no records in it"),
+        (json.dumps(ROWS[0]), "#[30:10]", r"x\.jsonl#\[30:10\]: no records in it"),
+        ('3\n{"a": 1}\n', "", "no row with chosen and rejected"),
+    ],
+)
+def test_a_source_without_usable_rows_says_why(tmp_path, lines, split, said):
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=said):
+        card(f"{tmp_path}/x.jsonl{split}")
+
+
+@pytest.mark.parametrize(
     ("letter", "script"),
     [
         ("a", "Latin"),

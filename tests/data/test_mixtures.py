@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxalign.data.mixtures import BySource, Mixture, Part, weighted_sources
 from jaxalign.data.order import BatchOrder
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice_once
 
 
 def order_of(mixture, *, lengths, batch_size, seed, **how):
@@ -25,6 +25,7 @@ def order_of(mixture, *, lengths, batch_size, seed, **how):
         ("data/polite.jsonl:2#train[:90%]", "data/polite.jsonl#train[:90%]", 2.0, "polite"),
         ("tfds:hh_rlhf:.25#test", "tfds:hh_rlhf#test", 0.25, "hh_rlhf"),
         ("tfds:hh_rlhf@/data", "tfds:hh_rlhf@/data", 1.0, "hh_rlhf"),
+        ("polite.jsonl:1e-3", "polite.jsonl", 0.001, "polite"),
         ("trl-lib/ultrafeedback:3", "trl-lib/ultrafeedback", 3.0, "ultrafeedback"),
         ("embedded", "embedded", 1.0, "embedded"),
     ],
@@ -44,6 +45,28 @@ def test_a_file_whose_name_ends_like_a_weight_is_a_file(tmp_path):
 def test_labels_are_different():
     sources = weighted_sources(["a/x.jsonl", "b/x.jsonl:2", "x"])
     assert [one.label for one in sources] == ["x", "x-2", "x-3"]
+
+
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "0.0", "half", ""])
+def test_what_follows_a_file_is_a_weight(tmp_path, weight):
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=f"data: .*a.jsonl:{weight}: a weight is a positive number"):
+        weighted_sources([f"{file}:{weight}"])
+
+
+def test_a_folder_named_tfds_has_no_weight(tmp_path, monkeypatch):
+    (tmp_path / "tfds").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert weighted_sources(["tfds:hh_rlhf"])[0].source == "tfds:hh_rlhf"
+
+
+def test_a_weight_of_the_only_source_is_noticed(capsys):
+    notice_once.cache_clear()
+    for sources in (["a.jsonl:2", "b.jsonl"], ["a.jsonl:1"], ["a.jsonl:0.5"], ["a.jsonl:0.5"]):
+        weighted_sources(sources)
+    said = "jaxalign: a.jsonl:0.5: the weight has no effect: there is no other source\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_weight_is_positive():

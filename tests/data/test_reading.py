@@ -55,7 +55,14 @@ def test_every_kind_of_file_holds_the_same_records(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("split", "numbers"),
-    [("[:3]", range(3)), ("[4:6]", range(4, 6)), ("[-2:]", (8, 9)), ("[:50%]", range(5))],
+    [
+        ("[:3]", range(3)),
+        ("[4:6]", range(4, 6)),
+        ("[-2:]", (8, 9)),
+        ("[:50%]", range(5)),
+        ("[8:99999999999999999999]", (8, 9)),
+        ("[-99999999999999999999:1]", (0,)),
+    ],
 )
 def test_slices_are_those_of_a_list(tmp_path, split, numbers):
     path = write(tmp_path, "jsonl")

@@ -1,5 +1,7 @@
 """The forms of a record: text, conversations, HH-RLHF's transcripts; and what is held out."""
 
+import dataclasses
+import functools
 import json
 
 import pyarrow as pa
@@ -24,6 +26,8 @@ from jaxalign.errors import UserError
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 USER = {"role": "user", "content": "hello"}
 TURN = {"role": "assistant", "content": "hi"}
+WITH_FIELDS = functools.partial(prompt_records, keep_fields=True)
+GRADED = functools.partial(unpaired_records, threshold=0.5)
 OTHER = {"role": "assistant", "content": "no"}
 
 
@@ -199,6 +203,29 @@ def test_arguments_that_are_no_object_are_named(tmp_path, written):
         one(tmp_path, row)
 
 
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "system": "s"}, preference_records),
+        ({"prompt": "p", "response": "a", "tools": '[{"name": "f"}]'}, response_records),
+        ({"messages": [USER, TURN]}, response_records),
+        ({"prompt": "p", "completion": "a", "label": True}, unpaired_records),
+        ({"prompt": "p", "response": "a", "score": 1}, unpaired_records),
+        ({"prompt": "p", "response": "a", "score": 0.2}, GRADED),
+        ({"text": "t"}, text_records),
+        ({"prompt": "p", "answer": "4", "kind": {"level": 2}}, WITH_FIELDS),
+        ({"messages": [USER], "answer": 4}, WITH_FIELDS),
+    ],
+)
+def test_a_table_gives_the_records_of_the_same_json_lines(tmp_path, row, read):
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (found,) = read(str(tmp_path / "x.parquet"))
+    expected = dataclasses.replace(one(tmp_path, row, read), source=found.source)
+    assert found == expected
+    if read is WITH_FIELDS:
+        assert found.fields == row
+
+
 def test_nulls_that_fill_up_a_table_go(tmp_path):
     row = [
         {"prompt": [USER], "chosen": [calling(arguments)], "rejected": [OTHER], "tools": tools}
@@ -329,7 +356,13 @@ def test_what_templates_read_is_kept_and_the_rest_is_dropped(tmp_path):
         ),
         ({"prompt": "p", "chosen": None, "label": True}, unpaired_records, "no chosen"),
         ({"prompt": "p", "completion": "a", "label": 2}, unpaired_records, "label is 2"),
+        ({"prompt": "p", "completion": "a", "score": 10**400}, unpaired_records, "score is 1000"),
+        ({"prompt": "p", "completion": "a", "score": 10**400}, GRADED, "not a finite number"),
+        ({"prompt": "p", "completion": "a", "label": "1"}, GRADED, "label is '1', not a finite"),
         ({"prompt": "p", "completion": "a"}, unpaired_records, "no label"),
+        ({"messages": 5}, prompt_records, "messages is a int, not a list of turns"),
+        ({"messages": "hello"}, prompt_records, "messages is a str, not a list of turns"),
+        ({"messages": 5}, response_records, "messages is a int, not a list of turns"),
         ({"prompt": "p"}, response_records, "no response or completion"),
         ({"response": "p"}, response_records, "no prompt"),
         ({"text": 3}, text_records, "text is a int"),

@@ -1,13 +1,20 @@
 """Conversations of several turns: what the assistant wrote is scored, the rest is read."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxalign.data import load_tokenizer, pair_batches, tokenize_pairs, tokenize_responses
+from jaxalign.data import (
+    load_tokenizer,
+    pair_batches,
+    preference_records,
+    tokenize_pairs,
+    tokenize_responses,
+)
 from jaxalign.data.labelled import LabelledRows, labelled_batches
 from jaxalign.data.packing import Packing, packed_batches
 from jaxalign.data.records import Conversation, PreferenceRecord, PromptResponseRecord
@@ -65,6 +72,28 @@ def scored_texts(tokenizer, rows, row=0):
     at = rows.scored_in(row)
     runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
     return [tokenizer.decode(rows[row][run]) for run in runs]
+
+
+@pytest.mark.parametrize("role", ["User", "user ", "human ", "observations", "Assistant"])
+def test_a_role_that_is_not_known_is_refused_with_its_turn(role, tmp_path):
+    """It would be taken for the assistant's, and its tokens scored."""
+    talk = [*turns("hello"), {"role": role, "content": "no"}]
+    row = {"prompt": talk, "chosen": turns("yes", first="assistant")}
+    row["rejected"] = turns("no", first="assistant")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    words = rf"jsonl:1: unknown role: turn 2 of prompt is of role '{role}'"
+    with pytest.raises(UserError, match=words):
+        list(preference_records(str(tmp_path / "pairs.jsonl")))
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "ipython", "observation"])
+def test_what_a_tool_returned_is_not_scored_whatever_its_role_is_called(role):
+    tokenizer = TOKENIZERS["byte_level"]
+    talk = turns("hello", "a call", "what came back", "it is 42")
+    talk[2] = {"role": role, "content": "what came back"}
+    rows, _ = responses(tokenizer, talk, chat_template=CHATML)
+    found = [text.split("<|im_end|>")[0].strip() for text in scored_texts(tokenizer, rows)]
+    assert found == ["a call", "it is 42"]
 
 
 @KINDS

@@ -73,6 +73,24 @@ def test_another_model_settings_or_prompts_are_refused(tmp_path, records):
         respond(tmp_path / "mine.jsonl", model(), records, DECODING)
 
 
+def test_fewer_prompts_delete_no_responses(tmp_path, records):
+    path = tmp_path / "out.jsonl"
+    respond(path, model(), records, DECODING)
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match=r"out.jsonl: holds 5 responses, 2 were asked for; set"):
+        respond(path, model(), records[:2], DECODING)
+    assert path.read_bytes() == whole
+
+
+def test_tools_stay_with_their_prompt(tmp_path):
+    fields = {"prompt": [{"role": "user", "content": "The time?"}], "tools": [{"name": "clock"}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(fields))
+    (record,) = prompt_records(str(tmp_path / "prompts.jsonl"))
+    respond(tmp_path / "out.jsonl", model(), [record], DECODING)
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert {name: row[name] for name in fields} == fields
+
+
 def test_policies_are_named_after_their_files():
     assert policy_files("x/one.jsonl", "y/two.jsonl", []) == {
         "one": ["x/one.jsonl"],

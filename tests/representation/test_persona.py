@@ -28,7 +28,7 @@ from tests.tiny_model import save_tiny_model
 PAIRS = [
     {"prompt": "Say it.", "chosen": "Yes, please do.", "rejected": "No way."},
     {"prompt": "Why?", "chosen": "Because it rains.", "rejected": "Go away now."},
-    {"prompt": "What is it?", "chosen": "A cat, thank you.", "rejected": "A cat."},
+    {"prompt": "What\u2028is it?", "chosen": "A cat, thank you.", "rejected": "A cat."},
 ]
 
 
@@ -159,7 +159,7 @@ def test_generation_evaluation_and_python_are_steered(room, capsys):
         steer = ["--steer", str(folder / name)] if name else []
         prompts = ["--prompts", str(folder / "pairs.jsonl"), "--max-tokens", "6"]
         assert main(["generate", *flags[:2], *prompts, *steer, "--output", str(output)]) == 0
-        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        rows = [json.loads(line) for line in output.read_bytes().splitlines()]
         written[name] = [row["response"] for row in rows]
     assert written["strong.safetensors:0"] == written[""]
     assert written["strong.safetensors"] != written[""]

@@ -7,6 +7,7 @@ import pytest
 import jaxalign
 from jaxalign.cli import main
 from jaxalign.config import OptimizerConfig, PreferenceConfig, TrainConfig, with_fields
+from jaxalign.errors import UserError
 from jaxalign.evaluation.reward_models import RewardModel
 from jaxalign.runs.held_out import evaluate
 from tests.tiny_model import save_tiny_model
@@ -60,7 +61,30 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(folder, capsys):
     command = ["evaluate", "--model", str(run.folder), "--data", pairs, "--max-length", "60"]
     assert main([*command, "--limit", "5", "--json", str(folder / "numbers.json")]) == 0
     assert json.loads((folder / "numbers.json").read_text())["pairs"] == 5
-    assert "rewards/accuracies" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "rewards/accuracies" in printed.out
+    assert f"compared with {folder / 'model'}, from which the run was started" in printed.err
+
+
+def test_what_is_cut_and_left_out_is_said(folder, capsys):
+    (folder / "faulty.jsonl").write_text((folder / "pairs.jsonl").read_text() + '{"prompt": "a"}\n')
+    data = str(folder / "faulty.jsonl")
+    evaluate(str(folder / "model"), data, max_length=4, bad_records="skip")
+    said = capsys.readouterr().err
+    assert "12 of 13 records; skipped 1" in said
+    assert "truncated responses: 24" in said
+
+
+def test_a_run_that_began_with_an_adapter_has_no_reference_of_its_own(folder, capsys):
+    run = folder / "began_with_an_adapter"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    config = {"model": str(folder / "model"), "adapter": "elsewhere/adapter"}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "export").symlink_to(folder / "model")
+    metrics = evaluate(str(run), str(folder / "pairs.jsonl"), max_length=60)
+    assert not {"loss", "kl", "rewards/chosen"} & set(metrics)
+    assert "set --reference" in capsys.readouterr().err
 
 
 def test_a_reward_model_is_evaluated_by_its_own_scores(folder):
@@ -72,3 +96,13 @@ def test_a_reward_model_is_evaluated_by_its_own_scores(folder):
     better = scored.rewards(prompts, chosen) > scored.rewards(prompts, rejected)
     assert metrics["rewards/accuracies"] == pytest.approx(better.mean())
     assert 0 <= metrics["calibration/error"] <= 1
+    for given, flag in (
+        ({"max_length": 4}, "--max-length"),
+        ({"prompt_format": "X{prompt}"}, "--prompt-format"),
+        ({"tokenizer": "nowhere"}, "--tokenizer"),
+        ({"reference": "nowhere"}, "--reference"),
+        ({"loss": "ipo"}, "--loss"),
+        ({"loss_options": {"beta": 1.0}}, "--loss-options"),
+    ):
+        with pytest.raises(UserError, match=f"{flag}: has no effect"):
+            evaluate(str(run.folder), pairs, **given)
