@@ -357,7 +357,7 @@ def across(values: Sequence[np.ndarray], digits: int) -> str:
 
     Over prompts, where seeds do not differ: a single one, or the base where it is not trained.
     """
-    if all(np.array_equal(values[0], one) for one in values):
+    if all(np.allclose(values[0], one, atol=1e-3) for one in values):
         return f"{np.mean(values[0]):.{digits}f} ± {half_width(values[0].tolist()):.{digits}f}"
     return cell([float(np.mean(one)) for one in values], digits)
 

@@ -386,7 +386,7 @@ def unpaired_of_row(row: Row, *, threshold: float | None = None) -> list[Unpaire
     if _is_pair(fields):
         return list(as_unpaired([preference_of_row(row)]))
     label = _required(fields, "label", "score")
-    said = f"{'score' if fields.get('label') is None else 'label'} is {reprlib.repr(label)}"
+    said = f"label is {reprlib.repr(label)}"
     if not isinstance(label, bool) and threshold is not None:
         if not isinstance(label, int | float) or not abs(label) <= sys.float_info.max:
             raise BadRecordError("wrong type", f"{said}, not a finite number")

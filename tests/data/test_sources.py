@@ -356,7 +356,7 @@ def test_what_templates_read_is_kept_and_the_rest_is_dropped(tmp_path):
         ),
         ({"prompt": "p", "chosen": None, "label": True}, unpaired_records, "no chosen"),
         ({"prompt": "p", "completion": "a", "label": 2}, unpaired_records, "label is 2"),
-        ({"prompt": "p", "completion": "a", "score": 10**400}, unpaired_records, "score is 1000"),
+        ({"prompt": "p", "completion": "a", "score": 10**400}, unpaired_records, "label is 1000"),
         ({"prompt": "p", "completion": "a", "score": 10**400}, GRADED, "not a finite number"),
         ({"prompt": "p", "completion": "a", "label": "1"}, GRADED, "label is '1', not a finite"),
         ({"prompt": "p", "completion": "a"}, unpaired_records, "no label"),
