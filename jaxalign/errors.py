@@ -5,7 +5,7 @@ import sys
 
 
 class UserError(ValueError):
-    """Input that jaxalign cannot use; the message names the file, line or field and the mend."""
+    """Input that jaxalign cannot use; the message names the file, line or field and the fix."""
 
 
 class OutputError(Exception):

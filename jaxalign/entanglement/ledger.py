@@ -121,12 +121,14 @@ def token_changes(
         return jnp.stack([along, _float32(new) - _float32(old) - along]).astype(old.dtype)
 
     with forward_mode():
-        start, slopes = jax.vmap(
+        start, derivatives = jax.vmap(
             lambda tangent: jax.jvp(log_probs, (before,), (tangent,)), out_axes=(None, 0)
         )(jax.tree.map(directions, before, after, gradient))
         realised = log_probs(after) - start
     return TokenChanges(
-        gradient=slopes[0], optimiser=slopes[1], curvature=realised - slopes[0] - slopes[1]
+        gradient=derivatives[0],
+        optimiser=derivatives[1],
+        curvature=realised - derivatives[0] - derivatives[1],
     )
 
 

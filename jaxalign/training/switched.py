@@ -253,6 +253,6 @@ def band_with(
         updated = objective.update_running(own, outputs, batch)
         return objective.reduce(outputs, batch, objective.count(batch), updated)[0]
 
-    slopes = jax.grad(loss)(outputs).policy_log_probs / seen_per_sum(objective, batch)
+    output_gradients = jax.grad(loss)(outputs).policy_log_probs / seen_per_sum(objective, batch)
     before = {name: running[name] for name in BAND_START}
-    return update_band(before, (-slopes[:, 0].sum(), slopes[:, 1].sum()), norms)
+    return update_band(before, (-output_gradients[:, 0].sum(), output_gradients[:, 1].sum()), norms)
