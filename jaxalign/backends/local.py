@@ -109,7 +109,8 @@ class LocalModel:
         check_vocabulary(tokenizer, model.config.vocab_size)
         self._encoder = Encoder(tokenizer, end_token=False)
         self._in_text = text_of(tokenizer, prompt_format, None, chat)
-        self.identity = f"{identity} {prompt_format!r} {self._in_text.plain.as_turns} {dtype}"
+        plain = self._in_text.plain
+        self.identity = f"{identity} {plain.prompt_format!r} {plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
         self._apart = not isinstance(model.config, DecoderConfig)
         self._in_int8 = weights == "int8"

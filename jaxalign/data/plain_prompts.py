@@ -13,6 +13,8 @@ Chat = Literal["auto", "always", "never"]
 """Whether plain prompts go through the chat template: by the rule of `plain_prompts`, or not."""
 KEPT = "jaxalign_chat"
 """Field of tokenizer_config.json: "always" or "never", as the model was trained."""
+FORMAT = "jaxalign_prompt_format"
+"""Field of tokenizer_config.json: text around a plain prompt, as the model was trained."""
 TURN = "plain prompts go through the chat template, as a user's turn"
 TEXT = "plain prompts stay plain text"
 
@@ -23,6 +25,8 @@ class PlainPrompts:
 
     as_turns: bool
     """Whether the chat template renders them: prompt as user turn, response as assistant turn."""
+    prompt_format: str = "{prompt}"
+    """Text around a plain prompt that is no turn."""
     line: str | None = None
     """Notice of the decision and of the flag that changes it; None: nothing was decided."""
 
@@ -37,9 +41,9 @@ def plain_prompts(
     """Whether plain prompts go through the chat template.
 
     "auto" uses the first rule that applies: with a custom prompt format, plain text; a model
-    trained here, as it was trained, which the folder of its tokenizer records; with the template of
-    tokenizers made here (`jaxalign.data.bpe`), plain text; with any other template, the template.
-    Without a template, plain text.
+    trained here, as it was trained, which the folder of its tokenizer records, with its format of
+    plain text; with the template of tokenizers made here (`jaxalign.data.bpe`), plain text; with
+    any other template, the template. Without a template, plain text.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -60,11 +64,17 @@ def plain_prompts(
             )
         notice = f"{prefix}{TURN}; prompt_format is not read (--chat never reads it)"
         return PlainPrompts(as_turns=True, line=notice if formatted else None)
-    if chat == "never" or not template:
-        return PlainPrompts(as_turns=False)
+    if chat == "never":
+        return PlainPrompts(as_turns=False, prompt_format=prompt_format)
     if formatted:
         line = f"{prefix}{TEXT}, in the given prompt_format; --chat always takes the chat template"
-        return PlainPrompts(as_turns=False, line=line)
+        line = line if template else None
+        return PlainPrompts(as_turns=False, prompt_format=prompt_format, line=line)
+    if trained_in := tokenizer.init_kwargs.get(FORMAT):
+        line = f"{prefix}{TEXT} in {trained_in!r}, as it was trained; --chat never leaves that out"
+        return PlainPrompts(as_turns=False, prompt_format=trained_in, line=line)
+    if not template:
+        return PlainPrompts(as_turns=False)
     if kept == "always":
         line = f"{prefix}{TURN}, as it was trained; --chat never keeps them plain text"
         return PlainPrompts(as_turns=True, line=line)
@@ -90,10 +100,14 @@ def reads_template(tokenizer: Tokenizer, chat: Chat) -> bool:
     return found if chat == "auto" else plain_prompts(tokenizer, chat).as_turns
 
 
-def with_choice(tokenizer: Tokenizer, *, as_turns: bool) -> Any:
+def with_choice(tokenizer: Tokenizer, plain: PlainPrompts) -> Any:
     """A tokenizer whose folder records how plain prompts were rendered in training."""
-    if not tokenizer.chat_template:
-        return tokenizer
+    fields = {}
+    if tokenizer.chat_template:
+        fields[KEPT] = "always" if plain.as_turns else "never"
+    if not plain.as_turns and plain.prompt_format != "{prompt}":
+        fields[FORMAT] = plain.prompt_format
+    others = {name: x for name, x in tokenizer.init_kwargs.items() if name not in (KEPT, FORMAT)}
     kept = copy.copy(tokenizer)
-    kept.init_kwargs = {**tokenizer.init_kwargs, KEPT: "always" if as_turns else "never"}
+    kept.init_kwargs = others | fields
     return kept

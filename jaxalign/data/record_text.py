@@ -57,7 +57,6 @@ class TextOf:
     """How records become text: templates for conversations, a format for plain prompts."""
 
     tokenizer: Tokenizer
-    prompt_format: str
     chat_template: str | None
     plain: PlainPrompts
     special: frozenset[str]
@@ -94,7 +93,7 @@ class TextOf:
         """
         texts = [response for response in responses if isinstance(response, str)]
         if len(texts) == len(responses) and (plain := self._plain(prompt)) is not None:
-            begun = self.prompt_format.replace("{prompt}", plain)
+            begun = self.plain.prompt_format.replace("{prompt}", plain)
             whole = (None,) * len(texts)
             return RecordText(prompt=begun, responses=tuple(texts), differs=False, spans=whole)
         before, tools = _turns(prompt, "user"), tools_of(prompt)
@@ -243,7 +242,7 @@ class TextOf:
     def prompt(self, prompt: Text, place: str) -> str:
         """The rendered prompt, which a response continues."""
         if (plain := self._plain(prompt)) is not None:
-            return self.prompt_format.replace("{prompt}", plain)
+            return self.plain.prompt_format.replace("{prompt}", plain)
         turns, tools = _turns(prompt, "user"), tools_of(prompt)
         template = self._template(turns, tools, place)
         return self._render(template, turns, tools, place, add_generation_prompt=True)
@@ -362,12 +361,10 @@ def text_of(
     """How records become text with a tokenizer and these options; see `plain_prompts`."""
     if "{prompt}" not in prompt_format:
         raise UserError(f"prompt_format: {prompt_format!r} must contain {{prompt}}")
+    plain = plain_prompts(tokenizer, chat, prompt_format=prompt_format, chat_template=chat_template)
     return TextOf(
         tokenizer=tokenizer,
-        prompt_format=prompt_format,
         chat_template=chat_template,
-        plain=plain_prompts(
-            tokenizer, chat, prompt_format=prompt_format, chat_template=chat_template
-        ),
+        plain=plain,
         special=frozenset(tokenizer.all_special_tokens) | {"<|im_end|>", "<end_of_turn>"},
     )

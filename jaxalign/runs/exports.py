@@ -18,7 +18,7 @@ from jaxalign.models.gguf import generation_fields
 from jaxalign.models.score import ScoreModel
 from jaxalign.runs.restore import run_model
 from jaxalign.stages.models import read_run_config
-from jaxalign.stages.prompts import reads_turns
+from jaxalign.stages.prompts import prompts_of
 from jaxalign.stages.scores import exported_fields
 
 GENERATION = "generation_config.json"
@@ -62,7 +62,7 @@ def export_model(
     fields = None
     if isinstance(model, ScoreModel) and jax.process_index() == 0:
         fields = exported_fields(config, tokenizer, run, step)
-    tokenizer = with_choice(tokenizer, as_turns=reads_turns(config, tokenizer))
+    tokenizer = with_choice(tokenizer, prompts_of(config, tokenizer))
     save_pretrained(model, target, tokenizer=tokenizer, dtype=dtype, fields=fields)
     if jax.process_index() == 0 and (run / GENERATION).is_file():
         write_text(target / GENERATION, (run / GENERATION).read_text(encoding="utf-8"))

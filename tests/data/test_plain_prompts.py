@@ -12,7 +12,7 @@ from jaxalign.data import (
     tokenize_pairs,
     tokenize_prompts,
 )
-from jaxalign.data.plain_prompts import plain_prompts, with_choice
+from jaxalign.data.plain_prompts import PlainPrompts, plain_prompts, with_choice
 from jaxalign.data.records import shared_length
 from jaxalign.errors import UserError, leave_notices_to, notice_once
 
@@ -136,7 +136,7 @@ def test_the_rule_and_its_words(tmp_path):
 def test_a_folder_keeps_how_its_model_was_trained(tmp_path, template, as_turns):
     tokenizer = embedded_tokenizer() if template == "own" else with_template()
     before = copy.copy(tokenizer.init_kwargs)
-    with_choice(tokenizer, as_turns=as_turns).save_pretrained(tmp_path / "a")
+    with_choice(tokenizer, PlainPrompts(as_turns=as_turns)).save_pretrained(tmp_path / "a")
     assert tokenizer.init_kwargs == before
     again = load_tokenizer(tmp_path / "a")
     assert again("What is red?").input_ids == tokenizer("What is red?").input_ids
@@ -150,3 +150,29 @@ def test_a_folder_keeps_how_its_model_was_trained(tmp_path, template, as_turns):
         assert silent or "as it was trained; --chat " in found.line
     for chat, expected in (("always", True), ("never", False)):
         assert plain_prompts(again, chat).as_turns == expected
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_folder_keeps_the_format_of_plain_text_that_the_model_was_trained_in(
+    template, tmp_path, capsys
+):
+    layout = "Q: {prompt}\nA: "
+    tokenizer = with_template(template) if template else embedded_tokenizer()
+    trained = plain_prompts(tokenizer, prompt_format=layout)
+    with_choice(tokenizer, trained).save_pretrained(tmp_path / "a")
+    kept = load_tokenizer(tmp_path / "a")
+    rows, _ = pairs_of(kept)
+    assert rows == pairs_of(tokenizer, prompt_format=layout)[0]
+    assert "in 'Q: {prompt}\\nA: ', as it was trained" in capsys.readouterr().err
+    assert pairs_of(kept, chat="never")[0] == pairs_of(tokenizer, chat="never")[0]
+    other = pairs_of(kept, prompt_format="{prompt}?")[0]
+    assert other == pairs_of(tokenizer, prompt_format="{prompt}?")[0]
+    # trained on without the flag, it stays; in another format, that one is kept
+    with_choice(kept, plain_prompts(kept)).save_pretrained(tmp_path / "b")
+    assert plain_prompts(load_tokenizer(tmp_path / "b")).prompt_format == layout
+    with_choice(kept, plain_prompts(kept, prompt_format="{prompt}?")).save_pretrained(
+        tmp_path / "c"
+    )
+    assert plain_prompts(load_tokenizer(tmp_path / "c")).prompt_format == "{prompt}?"
+    with_choice(kept, plain_prompts(kept, "never")).save_pretrained(tmp_path / "d")
+    assert plain_prompts(load_tokenizer(tmp_path / "d")).prompt_format == "{prompt}"

@@ -66,6 +66,13 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(folder, capsys):
     assert f"compared with {folder / 'model'}, from which the run was started" in printed.err
 
 
+def test_a_run_in_a_format_of_its_own_is_evaluated_in_it(folder):
+    run, pairs, line = trained(folder, name="format", prompt_format="Q: {prompt} A: ")
+    metrics = evaluate(str(run.folder), pairs, max_length=60)
+    for name in ("logps/chosen", "rewards/margins"):
+        assert metrics[name] == pytest.approx(line[name], rel=1e-3, abs=1e-5), name
+
+
 def test_what_is_cut_and_left_out_is_said(folder, capsys):
     (folder / "faulty.jsonl").write_text((folder / "pairs.jsonl").read_text() + '{"prompt": "a"}\n')
     data = str(folder / "faulty.jsonl")
