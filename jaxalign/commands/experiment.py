@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxalign.config import TrainConfig, fields_of, with_fields
-from jaxalign.errors import UserError, notice
+from jaxalign.errors import UserError
 from jaxalign.flags import check_names, joined_lines, renamed
 from jaxalign.runs.experiment import fitted, load_config
 from jaxalign.runs.rates import high_rates, is_large
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] not in ("-h", "--help"):
             raise UserError(f"EXPERIMENT comes first, before {rest[0]}; see jaxalign train --help")
-        config = TrainConfig()
+        config, experiment = TrainConfig(), "jaxalign train"
         rest = ["--help"]
     else:
         experiment = rest.pop(0)
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         check_names(rest, _names(), "jaxalign train --help")
         config, notes = fitted(config, typed)
         for note in notes:
-            print(f"{experiment}: {note}", file=sys.stderr)
+            _tell(f"{experiment}: {note}")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), joined_lines():
@@ -87,16 +87,24 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
                 )
     # the experiment's options belong to its own loss or algorithm, and to no other one
     loss, own = given.preference, config.preference
-    if loss.loss == own.loss:
-        given = with_fields(given, loss_options={**own.loss_options, **loss.loss_options})
+    if loss.loss == own.loss and not loss.loss_options:
+        given = with_fields(given, loss_options=own.loss_options)
+    elif loss.loss == own.loss and (dropped := sorted(own.loss_options.keys() - loss.loss_options)):
+        left = ", ".join(f"{key} {own.loss_options[key]}" for key in dropped)
+        _tell(f"{experiment}: loss_options: replaces its {left}; type it, too, to keep it")
     rollout, own = given.online.rollout, config.online.rollout
     if rollout.algorithm == own.algorithm:
         given = with_fields(given, **{"rollout.options": {**own.options, **rollout.options}})
     for name in typed:
         stage = STAGE_OF.get(name.partition(".")[0])
         if stage and not getattr(given, stage).runs and not name.endswith((".steps", ".epochs")):
-            notice(f"{name}: has no effect, since the {stage} stage does not run; set its epochs")
+            why = f"the {stage} stage does not run; set its epochs"
+            _tell(f"{experiment}: {name}: has no effect, since {why}")
     return given
+
+
+def _tell(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 def _typed(arguments: Sequence[str]) -> dict[str, str]:

@@ -119,7 +119,7 @@ def test_flags_of_a_stage_that_does_not_run_are_told(capsys):
     assert "has no effect" not in capsys.readouterr().err
 
 
-def test_typed_options_of_a_loss_are_put_beside_those_of_the_experiment(tmp_path):
+def test_typed_options_of_a_loss_replace_those_of_the_experiment_and_it_is_told(tmp_path, capsys):
     experiment = tmp_path / "mine.py"
     experiment.write_text(
         "from jaxalign.config import PreferenceConfig, TrainConfig\n\n\n"
@@ -128,9 +128,13 @@ def test_typed_options_of_a_loss_are_put_beside_those_of_the_experiment(tmp_path
         "    return TrainConfig(preference=stage)\n"
     )
     one = parse([str(experiment), "--loss-options", "label_smoothing", "0.1"])
-    assert one.preference.loss_options == {"beta": 0.5, "label_smoothing": 0.1}
+    assert one.preference.loss_options == {"label_smoothing": 0.1}
+    assert "loss_options: replaces its beta 0.5" in capsys.readouterr().err
     other = parse([str(experiment), "--loss", "ipo", "--loss-options", "tau", "0.3"])
     assert other.preference.loss_options == {"tau": 0.3}
+    both = ["--loss-options", "beta", "0.2", "label_smoothing", "0.1"]
+    assert parse([str(experiment), *both]).preference.loss_options["beta"] == 0.2
+    assert "replaces" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ files
