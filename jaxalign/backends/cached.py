@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxalign.backends.interface import Backend, Decoding, Generation, Keep, Prompt, Score
+from jaxalign.data.records import Conversation
 from jaxalign.errors import notice
 from jaxalign.files import writing
 
@@ -67,6 +68,9 @@ class AnswerFile:
 
 def key_of(*parts: Any) -> str:
     """A hash of a request; equal requests have equal keys."""
+    tools = [part.tools for part in parts if isinstance(part, Conversation) and part.tools]
+    if tools:  # JSON has the turns alone
+        parts += (tools,)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

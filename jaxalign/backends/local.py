@@ -29,7 +29,14 @@ from jaxalign.backends.scoring import ContinuationScore, Tokens, row_length, sco
 from jaxalign.data.plain_prompts import Chat
 from jaxalign.data.record_text import text_of
 from jaxalign.data.records import Text
-from jaxalign.data.tokenizers import Encoder, Tokenizer, check_ids, check_vocabulary, load_tokenizer
+from jaxalign.data.tokenizers import (
+    Encoder,
+    Tokenizer,
+    check_ids,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_identity,
+)
 from jaxalign.errors import UserError
 from jaxalign.generation import (
     ResponseText,
@@ -110,8 +117,9 @@ class LocalModel:
         self._encoder = Encoder(tokenizer, end_token=False)
         self._in_text = text_of(tokenizer, prompt_format, None, chat)
         plain = self._in_text.plain
-        self.identity = f"{identity} {plain.prompt_format!r} {plain.as_turns} {dtype}"
         self._ends = tuple(sorted({self._encoder.eos, *end_tokens}))
+        read = f"tokenizer {tokenizer_identity(tokenizer)[:16]} ends {self._ends}"
+        self.identity = f"{identity} {read} {plain.prompt_format!r} {plain.as_turns} {dtype}"
         self._apart = not isinstance(model.config, DecoderConfig)
         self._in_int8 = weights == "int8"
         if self._in_int8:
@@ -148,7 +156,7 @@ class LocalModel:
         model = load_pretrained(name, mesh=options.get("mesh"))
         if isinstance(model, ScoreModel):
             raise UserError(f"{folder}: a model with a scalar head does not generate text")
-        identity = f"local {weights_identity(name)} {tokenizer or ''}".strip()
+        identity = f"local {weights_identity(name)}"
         if steering is not None:
             vector, factor = steering
             model = type(model)(model.config, steered(model.params, model.config, vector, factor))

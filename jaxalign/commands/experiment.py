@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxalign.config import TrainConfig, fields_of, with_fields
+from jaxalign.config.fields import Sources
 from jaxalign.errors import UserError
 from jaxalign.flags import check_names, joined_lines, renamed
 from jaxalign.runs.experiment import fitted, load_config
@@ -96,11 +97,50 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     if rollout.algorithm == own.algorithm:
         given = with_fields(given, **{"rollout.options": {**own.options, **rollout.options}})
     for name in typed:
-        stage = STAGE_OF.get(name.partition(".")[0])
-        if stage and not getattr(given, stage).runs and not name.endswith((".steps", ".epochs")):
-            why = f"the {stage} stage does not run; set its epochs"
+        if why := _no_effect(given, name):
             _tell(f"{experiment}: {name}: has no effect, since {why}")
     return given
+
+
+def _no_effect(config: TrainConfig, name: str) -> str | None:
+    """Why a field of a config changes nothing; None: it does."""
+    first = name.partition(".")[0]
+    stage = STAGE_OF.get(first)
+    if stage and not getattr(config, stage).runs and not name.endswith((".steps", ".epochs")):
+        return f"the {stage} stage does not run; set its epochs"
+    if first == "architecture" and config.model != "embedded":
+        return f"the architecture is that of {config.model}"
+    if first == "lora" and not config.lora.rank and name != "lora.rank":
+        return "no adapters are trained; set --lora.rank"
+    sources = _sources(config)
+    if name == "data_temperature" and all(len(train) < 2 for train, _ in sources):
+        return "no stage that runs mixes sources of records"
+    pairs = _listed(config.eval_data)
+    if name == "eval_data" and all(held_out != pairs for _, held_out in sources):
+        return "no stage that runs evaluates on pairs of the run"
+    if name == "holdout" and all(held_out for _, held_out in sources):
+        return "no stage that runs holds records of its sources out"
+    return None
+
+
+def _sources(config: TrainConfig) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Sources of the training and of the held-out records of each stage that runs on records."""
+    pairs = _listed(config.data), _listed(config.eval_data)
+    labelled, rollout = config.feedback, config.online.rollout
+    held_out = labelled.eval_data or (() if labelled.data else pairs[1])
+    of_stage = {
+        "sft": (_listed(config.sft.data), ()) if config.sft.data else pairs,
+        "preference": pairs,
+        "feedback": (_listed(labelled.data) or pairs[0], _listed(held_out)),
+        "representation": pairs,
+        "online": (_listed(rollout.prompts), _listed(rollout.eval_prompts)),
+    }
+    running = [name for name, stage in config.stages().items() if stage.runs]
+    return [of_stage[name] for name in running if name in of_stage]
+
+
+def _listed(sources: Sources) -> tuple[str, ...]:
+    return (sources,) if isinstance(sources, str) else tuple(sources or ())
 
 
 def _tell(note: str) -> None:

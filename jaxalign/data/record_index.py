@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float64, Int
 
 from jaxalign.data.building import ALONE, Processes, built, key_of, name_of
 from jaxalign.data.forms import COLUMNS
@@ -131,6 +131,12 @@ class IndexedRecords(Sequence[R]):
                 side.append(dataclasses.replace(one, numbers=one.numbers[some]))
         train, held_out = (IndexedRecords(side, self._of_row, self._then) for side in sides)
         return train, held_out
+
+    @property
+    def prompt_values(self) -> Float64[np.ndarray, " records"]:
+        """`holdout_value` of each record, with the seed of the index."""
+        values = [_open(one.folder).held_out[one.numbers] for one in self._selections]
+        return np.concatenate([np.empty(0), *values])
 
     @property
     def labels(self) -> Bool[np.ndarray, " records"]:

@@ -1,7 +1,6 @@
 """Tokens on disk: tokenised once, in parts, and read through memory maps."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +11,11 @@ import numpy as np
 
 from jaxalign.data.batches import common_lengths
 from jaxalign.data.building import ALONE, Processes, built, key_of, name_of
-from jaxalign.data.plain_prompts import KEPT
+from jaxalign.data.plain_prompts import FORMAT, KEPT
 from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.tokenize import tokenize_texts
 from jaxalign.data.tokenized import TokenizedPairs, TokenizedRows, TokenizedTexts, TokenizeReport
-from jaxalign.data.tokenizers import Tokenizer
+from jaxalign.data.tokenizers import Tokenizer, tokenizer_identity
 from jaxalign.errors import UserError, notice_once
 from jaxalign.files import read_json, replacing, write_array, write_arrays, write_json
 
@@ -86,11 +85,8 @@ def texts_as_tokens(
 
 def tokenizer_facts(tokenizer: Tokenizer) -> Any:
     """What tokens and rendered prompts depend on, as a JSON value."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description["truncation"] = description["padding"] = None  # as in `Encoder`
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    text = json.dumps([description, special, tokenizer.chat_template], sort_keys=True)
-    return [hashlib.sha256(text.encode()).hexdigest(), tokenizer.init_kwargs.get(KEPT)]
+    kept = [tokenizer.init_kwargs.get(name) for name in (KEPT, FORMAT)]
+    return [tokenizer_identity(tokenizer), *kept]
 
 
 @dataclass(frozen=True, kw_only=True)

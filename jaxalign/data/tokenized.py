@@ -151,7 +151,7 @@ class TokenizeReport:
 
     def summary(self) -> str:
         """One line for the log."""
-        parts = [f"{self.records} records, {self.tokens} tokens"]
+        parts = [f"{self.records:,} records, {self.tokens:,} tokens"]
         for name in (
             "truncated_prompts",
             "truncated_responses",
@@ -163,7 +163,7 @@ class TokenizeReport:
             "prompts_as_chat",
         ):
             if count := getattr(self, name):
-                parts.append(f"{name.replace('_', ' ')}: {count}")
+                parts.append(f"{name.replace('_', ' ')}: {count:,}")
         return "; ".join(parts + self.notes)
 
     def add(self, other: "TokenizeReport") -> None:

@@ -1,5 +1,6 @@
 """Tokenizers: loading them, and the position of each token in a text."""
 
+import hashlib
 import json
 import os
 import warnings
@@ -76,6 +77,15 @@ def end_id(tokenizer: Tokenizer) -> int:
     """The id of the end-of-sequence token, which `load_tokenizer` sees to."""
     number: Any = tokenizer.eos_token_id
     return int(number)
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer does with text: its vocabulary, its rules, its chat template."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["truncation"] = description["padding"] = None  # as in `Encoder`
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([description, special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_end_token(tokenizer: Tokenizer) -> Any:

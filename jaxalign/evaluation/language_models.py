@@ -16,7 +16,14 @@ from jaxalign.backends.local import weights_identity
 from jaxalign.data.batches import bucket_edges
 from jaxalign.data.plain_prompts import Chat, reads_template
 from jaxalign.data.record_text import text_of
-from jaxalign.data.tokenizers import Encoder, Tokenizer, check_ids, check_vocabulary, load_tokenizer
+from jaxalign.data.tokenizers import (
+    Encoder,
+    Tokenizer,
+    check_ids,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_identity,
+)
 from jaxalign.errors import UserError, notice_once
 from jaxalign.evaluation.templates import CHAT, COMPLETION, Template, read_template
 from jaxalign.evaluation.verdicts import Answer
@@ -240,7 +247,8 @@ def language_model(
         label_tokens=ids,
         max_length=longest,
         batch_size=batch_size,
-        identity=f"lm {weights_identity(folder)} {words.fingerprint} {labels[0]!r} {dtype}"
+        identity=f"lm {weights_identity(folder)} tokenizer {tokenizer_identity(own)[:16]} "
+        f"{words.fingerprint} {labels[0]!r} {dtype}"
         + (" plain" if plain and own.chat_template else ""),
         chat=turns,
     )

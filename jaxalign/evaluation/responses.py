@@ -155,11 +155,11 @@ def _resume(
     lines = path.read_bytes().splitlines(keepends=True)
     whole = lines[: len(lines) - bool(lines and not lines[-1].endswith(b"\n"))]
     slots = [
-        (_id(record, sample, samples), record.prompt)
+        (_id(record, sample, samples), record.prompt, list(tools_of(record.prompt)))
         for record in records
         for sample in range(samples)
     ]
-    rows = [_id_and_prompt(line) for line in whole]
+    rows = [_answered(line) for line in whole]
     known = {json.dumps(slot) for slot in slots}
     for number, row in enumerate(rows[: len(slots)], 1):
         if json.dumps(row) not in known:
@@ -185,10 +185,10 @@ def _id(record: PromptRecord, sample: int, samples: int) -> str:
     return str(record.line) if samples == 1 else f"{record.line}.{sample}"
 
 
-def _id_and_prompt(line: bytes) -> tuple[Any, Any]:
-    """What a line of the file answers; (None, None) where it is damaged."""
+def _answered(line: bytes) -> tuple[Any, Any, Any]:
+    """Id, prompt and tools that a line of the file answers; None where it is damaged."""
     try:
         row = json.loads(line)
-        return row["id"], row["prompt"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None, None
+        return row["id"], row["prompt"], row.get("tools", [])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None, None, None

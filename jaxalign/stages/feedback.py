@@ -33,9 +33,10 @@ from jaxalign.losses.lookup import find_labelled_loss
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding import shard_batch
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import INPUTS, Inputs, counted_mixture, run_records, sources_of
+from jaxalign.stages.inputs import INPUTS, Inputs
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.packing import with_packing
+from jaxalign.stages.records import counted_mixture, run_records, sources_of
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.labelled import LabelledObjective, count_tokens, evaluate_labelled
 from jaxalign.training.prompt_weights import precompute_prompt_weights

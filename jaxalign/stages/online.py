@@ -47,10 +47,11 @@ from jaxalign.sharding import make_mesh, parameter_shardings, row_parts
 from jaxalign.sharding.processes import data_shard
 from jaxalign.sharding.structs import Structs, placed_batch, placed_parameters
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, source_of
+from jaxalign.stages.inputs import Inputs
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.models import stage_folder
 from jaxalign.stages.prompts import chat_of
+from jaxalign.stages.records import say, source_of, tell_overlap
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.objectives import Policy
@@ -112,6 +113,8 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         records_of: Any = response_records if has_responses else of_prompts
         records = list(records_of(source, bad_records=config.bad_records, report=counted))
         report[name] = {"source": source} | dataclasses.asdict(counted)
+        if counted.skipped:
+            say(f"{source}: {counted.summary()}")
         if not records:
             raise UserError(f"{source}: no usable prompt")
         if rewards is not None:
@@ -122,6 +125,7 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     train = read(settings.prompts, "prompts")
     if settings.eval_prompts is not None:
         held_out = read(settings.eval_prompts, "eval_prompts")
+        tell_overlap([train], [held_out], "rollout.eval_prompts", config)
     else:
         train, held_out = split_holdout(train, config.holdout, seed=config.seed)
     if not train:
@@ -142,9 +146,7 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
             plain, tokenizer, max_length=settings.max_prompt_length, **options
         )
         report[name] = dataclasses.asdict(counted)
-        if jax.process_index() == 0:
-            for note in counted.notes:
-                print(f"{name.replace('_', ' ')}: {note}")
+        say(f"{name.replace('_', ' ')}: {counted.summary()}")
         return rows
 
     responses: list[np.ndarray] = []

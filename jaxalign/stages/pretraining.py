@@ -12,8 +12,9 @@ from jaxalign.errors import UserError
 from jaxalign.models.config import ModelConfig
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, TokenizedData, read
+from jaxalign.stages.inputs import Inputs, TokenizedData
 from jaxalign.stages.kind import Kind, Outcome, RunContext
+from jaxalign.stages.records import read
 from jaxalign.stages.streaming import streams, tokens_on_disk
 from jaxalign.stages.structs import text_batch
 from jaxalign.training.objectives import SupervisedObjective

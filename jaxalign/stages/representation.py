@@ -32,9 +32,10 @@ from jaxalign.representation import (
 from jaxalign.sharding import place, shard_batch
 from jaxalign.sharding.processes import data_shard
 from jaxalign.stages import parts
-from jaxalign.stages.inputs import Inputs, instructions_of, sources_of, tokenization
+from jaxalign.stages.inputs import Inputs, instructions_of, tokenization
 from jaxalign.stages.kind import Kind, Outcome, RunContext
 from jaxalign.stages.packing import with_packing
+from jaxalign.stages.records import sources_of
 from jaxalign.stages.structs import record_of, struct
 from jaxalign.training.evaluation import (
     Evaluation,

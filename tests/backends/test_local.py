@@ -1,5 +1,7 @@
 """A model of a folder as a backend: texts against the tokens underneath."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,3 +155,18 @@ def test_int8_weights_are_refused_where_they_are_not_implemented(model):
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     with pytest.raises(UserError, match="one device"):
         LocalModel(model.model, model.tokenizer, identity="", mesh=mesh, weights="int8")
+
+
+def test_another_template_or_end_is_another_identity(model):
+    def identity(tokenizer, **options):
+        return LocalModel(model.model, tokenizer, identity="", **options).identity
+
+    other = copy.deepcopy(model.tokenizer)
+    assert identity(other) == identity(model.tokenizer)
+    other.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    known = {
+        identity(model.tokenizer),
+        identity(other, chat="never"),
+        identity(model.tokenizer, end_tokens=[5]),
+    }
+    assert len(known) == 3

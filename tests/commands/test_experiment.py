@@ -119,6 +119,33 @@ def test_flags_of_a_stage_that_does_not_run_are_told(capsys):
     assert "has no effect" not in capsys.readouterr().err
 
 
+TWO = ("--data", "a.jsonl", "b.jsonl")
+LABELLED = ("--preference.steps", "0", "--feedback.steps", "1", "--feedback.data", "f.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--lora.alpha", "8"), "lora.alpha: has no effect, since no adapters"),
+        (("--lora.alpha", "8", "--lora.rank", "4"), None),
+        (("--model", "folder", "--architecture.width", "64"), "the architecture is that of folder"),
+        (("--architecture.width", "64"), None),
+        (("--holdout", "0.2", "--eval-data", "e.jsonl"), "no stage that runs holds records"),
+        (("--holdout", "0.2"), None),
+        (("--data-temperature", "2"), "no stage that runs mixes sources"),
+        (("--data-temperature", "2", *TWO), None),
+        ((*LABELLED, "--eval-data", "e.jsonl"), "no stage that runs evaluates on pairs"),
+        ((*LABELLED, "--sft.steps", "1", "--eval-data", "e.jsonl"), None),
+        ((*LABELLED, "--holdout", "0.2"), None),
+    ],
+)
+def test_flags_that_other_flags_leave_without_effect_are_told(flags, told, capsys):
+    parse([FINETUNE, *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert len(lines) == (told is not None)
+    assert all(told in line for line in lines)
+
+
 def test_typed_options_of_a_loss_replace_those_of_the_experiment_and_it_is_told(tmp_path, capsys):
     experiment = tmp_path / "mine.py"
     experiment.write_text(

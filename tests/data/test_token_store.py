@@ -22,6 +22,7 @@ from jaxalign.data import token_store as module
 from jaxalign.data.batches import common_lengths
 from jaxalign.data.labelled import LabelledRows, labelled_batches
 from jaxalign.data.packing import Packing, packed_batches
+from jaxalign.data.plain_prompts import PlainPrompts, with_choice
 from jaxalign.data.record_index import index_records
 from jaxalign.data.sources import PREFERENCES, RESPONSES, TEXTS
 from jaxalign.data.token_store import stored_tokens, texts_as_tokens
@@ -158,7 +159,10 @@ def test_tokens_are_made_once_and_anew_where_they_depend_on_it(store, tmp_path, 
     known = folders()
     other = embedded_tokenizer()
     other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    for changed in ({"max_length": 25}, {"end_token": False}, {"tokenizer": other}):
+    plain = PlainPrompts(as_turns=False, prompt_format="Q: {prompt}")
+    formatted = with_choice(embedded_tokenizer(), plain)
+    tokenizers = ({"tokenizer": other}, {"tokenizer": formatted})
+    for changed in ({"max_length": 25}, {"end_token": False}, *tokenizers):
         store(tokenize_pairs, **{**OPTIONS, **changed})
         assert len(folders()) == len(known) + 1, changed
         known = folders()

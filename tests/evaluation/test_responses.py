@@ -5,7 +5,9 @@ import json
 import pytest
 
 from jaxalign.backends import Decoding
+from jaxalign.backends.cached import AnswerFile, Cached
 from jaxalign.data import prompt_records
+from jaxalign.data.records import Conversation
 from jaxalign.errors import UserError
 from jaxalign.evaluation.outputs import policy_files
 from jaxalign.evaluation.responses import respond
@@ -89,6 +91,31 @@ def test_tools_stay_with_their_prompt(tmp_path):
     respond(tmp_path / "out.jsonl", model(), [record], DECODING)
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert {name: row[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize("tools", [[], [{"name": "calendar"}]])
+def test_responses_with_other_tools_are_not_taken(tmp_path, tools):
+    def written(tools):
+        row = {"prompt": [{"role": "user", "content": "The time?"}], "tools": tools}
+        (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
+        records = list(prompt_records(str(tmp_path / "prompts.jsonl")))
+        respond(tmp_path / "out.jsonl", model(), records, DECODING)
+
+    written([{"name": "clock"}])
+    written([{"name": "clock"}])
+    with pytest.raises(UserError, match="out.jsonl:1: another prompt"):
+        written(tools)
+
+
+def test_an_answer_is_kept_for_its_tools_alone(tmp_path):
+    turns = [{"role": "user", "content": "The time?"}]
+    asked = Scripted(lambda text, sample: "noon")
+    cached = Cached(asked, AnswerFile(tmp_path / "answers.jsonl"))
+    plain = Conversation(turns)
+    clock, calendar = (Conversation(turns, tools=[{"name": x}]) for x in ("clock", "calendar"))
+    for prompt, requests in ((plain, 1), (turns, 1), (clock, 2), (calendar, 3), (clock, 3)):
+        cached.generate([prompt], DECODING)
+        assert len(asked.asked) == requests
 
 
 def test_policies_are_named_after_their_files():

@@ -1,0 +1,67 @@
+"""What a run says of its records: what is skipped, held out, cut, and trained on as well."""
+
+import json
+
+import pytest
+
+from jaxalign.config import TrainConfig, with_fields
+from jaxalign.data import embedded_tokenizer
+from jaxalign.models import DecoderConfig
+from jaxalign.stages.inputs import Inputs
+
+SHAPE = DecoderConfig(
+    vocab_size=512, width=8, layers=1, heads=1, kv_heads=1, head_width=8, mlp_width=8,
+    context_length=64,
+)  # fmt: skip
+
+
+def pair(number, words=1):
+    return {"prompt": f"Say {number}", "chosen": "yes " * words, "rejected": f"no {number}"}
+
+
+def write(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def lines(tmp_path, capsys):
+    """The lines that reading and tokenising the pairs of a config prints."""
+
+    def of(**fields):
+        config = with_fields(TrainConfig(bad_records="skip", max_length=32), **fields)
+        Inputs(config, embedded_tokenizer(), tmp_path, SHAPE, (0, 1)).pairs.preferences()
+        return capsys.readouterr().out.splitlines()
+
+    return of
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_held_out_records_with_a_prompt_of_the_training_records_are_told(
+    tmp_path, lines, streaming
+):
+    train = write(tmp_path / "train.jsonl", [pair(n) for n in range(6)])
+    held_out = write(tmp_path / "held.jsonl", [pair(n, words=2) for n in range(4, 9)])
+    apart = write(tmp_path / "apart.jsonl", [pair(n) for n in range(6, 9)])
+    said = lines(data=(train,), eval_data=(held_out, apart), streaming=streaming)
+    told = "eval_data: 2 of 8 records have a prompt that is trained on, too: they are not held out"
+    assert told in said
+    said = lines(data=(train,), eval_data=(apart,), streaming=streaming)
+    assert not [line for line in said if "trained on" in line]
+
+
+def test_what_is_skipped_and_cut_is_told(tmp_path, lines):
+    rows = [*(pair(n) for n in range(6)), "{", pair(6, words=90)]
+    train = write(tmp_path / "train.jsonl", rows)
+    said = lines(data=(train,), holdout=0.0)
+    assert any(line.startswith(f"{train}: 7 of 8 records; skipped 1 ") for line in said)
+    (counts,) = [line for line in said if line.startswith("train pairs: ")]
+    assert counts.startswith("train pairs: 7 records, ")
+    assert "truncated responses: 1" in counts
+
+
+def test_a_fraction_that_holds_nothing_out_is_told(tmp_path, lines):
+    train = write(tmp_path / "train.jsonl", [pair(n) for n in range(4)])
+    told = "data: --holdout 0.001 holds out none of 4 records: nothing is evaluated"
+    assert told in lines(data=(train,), holdout=0.001)
+    assert told not in lines(data=(train,), holdout=0.0)
