@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxalign.config import AtLeastOne, Count, Range
+from jaxalign.config import AtLeastOne, Count, Finite, Range
 from jaxalign.data import load_tokenizer
 from jaxalign.data.card import Reading, data_cards
 from jaxalign.data.mixtures import weighted_sources
@@ -43,6 +43,9 @@ class Options:
     """Number of examples in a batch, for the fraction of padding."""
     turns: Literal["last", "all"] = "last"
     """Which turns of responses to imitate are scored, as --sft.turns of `jaxalign train`."""
+    threshold: Finite | None = None
+    """Smallest number that is a desirable label, as --feedback.threshold of `jaxalign train`; None:
+    labels are true or false, 1 or 0."""
     prompt_format: str = "{prompt}"
     """Text around a plain prompt."""
     chat: Chat = "auto"
@@ -70,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         prompt_format=options.prompt_format,
         chat=options.chat,
         turns=options.turns,
+        threshold=options.threshold,
         bad_records=options.bad_records,
         max_records=options.limit,
         examples=options.examples,

@@ -10,6 +10,7 @@ from jaxalign.config import TrainConfig, fields_of, with_fields
 from jaxalign.config.fields import Sources
 from jaxalign.errors import UserError
 from jaxalign.flags import check_names, joined_lines, renamed
+from jaxalign.models.folders import exported
 from jaxalign.runs.experiment import fitted, load_config
 from jaxalign.runs.rates import high_rates, is_large
 
@@ -72,6 +73,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if left.code == 0:
             raise
         raise UserError(_in_one_line(left, complaint.getvalue())) from None
+    if given.model != "embedded":
+        given = with_fields(given, model=str(exported(given.model)))
     given_prompts = {"data", "rollout.prompts"} & set(typed)
     if given.online.runs and given_prompts == {"data"} and len(given.data or ()) > 1:
         raise UserError(

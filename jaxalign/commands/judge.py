@@ -74,6 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     files = policy_files(options.a, options.b, outputs, options.summary.baseline)
     if not files and options.human is None:
         raise UserError("nothing to judge: give --a and --b, --outputs NAME=FILE ..., or --human")
+    if options.by is not None and options.human is None:
+        raise UserError("--by: breaks down agreement with --human, which is not given")
     read = input_files(*(file for seeds in files.values() for file in seeds), options.human)
     check_output(options.output, "--output", folder=True, files=WRITTEN, inputs=read)
     enable_compilation_cache()

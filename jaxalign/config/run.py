@@ -42,8 +42,8 @@ class TrainConfig:
     output: str = "runs"
     """Folder in which run folders are made."""
     model: str = "embedded"
-    """Model to start from: Hugging Face folder, Hub name, GGUF file, or "embedded" for random
-    weights of `architecture`."""
+    """Model to start from: Hugging Face folder, Hub name, GGUF file, on the command line also the
+    folder of an earlier run (its export), or "embedded" for random weights of `architecture`."""
     adapter: str | None = None
     """PEFT folder or Hub name of adapters that are merged into the model before the first stage."""
     tokenizer: str | None = None

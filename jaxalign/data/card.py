@@ -68,6 +68,8 @@ class Reading:
     chat: Chat = "auto"
     turns: Turns = "last"
     """Of responses to imitate."""
+    threshold: float | None = None
+    """Smallest number that is a desirable label; None: labels are true or false, 1 or 0."""
     bad_records: BadRecords = "skip"
     max_records: int | None = None
     """Largest number of records, counted from the first; None: all."""
@@ -208,13 +210,16 @@ def data_cards(
       kind: of the records; None: of each source by its first rows.
 
     Raises:
-      UserError: a source cannot be read.
+      UserError: a source cannot be read, or none has the labels of a threshold.
     """
     records = []
     for one in sources:
         own, report = kind or kind_of(one.source), ReadReport()
-        found = READERS[own](one.source, bad_records=reading.bad_records, report=report)
+        options = {"threshold": reading.threshold} if own == "labelled" else {}
+        found = READERS[own](one.source, bad_records=reading.bad_records, report=report, **options)
         records.append((own, list(found)[: reading.max_records], report))
+    if reading.threshold is not None and "labelled" not in {own for own, _, _ in records}:
+        raise UserError("threshold: no source has labelled responses; leave it out")
     prompts = [
         {transcript(record.prompt) for record in own} if len(sources) > 1 else set()
         for _, own, _ in records

@@ -48,9 +48,20 @@ def find_folder(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) 
 
 
 def exported(name: str | Path) -> str | Path:
-    """The exported model of a run's folder; any other name unchanged."""
-    export = Path(name).expanduser() / "export"
-    return export if export.is_dir() else name
+    """The exported model of a run's folder; any other name unchanged.
+
+    Raises:
+      UserError: it is a run's folder without an export.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "export").is_dir():
+        return folder / "export"
+    if (folder / "metrics.jsonl").is_file() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name}: a run without an export; make one with jaxalign convert {name} FOLDER, and "
+            "name that folder"
+        )
+    return name
 
 
 def find_model(path_or_hub_name: str | Path, files: Iterable[str] = HUB_FILES) -> Path:

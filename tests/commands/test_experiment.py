@@ -119,6 +119,16 @@ def test_flags_of_a_stage_that_does_not_run_are_told(capsys):
     assert "has no effect" not in capsys.readouterr().err
 
 
+def test_the_model_of_an_earlier_run_is_its_export(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=f"{run}: a run without an export; make one with jaxalign"):
+        parse([FINETUNE, "--model", str(run)])
+    (run / "export").mkdir()
+    assert parse([FINETUNE, "--model", str(run)]).model == str(run / "export")
+
+
 TWO = ("--data", "a.jsonl", "b.jsonl")
 LABELLED = ("--preference.steps", "0", "--feedback.steps", "1", "--feedback.data", "f.jsonl")
 

@@ -226,6 +226,7 @@ def test_errors_name_file_and_line(world, tmp_path, capsys):
         (["--a", "a.jsonl", "--b", "b.jsonl", "--baseline", "c"], "c is none of a, b"),
         (["--a", "a.jsonl", "--b", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--a", "a.jsonl", "--b", "b.jsonl", "--confidence", "95"], "confidence: 95"),
+        (["--by", "kind", "--a", "a.jsonl", "--b", "b.jsonl"], "--human, which is not given"),
         (["--human", "a.jsonl"], "a.jsonl:1: missing field: no chosen"),
     ],
 )

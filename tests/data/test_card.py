@@ -1,6 +1,7 @@
 """The data card: its numbers against counts by hand, and against the batches of a run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,15 @@ def test_sources_of_a_mixture_know_each_other(tmp_path, pairs):
     first, second = data_cards(weighted_sources([f"{pairs}:0.5", other]), READING)
     assert (first.prompts_elsewhere, second.prompts_elsewhere) == (1, 1)
     assert (first.used_an_epoch, second.used_an_epoch) == (2, 4)
+
+
+def test_labels_that_are_numbers_have_a_threshold(tmp_path, pairs):
+    rows = [{"prompt": "p", "response": "r", "score": at} for at in range(4)]
+    source = write(tmp_path / "labelled.jsonl", rows)
+    assert card(source, replace(READING, threshold=1.5)).desirable == 0.5
+    assert card(source).desirable == 0.5  # of 0 and 1; the others are skipped
+    with pytest.raises(UserError, match="threshold: no source has labelled responses"):
+        card(pairs, replace(READING, threshold=1.5))
 
 
 def test_what_is_no_record_is_refused(tmp_path):

@@ -103,7 +103,7 @@ def test_responses_with_other_tools_are_not_taken(tmp_path, tools):
 
     written([{"name": "clock"}])
     written([{"name": "clock"}])
-    with pytest.raises(UserError, match="out.jsonl:1: another prompt"):
+    with pytest.raises(UserError, match=r"out.jsonl:1: another prompt"):
         written(tools)
 
 
