@@ -346,6 +346,7 @@ def _tokens(
         "max_length": length,
         "prompt_format": reading.prompt_format,
         "chat": reading.chat,
+        "bad_records": reading.bad_records,
     }
     pairs = [record for record in records if isinstance(record, PreferenceRecord)]
     if kind == "pairs":

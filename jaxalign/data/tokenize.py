@@ -1,14 +1,15 @@
 """Text to tokens: exact prompt/response boundaries, chat templates, and counted truncation."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from jaxalign.data.plain_prompts import Chat
+from jaxalign.data.reading import BadRecords
 from jaxalign.data.record_text import RecordText, Spans, Turns, text_of
 from jaxalign.data.records import (
     PreferenceRecord,
@@ -43,6 +44,7 @@ def tokenize_pairs(
     chat: Chat = "auto",
     end_token: bool = True,
     encoder_decoder: bool = False,
+    bad_records: BadRecords = "error",
     may_be_empty: bool = False,
 ) -> tuple[TokenizedPairs, TokenizeReport]:
     r"""Tokens of preference pairs, with the boundary between prompt and response exact.
@@ -72,6 +74,8 @@ def tokenize_pairs(
       end_token: whether the end-of-sequence token follows a response.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
+      bad_records: "error" stops at a record of which no text can be made, as when the template
+        refuses it; "skip" counts it.
       may_be_empty: whether no pair may be left.
 
     Returns:
@@ -81,15 +85,14 @@ def tokenize_pairs(
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
-    def sides() -> Iterator[_Side]:
-        for record in records:
-            place = f"{record.source}:{record.line}"
-            texts = in_text(record.prompt, (record.chosen, record.rejected), place)
-            yield from _sides(texts, report, encoder_decoder, place)
+    def sides(record: PreferenceRecord, place: str) -> list[_Side]:
+        texts = in_text(record.prompt, (record.chosen, record.rejected), place)
+        return _sides(texts, report, encoder_decoder, place)
 
-    rows = RowWriter()
-    pairs = _encoded(sides(), encoder, report, encoder_decoder, alike=2)
-    for index, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
+    rows, usable = RowWriter(), _Usable(records, sides, report, bad_records)
+    pairs = _encoded(usable, encoder, report, encoder_decoder, alike=2)
+    for number, (chosen, rejected) in enumerate(zip(pairs, pairs, strict=True)):
+        index = usable.numbers[number]
         report.records += 1
         cut = _truncate([chosen, rejected], max_length, min_prompt_length, encoder, report)
         if any(mask is not None and not response for _, response, mask in cut):
@@ -119,6 +122,7 @@ def tokenize_responses(
     end_token: bool = True,
     encoder_decoder: bool = False,
     turns: Turns = "last",
+    bad_records: BadRecords = "error",
     may_be_empty: bool = False,
 ) -> tuple[TokenizedRows, TokenizeReport]:
     """Tokens of prompts and responses; as `tokenize_pairs`, one response each.
@@ -135,27 +139,26 @@ def tokenize_responses(
       encoder_decoder: prompt and response are texts of their own.
       turns: "last": the responses are scored; "all": all turns of the assistant are, those in the
         prompt, too.
+      bad_records: as for `tokenize_pairs`.
       may_be_empty: whether there may be no record.
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
     encoder = Encoder(tokenizer, end_token=end_token)
 
-    def texts() -> Iterator[_Side]:
-        for record in records:
-            place = f"{record.source}:{record.line}"
-            texts = in_text(record.prompt, (record.response,), place, turns=turns)
-            yield from _sides(texts, report, encoder_decoder, place)
+    def sides(record: PromptResponseRecord, place: str) -> list[_Side]:
+        texts = in_text(record.prompt, (record.response,), place, turns=turns)
+        return _sides(texts, report, encoder_decoder, place)
 
-    rows = RowWriter()
-    for index, encoded in enumerate(_encoded(texts(), encoder, report, encoder_decoder)):
+    rows, usable = RowWriter(), _Usable(records, sides, report, bad_records)
+    for number, encoded in enumerate(_encoded(usable, encoder, report, encoder_decoder)):
         report.records += 1
         [row] = _truncate([encoded], max_length, min_prompt_length, encoder, report)
-        rows.add(*row, index)
+        rows.add(*row, usable.numbers[number])
     report.tokens = rows.tokens
     report.note(in_text)
     if not len(rows) and not may_be_empty:
-        raise UserError("no records to tokenise")
+        raise UserError(f"no records to tokenise: {report.summary()}")
     return rows.finish(), report
 
 
@@ -322,19 +325,58 @@ _Row: TypeAlias = tuple[list[int], list[int], list[bool] | None]
 """Tokens of a prompt and a response, and which of the response are scored; None: all of them."""
 
 
+class _Usable:
+    """The prompts and responses of the records of which texts can be made.
+
+    Args:
+      records: all of them.
+      sides: of a record at a place; raises `UserError` if no text can be made of it.
+      report: where those that are skipped are counted.
+      bad_records: "error" or "skip".
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Any],
+        sides: Callable[[Any, str], list[_Side]],
+        report: TokenizeReport,
+        bad_records: BadRecords,
+    ):
+        self._records, self._sides, self._report = records, sides, report
+        self._skip = bad_records == "skip"
+        self.numbers: list[int] = []
+        """Numbers of the usable records so far, from 0."""
+
+    def __iter__(self) -> Iterator[_Side]:
+        for number, record in enumerate(self._records):
+            try:
+                sides = self._sides(record, f"{record.source}:{record.line}")
+            except UserError as error:
+                if not self._skip:
+                    raise
+                self._report.records += 1
+                self._report.refused += 1
+                self._report.refusals = self._report.refusals or [str(error)]
+                continue
+            self.numbers.append(number)
+            yield from sides
+
+
 def _sides(
     texts: RecordText, report: TokenizeReport, encoder_decoder: bool, place: str
-) -> Iterator[_Side]:
+) -> list[_Side]:
     """The prompt with each response of a record, which are counted."""
+    if encoder_decoder and any(spans is not None for spans in texts.spans):
+        raise UserError(
+            f"{place}: a response of several turns needs a decoder; for an encoder-decoder, "
+            "move all turns but the last into the prompt"
+        )
     report.template_differs += len(texts.responses) * texts.differs
     report.user_turns += sum(spans is not None for spans in texts.spans)
-    for response, spans in zip(texts.responses, texts.spans, strict=True):
-        if spans is not None and encoder_decoder:
-            raise UserError(
-                f"{place}: a response of several turns needs a decoder; for an encoder-decoder, "
-                "move all turns but the last into the prompt"
-            )
-        yield texts.prompt, response, spans
+    return [
+        (texts.prompt, response, spans)
+        for response, spans in zip(texts.responses, texts.spans, strict=True)
+    ]
 
 
 def _encoded(

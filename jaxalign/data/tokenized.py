@@ -140,8 +140,12 @@ class TokenizeReport:
     """Pairs left out because both responses have the same tokens (after truncation)."""
     unscored: int = 0
     """Pairs left out because truncation left nothing of a response that is scored."""
+    refused: int = 0
+    """Records left out because no text could be made of them, as when a chat template raises."""
     tokens: int = 0
     """Tokens kept."""
+    refusals: list[str] = field(default_factory=list)
+    """Place and reason of the first refused record."""
     notes: list[str] = field(default_factory=list)
     """Fields that the chat template ignores, and variables that it reads but nothing sets."""
     chat: list[str] = field(default_factory=list)
@@ -164,6 +168,8 @@ class TokenizeReport:
         ):
             if count := getattr(self, name):
                 parts.append(f"{name.replace('_', ' ')}: {count:,}")
+        if self.refused:
+            parts.append(f"refused: {self.refused:,} (as {self.refusals[0]})")
         return "; ".join(parts + self.notes)
 
     def add(self, other: "TokenizeReport") -> None:

@@ -107,6 +107,7 @@ def load_pairs(
         prompt_format=prompt_format,
         chat=chat,
         batch_size=batch_size,
+        bad_records=bad_records,
     )
     if not len(pairs.pairs):
         raise UserError(f"{data}: no pair whose responses differ in their tokens")
@@ -122,6 +123,7 @@ def with_pairs(
     prompt_format: str = "{prompt}",
     chat: Chat = "auto",
     batch_size: int = 8,
+    bad_records: BadRecords = "error",
 ) -> ModelAndPairs:
     """Tokenise preference pairs for a model; the arguments are those of `load_pairs`."""
     pairs, report = tokenize_pairs(
@@ -130,6 +132,7 @@ def with_pairs(
         max_length=max_length,
         prompt_format=prompt_format,
         chat=chat,
+        bad_records=bad_records,
         encoder_decoder=not isinstance(model.config, DecoderConfig),
     )
     check_ids(pairs.rows.flat, tokenizer, model.config.vocab_size)

@@ -190,7 +190,7 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
             responses = [response_of(one) for one in records]
             desirable = np.array([one.label for one in records])
         tokens = inputs.tokenized(tokenize_responses, responses, name)
-        return LabelledRows(rows=tokens, desirable=desirable)
+        return LabelledRows(rows=tokens, desirable=desirable[tokens.record_index])
 
     train = rows(records.train, "train_labelled")
     return LabelledData(

@@ -275,6 +275,7 @@ class Inputs:
     def options(self) -> dict[str, Any]:
         """Options of the tokenisation of prompts and responses."""
         return {
+            "bad_records": self.config.bad_records,
             "max_length": self.config.max_length,
             "prompt_format": self.config.prompt_format,
             "chat": chat_of(self.config),

@@ -673,3 +673,40 @@ def test_a_folder_of_spiece_model_alone_is_read_as_sentencepiece_reads_it(shared
         for (before, after), response in zip(rows, responses, strict=True):
             assert before == [*processor.encode(prompt), 1]
             assert after == [*processor.encode(response), 1]
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
+
+
+def instructed(number, role="user"):
+    turns = [{"role": role, "content": f"Say {number}."}, {"role": "user", "content": "Please."}]
+    sides = {"chosen": f"It is {number}.", "rejected": "No."}
+    return PreferenceRecord(prompt=turns, source="s.jsonl", line=number + 1, **sides)
+
+
+def test_records_that_the_template_refuses_stop_or_are_counted():
+    records = [instructed(n, "system" if n in (0, 2) else "user") for n in range(4)]
+    options = {"max_length": 96, "chat_template": NO_SYSTEM + CHATML}
+    tokenizer = byte_level()
+    with pytest.raises(UserError, match=r"s\.jsonl:1: .* refuses it: no system turn"):
+        tokenize_pairs(records, tokenizer, **options)
+    pairs, report = tokenize_pairs(records, tokenizer, bad_records="skip", **options)
+    usable, expected = tokenize_pairs([records[1], records[3]], tokenizer, **options)
+    assert pairs.record_index.tolist() == [1, 3]
+    assert pairs.rows.flat.tolist() == usable.rows.flat.tolist()
+    assert (report.records, report.refused, report.tokens) == (4, 2, expected.tokens)
+    assert "refused: 2 (as s.jsonl:1: " in report.summary()
+    responses = [
+        PromptResponseRecord(prompt=x.prompt, response=x.chosen, source=x.source, line=x.line)
+        for x in records
+    ]
+    rows, report = tokenize_responses(responses, tokenizer, bad_records="skip", **options)
+    assert rows.record_index.tolist() == [1, 3]
+    assert (report.records, report.refused) == (4, 2)
+    for tokenize, own in ((tokenize_pairs, records[:1]), (tokenize_responses, responses[:1])):
+        with pytest.raises(
+            UserError, match=r"of 1|tokenise: 1 records.*refused: 1 \(as s\.jsonl:1"
+        ):
+            tokenize(own, tokenizer, bad_records="skip", **options)

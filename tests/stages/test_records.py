@@ -7,7 +7,9 @@ import pytest
 from jaxalign.config import TrainConfig, with_fields
 from jaxalign.data import embedded_tokenizer
 from jaxalign.models import DecoderConfig
+from jaxalign.stages import feedback
 from jaxalign.stages.inputs import Inputs
+from tests.data.test_tokenize import CHATML, NO_SYSTEM
 
 SHAPE = DecoderConfig(
     vocab_size=512, width=8, layers=1, heads=1, kv_heads=1, head_width=8, mlp_width=8,
@@ -65,3 +67,28 @@ def test_a_fraction_that_holds_nothing_out_is_told(tmp_path, lines):
     told = "data: --holdout 0.001 holds out none of 4 records: nothing is evaluated"
     assert told in lines(data=(train,), holdout=0.001)
     assert told not in lines(data=(train,), holdout=0.0)
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_labels_stay_with_their_responses_where_a_template_refuses_records(
+    tmp_path, capsys, streaming
+):
+    def row(number):
+        role = "system" if number % 3 == 0 else "user"
+        turns = [{"role": role, "content": "Say it."}, {"role": "user", "content": "Please."}]
+        return {"prompt": turns, "completion": f"{number}", "label": number % 2 == 0}
+
+    source = write(tmp_path / "labelled.jsonl", map(row, range(12)))
+    config = with_fields(
+        TrainConfig(bad_records="skip", max_length=64, holdout=0.0, output=str(tmp_path)),
+        streaming=streaming,
+        **{"feedback.steps": 1, "feedback.data": (source,)},
+    )
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM + CHATML
+    data = feedback.load(config, Inputs(config, tokenizer, tmp_path, SHAPE, (0, 1)))
+    numbers = [1, 2, 4, 5, 7, 8, 10, 11]
+    assert data.train.rows.record_index.tolist() == numbers
+    assert data.train.desirable.tolist() == [number % 2 == 0 for number in numbers]
+    assert "train labelled: 12 records, " in (said := capsys.readouterr().out)
+    assert f"refused: 4 (as {source}:1: the chat template refuses it" in said
