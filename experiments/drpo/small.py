@@ -4,7 +4,7 @@ Command:  python -m experiments.drpo.small --model SmolLM2-135M-Instruct.Q4_1.gg
           --judge Qwen2.5-Coder-1.5B-Instruct.gguf [--cells search/beam answers ...]
           python -m experiments.drpo.small --page
 Needs:    two GGUF files, and llama.cpp's server for both (pip install xllamacpp)
-Time:     half an hour on one CPU core; finished cells are rows, which are not run again
+Time:     half an hour to an hour on one CPU core; finished cells are rows, which are not run again
 Expect:   the section "A real chat model" of this folder's README, small.png, found/
 
 Four searches use the same number of the larger model's answers, proposals and rewards together,

@@ -73,6 +73,7 @@ def measures(rows: Rows, model: str, name: str) -> dict[str, list[float]] | None
         "overlap": [row["overlap"] for row in own],
         "words": [float(len(row["answer"].split())) for row in own],
         "ended": [float(row["finished"]) for row in own],
+        "empty": [float(not row["answer"].strip()) for row in own],
     }
     found |= {aspect: [row["scores"][aspect] for row in own] for aspect in QUALITY}
     if (label := f"{model}_likelihood_{name}") in rows:
@@ -101,10 +102,11 @@ def answers_table(rows: Rows, model: str) -> str:
                 f"{np.nanmean(own['log_prob']):.2f}" if "log_prob" in own else "",
                 f"{np.mean(own['words']):.0f}",
                 f"{sum(own['ended']):.0f} of {len(own['ended'])}",
+                f"{sum(own['empty']):.0f}",
             ]
         )
     header = ["prompt", "mean score", "over no prompt", *QUALITY]
-    header += ["words of GPT-4's answer (F1)", "nats a token", "words", "ended"]
+    header += ["words of GPT-4's answer (F1)", "nats a token", "words", "ended", "empty"]
     return table(header, lines)
 
 
