@@ -125,7 +125,6 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     train = read(settings.prompts, "prompts")
     if settings.eval_prompts is not None:
         held_out = read(settings.eval_prompts, "eval_prompts")
-        tell_overlap([train], [held_out], "rollout.eval_prompts", config)
     else:
         train, held_out = split_holdout(train, config.holdout, seed=config.seed)
     if not train:
@@ -133,6 +132,8 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
             f"rollout.prompts: {settings.prompts}: no prompts left to train on; lower --holdout"
         )
     held_out = held_out[: settings.max_eval_prompts]
+    if settings.eval_prompts is not None:
+        tell_overlap([train], [held_out], "rollout.eval_prompts", config)
 
     options: dict[str, Any] = {
         "prompt_format": config.prompt_format,

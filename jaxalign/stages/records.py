@@ -103,7 +103,6 @@ def run_records(
     train = read_all(training, names[0])
     if held_out_sources:
         held_out = read_all(evaluation, names[1])
-        tell_overlap(train, held_out, names[1], config)
     else:
         split = [_split(one, config) for one in train]
         train, held_out = [kept for kept, _ in split], [held for _, held in split]
@@ -114,6 +113,8 @@ def run_records(
             )
     train = [one[: config.max_records] for one in train]
     held_out = [one[: config.max_eval_records] for one in held_out]
+    if held_out_sources:
+        tell_overlap(train, held_out, names[1], config)
     for source, records in zip(training, train, strict=True):
         if not records:
             raise UserError(
