@@ -13,7 +13,7 @@ from jaxalign.models.decoder import init_params
 from jaxalign.models.lora import merge
 from jaxalign.runs.inputs import check_inputs, input_digests
 from jaxalign.sharding import make_mesh, place
-from jaxalign.stages import kind_of, kinds_of, pretraining
+from jaxalign.stages import KINDS, kind_of, kinds_of, pretraining
 from jaxalign.stages.models import (
     as_model,
     read_model_config,
@@ -47,8 +47,11 @@ def run_model(folder: Path, stage: str | None, step: int | None) -> tuple[Any, i
     at = newest_whole_step(saved) if step is None else step
     if at is None or at not in checkpoint_steps(saved):
         there = ", ".join(map(str, checkpoint_steps(saved))) or "none"
+        wanted = "intact checkpoint" if step is None else f"checkpoint {step}"
+        others = [one.name for one in KINDS if checkpoint_steps(stage_folder(folder, one.name))]
         raise UserError(
-            f"{folder}: stage {kind.name} has no checkpoint {step}; its checkpoints are {there}"
+            f"{folder}: stage {kind.name} has no {wanted}; its checkpoints are {there}, and stages "
+            f"with checkpoints are {', '.join(others) or 'none'}"
         )
     if step is not None and (fault := damage(saved / str(step))) is not None:
         raise UserError(f"{fault}; the checkpoint is damaged: restore it, or set another --step")

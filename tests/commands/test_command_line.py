@@ -406,6 +406,9 @@ def test_run_converts_to_hugging_face_to_orbax_and_back(run, tmp_path, capsys):
     assert "no checkpoint 2" in complaint(
         capsys, "convert", str(run), str(tmp_path / "x"), "--step", "2"
     )
+    error = complaint(capsys, "convert", str(run), str(tmp_path / "x"), "--stage", "feedback")
+    assert "stage feedback has no intact checkpoint" in error
+    assert "stages with checkpoints are" in error
 
 
 def test_report_compares_runs(run, tmp_path, capsys):
