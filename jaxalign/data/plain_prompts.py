@@ -18,6 +18,9 @@ FORMAT = "jaxalign_prompt_format"
 TURN = "plain prompts go through the chat template, as a user's turn"
 TEXT = "plain prompts stay plain text"
 
+NO_END = "jaxalign_no_end_token"
+"""Field of tokenizer_config.json: true, if responses had no end-of-sequence token in training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlainPrompts:
@@ -100,14 +103,28 @@ def reads_template(tokenizer: Tokenizer, chat: Chat) -> bool:
     return found if chat == "auto" else plain_prompts(tokenizer, chat).as_turns
 
 
-def with_choice(tokenizer: Tokenizer, plain: PlainPrompts) -> Any:
-    """A tokenizer whose folder records how plain prompts were rendered in training."""
+def ends_responses(tokenizer: Tokenizer) -> bool:
+    """Whether an end-of-sequence token follows responses, as the model was trained."""
+    return not tokenizer.init_kwargs.get(NO_END)
+
+
+def with_choice(tokenizer: Tokenizer, plain: PlainPrompts, *, end_token: bool = True) -> Any:
+    """A tokenizer whose folder records what texts looked like in training.
+
+    Args:
+      tokenizer: of the run.
+      plain: how plain prompts were rendered.
+      end_token: whether an end-of-sequence token followed responses.
+    """
     fields = {}
     if tokenizer.chat_template:
         fields[KEPT] = "always" if plain.as_turns else "never"
     if not plain.as_turns and plain.prompt_format != "{prompt}":
         fields[FORMAT] = plain.prompt_format
-    others = {name: x for name, x in tokenizer.init_kwargs.items() if name not in (KEPT, FORMAT)}
+    if not end_token:
+        fields[NO_END] = True
+    known = (KEPT, FORMAT, NO_END)
+    others = {name: x for name, x in tokenizer.init_kwargs.items() if name not in known}
     kept = copy.copy(tokenizer)
     kept.init_kwargs = others | fields
     return kept

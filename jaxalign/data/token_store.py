@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxalign.data.batches import common_lengths
 from jaxalign.data.building import ALONE, Processes, built, key_of, name_of
-from jaxalign.data.plain_prompts import FORMAT, KEPT
+from jaxalign.data.plain_prompts import FORMAT, KEPT, NO_END
 from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.tokenize import tokenize_texts
 from jaxalign.data.tokenized import TokenizedPairs, TokenizedRows, TokenizedTexts, TokenizeReport
@@ -85,7 +85,7 @@ def texts_as_tokens(
 
 def tokenizer_facts(tokenizer: Tokenizer) -> Any:
     """What tokens and rendered prompts depend on, as a JSON value."""
-    kept = [tokenizer.init_kwargs.get(name) for name in (KEPT, FORMAT)]
+    kept = [tokenizer.init_kwargs.get(name) for name in (KEPT, FORMAT, NO_END)]
     return [tokenizer_identity(tokenizer), *kept]
 
 

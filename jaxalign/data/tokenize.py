@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from jaxalign.data.plain_prompts import Chat
+from jaxalign.data.plain_prompts import Chat, ends_responses
 from jaxalign.data.reading import BadRecords
 from jaxalign.data.record_text import RecordText, Spans, Turns, text_of
 from jaxalign.data.records import (
@@ -42,7 +42,7 @@ def tokenize_pairs(
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
     chat: Chat = "auto",
-    end_token: bool = True,
+    end_token: bool | None = None,
     encoder_decoder: bool = False,
     bad_records: BadRecords = "error",
     may_be_empty: bool = False,
@@ -71,7 +71,8 @@ def tokenize_pairs(
       prompt_format: text around a plain prompt, e.g. "Question: {prompt}\nAnswer:".
       chat_template: in place of the tokenizer's own, for conversations.
       chat: whether plain prompts also go through the chat template; see `plain_prompts`.
-      end_token: whether the end-of-sequence token follows a response.
+      end_token: whether the end-of-sequence token follows a response; None: unless an export says
+        that its model was trained without it.
       encoder_decoder: the prompt is the encoder's text (with the tokenizer's end token) and the
         response is a text of its own; no joint text exists.
       bad_records: "error" stops at a record of which no text can be made, as when the template
@@ -83,7 +84,8 @@ def tokenize_pairs(
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
-    encoder = Encoder(tokenizer, end_token=end_token)
+    ends = ends_responses(tokenizer) if end_token is None else end_token
+    encoder = Encoder(tokenizer, end_token=ends)
 
     def sides(record: PreferenceRecord, place: str) -> list[_Side]:
         texts = in_text(record.prompt, (record.chosen, record.rejected), place)
@@ -119,7 +121,7 @@ def tokenize_responses(
     prompt_format: str = "{prompt}",
     chat_template: str | None = None,
     chat: Chat = "auto",
-    end_token: bool = True,
+    end_token: bool | None = None,
     encoder_decoder: bool = False,
     turns: Turns = "last",
     bad_records: BadRecords = "error",
@@ -135,7 +137,8 @@ def tokenize_responses(
       prompt_format: text around a plain prompt.
       chat_template: in place of the tokenizer's own, for conversations.
       chat: whether plain prompts also go through the chat template; see `plain_prompts`.
-      end_token: whether the end-of-sequence token follows a response.
+      end_token: whether the end-of-sequence token follows a response; None: unless an export says
+        that its model was trained without it.
       encoder_decoder: prompt and response are texts of their own.
       turns: "last": the responses are scored; "all": all turns of the assistant are, those in the
         prompt, too.
@@ -144,7 +147,8 @@ def tokenize_responses(
     """
     report = TokenizeReport()
     in_text = text_of(tokenizer, prompt_format, chat_template, chat)
-    encoder = Encoder(tokenizer, end_token=end_token)
+    ends = ends_responses(tokenizer) if end_token is None else end_token
+    encoder = Encoder(tokenizer, end_token=ends)
 
     def sides(record: PromptResponseRecord, place: str) -> list[_Side]:
         texts = in_text(record.prompt, (record.response,), place, turns=turns)

@@ -62,7 +62,7 @@ def export_model(
     fields = None
     if isinstance(model, ScoreModel) and jax.process_index() == 0:
         fields = exported_fields(config, tokenizer, run, step)
-    tokenizer = with_choice(tokenizer, prompts_of(config, tokenizer))
+    tokenizer = with_choice(tokenizer, prompts_of(config, tokenizer), end_token=config.end_token)
     save_pretrained(model, target, tokenizer=tokenizer, dtype=dtype, fields=fields)
     if jax.process_index() == 0 and (run / GENERATION).is_file():
         write_text(target / GENERATION, (run / GENERATION).read_text(encoding="utf-8"))

@@ -33,6 +33,7 @@ from jaxalign.data.batches import padded_positions
 from jaxalign.data.mixtures import BySource, Mixture, Part
 from jaxalign.data.order import WINDOW, Iterations
 from jaxalign.data.packing import Packing, packed_batches, packer_of
+from jaxalign.data.plain_prompts import ends_responses
 from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.sources import PREFERENCES, RESPONSES
 from jaxalign.data.tokenized import TokenizedExamples, TokenizedResponses
@@ -254,6 +255,11 @@ class Inputs:
     ):
         self.config, self.tokenizer, self.folder = config, tokenizer, folder
         self.model_config, self.shard = model_config, shard
+        if config.end_token and not ends_responses(tokenizer):
+            say(
+                f"{config.model}: was trained without an end-of-sequence token after responses; "
+                "--no-end-token leaves it out here, too"
+            )
         self.report: dict[str, Any] = {}
         """Counts of records read and skipped, for `data.json`."""
 

@@ -176,3 +176,15 @@ def test_a_folder_keeps_the_format_of_plain_text_that_the_model_was_trained_in(
     assert plain_prompts(load_tokenizer(tmp_path / "c")).prompt_format == "{prompt}?"
     with_choice(kept, plain_prompts(kept, "never")).save_pretrained(tmp_path / "d")
     assert plain_prompts(load_tokenizer(tmp_path / "d")).prompt_format == "{prompt}"
+
+
+def test_a_folder_keeps_that_responses_had_no_end_token(tmp_path):
+    tokenizer = embedded_tokenizer()
+    plain = plain_prompts(tokenizer)
+    with_choice(tokenizer, plain, end_token=False).save_pretrained(tmp_path / "a")
+    kept = load_tokenizer(tmp_path / "a")
+    without = pairs_of(tokenizer, end_token=False)[0]
+    assert pairs_of(kept)[0] == without != pairs_of(tokenizer)[0]
+    assert pairs_of(kept, end_token=True)[0] == pairs_of(tokenizer)[0]
+    with_choice(kept, plain, end_token=True).save_pretrained(tmp_path / "b")
+    assert pairs_of(load_tokenizer(tmp_path / "b"))[0] == pairs_of(tokenizer)[0]
