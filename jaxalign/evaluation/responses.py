@@ -148,9 +148,10 @@ def _resume(
     before = read_json(beside, "list of settings")
     for name in settings:
         if before.get(name) != settings[name]:
+            made, now = _where_unlike(before.get(name), settings[name])
             raise UserError(
-                f"{path}: was made with {name} {before.get(name)!r}, not {settings[name]!r}; set "
-                "another --output, or delete it"
+                f"{path}: was made with {name} {made!r}, not {now!r}; set another --output, or "
+                "delete it"
             )
     lines = path.read_bytes().splitlines(keepends=True)
     whole = lines[: len(lines) - bool(lines and not lines[-1].endswith(b"\n"))]
@@ -178,6 +179,18 @@ def _resume(
         done -= done % batch_size
     os.truncate(path, sum(map(len, lines[: done * samples])))
     return done
+
+
+def _where_unlike(before: Any, now: Any) -> tuple[Any, Any]:
+    """Two values; of long texts with as many words, the first that differs and the one before."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return before, now
+    words = before.split(), now.split()
+    at = next((at for at, (x, y) in enumerate(zip(*words, strict=False)) if x != y), 0)
+    if len(words[0]) != len(words[1]) or at < 2:
+        return before, now
+    made, wanted = (" ".join(["...", *own[at - 1 : at + 1]]) for own in words)
+    return made, wanted
 
 
 def _id(record: PromptRecord, sample: int, samples: int) -> str:

@@ -64,6 +64,10 @@ def test_another_model_settings_or_prompts_are_refused(tmp_path, records):
     respond(path, model(), records, DECODING, settings={"prompt_artefact": None})
     with pytest.raises(UserError, match="made with model 'scripted', not 'other'"):
         respond(path, Scripted(identity="other"), records, DECODING)
+    long = "local folder model.safetensors:8:9 tokenizer {} ends (2,)"
+    respond(tmp_path / "long.jsonl", Scripted(identity=long.format("ab")), records, DECODING)
+    with pytest.raises(UserError, match=r"model '\.\.\. tokenizer ab', not '\.\.\. tokenizer cd'"):
+        respond(tmp_path / "long.jsonl", Scripted(identity=long.format("cd")), records, DECODING)
     with pytest.raises(UserError, match="made with max_tokens 8, not 9"):
         respond(path, model(), records, Decoding(max_tokens=9, temperature=1.0))
     with pytest.raises(UserError, match="made with prompt_artefact None, not 'x'"):
