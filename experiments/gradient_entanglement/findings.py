@@ -89,9 +89,12 @@ OF_DPO = {
 """Finding on DPO -> its test."""
 
 
-def of_losses(rows: Rows, losses: Sequence[str], chosen_up: bool) -> tuple[str, str]:
-    """Of which of the losses chosen goes where it should, and of which it does not."""
-    found = {x: ends(rows, f"{x}_adamw_polite")[0] for x in losses if f"{x}_adamw_polite" in rows}
+def of_losses(
+    rows: Rows, losses: Sequence[str], chosen_up: bool, rule: str = "adamw"
+) -> tuple[str, str]:
+    """With which of the losses chosen goes where it should, and with which it does not."""
+    runs = {x: f"{x}_{rule}_polite" for x in losses}
+    found = {x: ends(rows, name)[0] for x, name in runs.items() if name in rows}
     does = [f"{x} {value:+.1f}" for x, value in found.items() if (value > 0) == chosen_up]
     does_not = [f"{x} {value:+.1f}" for x, value in found.items() if (value > 0) != chosen_up]
     return ", ".join(does), ", ".join(does_not)
@@ -106,14 +109,16 @@ def page(rows: Rows, accuracy: float) -> str:
     """
     runs = [name for name in WATCHED if name in rows]
     first = [[text, *(str(test(rows, x)) for x in runs)] for text, test in OF_DPO.items()]
-    second = [
-        [text, *of_losses(rows, losses, chosen_up)]
-        for text, losses, chosen_up in (
-            ("losses with equal or similar weights lower chosen", SAME_WEIGHTS, False),
-            ("losses with an SFT term raise it", WITH_SFT, True),
-            ("losses that weigh chosen more once it has fallen raise it", CORRECTING, True),
-        )
+    expected = (
+        ("losses with equal or similar weights lower chosen", SAME_WEIGHTS, False),
+        ("losses with an SFT term raise it", WITH_SFT, True),
+        ("losses that weigh chosen more once it has fallen raise it", CORRECTING, True),
+    )
+    second = [[text, *of_losses(rows, losses, up)] for text, losses, up in expected]
+    by_sgd = [
+        [f"SGD: {text}", *of_losses(rows, losses, up, "sgd")] for text, losses, up in expected
     ]
+    second += [line for line in by_sgd if any(line[1:])]
     plain = at_accuracy(rows[next(iter(WATCHED))], accuracy)
     better, worse = [], []
     for name in ("normalised", "centred", "differing"):
@@ -129,7 +134,8 @@ def page(rows: Rows, accuracy: float) -> str:
             "What the paper and its condition say of DPO, and whether it holds:\n",
             table(("finding", *(WATCHED[name] for name in runs)), first),
             "What they lead one to expect of losses and mitigations, and what held-out chosen did "
-            "(nats; 135M, AdamW,\npolite pairs; of mitigations, less what DPO did):\n",
+            "(nats; 135M, polite\npairs, AdamW if nothing else is said; of mitigations, less what "
+            "DPO did):\n",
             table(("expected", "did", "did not"), second),
         ]
     )

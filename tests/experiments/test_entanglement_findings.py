@@ -55,6 +55,7 @@ def test_the_page_has_the_runs_that_are_there_and_puts_each_loss_on_its_side(tmp
     rows.write("dpo_adamw_polite", FALLING)
     rows.write("rpo_adamw_polite", PARTED)
     rows.write("slic_adamw_polite", FALLING)
+    rows.write("cpo_sgd_polite", PARTED)
     rows.write("cure_centred", PARTED)
     rows.write("cure_differing", row([-20, -22, -24], [-30, -33, -36]))
     text = findings.page(rows, 0.8)
@@ -67,6 +68,8 @@ def test_the_page_has_the_runs_that_are_there_and_puts_each_loss_on_its_side(tmp
     assert [x.strip() for x in lines["losses with an SFT term raise it"]] == [
         *("rpo +2.0", "slic -3.0"),
     ]
+    assert [x.strip() for x in lines["SGD: losses with an SFT term raise it"]] == ["cpo +2.0", ""]
+    assert "SGD: losses with equal or similar weights lower chosen" not in lines
     # accuracy 0.8 lies halfway between the last two evaluations: DPO at -2, the others at +1.5, -3
     mitigations = next(v for k, v in lines.items() if "mitigations keep" in k)
     assert [x.strip() for x in mitigations] == ["centred +3.5", "differing -1.0"]
