@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Input that jaxalign cannot use; the message names the file, line or field and the fix."""
 
 
+class RecordError(UserError):
+    """A record of which no text can be made, as when the chat template refuses its turns."""
+
+
 class OutputError(Exception):
     """An output that can no longer be written, as on a full disk: one line, exit status 1."""
 

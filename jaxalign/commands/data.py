@@ -43,6 +43,8 @@ class Options:
     """Number of examples in a batch, for the fraction of padding."""
     turns: Literal["last", "all"] = "last"
     """Which turns of responses to imitate are scored, as --sft.turns of `jaxalign train`."""
+    end_token: bool = True
+    """Whether the end-of-sequence token follows responses."""
     threshold: Finite | None = None
     """Smallest number that is a desirable label, as --feedback.threshold of `jaxalign train`; None:
     labels are true or false, 1 or 0."""
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         chat=options.chat,
         turns=options.turns,
         threshold=options.threshold,
+        end_token=options.end_token,
         bad_records=options.bad_records,
         max_records=options.limit,
         examples=options.examples,

@@ -20,6 +20,8 @@ STAGE_OF = {
     **{"sft_data": "sft", "text": "pretrain", "rollout": "online"},
 }
 """First part of a flag's name -> the stage that reads it."""
+WITH_ADAPTERS = ("sft", "preference", "feedback", "online")
+"""Stages that train adapters if --lora.rank is set."""
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -115,6 +117,8 @@ def _no_effect(config: TrainConfig, name: str) -> str | None:
         return f"the architecture is that of {config.model}"
     if first == "lora" and not config.lora.rank and name != "lora.rank":
         return "no adapters are trained; set --lora.rank"
+    if first == "lora" and not any(getattr(config, stage).runs for stage in WITH_ADAPTERS):
+        return "no stage that runs trains adapters"
     sources = _sources(config)
     if name == "data_temperature" and all(len(train) < 2 for train, _ in sources):
         return "no stage that runs mixes sources of records"

@@ -68,6 +68,8 @@ class Reading:
     chat: Chat = "auto"
     turns: Turns = "last"
     """Of responses to imitate."""
+    end_token: bool = True
+    """Whether the end-of-sequence token follows responses."""
     threshold: float | None = None
     """Smallest number that is a desirable label; None: labels are true or false, 1 or 0."""
     bad_records: BadRecords = "skip"
@@ -143,6 +145,8 @@ class DataCard:
     """Rows whose response loses its end."""
     left_out: int
     """Pairs left out after truncation: the same tokens on both sides, or nothing that is scored."""
+    refused: int
+    """Records left out because the chat template refuses them."""
     examples: int
     """Examples of an epoch of the source alone."""
     tokens: int
@@ -298,7 +302,8 @@ def _card(
         overlap = np.array([_overlap(whole, at) for at in range(len(whole))])
     pairs = kind == "pairs"
     difference = whole.response_length[:, 0] - whole.response_length[:, -1]
-    labels = [one.label for one in records if isinstance(one, UnpairedRecord)]
+    used = [records[int(number)] for number in whole.record_index]
+    labels = [one.label for one in used if isinstance(one, UnpairedRecord)]
     identities = [_identity(record) for record in records]
     return DataCard(
         label=source.label,
@@ -316,6 +321,7 @@ def _card(
         truncated_prompts=truncated.truncated_prompts,
         truncated_responses=truncated.truncated_responses,
         left_out=truncated.identical + truncated.unscored,
+        refused=truncated.refused,
         examples=len(examples),
         tokens=int(examples.length.sum()),
         repeated_records=len(identities) - len(set(identities)),
@@ -332,7 +338,7 @@ def _card(
         positions=_positions(examples, reading.batch_size),
         scripts=_scripts(records),
         chat=truncated.chat,
-        notes=truncated.notes,
+        notes=[*truncated.notes, *truncated.refusals],
         arrays=Arrays(prompt=prompts, responses=responses, overlap=overlap),
         shown=_shown(records, examples, kind, reading),
     )
@@ -347,6 +353,7 @@ def _tokens(
         "prompt_format": reading.prompt_format,
         "chat": reading.chat,
         "bad_records": reading.bad_records,
+        "end_token": reading.end_token,
     }
     pairs = [record for record in records if isinstance(record, PreferenceRecord)]
     if kind == "pairs":

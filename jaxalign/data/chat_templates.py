@@ -26,7 +26,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxalign.data.tokenizers import Tokenizer
-from jaxalign.errors import UserError
+from jaxalign.errors import RecordError, UserError
 
 STEPS = 1_000_000
 """Most iterations of loops and calls of macros in one rendering."""
@@ -158,10 +158,10 @@ def render(
             f"{place}: {template.label} was stopped: it {error}; give another template"
         ) from None
     except jinja2.TemplateError as error:
-        raise UserError(f"{place}: {template.label} refuses it: {_line(error)}") from None
+        raise RecordError(f"{place}: {template.label} refuses it: {_line(error)}") from None
     except Exception as error:  # any error of the template
         kind = type(error).__name__
-        raise UserError(f"{place}: {template.label} fails: {kind}: {_line(error)}") from None
+        raise RecordError(f"{place}: {template.label} fails: {kind}: {_line(error)}") from None
     return text
 
 

@@ -25,7 +25,7 @@ from jaxalign.data.records import (
     tools_of,
 )
 from jaxalign.data.tokenizers import Tokenizer
-from jaxalign.errors import UserError, notice_once
+from jaxalign.errors import RecordError, UserError, notice_once
 
 PROBES = "Yes", "No"
 """Two responses without a common character: where their renderings differ, responses begin."""
@@ -107,7 +107,7 @@ class TextOf:
         sides = [self._response(template, before, own, begun, tools, place) for own in after]
         prompts = {prompt for prompt, _ in sides}
         if len(prompts) > 1:
-            raise UserError(
+            raise RecordError(
                 f"{place}: {template.label} renders another prompt before each of the responses; "
                 "their first turns need the same role"
             )
@@ -121,6 +121,7 @@ class TextOf:
                 for each, (_, text) in zip(after, sides, strict=True)
             ),
         )
+        self._count_turn(prompt)
         return found if all(spans is None for spans in found.spans) else _from_first_scored(found)
 
     def _response(
@@ -137,7 +138,7 @@ class TextOf:
         own = self._before(template, before, after[0]["role"], begun, tools, place)
         whole = self._render(template, [*before, *after], tools, place)
         if not whole.startswith(own):
-            raise UserError(
+            raise RecordError(
                 f"{place}: {template.label} renders the prompt differently before this response "
                 "than before others; remove the record, or give another template"
             )
@@ -164,7 +165,7 @@ class TextOf:
             text[len(own) :].lower().startswith(content.lower())
             for text, content in zip((first, second), PROBES, strict=True)
         ):
-            raise UserError(
+            raise RecordError(
                 f"{place}: {template.label} renders no common text before all responses; "
                 "give another template"
             )
@@ -202,7 +203,7 @@ class TextOf:
         spans = [(max(start - begin, 0), min(end - begin, length)) for start, end in parts]
         spans = tuple((start, end) for start, end in spans if start < end)
         if not spans:
-            raise UserError(f"{place}: {template.label} marks nothing of the response")
+            raise RecordError(f"{place}: {template.label} marks nothing of the response")
         return None if spans == ((0, length),) else spans
 
     def _added_by_turns(
@@ -226,7 +227,7 @@ class TextOf:
             begun = self._before(template, earlier, turns[at]["role"], begun, tools, place)
             ended = self._render(template, turns[: at + 1], tools, place)
             if not whole.startswith(ended) or not ended.startswith(begun):
-                raise UserError(
+                raise RecordError(
                     f"{place}: {template.label} renders turn {at + 1} differently once others "
                     "follow, so that its tokens cannot be told; give a template with "
                     "{% generation %} blocks, or train on the last turn alone"
@@ -245,7 +246,9 @@ class TextOf:
             return self.plain.prompt_format.replace("{prompt}", plain)
         turns, tools = _turns(prompt, "user"), tools_of(prompt)
         template = self._template(turns, tools, place)
-        return self._render(template, turns, tools, place, add_generation_prompt=True)
+        text = self._render(template, turns, tools, place, add_generation_prompt=True)
+        self._count_turn(prompt)
+        return text
 
     def whole(self, prompt: Text, response: Text, place: str) -> str:
         """A whole conversation as its template renders it."""
@@ -257,15 +260,19 @@ class TextOf:
         plain = plain_text(prompt)
         if plain is None:
             return None
-        self.plain_seen[self.plain.as_turns] += 1
         if self.plain.line is not None:
             notice_once(self.plain.line)
         if self.plain.as_turns:
             return None
+        self.plain_seen[False] += 1
         if isinstance(prompt, Conversation):
             self.unread.update({"system"} if prompt[0]["role"] == "system" else ())
             self.unread.update({"tools"} if prompt.tools else ())
         return plain
+
+    def _count_turn(self, prompt: Text) -> None:
+        """Count a plain prompt that the template rendered."""
+        self.plain_seen[True] += self.plain.as_turns and plain_text(prompt) is not None
 
     def _template(self, turns: Sequence[Message], tools: Sequence[Any], place: str) -> ChatTemplate:
         template = find_template(self.tokenizer, self.chat_template, tools=bool(tools))

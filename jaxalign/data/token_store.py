@@ -171,6 +171,8 @@ def _scored(part: Path) -> np.ndarray:
 def _loaded(folder: Path) -> tuple[Tokens, TokenizeReport]:
     facts = read_json(folder / FACTS, "description of tokens")
     report = TokenizeReport(**facts["report"])
+    if not facts["rows"] and facts["kind"] == TokenizedRows.__name__:
+        raise UserError(f"no records to tokenise: {report.summary()}")
     if not facts["rows"]:
         raise UserError(f"no pair is left of {report.records}: {report.summary()}")
     flat = np.memmap(folder / FLAT, np.int32, "r").view(np.ndarray)

@@ -25,7 +25,7 @@ from jaxalign.data.tokenized import (
     TokenizeReport,
 )
 from jaxalign.data.tokenizers import Encoder, Tokenizer
-from jaxalign.errors import UserError
+from jaxalign.errors import RecordError, UserError
 from jaxalign.files import read_arrays, write_arrays
 
 T = TypeVar("T")
@@ -334,7 +334,7 @@ class _Usable:
 
     Args:
       records: all of them.
-      sides: of a record at a place; raises `UserError` if no text can be made of it.
+      sides: of a record at a place; raises `RecordError` if no text can be made of it.
       report: where those that are skipped are counted.
       bad_records: "error" or "skip".
     """
@@ -355,7 +355,7 @@ class _Usable:
         for number, record in enumerate(self._records):
             try:
                 sides = self._sides(record, f"{record.source}:{record.line}")
-            except UserError as error:
+            except RecordError as error:
                 if not self._skip:
                     raise
                 self._report.records += 1

@@ -145,7 +145,7 @@ class TokenizeReport:
     tokens: int = 0
     """Tokens kept."""
     refusals: list[str] = field(default_factory=list)
-    """Place and reason of the first refused record."""
+    """Place and reason of the first refused record, if any was refused."""
     notes: list[str] = field(default_factory=list)
     """Fields that the chat template ignores, and variables that it reads but nothing sets."""
     chat: list[str] = field(default_factory=list)
@@ -176,6 +176,9 @@ class TokenizeReport:
         """Add the counts and notes of more records."""
         for name, found in vars(other).items():
             own = getattr(self, name)
+            if name == "refusals":
+                self.refusals = own or found
+                continue
             joined = sorted({*own, *found}) if isinstance(found, list) else own + found
             setattr(self, name, joined)
 

@@ -57,6 +57,8 @@ def exported(name: str | Path) -> str | Path:
     if (folder / "export").is_dir():
         return folder / "export"
     if (folder / "metrics.jsonl").is_file() and not any(folder.glob("*.safetensors")):
+        if not (folder / "checkpoints").is_dir():
+            raise UserError(f"{name}: a run without an export, and without checkpoints")
         raise UserError(
             f"{name}: a run without an export; make one with jaxalign convert {name} FOLDER, and "
             "name that folder"

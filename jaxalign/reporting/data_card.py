@@ -82,6 +82,8 @@ def card_rows(cards: Sequence[DataCard], max_length: int, batch_size: int) -> li
         found = [getattr(card, name) for card in cards]
         if any(found):
             add(f"{name.replace('_', ' ')} (rows)", *(f"{number:,}" for number in found))
+    if any(card.refused for card in cards):
+        add("refused by the chat template", *(count(x.refused, x.records) for x in cards))
     if any(card.left_out for card in cards):
         add("left out after truncation", *(count(x.left_out, x.records) for x in cards))
     add("chosen longer than rejected", *(fraction(card.longer_chosen) for card in cards))

@@ -51,7 +51,7 @@ from jaxalign.representation import (
 )
 from jaxalign.sharding.processes import in_turn
 from jaxalign.stages.prompts import chat_of
-from jaxalign.stages.records import counted_mixture, run_records, say, sources_of
+from jaxalign.stages.records import RunRecords, counted_mixture, run_records, say, sources_of
 from jaxalign.stages.streaming import tokens_on_disk
 from jaxalign.training.objectives import ReferencedBatch
 
@@ -255,11 +255,6 @@ class Inputs:
     ):
         self.config, self.tokenizer, self.folder = config, tokenizer, folder
         self.model_config, self.shard = model_config, shard
-        if config.end_token and not ends_responses(tokenizer):
-            say(
-                f"{config.model}: was trained without an end-of-sequence token after responses; "
-                "--no-end-token leaves it out here, too"
-            )
         self.report: dict[str, Any] = {}
         """Counts of records read and skipped, for `data.json`."""
 
@@ -280,6 +275,11 @@ class Inputs:
     @functools.cached_property
     def options(self) -> dict[str, Any]:
         """Options of the tokenisation of prompts and responses."""
+        if self.config.end_token and not ends_responses(self.tokenizer):
+            say(
+                f"{self.config.tokenizer or self.config.model}: its model was trained without an "
+                "end-of-sequence token after responses; --no-end-token leaves it out here, too"
+            )
         return {
             "bad_records": self.config.bad_records,
             "max_length": self.config.max_length,
@@ -353,12 +353,22 @@ class PreferenceData:
     def __init__(self, inputs: Inputs):
         self._config, self._tokenizer = inputs.config, inputs.tokenizer
         self._report, self._is_encoder_decoder = inputs.report, inputs.is_encoder_decoder
-        self.tokenized, config, report = inputs.tokenized, inputs.config, inputs.report
-        names = ("data", "eval_data")
-        self._records = run_records(
-            PREFERENCES, config.data, config.eval_data, config, report, names
-        )
-        self.train, self.held_out = self._records.train, self._records.held_out
+        self.tokenized = inputs.tokenized
+
+    @functools.cached_property
+    def _records(self) -> RunRecords:
+        config, names = self._config, ("data", "eval_data")
+        return run_records(PREFERENCES, config.data, config.eval_data, config, self._report, names)
+
+    @property
+    def train(self) -> Sequence[Any]:
+        """The pairs to train on."""
+        return self._records.train
+
+    @property
+    def held_out(self) -> Sequence[Any]:
+        """The held-out pairs."""
+        return self._records.held_out
 
     def instructed(self, tokenize: Any, records: Sequence[Any], name: str) -> Any:
         """Responses under the two instructions; those that are too long are skipped and counted."""
@@ -397,10 +407,12 @@ class PreferenceData:
 
     def responses(self) -> TokenizedData:
         """Prompts and responses for SFT: from `sft_data`, or responses of the pairs."""
-        config, records = self._config, self._records
+        config = self._config
         if config.sft.data:
             names = ("sft_data", "sft_data")
             records = run_records(RESPONSES, config.sft.data, (), config, self._report, names)
+        else:
+            records = self._records
         train, held_out = records.train, records.held_out
         if not config.sft.data and config.sft.responses != "hindsight":
             sides = ((one, config.sft.responses) for one in (train, held_out))

@@ -51,7 +51,7 @@ from jaxalign.stages.inputs import Inputs
 from jaxalign.stages.kind import Kind, RunContext
 from jaxalign.stages.models import stage_folder
 from jaxalign.stages.prompts import chat_of
-from jaxalign.stages.records import say, source_of, tell_overlap
+from jaxalign.stages.records import say, say_nothing_held_out, source_of, tell_overlap
 from jaxalign.stages.structs import pair_batch, record_of, struct
 from jaxalign.training.checkpoints import newest_step
 from jaxalign.training.objectives import Policy
@@ -127,6 +127,8 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         held_out = read(settings.eval_prompts, "eval_prompts")
     else:
         train, held_out = split_holdout(train, config.holdout, seed=config.seed)
+        if config.holdout and not held_out:
+            say_nothing_held_out("rollout.prompts", config, len(train))
     if not train:
         raise UserError(
             f"rollout.prompts: {settings.prompts}: no prompts left to train on; lower --holdout"
@@ -153,7 +155,9 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
     responses: list[np.ndarray] = []
     if algorithm.reads_data:
         shortest = {"max_length": longest, "min_prompt_length": settings.max_prompt_length}
-        joint, counted = tokenize_responses(train, tokenizer, **shortest, **options)
+        joint, counted = tokenize_responses(
+            train, tokenizer, end_token=config.end_token, **shortest, **options
+        )
         report["train_responses"] = dataclasses.asdict(counted)
         check_whole_responses(joint, f"rollout.prompts: {settings.prompts}: the algorithm")
         responses = [joint[at][joint.prompt_length[at] :] for at in range(len(joint))]

@@ -107,10 +107,7 @@ def run_records(
         split = [_split(one, config) for one in train]
         train, held_out = [kept for kept, _ in split], [held for _, held in split]
         if config.holdout and not any(map(len, held_out)):
-            say(
-                f"{names[0]}: --holdout {config.holdout:g} holds out none of "
-                f"{sum(map(len, train)):,} records: nothing is evaluated"
-            )
+            say_nothing_held_out(names[0], config, sum(map(len, train)))
     train = [one[: config.max_records] for one in train]
     held_out = [one[: config.max_eval_records] for one in held_out]
     if held_out_sources:
@@ -128,6 +125,14 @@ def run_records(
         sources=training,
         held_out_sources=evaluation,
         temperature=config.data_temperature,
+    )
+
+
+def say_nothing_held_out(name: str, config: TrainConfig, records: int) -> None:
+    """Say that `holdout` holds out none of the records of that name."""
+    say(
+        f"{name}: --holdout {config.holdout:g} holds out none of {records:,} records: nothing is "
+        "evaluated"
     )
 
 
@@ -149,8 +154,8 @@ def tell_overlap(
     shared = int(np.isin(_prompts(held_out, config), known).sum())
     if shared:
         say(
-            f"{name}: {shared:,} of {sum(map(len, held_out)):,} records have a prompt that is "
-            "trained on, too: they are not held out"
+            f"{name}: {shared:,} of {sum(map(len, held_out)):,} records have a prompt that is also "
+            "trained on; they are evaluated all the same"
         )
 
 

@@ -123,6 +123,9 @@ def test_the_model_of_an_earlier_run_is_its_export(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=f"{run}: a run without an export, and without checkpoints"):
+        parse([FINETUNE, "--model", str(run)])
+    (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match=f"{run}: a run without an export; make one with jaxalign"):
         parse([FINETUNE, "--model", str(run)])
     (run / "export").mkdir()
@@ -130,6 +133,7 @@ def test_the_model_of_an_earlier_run_is_its_export(tmp_path):
 
 
 TWO = ("--data", "a.jsonl", "b.jsonl")
+PRETRAINED = ("--pretrain.steps", "1", "--text", "t.txt")
 LABELLED = ("--preference.steps", "0", "--feedback.steps", "1", "--feedback.data", "f.jsonl")
 
 
@@ -138,6 +142,10 @@ LABELLED = ("--preference.steps", "0", "--feedback.steps", "1", "--feedback.data
     [
         (("--lora.alpha", "8"), "lora.alpha: has no effect, since no adapters"),
         (("--lora.alpha", "8", "--lora.rank", "4"), None),
+        (
+            ("--lora.rank", "4", "--preference.steps", "0", *PRETRAINED),
+            "no stage that runs trains adapters",
+        ),
         (("--model", "folder", "--architecture.width", "64"), "the architecture is that of folder"),
         (("--architecture.width", "64"), None),
         (("--holdout", "0.2", "--eval-data", "e.jsonl"), "no stage that runs holds records"),

@@ -13,7 +13,9 @@ from jaxalign.data.mixtures import weighted_sources
 from jaxalign.data.packing import Packing, packed_batches, packed_positions
 from jaxalign.data.tokenized import TokenizedResponses
 from jaxalign.errors import UserError
+from jaxalign.reporting.data_card import card_rows
 from tests.data.test_packing import make_alike
+from tests.data.test_tokenize import CHATML, NO_SYSTEM
 
 TOKENIZER = embedded_tokenizer()
 READING = Reading(tokenizer=TOKENIZER, max_length=32, batch_size=4, chat="never")
@@ -145,6 +147,21 @@ def test_labels_that_are_numbers_have_a_threshold(tmp_path, pairs):
     assert card(source).desirable == 0.5  # of 0 and 1; the others are skipped
     with pytest.raises(UserError, match="threshold: no source has labelled responses"):
         card(pairs, replace(READING, threshold=1.5))
+
+
+def test_records_that_the_template_refuses_are_counted(tmp_path):
+    roles = ("system", "user", "user", "system")
+    rows = [
+        {"prompt": [{"role": role, "content": "Say."}], "response": "r", "label": at < 1}
+        for at, role in enumerate(roles)
+    ]
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM + CHATML
+    found = card(write(tmp_path / "x.jsonl", rows), replace(READING, tokenizer=tokenizer))
+    assert (found.records, found.refused, found.examples, found.desirable) == (4, 2, 2, 0.0)
+    assert found.notes == [f"{tmp_path}/x.jsonl:1: the chat template refuses it: no system turn"]
+    lines = {line[0]: line[1] for line in card_rows([found], max_length=32, batch_size=4)}
+    assert lines["refused by the chat template"].startswith("2 ")
 
 
 def test_what_is_no_record_is_refused(tmp_path):

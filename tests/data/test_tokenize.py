@@ -1,6 +1,7 @@
 """Tokens of prompts and responses: those of the joint text, ended once, begun once, cut rightly."""
 
 import copy
+import dataclasses
 import functools
 import json
 
@@ -35,6 +36,7 @@ from jaxalign.data.records import (
     PromptRecord,
     PromptResponseRecord,
 )
+from jaxalign.data.tokenized import TokenizeReport
 from jaxalign.errors import UserError
 
 TEXTS = [
@@ -706,7 +708,24 @@ def test_records_that_the_template_refuses_stop_or_are_counted():
     assert rows.record_index.tolist() == [1, 3]
     assert (report.records, report.refused) == (4, 2)
     for tokenize, own in ((tokenize_pairs, records[:1]), (tokenize_responses, responses[:1])):
-        with pytest.raises(
-            UserError, match=r"of 1|tokenise: 1 records.*refused: 1 \(as s\.jsonl:1"
-        ):
+        with pytest.raises(UserError, match=r"1 records.*refused: 1 \(as s\.jsonl:1"):
             tokenize(own, tokenizer, bad_records="skip", **options)
+        plain = byte_level()
+        plain.chat_template = None
+        with pytest.raises(UserError, match="the tokenizer has no chat template"):  # of no record
+            tokenize(own, plain, bad_records="skip", max_length=96)
+
+
+def test_reports_of_parts_keep_the_first_refusal():
+    report = TokenizeReport()
+    for refusals in ([], ["f:9000: no"], ["f:10000: no"]):
+        report.add(TokenizeReport(records=2, refused=len(refusals), refusals=refusals))
+    assert (report.records, report.refused, report.refusals) == (6, 2, ["f:9000: no"])
+
+
+def test_refused_prompts_are_not_counted_as_rendered():
+    system = Conversation([{"role": "system", "content": "s"}], text="Say 1.")
+    records = [dataclasses.replace(instructed(n), prompt=x) for n, x in enumerate([system, "Say."])]
+    options = {"max_length": 96, "chat_template": NO_SYSTEM + CHATML, "chat": "always"}
+    _, report = tokenize_pairs(records, byte_level(), bad_records="skip", **options)
+    assert (report.refused, report.prompts_as_chat) == (1, 1)

@@ -6,8 +6,9 @@ import pytest
 
 from jaxalign.config import TrainConfig, with_fields
 from jaxalign.data import embedded_tokenizer
+from jaxalign.data.plain_prompts import plain_prompts, with_choice
 from jaxalign.models import DecoderConfig
-from jaxalign.stages import feedback
+from jaxalign.stages import feedback, online
 from jaxalign.stages.inputs import Inputs
 from tests.data.test_tokenize import CHATML, NO_SYSTEM
 
@@ -46,10 +47,22 @@ def test_held_out_records_with_a_prompt_of_the_training_records_are_told(
     held_out = write(tmp_path / "held.jsonl", [pair(n, words=2) for n in range(4, 9)])
     apart = write(tmp_path / "apart.jsonl", [pair(n) for n in range(6, 9)])
     said = lines(data=(train,), eval_data=(held_out, apart), streaming=streaming)
-    told = "eval_data: 2 of 8 records have a prompt that is trained on, too: they are not held out"
-    assert told in said
+    told = "eval_data: 2 of 8 records have a prompt that is also trained on; they are evaluated "
+    assert any(line.startswith(told) for line in said)
     said = lines(data=(train,), eval_data=(apart,), streaming=streaming)
     assert not [line for line in said if "trained on" in line]
+
+
+def test_responses_of_their_own_say_nothing_of_pairs_that_are_not_used(tmp_path, capsys):
+    rows = [{"prompt": f"Say {n}", "response": "yes"} for n in range(9)]
+    config = with_fields(
+        TrainConfig(data=(str(tmp_path / "absent.jsonl"),), max_length=32, holdout=0.3),
+        **{"sft_data": (write(tmp_path / "sft.jsonl", rows),)},
+    )
+    inputs = Inputs(config, embedded_tokenizer(), tmp_path, SHAPE, (0, 1))
+    data = inputs.pairs.responses()
+    assert len(data.train) + len(data.held_out) == 9
+    assert all(" responses: " in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_what_is_skipped_and_cut_is_told(tmp_path, lines):
@@ -92,3 +105,19 @@ def test_labels_stay_with_their_responses_where_a_template_refuses_records(
     assert data.train.desirable.tolist() == [number % 2 == 0 for number in numbers]
     assert "train labelled: 12 records, " in (said := capsys.readouterr().out)
     assert f"refused: 4 (as {source}:1: the chat template refuses it" in said
+
+
+@pytest.mark.parametrize("end_token", [True, False])
+def test_responses_to_prompts_end_as_the_flag_says_whatever_the_export_did(tmp_path, end_token):
+    rows = [{"prompt": f"Say {n}", "response": "yes"} for n in range(4)]
+    names = {"prompts": write(tmp_path / "p.jsonl", rows), "algorithm": "spin"}
+    names |= {"max_prompt_length": 40, "max_tokens": 16}
+    config = with_fields(
+        TrainConfig(holdout=0.0, end_token=end_token),
+        **{"online.steps": 1, **{f"rollout.{name}": value for name, value in names.items()}},
+    )
+    tokenizer = embedded_tokenizer()
+    exported = with_choice(tokenizer, plain_prompts(tokenizer), end_token=False)
+    for reader in (tokenizer, exported):
+        data = online.load(config, Inputs(config, reader, tmp_path, SHAPE, (0, 1)))
+        assert {int(one[-1]) == reader.eos_token_id for one in data.responses} == {end_token}
