@@ -272,7 +272,8 @@ class TextOf:
 
     def _count_turn(self, prompt: Text) -> None:
         """Count a plain prompt that the template rendered."""
-        self.plain_seen[True] += self.plain.as_turns and plain_text(prompt) is not None
+        if self.plain.as_turns and plain_text(prompt) is not None:
+            self.plain_seen[True] += 1
 
     def _template(self, turns: Sequence[Message], tools: Sequence[Any], place: str) -> ChatTemplate:
         template = find_template(self.tokenizer, self.chat_template, tools=bool(tools))
