@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxalign.config import AtLeastOne, Count, Finite, Range
+from jaxalign.config import AtLeastOne, Count, Range
 from jaxalign.data import load_tokenizer
 from jaxalign.data.card import Reading, data_cards
 from jaxalign.data.mixtures import weighted_sources
@@ -45,7 +45,7 @@ class Options:
     """Which turns of responses to imitate are scored, as --sft.turns of `jaxalign train`."""
     end_token: bool = True
     """Whether the end-of-sequence token follows responses."""
-    threshold: Finite | None = None
+    threshold: Annotated[float, Range("[0, inf)")] | None = None
     """Smallest number that is a desirable label, as --feedback.threshold of `jaxalign train`; None:
     labels are true or false, 1 or 0."""
     prompt_format: str = "{prompt}"
