@@ -133,12 +133,12 @@ def _no_effect(config: TrainConfig, name: str) -> str | None:
 def _sources(config: TrainConfig) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Sources of the training and of the held-out records of each stage that runs on records."""
     pairs = _listed(config.data), _listed(config.eval_data)
-    labelled, rollout = config.feedback, config.online.rollout
-    held_out = labelled.eval_data or (() if labelled.data else pairs[1])
+    rollout = config.online.rollout
+    train, held_out = config.labelled_sources()
     of_stage = {
         "sft": (_listed(config.sft.data), ()) if config.sft.data else pairs,
         "preference": pairs,
-        "feedback": (_listed(labelled.data) or pairs[0], _listed(held_out)),
+        "feedback": (_listed(train), _listed(held_out)),
         "representation": pairs,
         "online": (_listed(rollout.prompts), _listed(rollout.eval_prompts)),
     }

@@ -150,6 +150,12 @@ class TrainConfig:
         """The stages by their names, in the order in which they run."""
         return {name: one for name, one in vars(self).items() if isinstance(one, StageConfig)}
 
+    def labelled_sources(self) -> tuple[Sources, Sources]:
+        """Sources of the training and of the held-out records of the feedback stage."""
+        labelled = self.feedback
+        held_out = labelled.eval_data or (() if labelled.data else self.eval_data)
+        return labelled.data or self.data, held_out
+
     def _check_together(self) -> None:
         """Check what several stages constrain."""
         loss = self.preference.loss

@@ -176,8 +176,7 @@ def load(config: TrainConfig, inputs: Inputs) -> LabelledData:
     settings = config.feedback
     records = run_records(
         unpaired_kind(settings.threshold),
-        settings.data or config.data,
-        settings.eval_data or (() if settings.data else config.eval_data),
+        *config.labelled_sources(),
         config,
         inputs.report,
         ("feedback.data", "feedback.eval_data"),

@@ -1,4 +1,4 @@
-"""The records of a run: read from its sources, split, counted, and told where they overlap."""
+"""The records of a run: read from its sources, split and counted, with notes on overlaps."""
 
 import dataclasses
 import itertools
