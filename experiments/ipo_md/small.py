@@ -36,8 +36,6 @@ from experiments.ipo_md.small_options import (
     METHODS,
     Options,
     is_done,
-    path_of,
-    read,
     rows_of,
     write_rows,
 )
@@ -87,9 +85,9 @@ def is_missing(options: Options, cell: str) -> bool:
         return True
     if kind == "sweep":
         return bool(small_runs.untried(small_runs.swept(options, name), name))
-    if kind == "final" and is_done(options, cell) and (rows := small_runs.swept(options, name)):
-        best = small_runs.strongest(rows, name)
-        return any(row["strength"] != best for row in read(path_of(options, cell)))
+    if kind in ("final", "reference"):
+        have = {row["seed"] for row in small_runs.finished(options, name or kind)}
+        return not have.issuperset(options.seeds)
     return not is_done(options, cell)
 
 

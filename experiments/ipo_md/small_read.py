@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.ipo_md.small_tables import LABELS, READ, Row, by_seed, of_methods, read
+from experiments.ipo_md.small_options import read
+from experiments.ipo_md.small_tables import LABELS, READ, Row, by_seed, of_methods
 from experiments.served import served
 from jaxalign.errors import UserError
 from jaxalign.evaluation import AnnotatorOptions, make_annotator

@@ -287,20 +287,42 @@ def chosen(options: Options, name: str) -> float:
 
 
 def final(options: Options, name: str) -> list[dict[str, Any]]:
-    """Runs of a method with its chosen strength, one for each seed, and what they say."""
-    bench, strength = Bench(options, name), chosen(options, name)
-    strengths, prompts = [strength] * len(options.seeds), options.validation // 2
+    """Runs of a method with its chosen strength, for the seeds that have none, and what they say.
+
+    Further seeds of runs that are kept have as many updates as those.
+    """
+    strength, kept = chosen(options, name), finished(options, name)
+    seeds = [seed for seed in options.seeds if seed not in {row["seed"] for row in kept}]
+    if not seeds:
+        return kept
+    bench = Bench(options, name)
     state, rows = trained(
         bench,
-        strengths,
-        options.seeds,
-        options.updates,
-        prompts,
+        [strength] * len(seeds),
+        seeds,
+        kept[0]["updates"] if kept else options.updates,
+        options.validation // 2,
         evaluations=options.evaluations,
         rewards=True,
     )
-    forget(options, name)
-    write_responses(options, bench, state, name)
+    if not kept:
+        forget(options, name)
+    write_responses(options, bench, state, name, seeds, kept)
+    return kept + rows
+
+
+def finished(options: Options, name: str) -> list[dict[str, Any]]:
+    """The rows of a method's final runs that were made with these options, all at its strength.
+
+    Args:
+      options: of the study.
+      name: of the method, or "reference".
+    """
+    cell = "reference:" if name == "reference" else f"final:{name}"
+    rows = read(path_of(options, cell)) if is_done(options, cell) else []
+    tried = [] if name == "reference" else swept(options, name)
+    if tried and any(row["strength"] != strongest(tried, name) for row in rows):
+        return []
     return rows
 
 
@@ -315,15 +337,24 @@ def forget(options: Options, name: str) -> None:
 
 
 def respond(options: Options) -> list[dict[str, Any]]:
-    """What the reference says to the test prompts, with three seeds."""
+    """What the reference says to the test prompts, for the seeds that have no responses."""
+    kept = finished(options, "reference")
+    seeds = [seed for seed in options.seeds if seed not in {row["seed"] for row in kept}]
     bench = Bench(options, "online_dpo")
-    write_responses(options, bench, bench.runs.begin(options.seeds), "reference")
-    return [{"algorithm": "reference", "seed": seed} for seed in options.seeds]
+    write_responses(options, bench, bench.runs.begin(seeds), "reference", seeds, kept)
+    return kept + [{"algorithm": "reference", "seed": seed} for seed in seeds]
 
 
-def write_responses(options: Options, bench: Bench, state: Any, name: str) -> None:
-    """One response to each test prompt of each run."""
-    own = answers(bench, state, "test", options.test, options.seeds, 900_000)
+def write_responses(
+    options: Options,
+    bench: Bench,
+    state: Any,
+    name: str,
+    seeds: Sequence[int],
+    kept: Sequence[dict[str, Any]],
+) -> None:
+    """One response to each test prompt of each run, after those of the runs that are kept."""
+    own = answers(bench, state, "test", options.test, seeds, 900_000)
     rows = [
         {
             "policy": name,
@@ -334,10 +365,11 @@ def write_responses(options: Options, bench: Bench, state: Any, name: str) -> No
             "finished": bool(own.finished[run, at, 0]),
             "log_ratio": round(float(own.kl[run, at, 0]), 4),
         }
-        for run, seed in enumerate(options.seeds)
+        for run, seed in enumerate(seeds)
         for at in range(len(own.texts[run]))
     ]
-    write_json_lines(responses_of(options, name), rows)
+    path, old = responses_of(options, name), {row["seed"] for row in kept}
+    write_json_lines(path, [row for row in read(path) if row["seed"] in old] + rows)
 
 
 # ------------------------------------------------------------------------------ judging
@@ -349,7 +381,8 @@ Comparison = tuple[str, str, str, int]
 
 def unjudged(options: Options) -> list[Comparison]:
     """Comparisons without a row: of all policies by the judge, with the reference by the others."""
-    names = [x for x in (*options.methods, "reference") if responses_of(options, x).exists()]
+    names = (*options.methods, "reference")
+    said = {name: {row["seed"] for row in read(responses_of(options, name))} for name in names}
     rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
     known = {(row["annotator"], row["one"], row["other"], row["seed"]) for row in rows}
     wanted = [
@@ -359,6 +392,7 @@ def unjudged(options: Options) -> list[Comparison]:
         for other in names[at + 1 :]
         if annotator == "judge" or other == "reference"
         for seed in options.seeds
+        if seed in said[one] & said[other]
     ]
     exchanged = {(annotator, other, one, seed) for annotator, one, other, seed in known}
     return [x for x in wanted if x not in known | exchanged]

@@ -5,7 +5,6 @@ Time:     seconds
 Expect:   the sections "small ..." of this folder's README, small.png, small_reliability.png
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from experiments.ipo_md.small_options import REWARDED, read
 from experiments.page import half_width, put, table
 from jaxalign.evaluation.bradley_terry import cycles, ratings
 from jaxalign.evaluation.win_rates import length_controlled
@@ -30,7 +30,6 @@ LABELS = {
     "reference": "reference",
 }
 """Algorithm -> the name in the tables, the paper's where it has one."""
-REWARDED = ("regularised_policy_gradient", "grpo")
 SOURCES = {"ultrafeedback": "UltraFeedback", "polite": "polite", "people": "people"}
 """Source of held-out pairs -> its name in the tables."""
 READ = "read.jsonl"
@@ -59,13 +58,6 @@ def write(rows: Path, here: Path) -> str:
 # ------------------------------------------------------------------------------ rows
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def of_methods(rows: Path, kind: str) -> dict[str, list[Row]]:
     """The rows of all methods that have some, in the order of the table."""
     every = {name: read(rows / f"{kind}_{name}.jsonl") for name in LABELS}
@@ -80,7 +72,7 @@ def by_seed(rows: Sequence[Row], field: str) -> dict[int, list[Any]]:
     return found
 
 
-def won(preference: Sequence[float]) -> np.ndarray:
+def won(preference: Sequence[float] | np.ndarray) -> np.ndarray:
     """1 where the first is preferred, 0 where the second is, 1/2 at a tie.
 
     Annotators differ in how certain they are, so that their mean preferences cannot be compared.
@@ -168,11 +160,14 @@ def standings(rows: Path) -> str:
         views[own == "reward"] += " \\*"
         gap = with_interval(wins_of(own, name) - judge, "+.2f").replace("± +", "± ")
         strength = f"{run['parameter']} = {run['strength']:g}"
-        before = with_interval(judge), at_equal_length(name)
+        seeds = over["judge", name]
+        each = ", ".join(f"{np.mean(seeds[seed]):.2f}" for seed in sorted(seeds))
+        before = f"{with_interval(judge)} ({each})", at_equal_length(name)
         kl = f"{mean(name, 'log_ratio'):.1f}"
         cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
-        *("method", "strength", "wins over the reference: judge", "judge, at equal length"),
+        *("method", "strength", "wins over the reference: judge (by seed)"),
+        "judge, at equal length",
         *("preference model", "reward model", "own annotator minus judge"),
         *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
     ]

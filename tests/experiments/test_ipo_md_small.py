@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.ipo_md import small, small_data, small_read, small_runs, small_tables
@@ -30,7 +31,7 @@ def sweep_of(annotator, wins=(0.5, 0.7, 0.6), strengths=(0.01, 0.1, 1.0)):
 
 
 def test_cells_with_rows_of_the_same_sizes_are_not_done_again(tmp_path, monkeypatch):
-    options = options_in(tmp_path, methods=("online_dpo", "grpo"), step="judge")
+    options = options_in(tmp_path, methods=("online_dpo", "grpo"), step="judge", seeds=(0,))
     write_rows(options, "annotator:reward", [{}])
     write_rows(options, "sweep:grpo", sweep_of("reward"))
     ran, names = [], ("annotator", "one", "other", "seed")
@@ -80,7 +81,9 @@ def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch
     cell = "sweep:online_ipo"
     # three strengths of an earlier version, and final runs of the best of them
     write_rows(options, cell, sweep_of("preference", (0.7, 0.6, 0.5)))
-    write_rows(options, "final:online_ipo", [{"strength": 0.01}])
+    write_rows(
+        options, "final:online_ipo", [{"strength": 0.01, "seed": seed} for seed in options.seeds]
+    )
     assert small.is_missing(options, cell)
     assert not small.is_missing(options, "final:online_ipo")
     assert len(small_runs.sweep(options, "online_ipo")) == 5
@@ -94,6 +97,56 @@ def test_a_sweep_goes_on_while_the_best_strength_is_an_end(tmp_path, monkeypatch
     assert small_runs.untried(upward, "online_ipo") == [10.0]
     upward += sweep_of("preference", (0.8, 0.9), (10.0, 100.0))
     assert small_runs.untried(upward, "online_ipo") == []  # enough is enough
+
+
+def test_a_further_seed_is_run_beside_those_that_are_kept(tmp_path, monkeypatch):
+    options = options_in(tmp_path, methods=("online_dpo",), seeds=(0, 1), updates=8)
+    names, asked = ("online_dpo", "reference"), []
+
+    def trained(bench, strengths, seeds, updates, *sizes, **others):
+        asked.append((strengths, list(seeds), updates))
+        rows = [{"strength": 0.1, "seed": seed, "updates": updates} for seed in seeds]
+        return None, rows
+
+    def answers(bench, state, part, number, seeds, draw):
+        one = np.ones([len(seeds), 1, 1])
+        texts = [[f"of seed {seed}"] for seed in seeds]
+        return small_runs.Answers(texts=texts, kl=one, length=one, finished=one)
+
+    bench = SimpleNamespace(own="preference", runs=SimpleNamespace(begin=lambda seeds: None))
+    monkeypatch.setattr(small_runs, "Bench", lambda *_: bench)
+    monkeypatch.setattr(small_runs, "trained", trained)
+    monkeypatch.setattr(small_runs, "answers", answers)
+    monkeypatch.setattr(small, "enable_compilation_cache", lambda: None)
+    write_rows(options, "sweep:online_dpo", sweep_of("preference"))
+    for cell in ("reference:", "final:online_dpo"):
+        small.run_cell(replace(options, cell=cell))
+    known = [
+        {"annotator": name, "one": "online_dpo", "other": "reference", "seed": seed}
+        for name in ("reward", "preference", "judge")
+        for seed in (0, 1)
+    ]
+    write_rows(options, "judge:", known)
+    assert not any(small.is_missing(options, x) for x in ("reference:", "final:online_dpo"))
+
+    later = replace(options, seeds=(0, 1, 2), updates=16)
+    assert not small_runs.unjudged(later)  # nobody has said anything with that seed yet
+    for cell in ("reference:", "final:online_dpo"):
+        assert small.is_missing(later, cell)
+        small.run_cell(replace(later, cell=cell))
+        assert not small.is_missing(later, cell)
+    assert asked == [([0.1, 0.1], [0, 1], 8), ([0.1], [2], 8)]  # as many updates as the others
+    assert [row["seed"] for row in read(path_of(later, "final:online_dpo"))] == [0, 1, 2]
+    for name in names:
+        own = small_tables.by_seed(read(small_runs.responses_of(later, name)), "response")
+        assert own == {seed: [f"of seed {seed}"] for seed in (0, 1, 2)}
+    assert len(read(path_of(later, "judge:"))) == 6  # the verdicts on kept runs stay
+    assert [seed for *_, seed in small_runs.unjudged(later)] == [2, 2, 2]
+    # with another strength all of them are run again
+    write_rows(later, "sweep:online_dpo", sweep_of("preference", (0.5, 0.6, 0.7)))
+    small.run_cell(replace(later, cell="final:online_dpo"))
+    assert asked[-1] == ([1.0, 1.0, 1.0], [0, 1, 2], 16)
+    assert not read(path_of(later, "judge:"))
 
 
 def test_verdicts_on_what_a_policy_said_before_go(tmp_path, monkeypatch):
@@ -116,8 +169,8 @@ def test_verdicts_on_what_a_policy_said_before_go(tmp_path, monkeypatch):
 
 def test_the_judge_reads_what_it_has_not_read(tmp_path):
     options = options_in(tmp_path, methods=("online_dpo", "grpo"), seeds=(0,))
-    write_rows(options, "responses_online_dpo", [{}])
-    write_rows(options, "responses_reference", [{}])
+    write_rows(options, "responses_online_dpo", [{"seed": 0}])
+    write_rows(options, "responses_reference", [{"seed": 0}])
     first = small_runs.unjudged(options)
     assert first == [
         (name, "online_dpo", "reference", 0) for name in ("reward", "preference", "judge")
@@ -125,7 +178,7 @@ def test_the_judge_reads_what_it_has_not_read(tmp_path):
     names = ("annotator", "one", "other", "seed")
     write_rows(options, "judge:", [dict(zip(names, x, strict=True)) for x in first])
     assert not small.is_missing(options, "judge:")
-    write_rows(options, "responses_grpo", [{}])
+    write_rows(options, "responses_grpo", [{"seed": 0}])
     assert small.is_missing(options, "judge:")
     later = replace(options, methods=("grpo", "online_dpo"))  # the same pairs the other way round
     assert len(small_runs.unjudged(later)) == 4
@@ -201,9 +254,7 @@ def test_a_judge_that_reads_is_shown_beside_the_others_and_reads_only_what_is_ne
         )
     ]
     said = {
-        name: small_tables.by_seed(
-            small_tables.read(tmp_path / f"responses_{name}.jsonl"), "response"
-        )
+        name: small_tables.by_seed(read(tmp_path / f"responses_{name}.jsonl"), "response")
         for name in ("reference", "online_dpo", "grpo")
     }
     text = small_tables.reader([row], others, said)
