@@ -3,7 +3,7 @@
 Command:  python -m experiments.data_collection.small --model FOLDER --reward REWARD_FOLDER
 Needs:    a chat model of 135M parameters (FOLDER), the reward model of experiments/judging/small
 Time:     about three quarters of an hour on one CPU core
-Expect:   a file under rows/ for every part; the section "A real chat model" of this folder's README
+Expect:   a file under rows/ for every part; small.png, the sections "small ..." of the README
 
 Prompts and people's labels are PandaLM's: of some prompts the model collects pairs (or people's are
 taken), and the others are held out. DPO trains adapters, in the same way on all. A part whose row
@@ -305,10 +305,8 @@ def learnt_table(rows: Rows, names: Sequence[str]) -> str:
     for name in names:
         if f"dpo_{slug(name)}" not in rows:
             continue
-        row = rows[f"dpo_{slug(name)}"]
-        change = np.array(row["log_probs"]) - np.array(base["log_probs"])
-        gap = change[:, 0] - change[:, 1]
-        right = np.where(gap == 0, 0.5, gap > 0)
+        row, change = rows[f"dpo_{slug(name)}"], changes(rows, name)
+        gap, right = margins(change)
         cells = [with_interval(right, held_out, "{:.3f}")]
         cells += [f"{right[mask].mean():.2f}" for mask in (longer > 0, longer < 0)]
         cells += [with_interval(gap, held_out, "{:+.2f}"), f"{change[:, 0].mean():+.1f}"]
@@ -318,6 +316,54 @@ def learnt_table(rows: Rows, names: Sequence[str]) -> str:
     header += ["Δ margin (nats)", "Δ chosen (nats)"]
     header += ["mean reward", "reward above the base's", "words", "ended", "distinct word pairs"]
     return table(header, lines)
+
+
+def changes(rows: Rows, name: str) -> np.ndarray:
+    """Of the log-probs of held-out pairs in nats, [pairs, 2]: chosen, rejected."""
+    after, before = (np.array(rows[x]["log_probs"]) for x in (f"dpo_{slug(name)}", "base"))
+    return after - before
+
+
+def margins(change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Changes of the margins of pairs, and which of them grew: 1, 1/2 or 0."""
+    gap = change[:, 0] - change[:, 1]
+    return gap, np.where(gap == 0, 0.5, gap > 0)
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Held-out accuracy, by which response people preferred, and the change of the margin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in (PEOPLE, *METHODS) if f"dpo_{slug(name)}" in rows]
+    held_out = rows["data"]["pair_prompts"]
+    longer = np.array(rows["data"]["pair_words"]) @ [1, -1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained", sharey=True)
+    for at, name in enumerate(names):
+        gap, right = margins(changes(rows, name))
+        for axis, values in zip(axes, (right, gap), strict=True):
+            axis.plot(bootstrap_mean(values, held_out), [at, at], color="C0")
+            axis.plot(values.mean(), at, "o", color="C0", label=None if at else "all pairs")
+        for mask, marker, label in (
+            (longer > 0, ">", "people preferred the longer"),
+            (longer < 0, "<", "people preferred the shorter"),
+        ):
+            look = {"color": "grey", "markersize": 5, "label": None if at else label}
+            axes[0].plot(right[mask].mean(), at, marker, **look)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].axvline(0.5, color="black", linewidth=0.8)
+    axes[1].axvline(0, color="black", linewidth=0.8)
+    axes[0].set(xlabel="accuracy on people's held-out labels", xlim=(0, 1))
+    axes[1].set(xlabel="change of the margin of held-out pairs (nats)")
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].margins(y=0.15)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def with_interval(values: np.ndarray, groups: Sequence[object] | None, form: str) -> str:
@@ -358,18 +404,20 @@ def one_line(text: str, most: int = 220) -> str:
     return flat if len(flat) <= most else f"{flat[:most].rsplit(' ', 1)[0]} …"
 
 
-def section(rows: Rows) -> str:
-    """The tables of the rows that are there."""
+def sections(rows: Rows) -> dict[str, str]:
+    """Name of a section of the README -> the tables of the rows that are there."""
     names = [name for name in (PEOPLE, *METHODS) if f"pairs_{slug(name)}" in rows]
     if not names:
-        return ""
-    parts = [pairs_table(rows, names)]
-    parts += [learnt_table(rows, names)] if "base" in rows else []
-    return "\n".join([*parts, examples(rows, names)])
+        return {}
+    learnt = []
+    if "base" in rows:
+        learnt = [learnt_table(rows, names), "![what people's held-out labels say](small.png)\n"]
+    tables = "\n".join([*learnt, pairs_table(rows, names)])
+    return {"small": tables, "small pairs": examples(rows, names)}
 
 
 def main(options: Options) -> None:
-    """Do what is missing, and write the section of the README."""
+    """Do what is missing, and write the sections of the README."""
     rows = Rows(folder=options.rows)
     if unknown := set(options.methods) - {PEOPLE, *METHODS}:
         known = ", ".join((PEOPLE, *METHODS))
@@ -396,10 +444,11 @@ def main(options: Options) -> None:
             rows.write("base", measured(options, data, options.model))
         for name in options.methods:
             trained(name, options, data, rows)
-    text = section(rows)
-    print(text)
-    if text:
-        put(FOLDER, "small", text)
+    for name, text in sections(rows).items():
+        print(text)
+        put(FOLDER, name, text)
+    if "base" in rows:
+        plot(rows, FOLDER / "small.png")
 
 
 if __name__ == "__main__":

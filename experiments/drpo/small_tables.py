@@ -211,22 +211,21 @@ def plot(rows: Rows, models: Sequence[str], here: Path = FOLDER) -> None:
 
 
 def write_page(rows: Rows, here: Path = FOLDER) -> str:
-    """Write the README's section; returns it.
+    """Write the README's sections; returns them.
 
     Args:
       rows: of the study.
       here: folder of the README.
     """
-    parts, models = [], [name for name in MODELS if f"{name}_answers_none" in rows]
-    for model in models:
+    scores, searches = [], []
+    for model, label in MODELS.items():
+        if f"{model}_answers_none" not in rows:
+            continue
         number = len(rows[f"{model}_answers_none"]["answers"])
-        parts += [
-            f"{MODELS[model]}, {number} held-out prompts:\n",
-            answers_table(rows, model),
-            searches_table(rows, model),
-            prompts_text(rows, model),
-            written_text(rows, model),
-        ]
-    text = "\n".join(filter(None, parts))
-    put(here, "small", text)
-    return text
+        scores += [f"{label}, {number} held-out prompts:\n", answers_table(rows, model)]
+        parts = searches_table(rows, model), prompts_text(rows, model), written_text(rows, model)
+        searches += [f"{label}:\n", *filter(None, parts)]
+    sections = {"small": "\n".join(scores), "small searches": "\n".join(searches)}
+    for name, text in sections.items():
+        put(here, name, text)
+    return "\n".join(sections.values())

@@ -509,11 +509,8 @@ def main() -> None:
     shown = rows[SHOWN]
     draw(explaining(shown), FOLDER / "small.png", size=(3.6, 3.4))
     plot_losses(rows)
-    parts = [
-        findings.page(rows, given.accuracy),
-        "![DPO, step by step](small.png)\n",
-        ledger(shown),
-    ]
+    found = f"{findings.page(rows, given.accuracy)}\n![DPO, step by step](small.png)"
+    parts = [ledger(shown)]
     if any(f"{SHOWN}_{seed}" in rows for seed in SEEDS):
         parts.append(orders(rows))
     for rule, source in (("adamw", "polite"), ("sgd", "polite"), ("adamw", "ultrafeedback")):
@@ -526,7 +523,8 @@ def main() -> None:
         )
     parts += ["![losses](small_losses.png)\n", mitigations(rows, given.accuracy)]
     text = "\n".join(parts)
-    print(text)
+    print(f"{found}\n\n{text}")
+    put(FOLDER, "small findings", found)
     put(FOLDER, "small", text)
 
 

@@ -43,7 +43,7 @@ def write(rows: Path, here: Path) -> str:
     """Write the README's sections and the figures of a folder, of those rows that are there."""
     sections = {}
     if read(rows / "judge.jsonl"):
-        sections["small all against all"] = standings(rows)
+        sections |= standings(rows)
         draw(rows, here / "small.png")
     if all(read(rows / f"annotator_{name}.jsonl") for name in ANNOTATORS):
         sections["small annotators"] = annotators(rows)
@@ -117,8 +117,8 @@ def with_interval(values: Sequence[float] | np.ndarray, form: str = ".2f") -> st
 # ------------------------------------------------------------------------------ tables
 
 
-def standings(rows: Path) -> str:
-    """All methods by the judge's rating, what each cost, and the matrix of all pairs."""
+def standings(rows: Path) -> dict[str, str]:
+    """All methods by the judge's rating and what each cost; the matrix of all pairs, and judges."""
     verdicts, runs = read(rows / "judge.jsonl"), of_methods(rows, "final")
     names, games = games_of(verdicts)
     scale = ratings(np.nanmean(games, axis=3))
@@ -152,7 +152,9 @@ def standings(rows: Path) -> str:
         tokens, ended = f"{mean(name, 'tokens'):.1f}", f"{mean(name, 'finished'):.2f}"
         elo = f"{scale.elo[at]:.0f} ({scale.low[at]:.0f} to {scale.high[at]:.0f})"
         if name == "reference":
-            cells.append([LABELS[name], "–", *["0.50"] * 4, "–", "0", tokens, ended, elo])
+            cells.append(
+                [LABELS[name], "–", "0.50", "–", *["0.50"] * 3, "–", "0", tokens, ended, elo]
+            )
             continue
         run, judge = runs[name][0], wins_of("judge", name)
         views = [with_interval(wins_of(annotator, name)) for annotator in ("preference", "reward")]
@@ -162,11 +164,11 @@ def standings(rows: Path) -> str:
         strength = f"{run['parameter']} = {run['strength']:g}"
         seeds = over["judge", name]
         each = ", ".join(f"{np.mean(seeds[seed]):.2f}" for seed in sorted(seeds))
-        before = f"{with_interval(judge)} ({each})", at_equal_length(name)
+        before = with_interval(judge), each, at_equal_length(name)
         kl = f"{mean(name, 'log_ratio'):.1f}"
         cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
-        *("method", "strength", "wins over the reference: judge (by seed)"),
+        *("method", "strength", "wins over the reference: judge", "judge, each seed"),
         "judge, at equal length",
         *("preference model", "reward model", "own annotator minus judge"),
         *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
@@ -192,20 +194,19 @@ def standings(rows: Path) -> str:
         "95 % interval over prompts, seeds averaged: it has no part of the variation between "
         "training seeds. KL is in nats a response. Final runs of "
         f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
-        "from. In the matrix, the row's wins over the column before the judge. The judge's "
-        f"majority is a cycle on {100 * found.rate:.1f} % of {found.triples:,} triples of "
-        "policies on a prompt."
+        "from."
     )
-    return "\n".join(
-        [
-            table(header, cells),
-            table(["", *(LABELS[name] for name in ranked)], matrix),
-            f"{note}\n",
-            "![preferences over divergence; reward, divergence, length over updates](small.png)\n",
-            agreement(verdicts, said),
-            reader(read(rows / READ), verdicts, said),
-        ]
+    cyclic = (
+        "The row's wins over the column before the judge. Its majority is a cycle on "
+        f"{100 * found.rate:.1f} % of {found.triples:,} triples of policies on a prompt."
     )
+    figure = "![preferences over divergence; reward, divergence, length over updates](small.png)"
+    judges = agreement(verdicts, said), reader(read(rows / READ), verdicts, said)
+    against = table(["", *(LABELS[name] for name in ranked)], matrix)
+    return {
+        "small methods": f"{table(header, cells)}\n{note}\n\n{figure}",
+        "small all against all": "\n".join([f"{against}\n{cyclic}\n", *judges]),
+    }
 
 
 def reader(

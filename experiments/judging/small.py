@@ -29,7 +29,7 @@ from experiments.judging.small_tables import (
     chosen_question,
     plot,
     question_row,
-    section,
+    sections,
 )
 from experiments.page import put
 from experiments.rows import Rows, models_of, same_options
@@ -320,18 +320,17 @@ def ask_reward_model(options: Options, rows: Rows, sets: Mapping[str, Comparison
 
 
 def main(options: Options) -> None:
-    """Ask the judges whose rows are missing, and write the section of the README."""
+    """Ask the judges whose rows are missing, and write the sections of the README."""
     rows = Rows(folder=options.rows)
     if unknown := set(options.judges) - set(LABELS):
         raise UserError(f"judges: {', '.join(sorted(unknown))}: not one of {', '.join(LABELS)}")
     if options.model is not None or options.judge is not None:
         ask_missing(options, rows)
-    text = section(rows)
-    print(text)
-    if text:
-        number = rows["comparisons"]["number"]
-        plot(rows, [name for name in LABELS if name in rows], number, FOLDER / "small.png")
-        put(FOLDER, "small", text)
+    for name, text in sections(rows).items():
+        print(text)
+        put(FOLDER, name, text)
+    if names := [name for name in LABELS if name in rows]:
+        plot(rows, names, rows["comparisons"]["number"], FOLDER / "small.png")
 
 
 def ask_missing(options: Options, rows: Rows) -> None:

@@ -249,18 +249,19 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return min(low, found.rate), found.rate, max(high, found.rate)
 
 
-def section(rows: Rows) -> str:
-    """The tables of the rows that are there."""
+def sections(rows: Rows) -> dict[str, str]:
+    """Name of a section of the README -> the tables of the rows that are there."""
     names = [name for name in LABELS if name in rows]
     if not names:
-        return ""
+        return {}
     number = rows["comparisons"]["number"]
-    parts = [main_table(rows, names, number), parts_table(rows, names, number)]
+    table = f"{main_table(rows, names, number)}\n![agreement and length](small.png)"
+    parts = [parts_table(rows, names, number)]
     larger = [name for name in names if len(together(rows, name)[1]["request"]) > 2 * number]
     if larger:
         parts.append(
             "The same with further comparisons, for the judges that cost little:\n\n"
             + main_table(rows, larger, None)
         )
-    parts += ["![agreement and length](small.png)\n", questions_table(rows), cost_line(rows)]
-    return "\n".join(parts)
+    parts += [questions_table(rows), cost_line(rows)]
+    return {"small": table, "small parts": "\n".join(parts)}

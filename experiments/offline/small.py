@@ -466,12 +466,12 @@ def main() -> None:
     flags.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     rows = Rows(folder=flags.parse_args().rows)
     parts = [f"Held-out {SOURCES[x]}:\n\n{comparison(rows, x)}" for x in SOURCES]
-    parts += ["![before and after](small.png)\n", sweep(rows), answers(rows), readers(rows)]
-    parts += [excerpts(rows)]
-    text = "\n".join(parts)
-    print(text)
+    held_out = "\n".join([*parts, "![before and after](small.png)"])
+    text = "\n".join([sweep(rows), answers(rows), readers(rows), excerpts(rows)])
+    print(f"{held_out}\n\n{text}")
     plot(rows)
-    put(FOLDER, "small", text)
+    put(FOLDER, "small", held_out)
+    put(FOLDER, "small answers", text)
 
 
 if __name__ == "__main__":

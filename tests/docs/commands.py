@@ -331,12 +331,6 @@ STUDIES = {
             },
             products=("experiments/gradient_entanglement/losses.png",),
         ),
-        "gradient_entanglement.ledger": Study(
-            products=(
-                "experiments/gradient_entanglement/ledger_batch.png",
-                "experiments/gradient_entanglement/ledger_held_out.png",
-            ),
-        ),
         "gradient_entanglement.cures": Study(
             constants={"gradient_entanglement.cures:CURES": 2},
             products=("experiments/gradient_entanglement/cures.png",),

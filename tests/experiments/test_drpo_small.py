@@ -79,7 +79,9 @@ def test_all_cells_and_the_page_and_nothing_is_run_twice(study, tmp_path):
         assert row["counts"]["rewarded"] + row["counts"]["optimizer"] <= small.BUDGET
         assert row["prompt"].count("Well.") >= 1
         assert (tmp_path / "found" / f"smollm2_{name}.html").exists()
-    (tmp_path / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
+    (tmp_path / "README.md").write_text(
+        "".join(f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("small", "small searches"))
+    )
     text = small_tables.write_page(study.rows, tmp_path)
     lines = [[x.strip() for x in line.split("|")] for line in text.splitlines()]
     [none] = [line for line in lines if line[1:2] == ["no prompt"]]

@@ -51,7 +51,7 @@ def test_missing_verdicts_are_counted_and_survive_the_file(tmp_path):
     assert small_tables.main_table(rows, ["lm"], None).rstrip().endswith("| 2 |")
     assert "CaseStudy | 1 | –" in small_tables.parts_table(rows, ["lm"], None)
     small_tables.plot(rows, ["lm"], None, tmp_path / "small.png")
-    assert "small.png" in small_tables.section(rows)
+    assert "small.png" in small_tables.sections(rows)["small"]
 
 
 def test_the_question_is_chosen_by_agreement_and_an_unreadable_one_counts_a_half(tmp_path):
@@ -124,7 +124,7 @@ def test_tables_of_collected_data_come_from_rows(tmp_path):
     rows.write("base", base)
     after = answers | {"log_probs": [[-4.0, -7.0], [-5.0, -6.0]], "rewards": [1.0, 1.0]}
     rows.write("dpo_society", after | {"pairs": 2})
-    text = collected.section(rows)
+    text = "\n".join(collected.sections(rows).values())
     assert (
         "| society | 2 | 5.0 | 4.0 | 0.75 | 0.50 | 3 duplicate; 1 critique: empty | 1.0 |" in text
     )

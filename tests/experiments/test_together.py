@@ -201,7 +201,7 @@ def test_tables_from_rows_alone(tmp_path):
         for seed in range(2)
         if annotator == "judge" or other == "reference"
     ]
-    sections = ("small all against all", "small annotators", "small sweep")
+    sections = ("small methods", "small all against all", "small annotators", "small sweep")
     page = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in sections)
     (tmp_path / "README.md").write_text(page)
     assert "own annotator" in small_tables.write(rows, tmp_path)  # the sweep's rows alone
