@@ -11,11 +11,12 @@ from jaxalign.config import AtLeastOne, Count, Range
 from jaxalign.data import load_tokenizer
 from jaxalign.data.card import Reading, data_cards
 from jaxalign.data.mixtures import weighted_sources
+from jaxalign.data.written import input_files
 from jaxalign.errors import UserError
 from jaxalign.files import check_output
 from jaxalign.flags import BadRecords, Chat, parse
 from jaxalign.reporting import print_table
-from jaxalign.reporting.data_card import card_rows, print_examples, write_card
+from jaxalign.reporting.data_card import WRITTEN, card_rows, print_examples, write_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Options, "data", arguments)
     if not options.sources:
         raise UserError("the following arguments are required: SOURCE; see jaxalign data --help")
-    if options.output is not None:
-        check_output(options.output, "--output", folder=True)
     sources = weighted_sources(options.sources, "SOURCE")
+    if options.output is not None:
+        read = input_files(*options.sources)
+        check_output(options.output, "--output", folder=True, files=WRITTEN, inputs=read)
     reading = Reading(
         tokenizer=load_tokenizer(options.tokenizer),
         max_length=options.max_length,

@@ -13,6 +13,8 @@ from jaxalign.backends.local import LocalModel
 from jaxalign.commands.pairs import PairOptions
 from jaxalign.config import AtLeastOne, Fraction
 from jaxalign.data import PromptRecord, PromptResponseRecord, TokenizedRows, tokenize_responses
+from jaxalign.data.reading import ReadReport, accepted, nothing_usable
+from jaxalign.data.record_text import text_of
 from jaxalign.data.records import transcript
 from jaxalign.data.written import input_files, prompt_fields
 from jaxalign.entanglement.pairs import load_pairs
@@ -110,12 +112,25 @@ def _by_similarity(options: Options, by: str) -> int:
 def _by_trait(options: Options, persona: Path, by: str) -> int:
     source, output = options.source, options.output
     vector = read_steering(persona)
-    records = training_records(source.data, bad_records=source.bad_records)[: options.limit]
+    counted = ReadReport()
+    records = training_records(source.data, bad_records=source.bad_records, report=counted)
+    records = records[: options.limit]
     if by == "persona_pair" and any(record.rejected is None for record in records):
         raise UserError("--by: persona_pair is of pairs, and some records have one response")
     names = ("tokenizer", "batch_size", "prompt_format", "chat")
     model = LocalModel.load(source.model, **{name: getattr(source, name) for name in names})
     vector.by_layer(model.model.config)  # checks layer and width
+    in_text = text_of(model.tokenizer, source.prompt_format, None, source.chat)
+
+    def texts(record: TrainingRecord) -> None:
+        responses = [text for text in (record.response, record.rejected) if text is not None]
+        in_text(record.prompt, responses, f"{record.source}:{record.line}")
+
+    records = accepted(records, texts, source.bad_records, counted)
+    if counted.skipped:
+        print(f"{source.data}: {counted.summary()}")
+    if not records:
+        raise nothing_usable(source.data, counted)
     own = _own_responses(output.with_name(f"{output.name}.own.jsonl"), model, records, options)
 
     def tokenize(responses: Sequence[PromptResponseRecord]) -> TokenizedRows:

@@ -8,9 +8,11 @@ from typing import Literal
 
 from jaxalign.backends import Decoding
 from jaxalign.backends.interface import Draft, WeightFormat
+from jaxalign.backends.local import LocalModel
 from jaxalign.commands.model_flags import ModelFlags, SamplingFlags
 from jaxalign.config import AtLeastOne, Count, Positive, Share
-from jaxalign.data import prompt_records
+from jaxalign.data import PromptRecord, ReadReport, prompt_records
+from jaxalign.data.reading import accepted, nothing_usable
 from jaxalign.errors import UserError
 from jaxalign.evaluation.responses import make_responder, respond
 from jaxalign.files import check_output, locked
@@ -88,12 +90,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _generate(options: Options, decoding: Decoding) -> None:
-    usable = prompt_records(options.prompts, bad_records=options.bad_records)
+    report = ReadReport()
+    usable = prompt_records(options.prompts, bad_records=options.bad_records, report=report)
     records = list(itertools.islice(usable, options.limit))
     names = ("tokenizer", "prompt_format", "dtype", "draft", "weights", "steer")
     loading = {name: getattr(options, name) for name in names}
     running = options.running.backend_options(**loading)
     model = make_responder(options.model, running, options.output)
+    if isinstance(model, LocalModel):  # an endpoint has the template of its own
+
+        def text(record: PromptRecord) -> str:
+            return model.text(record.prompt, f"{record.source}:{record.line}")
+
+        records = accepted(records, text, options.bad_records, report)
+    if report.skipped:
+        print(f"{options.prompts}: {report.summary()}")
+    if not records:
+        raise nothing_usable(options.prompts, report)
     prompts, artefact = None, None
     if options.prompt_artefact is not None:
         artefact = read_artefact(options.prompt_artefact)

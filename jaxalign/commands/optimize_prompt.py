@@ -10,6 +10,7 @@ from jaxalign.commands.report import print_table
 from jaxalign.config import NonNegative
 from jaxalign.data import prompt_records
 from jaxalign.data.records import transcript
+from jaxalign.data.written import input_files
 from jaxalign.errors import UserError
 from jaxalign.evaluation.outputs import read_outputs
 from jaxalign.files import check_output, locked
@@ -17,6 +18,7 @@ from jaxalign.flags import BadRecords, parse
 from jaxalign.models.devices import enable_compilation_cache
 from jaxalign.prompting import Example, OptimizedPrompt, PromptSearch, optimize_prompt
 from jaxalign.prompting.cost import estimate
+from jaxalign.prompting.drpo import WRITTEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         _print_cost(search, len(seeds), options.prices)
     if options.estimate:
         return 0
-    check_output(options.output, "--output", folder=True)
+    read = input_files(options.seeds, options.queries)
+    check_output(options.output, "--output", folder=True, files=WRITTEN, inputs=read)
     enable_compilation_cache()
     with locked(options.output, "--output", folder=True):
         result = optimize_prompt(

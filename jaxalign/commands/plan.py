@@ -35,7 +35,7 @@ class Options:
     """TPU generation (v5e, v5p, v6e) and number of chips along each axis, v5p:4x4x4; 2xv5p:4x4x4 is
     two such slices; cpu:8 for a trial."""
     scale: str = "paper"
-    """Scale of the experiment: tiny or paper."""
+    """Scale of the experiment: tiny, small or paper."""
     stage: str | None = None
     """Stage to plan; by default all that the config runs."""
     response: AtLeastOne | None = None

@@ -8,17 +8,19 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
-from jaxalign.errors import UserError
+from jaxalign.errors import RecordError, UserError
 
 T = TypeVar("T")
 
 BadRecords = Literal["error", "skip"]
+REFUSED = "refused by the chat template"
+"""Kind of fault of a record of which no text can be made."""
 
 FILES = (".jsonl", ".json", ".parquet", ".txt", ".md")
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -97,6 +99,31 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
         raise UserError(f"bad_records: {policy!r} is neither 'error' nor 'skip'")
     report.skipped[fault.kind] = report.skipped.get(fault.kind, 0) + 1
     report.first.setdefault(fault.kind, message)
+
+
+def accepted(
+    records: Iterable[T], read: Callable[[T], Any], policy: BadRecords, report: ReadReport
+) -> list[T]:
+    """The records that can be read as text; with "skip", those that a template refuses are counted.
+
+    Args:
+      records: all of them.
+      read: makes the text of a record; raises `RecordError` where it cannot.
+      policy: "error": all records stay, and whoever reads them raises the error.
+      report: where those that are skipped are counted.
+    """
+    if policy != "skip":
+        return list(records)
+    kept = []
+    for record in records:
+        try:
+            read(record)
+        except RecordError as error:
+            report.skipped[REFUSED] = report.skipped.get(REFUSED, 0) + 1
+            report.first.setdefault(REFUSED, str(error))
+        else:
+            kept.append(record)
+    return kept
 
 
 def nothing_usable(source: str, report: ReadReport) -> UserError:

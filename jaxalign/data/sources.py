@@ -39,7 +39,7 @@ from jaxalign.data.records import (
     TextRecord,
     UnpairedRecord,
 )
-from jaxalign.errors import UserError
+from jaxalign.errors import UserError, notice
 
 R = TypeVar("R")
 P = TypeVar("P", PreferenceRecord, PromptRecord, PromptResponseRecord, UnpairedRecord, TextRecord)
@@ -221,25 +221,30 @@ def read_records(
       source: as for `preference_records`.
       make: the records of a row; raises a `BadRecordError`.
       bad_records: "error" or "skip".
-      report: filled while reading.
+      report: filled while reading; None: what was skipped is told in the end.
       columns: fields that `make` reads; None: all.
 
     Raises:
       UserError: names the file and line of the first bad record, or a source without records.
     """
-    report = ReadReport() if report is None else report
-    for row in read_rows(source, columns):
-        report.read += 1
-        try:
-            if row.fault is not None:
-                raise row.fault
-            made = make(row)
-        except BadRecordError as fault:
-            refuse(row, fault, bad_records, report)
-            continue
-        yield from made
-    if not report.kept:
-        raise nothing_usable(source, report)
+    own = ReadReport()
+    counted = own if report is None else report
+    try:
+        for row in read_rows(source, columns):
+            counted.read += 1
+            try:
+                if row.fault is not None:
+                    raise row.fault
+                made = make(row)
+            except BadRecordError as fault:
+                refuse(row, fault, bad_records, counted)
+                continue
+            yield from made
+    finally:  # also where the caller reads only the first ones
+        if own.skipped and own.kept:
+            notice(f"{source}: {own.summary()}")
+    if not counted.kept:
+        raise nothing_usable(source, counted)
 
 
 def read_rows(source: str, columns: Collection[str] | None = None) -> Iterator[Row]:

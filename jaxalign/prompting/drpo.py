@@ -43,6 +43,8 @@ from jaxalign.prompting.system_prompts import PromptCandidates, SystemPromptWorl
 
 FULL_MARKS = 5.0
 """The best mean of scores from 1 to 5."""
+WRITTEN = "prompt.json", "examples.jsonl", "tree.jsonl", "answers.jsonl", "index.html"
+"""The files of a search in its output folder."""
 TOKENS_A_WORD = 4
 """Tokens of an answer for each word of the prompt in it, with analysis and thought before it."""
 
@@ -180,7 +182,7 @@ def optimize_prompt(
       search: models and sizes.
       seeds: in-context examples to improve.
       queries: queries; the first `search.validate` are kept for the choice of the final prompt.
-      folder: output folder: prompt.json, examples.jsonl, tree.jsonl, answers.jsonl, index.html.
+      folder: output folder of the files `WRITTEN`.
       options: options of the models; `completions` applies to `search.model` only.
       prices: prices of a million prompt tokens and of a million completion tokens.
 

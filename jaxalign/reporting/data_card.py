@@ -17,7 +17,7 @@ BARS = 40
 """Steps of a histogram."""
 WIDE = 8
 """Ratio of the longest to the median from which an axis is logarithmic."""
-CARD, IMAGE, PAGE = "card.json", "card.png", "index.html"
+WRITTEN = CARD, IMAGE, PAGE = "card.json", "card.png", "index.html"
 SHORT = 700
 """Characters of a part of an example in the terminal."""
 PALE = "#c8ccd2"

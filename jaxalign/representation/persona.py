@@ -9,7 +9,7 @@ from jaxtyping import Float64
 
 from jaxalign.data import PreferenceRecord, PromptResponseRecord, TokenizedResponses, TokenizedRows
 from jaxalign.data.forms import preference_of_row, response_of_row
-from jaxalign.data.reading import BadRecordError, BadRecords, Row
+from jaxalign.data.reading import BadRecordError, BadRecords, ReadReport, Row
 from jaxalign.data.records import Text
 from jaxalign.data.sources import read_records
 from jaxalign.models.steering import SteeringVector
@@ -59,12 +59,15 @@ class PersonaScores:
         return self.response - self.rejected
 
 
-def training_records(source: str, *, bad_records: BadRecords = "error") -> list[TrainingRecord]:
+def training_records(
+    source: str, *, bad_records: BadRecords = "error", report: ReadReport | None = None
+) -> list[TrainingRecord]:
     """Preference pairs, or prompts with responses to imitate, in order.
 
     Args:
       source: as for `preference_records` and `response_records`.
       bad_records: "error" or "skip".
+      report: filled while reading; None: what was skipped is told.
     """
 
     def make(row: Row) -> list[TrainingRecord]:
@@ -75,7 +78,7 @@ def training_records(source: str, *, bad_records: BadRecords = "error") -> list[
             return [_training_record(one.prompt, one.response, None, one)]
         return [_training_record(pair.prompt, pair.chosen, pair.rejected, pair)]
 
-    return list(read_records(source, make, bad_records))
+    return list(read_records(source, make, bad_records, report))
 
 
 def _training_record(

@@ -15,6 +15,7 @@ from jaxalign.data import (
     tokenize_responses,
 )
 from jaxalign.data.plain_prompts import Chat, plain_prompts
+from jaxalign.data.reading import REFUSED, BadRecords
 from jaxalign.data.record_index import IndexedRecords
 from jaxalign.data.records import Conversation, Message, Text, plain_text, tools_of, transcript
 from jaxalign.data.tokenizers import Tokenizer
@@ -61,6 +62,8 @@ class Tokenization:
     prompt_format: str = "{prompt}"
     chat: Chat = "auto"
     end_token: bool = True
+    bad_records: BadRecords = "error"
+    """Response to a record that the chat template refuses: an error, or it is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,38 +107,50 @@ def tokenize_stimuli(
     if line is not None and any(plain_text(record.prompt) is not None for record in records):
         notice_once(line)
         report.chat.append(line)
-    streams = [_stream(records, how, instruction) for instruction in instructions]
+    made = [_stream(records, how, instruction) for instruction in instructions]
+    streams, refusals = [rows for rows, _ in made], [one for _, found in made for one in found]
+    places = [{int(x): at for at, x in enumerate(rows.record_index)} for rows in streams]
     begins = [stream.begin for stream in streams]
-    kept = []
+    kept: list[list[int]] = []
     for number, record in enumerate(records):
-        rows = [stream[number] for stream in streams]
-        lengths = [int(stream.prompt_length[number]) for stream in streams]
+        if any(number not in place for place in places):
+            report.skip(REFUSED, refusals[0])
+            continue
+        own = [place[number] for place in places]
+        rows = [stream[at] for stream, at in zip(streams, own, strict=True)]
+        lengths = [int(stream.prompt_length[at]) for stream, at in zip(streams, own, strict=True)]
         responses = [row[length:] for row, length in zip(rows, lengths, strict=True)]
         longest = max(len(row) for row in rows)
         source = f"{record.source}:{record.line}"
         if not transcript(record.prompt).strip():
             report.skip("no query", source)
-        elif any(begin[number] != at for begin, at in zip(begins, lengths, strict=True)):
+        elif any(
+            begin[at] != length for begin, at, length in zip(begins, own, lengths, strict=True)
+        ):
             report.skip("turns of others in the response", source)
         elif longest > how.max_length:
             report.skip("stimulus too long", f"{source}: {longest} tokens")
         elif any(not np.array_equal(responses[0], other) for other in responses):
             report.skip("response tokenised differently", source)
         else:
-            kept.append(number)
+            kept.append(own)
     if not kept:
         raise UserError(
             f"max_length: {how.max_length}: no stimulus is left of {report.summary()}; raise it, "
             "or set --alignment.instructions short"
         )
-    selected = tuple(_rows(stream, kept) for stream in streams)
+    selected = tuple(
+        _rows(stream, members)
+        for stream, members in zip(streams, zip(*kept, strict=True), strict=True)
+    )
     report.tokens = sum(int(stream.length.sum()) for stream in selected)
     return Stimuli(streams=selected, report=report)
 
 
 def _stream(
     records: Sequence[PromptResponseRecord], how: Tokenization, instruction: str | None
-) -> TokenizedRows:
+) -> tuple[TokenizedRows, list[str]]:
+    """The rows under an instruction, and why the first record without one has none."""
     layout, chat = how.prompt_format, how.chat
     if instruction is not None:
         turns = plain_prompts(how.tokenizer, how.chat, prompt_format=layout).as_turns
@@ -145,15 +160,17 @@ def _stream(
             replace(one, prompt=instructed(one.prompt, instruction, strings_as_chat=turns))
             for one in records
         ]
-    rows, _ = tokenize_responses(
+    rows, report = tokenize_responses(
         records,
         how.tokenizer,
         max_length=WHOLE,
         prompt_format=layout,
         chat=chat,
         end_token=how.end_token,
+        bad_records=how.bad_records,
+        may_be_empty=True,
     )
-    return rows
+    return rows, report.refusals
 
 
 def _rows(rows: TokenizedRows, members: Sequence[int]) -> TokenizedRows:

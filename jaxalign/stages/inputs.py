@@ -15,6 +15,7 @@ import numpy as np
 from jaxalign.config import TrainConfig
 from jaxalign.data import (
     PairBatch,
+    ReadReport,
     TextBatch,
     TokenizedPairs,
     TokenizedRows,
@@ -78,7 +79,9 @@ def _tokenizer(config: TrainConfig, stored: Path) -> Any:
         texts = (
             record.text
             for source in config.pretrain.text
-            for record in text_records(source, bad_records=config.bad_records)
+            for record in text_records(
+                source, bad_records=config.bad_records, report=ReadReport()
+            )  # what is skipped is told where the texts are read to train on
         )
         tokenizer = train_bpe(texts, vocabulary=config.architecture.vocabulary)
     else:
@@ -338,6 +341,7 @@ def tokenization(config: TrainConfig, tokenizer: Tokenizer) -> Tokenization:
         prompt_format=config.prompt_format,
         chat=chat_of(config),
         end_token=config.end_token,
+        bad_records=config.bad_records,
     )
 
 
@@ -380,6 +384,7 @@ class PreferenceData:
         how = tokenization(self._config, self._tokenizer)
         tokens, report = tokenize(records, how, instructions_of(self._config))
         self._report[name] = dataclasses.asdict(report)
+        say(f"{name.replace('_', ' ')}: {report.summary()}")
         return tokens
 
     def preferences(

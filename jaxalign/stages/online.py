@@ -26,6 +26,7 @@ from jaxalign.data import (
 )
 from jaxalign.data.order import WINDOW
 from jaxalign.data.packing import Packing
+from jaxalign.data.reading import accepted
 from jaxalign.data.record_text import text_of
 from jaxalign.data.tokenized import check_whole_responses
 from jaxalign.data.tokenizers import Tokenizer, end_id
@@ -105,6 +106,7 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         )
     algorithm = algorithm_of(config)
     rewards = reward_functions(settings.reward) if settings.reward else None
+    in_text = text_of(tokenizer, config.prompt_format, None, chat_of(config))
 
     def read(source: str, name: str) -> list[Any]:
         counted = ReadReport()
@@ -112,6 +114,14 @@ def load(config: TrainConfig, inputs: Inputs) -> PromptData:
         of_prompts = functools.partial(prompt_records, keep_fields=rewards is not None)
         records_of: Any = response_records if has_responses else of_prompts
         records = list(records_of(source, bad_records=config.bad_records, report=counted))
+
+        def texts(record: Any) -> None:
+            if has_responses:
+                in_text(record.prompt, [record.response], source_of(record))
+            else:
+                in_text.prompt(record.prompt, source_of(record))
+
+        records = accepted(records, texts, config.bad_records, counted)
         report[name] = {"source": source} | dataclasses.asdict(counted)
         if counted.skipped:
             say(f"{source}: {counted.summary()}")

@@ -35,7 +35,7 @@ from jaxalign.stages import parts
 from jaxalign.stages.inputs import Inputs, instructions_of, tokenization
 from jaxalign.stages.kind import Kind, Outcome, RunContext
 from jaxalign.stages.packing import with_packing
-from jaxalign.stages.records import sources_of
+from jaxalign.stages.records import say, sources_of
 from jaxalign.stages.structs import record_of, struct
 from jaxalign.training.evaluation import (
     Evaluation,
@@ -172,6 +172,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
     def stimuli(records: Any, name: str) -> tuple[TokenizedRows, ...]:
         rows = tokenize_stimuli(records, tokenization(config, inputs.tokenizer), streams)
         report[name] = dataclasses.asdict(rows.report)
+        say(f"{name.replace('_', ' ')}: {rows.report.summary()}")
         return rows.streams
 
     train = responses_of(pairs.train, which, seed=config.seed)
@@ -181,6 +182,7 @@ def load(config: TrainConfig, inputs: Inputs) -> StimulusData:
         options: dict[str, Any] = inputs.options | {"encoder_decoder": False}
         plain, counted = tokenize_pairs(pairs.held_out, inputs.tokenizer, **options)
         report["held_out_plain_pairs"] = dataclasses.asdict(counted)
+        say(f"held out plain pairs: {counted.summary()}")
     return StimulusData(
         train=stimuli(train, "train_stimuli"),
         held_out=held_out,

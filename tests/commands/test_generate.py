@@ -1,12 +1,14 @@
 """`jaxalign generate`: files that resume to what they would have been."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from jaxalign.cli import main
+from tests.data.test_tokenize import CHATML, NO_SYSTEM
 
 pytestmark = pytest.mark.weights
 PROMPTS = [f"Once upon a time there was a {what}" for what in ("cat", "dog", "bird", "boy", "fish")]
@@ -39,6 +41,30 @@ def test_rows_that_judge_reads(command, tmp_path, capsys):
     files = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
     output = ["--output", f"{tmp_path}/judged", "--resamples", "20"]
     assert main(["judge", "--a", files[0], "--b", files[1], "--judge", judge, *output]) == 0
+
+
+def test_prompts_that_cannot_be_used_are_counted(command, shared, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(shared / "models" / "stories260K", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = NO_SYSTEM + CHATML
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    turns = [[{"role": role, "content": "Say it."}] for role in ("user", "system", "user")]
+    rows = [{"prompt": turns[0]}, {"promt": "x"}, {"prompt": turns[1]}, {"prompt": turns[2]}]
+    path = tmp_path / "turns.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("--model", model, "--bad-records", "skip", prompts=path) == 0
+    said = capsys.readouterr().out
+    assert f"{path}: 2 of 4 records; skipped 1 missing field (first: {path}:2: " in said
+    assert f"; 1 refused by the chat template (first: {path}:3: the chat template" in said
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in written] == ["1", "4"]
+    path.write_text(json.dumps({"prompt": turns[1]}))
+    other = {"output": "other.jsonl", "prompts": path}
+    assert command("--model", model, "--bad-records", "skip", **other) == 2
+    assert f"{path}: no usable record; 0 of 1 records; skipped" in capsys.readouterr().err
+    assert command("--model", model, **other) == 2
+    assert "turns.jsonl:1: the chat template refuses it" in capsys.readouterr().err
 
 
 def test_an_interrupted_file_goes_on_to_the_same(command, tmp_path, capsys):

@@ -68,6 +68,17 @@ def test_a_bank_and_a_rule_on_a_local_model(command, capsys):
     assert rows[0]["prompt"] == "Who is Lily?"
 
 
+def test_the_files_of_a_search_are_not_its_seeds(command, capsys):
+    run, _ = command
+    Path("out").mkdir()
+    seeds = Path("out/examples.jsonl")
+    seeds.write_text(Path("seeds.jsonl").read_text())
+    assert run("--seeds", str(seeds)) == 2
+    line = capsys.readouterr().err
+    assert "out/examples.jsonl: is an input, and would be overwritten; set another --out" in line
+    assert seeds.read_text() == Path("seeds.jsonl").read_text()
+
+
 def test_a_model_too_small_to_judge_is_told_plainly(command, capsys):
     run, _ = command
     assert run() == 2

@@ -4,12 +4,20 @@ import dataclasses
 import gzip
 import json
 import lzma
+from itertools import islice
 
 import pytest
 
-from jaxalign.data import ReadReport, preference_records, text_records, unpaired_records
+from jaxalign.data import (
+    ReadReport,
+    preference_records,
+    prompt_records,
+    text_records,
+    unpaired_records,
+)
+from jaxalign.data.reading import accepted
 from jaxalign.data.sources import read_rows
-from jaxalign.errors import UserError
+from jaxalign.errors import RecordError, UserError
 
 
 def damaged(raw):
@@ -357,3 +365,34 @@ def test_labels_are_true_or_false(tmp_path):
     path.write_text('{"prompt": "p", "completion": "a", "label": "yes"}\n')
     with pytest.raises(UserError, match=r"u\.jsonl:1: wrong type: label is 'yes'"):
         list(unpaired_records(str(path)))
+
+
+@pytest.mark.parametrize("first", [None, 2])
+def test_what_is_skipped_is_told_where_nobody_counts_it(tmp_path, capsys, first):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "a"}\n3\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    read = prompt_records(str(source), bad_records="skip")
+    assert [one.prompt for one in islice(read, first)] == ["a", "b", "c"][:first]
+    read.close()  # type: ignore[attr-defined]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "prompts.jsonl: " in line
+    assert f"skipped 1 wrong type (first: {source}:2: " in line
+    counted = ReadReport()
+    assert len(list(prompt_records(str(source), bad_records="skip", report=counted))) == 3
+    assert counted.skipped == {"wrong type": 1}  # the caller tells
+    assert not capsys.readouterr().err
+
+
+def test_records_that_cannot_be_read_as_text_stay_or_are_counted():
+    def read(number):
+        if number % 2:
+            raise RecordError(f"f:{number}: the chat template refuses it")
+
+    report = ReadReport(read=4)
+    assert accepted(range(4), read, "error", report) == [0, 1, 2, 3]
+    assert report.kept == 4
+    assert accepted(range(4), read, "skip", report) == [0, 2]
+    assert report.summary() == (
+        "2 of 4 records; skipped 2 refused by the chat template "
+        "(first: f:1: the chat template refuses it)"
+    )

@@ -1,5 +1,7 @@
 """Templates, stimuli and what is left out, against the specification of RAHF's data."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from jaxalign.representation import (
 )
 from jaxalign.representation.instructions import ADJECTIVES, ATTRIBUTES
 from jaxalign.representation.stimuli import instructed
+from tests.data.test_tokenize import CHATML
 
 FORMAT = "Human: {prompt}\n\nAssistant: "
 TOKENIZER = embedded_tokenizer()
@@ -180,3 +183,42 @@ def test_batches_align_the_first_positions_of_a_response_in_all_streams():
             for tokens, length in [*rows, *sides]:
                 np.testing.assert_array_equal(tokens[length : length + len(response)], response)
     assert seen == set(range(6))
+
+
+@pytest.mark.parametrize("refused", [(0,), (0, 1, 2, 3)])
+def test_stimuli_that_the_template_refuses_stop_or_are_counted(refused):
+    tokenizer = embedded_tokenizer()
+    # a conversation of two turns is refused only with a system turn before it
+    tokenizer.chat_template = (
+        "{% if messages | length > 3 and messages[0].role == 'system' %}"
+        "{{ raise_exception('too many') }}{% endif %}" + CHATML
+    )
+    own = [
+        PreferenceRecord(
+            prompt=[{"role": "user", "content": f"Say {n}."}] * (1 + (n in refused)),
+            chosen="It is.",
+            rejected="No!",
+            source="s.jsonl",
+            line=n + 1,
+        )
+        for n in range(4)
+    ]
+    form = how(tokenizer=tokenizer, prompt_format="{prompt}")
+    with pytest.raises(UserError, match=r"s\.jsonl:1: the chat template refuses it: too many"):
+        hindsight_rows(own, form, TOLD)
+    skipping = replace(form, bad_records="skip")
+    if len(refused) == 4:
+        with pytest.raises(UserError, match="8 responses; 8 refused by the chat template"):
+            hindsight_rows(own, skipping, TOLD)
+        return
+    rows, report = hindsight_rows(own, skipping, TOLD)
+    expected, _ = hindsight_rows(own[1:], form, TOLD)
+    assert rows.record_index.tolist() == [1, 1, 2, 2, 3, 3]
+    assert rows.flat.tolist() == expected.flat.tolist()
+    assert report.skipped == {"refused by the chat template": 2}
+    assert report.summary().startswith("8 responses; 2 refused by the chat template (first: s.jso")
+    pairs, _ = contrastive_pairs(own, skipping, TOLD)
+    usual, _ = contrastive_pairs(own[1:], form, TOLD)
+    assert pairs.rows.flat.tolist() == usual.rows.flat.tolist()
+    streams = tokenize_stimuli(responses_of(own, "chosen"), skipping, (None, TOLD.positive))
+    assert [one.record_index.tolist() for one in streams.streams] == [[1, 2, 3]] * 2

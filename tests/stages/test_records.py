@@ -7,6 +7,7 @@ import pytest
 from jaxalign.config import TrainConfig, with_fields
 from jaxalign.data import embedded_tokenizer
 from jaxalign.data.plain_prompts import plain_prompts, with_choice
+from jaxalign.errors import UserError
 from jaxalign.models import DecoderConfig
 from jaxalign.stages import feedback, online
 from jaxalign.stages.inputs import Inputs
@@ -121,3 +122,32 @@ def test_responses_to_prompts_end_as_the_flag_says_whatever_the_export_did(tmp_p
     for reader in (tokenizer, exported):
         data = online.load(config, Inputs(config, reader, tmp_path, SHAPE, (0, 1)))
         assert {int(one[-1]) == reader.eos_token_id for one in data.responses} == {end_token}
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "spin"])
+def test_prompts_that_the_template_refuses_are_counted(tmp_path, capsys, algorithm):
+    def row(number):
+        role = "system" if number % 3 == 0 else "user"
+        turns = [{"role": role, "content": "Say it."}, {"role": "user", "content": "Please."}]
+        return {"prompt": turns, "response": f"{number}"}
+
+    source = write(tmp_path / "p.jsonl", map(row, range(9)))
+    names = {"prompts": source, "algorithm": algorithm, "annotator": "rule:none.py:none"}
+    names |= {"max_prompt_length": 40, "max_tokens": 16}
+    config = with_fields(
+        TrainConfig(holdout=0.0, bad_records="skip"),
+        **{"online.steps": 1, **{f"rollout.{name}": value for name, value in names.items()}},
+    )
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM + CHATML
+    inputs = Inputs(config, tokenizer, tmp_path, SHAPE, (0, 1))
+    data = online.load(config, inputs)
+    assert data.sources == [f"{source}:{number + 1}" for number in (1, 2, 4, 5, 7, 8)]
+    assert len(data.train) == len(data.train_texts) == 6
+    assert len(data.responses) == (6 if algorithm == "spin" else 0)
+    said = capsys.readouterr().out
+    assert f"6 of 9 records; skipped 3 refused by the chat template (first: {source}:1: " in said
+    assert inputs.report["prompts"]["skipped"] == {"refused by the chat template": 3}
+    stopping = with_fields(config, bad_records="error")
+    with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template refuses it: no system"):
+        online.load(stopping, Inputs(stopping, tokenizer, tmp_path, SHAPE, (0, 1)))
