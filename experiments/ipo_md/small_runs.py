@@ -1,6 +1,7 @@
 """Runs of the study on a real chat model: sweeps, final runs, responses, and their judging."""
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -399,7 +400,10 @@ def unjudged(options: Options) -> list[Comparison]:
 
 
 def judged(options: Options) -> list[dict[str, Any]]:
-    """All policies against all, seed by seed, before the judge; and the annotators' own view."""
+    """All policies against all, seed by seed, before the judge; and the annotators' own view.
+
+    Every comparison is written as soon as it is made.
+    """
     prompts = [row["prompt"] for row in read(Path(options.rows) / "prompts.jsonl")]
     asked = unjudged(options)
     texts = {
@@ -407,22 +411,13 @@ def judged(options: Options) -> list[dict[str, Any]]:
         for name in {x for _, *both, _ in asked for x in both}
     }
     rows = read(path_of(options, "judge:")) if is_done(options, "judge:") else []
-    for annotator in dict.fromkeys(x for x, *_ in asked):
-        own = [x for x in asked if x[0] == annotator]
+    for annotator, own in itertools.groupby(asked, key=lambda one: one[0]):
         model: RewardModel | PreferenceModel = load_annotator(options, annotator)
-        first = [text for _, one, _, seed in own for text in texts[one][seed]]
-        second = [text for _, _, other, seed in own for text in texts[other][seed]]
-        with forward_mode():
-            verdicts = model.preferences(prompts * len(own), first, second)
-        by_pair = np.asarray(verdicts.preference).reshape(len(own), len(prompts))
-        for (_, one, other, seed), preference in zip(own, by_pair, strict=True):
-            rows.append(
-                {
-                    "annotator": annotator,
-                    "one": one,
-                    "other": other,
-                    "seed": seed,
-                    "preference": np.round(preference, 4).tolist(),
-                }
-            )
+        for _, one, other, seed in own:
+            with forward_mode():
+                verdicts = model.preferences(prompts, texts[one][seed], texts[other][seed])
+            preference = np.round(np.asarray(verdicts.preference), 4).tolist()
+            names = {"annotator": annotator, "one": one, "other": other, "seed": seed}
+            rows.append(names | {"preference": preference})
+            write_rows(options, "judge:", rows)
     return rows
