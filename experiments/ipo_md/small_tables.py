@@ -152,9 +152,7 @@ def standings(rows: Path) -> dict[str, str]:
         tokens, ended = f"{mean(name, 'tokens'):.1f}", f"{mean(name, 'finished'):.2f}"
         elo = f"{scale.elo[at]:.0f} ({scale.low[at]:.0f} to {scale.high[at]:.0f})"
         if name == "reference":
-            cells.append(
-                [LABELS[name], "–", "0.50", "–", *["0.50"] * 3, "–", "0", tokens, ended, elo]
-            )
+            cells.append([LABELS[name], "–", *["0.50"] * 4, "–", "0", tokens, ended, elo])
             continue
         run, judge = runs[name][0], wins_of("judge", name)
         views = [with_interval(wins_of(annotator, name)) for annotator in ("preference", "reward")]
@@ -162,14 +160,11 @@ def standings(rows: Path) -> dict[str, str]:
         views[own == "reward"] += " \\*"
         gap = with_interval(wins_of(own, name) - judge, "+.2f").replace("± +", "± ")
         strength = f"{run['parameter']} = {run['strength']:g}"
-        seeds = over["judge", name]
-        each = ", ".join(f"{np.mean(seeds[seed]):.2f}" for seed in sorted(seeds))
-        before = with_interval(judge), each, at_equal_length(name)
+        before = with_interval(judge), at_equal_length(name)
         kl = f"{mean(name, 'log_ratio'):.1f}"
         cells.append([LABELS[name], strength, *before, *views, gap, kl, tokens, ended, elo])
     header = [
-        *("method", "strength", "wins over the reference: judge", "judge, each seed"),
-        "judge, at equal length",
+        *("method", "strength", "wins over the reference: judge", "judge, at equal length"),
         *("preference model", "reward model", "own annotator minus judge"),
         *("KL, nats", "tokens", "ended before the limit", "Elo of all against all"),
     ]
@@ -191,8 +186,8 @@ def standings(rows: Path) -> dict[str, str]:
     note = (
         "Wins are the fraction of comparisons in which the policy's response is preferred. "
         f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
-        "95 % interval over prompts, seeds averaged: it has no part of the variation between "
-        "training seeds. KL is in nats a response. Final runs of "
+        "95 % interval over prompts, seeds averaged; in the second table over seeds (Student's t), "
+        "with the variation between trainings. KL is in nats a response. Final runs of "
         f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
         "from."
     )
@@ -204,9 +199,27 @@ def standings(rows: Path) -> dict[str, str]:
     judges = agreement(verdicts, said), reader(read(rows / READ), verdicts, said)
     against = table(["", *(LABELS[name] for name in ranked)], matrix)
     return {
-        "small methods": f"{table(header, cells)}\n{note}\n\n{figure}",
+        "small methods": f"{table(header, cells)}\n{seeds_apart(over)}\n{note}\n\n{figure}",
         "small all against all": "\n".join([f"{against}\n{cyclic}\n", *judges]),
     }
+
+
+def seeds_apart(over: Mapping[tuple[str, str], Mapping[int, np.ndarray]]) -> str:
+    """The table of wins over the reference in every seed, before the own annotator and the judge.
+
+    Args:
+      over: as from `over_reference`.
+    """
+
+    def each(annotator: str, name: str) -> str:
+        wins = [float(np.mean(one)) for _, one in sorted(over[annotator, name].items())]
+        interval = f" ({np.mean(wins):.2f} ± {half_width(wins):.2f})" if len(wins) > 1 else ""
+        return ", ".join(f"{one:.2f}" for one in wins) + interval
+
+    judged = [name for name in LABELS if ("judge", name) in over]
+    own = {name: "reward" if name in REWARDED else "preference" for name in judged}
+    cells = [[LABELS[name], each(own[name], name), each("judge", name)] for name in judged]
+    return table(["wins over the reference, seed by seed", "its own annotator", "judge"], cells)
 
 
 def reader(
