@@ -341,6 +341,8 @@ def respond(options: Options) -> list[dict[str, Any]]:
     """What the reference says to the test prompts, for the seeds that have no responses."""
     kept = finished(options, "reference")
     seeds = [seed for seed in options.seeds if seed not in {row["seed"] for row in kept}]
+    if not seeds:
+        return kept
     bench = Bench(options, "online_dpo")
     write_responses(options, bench, bench.runs.begin(seeds), "reference", seeds, kept)
     return kept + [{"algorithm": "reference", "seed": seed} for seed in seeds]
