@@ -135,9 +135,14 @@ def tokenize_stimuli(
         else:
             kept.append(own)
     if not kept:
+        none = f"no stimulus is left of {report.summary()}"
+        if "stimulus too long" not in report.skipped and REFUSED in report.skipped:
+            raise UserError(
+                f"{none}; instructions are system turns: --chat never keeps plain prompts plain, "
+                "or give a --tokenizer whose template takes them"
+            )
         raise UserError(
-            f"max_length: {how.max_length}: no stimulus is left of {report.summary()}; raise it, "
-            "or set --alignment.instructions short"
+            f"max_length: {how.max_length}: {none}; raise it, or set --alignment.instructions short"
         )
     selected = tuple(
         _rows(stream, members)
