@@ -49,7 +49,7 @@ from jaxalign.online.prompts import prompt_batches
 from jaxalign.online.sampler import Sampler
 from jaxalign.representation.stimuli import instructed
 from jaxalign.rows import ResponseRows
-from jaxalign.sharding import make_mesh
+from jaxalign.sharding import make_mesh, row_parts
 from jaxalign.stages.inputs import instructions_of
 
 FOLDER = Path(__file__).parent
@@ -147,7 +147,8 @@ def answers(
 ) -> Said:
     """A response to each prompt, with the same random numbers for every policy."""
     columns: tuple[list[Any], ...] = ([], [], [], [])
-    size = min(batch_size, len(prompts))
+    parts = row_parts(sampler.mesh)  # every device gets as many rows
+    size = -(-min(batch_size, len(prompts)) // parts) * parts
     for at, batch in enumerate(prompt_batches(prompts, batch_size=size, epochs=1, shuffle=False)):
         found = sampler(
             {"policy": policy, "base": base},
