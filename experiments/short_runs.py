@@ -73,7 +73,7 @@ class Options:
         str(DATA / "preferences" / "ultrafeedback_train.jsonl"),
         str(DATA / "preferences" / "ultrafeedback_eval.jsonl"),
     )
-    """Pairs of UltraFeedback; their splits are made anew, by prompt."""
+    """Pairs of UltraFeedback; their splits are made again, by prompt."""
     questions: str = str(DATA / "urial" / "mt_bench_question.jsonl")
     """Questions of MT-bench, for answers before and after."""
     output: Path = Path("runs/small")

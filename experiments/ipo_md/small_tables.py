@@ -187,8 +187,8 @@ def standings(rows: Path) -> dict[str, str]:
         "Wins are the fraction of comparisons in which the policy's response is preferred. "
         f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
         "95 % interval over prompts, seeds averaged; in the second table over seeds (Student's t), "
-        "with the variation between trainings. KL is in nats a response. Final runs of "
-        f"{' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
+        "on the same prompts, with the variation between trainings. KL is in nats a "
+        f"response. Final runs of {' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
         "from."
     )
     cyclic = (

@@ -9,7 +9,7 @@ network's passes are compiled once for all of them: a step differentiates the lo
 the log-probs, and pulls that back, as the step of training does for losses that couple a batch. The
 first step's passes are shared by all losses, too. A cell has no numbers where the stage refuses the
 combination. Each cell is written to a file as it comes, and read from it when the command runs
-again, so an interrupted run goes on where it was.
+again, so an interrupted run resumes.
 """
 
 import dataclasses

@@ -62,7 +62,7 @@ def weighted_sources(
 
 
 def _split_weight(name: str) -> tuple[str, float]:
-    """Source and weight of "SOURCE[:WEIGHT]"; the weight is NaN where it is no number."""
+    """Source and weight of "SOURCE[:WEIGHT]"; the weight is NaN where it is not a number."""
     source, _, weight = name.rpartition(":")
     if not source or exists(name):
         return name, 1.0

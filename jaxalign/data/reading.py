@@ -59,6 +59,11 @@ class ReadReport:
         """Rows that became records."""
         return self.read - sum(self.skipped.values())
 
+    def skip(self, kind: str, message: str) -> None:
+        """Count a skipped row; of each kind the first message is kept."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+        self.first.setdefault(kind, message)
+
     def summary(self) -> str:
         """One line for the log."""
         if not self.skipped:
@@ -97,8 +102,7 @@ def refuse(row: Row, fault: BadRecordError, policy: BadRecords, report: ReadRepo
         raise UserError(f"{message}; fix the record, or add --bad-records skip") from None
     if policy != "skip":
         raise UserError(f"bad_records: {policy!r} is neither 'error' nor 'skip'")
-    report.skipped[fault.kind] = report.skipped.get(fault.kind, 0) + 1
-    report.first.setdefault(fault.kind, message)
+    report.skip(fault.kind, message)
 
 
 def accepted(
@@ -119,8 +123,7 @@ def accepted(
         try:
             read(record)
         except RecordError as error:
-            report.skipped[REFUSED] = report.skipped.get(REFUSED, 0) + 1
-            report.first.setdefault(REFUSED, str(error))
+            report.skip(REFUSED, str(error))
         else:
             kept.append(record)
     return kept

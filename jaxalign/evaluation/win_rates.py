@@ -181,7 +181,7 @@ def length_controlled(
       difficulty: as `instruction_difficulty` gives it; None leaves the term out.
       groups: as in `win_rate`.
       confidence: of the interval, which is the bootstrap's.
-      resamples: of the bootstrap; each fits anew.
+      resamples: of the bootstrap; the model is fitted to each.
       seed: of the bootstrap.
 
     References:

@@ -109,14 +109,14 @@ def tokenize_stimuli(
         report.chat.append(line)
     made = [_stream(records, how, instruction) for instruction in instructions]
     streams, refusals = [rows for rows, _ in made], [one for _, found in made for one in found]
-    places = [{int(x): at for at, x in enumerate(rows.record_index)} for rows in streams]
+    rows_of = [{int(x): at for at, x in enumerate(rows.record_index)} for rows in streams]
     begins = [stream.begin for stream in streams]
     kept: list[list[int]] = []
     for number, record in enumerate(records):
-        if any(number not in place for place in places):
+        if any(number not in known for known in rows_of):
             report.skip(REFUSED, refusals[0])
             continue
-        own = [place[number] for place in places]
+        own = [known[number] for known in rows_of]
         rows = [stream[at] for stream, at in zip(streams, own, strict=True)]
         lengths = [int(stream.prompt_length[at]) for stream, at in zip(streams, own, strict=True)]
         responses = [row[length:] for row, length in zip(rows, lengths, strict=True)]
