@@ -188,8 +188,8 @@ def standings(rows: Path) -> dict[str, str]:
         f"Test prompts: {games.shape[0]}, one response of each of {games.shape[3]} seeds; ± is the "
         "95 % interval over prompts, seeds averaged; in the second table over seeds (Student's t), "
         "on the same prompts, with the variation between trainings. KL is in nats a "
-        f"response. Final runs of {' or '.join(map(str, updates))} updates. \\* the annotator that the method learned "
-        "from."
+        f"response. Final runs of {' or '.join(map(str, updates))} updates. \\* the annotator "
+        "that the method learned from."
     )
     cyclic = (
         "The row's wins over the column before the judge. Its majority is a cycle on "
